@@ -1,0 +1,33 @@
+# `make run` and `make test` do all the set-up; PYTHON chooses the interpreter, ARGS is handed to the command.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+EXTRAS ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo gpu,dev || echo cpu,dev)
+ARGS ?=
+
+.PHONY: run test lint docs clean
+
+# A GPU machine gets faiss-gpu, any other faiss-cpu (EXTRAS overrides).
+$(VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet torch torchvision
+	$(BIN)/python -m pip install --quiet --editable '.[$(EXTRAS)]'
+	touch $@
+
+run: $(VENV)/.installed
+	$(BIN)/upcycle-bench run --strategy cluster-aware $(ARGS)
+
+test: $(VENV)/.installed
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# Writes the generated parts of README.md and docs/ anew (tests/test_docs.py fails while they are stale).
+docs: $(VENV)/.installed
+	$(BIN)/python tests/generate_docs.py
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache
