@@ -1,0 +1,203 @@
+"""A protocol: everything that must be equal for a comparison, in one TOML file, parsed into a frozen model.
+
+    protocol = load_protocol(path, ["moe.experts=4"])      # overrides put the run into the open division
+    protocol.train.peak_lr                                  # derived: the dense learning rate at its checkpoint
+
+`[sources]` names, per dotted key, where a value comes from (paper section, or a choice of ours).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from upcycle_bench.errors import UserError, unknown
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+
+class Frozen(BaseModel):
+    """Strict: no unknown key, no coercion, no change after parsing."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class Schedule(Frozen):
+    """AdamW with linear warm-up, then linear to zero over `steps` (OpenCLIP's values where the paper is silent)."""
+
+    steps: int = Field(ge=1)
+    batch_size: int = Field(ge=2, description="global batch: pairs per optimiser step over all ranks")
+    warmup_fraction: float = Field(ge=0, lt=1)
+    betas: tuple[float, float]
+    eps: float = Field(gt=0)
+    weight_decay: float = Field(ge=0, description="on tensors of two or more dimensions")
+    grad_clip: float = Field(ge=0, description="global gradient norm; 0: off")
+    patch_dropout: float = Field(ge=0, lt=1)
+    augmentation: Literal["none", "random-resized-crop"]
+    precision: Literal["fp32", "bf16"]
+    logit_scale_max: float = Field(gt=0, description="upper clamp of the logit scale's logarithm")
+
+
+class Dense(Frozen):
+    """Where the dense model comes from, and the schedule it was stopped in."""
+
+    source: Literal["pretrain", "checkpoint"]
+    lr: float = Field(gt=0, description="peak learning rate of dense pre-training")
+    stop_fraction: float = Field(gt=0, le=1, description="upcycling point, as a fraction of the dense schedule")
+    seed: int = Field(ge=0)
+    schedule: Schedule
+
+    @property
+    def lr_at_checkpoint(self) -> float:
+        """Dense learning rate where pre-training stopped: 0.2551 lr at 75 % of a schedule with 2 % warm-up."""
+        warmup = self.schedule.warmup_fraction
+        if self.stop_fraction < warmup:
+            return self.lr * self.stop_fraction / warmup
+        return self.lr * (1 - self.stop_fraction) / (1 - warmup)
+
+
+class Data(Frozen):
+    """Training pairs (webdataset shards) and evaluation sets; `local`: paths given on the command line."""
+
+    world: Literal["digits", "local"]
+    seed: int = Field(ge=0, description="seed of the world's own splits")
+
+
+class MoE(Frozen):
+    """DeepSpeed-MoE in every `every`-th block from `offset` on, in both towers."""
+
+    experts: int = Field(ge=2)
+    top_k: int = Field(ge=1)
+    every: int = Field(ge=1)
+    offset: int = Field(ge=0)
+    capacity_factor: float = Field(gt=0, description="training only; DeepSpeed multiplies it by top_k")
+    min_capacity: int = Field(ge=0)
+    load_balance: float = Field(ge=0, description="coefficient of the load-balancing loss, summed over MoE layers")
+    second_expert_sampling: bool = Field(description="DeepSpeed's Gumbel sampling of the second expert in training")
+    ep_size: int = Field(ge=1, description="expert-parallel group size")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> MoE:
+        if self.top_k > self.experts:
+            raise ValueError(f"top_k ({self.top_k}) exceeds experts ({self.experts})")
+        if self.experts % self.ep_size:
+            raise ValueError(f"experts ({self.experts}) must be divisible by ep_size ({self.ep_size})")
+        return self
+
+
+class Train(Frozen):
+    """Upcycling training. Peak learning rate: the dense one at its checkpoint times `lr_factor`."""
+
+    lr_factor: float = Field(gt=0)
+    schedule: Schedule
+    zero_stage: Literal[0, 1, 2]
+    log_every: int = Field(ge=1)
+    checkpoint_every: int = Field(ge=0, description="steps between resumable checkpoints; 0: none")
+
+
+class Protocol(Frozen):
+    """One protocol, resolved. See each part's docstring; `overrides` is empty in the closed division."""
+
+    name: str
+    summary: str
+    model: str = Field(description="open_clip model name")
+    threads: int = Field(ge=1, description="CPU threads per machine, shared by its processes")
+    dense: Dense
+    data: Data
+    moe: MoE
+    train: Train
+    suites: dict[str, dict[str, Any]]
+    sources: dict[str, str] = Field(default_factory=dict)
+    overrides: tuple[str, ...] = ()
+
+    @property
+    def peak_lr(self) -> float:
+        """Peak learning rate of upcycling training."""
+        return self.dense.lr_at_checkpoint * self.train.lr_factor
+
+    @property
+    def division(self) -> Literal["closed", "open"]:
+        """Only closed runs compare; any override makes a run open."""
+        return "open" if self.overrides else "closed"
+
+    @model_validator(mode="after")
+    def _sources_exist(self) -> Protocol:
+        keys = flatten(self.model_dump(mode="json", exclude={"sources", "overrides"}))
+        missing = [key for key in self.sources if key not in keys]
+        if missing:
+            raise ValueError(f"sources names keys that do not exist: {', '.join(missing)}")
+        return self
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested tables -> dotted keys; lists stay values."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def load_protocol(path: Path, overrides: list[str] | None = None) -> Protocol:
+    """Parse and validate `path`, applying `key=value` overrides (values are TOML; a bare word is a string).
+
+    Raises UserError, one line, that names the key, and for an unknown one those that exist.
+    """
+    try:
+        tree = tomllib.loads(path.read_text())
+    except (OSError, tomllib.TOMLDecodeError) as error:
+        raise UserError(f"protocol {path}: {error}") from None
+    tree["name"] = path.stem
+    known = flatten(tree)
+    for override in overrides or []:
+        key, equals, text = override.partition("=")
+        if not equals:
+            raise UserError(f"--set {override!r}: write it as KEY=VALUE, for example --set moe.experts=4")
+        if key not in known or key.startswith(("sources.", "name")):
+            raise unknown("protocol key", key, (k for k in known if not k.startswith(("sources.", "name"))))
+        table = tree
+        *parents, leaf = key.split(".")
+        for parent in parents:
+            table = table[parent]
+        table[leaf] = _parse_value(text)
+    tree["overrides"] = sorted(overrides or [])
+    try:
+        return Protocol.model_validate_json(json.dumps(tree))
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or path.stem
+        given = "" if isinstance(first["input"], dict) else f" (got {first['input']!r})"
+        raise UserError(f"protocol {path.stem}: {where}: {first['msg']}{given}.") from None
+    except ValueError as error:  # json cannot write nan, inf
+        raise UserError(f"protocol {path.stem}: {error}") from None
+
+
+def _parse_value(text: str) -> Any:
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"--set: {text} is not a finite number")
+    return value
+
+
+def learning_rate(step: int, steps: int, peak: float, warmup_fraction: float) -> float:
+    """Linear warm-up over the first `warmup_fraction` of `steps`, then linear to zero; `step` counts from 0.
+
+    Step t uses the rate at its end of warm-up ((t+1)/warm-up) and at its start of decay, so no step has rate 0.
+    """
+    warmup = round(warmup_fraction * steps)
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    return peak * (steps - step) / (steps - warmup)

@@ -1,0 +1,231 @@
+"""The strategy contract: how one dense FFN becomes experts and a router.
+
+A strategy is one frozen, keyword-only pydantic dataclass: its fields are its configuration, its methods are what it
+does. The engine finds it in the registry, calls it layer by layer and never learns what it is.
+
+    @dataclass(frozen=True, kw_only=True)               # pydantic.dataclasses
+    class MyIdea(Strategy):
+        info: ClassVar = StrategyInfo(name="my-idea", summary="...", paper="...", status="published")
+        scale: float = Field(default=1.0, gt=0)
+
+        def init_layer(self, ffn, layer, calibration, rng):
+            return LayerInit([ffn.expert(w1_HD=...) for _ in range(layer.num_experts)], random_router(ffn, layer, rng))
+
+Shape suffixes: T tokens, D model width, H hidden width, N experts.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from abc import ABC, abstractmethod
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from upcycle_bench.errors import UserError, unknown
+from upcycle_bench.rng import Stream
+
+if TYPE_CHECKING:
+    from upcycle_bench.moe import MoEFFN
+
+Status = Literal["published", "reconstructed", "control"]
+RouterInit = Literal["deepspeed", "normal", "lecun"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StrategyInfo:
+    """What a strategy is, for tables and records.
+
+    `reconstructed` names the parts of a published method that its paper leaves open and we had to choose.
+    """
+
+    name: str
+    summary: str
+    paper: str
+    status: Status
+    url: str = ""
+    reconstructed: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class FFN:
+    """One dense feed-forward block, FFN(x) = W2 act(W1 x + b1) + b2; tensors are the dense model's own, read-only."""
+
+    w1_HD: Tensor
+    b1_H: Tensor
+    w2_DH: Tensor
+    b2_D: Tensor
+    act: nn.Module
+
+    @classmethod
+    def of(cls, mlp: Any) -> FFN:
+        """Read open_clip's `mlp` (c_fc, gelu, c_proj)."""
+        return cls(
+            mlp.c_fc.weight.detach(),
+            mlp.c_fc.bias.detach(),
+            mlp.c_proj.weight.detach(),
+            mlp.c_proj.bias.detach(),
+            mlp.gelu,
+        )
+
+    @property
+    def width(self) -> int:
+        """D."""
+        return self.w1_HD.shape[1]
+
+    @property
+    def hidden(self) -> int:
+        """H."""
+        return self.w1_HD.shape[0]
+
+    def expert(
+        self,
+        *,
+        w1_HD: Tensor | None = None,
+        b1_H: Tensor | None = None,
+        w2_DH: Tensor | None = None,
+        b2_D: Tensor | None = None,
+    ) -> nn.Sequential:
+        """A trainable copy of this FFN with storage of its own; given tensors replace the dense ones."""
+        parts = [
+            own if given is None else given
+            for own, given in ((self.w1_HD, w1_HD), (self.b1_H, b1_H), (self.w2_DH, w2_DH), (self.b2_D, b2_D))
+        ]
+        w1, b1, w2, b2 = (nn.Parameter(part.detach().to(self.w1_HD.dtype, copy=True)) for part in parts)
+        c_fc, c_proj = (nn.Linear(w.shape[1], w.shape[0], device="meta") for w in (w1, w2))
+        c_fc.weight, c_fc.bias, c_proj.weight, c_proj.bias = w1, b1, w2, b2
+        return nn.Sequential(OrderedDict(c_fc=c_fc, gelu=copy.deepcopy(self.act), c_proj=c_proj))
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Where an MoE layer stands and what the protocol wants of it."""
+
+    tower: Literal["vision", "text"]
+    block: int
+    num_experts: int
+    top_k: int
+
+    @property
+    def name(self) -> str:
+        """Short unique name, as in diagnostics: `vision.1`."""
+        return f"{self.tower}.{self.block}"
+
+    @property
+    def mlp_path(self) -> str:
+        """The module's path in an open_clip CLIP."""
+        prefix = "visual." if self.tower == "vision" else ""
+        return f"{prefix}transformer.resblocks.{self.block}.mlp"
+
+
+@dataclass(frozen=True)
+class LayerInit:
+    """What a strategy makes of one FFN.
+
+    experts: N modules [T, D] -> [T, D], global order; router_ND: rows are router directions, no bias;
+    notes: numbers for the step-0 receipt (ranks kept, agreement rate, ...).
+    """
+
+    experts: Sequence[nn.Module]
+    router_ND: Tensor
+    notes: Mapping[str, float] = field(default_factory=dict)
+
+
+class Calibrator(Protocol):
+    """Collects statistics of one layer's FFN inputs as data streams by once; memory must not grow with the data."""
+
+    def update(self, x_TD: Tensor) -> None:
+        """See one batch of FFN inputs (after ln_2, text padding left out), float32 [T, D], in a fixed order."""
+
+
+class ExtraLoss(ABC):
+    """A training term that a strategy adds. It sees the layers through forward hooks of its own."""
+
+    name: ClassVar[str]
+
+    @abstractmethod
+    def compute(self) -> Tensor:
+        """The weighted loss of the forward pass just made (a scalar with gradient); called once per forward."""
+
+    def after_step(self) -> None:  # noqa: B027  (optional)
+        """Called after each optimiser step (an EMA teacher moves here)."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """State for checkpoints."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:  # noqa: B027  (optional)
+        """Restore `state_dict`."""
+
+    def close(self) -> None:  # noqa: B027  (optional)
+        """Remove the hooks."""
+
+
+class Strategy(ABC):
+    """Base of all strategies; see the module docstring. Class facts, then the functions a strategy may override."""
+
+    info: ClassVar[StrategyInfo]
+    replaces_ffn: ClassVar[bool] = True  # False: the model stays dense (controls)
+    trains: ClassVar[bool] = True  # False: no training after initialisation (controls)
+    preserves_function: ClassVar[bool] = False  # MoE(x) = FFN(x) at step 0 with unlimited capacity
+
+    @property
+    def calibration_pairs(self) -> int:
+        """How many training pairs `calibrator` wants to see; 0 for a strategy without calibration."""
+        return 0
+
+    def calibrator(self, ffn: FFN, layer: Layer, rng: Stream) -> Calibrator:
+        """A collector for this layer, handed back to `init_layer` when the stream has ended."""
+        raise NotImplementedError(f"{self.info.name} asks for calibration pairs but has no calibrator")
+
+    def init_layer(self, ffn: FFN, layer: Layer, calibration: Any, rng: Stream) -> LayerInit:
+        """Experts and router of one layer: a pure function of its arguments, which must not change `ffn`."""
+        raise NotImplementedError(f"{self.info.name} replaces FFNs but has no init_layer")
+
+    def loss(self, layers: Mapping[str, MoEFFN], rng: Stream) -> ExtraLoss | None:
+        """The strategy's own training term over the upcycled layers (by layer name), or None."""
+        return None
+
+    def config(self) -> dict[str, Any]:
+        """The resolved configuration, for records."""
+        return asdict(self)  # type: ignore[call-overload]
+
+
+def configure(strategy: type[Strategy], options: Mapping[str, str]) -> Strategy:
+    """Make a strategy from command-line options, `--option tau=0.8`.
+
+    Raises UserError, one line, for an unknown option or a value that its field refuses.
+    """
+    from pydantic import ValidationError
+
+    known = [f.name for f in fields(strategy)]  # type: ignore[arg-type]
+    for name in options:
+        if name not in known:
+            raise unknown(f"option of {strategy.info.name}", name, known)
+    try:
+        return strategy(**options)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "configuration"
+        raise UserError(f"{strategy.info.name}: {where}: {first['msg']} (got {first['input']!r}).") from None
+
+
+def random_router(ffn: FFN, layer: Layer, rng: Stream, init: RouterInit = "deepspeed") -> Tensor:
+    """A random router [N, D] in the FFN's dtype.
+
+    deepspeed: U(-1/sqrt(D), 1/sqrt(D)), what `nn.Linear(bias=False)` and so DeepSpeed's gate draws;
+    normal: N(0, 0.02) (flaxformer); lecun: N(0, 1/D) (vmoe).
+    """
+    generator = rng.child("router").generator()
+    shape = (layer.num_experts, ffn.width)
+    if init == "deepspeed":
+        router_ND = (torch.rand(shape, generator=generator, dtype=torch.float64) * 2 - 1) / math.sqrt(ffn.width)
+    else:
+        std = 0.02 if init == "normal" else 1 / math.sqrt(ffn.width)
+        router_ND = torch.randn(shape, generator=generator, dtype=torch.float64) * std
+    return router_ND.to(ffn.w1_HD.dtype)

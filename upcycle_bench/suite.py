@@ -1,0 +1,85 @@
+"""The suite contract: an evaluation that scores one trained model and keeps what each sample did.
+
+A suite is one frozen, keyword-only pydantic dataclass; its fields are the settings a protocol gives in
+`[suites.NAME]`. It reads evaluation sets in CLIP_benchmark's webdataset layout and returns scores with their
+direction, chance level and number of samples, and per-sample outcomes, so that two runs can be compared in pairs.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+    from torch import nn
+
+
+@dataclass(frozen=True, kw_only=True)
+class SuiteInfo:
+    """What a suite is. `version` is part of its fingerprint: raise it when the same weights would score otherwise."""
+
+    name: str
+    summary: str
+    paper: str
+    version: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """One number of a table. `chance` is the value of uniform guessing; None where there is none."""
+
+    dataset: str
+    metric: str
+    value: float
+    higher_is_better: bool
+    chance: float | None
+    samples: int
+    primary: bool = False
+
+
+@dataclass(frozen=True)
+class SuiteResult:
+    """Scores, and per-sample outcomes by name (`digits-test/log_likelihood` -> float32 [samples])."""
+
+    scores: list[Score]
+    outcomes: dict[str, np.ndarray]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalContext:
+    """What a suite may use.
+
+    model: an open_clip CLIP (dense or upcycled) in eval mode, float32, on `device`; `tokenizer`: list of strings ->
+    int64 [B, L]; `transform`: PIL image -> float32 [3, H, W]; `root`: the folder that holds the evaluation sets.
+    """
+
+    model: nn.Module
+    tokenizer: Callable[[list[str]], torch.Tensor]
+    transform: Callable[[Any], torch.Tensor]
+    root: Path
+    device: torch.device
+    batch_size: int = 256
+    track: Callable[[Iterable[Any], str], Iterable[Any]] = field(default=lambda items, what: items)
+
+
+class Suite(ABC):
+    """Base of all suites."""
+
+    info: ClassVar[SuiteInfo]
+
+    @abstractmethod
+    def datasets(self) -> list[str]:
+        """Names of the evaluation sets this suite reads below `root`; their content is part of its fingerprint."""
+
+    @abstractmethod
+    def evaluate(self, context: EvalContext) -> SuiteResult:
+        """Score the model. Must not depend on the batch size or on any global random state."""
+
+    def config(self) -> dict[str, Any]:
+        """The resolved settings, for fingerprints and records."""
+        return asdict(self)  # type: ignore[call-overload]
