@@ -1,0 +1,79 @@
+"""A training session: device, process group, CPU threads; everything that must be there before DeepSpeed's engine.
+
+    with engine.session(threads=2) as device: ...
+
+One process needs no ports (an in-memory store); several come from torchrun.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+
+from upcycle_bench import distributed
+from upcycle_bench.errors import UserError
+
+
+def choose_device() -> torch.device:
+    """This rank's CUDA device where there is one, else the CPU."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    torch.cuda.set_device(device)
+    return device
+
+
+@contextlib.contextmanager
+def session(threads: int) -> Iterator[torch.device]:
+    """A process group and `threads` CPU threads shared by this machine's processes; both undone at the end."""
+    from upcycle_bench.ds import deepspeed
+
+    device = choose_device()
+    before = torch.get_num_threads()
+    torch.set_num_threads(max(1, threads // distributed.local_world_size()))
+    started = not dist.is_initialized()
+    if started:
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        if "RANK" in os.environ:
+            dist.init_process_group(backend)
+        else:
+            os.environ.setdefault("LOCAL_RANK", "0")  # deepspeed.initialize insists on it
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+        yield device
+    finally:
+        torch.set_num_threads(before)
+        if started:
+            _forget_groups()
+            dist.destroy_process_group()
+
+
+def _forget_groups() -> None:
+    """DeepSpeed keeps process groups and its backend in module globals; they die with the process group."""
+    import deepspeed.comm.comm as comm
+    from deepspeed.utils import groups
+
+    comm.cdb = None
+    for name in vars(groups):
+        if name.startswith("_") and name.isupper() and "GROUP" in name:
+            value = getattr(groups, name)
+            setattr(groups, name, {} if isinstance(value, dict) else None)
+
+
+def check_world(batch_size: int, ep_size: int) -> None:
+    """UserError when the ranks cannot share the batch or the experts."""
+    world = distributed.world_size()
+    if batch_size % world:
+        raise UserError(f"batch_size {batch_size} cannot be shared by {world} processes: choose a divisor of it.")
+    if world % ep_size:
+        raise UserError(
+            f"moe.ep_size={ep_size} needs a multiple of {ep_size} processes, there are {world}: start it with "
+            f"torchrun --nproc_per_node {ep_size} -m upcycle_bench run ..."
+        )

@@ -1,0 +1,230 @@
+"""The MoE layer: DeepSpeed's gate, parameter groups and expert parallelism, with a ragged compute on one rank.
+
+DeepSpeed pads every expert to its capacity: at capacity factor 2 it computes twice the rows that were routed. With
+`ep_size` 1 we sort the routed rows by expert and run each expert on its own slice; under expert parallelism we use
+DeepSpeed's forward. Routing is DeepSpeed's own, to the bit; outputs and gradients agree to rounding.
+
+In evaluation capacity is unlimited and nothing is sampled, so that an output never depends on the rest of the batch.
+
+Shape suffixes: B batch, L sequence, T tokens (of the local micro-batch, padding left out), D width, N experts,
+K choices per token, R routed rows (K*T less those dropped).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from upcycle_bench import protocol
+from upcycle_bench.ds import MoE, MOELayer, TopKGate
+from upcycle_bench.ds import capacity as deepspeed_capacity
+from upcycle_bench.rows import combine_rows, select_rows
+from upcycle_bench.strategy import Layer
+
+
+class Gate(TopKGate):
+    """DeepSpeed's top-k gate with capacity and sampling in training only, and a load-balancing loss that is global.
+
+    DeepSpeed's l_aux is a product of local means, so two ranks would not sum to one rank with the same batch. Here
+    f_e (no gradient) and the token count are summed over all ranks; with one rank it is DeepSpeed's value.
+    """
+
+    def __init__(self, width: int, moe: protocol.MoE) -> None:
+        super().__init__(
+            width,
+            moe.experts,
+            moe.top_k,
+            capacity_factor=moe.capacity_factor,
+            eval_capacity_factor=moe.capacity_factor,
+            min_capacity=moe.min_capacity,
+            use_rts=False,
+            top2_2nd_expert_sampling=False,
+        )
+        self.second_expert_sampling = moe.second_expert_sampling
+        self.own_minimum = moe.min_capacity
+        self.routed = self.dropped = 0
+
+    def forward(
+        self, x_TD: Tensor, used_token: None = None, sparse_routes: bool = True, use_tutel: bool = False
+    ) -> tuple[Any, ...]:
+        """Routes of T tokens: (l_aux, capacity, N, index_KT (-1: dropped), location_KT, gates_KT, counts_N)."""
+        self.drop_tokens = self.training
+        self.top2_2nd_expert_sampling = self.second_expert_sampling and self.training
+        self.min_capacity = self.own_minimum
+        if self.training and self.ep_group is not None and dist.get_world_size(self.ep_group) > 1:
+            self.min_capacity = self._group_capacity(len(x_TD))
+        routes = super().forward(x_TD, None, True, False)
+        l_aux, capacity, experts, index_KT, location_KT, gates_KT, counts_N = routes
+        world = dist.get_world_size() if self.training and dist.is_initialized() else 1
+        if x_TD.dtype == torch.float64 or world > 1:
+            dtype = torch.promote_types(x_TD.dtype, torch.float32)
+            probs_TN = F.softmax(F.linear(x_TD.to(dtype), self.wg.weight.to(dtype)), dim=1)
+            if world > 1:
+                l_aux = self._global_load_balance(probs_TN, world)
+            if x_TD.dtype == torch.float64:  # DeepSpeed's gate values have float32 accuracy
+                gates_KT = _renormalised(probs_TN, index_KT)
+        if self.training:
+            self.routed += index_KT.numel()
+            self.dropped = self.dropped + (index_KT < 0).sum()
+        return l_aux, capacity, experts, index_KT, location_KT, gates_KT, counts_N
+
+    def _group_capacity(self, num_tokens: int) -> int:
+        """The largest capacity of the expert-parallel group: captions differ in length, the all-to-all must not."""
+        shape = torch.empty(num_tokens, self.wg.out_features, device="meta")
+        capacity = deepspeed_capacity(
+            shape, torch.tensor(self.capacity_factor * self.k), torch.tensor(self.min_capacity)
+        )
+        capacity = capacity.to(self.wg.weight.device)
+        dist.all_reduce(capacity, op=dist.ReduceOp.MAX, group=self.ep_group)
+        return int(capacity)
+
+    def _global_load_balance(self, probs_TN: Tensor, world: int) -> Tensor:
+        """N sum_e f_e Pbar_e (Eq. 5) with f and the token count over all ranks; its mean over ranks is the global one.
+
+        f counts first choices for k <= 2 and all choices (divided by k) beyond, as DeepSpeed does.
+        """
+        experts = probs_TN.shape[1]
+        chosen_TK = probs_TN.detach().topk(self.k if self.k > 2 else 1, dim=1).indices
+        chosen_TK = chosen_TK if self.k > 2 else probs_TN.detach().argmax(1, keepdim=True)
+        totals = torch.cat(
+            [torch.bincount(chosen_TK.flatten(), minlength=experts), chosen_TK.new_tensor([len(probs_TN)])]
+        )
+        dist.all_reduce(totals)
+        f_N = totals[:-1] / (totals[-1] * chosen_TK.shape[1])
+        return experts * (f_N * probs_TN.sum(0)).sum() / totals[-1] * world
+
+    def take_dropped(self) -> tuple[int, int]:
+        """(choices dropped, choices routed) in training since the last call."""
+        counts = int(self.dropped), self.routed
+        self.routed = self.dropped = 0
+        return counts
+
+
+def _renormalised(probs_TN: Tensor, index_KT: Tensor) -> Tensor:
+    """Gate values over the surviving choices, [K, T]; a single choice (k = 1) keeps its raw probability."""
+    kept_KT = index_KT >= 0
+    gates_KT = probs_TN.t().gather(0, index_KT.long().clamp(min=0)) * kept_KT
+    if len(index_KT) == 1:
+        return gates_KT
+    return gates_KT / gates_KT.sum(0).clamp(min=torch.finfo(torch.float32).eps)
+
+
+class RaggedMOELayer(MOELayer):
+    """DeepSpeed's MOELayer with each expert run on exactly the rows routed to it (one rank per expert group)."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """[T, D] -> [T, D]; sets `l_aux` and `exp_counts` as the parent does."""
+        if self.ep_size > 1:
+            return super().forward(*args, **kwargs)
+        x_TD = args[0]
+        self.l_aux, _, num_experts, index_KT, _, gates_KT, self.exp_counts = self.gate(x_TD, None, True, False)
+        num_tokens = len(x_TD)
+        expert_R, source_R = torch.sort(index_KT.reshape(-1), stable=True)  # source = k * T + t; dropped (-1) first
+        counts = torch.bincount(expert_R + 1, minlength=num_experts + 1).tolist()
+        source_R = source_R[counts[0] :]
+        slots_KT = torch.full_like(index_KT, len(source_R), dtype=torch.long)
+        slots_KT.view(-1).index_copy_(0, source_R, torch.arange(len(source_R), device=x_TD.device))
+        rows_RD = select_rows(x_TD, source_R % num_tokens, slots_KT, inverse_holes=counts[0] > 0)
+        experts = self.experts.deepspeed_experts
+        out_RD = torch.cat([expert(rows) for expert, rows in zip(experts, rows_RD.split(counts[1:]), strict=True)])
+        return combine_rows(out_RD, gates_KT, slots_KT, source_R)
+
+
+class Padding:
+    """Which text positions carry a token: known when the token embedding is called, used by every text MoE layer.
+
+    Positions behind the end-of-text token cannot influence CLIP's text feature (causal attention, pooled at that
+    token), so they would only eat expert capacity; they are left out before the gate and get no MoE output.
+    """
+
+    def __init__(self, end_of_text: int | None = None) -> None:
+        self.end_of_text = end_of_text  # None: the end-of-text token is the highest id (CLIP's tokenizer)
+        self.keep_T: Tensor | None = None
+        self.position_P: Tensor | None = None
+
+    def observe(self, _module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        """Forward pre-hook of the token embedding; args[0] is text_BL."""
+        text_BL = args[0]
+        marks_BL = text_BL if self.end_of_text is None else (text_BL == self.end_of_text).int()
+        keep_P = (torch.arange(text_BL.shape[1], device=text_BL.device) <= marks_BL.argmax(1, keepdim=True)).flatten()
+        self.keep_T = keep_P.nonzero().squeeze(1)
+        self.position_P = torch.where(keep_P, keep_P.cumsum(0) - 1, len(self.keep_T))
+
+    def compact(self, x_PD: Tensor) -> Tensor:
+        """[B*L, D] -> the T rows that carry a token."""
+        assert self.keep_T is not None and self.position_P is not None, "the token embedding was not called"
+        return select_rows(x_PD, self.keep_T, self.position_P[None], inverse_holes=True)
+
+    def expand(self, y_TD: Tensor) -> Tensor:
+        """The inverse of `compact`, zeros at padding."""
+        assert self.keep_T is not None and self.position_P is not None
+        return select_rows(y_TD, self.position_P, self.keep_T[None], index_holes=True)
+
+
+class MoEFFN(nn.Module):
+    """What replaces a block's `mlp`: [B, L, D] -> [B, L, D], text padding left out before the gate.
+
+    `self.moe` is DeepSpeed's MoE; its input [T, D] and its output (y [T, D], l_aux, counts) are what forward hooks see.
+    With ep_size > 1 this rank keeps the experts ep_rank * N/ep_size onwards.
+    """
+
+    def __init__(
+        self,
+        layer: Layer,
+        experts: Sequence[nn.Module],
+        router_ND: Tensor,
+        moe: protocol.MoE,
+        padding: Padding | None,
+    ) -> None:
+        super().__init__()
+        self.layer = layer
+        self.padding = padding
+        self.l_aux: Tensor | None = None
+        width = router_ND.shape[1]
+        self.moe = MoE(width, nn.Identity(), moe.experts, moe.ep_size, moe.top_k)
+        holder = self.moe.deepspeed_moe.experts
+        rank = dist.get_rank() % moe.ep_size if moe.ep_size > 1 else 0
+        local = len(experts) // moe.ep_size
+        holder.deepspeed_experts = nn.ModuleList(experts[rank * local : (rank + 1) * local])
+        for parameter in holder.parameters():  # as deepspeed.moe.experts.Experts marks its copies
+            parameter.allreduce = False
+            parameter.group_name = self.moe.expert_group_name
+        gate = Gate(width, moe)
+        gate.wg.weight = nn.Parameter(router_ND.detach().clone())
+        self.moe.deepspeed_moe = RaggedMOELayer(
+            gate, holder, self.moe.expert_group_name, moe.ep_size, self.moe.num_local_experts
+        )
+
+    @property
+    def gate(self) -> Gate:
+        """The router."""
+        return self.moe.deepspeed_moe.gate
+
+    @property
+    def experts(self) -> nn.ModuleList:
+        """This rank's experts."""
+        return self.moe.deepspeed_moe.experts.deepspeed_experts
+
+    @property
+    def c_fc(self) -> nn.Module:
+        """open_clip asks block 0 for `mlp.c_fc.weight.dtype`; the router answers for us."""
+        return self.gate.wg
+
+    def forward(self, x_BLD: Tensor) -> Tensor:
+        x_TD = x_BLD.flatten(0, -2)
+        if self.padding is not None:
+            x_TD = self.padding.compact(x_TD)
+        y_TD, self.l_aux, _ = self.moe(x_TD)
+        if self.padding is not None:
+            y_TD = self.padding.expand(y_TD)
+        return y_TD.view(x_BLD.shape)
+
+
+def moe_layers(model: nn.Module) -> dict[str, MoEFFN]:
+    """The upcycled layers by name (`vision.1`), in model order; empty for a dense model."""
+    return {module.layer.name: module for module in model.modules() if isinstance(module, MoEFFN)}

@@ -1,0 +1,97 @@
+"""Weight surgery: a dense CLIP in, an upcycled copy out, every tensor accounted for.
+
+    layers = find_layers(dense, protocol.moe)
+    model = upcycle(dense, {layer.name: LayerInit(...)}, protocol.moe)
+
+Every dense tensor is either copied bit for bit or belongs to a replaced FFN; every target tensor is a copy or belongs
+to an MoE layer; anything else raises. The dense model is not touched and shares no storage with the result.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from torch import nn
+
+from upcycle_bench import protocol
+from upcycle_bench.errors import UserError
+from upcycle_bench.moe import MoEFFN, Padding
+from upcycle_bench.strategy import FFN, Layer, LayerInit
+
+
+def find_layers(model: Any, moe: protocol.MoE) -> list[Layer]:
+    """The blocks to replace: every `moe.every`-th from `moe.offset` on, vision first, in block order."""
+    layers = []
+    towers: tuple[tuple[Literal["vision", "text"], str], ...] = (("vision", "visual."), ("text", ""))
+    for tower, prefix in towers:
+        try:
+            blocks = model.get_submodule(f"{prefix}transformer.resblocks")
+        except AttributeError:
+            raise UserError(
+                f"{type(model).__name__} has no {prefix}transformer.resblocks: only open_clip's ViT CLIP models "
+                "(class CLIP) can be upcycled; choose a model such as ViT-B-32."
+            ) from None
+        for block in range(moe.offset, len(list(blocks.children())), moe.every):
+            layers.append(Layer(tower, block, moe.experts, moe.top_k))
+    if not layers:
+        raise UserError(f"moe.offset={moe.offset} leaves no block to replace; lower it.")
+    for layer in layers:
+        FFN.of(model.get_submodule(layer.mlp_path))
+    return layers
+
+
+def upcycle(dense: Any, inits: Mapping[str, LayerInit], moe: protocol.MoE) -> Any:
+    """A copy of `dense` in which each layer of `inits` (by layer name) is an MoE layer.
+
+    Raises ValueError when a layer's experts or router have the wrong number or shape, or share storage with the dense
+    model; AssertionError when the key accounting does not add up.
+    """
+    layers = find_layers(dense, moe)
+    if [layer.name for layer in layers] != list(inits):
+        raise ValueError(f"layers {list(inits)} were initialised, but the protocol replaces {[x.name for x in layers]}")
+    # The replaced FFNs are not copied: hand deepcopy an entry that says they stand for themselves.
+    replaced = {layer.name: dense.get_submodule(layer.mlp_path) for layer in layers}
+    model = copy.deepcopy(dense, {id(mlp): mlp for mlp in replaced.values()})
+    padding = _attach_padding(model)
+    for layer in layers:
+        init, ffn = inits[layer.name], FFN.of(replaced[layer.name])
+        _check(layer, init, ffn)
+        parent = model.get_submodule(layer.mlp_path.rpartition(".")[0])
+        parent.mlp = MoEFFN(layer, init.experts, init.router_ND, moe, padding if layer.tower == "text" else None)
+    _account(dense, model, layers)
+    return model
+
+
+def _attach_padding(model: Any) -> Padding | None:
+    """Follow the text positions that carry a token, where CLIP pools at the end-of-text token."""
+    pool = getattr(model, "text_pool_type", None)
+    if pool not in ("argmax", "eos"):
+        return None
+    padding = Padding(model.text_eos_id if pool == "eos" else None)
+    model.token_embedding.register_forward_pre_hook(padding.observe)
+    return padding
+
+
+def _check(layer: Layer, init: LayerInit, ffn: FFN) -> None:
+    if len(init.experts) != layer.num_experts:
+        raise ValueError(f"{layer.name}: {len(init.experts)} experts were made, the protocol wants {layer.num_experts}")
+    expected = (layer.num_experts, ffn.width)
+    if tuple(init.router_ND.shape) != expected:
+        raise ValueError(f"{layer.name}: the router's shape is {tuple(init.router_ND.shape)}, it must be {expected}")
+    own = {tensor.untyped_storage()._cdata for tensor in (ffn.w1_HD, ffn.b1_H, ffn.w2_DH, ffn.b2_D)}
+    for number, module in enumerate(init.experts):
+        if any(p.untyped_storage()._cdata in own for p in module.parameters()):
+            raise ValueError(f"{layer.name}: expert {number} shares storage with the dense model; copy its tensors")
+
+
+def _account(dense: nn.Module, model: nn.Module, layers: list[Layer]) -> None:
+    """Every source key is used, every target key is filled, exactly once."""
+    prefixes = tuple(f"{layer.mlp_path}." for layer in layers)
+    source = {key: value for key, value in dense.state_dict().items() if not key.startswith(prefixes)}
+    target = {key: value for key, value in model.state_dict().items() if not key.startswith(prefixes)}
+    assert source.keys() == target.keys(), f"unaccounted keys: {sorted(source.keys() ^ target.keys())}"
+    for key, value in source.items():
+        assert (value.shape, value.dtype) == (target[key].shape, target[key].dtype), key
+        assert value.is_meta or value.data_ptr() != target[key].data_ptr(), f"{key} is shared, not copied"

@@ -1,0 +1,96 @@
+"""Final weights: one safetensors file for the whole model, named by its content, that loads without the run.
+
+    digest = save(clip, protocol.moe, folder)        # on every rank; rank 0 writes folder/<sha256>.safetensors
+    clip = load(folder / f"{digest}.safetensors")    # one process, all experts, any machine
+
+Experts that expert parallelism spread over ranks are gathered under their global numbers. The file's metadata holds
+the open_clip model name and the MoE configuration, which is all that is needed to build the module again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from upcycle_bench import distributed, protocol
+from upcycle_bench.dense import Clip, create_clip, file_digest
+from upcycle_bench.errors import UserError
+from upcycle_bench.moe import moe_layers
+from upcycle_bench.strategy import FFN, LayerInit
+from upcycle_bench.surgery import find_layers, upcycle
+
+FORMAT = "upcycle-bench/1"
+EXPERT_KEY = re.compile(r"(.*\.deepspeed_experts\.)(\d+)(\..*)")
+
+
+def consolidate(clip: Clip) -> dict[str, Tensor]:
+    """The whole model's state dict on the CPU, every expert under its global number; the same on every rank."""
+    state = {}
+    layers = {layer.layer.mlp_path: layer for layer in moe_layers(clip.model).values()}
+    for key, value in clip.model.state_dict().items():
+        match = EXPERT_KEY.fullmatch(key)
+        moe = layers[key.partition(".moe.")[0]].moe if match else None
+        if match is None or moe is None or moe.ep_size == 1:
+            state[key] = value.detach().cpu().contiguous()
+            continue
+        head, local, tail = match.groups()
+        shards = [torch.empty_like(value) for _ in range(moe.ep_size)]
+        dist.all_gather(shards, value.contiguous(), group=moe.deepspeed_moe.ep_group)
+        for rank, shard in enumerate(shards):
+            state[f"{head}{rank * moe.num_local_experts + int(local)}{tail}"] = shard.cpu()
+    return state
+
+
+def save(clip: Clip, moe: protocol.MoE, folder: Path) -> str:
+    """Write the consolidated model atomically; returns its sha256, on rank 0 (elsewhere an empty string)."""
+    from safetensors.torch import save_file
+
+    state = consolidate(clip)
+    if not distributed.is_main():
+        return ""
+    settings = moe.model_dump_json() if moe_layers(clip.model) else ""
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = folder / f".{os.getpid()}.safetensors"
+    try:
+        save_file(state, temporary, metadata={"format": FORMAT, "model": clip.name, "moe": settings})
+        digest = file_digest(temporary)
+        os.replace(temporary, folder / f"{digest}.safetensors")
+    finally:
+        temporary.unlink(missing_ok=True)
+    return digest
+
+
+def load(path: Path) -> Clip:
+    """The model of a file that `save` wrote, in eval mode, all experts in this process.
+
+    Raises UserError for a file that is not one of ours or does not fit its own metadata.
+    """
+    from safetensors import SafetensorError, safe_open
+    from safetensors.torch import load_file
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path}: not a readable safetensors file ({error}).") from None
+    if metadata.get("format") != FORMAT:
+        raise UserError(f"{path}: not written by upcycle-bench ({FORMAT}); dense models load with --checkpoint.")
+    clip = create_clip(metadata["model"])
+    if metadata["moe"]:
+        moe = protocol.MoE.model_validate(json.loads(metadata["moe"]) | {"ep_size": 1})
+        inits = {}
+        for layer in find_layers(clip.model, moe):
+            ffn = FFN.of(clip.model.get_submodule(layer.mlp_path))
+            router_ND = torch.empty(layer.num_experts, ffn.width)
+            inits[layer.name] = LayerInit([ffn.expert() for _ in range(layer.num_experts)], router_ND)
+        clip = replace(clip, model=upcycle(clip.model, inits, moe))
+    clip.model.load_state_dict(load_file(path), strict=True)
+    clip.model.eval()
+    return clip
