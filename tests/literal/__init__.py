@@ -1,0 +1,1 @@
+"""Slow, obvious transcriptions of the formulas, which the tests hold the fast code against."""

@@ -1,0 +1,50 @@
+"""Calibration: stream FFN inputs of the dense model past a strategy's calibrators, in one forward pass over the data.
+
+The dense model runs in eval mode (no patch dropout), float32, without gradient. Every calibrator sees the input of
+its block's FFN (after ln_2) as [T, D] float32, text padding left out, in the order of the data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from upcycle_bench.moe import Padding
+from upcycle_bench.strategy import Calibrator, Layer
+
+
+@torch.no_grad()
+def calibrate(
+    model: Any,
+    layers: list[Layer],
+    calibrators: Mapping[str, Calibrator],
+    batches: Iterable[tuple[Tensor, Tensor]],
+) -> None:
+    """Feed `calibrators` (by layer name) from `batches` of (images [B, 3, H, W], texts [B, L]) on the model's device.
+
+    The hooks are gone and the model's mode is restored afterwards, whatever happens.
+    """
+    padding = Padding(model.text_eos_id if model.text_pool_type == "eos" else None)
+    was_training = model.training
+    handles = [model.token_embedding.register_forward_pre_hook(padding.observe)]
+    for layer in layers:
+        see = partial(_see, calibrators[layer.name], padding if layer.tower == "text" else None)
+        handles.append(model.get_submodule(layer.mlp_path).register_forward_pre_hook(see))
+    model.eval()
+    try:
+        for images, texts in batches:
+            model.encode_image(images)
+            model.encode_text(texts)
+    finally:
+        for handle in handles:
+            handle.remove()
+        model.train(was_training)
+
+
+def _see(calibrator: Calibrator, padding: Padding | None, _module: nn.Module, args: tuple[Any, ...]) -> None:
+    x_TD = args[0].flatten(0, -2)
+    calibrator.update((padding.compact(x_TD) if padding is not None else x_TD).float())

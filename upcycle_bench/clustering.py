@@ -1,0 +1,71 @@
+"""Spherical k-means of token activations: normalise, uncentred PCA, faiss, and centroids mapped back to full width.
+
+Shape suffixes: T tokens, D width, P PCA dimensions, N clusters.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from upcycle_bench.errors import UserError
+from upcycle_bench.rng import Stream
+
+
+def import_faiss() -> ModuleType:
+    """faiss, or the one line that says which extra brings it."""
+    try:
+        import faiss
+    except ImportError:
+        raise UserError(
+            "faiss is not installed: pip install 'upcycle-bench[cpu]' (or [gpu] on a CUDA machine; never both)."
+        ) from None
+    return faiss
+
+
+def spherical_kmeans(
+    sample_TD: Tensor, num_clusters: int, pca_dim: int, rng: Stream, *, niter: int, nredo: int
+) -> Tensor:
+    """Unit centroids in full width, [N, D] float32, of float32 tokens of any length.
+
+    PCA is uncentred (top right-singular vectors of the normalised tokens), so that argmax_i of x . centroid_i is the
+    cluster of x for every token, inside or outside the subspace; a centred PCA would leave a constant per centroid
+    that a router without bias cannot express. `pca_dim` = D means no PCA.
+
+    Raises UserError when faiss is missing or there are fewer tokens than clusters.
+    """
+    faiss = import_faiss()
+    if len(sample_TD) < num_clusters:
+        raise UserError(
+            f"calibration gave {len(sample_TD)} tokens for {num_clusters} clusters: raise calibration_pairs."
+        )
+    unit_TD = F.normalize(sample_TD.float(), dim=1)
+    basis_PD = principal_directions(unit_TD, pca_dim)
+    points_TP = F.normalize(unit_TD @ basis_PD.T, dim=1)
+    kmeans = faiss.Kmeans(
+        points_TP.shape[1],
+        num_clusters,
+        niter=niter,
+        nredo=nredo,
+        spherical=True,  # normalises centroids after each iteration; the data we normalised ourselves
+        seed=rng.child("kmeans").seed(bits=31),
+        max_points_per_centroid=len(points_TP),  # faiss would otherwise train on 256 points a centroid, silently
+        min_points_per_centroid=1,
+        gpu=hasattr(faiss, "StandardGpuResources") and faiss.get_num_gpus() > 0,
+    )
+    kmeans.train(points_TP.cpu().contiguous().numpy())
+    centroids_NP = torch.from_numpy(kmeans.centroids.copy())
+    return F.normalize(centroids_NP @ basis_PD.cpu(), dim=1)
+
+
+def principal_directions(unit_TD: Tensor, pca_dim: int) -> Tensor:
+    """Orthonormal rows [P, D]: the top eigenvectors of the uncentred second moment, by float64 `eigh`."""
+    width = unit_TD.shape[1]
+    if pca_dim >= width:
+        return torch.eye(width, dtype=unit_TD.dtype, device=unit_TD.device)
+    moment_DD = unit_TD.double().T @ unit_TD.double()
+    _, vectors_DD = torch.linalg.eigh(moment_DD)  # ascending
+    return vectors_DD[:, -pca_dim:].flip(1).T.to(unit_TD.dtype)
