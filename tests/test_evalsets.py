@@ -1,0 +1,120 @@
+"""Evaluation sets: the layout is CLIP_benchmark's, bytes are deterministic, and what is missing is said in one line."""
+
+import warnings
+
+import numpy as np
+import pytest
+from PIL import Image
+from torchvision.transforms.functional import pil_to_tensor
+
+from upcycle_bench import evalsets
+from upcycle_bench.errors import UserError
+
+CLASSES = ("cat", "dog", "émeu")
+TEMPLATES = ("a photo of a {c}", "{c}")
+
+
+def images(n: int = 5) -> list[Image.Image]:
+    pixels = np.random.default_rng(0).integers(0, 256, (n, 6, 6, 3), dtype=np.uint8)
+    return [Image.fromarray(p) for p in pixels]
+
+
+@pytest.fixture
+def classification(tmp_path):
+    folder = tmp_path / "sets" / "animals"
+    assert evalsets.write_classification(folder, zip(images(), [0, 2, 1, 1, 0], strict=True), CLASSES, TEMPLATES) == 5
+    return folder
+
+
+def test_classification_comes_back_as_written(classification):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        evalset = evalsets.read(classification, pil_to_tensor, batch_size=2)
+    assert (evalset.name, evalset.kind) == ("animals", "classification")
+    assert (evalset.classnames, evalset.templates) == (CLASSES, TEMPLATES)
+    for _ in range(2):  # it can be iterated again
+        batches = list(evalset.batches)
+        assert [len(x) for x, _ in batches] == [2, 2, 1]
+        assert [int(label) for _, labels in batches for label in labels] == [0, 2, 1, 1, 0]
+        read = np.concatenate([x.numpy() for x, _ in batches])
+        np.testing.assert_array_equal(read, [pil_to_tensor(image).numpy() for image in images()])
+
+
+def test_retrieval_comes_back_as_written(tmp_path):
+    captions = [["one"], ["two", "zwei"], ["three"]]
+    evalsets.write_retrieval(tmp_path / "words", zip(images(3), captions, strict=True))
+    evalset = evalsets.read(tmp_path / "words", pil_to_tensor, batch_size=2)
+    assert evalset.kind == "retrieval"
+    assert evalset.classnames == evalset.templates == ()
+    assert [list(texts) for _, batch in evalset.batches for texts in batch] == captions
+
+
+@pytest.mark.filterwarnings("ignore:WebDataset.shardshuffle")  # CLIP_benchmark leaves it open
+def test_clip_benchmark_reads_it_through_its_own_front_door(classification):
+    from clip_benchmark.datasets.builder import build_dataset
+
+    dataset = build_dataset("wds/animals", root=str(classification), transform=pil_to_tensor, split="test")
+    assert dataset.classes == list(CLASSES)
+    assert dataset.templates == list(TEMPLATES)
+    assert [label for _, label in dataset] == [0, 2, 1, 1, 0]
+
+
+def test_two_writes_give_the_same_bytes(classification, tmp_path):
+    again = tmp_path / "elsewhere" / "animals"
+    evalsets.write_classification(again, zip(images(), [0, 2, 1, 1, 0], strict=True), CLASSES, TEMPLATES)
+    assert (again / "test" / "0.tar").read_bytes() == (classification / "test" / "0.tar").read_bytes()
+    assert evalsets.digest(again) == evalsets.digest(classification)
+
+
+def test_digest_sees_content_and_names_but_not_strangers(classification):
+    before = evalsets.digest(classification)
+    (classification / ".DS_Store").touch()
+    assert evalsets.digest(classification) == before
+    (classification / "classnames.txt").write_text("dog\ncat\n")
+    assert evalsets.digest(classification) != before
+
+
+def test_missing_sets_are_named_together(classification):
+    root = classification.parent
+    with pytest.raises(UserError) as error:
+        evalsets.require(root, ["plants", "animals", "cars"])
+    message = str(error.value)
+    assert "plants, cars" in message
+    assert str(root) in message
+    assert "which holds animals" in message
+    assert "\n" not in message
+    with pytest.raises(UserError, match="not found: plants"):
+        evalsets.read(root / "plants", pil_to_tensor, 2)
+    with pytest.raises(UserError, match="no folders"):
+        evalsets.read(root / "nowhere" / "plants", pil_to_tensor, 2)
+    with pytest.raises(UserError, match=r"NAME/train/nshards\.txt"):
+        evalsets.read(classification, pil_to_tensor, 2, split="train")
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("test/nshards.txt", "3", r"1\.tar, 2\.tar missing .* counts 3 shards"),
+        ("test/nshards.txt", "many", "must hold the number of shards, not 'many'"),
+        ("dataset_type.txt", "multilabel", "'multilabel'; only classification and retrieval"),
+        ("classnames.txt", None, "classnames.txt missing"),
+    ],
+)
+def test_a_damaged_set_is_one_line(classification, file, content, message):
+    if content is None:
+        (classification / file).unlink()
+    else:
+        (classification / file).write_text(content)
+    with pytest.raises(UserError, match=message) as error:
+        evalsets.read(classification, pil_to_tensor, 2)
+    assert "\n" not in str(error.value)
+
+
+def test_bad_samples_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="label 3"):
+        evalsets.write_classification(tmp_path / "a", [(images()[0], 3)], CLASSES, TEMPLATES)
+    with pytest.raises(ValueError, match="must hold"):
+        evalsets.write_classification(tmp_path / "b", [], CLASSES, ["a photo"])
+    for captions in ([], ["two\nlines"], [""]):
+        with pytest.raises(ValueError, match="one line each"):
+            evalsets.write_retrieval(tmp_path / "c", [(images()[0], captions)])

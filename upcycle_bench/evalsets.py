@@ -1,0 +1,186 @@
+"""Evaluation sets on disk, in the webdataset layout of CLIP_benchmark, which also reads them.
+
+    ROOT/NAME/test/{nshards.txt,0.tar,...}                  samples: png with cls (a class index) or txt (captions)
+    ROOT/NAME/dataset_type.txt                              classification (also when absent) or retrieval
+    ROOT/NAME/{classnames,zeroshot_classification_templates}.txt      one a line; templates hold {c}
+
+    evalset = read(root / "digits-test", transform, batch_size=256)
+    for images_B3HW, labels in evalset.batches: ...
+
+Source: clip_benchmark.datasets.builder.build_wds_dataset (1.6.2), whose published sets work here as they are.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+from upcycle_bench.errors import UserError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+Kind = Literal["classification", "retrieval"]
+CLASSNAMES, TEMPLATES, TYPE = "classnames.txt", "zeroshot_classification_templates.txt", "dataset_type.txt"
+
+
+@dataclass(frozen=True)
+class EvalSet:
+    """One evaluation set. `batches` can be iterated again and again, always in the order of the shards.
+
+    It yields (images float32 [B, 3, H, W], labels int [B]), or for retrieval (images, list of B lists of captions).
+    """
+
+    name: str
+    kind: Kind
+    classnames: tuple[str, ...]
+    templates: tuple[str, ...]
+    batches: Iterable[tuple[Any, Any]]
+
+
+def png(image: Image) -> bytes:
+    """PNG without compression: for small images the bytes do not depend on the zlib of the machine."""
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", compress_level=0)
+    return buffer.getvalue()
+
+
+def write_shard(path: Path, samples: Iterable[Mapping[str, bytes]]) -> int:
+    """Write samples ({"png": ..., "txt": ...}) as a tar of equal bytes every time; returns how many.
+
+    Keys are SHARD-NUMBER, so that they are unique in a folder of shards.
+    """
+    import webdataset
+
+    count = 0
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("wb") as file, webdataset.TarWriter(file, encoder=False, mtime=0) as tar:
+        for count, sample in enumerate(samples, start=1):
+            tar.write({"__key__": f"{path.stem}-{count - 1:08d}", **sample})
+    return count
+
+
+def write_classification(
+    folder: Path, samples: Iterable[tuple[Image, int]], classnames: Sequence[str], templates: Sequence[str]
+) -> int:
+    """Write (image, class index) samples as a zero-shot classification set; returns how many."""
+    if not all("{c}" in template for template in templates):
+        raise ValueError(f"{folder.name}: every template must hold {{c}}")
+
+    def encoded() -> Iterable[dict[str, bytes]]:
+        for image, label in samples:
+            if not 0 <= label < len(classnames):
+                raise ValueError(f"{folder.name}: label {label} is not one of {len(classnames)} classes")
+            yield {"png": png(image), "cls": str(label).encode()}
+
+    count = _write(folder, "classification", encoded())
+    _write_lines(folder / CLASSNAMES, classnames)
+    _write_lines(folder / TEMPLATES, templates)
+    return count
+
+
+def write_retrieval(folder: Path, samples: Iterable[tuple[Image, Sequence[str]]]) -> int:
+    """Write (image, its captions) samples as a retrieval set; returns how many."""
+
+    def encoded() -> Iterable[dict[str, bytes]]:
+        for image, captions in samples:
+            if not captions or any(len(caption.splitlines()) != 1 for caption in captions):
+                raise ValueError(f"{folder.name}: an image needs captions of one line each, got {list(captions)}")
+            yield {"png": png(image), "txt": "\n".join(captions).encode()}
+
+    return _write(folder, "retrieval", encoded())
+
+
+def _write(folder: Path, kind: Kind, samples: Iterable[Mapping[str, bytes]]) -> int:
+    count = write_shard(folder / "test" / "0.tar", samples)
+    _write_lines(folder / "test" / "nshards.txt", ["1"])
+    _write_lines(folder / TYPE, [kind])
+    return count
+
+
+def _write_lines(path: Path, lines: Sequence[str]) -> None:
+    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8", newline="\n")
+
+
+def require(root: Path, names: Iterable[str], split: str = "test") -> None:
+    """Raise one UserError that names every set without that split below `root`."""
+    missing = [name for name in names if not (root / name / split / "nshards.txt").is_file()]
+    if missing:
+        there = sorted(path.name for path in root.iterdir() if path.is_dir()) if root.is_dir() else []
+        raise UserError(
+            f"evaluation set not found: {', '.join(missing)}; looked for NAME/{split}/nshards.txt in {root}, "
+            f"which holds {', '.join(there) or 'no folders'}; give the folder that holds the sets."
+        )
+
+
+def read(folder: Path, transform: Callable[[Any], Any], batch_size: int, split: str = "test") -> EvalSet:
+    """Open a set; nothing is decoded until its batches are iterated.
+
+    Raises UserError, one line, for a set that is missing, incomplete or of a kind we do not score.
+    """
+    files = _files(folder, split)
+    kind = _kind(folder)
+    if kind == "classification" and (
+        absent := [name for name in (CLASSNAMES, TEMPLATES) if folder / name not in files]
+    ):
+        raise UserError(
+            f"evaluation set {folder.name}: {' and '.join(absent)} missing in {folder}; copy the set again."
+        )
+
+    from clip_benchmark.datasets.builder import build_wds_dataset
+
+    with warnings.catch_warnings():
+        # CLIP_benchmark leaves `shardshuffle` open, which webdataset reads as "off": what we want, but not its warning.
+        warnings.filterwarnings("ignore", message="WebDataset.shardshuffle")
+        dataset = build_wds_dataset(folder.name, transform, split=split, data_dir=str(folder.absolute()))
+    classnames, templates = tuple(dataset.classes or ()), tuple(dataset.templates or ())
+    return EvalSet(folder.name, kind, classnames, templates, dataset.batched(batch_size))
+
+
+def digest(folder: Path, split: str = "test") -> str:
+    """sha256 over the names and contents of the files that `read` uses, for fingerprints."""
+    whole = hashlib.sha256()
+    for path in _files(folder, split):
+        whole.update(f"{path.relative_to(folder).as_posix()}\0{file_sha256(path)}\n".encode())
+    return whole.hexdigest()
+
+
+def file_sha256(path: Path) -> str:
+    """sha256 of a file's content, read in pieces."""
+    sha = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(1 << 20):
+            sha.update(piece)
+    return sha.hexdigest()
+
+
+def _kind(folder: Path) -> Kind:
+    path = folder / TYPE
+    kind = path.read_text(encoding="utf-8").strip().lower() if path.exists() else "classification"
+    if kind not in ("classification", "retrieval"):
+        raise UserError(
+            f"evaluation set {folder.name}: {path} says {kind!r}; only classification and retrieval are scored."
+        )
+    return cast(Kind, kind)
+
+
+def _files(folder: Path, split: str) -> list[Path]:
+    """The files that make up a set, in a fixed order; raises UserError if one is missing."""
+    require(folder.parent, [folder.name], split)
+    counter = folder / split / "nshards.txt"
+    text = counter.read_text().strip()
+    if not text.isdigit() or int(text) < 1:
+        raise UserError(f"evaluation set {folder.name}: {counter} must hold the number of shards, not {text!r}.")
+    shards = [folder / split / f"{i}.tar" for i in range(int(text))]
+    if absent := [path.name for path in shards if not path.is_file()]:
+        raise UserError(
+            f"evaluation set {folder.name}: {', '.join(absent)} missing in {folder / split}, where nshards.txt counts "
+            f"{len(shards)} shards; copy the set again."
+        )
+    described = [path for name in (CLASSNAMES, TEMPLATES, TYPE) if (path := folder / name).exists()]
+    return [*described, counter, *shards]
