@@ -1,0 +1,182 @@
+"""Training pairs from webdataset shards: every batch is a pure function of (seed, step), whoever asks for it.
+
+The shards (local tar files with `KEY.png|jpg|webp` and `KEY.txt`, one caption a line) are indexed once by offset, so
+any sample can be read at any time: training resumes at any step without replaying, ranks take slices of one global
+batch, and what a strategy draws cannot shift the order. Small data sets without augmentation are kept decoded.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import re
+import tarfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from upcycle_bench.dense import Clip
+from upcycle_bench.errors import UserError
+from upcycle_bench.rng import Stream
+
+IMAGE_SUFFIXES = ("png", "jpg", "jpeg", "webp")
+DECODED_LIMIT = 4 << 30  # bytes of decoded images we keep in memory at most
+
+
+def expand_shards(text: str) -> tuple[Path, ...]:
+    """Shards named by a folder (all its .tar files) or a path with one range, `train/{000..127}.tar`."""
+    braces = re.fullmatch(r"(.*)\{(\d+)\.\.(\d+)\}(.*)", text)
+    if braces:
+        head, first, last, tail = braces.groups()
+        paths = [Path(f"{head}{n:0{len(first)}d}{tail}") for n in range(int(first), int(last) + 1)]
+    else:
+        paths = sorted(Path(text).glob("*.tar")) if Path(text).is_dir() else [Path(text)]
+    missing = [path for path in paths if not path.is_file()]
+    if missing or not paths:
+        what = f"no such file: {missing[0]}" if missing else "the folder holds no .tar file"
+        raise UserError(f"--data {text}: {what}; give webdataset shards, for example 'train/{{000..127}}.tar'.")
+    return tuple(paths)
+
+
+def shards_digest(shards: Sequence[Path]) -> str:
+    """Identity of shards too large to hash: names, sizes, and the first and last MiB of each."""
+    digest = hashlib.sha256()
+    for shard in shards:
+        size = shard.stat().st_size
+        digest.update(f"{shard.name}\0{size}\0".encode())
+        with shard.open("rb") as file:
+            digest.update(file.read(1 << 20))
+            file.seek(max(0, size - (1 << 20)))
+            digest.update(file.read())
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class Batch:
+    """images: uint8 [b, 3, H, W]; texts: int64 [b, L]; index: int64 [b], the samples' numbers."""
+
+    images: Tensor
+    texts: Tensor
+    index: Tensor
+
+
+class PairDataset:
+    """All training pairs of some shards; see the module docstring. Raises UserError for unusable shards."""
+
+    def __init__(self, shards: Sequence[Path], clip: Clip, augmentation: str = "none") -> None:
+        self.clip, self.augmentation = clip, augmentation
+        self.shards = list(shards)
+        self.images: list[tuple[int, int, int]] = []  # shard, offset, bytes
+        self.captions: list[list[str]] = []
+        for number, shard in enumerate(self.shards):
+            self._index(number, shard)
+        if not self.images:
+            raise UserError(f"{self.shards[0]}: no sample with an image and a .txt caption in these shards.")
+        self._tokens: dict[str, Tensor] = {}
+        self._order: tuple[tuple[int, int], Tensor] | None = None  # of the epoch last asked for
+        self._decoded: np.ndarray | None = None
+        self._is_decoded = np.zeros(len(self.images), dtype=bool)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def _index(self, number: int, shard: Path) -> None:
+        samples: dict[str, dict[str, tarfile.TarInfo]] = {}
+        try:
+            with tarfile.open(shard) as tar:
+                for member in tar:
+                    folder, _, name = member.name.rpartition("/")
+                    key, _, suffix = name.partition(".")
+                    if member.isfile():
+                        samples.setdefault(f"{folder}/{key}", {})[suffix.lower()] = member
+        except tarfile.TarError as error:
+            raise UserError(f"{shard}: not a readable tar file ({error}); write it again.") from None
+        with shard.open("rb") as file:
+            for parts in samples.values():
+                image = next((parts[suffix] for suffix in IMAGE_SUFFIXES if suffix in parts), None)
+                if image is None or "txt" not in parts:
+                    continue
+                file.seek(parts["txt"].offset_data)
+                lines = file.read(parts["txt"].size).decode("utf-8", "replace").splitlines()
+                lines = [line.strip() for line in lines if line.strip()]
+                if lines:
+                    self.images.append((number, image.offset_data, image.size))
+                    self.captions.append(lines)
+
+    def batch(self, seed: int, step: int, batch_size: int, rank: int = 0, world: int = 1) -> Batch:
+        """This rank's slice of the global batch of `step`; epochs are permutations without their incomplete end."""
+        steps_per_epoch = len(self) // batch_size
+        if steps_per_epoch == 0:
+            raise UserError(f"the training set has {len(self)} pairs, fewer than one batch of {batch_size}.")
+        epoch, place = divmod(step, steps_per_epoch)
+        if self._order is None or self._order[0] != (seed, epoch):
+            generator = Stream(("data order", seed, epoch)).generator()
+            self._order = (seed, epoch), torch.randperm(len(self), generator=generator)
+        order = self._order[1]
+        share = batch_size // world
+        first = place * batch_size + rank * share
+        return self.pick(order[first : first + share], Stream(("augmentation", seed, step)))
+
+    def pick(self, index: Tensor, rng: Stream) -> Batch:
+        """The named samples; captions and crops are drawn from `rng`, each sample's own part of it."""
+        images, texts = [], []
+        for sample in index.tolist():
+            images.append(self._image(sample, rng))
+            lines = self.captions[sample]
+            caption = lines[rng.child("caption", sample).seed() % len(lines)] if len(lines) > 1 else lines[0]
+            if caption not in self._tokens:
+                self._tokens[caption] = self.clip.tokenize([caption])[0]
+            texts.append(self._tokens[caption])
+        return Batch(torch.from_numpy(np.stack(images)), torch.stack(texts), index)
+
+    def _image(self, sample: int, rng: Stream) -> np.ndarray:
+        if self.augmentation != "none":
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(rng.child("crop", sample).seed())
+                return self.clip.augment(self._open(sample))
+        if not self._is_decoded[sample]:
+            image = self.clip.resize(self._open(sample))
+            if self._decoded is None:
+                if image.nbytes * len(self) > DECODED_LIMIT:
+                    return image
+                self._decoded = np.empty((len(self), *image.shape), dtype=np.uint8)
+            self._decoded[sample] = image
+            self._is_decoded[sample] = True
+        assert self._decoded is not None
+        return self._decoded[sample]
+
+    def _open(self, sample: int) -> Image.Image:
+        shard, offset, size = self.images[sample]
+        with self.shards[shard].open("rb") as file:
+            file.seek(offset)
+            return Image.open(io.BytesIO(file.read(size))).convert("RGB")
+
+    def batches(
+        self, seed: int, start: int, stop: int, batch_size: int, rank: int = 0, world: int = 1, workers: int = 0
+    ) -> Iterator[Batch]:
+        """Batches of the steps [start, stop), read ahead by `workers` processes."""
+        steps = _Steps(self, seed, batch_size, rank, world)
+        yield from DataLoader(steps, batch_size=None, sampler=range(start, stop), num_workers=workers)
+
+    def calibration(self, rng: Stream, pairs: int, batch_size: int) -> Iterator[Batch]:
+        """`pairs` distinct random pairs (at most all), in batches; the same for every rank and world size."""
+        order = torch.randperm(len(self), generator=rng.child("pairs").generator())[:pairs]
+        for part in order.split(batch_size):
+            yield self.pick(part, rng.child("captions"))
+
+
+class _Steps(Dataset[Batch]):
+    """Step number -> batch, for the data loader's workers."""
+
+    def __init__(self, pairs: PairDataset, seed: int, batch_size: int, rank: int, world: int) -> None:
+        self.pairs, self.arguments = pairs, (seed, batch_size, rank, world)
+
+    def __getitem__(self, step: int) -> Batch:
+        seed, batch_size, rank, world = self.arguments
+        return self.pairs.batch(seed, step, batch_size, rank, world)

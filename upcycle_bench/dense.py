@@ -1,0 +1,111 @@
+"""The dense model: an open_clip CLIP with its tokenizer and transforms, loaded strictly or pre-trained on the spot.
+
+clip = create_clip("ViT-B-32", checkpoint=Path("epoch_15.pt"), patch_dropout=0.5)
+clip.model, clip.tokenize(["a photo of a cat"]), clip.resize(pil_image), clip.normalise(uint8_B3HW)
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from upcycle_bench.errors import UserError, unknown
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A CLIP and what its inputs go through.
+
+    tokenize: list of strings -> int64 [B, L]; resize: PIL image -> uint8 [3, H, W] (deterministic);
+    augment: PIL image -> uint8 [3, H, W] (open_clip's random resized crop, draws from torch's global generator);
+    transform: PIL image -> float32 [3, H, W], open_clip's own evaluation transform.
+    """
+
+    name: str
+    model: Any  # open_clip.CLIP, which has no type information
+    tokenize: Callable[[list[str]], Tensor]
+    resize: Callable[[Any], np.ndarray]
+    augment: Callable[[Any], np.ndarray]
+    transform: Callable[[Any], Tensor]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def normalise(self, images_B3HW: Tensor) -> Tensor:
+        """uint8 -> float32, as open_clip's ToTensor and Normalize do one by one."""
+        device = images_B3HW.device
+        mean, std = (torch.tensor(value, device=device).view(1, 3, 1, 1) for value in (self.mean, self.std))
+        return images_B3HW.float().div_(255).sub_(mean).div_(std)
+
+
+def create_clip(name: str, checkpoint: Path | None = None, *, patch_dropout: float = 0.0, seed: int = 0) -> Clip:
+    """Build `name` (open_clip's or ours); weights from `checkpoint`, all of them, or random from `seed`.
+
+    Raises UserError for an unknown model, a missing file, a missing or superfluous weight, a QuickGELU mismatch.
+    """
+    import open_clip
+
+    open_clip.add_model_config(Path(__file__).parent / "models")
+    if name not in open_clip.list_models():
+        raise unknown("open_clip model", name, open_clip.list_models())
+    if checkpoint is not None and not checkpoint.is_file():
+        raise UserError(f"checkpoint {checkpoint}: no such file; give --checkpoint an open_clip state dict.")
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.filterwarnings("error", message="QuickGELU mismatch")
+        torch.manual_seed(seed)
+        logging.getLogger().setLevel(max(logging.ERROR, logging.getLogger().level))
+        try:
+            model, train_transform, transform = open_clip.create_model_and_transforms(
+                name,
+                pretrained=str(checkpoint) if checkpoint else None,
+                require_pretrained=checkpoint is not None,
+                force_patch_dropout=patch_dropout or None,
+                nonscalar_logit_scale=True,  # DeepSpeed cannot broadcast a tensor without dimensions
+            )
+        except (RuntimeError, UserWarning, KeyError) as error:
+            raise UserError(f"checkpoint {checkpoint} does not fit {name}: {_first_lines(error)}") from None
+    tokenizer = open_clip.get_tokenizer(name)
+    *resize, to_tensor, normalize = transform.transforms  # Resize, CenterCrop, RGB, ToTensor, Normalize
+    *augment, _, _ = train_transform.transforms
+    assert "ToTensor" in type(to_tensor).__name__ and type(normalize).__name__ == "Normalize", transform
+    return Clip(
+        name,
+        model,
+        tokenizer,
+        _to_uint8(resize),
+        _to_uint8(augment),
+        transform,
+        tuple(normalize.mean),
+        tuple(normalize.std),
+    )
+
+
+def _to_uint8(steps: list[Callable[[Any], Any]]) -> Callable[[Any], np.ndarray]:
+    def apply(image: Any) -> np.ndarray:
+        for step in steps:
+            image = step(image)
+        return np.asarray(image).transpose(2, 0, 1)
+
+    return apply
+
+
+def _first_lines(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    return text if len(text) < 400 else text[:400] + " ..."
+
+
+def file_digest(path: Path) -> str:
+    """sha256 of a file's content."""
+    with path.open("rb") as file:
+        digest = hashlib.sha256()
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()

@@ -1,0 +1,175 @@
+"""The plan of a run: what will run, on what, under which fingerprints. Reads the disk, trains nothing.
+
+plan = make_plan(registry, "cluster-aware", protocol, options={"tau": "0.8"}, init_seed=0, train_seed=0, paths=Paths())
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import MISSING, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from upcycle_bench import evalsets
+from upcycle_bench.data import expand_shards, shards_digest
+from upcycle_bench.dense import file_digest
+from upcycle_bench.errors import UserError
+from upcycle_bench.protocol import Protocol
+from upcycle_bench.registry import Entry, Registry
+from upcycle_bench.strategy import Strategy, configure
+from upcycle_bench.suite import Suite
+from upcycle_bench.worlds import World, load_world
+
+# Raise it when the same protocol, data and seeds would give other weights: it is part of the training fingerprint.
+NUMERICS = 1
+
+# What cannot change the weights, beyond rounding that a resumed or differently logged run does not see.
+_WITHOUT_EFFECT = {"log_every", "checkpoint_every"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Paths:
+    """What a protocol with local data needs from the command line."""
+
+    data: str | None = None
+    checkpoint: Path | None = None
+    eval_data: Path | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """One run, resolved. `missing` names what must still be given before it can run; fingerprints are then None."""
+
+    protocol: Protocol
+    entry: Entry
+    strategy: Strategy
+    label: str
+    suites: dict[str, Suite]
+    init_seed: int
+    train_seed: int
+    world: World | None
+    checkpoint: Path | None
+    dense_identity: str | None
+    training_fingerprint: str | None
+    suite_fingerprints: dict[str, str | None]
+    missing: tuple[str, ...]
+
+
+def fingerprint(value: Any) -> str:
+    """sha256 of the value's canonical JSON, 16 hex digits of it."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def make_plan(
+    registry: Registry,
+    strategy_name: str,
+    protocol: Protocol,
+    *,
+    options: dict[str, str] | None = None,
+    init_seed: int = 0,
+    train_seed: int = 0,
+    paths: Paths | None = None,
+) -> Plan:
+    """Resolve names, options, data and checkpoint. Raises UserError, one line, for anything that is wrong."""
+    paths = paths or Paths()
+    entry = registry.get("strategy", strategy_name)
+    strategy = configure(entry.target, options or {})
+    suites = {name: _suite(registry, name, settings) for name, settings in protocol.suites.items()}
+    missing = []
+    world, dense_identity = None, None
+    if protocol.data.world == "local":
+        if paths.data is None:
+            missing.append("--data (webdataset shards to train on)")
+        if paths.eval_data is None:
+            missing.append("--eval-data (the folder with the evaluation sets)")
+        if paths.data is not None and paths.eval_data is not None:
+            shards = expand_shards(paths.data)
+            world = World("local", shards, paths.eval_data, shards_digest(shards))
+    elif paths.data is not None or paths.eval_data is not None:
+        raise UserError(
+            f"protocol {protocol.name} brings its own data; --data and --eval-data go with clip-b32, clip-b16."
+        )
+    else:
+        world = load_world(protocol.data.world, protocol.data.seed)
+    if protocol.dense.source == "checkpoint":
+        if paths.checkpoint is None:
+            missing.append("--checkpoint (the dense open_clip model)")
+        elif not paths.checkpoint.is_file():
+            raise UserError(f"--checkpoint {paths.checkpoint}: no such file; give an open_clip state dict.")
+        else:
+            dense_identity = file_digest(paths.checkpoint)
+    elif paths.checkpoint is not None:
+        raise UserError(
+            f"protocol {protocol.name} trains its own dense model; --checkpoint goes with clip-b32, clip-b16."
+        )
+    elif world is not None:
+        dense_identity = dense_recipe(protocol, world)
+    if world is not None:
+        for suite in suites.values():
+            evalsets.require(world.eval_root, suite.datasets())
+    resolved = world is not None and dense_identity is not None
+    return Plan(
+        protocol=protocol,
+        entry=entry,
+        strategy=strategy,
+        label=_label(strategy),
+        suites=suites,
+        init_seed=init_seed,
+        train_seed=train_seed,
+        world=world,
+        checkpoint=paths.checkpoint,
+        dense_identity=dense_identity,
+        training_fingerprint=_training_fingerprint(protocol, world, dense_identity) if resolved else None,
+        suite_fingerprints={
+            name: suite_fingerprint(suite, world.eval_root) if world else None for name, suite in suites.items()
+        },
+        missing=tuple(missing),
+    )
+
+
+def dense_recipe(protocol: Protocol, world: World) -> str:
+    """Identity of a dense model that is trained on the spot: everything that makes it, numerics included."""
+    recipe = {"model": protocol.model, "dense": protocol.dense.model_dump(mode="json"), "threads": protocol.threads}
+    return fingerprint({**recipe, "data": world.sha256, "numerics": NUMERICS})
+
+
+def _training_fingerprint(protocol: Protocol, world: World | None, dense_identity: str | None) -> str:
+    assert world is not None
+    values = protocol.model_dump(mode="json", include={"model", "threads", "dense", "moe", "train"})
+    values["train"] = {key: value for key, value in values["train"].items() if key not in _WITHOUT_EFFECT}
+    return fingerprint({**values, "data": world.sha256, "checkpoint": dense_identity, "numerics": NUMERICS})
+
+
+def suite_fingerprint(suite: Suite, eval_root: Path) -> str:
+    """Everything that can change a suite's scores of given weights: its version, settings and data."""
+    data = {name: evalsets.digest(eval_root / name) for name in suite.datasets()}
+    return fingerprint(
+        {"suite": suite.info.name, "version": suite.info.version, "config": suite.config(), "data": data}
+    )
+
+
+def _suite(registry: Registry, name: str, settings: dict[str, Any]) -> Suite:
+    try:
+        suite: Suite = registry.get("suite", name).target(
+            **{key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()}
+        )
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in (name, *first["loc"]))
+        raise UserError(f"protocol: suites.{where}: {first['msg']} (got {first['input']!r}).") from None
+    return suite
+
+
+def _label(strategy: Strategy) -> str:
+    """`cluster-aware`, or `cluster-aware[tau=0.8]` where the configuration is not the default one."""
+    changed = []
+    for spec in fields(strategy):  # type: ignore[arg-type]
+        default: Any = getattr(spec.default, "default", spec.default)  # a pydantic Field holds its default
+        value = getattr(strategy, spec.name)
+        if spec.default is MISSING or value != default:
+            changed.append(f"{spec.name}={value}")
+    return strategy.info.name + (f"[{','.join(changed)}]" if changed else "")

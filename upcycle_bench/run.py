@@ -1,0 +1,354 @@
+"""One run, from a plan to a record. The steps of `run` are the benchmark; each is one call below.
+
+with reporter: path = run(plan, results=Path("results"), reporter=reporter)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from upcycle_bench import distributed, engine, environment, record, weights
+from upcycle_bench.cache import cache_root
+from upcycle_bench.calibration import calibrate
+from upcycle_bench.costs import Meter, parameter_counts
+from upcycle_bench.data import PairDataset
+from upcycle_bench.dense import Clip, create_clip, file_digest
+from upcycle_bench.diagnostics import diagnose
+from upcycle_bench.errors import UserError
+from upcycle_bench.plan import Plan, fingerprint
+from upcycle_bench.progress import Reporter
+from upcycle_bench.protocol import Schedule
+from upcycle_bench.rng import Stream
+from upcycle_bench.strategy import FFN, LayerInit
+from upcycle_bench.suite import EvalContext, SuiteResult
+from upcycle_bench.surgery import find_layers, upcycle
+from upcycle_bench.train import COUNTING_RULE, Job, Progress, train
+
+DIAGNOSED_PAIRS = 512
+CALIBRATION_BATCH = 256
+
+
+def run(plan: Plan, results: Path, reporter: Reporter) -> Path | None:
+    """Make the record; returns its path on rank 0, None elsewhere.
+
+    UserError: bad input, nothing is written. Any other error is written as a failed record, then raised again.
+    """
+    if plan.missing:
+        raise UserError(f"protocol {plan.protocol.name} needs {', '.join(plan.missing)}.")
+    engine.check_world(plan.protocol.train.schedule.batch_size, plan.protocol.moe.ep_size)
+    with engine.session(plan.protocol.threads) as device:
+        state = _State(plan, Meter(device))
+        try:
+            dense, dense_digest = load_dense(plan, device, reporter)
+            state.dense = dense_digest
+            data = training_data(plan, dense, plan.protocol.train.schedule)
+            model, state.receipt = initialise(plan, dense, data, state.meter, reporter)
+            with work_folder(plan, dense_digest) as work:
+                trained = train_model(plan, model, data, work, state.meter, reporter)
+                state.progress = trained
+                digest = weights.save(model, plan.protocol.moe, cache_root() / "weights")
+                if distributed.is_main():
+                    state.weights = digest
+                    final = weights.load(cache_root() / "weights" / f"{digest}.safetensors")
+                    outcome = evaluate(plan, final, state.meter, reporter)
+                    state.diagnostics = diagnostics(final, dense, data, device)
+                    path = write_record(state, outcome, final, results)
+                    _keep_metrics(work, path)
+            distributed.barrier()
+            return path if distributed.is_main() else None
+        except (UserError, KeyboardInterrupt):
+            raise
+        except Exception as error:
+            if distributed.is_main():
+                write_failure(state, error, results)
+            raise
+
+
+@dataclass
+class _State:
+    """What is known of the run so far, so that a failure can be recorded too."""
+
+    plan: Plan
+    meter: Meter
+    dense: str | None = None
+    receipt: dict[str, Any] | None = None
+    progress: Progress | None = None
+    weights: str | None = None
+    diagnostics: dict[str, Any] | None = None
+
+
+def load_dense(plan: Plan, device: torch.device, reporter: Reporter) -> tuple[Clip, str]:
+    """The dense model and its checkpoint's sha256; trained first if the protocol says so and the cache has none."""
+    patch_dropout = plan.protocol.train.schedule.patch_dropout
+    path = plan.checkpoint or cache_root() / "dense" / f"{plan.dense_identity}.safetensors"
+    if plan.checkpoint is None and not _agree(path.is_file()):
+        pretrain(plan, path, device, reporter)
+    digest = file_digest(path) if distributed.is_main() else ""
+    # Other ranks may not see the file: DeepSpeed broadcasts rank 0's weights when training starts.
+    clip = create_clip(plan.protocol.model, path if distributed.is_main() else None, patch_dropout=patch_dropout)
+    clip.model.to(device)
+    return clip, digest
+
+
+def pretrain(plan: Plan, path: Path, device: torch.device, reporter: Reporter) -> None:
+    """Train the dense model to the upcycling point and write it, atomically, to `path`."""
+    from safetensors.torch import save_file
+
+    protocol = plan.protocol
+    schedule = protocol.dense.schedule
+    clip = create_clip(protocol.model, patch_dropout=schedule.patch_dropout, seed=protocol.dense.seed)
+    clip.model.to(device)
+    stop = round(protocol.dense.stop_fraction * schedule.steps)
+    job = Job(schedule=schedule, peak_lr=protocol.dense.lr, stop_step=stop, seed=protocol.dense.seed)
+    with reporter.bar("dense model", stop) as bar:
+        train(clip, training_data(plan, clip, schedule), job, on_step=bar)
+    if distributed.is_main():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{os.getpid()}-{path.name}")
+        save_file({key: value.cpu().contiguous() for key, value in clip.model.state_dict().items()}, temporary)
+        os.replace(temporary, path)
+    distributed.barrier()
+
+
+def training_data(plan: Plan, clip: Clip, schedule: Schedule) -> PairDataset:
+    """The world's training pairs as that schedule wants them."""
+    assert plan.world is not None
+    return PairDataset(plan.world.train_shards, clip, schedule.augmentation)
+
+
+def initialise(
+    plan: Plan, dense: Clip, data: PairDataset, meter: Meter, reporter: Reporter
+) -> tuple[Clip, dict[str, Any] | None]:
+    """Calibrate, make experts and routers, put them in; with the step-0 receipt (on rank 0).
+
+    Rank 0 does it and the others get the result, so that weights do not depend on the number of ranks.
+    """
+    strategy, moe = plan.strategy, plan.protocol.moe
+    if not strategy.replaces_ffn:
+        return dense, None
+    inits: dict[str, LayerInit] = {}
+    receipt = None
+    if distributed.is_main():
+        with meter.phase("upcycle", count=True), reporter.task(f"initialising {plan.label}"):
+            inits = make_experts(plan, dense, data, meter.device)
+        whole = upcycle(dense.model, inits, moe.model_copy(update={"ep_size": 1}))
+        receipt = diagnose(whole, dense.model, _sample(dense, data, meter.device))
+        for name, init in inits.items():
+            receipt["layers"][name] |= dict(init.notes)
+    if distributed.world_size() > 1:
+        box = [inits]
+        dist.broadcast_object_list(box)
+        inits = box[0]
+    model = upcycle(dense.model, inits, moe)
+    return replace(dense, model=model.to(meter.device)), receipt
+
+
+def make_experts(plan: Plan, dense: Clip, data: PairDataset, device: torch.device) -> dict[str, LayerInit]:
+    """The strategy's experts and router for every layer, by layer name."""
+    strategy = plan.strategy
+    root = Stream(("strategy", strategy.info.name, plan.init_seed))
+    layers = find_layers(dense.model, plan.protocol.moe)
+    ffns = {layer.name: FFN.of(dense.model.get_submodule(layer.mlp_path)) for layer in layers}
+    calibrators = {}
+    if strategy.calibration_pairs:
+        for layer in layers:
+            calibrators[layer.name] = strategy.calibrator(
+                ffns[layer.name], layer, root.child(layer.name, "calibration")
+            )
+        sample = Stream(("calibration", plan.init_seed))
+        batches = data.calibration(sample, strategy.calibration_pairs, CALIBRATION_BATCH)
+        calibrate(dense.model, layers, calibrators, _inputs(dense, batches, device))
+    return {
+        layer.name: strategy.init_layer(ffns[layer.name], layer, calibrators.get(layer.name), root.child(layer.name))
+        for layer in layers
+    }
+
+
+def train_model(
+    plan: Plan, model: Clip, data: PairDataset, work: Path, meter: Meter, reporter: Reporter
+) -> Progress | None:
+    """The protocol's training, identical for every strategy; None for a control that is not trained."""
+    if not plan.strategy.trains:
+        return None
+    settings = plan.protocol.train
+    job = Job(
+        schedule=settings.schedule,
+        peak_lr=plan.protocol.peak_lr,
+        stop_step=settings.schedule.steps,
+        seed=plan.train_seed,
+        load_balance=plan.protocol.moe.load_balance,
+        zero_stage=settings.zero_stage,
+        log_every=settings.log_every,
+        metrics=work / "metrics.jsonl",
+        checkpoints=work / "checkpoints",
+        checkpoint_every=settings.checkpoint_every,
+    )
+    rng = Stream(("strategy loss", plan.strategy.info.name, plan.train_seed))
+    with meter.phase("train") as phase, reporter.bar(f"training {plan.label}", job.stop_step) as bar:
+        progress = train(model, data, job, make_loss=lambda layers: plan.strategy.loss(layers, rng), on_step=bar)
+    phase.seconds = progress.seconds  # of all sessions, when the run was resumed
+    phase.flops = distributed.sum_over_ranks(progress.flops)
+    return progress
+
+
+def evaluate(plan: Plan, final: Clip, meter: Meter, reporter: Reporter) -> dict[str, SuiteResult]:
+    """All suites of the protocol on the final weights, on this rank alone."""
+    assert plan.world is not None
+    context = EvalContext(
+        model=final.model.to(meter.device).eval(),
+        tokenizer=final.tokenize,
+        transform=final.transform,
+        root=plan.world.eval_root,
+        device=meter.device,
+        track=reporter.track,
+    )
+    with meter.phase("evaluate", count=True):
+        return {name: suite.evaluate(context) for name, suite in plan.suites.items()}
+
+
+def diagnostics(final: Clip, dense: Clip, data: PairDataset, device: torch.device) -> dict[str, Any]:
+    """The receipt's numbers again, after training."""
+    return diagnose(final.model, dense.model, _sample(dense, data, device))
+
+
+def _sample(dense: Clip, data: PairDataset, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+    return _inputs(dense, data.calibration(Stream(("diagnostics", 0)), DIAGNOSED_PAIRS, CALIBRATION_BATCH), device)
+
+
+def _inputs(clip: Clip, batches: Iterable[Any], device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+    for batch in batches:
+        yield clip.normalise(batch.images.to(device)), batch.texts.to(device)
+
+
+def _agree(value: bool) -> bool:
+    """Rank 0's answer, on every rank."""
+    box = [value]
+    if distributed.world_size() > 1:
+        dist.broadcast_object_list(box)
+    return box[0]
+
+
+@contextlib.contextmanager
+def work_folder(plan: Plan, dense_digest: str) -> Iterator[Path]:
+    """Where checkpoints and metrics live while the run goes on; kept after an interruption if the run can resume."""
+    path = cache_root() / "runs" / run_id(plan, dense_digest)
+    resumable = plan.protocol.train.checkpoint_every > 0
+    if not resumable:
+        path = path.with_name(f"{path.name}-{os.getpid()}")
+    path.mkdir(parents=True, exist_ok=True)
+    try:
+        yield path
+    except BaseException:
+        if not resumable:
+            shutil.rmtree(path, ignore_errors=True)
+        raise
+    shutil.rmtree(path, ignore_errors=True)
+
+
+def run_id(plan: Plan, dense_digest: str) -> str:
+    """Identity of what is run: strategy, configuration, protocol, dense weights, seeds, ranks."""
+    what = [
+        plan.label,
+        plan.strategy.config(),
+        plan.training_fingerprint,
+        dense_digest,
+        plan.init_seed,
+        plan.train_seed,
+    ]
+    return fingerprint([*what, distributed.world_size()])
+
+
+def write_record(state: _State, outcome: Mapping[str, SuiteResult], final: Clip, results: Path) -> Path:
+    """The record of a run that went through, with its per-sample outcomes beside it."""
+    plan, progress = state.plan, state.progress
+    scores = [{"suite": name, **asdict(score)} for name, result in outcome.items() for score in result.scores]
+    primary = [score["value"] for score in scores if score["primary"]]
+    total, active = parameter_counts(final.model)
+    samples = progress.step * plan.protocol.train.schedule.batch_size if progress else 0
+    cost = {
+        "phases": {name: asdict(phase) for name, phase in state.meter.phases.items()},
+        "counting_rule": COUNTING_RULE,
+        "parameters_total": total,
+        "parameters_active": active,
+        "tokens_dropped": progress.dropped_fraction if progress else None,
+        "samples": samples,
+        "samples_per_second": samples / progress.seconds if progress else None,
+        "world_size": distributed.world_size(),
+    }
+    arrays = {
+        f"{suite}/{name}": values for suite, result in outcome.items() for name, values in result.outcomes.items()
+    }
+    made = _record(
+        state,
+        status="ok",
+        scores=scores,
+        primary=sum(primary) / len(primary) if primary else None,
+        cost=cost,
+        diagnostics=state.diagnostics or {},
+    )
+    return record.write(made, arrays, results)
+
+
+def write_failure(state: _State, error: Exception, results: Path) -> None:
+    """A failed run is a record with a reason, never a missing row."""
+    reason = f"{type(error).__name__}: {error}"[:2000]
+    record.write(_record(state, status="failed", reason=reason), None, results)
+
+
+def _record(state: _State, **parts: Any) -> record.Record:
+    plan = state.plan
+    info, protocol = plan.strategy.info, plan.protocol
+    tree = {
+        "schema_version": record.SCHEMA_VERSION,
+        "run_id": run_id(plan, state.dense or ""),
+        "created": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "strategy": {
+            "name": info.name,
+            "label": plan.label,
+            "config": plan.strategy.config(),
+            "status": info.status,
+            "reconstructed": info.reconstructed,
+            "paper": info.paper,
+            "distribution": plan.entry.distribution,
+            "version": plan.entry.version,
+        },
+        "protocol": {
+            "name": protocol.name,
+            "division": protocol.division,
+            "overrides": protocol.overrides,
+            "training_fingerprint": plan.training_fingerprint,
+            "suite_fingerprints": plan.suite_fingerprints,
+            "resolved": protocol.model_dump(mode="json"),
+        },
+        "seeds": {"init": plan.init_seed, "train": plan.train_seed},
+        "receipt": state.receipt,
+        "environment": environment.capture(state.meter.device.type),
+        "hashes": {
+            "dense": state.dense or "not loaded",
+            "data": plan.world.sha256 if plan.world else "not loaded",
+            "weights": state.weights,
+        },
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        **parts,
+    }
+    return record.Record.model_validate_json(json.dumps(tree, allow_nan=False))
+
+
+def _keep_metrics(work: Path, path: Path) -> None:
+    """The training metrics go beside the record."""
+    metrics = work / "metrics.jsonl"
+    if metrics.is_file():
+        shutil.copyfile(metrics, path.with_suffix(".jsonl"))

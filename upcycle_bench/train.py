@@ -1,0 +1,312 @@
+"""The training loop, under DeepSpeed, the same for every strategy and for dense pre-training.
+
+loss = contrastive (gathered over ranks) + load_balance * sum over MoE layers of L_lb + what the strategy adds (Eq. 13).
+AdamW with fresh state, linear warm-up and decay, logit scale clamped. One line of metrics per `log_every` steps goes to
+a JSONL file; with `checkpoint_every` an interrupted run continues, bit for bit, where its last checkpoint stands.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from upcycle_bench import distributed
+from upcycle_bench.data import PairDataset
+from upcycle_bench.dense import Clip
+from upcycle_bench.moe import MoEFFN, moe_layers
+from upcycle_bench.protocol import Schedule, learning_rate
+from upcycle_bench.rng import Stream
+from upcycle_bench.strategy import ExtraLoss
+
+COUNTING_RULE = "matrix multiplications and attention at 2 FLOPs per multiply-add, counted on every logged step"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What to train, beside the model and the data. `stop_step` < schedule.steps stops inside the schedule."""
+
+    schedule: Schedule
+    peak_lr: float
+    stop_step: int
+    seed: int
+    load_balance: float = 0.0
+    zero_stage: int = 0
+    log_every: int = 10
+    metrics: Path | None = None
+    checkpoints: Path | None = None
+    checkpoint_every: int = 0
+
+
+@dataclass
+class Progress:
+    """What a finished (or resumed) training has done so far; saved with every checkpoint."""
+
+    step: int = 0
+    seconds: float = 0.0
+    counted_flops: int = 0
+    counted_steps: int = 0
+    routed: int = 0
+    dropped: int = 0
+    last: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def flops(self) -> int:
+        """FLOPs of all steps on this rank, from those counted."""
+        return round(self.counted_flops / max(1, self.counted_steps) * self.step)
+
+    @property
+    def dropped_fraction(self) -> float | None:
+        """Share of (token, choice) pairs that capacity dropped; None without MoE layers."""
+        return self.dropped / self.routed if self.routed else None
+
+
+class _Features(nn.Module):
+    """The CLIP under autocast, so that DeepSpeed need not know of it: (image, text features, logit scale), float32."""
+
+    def __init__(self, clip: nn.Module, precision: str) -> None:
+        super().__init__()
+        self.clip, self.precision = clip, precision
+
+    def forward(self, images: Tensor, texts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        with autocast(images.device, self.precision):
+            image_BD, text_BD, scale = self.clip(images, texts)[:3]
+        return image_BD.float(), text_BD.float(), scale.float().squeeze()
+
+
+def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[Any]:
+    """bf16 autocast on float32 weights, or nothing."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
+
+
+def attention_kernel(device: torch.device, longest: int) -> contextlib.AbstractContextManager[Any]:
+    """Plain matmul-softmax attention for short sequences on a CPU, where the flash kernel's backward is slow.
+
+    The bound is a measurement (docs/performance.md), and fixed, so that numbers do not depend on a timing.
+    """
+    plain = device.type == "cpu" and longest <= 256
+    return sdpa_kernel(SDPBackend.MATH) if plain else contextlib.nullcontext()
+
+
+def longest_sequence(model: Any) -> int:
+    """The longer of the image's tokens and the text's."""
+    return max(len(model.visual.positional_embedding), model.context_length)
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Weight decay on tensors of two or more dimensions; experts in groups of their own, as DeepSpeed wants them."""
+    from deepspeed.moe.utils import has_moe_layers, split_params_into_different_moe_groups_for_optimizer
+
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"name": "decay", "params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
+        {"name": "no decay", "params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    if has_moe_layers(model)[0]:
+        return split_params_into_different_moe_groups_for_optimizer(groups)
+    return groups
+
+
+def create_engine(model: nn.Module, job: Job) -> Any:
+    """DeepSpeed's engine around the model, with torch's AdamW; needs `engine.session`."""
+    from upcycle_bench.ds import deepspeed
+
+    world = distributed.world_size()
+    optimizer = torch.optim.AdamW(
+        parameter_groups(model, job.schedule.weight_decay),
+        lr=job.peak_lr,
+        betas=job.schedule.betas,
+        eps=job.schedule.eps,
+        fused=True,
+    )
+    config = {
+        "train_batch_size": job.schedule.batch_size,
+        "train_micro_batch_size_per_gpu": job.schedule.batch_size // world,
+        "gradient_clipping": job.schedule.grad_clip,
+        "zero_optimization": {"stage": job.zero_stage},
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": sys.maxsize,
+    }
+    with contextlib.redirect_stdout(io.StringIO()):  # it announces process groups there
+        return deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
+
+
+def train(
+    clip: Clip,
+    data: PairDataset,
+    job: Job,
+    *,
+    make_loss: Callable[[Mapping[str, MoEFFN]], ExtraLoss | None] = lambda layers: None,
+    on_step: Callable[[int, Mapping[str, float]], None] = lambda step, metrics: None,
+) -> Progress:
+    """Train `clip.model` in place up to `job.stop_step`; `on_step` sees each step's number and the last metrics.
+
+    Must run inside `engine.session`, on every rank. An interruption leaves the last checkpoint, if there are any.
+    """
+    from open_clip.loss import ClipLoss
+
+    model = clip.model.train()
+    device = next(model.parameters()).device
+    engine = create_engine(_Features(model, job.schedule.precision), job)
+    layers = moe_layers(model)
+    extra = make_loss(layers)
+    rank, world = distributed.rank(), distributed.world_size()
+    contrastive = ClipLoss(local_loss=True, gather_with_grad=True, rank=rank, world_size=world)
+    progress = _resume(engine, extra, job)
+    batches = data.batches(
+        job.seed, progress.step, job.stop_step, job.schedule.batch_size, rank, world, workers=_workers(device)
+    )
+    log = _MetricsFile(job.metrics if rank == 0 else None, progress.step)
+    began = time.perf_counter() - progress.seconds
+    with log, attention_kernel(device, longest_sequence(model)):
+        for step, batch in enumerate(batches, start=progress.step):
+            logged = step % job.log_every == 0 or step + 1 == job.stop_step
+            rate = learning_rate(step, job.schedule.steps, job.peak_lr, job.schedule.warmup_fraction)
+            for group in engine.optimizer.param_groups:
+                group["lr"] = rate
+            counter = FlopCounterMode(display=False) if logged else contextlib.nullcontext()
+            with counter, _patch_dropout_stream(job.seed, step, rank, device):
+                images, texts = clip.normalise(batch.images.to(device)), batch.texts.to(device)
+                image_BD, text_BD, scale = engine(images, texts)
+                losses = {"contrastive": contrastive(image_BD, text_BD, scale)}
+                if layers:
+                    balance = torch.stack([layer.l_aux for layer in layers.values() if layer.l_aux is not None])
+                    losses["load_balance"] = job.load_balance * balance.sum()
+                if extra is not None:
+                    with autocast(device, job.schedule.precision):
+                        losses[extra.name] = extra.compute()
+                loss = torch.stack([term.float() for term in losses.values()]).sum()
+                engine.backward(loss)
+                engine.step()
+            _clamp_logit_scale(model, job)
+            if extra is not None:
+                extra.after_step()
+            progress.step, progress.seconds = step + 1, time.perf_counter() - began
+            if isinstance(counter, FlopCounterMode):
+                progress.counted_flops += counter.get_total_flops()
+                progress.counted_steps += 1
+            if logged:
+                _collect_drops(layers, progress)
+                progress.last = _metrics(loss, losses, rate, scale, job, progress)
+                log.write(progress.last)
+            on_step(progress.step, progress.last)
+            if job.checkpoint_every and progress.step % job.checkpoint_every == 0 and progress.step < job.stop_step:
+                _save(engine, extra, job, progress)
+    if extra is not None:
+        extra.close()
+    return progress
+
+
+def _metrics(
+    loss: Tensor, losses: Mapping[str, Tensor], rate: float, scale: Tensor, job: Job, progress: Progress
+) -> dict[str, float]:
+    world = distributed.world_size()
+    values = torch.stack([loss.detach(), *(term.detach().float() for term in losses.values())])
+    if world > 1:
+        torch.distributed.all_reduce(values)
+    total, *parts = (values / world).tolist()
+    return {
+        "step": progress.step,
+        "loss": total,
+        **dict(zip(losses, parts, strict=True)),
+        "learning_rate": rate,
+        "logit_scale": scale.item(),
+        "samples_per_second": progress.step * job.schedule.batch_size / progress.seconds,
+        **({"tokens_dropped": progress.dropped_fraction} if progress.dropped_fraction is not None else {}),
+    }
+
+
+def _collect_drops(layers: Mapping[str, MoEFFN], progress: Progress) -> None:
+    for layer in layers.values():
+        dropped, routed = layer.gate.take_dropped()
+        progress.dropped += distributed.sum_over_ranks(dropped)
+        progress.routed += distributed.sum_over_ranks(routed)
+
+
+@contextlib.contextmanager
+def _patch_dropout_stream(seed: int, step: int, rank: int, device: torch.device) -> Iterator[None]:
+    """Give the forward pass (open_clip's patch dropout draws globally) a stream of its own."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(Stream(("patch dropout", seed, step, rank)).seed())
+        yield
+
+
+@torch.no_grad()
+def _clamp_logit_scale(model: nn.Module, job: Job) -> None:
+    parameter: Any = model.logit_scale
+    if job.zero_stage:  # ZeRO keeps a master copy that would undo a clamp of the parameter alone
+        from deepspeed.utils import safe_get_full_fp32_param, safe_set_full_fp32_param
+
+        safe_set_full_fp32_param(parameter, safe_get_full_fp32_param(parameter).clamp(max=job.schedule.logit_scale_max))
+    parameter.clamp_(max=job.schedule.logit_scale_max)
+
+
+def _workers(device: torch.device) -> int:
+    """Loader processes: a GPU is fed by four; a CPU's cores all train."""
+    return 4 if device.type == "cuda" else 0
+
+
+class _MetricsFile:
+    """Appends JSON lines; on resuming, drops the lines that stand past the checkpoint."""
+
+    def __init__(self, path: Path | None, step: int) -> None:
+        self.path, self.lines = path, []
+        if path is not None and path.is_file() and step:
+            self.lines = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= step]
+
+    def __enter__(self) -> _MetricsFile:
+        if self.path is not None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.file = self.path.open("w")
+            self.file.writelines(line + "\n" for line in self.lines)
+        return self
+
+    def write(self, metrics: Mapping[str, float]) -> None:
+        if self.path is not None:
+            self.file.write(json.dumps(metrics) + "\n")
+            self.file.flush()
+
+    def __exit__(self, *_: object) -> None:
+        if self.path is not None:
+            self.file.close()
+
+
+def _save(engine: Any, extra: ExtraLoss | None, job: Job, progress: Progress) -> None:
+    """A checkpoint of this step; DeepSpeed's `latest` is written last, then older ones go."""
+    assert job.checkpoints is not None, "checkpoint_every needs a folder"
+    tag = f"step{progress.step}"
+    state = {"progress": vars(progress)}
+    if extra is not None:  # with expert parallelism every rank has teachers of its own
+        folder = job.checkpoints / tag
+        folder.mkdir(parents=True, exist_ok=True)
+        torch.save(extra.state_dict(), folder / f"loss_rank{distributed.rank()}.pt")
+    with contextlib.redirect_stdout(sys.stderr):
+        engine.save_checkpoint(str(job.checkpoints), tag=tag, client_state=state)
+    distributed.barrier()
+    if distributed.is_main():
+        for old in job.checkpoints.glob("step*"):
+            if old.name != tag:
+                shutil.rmtree(old)
+
+
+def _resume(engine: Any, extra: ExtraLoss | None, job: Job) -> Progress:
+    if job.checkpoints is None or not (job.checkpoints / "latest").is_file():
+        return Progress()
+    with contextlib.redirect_stdout(sys.stderr):
+        folder, state = engine.load_checkpoint(str(job.checkpoints))
+    if extra is not None:
+        path = Path(folder).parent / (job.checkpoints / "latest").read_text().strip()
+        extra.load_state_dict(torch.load(path / f"loss_rank{distributed.rank()}.pt", weights_only=True))
+    return Progress(**state["progress"])
