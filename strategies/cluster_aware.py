@@ -60,12 +60,14 @@ class ClusterAware(Strategy):
     tau: float = Field(default=0.90, gt=0, le=1, description="spectral energy an expert keeps")
     rank_floor: float = Field(default=0.5, ge=0, lt=1, description="rank exceeds this fraction of full rank")
     pca_divisor: int = Field(default=8, ge=1, description="clusters are fitted in D / this many dimensions")
-    router_scale: float = Field(default=1.0, gt=0, description="length of the router's rows")
+    router_scale: float = Field(default=1.0, gt=0, allow_inf_nan=False, description="length of the router's rows")
     pairs: int = Field(default=131072, ge=1, description="calibration pairs, at most the training set")
     cluster_tokens: int = Field(default=32768, ge=1, description="tokens per layer on which clusters are fitted")
     kmeans_iterations: int = Field(default=25, ge=1)
     kmeans_restarts: int = Field(default=1, ge=1)
-    eesd_weight: float = Field(default=1.0, ge=0, description="0: no distillation; the paper's B/16 has 0.1")
+    eesd_weight: float = Field(
+        default=1.0, ge=0, allow_inf_nan=False, description="0: no distillation; the paper's B/16 has 0.1"
+    )
     eesd_ema: float = Field(default=0.999, ge=0, le=1)
     eesd_feature_reduction: Reduction = "sum"
     eesd_layer_reduction: Reduction = "mean"
@@ -196,7 +198,8 @@ def truncate(w1_HD: Tensor, moment_DD: Tensor, *, tau: float, rank_floor: float)
 def kept_rank(energy_R: Tensor, tau: float, rank_floor: float) -> tuple[int, bool]:
     """The smallest rank that keeps `tau` of the energy and exceeds `rank_floor` of full rank; does the floor decide?"""
     full_rank = len(energy_R)
-    kept_R = energy_R.cumsum(0) / energy_R.sum()
+    energy_up_to_R = energy_R.cumsum(0)
+    kept_R = energy_up_to_R / energy_up_to_R[-1]  # ends in 1 to the bit, so that no tau < 1 asks for rank R + 1
     by_energy = full_rank if tau == 1 else int((kept_R < tau).sum()) + 1
     floor = min(full_rank, math.floor(full_rank * rank_floor) + 1)
     return max(by_energy, floor), floor > by_energy
@@ -300,7 +303,8 @@ class _Teacher(nn.Module):
 
     def _partial_sum(self, x_TD: Tensor, first_expert: int) -> Tensor:
         dtype = torch.promote_types(x_TD.dtype, torch.float32)
-        gate_TN = torch.softmax(x_TD.to(dtype) @ self.router_ND.to(dtype).T, dim=1)
+        with torch.autocast(x_TD.device.type, enabled=False):  # logits in float32, as in the student's gate
+            gate_TN = torch.softmax(x_TD.to(dtype) @ self.router_ND.to(dtype).T, dim=1)
         total_TD = torch.zeros(x_TD.shape, dtype=dtype, device=x_TD.device)
         for number, expert in enumerate(self.experts, start=first_expert):
             total_TD.addcmul_(gate_TN[:, number : number + 1], expert(x_TD).to(dtype))

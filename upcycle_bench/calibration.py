@@ -28,14 +28,16 @@ def calibrate(
 
     The hooks are gone and the model's mode is restored afterwards, whatever happens.
     """
-    padding = Padding(model.text_eos_id if model.text_pool_type == "eos" else None)
+    padding = Padding.of(model)
     was_training = model.training
-    handles = [model.token_embedding.register_forward_pre_hook(padding.observe)]
-    for layer in layers:
-        see = partial(_see, calibrators[layer.name], padding if layer.tower == "text" else None)
-        handles.append(model.get_submodule(layer.mlp_path).register_forward_pre_hook(see))
-    model.eval()
+    handles = []
     try:
+        if padding is not None:
+            handles.append(model.token_embedding.register_forward_pre_hook(padding.observe))
+        for layer in layers:
+            see = partial(_see, calibrators[layer.name], padding if layer.tower == "text" else None)
+            handles.append(model.get_submodule(layer.mlp_path).register_forward_pre_hook(see))
+        model.eval()
         for images, texts in batches:
             model.encode_image(images)
             model.encode_text(texts)

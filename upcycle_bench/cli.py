@@ -112,7 +112,14 @@ def run(
     from upcycle_bench.progress import Reporter, TerminalReporter
     from upcycle_bench.run import run as execute
 
-    path = execute(plan, results, TerminalReporter() if distributed_env.is_main() else Reporter())
+    try:
+        path = execute(plan, results, TerminalReporter() if distributed_env.is_main() else Reporter())
+    except KeyboardInterrupt:
+        if distributed_env.is_main():
+            resumes = plan.protocol.train.checkpoint_every > 0
+            then = "the same command goes on from the last checkpoint" if resumes else "nothing was written"
+            print(f"interrupted: {then}", file=sys.stderr)
+        raise typer.Exit(130) from None
     if path is None:  # not rank 0
         return
     if as_json:
@@ -238,9 +245,10 @@ def _plain(value: Any) -> str:
 
 def _show_record(made: Record, path: Path) -> None:
     assert made.cost is not None
+    several = len({score.suite for score in made.scores}) > 1
     scores = [
         {
-            "suite": score.suite,
+            **({"suite": score.suite} if several else {}),
             "dataset": score.dataset,
             "metric": score.metric + (" (primary)" if score.primary else ""),
             "value": f"{score.value:.4f}",
@@ -281,13 +289,10 @@ def _print(renderable: Any) -> None:
 
 
 def main() -> None:
-    """Entry point: one line for bad input, no traceback; Ctrl-C leaves nothing half-written."""
+    """Entry point: one line for bad input, no traceback."""
     try:
         app()
     except UserError as error:
         if distributed_env.is_main():
             print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted: no record was written", file=sys.stderr)
-        sys.exit(130)

@@ -40,7 +40,7 @@ def spherical_kmeans(
     faiss = import_faiss()
     if len(sample_TD) < num_clusters:
         raise UserError(
-            f"calibration gave {len(sample_TD)} tokens for {num_clusters} clusters: raise calibration_pairs."
+            f"calibration gave {len(sample_TD)} tokens for {num_clusters} clusters: raise pairs or cluster_tokens."
         )
     unit_TD = F.normalize(sample_TD.float(), dim=1)
     basis_PD = principal_directions(unit_TD, pca_dim)

@@ -7,13 +7,15 @@ FlopCounterMode; the estimate counts the dense model on the meta device and adds
 from __future__ import annotations
 
 import contextlib
+import copy
 import resource
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from upcycle_bench.dense import Clip, create_clip
@@ -118,33 +120,40 @@ def tokens(clip: Clip, layer: Layer, patch_dropout: float) -> int:
 
 
 def dense_forward_flops(clip: Clip) -> int:
-    """FLOPs of one image-text pair through the dense model in training mode, on the meta device."""
-    height, width = clip.model.visual.image_size
+    """FLOPs of one image-text pair through the dense model in training mode; nothing is computed."""
+    model = copy.deepcopy(clip.model).to("meta").train()
+    height, width = model.visual.image_size
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        clip.model.train()
-        clip.model(torch.empty(1, 3, height, width), torch.zeros(1, int(clip.model.context_length), dtype=torch.long))
+        model(torch.empty(1, 3, height, width), torch.zeros(1, model.context_length, dtype=torch.long))
     return counter.get_total_flops()
 
 
-def estimate_seconds(protocol: Protocol, train_flops: int, device: torch.device, pairs: int = 32) -> float:
-    """Rough training time on one device like this one: a dense step on `pairs` random pairs, timed, scaled by FLOPs."""
+def estimate_seconds(protocol: Protocol, train_flops: int, device: torch.device) -> float:
+    """Rough training time on one device like this one: a dense step on a few random pairs, scaled by FLOPs.
+
+    The pairs are as many as some seconds of a CPU allow, so overheads weigh as in training on small models.
+    """
     from upcycle_bench.train import attention_kernel, autocast, longest_sequence
 
     schedule = protocol.train.schedule
     clip = create_clip(protocol.model, patch_dropout=schedule.patch_dropout)
     model = clip.model.to(device).train()
     height, width = model.visual.image_size
+    pairs = min(schedule.batch_size, max(2, 10**11 // (3 * dense_forward_flops(clip))))
     images = torch.rand(pairs, 3, height, width, device=device)
     texts = torch.ones(pairs, model.context_length, dtype=torch.long, device=device)
-    seconds, flops = 0.0, 1
-    for _ in range(2):  # the first one warms up
-        with attention_kernel(device, longest_sequence(model)), FlopCounterMode(display=False) as counter:
-            began = time.perf_counter()
-            with autocast(device, schedule.precision):
-                image_BD, text_BD, _ = model(images, texts)[:3]
-            (image_BD.float() @ text_BD.float().T).logsumexp(1).sum().backward()
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            seconds = time.perf_counter() - began
-        flops = counter.get_total_flops()
-    return seconds / flops * train_flops
+    with attention_kernel(device, longest_sequence(model)):
+        with FlopCounterMode(display=False) as counter:  # it slows the step, so this one only warms up
+            _probe_step(model, images, texts, autocast(device, schedule.precision))
+        seconds = min(_probe_step(model, images, texts, autocast(device, schedule.precision)) for _ in range(2))
+    return seconds / counter.get_total_flops() * train_flops
+
+
+def _probe_step(model: Any, images: Tensor, texts: Tensor, cast: contextlib.AbstractContextManager[Any]) -> float:
+    began = time.perf_counter()
+    with cast:
+        image_BD, text_BD, _ = model(images, texts)[:3]
+    (image_BD.float() @ text_BD.float().T).logsumexp(1).sum().backward()
+    if images.is_cuda:
+        torch.cuda.synchronize(images.device)
+    return time.perf_counter() - began

@@ -53,9 +53,7 @@ def create_clip(name: str, checkpoint: Path | None = None, *, patch_dropout: flo
     """
     import open_clip
 
-    open_clip.add_model_config(Path(__file__).parent / "models")
-    if name not in open_clip.list_models():
-        raise unknown("open_clip model", name, open_clip.list_models())
+    model_config(name)
     if checkpoint is not None and not checkpoint.is_file():
         raise UserError(f"checkpoint {checkpoint}: no such file; give --checkpoint an open_clip state dict.")
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
@@ -68,9 +66,12 @@ def create_clip(name: str, checkpoint: Path | None = None, *, patch_dropout: flo
                 pretrained=str(checkpoint) if checkpoint else None,
                 require_pretrained=checkpoint is not None,
                 force_patch_dropout=patch_dropout or None,
+                device=torch.get_default_device(),  # `with torch.device("meta")` makes a model without memory
                 nonscalar_logit_scale=True,  # DeepSpeed cannot broadcast a tensor without dimensions
             )
         except (RuntimeError, UserWarning, KeyError) as error:
+            if checkpoint is None:
+                raise
             raise UserError(f"checkpoint {checkpoint} does not fit {name}: {_first_lines(error)}") from None
     tokenizer = open_clip.get_tokenizer(name)
     *resize, to_tensor, normalize = transform.transforms  # Resize, CenterCrop, RGB, ToTensor, Normalize
@@ -86,6 +87,16 @@ def create_clip(name: str, checkpoint: Path | None = None, *, patch_dropout: flo
         tuple(normalize.mean),
         tuple(normalize.std),
     )
+
+
+def model_config(name: str) -> dict[str, Any]:
+    """open_clip's configuration of that name, ours included; UserError for an unknown one."""
+    import open_clip
+
+    open_clip.add_model_config(Path(__file__).parent / "models")
+    if name not in open_clip.list_models():
+        raise unknown("open_clip model", name, open_clip.list_models())
+    return open_clip.get_model_config(name)
 
 
 def _to_uint8(steps: list[Callable[[Any], Any]]) -> Callable[[Any], np.ndarray]:

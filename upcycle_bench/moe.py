@@ -46,7 +46,7 @@ class Gate(TopKGate):
             top2_2nd_expert_sampling=False,
         )
         self.second_expert_sampling = moe.second_expert_sampling
-        self.own_minimum = moe.min_capacity
+        self.own_factor, self.own_minimum = moe.capacity_factor, moe.min_capacity
         self.routed = self.dropped = 0
 
     def forward(
@@ -55,19 +55,24 @@ class Gate(TopKGate):
         """Routes of T tokens: (l_aux, capacity, N, index_KT (-1: dropped), location_KT, gates_KT, counts_N)."""
         self.drop_tokens = self.training
         self.top2_2nd_expert_sampling = self.second_expert_sampling and self.training
-        self.min_capacity = self.own_minimum
+        # No expert needs more slots than there are tokens, and top1gating refuses a larger minimum.
+        self.capacity_factor, self.min_capacity = self.own_factor, min(self.own_minimum, len(x_TD))
         if self.training and self.ep_group is not None and dist.get_world_size(self.ep_group) > 1:
-            self.min_capacity = self._group_capacity(len(x_TD))
-        routes = super().forward(x_TD, None, True, False)
-        l_aux, capacity, experts, index_KT, location_KT, gates_KT, counts_N = routes
-        world = dist.get_world_size() if self.training and dist.is_initialized() else 1
-        if x_TD.dtype == torch.float64 or world > 1:
-            dtype = torch.promote_types(x_TD.dtype, torch.float32)
-            probs_TN = F.softmax(F.linear(x_TD.to(dtype), self.wg.weight.to(dtype)), dim=1)
-            if world > 1:
-                l_aux = self._global_load_balance(probs_TN, world)
-            if x_TD.dtype == torch.float64:  # DeepSpeed's gate values have float32 accuracy
-                gates_KT = _renormalised(probs_TN, index_KT)
+            slots = self._group_capacity(len(x_TD))
+            # Half a slot less, which `ceil` makes whole again however the factor is rounded.
+            self.capacity_factor = (slots - 0.5) * self.wg.out_features / (len(x_TD) * self.k)
+            self.min_capacity = 0
+        with torch.autocast(x_TD.device.type, enabled=False):  # it would make DeepSpeed's float32 logits bfloat16
+            routes = super().forward(x_TD, None, True, False)
+            l_aux, capacity, experts, index_KT, location_KT, gates_KT, counts_N = routes
+            world = dist.get_world_size() if self.training and dist.is_initialized() else 1
+            if x_TD.dtype == torch.float64 or world > 1:
+                dtype = torch.promote_types(x_TD.dtype, torch.float32)
+                probs_TN = F.softmax(F.linear(x_TD.to(dtype), self.wg.weight.to(dtype)), dim=1)
+                if world > 1:
+                    l_aux = self._global_load_balance(probs_TN, world)
+                if x_TD.dtype == torch.float64:  # DeepSpeed's gate values have float32 accuracy
+                    gates_KT = _renormalised(probs_TN, index_KT)
         if self.training:
             self.routed += index_KT.numel()
             self.dropped = self.dropped + (index_KT < 0).sum()
@@ -146,6 +151,14 @@ class Padding:
         self.end_of_text = end_of_text  # None: the end-of-text token is the highest id (CLIP's tokenizer)
         self.keep_T: Tensor | None = None
         self.position_P: Tensor | None = None
+
+    @classmethod
+    def of(cls, model: Any) -> Padding | None:
+        """What follows the padding of that CLIP; None where it pools elsewhere or attends to what comes later."""
+        pool = getattr(model, "text_pool_type", None)
+        if pool not in ("argmax", "eos") or model.attn_mask is None:
+            return None
+        return cls(model.text_eos_id if pool == "eos" else None)
 
     def observe(self, _module: nn.Module, args: tuple[Tensor, ...]) -> None:
         """Forward pre-hook of the token embedding; args[0] is text_BL."""

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from upcycle_bench import evalsets
 from upcycle_bench.data import expand_shards, shards_digest
-from upcycle_bench.dense import file_digest
+from upcycle_bench.dense import file_digest, model_config
 from upcycle_bench.errors import UserError
 from upcycle_bench.protocol import Protocol
 from upcycle_bench.registry import Entry, Registry
@@ -133,15 +133,16 @@ def make_plan(
 
 def dense_recipe(protocol: Protocol, world: World) -> str:
     """Identity of a dense model that is trained on the spot: everything that makes it, numerics included."""
-    recipe = {"model": protocol.model, "dense": protocol.dense.model_dump(mode="json"), "threads": protocol.threads}
-    return fingerprint({**recipe, "data": world.sha256, "numerics": NUMERICS})
+    values = protocol.model_dump(mode="json", include={"model", "threads", "dense"})
+    return fingerprint({**values, "config": model_config(protocol.model), "data": world.sha256, "numerics": NUMERICS})
 
 
 def _training_fingerprint(protocol: Protocol, world: World | None, dense_identity: str | None) -> str:
     assert world is not None
     values = protocol.model_dump(mode="json", include={"model", "threads", "dense", "moe", "train"})
     values["train"] = {key: value for key, value in values["train"].items() if key not in _WITHOUT_EFFECT}
-    return fingerprint({**values, "data": world.sha256, "checkpoint": dense_identity, "numerics": NUMERICS})
+    values |= {"config": model_config(protocol.model), "data": world.sha256, "checkpoint": dense_identity}
+    return fingerprint({**values, "numerics": NUMERICS})
 
 
 def suite_fingerprint(suite: Suite, eval_root: Path) -> str:

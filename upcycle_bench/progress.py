@@ -81,4 +81,5 @@ class TerminalReporter(Reporter):
             progress.TimeRemainingColumn(),
             console=self.console,
             transient=True,
+            disable=not self.console.is_terminal,
         )

@@ -37,7 +37,7 @@ from upcycle_bench.suite import EvalContext, SuiteResult
 from upcycle_bench.surgery import find_layers, upcycle
 from upcycle_bench.train import COUNTING_RULE, Job, Progress, train
 
-DIAGNOSED_PAIRS = 512
+DIAGNOSED_PAIRS = 256
 CALIBRATION_BATCH = 256
 
 

@@ -38,7 +38,13 @@ def find_layers(model: Any, moe: protocol.MoE) -> list[Layer]:
     if not layers:
         raise UserError(f"moe.offset={moe.offset} leaves no block to replace; lower it.")
     for layer in layers:
-        FFN.of(model.get_submodule(layer.mlp_path))
+        parts = model.get_submodule(layer.mlp_path).named_children()
+        names = [name for name, part in parts if not isinstance(part, nn.Identity)]
+        if names != ["c_fc", "gelu", "c_proj"]:
+            raise UserError(
+                f"{layer.mlp_path} consists of {', '.join(names)}: only open_clip's plain FFN (c_fc, gelu, c_proj) "
+                "can be upcycled; choose a model such as ViT-B-32."
+            )
     return layers
 
 
@@ -54,24 +60,18 @@ def upcycle(dense: Any, inits: Mapping[str, LayerInit], moe: protocol.MoE) -> An
     # The replaced FFNs are not copied: hand deepcopy an entry that says they stand for themselves.
     replaced = {layer.name: dense.get_submodule(layer.mlp_path) for layer in layers}
     model = copy.deepcopy(dense, {id(mlp): mlp for mlp in replaced.values()})
-    padding = _attach_padding(model)
+    padding = Padding.of(model)
+    if padding is not None:
+        model.token_embedding.register_forward_pre_hook(padding.observe)
     for layer in layers:
         init, ffn = inits[layer.name], FFN.of(replaced[layer.name])
         _check(layer, init, ffn)
         parent = model.get_submodule(layer.mlp_path.rpartition(".")[0])
-        parent.mlp = MoEFFN(layer, init.experts, init.router_ND, moe, padding if layer.tower == "text" else None)
+        router_ND = init.router_ND.to(ffn.w1_HD)  # a random router is drawn on the CPU
+        parent.mlp = MoEFFN(layer, init.experts, router_ND, moe, padding if layer.tower == "text" else None)
+        parent.mlp.train(replaced[layer.name].training)
     _account(dense, model, layers)
     return model
-
-
-def _attach_padding(model: Any) -> Padding | None:
-    """Follow the text positions that carry a token, where CLIP pools at the end-of-text token."""
-    pool = getattr(model, "text_pool_type", None)
-    if pool not in ("argmax", "eos"):
-        return None
-    padding = Padding(model.text_eos_id if pool == "eos" else None)
-    model.token_embedding.register_forward_pre_hook(padding.observe)
-    return padding
 
 
 def _check(layer: Layer, init: LayerInit, ffn: FFN) -> None:

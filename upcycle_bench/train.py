@@ -10,9 +10,11 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import math
 import shutil
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +26,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from upcycle_bench import distributed
-from upcycle_bench.data import PairDataset
+from upcycle_bench.data import Batch, PairDataset
 from upcycle_bench.dense import Clip
 from upcycle_bench.moe import MoEFFN, moe_layers
 from upcycle_bench.protocol import Schedule, learning_rate
@@ -155,15 +157,14 @@ def train(
 
     Must run inside `engine.session`, on every rank. An interruption leaves the last checkpoint, if there are any.
     """
-    from open_clip.loss import ClipLoss
-
     model = clip.model.train()
     device = next(model.parameters()).device
     engine = create_engine(_Features(model, job.schedule.precision), job)
     layers = moe_layers(model)
     extra = make_loss(layers)
     rank, world = distributed.rank(), distributed.world_size()
-    contrastive = ClipLoss(local_loss=True, gather_with_grad=True, rank=rank, world_size=world)
+    # open_clip's gather is deprecated by PyTorch, but is the one with a gradient on gloo and nccl alike
+    warnings.filterwarnings("ignore", message="torch.distributed.nn.functional.all_gather is deprecated")
     progress = _resume(engine, extra, job)
     batches = data.batches(
         job.seed, progress.step, job.stop_step, job.schedule.batch_size, rank, world, workers=_workers(device)
@@ -178,16 +179,8 @@ def train(
                 group["lr"] = rate
             counter = FlopCounterMode(display=False) if logged else contextlib.nullcontext()
             with counter, _patch_dropout_stream(job.seed, step, rank, device):
-                images, texts = clip.normalise(batch.images.to(device)), batch.texts.to(device)
-                image_BD, text_BD, scale = engine(images, texts)
-                losses = {"contrastive": contrastive(image_BD, text_BD, scale)}
-                if layers:
-                    balance = torch.stack([layer.l_aux for layer in layers.values() if layer.l_aux is not None])
-                    losses["load_balance"] = job.load_balance * balance.sum()
-                if extra is not None:
-                    with autocast(device, job.schedule.precision):
-                        losses[extra.name] = extra.compute()
-                loss = torch.stack([term.float() for term in losses.values()]).sum()
+                losses, scale = compute_losses(engine, clip, batch, job, layers, extra)
+                loss = torch.stack(list(losses.values())).sum()
                 engine.backward(loss)
                 engine.step()
             _clamp_logit_scale(model, job)
@@ -201,12 +194,39 @@ def train(
                 _collect_drops(layers, progress)
                 progress.last = _metrics(loss, losses, rate, scale, job, progress)
                 log.write(progress.last)
+                if not math.isfinite(progress.last["loss"]):
+                    raise FloatingPointError(f"the loss is {progress.last['loss']} at step {step}: {losses}")
             on_step(progress.step, progress.last)
             if job.checkpoint_every and progress.step % job.checkpoint_every == 0 and progress.step < job.stop_step:
+                _collect_drops(layers, progress)
                 _save(engine, extra, job, progress)
     if extra is not None:
         extra.close()
     return progress
+
+
+def compute_losses(
+    engine: Any, clip: Clip, batch: Batch, job: Job, layers: Mapping[str, MoEFFN], extra: ExtraLoss | None
+) -> tuple[dict[str, Tensor], Tensor]:
+    """The terms of the loss by name (float32 scalars, to be summed) and the logit scale, for this rank's `batch`.
+
+    Each term's mean over ranks is its value on the global batch, so averaged gradients equal those of one process.
+    """
+    from open_clip.loss import ClipLoss
+
+    device = next(clip.model.parameters()).device
+    images, texts = clip.normalise(batch.images.to(device)), batch.texts.to(device)
+    image_BD, text_BD, scale = engine(images, texts)
+    rank, world = distributed.rank(), distributed.world_size()
+    contrastive = ClipLoss(local_loss=True, gather_with_grad=True, rank=rank, world_size=world)
+    losses = {"contrastive": contrastive(image_BD, text_BD, scale)}
+    if layers:
+        balance = torch.stack([layer.l_aux for layer in layers.values() if layer.l_aux is not None])
+        losses["load_balance"] = job.load_balance * balance.sum().float()
+    if extra is not None:
+        with autocast(device, job.schedule.precision):
+            losses[extra.name] = extra.compute().float()
+    return losses, scale
 
 
 def _metrics(
@@ -305,8 +325,8 @@ def _resume(engine: Any, extra: ExtraLoss | None, job: Job) -> Progress:
     if job.checkpoints is None or not (job.checkpoints / "latest").is_file():
         return Progress()
     with contextlib.redirect_stdout(sys.stderr):
-        folder, state = engine.load_checkpoint(str(job.checkpoints))
+        _, state = engine.load_checkpoint(str(job.checkpoints))
     if extra is not None:
-        path = Path(folder).parent / (job.checkpoints / "latest").read_text().strip()
+        path = job.checkpoints / (job.checkpoints / "latest").read_text().strip()
         extra.load_state_dict(torch.load(path / f"loss_rank{distributed.rank()}.pt", weights_only=True))
     return Progress(**state["progress"])

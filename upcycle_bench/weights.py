@@ -26,7 +26,7 @@ from upcycle_bench.moe import moe_layers
 from upcycle_bench.strategy import FFN, LayerInit
 from upcycle_bench.surgery import find_layers, upcycle
 
-FORMAT = "upcycle-bench/1"
+FORMAT = "upcycle-bench/1"  # the metadata's one key: safetensors writes several in a random order
 EXPERT_KEY = re.compile(r"(.*\.deepspeed_experts\.)(\d+)(\..*)")
 
 
@@ -55,11 +55,11 @@ def save(clip: Clip, moe: protocol.MoE, folder: Path) -> str:
     state = consolidate(clip)
     if not distributed.is_main():
         return ""
-    settings = moe.model_dump_json() if moe_layers(clip.model) else ""
+    settings = {"model": clip.name, "moe": moe.model_dump() if moe_layers(clip.model) else None}
     folder.mkdir(parents=True, exist_ok=True)
     temporary = folder / f".{os.getpid()}.safetensors"
     try:
-        save_file(state, temporary, metadata={"format": FORMAT, "model": clip.name, "moe": settings})
+        save_file(state, temporary, metadata={FORMAT: json.dumps(settings)})
         digest = file_digest(temporary)
         os.replace(temporary, folder / f"{digest}.safetensors")
     finally:
@@ -77,20 +77,25 @@ def load(path: Path) -> Clip:
 
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
+            text = (file.metadata() or {}).get(FORMAT)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path}: not a readable safetensors file ({error}).") from None
-    if metadata.get("format") != FORMAT:
+    if text is None:
         raise UserError(f"{path}: not written by upcycle-bench ({FORMAT}); dense models load with --checkpoint.")
-    clip = create_clip(metadata["model"])
-    if metadata["moe"]:
-        moe = protocol.MoE.model_validate(json.loads(metadata["moe"]) | {"ep_size": 1})
-        inits = {}
-        for layer in find_layers(clip.model, moe):
-            ffn = FFN.of(clip.model.get_submodule(layer.mlp_path))
-            router_ND = torch.empty(layer.num_experts, ffn.width)
-            inits[layer.name] = LayerInit([ffn.expert() for _ in range(layer.num_experts)], router_ND)
-        clip = replace(clip, model=upcycle(clip.model, inits, moe))
-    clip.model.load_state_dict(load_file(path), strict=True)
+    try:
+        settings = json.loads(text)
+        clip = create_clip(settings["model"])
+        if settings["moe"] is not None:
+            moe = protocol.MoE.model_validate(settings["moe"] | {"ep_size": 1})
+            inits = {}
+            for layer in find_layers(clip.model, moe):
+                ffn = FFN.of(clip.model.get_submodule(layer.mlp_path))
+                router_ND = torch.empty(layer.num_experts, ffn.width)
+                inits[layer.name] = LayerInit([ffn.expert() for _ in range(layer.num_experts)], router_ND)
+            clip = replace(clip, model=upcycle(clip.model, inits, moe))
+        clip.model.load_state_dict(load_file(path), strict=True)
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:  # of json, pydantic, load_state_dict
+        reason = " ".join(str(error).split())[:400]
+        raise UserError(f"{path}: does not fit its own metadata ({reason}).") from None
     clip.model.eval()
     return clip

@@ -1,0 +1,44 @@
+"""What all tests share: a cache of their own for the whole session, and quick versions of `smoke`."""
+
+import os
+
+# One thread each: the tests' tensors are tiny, and several processes with two threads would wait for each other.
+os.environ["OMP_NUM_THREADS"] = "1"
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+# Set before anything asks for the cache, and inherited by the processes that tests start.
+QUICK = [
+    "dense.schedule.steps=12",
+    "dense.schedule.batch_size=32",
+    "train.schedule.steps=4",
+    "train.schedule.batch_size=32",
+]
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """One cache for the session: worlds and dense models are built once."""
+    before = os.environ.get("UPCYCLE_BENCH_CACHE")
+    path = tmp_path_factory.mktemp("cache")
+    os.environ["UPCYCLE_BENCH_CACHE"] = str(path)
+    yield path
+    if before is None:
+        del os.environ["UPCYCLE_BENCH_CACHE"]
+    else:
+        os.environ["UPCYCLE_BENCH_CACHE"] = before
+
+
+@pytest.fixture
+def quick() -> list[str]:
+    """Overrides that make a `smoke` run a matter of seconds."""
+    return list(QUICK)
+
+
+@pytest.fixture
+def quick_flags() -> list[str]:
+    """The same as command-line options."""
+    return [part for override in QUICK for part in ("--set", override)]

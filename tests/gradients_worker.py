@@ -1,0 +1,80 @@
+"""Started by test_distributed on every rank: one forward and backward of a global batch, gradients written by rank 0.
+
+usage: gradients_worker.py OUTPUT EP_SIZE STRATEGY
+"""
+
+import sys
+
+import torch
+import torch.distributed as dist
+
+from upcycle_bench import distributed, engine
+from upcycle_bench.dense import create_clip
+from upcycle_bench.plan import make_plan
+from upcycle_bench.progress import Reporter
+from upcycle_bench.protocol import load_protocol
+from upcycle_bench.registry import load_registry
+from upcycle_bench.rng import Stream
+from upcycle_bench.run import initialise, training_data
+from upcycle_bench.costs import Meter
+from upcycle_bench.train import Job, compute_losses, create_engine
+from upcycle_bench.moe import moe_layers
+from upcycle_bench.weights import EXPERT_KEY
+from upcycle_bench.train import _Features
+
+
+def main(output: str, ep_size: str, strategy: str) -> None:
+    registry = load_registry()
+    # capacity_factor 8: nothing is dropped, so that the number of ranks cannot matter
+    overrides = [f"moe.ep_size={ep_size}", "moe.capacity_factor=8.0", "train.schedule.batch_size=32"]
+    protocol = load_protocol(registry.get("protocol", "smoke").target, overrides)
+    plan = make_plan(registry, strategy, protocol)
+    with engine.session(threads=1) as device:
+        dense = create_clip(protocol.model, seed=3)
+        data = training_data(plan, dense, protocol.train.schedule)
+        model, _ = initialise(plan, dense, data, Meter(device), Reporter())
+        model.model.train()
+        job = Job(schedule=protocol.train.schedule, peak_lr=1e-3, stop_step=1, seed=0, load_balance=0.5)
+        deepspeed_engine = create_engine(_Features(model.model, "fp32"), job)
+        layers = moe_layers(model.model)
+        extra = plan.strategy.loss(layers, Stream(("loss",)))
+        if extra is not None:  # a teacher unlike the student, or the loss and its gradient would vanish in part
+            for layer in layers.values():
+                with torch.no_grad():
+                    layer.gate.wg.weight.add_(0.3 * layer.gate.wg.weight.flip(0))
+        batch = data.batch(0, 0, 32, distributed.rank(), distributed.world_size())
+        losses, _ = compute_losses(deepspeed_engine, model, batch, job, layers, extra)
+        deepspeed_engine.backward(torch.stack(list(losses.values())).sum())
+        gradients = {}
+        for name, parameter in model.model.named_parameters():
+            assert parameter.grad is not None, name
+            gradients[name] = parameter.grad.clone()
+        values = torch.stack([value.detach() for value in losses.values()])
+        if distributed.world_size() > 1:
+            dist.all_reduce(values)
+            values /= distributed.world_size()
+        gathered = _gather_experts(gradients, layers, int(ep_size))
+        if distributed.is_main():
+            torch.save({"gradients": gathered, "losses": dict(zip(losses, values.tolist(), strict=True))}, output)
+
+
+def _gather_experts(gradients: dict, layers: dict, ep_size: int) -> dict:
+    if ep_size == 1:
+        return gradients
+    whole = {}
+    local = next(iter(layers.values())).moe.num_local_experts
+    for name, gradient in gradients.items():
+        match = EXPERT_KEY.fullmatch(name)
+        if match is None:
+            whole[name] = gradient
+            continue
+        head, number, tail = match.groups()
+        parts = [torch.empty_like(gradient) for _ in range(ep_size)]
+        dist.all_gather(parts, gradient.contiguous())
+        for rank, part in enumerate(parts):
+            whole[f"{head}{rank * local + int(number)}{tail}"] = part
+    return whole
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

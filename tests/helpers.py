@@ -1,0 +1,214 @@
+"""A tiny CLIP, data for it, and a strategy's work on it by the steps of `upcycle_bench.run.make_experts`.
+
+Shape suffixes: B batch, L sequence, T tokens, D width, H hidden width, N experts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import faiss
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from upcycle_bench.calibration import calibrate
+from upcycle_bench.data import Batch
+from upcycle_bench.dense import Clip, create_clip
+from upcycle_bench.moe import MoEFFN
+from upcycle_bench.protocol import MoE
+from upcycle_bench.rng import Stream
+from upcycle_bench.strategy import FFN, Layer, LayerInit, Strategy
+from upcycle_bench.surgery import find_layers, upcycle
+
+START_OF_TEXT, END_OF_TEXT = 49406, 49407  # CLIP's tokenizer
+MODEL = "smoke-vit"
+
+
+def tiny_moe(**changes: Any) -> MoE:
+    """The published layout on a small scale: top-2 of 4 experts in every other block."""
+    settings: dict[str, Any] = {
+        "experts": 4,
+        "top_k": 2,
+        "every": 2,
+        "offset": 1,
+        "capacity_factor": 2.0,
+        "min_capacity": 4,
+        "load_balance": 0.001,
+        "second_expert_sampling": False,
+        "ep_size": 1,
+    }
+    return MoE(**(settings | changes))
+
+
+@functools.cache
+def _shared_clip() -> Clip:
+    clip = create_clip(MODEL, seed=0)
+    clip.model.eval()
+    return clip
+
+
+def tiny_clip(dtype: torch.dtype = torch.float32) -> Clip:
+    """The smoke protocol's model with random weights, a fresh copy; random biases, so that losing one shows."""
+    clip = _shared_clip()
+    model = copy.deepcopy(clip.model)
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            parameter.data.normal_(0, 0.1, generator=generator)
+    return replace(clip, model=model.to(dtype))
+
+
+def captions(lengths: list[int], context: int, generator: torch.Generator, tail: Tensor | None = None) -> Tensor:
+    """Random texts [B, L]; `lengths` count start and end of text, behind which stand zeros, or `tail` [B, L]."""
+    text_BL = torch.zeros(len(lengths), context, dtype=torch.long) if tail is None else tail.clone()
+    for row, length in zip(text_BL, lengths, strict=True):
+        row[:length] = torch.randint(1, START_OF_TEXT, (length,), generator=generator)
+        row[0], row[length - 1] = START_OF_TEXT, END_OF_TEXT
+    return text_BL
+
+
+class TinyPairs:
+    """Stands in for a `PairDataset`: `calibration` gives random uint8 images and captions of all lengths."""
+
+    def __init__(self, clip: Clip, limit: int = 128) -> None:
+        self.clip, self.limit = clip, limit
+
+    def calibration(self, rng: Stream, pairs: int, batch_size: int) -> Iterator[Batch]:
+        """At most `limit` pairs, in batches, whose size changes nothing."""
+        generator = rng.child("pairs").generator()
+        count, context = min(pairs, self.limit), self.clip.model.context_length
+        tint = torch.randint(0, 256, (count, 3, 1, 1), generator=generator)  # so that images differ from each other
+        noise = torch.randint(-60, 61, (count, 3, *self.clip.model.visual.image_size), generator=generator)
+        images = (tint + noise).clamp(0, 255).to(torch.uint8)
+        lengths = torch.randint(3, context + 1, (count,), generator=generator).tolist()
+        texts = captions(lengths, context, generator)
+        for index in torch.arange(count).split(batch_size):
+            yield Batch(images[index], texts[index], index)
+
+
+def tiny_batches(clip: Clip, seed: int = 0, pairs: int = 128, batch_size: int = 64) -> list[tuple[Tensor, Tensor]]:
+    """(images in the model's dtype, texts), the same for the same seed."""
+    dtype = next(clip.model.parameters()).dtype
+    batches = TinyPairs(clip, pairs).calibration(Stream(("tiny", seed)), pairs, batch_size)
+    return [(clip.normalise(batch.images).to(dtype), batch.texts) for batch in batches]
+
+
+@dataclass(frozen=True)
+class Initialised:
+    """What a strategy made of a CLIP, and what it was made from; `calibrators` and `streams` go by layer name."""
+
+    layers: list[Layer]
+    ffns: dict[str, FFN]
+    calibrators: dict[str, Any]
+    streams: dict[str, Stream]
+    inits: dict[str, LayerInit]
+
+
+def initialise(
+    strategy: Strategy,
+    clip: Clip,
+    seed: int,
+    *,
+    moe: MoE | None = None,
+    arrange: Callable[[list[Layer]], list[Layer]] = list,
+) -> Initialised:
+    """`run.make_experts` on tiny data; `arrange` changes the order in which layers are visited, not the result's."""
+    layers = find_layers(clip.model, moe or tiny_moe())
+    root = Stream(("strategy", strategy.info.name, seed))
+    ffns = {layer.name: FFN.of(clip.model.get_submodule(layer.mlp_path)) for layer in layers}
+    calibrators = {}
+    if strategy.calibration_pairs:
+        for layer in arrange(layers):
+            stream = root.child(layer.name, "calibration")
+            calibrators[layer.name] = strategy.calibrator(ffns[layer.name], layer, stream)
+        dtype = next(clip.model.parameters()).dtype
+        batches = TinyPairs(clip).calibration(Stream(("calibration", seed)), strategy.calibration_pairs, 256)
+        inputs = ((clip.normalise(batch.images).to(dtype), batch.texts) for batch in batches)
+        calibrate(clip.model, arrange(layers), calibrators, inputs)
+    streams = {layer.name: root.child(layer.name) for layer in layers}
+    made = {
+        layer.name: strategy.init_layer(ffns[layer.name], layer, calibrators.get(layer.name), root.child(layer.name))
+        for layer in arrange(layers)
+    }
+    return Initialised(layers, ffns, calibrators, streams, {layer.name: made[layer.name] for layer in layers})
+
+
+def upcycled(strategy: Strategy, clip: Clip, seed: int, moe: MoE | None = None) -> Clip:
+    """The model a run would train at step 0; the dense one itself where the strategy replaces nothing."""
+    if not strategy.replaces_ffn:
+        return clip
+    moe = moe or tiny_moe()
+    return replace(clip, model=upcycle(clip.model, initialise(strategy, clip, seed, moe=moe).inits, moe))
+
+
+def features(model: nn.Module, images: Tensor, texts: Tensor) -> Tensor:
+    """Image and text features [2 B, E] in eval mode, without gradient."""
+    model.eval()
+    with torch.no_grad():
+        return torch.cat([model.encode_image(images), model.encode_text(texts)])
+
+
+def contrastive_loss(image_BE: Tensor, text_BE: Tensor, scale: Tensor) -> Tensor:
+    """CLIP's symmetric cross-entropy of normalised features."""
+    logits_BB = scale * image_BE @ text_BE.T
+    target_B = torch.arange(len(logits_BB))
+    return (F.cross_entropy(logits_BB, target_B) + F.cross_entropy(logits_BB.T, target_B)) / 2
+
+
+def dense_forward(ffn: FFN, x_TD: Tensor) -> Tensor:
+    """W2 act(W1 x + b1) + b2."""
+    return F.linear(ffn.act(F.linear(x_TD, ffn.w1_HD, ffn.b1_H)), ffn.w2_DH, ffn.b2_D)
+
+
+def random_ffn(
+    hidden: int, width: int, seed: int = 0, dtype: torch.dtype = torch.float64, act: nn.Module | None = None
+) -> FFN:
+    """A dense FFN of an ordinary scale."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int) -> Tensor:
+        return (torch.randn(shape, generator=generator, dtype=torch.float64) / width**0.5).to(dtype)
+
+    return FFN(draw(hidden, width), draw(hidden), draw(width, hidden), draw(width), act or nn.GELU())
+
+
+def moe_layer(init: LayerInit, *, moe: MoE | None = None, tower: str = "vision") -> MoEFFN:
+    """One MoE layer outside a model, without text padding."""
+    moe = moe or tiny_moe(experts=len(init.experts))
+    return MoEFFN(Layer(tower, 1, moe.experts, moe.top_k), init.experts, init.router_ND, moe, None)  # type: ignore[arg-type]
+
+
+@contextlib.contextmanager
+def threads(number: int) -> Iterator[None]:
+    """That many threads for torch, one for faiss. Tiny work on a busy machine is 100 times slower with two."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    faiss.omp_set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def cones(
+    count: int, directions_ND: Tensor, seed: int, *, noise: float = 0.1, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor]:
+    """Tokens [T, D] of very different lengths around directions of unit length, and the direction of each [T]."""
+    generator = torch.Generator().manual_seed(seed)
+    label_T = torch.arange(count) % len(directions_ND)
+    shape = (count, directions_ND.shape[1])
+    x_TD = directions_ND[label_T].double() + noise * torch.randn(shape, generator=generator, dtype=torch.float64)
+    length_T1 = 0.5 + 20 * torch.rand(count, 1, generator=generator, dtype=torch.float64)
+    return (x_TD * length_T1).to(dtype), label_T
+
+
+def orthonormal(number: int, width: int, seed: int = 0) -> Tensor:
+    """Rows of unit length, at right angles, [N, D] float64."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.linalg.qr(torch.randn(width, number, generator=generator, dtype=torch.float64)).Q.T

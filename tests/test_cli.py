@@ -1,0 +1,122 @@
+"""The command line: instant help, one JSON document, one-line errors, exit codes."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from upcycle_bench import __version__, cli
+
+
+def command(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "upcycle_bench", *arguments], capture_output=True, text=True, timeout=300, cwd=cwd
+    )
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["--version"], ["leaderboard", "--help"]])
+def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
+    code = (
+        "import sys\nfrom upcycle_bench.cli import app\n"
+        f"try: app({arguments!r})\nexcept SystemExit as leave: assert leave.code == 0\n"
+        "heavy = {'torch', 'deepspeed', 'open_clip', 'numpy'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout
+
+
+def test_version() -> None:
+    assert command("--version").stdout == f"upcycle-bench {__version__}\n"
+
+
+def test_every_command_answers_help() -> None:
+    for name in ("run", "list", "leaderboard", "schema", "doctor"):
+        done = command(name, "--help")
+        assert done.returncode == 0
+        assert "--json" in done.stdout
+
+
+def test_list_as_json_is_one_document() -> None:
+    listing = json.loads(command("list", "--json").stdout)
+    assert set(listing) == {"strategies", "suites", "protocols", "broken"}
+    cluster_aware = next(row for row in listing["strategies"] if row["name"] == "cluster-aware")
+    assert cluster_aware["status"] == "published"
+    assert cluster_aware["from"] == f"upcycle-bench {__version__}"
+    assert any("tau" in part for part in cluster_aware["reconstructed"])
+    assert "CVPR 2026" in cluster_aware["paper"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["run", "-s", "cluster-awre"], "unknown strategy 'cluster-awre': did you mean 'cluster-aware'?"),
+        (["run", "-s", "dense", "-p", "smok"], "unknown protocol 'smok': did you mean 'smoke'?"),
+        (["run", "-s", "dense", "--set", "moe.expert=4"], "unknown protocol key 'moe.expert'"),
+        (["run", "-s", "cluster-aware", "-o", "tau=2"], "cluster-aware: tau: Input should be less than or equal to 1"),
+        (["run", "-s", "cluster-aware", "-o", "tau"], "write it as KEY=VALUE"),
+        (["run", "-s", "dense", "-p", "clip-b32"], "protocol clip-b32 needs --data"),
+        (["run", "-s", "sparse-upcycling", "--set", "moe.ep_size=2"], "torchrun --nproc_per_node 2"),
+        (["leaderboard", "nowhere"], "nowhere"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(tmp_path: Path, arguments: list[str], message: str) -> None:
+    done = command(*arguments, cwd=tmp_path)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert done.stdout == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_schema_is_json_schema() -> None:
+    schema = json.loads(command("schema").stdout)
+    assert {"strategy", "protocol", "scores", "receipt", "cost", "environment", "status"} <= set(schema["properties"])
+
+
+def test_dry_run_says_what_would_run_and_writes_nothing(tmp_path: Path) -> None:
+    done = command("run", "-s", "cluster-aware", "-p", "clip-b16", "--dry-run", "--json", cwd=tmp_path)
+    facts = json.loads(done.stdout)
+    assert facts["parameters_total"] == 436_212_225
+    assert facts["steps"] == 39673
+    assert facts["samples"] == 39673 * 32768
+    assert len(facts["blocks_replaced"]) == 12
+    assert facts["training_flops"] > 1e19
+    assert facts["estimated_training_seconds_on_this_device"] > 0
+    assert len(facts["missing"]) == 3
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_broken_plugin_is_named_and_list_still_works(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from upcycle_bench import registry
+
+    real = registry.load_registry()
+    real.broken["outsider:bad"] = "ImportError: no"
+    monkeypatch.setattr(registry, "load_registry", lambda: real)
+    monkeypatch.setattr(sys, "argv", ["upcycle-bench", "list", "strategies"])
+    with pytest.raises(SystemExit) as leave:
+        cli.main()
+    assert leave.value.code == 0
+    captured = capsys.readouterr()
+    assert "cluster-aware" in captured.out
+    assert captured.err == "warning: plugin outsider:bad did not load: ImportError: no\n"
+
+
+def test_the_installed_packages_do_not_claim_common_names() -> None:
+    """`strategies` and `suites` are ours only inside our namespace: outside the checkout they must not be importable."""
+    code = "import importlib.util as u; assert u.find_spec('upcycle_bench.strategies.cluster_aware'); assert not u.find_spec('strategies')"
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    done = subprocess.run([sys.executable, "-c", code], cwd="/", env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_rank_one_says_nothing(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("RANK", "1")
+    cli._warn_broken({"outsider:bad": "ImportError: no"})
+    assert capsys.readouterr().err == ""

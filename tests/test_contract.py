@@ -1,0 +1,449 @@
+"""What every registered strategy must keep, ours or an outsider's: parametrised over the registry, on a tiny CLIP.
+
+Strategies that replace no FFN are held to what applies to them, in a branch of their own.
+
+Shape suffixes: B batch, L sequence, T tokens, D width, N experts, K choices per token.
+"""
+
+import ast
+import dataclasses
+import inspect
+import io
+import json
+import math
+import random
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, get_args
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.testing import assert_close
+
+from tests.helpers import (
+    Initialised,
+    TinyPairs,
+    contrastive_loss,
+    features,
+    initialise,
+    threads,
+    tiny_batches,
+    tiny_clip,
+    tiny_moe,
+    upcycled,
+)
+from upcycle_bench import weights
+from upcycle_bench.dense import Clip
+from upcycle_bench.errors import UserError
+from upcycle_bench.moe import moe_layers
+from upcycle_bench.registry import load_registry
+from upcycle_bench.rng import Stream
+from upcycle_bench.run import make_experts
+from upcycle_bench.strategy import ExtraLoss, Status, Strategy, StrategyInfo, configure
+
+REGISTRY = load_registry()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    with threads(1):
+        yield
+
+
+@pytest.fixture(params=sorted(REGISTRY.strategies))
+def name(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture
+def strategy(name: str) -> Strategy:
+    return configure(REGISTRY.strategies[name].target, {})
+
+
+def tensors(made: Initialised) -> dict[str, Tensor]:
+    """Everything a strategy made, by a name of its own."""
+    named = {}
+    for layer, init in made.inits.items():
+        named[f"{layer}.router"] = init.router_ND
+        for number, expert in enumerate(init.experts):
+            named |= {f"{layer}.{number}.{key}": value for key, value in expert.state_dict().items()}
+    return named
+
+
+def equal(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
+    """The same keys and the same bits."""
+    return first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+
+
+def snapshot(module: nn.Module) -> dict[str, Tensor]:
+    return {key: value.clone() for key, value in module.state_dict().items()}
+
+
+# ---- What it says of itself ---------------------------------------------------------------------------------------
+
+
+def test_every_plugin_loads() -> None:
+    assert REGISTRY.broken == {}
+    assert {"cluster-aware", "dense", "dense-frozen", "sparse-upcycling"} <= REGISTRY.strategies.keys()
+
+
+def test_info_is_filled(name: str) -> None:
+    entry = REGISTRY.strategies[name]
+    info = entry.target.info
+    assert issubclass(entry.target, Strategy)
+    assert isinstance(info, StrategyInfo)
+    assert info.name == name
+    assert name == name.lower().replace("_", "-").strip("-")
+    for text in (info.summary, info.paper):
+        assert text.strip()
+        assert "\n" not in text
+    assert info.status in get_args(Status)
+    assert isinstance(info.reconstructed, tuple)
+    assert all(isinstance(part, str) and part for part in info.reconstructed)
+    assert info.reconstructed or info.status != "reconstructed"  # a reconstruction says what it reconstructed
+    assert info.url == "" or info.url.startswith("https://")
+    assert entry.distribution
+    for text in (inspect.getmodule(entry.target).__doc__, entry.target.__doc__):
+        assert text
+        assert text.strip()
+
+
+def test_facts_are_consistent(strategy: Strategy) -> None:
+    assert all(type(fact) is bool for fact in (strategy.replaces_ffn, strategy.trains, strategy.preserves_function))
+    assert isinstance(strategy.calibration_pairs, int)
+    assert strategy.calibration_pairs >= 0
+    if strategy.replaces_ffn:
+        assert type(strategy).init_layer is not Strategy.init_layer
+        assert (strategy.calibration_pairs > 0) == (type(strategy).calibrator is not Strategy.calibrator)
+    else:
+        assert strategy.preserves_function
+        assert strategy.calibration_pairs == 0
+        assert strategy.loss({}, Stream(("loss", 0))) is None
+
+
+def test_config_is_a_frozen_keyword_only_dataclass(strategy: Strategy) -> None:
+    target = type(strategy)
+    assert dataclasses.is_dataclass(target)
+    assert target.__dataclass_params__.frozen
+    assert all(field.kw_only for field in dataclasses.fields(target))
+    for field in dataclasses.fields(target):
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(strategy, field.name, getattr(strategy, field.name))
+    assert configure(target, {}) == strategy
+
+
+def test_config_is_strict_json(strategy: Strategy) -> None:
+    config = strategy.config()
+    assert json.loads(json.dumps(config, allow_nan=False)) == config
+    assert list(config) == [field.name for field in dataclasses.fields(type(strategy))]
+    text = {key: str(value) for key, value in config.items()}  # as the command line gives it back
+    assert configure(type(strategy), text) == strategy
+
+
+def test_config_refuses_what_a_record_cannot_hold(strategy: Strategy) -> None:
+    for key, value in strategy.config().items():
+        for bad in ("inf", "-inf", "nan") if isinstance(value, float) else ():
+            with pytest.raises(UserError, match=f"^{strategy.info.name}: {key}: ") as error:
+                configure(type(strategy), {key: bad})
+            assert "\n" not in str(error.value)
+    with pytest.raises(UserError, match="unknown option"):
+        configure(type(strategy), {"no_such_option": "1"})
+
+
+def imported(path: Path) -> set[str]:
+    """Every module that a file imports, at any depth of its code; `from a import b` counts as a and a.b."""
+    modules = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            modules |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            module = "." * node.level + (node.module or "")
+            modules |= {module, *(f"{module}.{alias.name}" for alias in node.names)}
+    return modules
+
+
+def test_file_imports_only_what_strategies_may(name: str) -> None:
+    modules = imported(Path(inspect.getsourcefile(REGISTRY.strategies[name].target)))
+    allowed = set(sys.stdlib_module_names) | {"torch", "numpy", "pydantic", "upcycle_bench"}
+    assert {module.partition(".")[0] for module in modules} <= allowed  # a relative import starts with nothing
+    siblings = ("upcycle_bench.strategies", "upcycle_bench.suites")
+    assert not [module for module in modules if module.startswith(siblings)]
+
+
+# ---- What it makes ------------------------------------------------------------------------------------------------
+
+
+def test_helper_walks_the_path_of_a_run(strategy: Strategy) -> None:
+    clip = tiny_clip()
+    if not strategy.replaces_ffn:  # run.initialise hands the dense model on
+        assert upcycled(strategy, clip, 0) is clip
+        return
+    plan: Any = SimpleNamespace(strategy=strategy, init_seed=0, protocol=SimpleNamespace(moe=tiny_moe()))
+    data: Any = TinyPairs(clip)
+    inits = make_experts(plan, clip, data, torch.device("cpu"))
+    ours = initialise(strategy, clip, seed=0)
+    assert list(inits) == list(ours.inits)
+    assert equal(tensors(ours), tensors(replace(ours, inits=inits)))
+
+
+def test_same_seed_same_bits_other_seed_other_weights(strategy: Strategy) -> None:
+    clip = tiny_clip()
+    if not strategy.replaces_ffn:
+        dense = snapshot(clip.model)
+        assert all(equal(upcycled(strategy, clip, seed).model.state_dict(), dense) for seed in (0, 1))
+        return
+    first, again, other = (tensors(initialise(strategy, clip, seed)) for seed in (0, 0, 1))
+    assert equal(first, again)
+    assert not equal(first, other)
+    for layer in ("vision.1", "text.1"):  # no layer is forgotten, nor do layers share a stream
+        keys = [key for key in first if key.startswith(layer)]
+        assert not all(torch.equal(first[key], other[key]) for key in keys)
+    assert not torch.equal(first["vision.1.router"], first["vision.3.router"])
+
+
+def test_init_layer_is_a_pure_function(strategy: Strategy) -> None:
+    clip = tiny_clip()
+    if not strategy.replaces_ffn:
+        with pytest.raises(NotImplementedError):
+            strategy.init_layer(*[None] * 4)  # type: ignore[arg-type]
+        return
+    made = initialise(strategy, clip, seed=0)
+    again = {
+        layer.name: strategy.init_layer(
+            made.ffns[layer.name], layer, made.calibrators.get(layer.name), made.streams[layer.name]
+        )
+        for layer in made.layers
+    }
+    assert equal(tensors(made), tensors(replace(made, inits=again)))
+    for layer in made.layers:
+        assert dict(again[layer.name].notes) == dict(made.inits[layer.name].notes)
+        shared = storages(again[layer.name]) & storages(made.inits[layer.name])
+        assert not shared, "two calls must not hand out the same tensors"
+
+
+def storages(init: Any) -> set[int]:
+    return {tensor.data_ptr() for expert in init.experts for tensor in expert.parameters()} | {
+        init.router_ND.data_ptr()
+    }
+
+
+def test_order_of_layers_does_not_matter(strategy: Strategy) -> None:
+    clip = tiny_clip()
+    if not strategy.replaces_ffn:
+        assert upcycled(strategy, clip, 0).model is clip.model
+        return
+    arrangements: list[Callable[[list[Any]], list[Any]]] = [list, lambda layers: layers[::-1]]
+    forward, backward = (tensors(initialise(strategy, clip, 0, arrange=arrange)) for arrange in arrangements)
+    assert equal(forward, backward)
+
+
+def test_number_of_threads_does_not_matter(strategy: Strategy) -> None:
+    clip = tiny_clip()
+    if not strategy.replaces_ffn:
+        assert upcycled(strategy, clip, 0).model is clip.model
+        return
+    few = tiny_moe(every=4)  # two threads crawl on a busy machine: one layer per tower will do
+    made = []
+    for number in (1, 2):
+        with threads(number):
+            made.append(tensors(initialise(strategy, clip, 0, moe=few)))
+    assert equal(*made)
+    assert torch.get_num_threads() == 1
+
+
+def test_neither_the_dense_model_nor_global_generators_are_touched(strategy: Strategy) -> None:
+    clip = tiny_clip()
+    clip.model.train()
+    before = snapshot(clip.model)
+    states = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
+    if strategy.replaces_ffn:
+        initialise(strategy, clip, seed=0)
+    assert torch.equal(states[0], torch.get_rng_state())
+    assert np.array_equal(states[1], np.random.get_state()[1])
+    assert states[2] == random.getstate()
+    upcycled(strategy, clip, seed=0)
+    assert equal(clip.model.state_dict(), before)
+    assert clip.model.training
+    assert all(parameter.requires_grad and parameter.grad is None for parameter in clip.model.parameters())
+    hooks = [hook for module in clip.model.modules() for hook in (*module._forward_hooks, *module._forward_pre_hooks)]
+    assert hooks == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_shapes_and_notes(strategy: Strategy, dtype: torch.dtype) -> None:
+    clip = tiny_clip(dtype)
+    if not strategy.replaces_ffn:
+        assert moe_layers(upcycled(strategy, clip, 0).model) == {}
+        return
+    for experts in (2, 4):
+        made = initialise(strategy, clip, seed=0, moe=tiny_moe(experts=experts))
+        for layer in made.layers:
+            ffn, init = made.ffns[layer.name], made.inits[layer.name]
+            assert init.router_ND.shape == (experts, ffn.width)
+            assert init.router_ND.dtype == dtype
+            assert torch.isfinite(init.router_ND).all()
+            assert len(init.experts) == experts
+            x_TD = torch.randn(5, ffn.width, generator=torch.Generator().manual_seed(0)).to(dtype)
+            for expert in init.experts:
+                y_TD = expert(x_TD)
+                assert (y_TD.shape, y_TD.dtype) == (x_TD.shape, dtype)
+                assert torch.isfinite(y_TD).all()
+                assert expert(x_TD[:0]).shape == (0, ffn.width)  # an expert may get no token
+            json.dumps(dict(init.notes), allow_nan=False)
+            assert all(math.isfinite(value) for value in init.notes.values())
+
+
+def test_every_parameter_is_accounted_for(strategy: Strategy) -> None:
+    clip = tiny_clip()
+    dense = dict(clip.model.named_parameters())
+    model = upcycled(strategy, clip, seed=0).model
+    ours = dict(model.named_parameters())
+    if not strategy.replaces_ffn:
+        assert ours.keys() == dense.keys()
+        assert all(ours[key] is dense[key] for key in dense)
+        return
+    layers = moe_layers(model)
+    assert list(layers) == [layer.name for layer in initialise(strategy, clip, seed=0).layers]
+    prefixes = tuple(f"{layer.layer.mlp_path}." for layer in layers.values())
+    kept = {key for key in dense if not key.startswith(prefixes)}
+    assert {key for key in ours if not key.startswith(prefixes)} == kept
+    for key in kept:
+        assert torch.equal(ours[key], dense[key]), key
+        assert ours[key].data_ptr() != dense[key].data_ptr(), key
+    for layer in layers.values():  # inside an MoE layer: a router, experts and nothing else
+        made = {id(parameter) for parameter in (layer.gate.wg.weight, *layer.experts.parameters())}
+        assert made == {id(parameter) for parameter in layer.parameters()}
+    assert all(parameter.requires_grad for parameter in ours.values())
+
+
+# ---- What the model does --------------------------------------------------------------------------------------------
+
+
+def test_outputs_are_finite(strategy: Strategy) -> None:
+    clip = tiny_clip()
+    model = upcycled(strategy, clip, seed=0).model
+    output = features(model, *tiny_batches(clip, seed=5)[0])
+    assert torch.isfinite(output).all()
+    assert output.std(0).min() > 1e-4  # and say something about the input
+
+
+def test_preserves_function_is_what_it_says(strategy: Strategy) -> None:
+    clip = tiny_clip(torch.float64)
+    batch = tiny_batches(clip, seed=5)[0]
+    expected = features(clip.model, *batch)
+    actual = features(upcycled(strategy, clip, seed=0).model, *batch)
+    assert actual.dtype == torch.float64
+    if strategy.preserves_function:
+        assert_close(actual, expected, rtol=1e-10, atol=1e-10)
+    else:
+        assert float((actual - expected).norm() / expected.norm()) > 1e-6
+
+
+def reaching(model: Any, layer: Any, text_BL: Tensor) -> Tensor:
+    """Which of a layer's tokens [T] a contrastive loss depends on: all, but in a tower's last block the pooled one."""
+    if layer.tower == "vision":
+        tokens, blocks = len(model.visual.positional_embedding), model.visual.transformer.resblocks
+        pooled_T = torch.arange(len(text_BL) * tokens) % tokens == 0
+    else:
+        length_B, blocks = text_BL.argmax(1) + 1, model.transformer.resblocks
+        pooled_T = torch.zeros(int(length_B.sum()), dtype=torch.bool)
+        pooled_T[length_B.cumsum(0) - 1] = True
+    return pooled_T if layer.block == len(blocks) - 1 else torch.ones_like(pooled_T)
+
+
+def test_everything_trains(strategy: Strategy) -> None:
+    clip = tiny_clip()
+    model = upcycled(strategy, clip, seed=0).model.train()
+    images, text_BL = tiny_batches(clip, seed=3, pairs=192, batch_size=192)[0]
+    layers = moe_layers(model)
+    routes: dict[str, Tensor] = {}
+    for name, layer in layers.items():
+        layer.gate.register_forward_hook(lambda _m, _args, out, name=name: routes.__setitem__(name, out[3]))  # index_KT
+    image_BE, text_BE, scale = model(images, text_BL)[:3]
+    loss = contrastive_loss(image_BE, text_BE, scale)
+    for layer in layers.values():
+        loss = loss + 0.01 * layer.l_aux
+    loss.backward()
+    assert torch.isfinite(loss)
+    for key, parameter in model.named_parameters():
+        assert parameter.grad is None or torch.isfinite(parameter.grad).all(), key
+    outside = [p for key, p in model.named_parameters() if ".mlp.moe." not in key]
+    assert all(parameter.grad is not None and parameter.grad.any() for parameter in outside)
+    assert (len(layers) > 0) == strategy.replaces_ffn
+    trained = 0
+    for name, layer in layers.items():
+        assert layer.gate.wg.weight.grad.any(dim=1).all(), name  # every row, if only by the load-balancing loss
+        reaching_T = reaching(model, layer.layer, text_BL)
+        for number, expert in enumerate(layer.experts):
+            gradients = [p.grad for p in expert.parameters() if p.grad is not None]
+            if (routes[name] == number)[:, reaching_T].any():  # dropped choices are -1
+                assert any(gradient.any() for gradient in gradients), (name, number)
+                trained += 1
+    assert trained >= 0.6 * sum(len(layer.experts) for layer in layers.values())  # so that the above says something
+
+
+def test_extra_loss(strategy: Strategy) -> None:
+    clip = tiny_clip()
+    model = upcycled(strategy, clip, seed=0).model.train()
+    layers = moe_layers(model)
+    hooks = count_hooks(model)
+    loss = strategy.loss(layers, Stream(("strategy loss", 0)))
+    if loss is None:
+        assert count_hooks(model) == hooks
+        return
+    assert isinstance(loss, ExtraLoss)
+    assert loss.name
+    assert loss.name not in ("contrastive", "load_balance", "step", "loss")  # columns of the metrics file
+    batch = tiny_batches(clip, seed=3)[0]
+    for _ in range(2):
+        model.zero_grad()
+        model(*batch)
+        value = loss.compute()
+        assert value.shape == ()
+        assert torch.isfinite(value)
+        value.backward()
+        gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+        assert gradients
+        assert all(torch.isfinite(gradient).all() for gradient in gradients)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter += 0.01 * parameter.std(correction=0)
+        loss.after_step()
+    file = io.BytesIO()
+    torch.save(loss.state_dict(), file)
+    file.seek(0)
+    twin = strategy.loss(layers, Stream(("strategy loss", 0)))
+    twin.load_state_dict(torch.load(file, weights_only=True))
+    model(*batch)
+    assert loss.compute().item() == twin.compute().item()
+    loss.close()
+    twin.close()
+    assert count_hooks(model) == hooks
+
+
+def count_hooks(model: nn.Module) -> int:
+    return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())
+
+
+def test_round_trips(strategy: Strategy, tmp_path: Path) -> None:
+    clip = tiny_clip()
+    batch = tiny_batches(clip, seed=5)[0]
+    made: Clip = upcycled(strategy, clip, seed=0)
+    expected = features(made.model, *batch)
+    other = upcycled(strategy, tiny_clip(), seed=1)
+    other.model.load_state_dict(made.model.state_dict(), strict=True)
+    assert torch.equal(features(other.model, *batch), expected)
+
+    digest = weights.save(made, tiny_moe(), tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [f"{digest}.safetensors"]
+    loaded = weights.load(tmp_path / f"{digest}.safetensors")
+    assert loaded.name == made.name
+    assert equal(loaded.model.state_dict(), made.model.state_dict())
+    assert torch.equal(features(loaded.model, *batch), expected)
+    assert len(moe_layers(loaded.model)) == len(moe_layers(made.model))
+    assert weights.save(loaded, tiny_moe(), tmp_path) == digest  # same content, same name

@@ -1,0 +1,142 @@
+"""Training pairs: pure functions of (seed, step), slices by rank, captions, crops, shards named on the command line."""
+
+import io
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from upcycle_bench.data import PairDataset, expand_shards, shards_digest
+from upcycle_bench.dense import Clip, create_clip
+from upcycle_bench.errors import UserError
+from upcycle_bench.rng import Stream
+
+
+@pytest.fixture(scope="module")
+def clip() -> Clip:
+    return create_clip("smoke-vit")
+
+
+def write_tar(path: Path, count: int, start: int = 0, size: int = 12) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for number in range(start, start + count):
+            pixels = np.random.default_rng(number).integers(0, 256, (size, size, 3), dtype=np.uint8)
+            buffer = io.BytesIO()
+            Image.fromarray(pixels).save(buffer, "PNG")
+            files = {"png": buffer.getvalue(), "txt": f"first {number}\n\nsecond {number}\n".encode(), "json": b"{}"}
+            for suffix, content in files.items():
+                info = tarfile.TarInfo(f"{number:05d}.{suffix}")
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+    return path
+
+
+@pytest.fixture
+def pairs(tmp_path: Path, clip: Clip) -> PairDataset:
+    shards = [write_tar(tmp_path / "0.tar", 30), write_tar(tmp_path / "1.tar", 25, start=30)]
+    return PairDataset(shards, clip)
+
+
+def test_a_batch_is_a_function_of_seed_and_step(pairs: PairDataset) -> None:
+    later = pairs.batch(0, 7, 10)
+    for step in range(7):
+        pairs.batch(0, step, 10)
+    again = pairs.batch(0, 7, 10)
+    assert torch.equal(later.index, again.index)
+    assert torch.equal(later.images, again.images)
+    assert torch.equal(later.texts, again.texts)
+    assert not torch.equal(later.index, pairs.batch(1, 7, 10).index)
+
+
+def test_epochs_are_permutations_without_their_incomplete_end(pairs: PairDataset) -> None:
+    # 55 pairs, batches of 10: five steps an epoch, five pairs left out, others in the next epoch
+    epochs = [torch.cat([pairs.batch(0, epoch * 5 + step, 10).index for step in range(5)]) for epoch in range(2)]
+    for epoch in epochs:
+        assert len(set(epoch.tolist())) == 50
+    assert not torch.equal(*epochs)
+
+
+def test_ranks_share_one_global_batch(pairs: PairDataset) -> None:
+    whole = pairs.batch(3, 2, 12)
+    parts = [pairs.batch(3, 2, 12, rank, 3) for rank in range(3)]
+    for field in ("index", "images", "texts"):
+        assert torch.equal(torch.cat([getattr(part, field) for part in parts]), getattr(whole, field))
+
+
+def test_images_and_captions_belong_together(pairs: PairDataset, clip: Clip) -> None:
+    batch = pairs.batch(0, 0, 20)
+    captions = set()
+    for image, text, number in zip(batch.images, batch.texts, batch.index.tolist(), strict=True):
+        pixels = np.random.default_rng(number).integers(0, 256, (12, 12, 3), dtype=np.uint8)
+        expected = clip.transform(Image.fromarray(pixels))
+        assert torch.allclose(clip.normalise(image[None])[0], expected, atol=1e-6)
+        own = [clip.tokenize([f"{order} {number}"])[0] for order in ("first", "second")]
+        matches = [torch.equal(text, candidate) for candidate in own]
+        assert sum(matches) == 1
+        captions.add(matches.index(True))
+    assert captions == {0, 1}  # both lines are drawn
+
+
+def test_workers_give_the_same_batches(pairs: PairDataset) -> None:
+    alone = list(pairs.batches(0, 2, 5, 10))
+    helped = list(pairs.batches(0, 2, 5, 10, workers=2))
+    assert len(alone) == 3
+    assert all(
+        torch.equal(a.images, b.images) and torch.equal(a.texts, b.texts) for a, b in zip(alone, helped, strict=True)
+    )
+
+
+def test_crops_are_drawn_from_their_own_stream(pairs: PairDataset, clip: Clip) -> None:
+    augmented = PairDataset(pairs.shards, clip, "random-resized-crop")
+    torch.manual_seed(0)
+    first = augmented.batch(0, 0, 10)
+    state = torch.random.get_rng_state()
+    torch.manual_seed(99)
+    again = augmented.batch(0, 0, 10)
+    assert torch.equal(first.images, again.images)
+    assert not torch.equal(first.images, pairs.batch(0, 0, 10).images)
+    torch.manual_seed(0)
+    assert torch.equal(torch.random.get_rng_state(), state)  # the global generator was put back
+
+
+def test_calibration_pairs_are_distinct_and_at_most_all(pairs: PairDataset) -> None:
+    rng = Stream(("calibration", 0))
+    index = torch.cat([batch.index for batch in pairs.calibration(rng, 20, 8)])
+    assert len(index) == len(set(index.tolist())) == 20
+    assert sum(len(batch.index) for batch in pairs.calibration(rng, 10_000, 16)) == 55
+
+
+def test_expand_shards(tmp_path: Path) -> None:
+    paths = [write_tar(tmp_path / f"{n:03d}.tar", 1) for n in range(8, 12)]
+    assert expand_shards(str(tmp_path)) == tuple(paths)
+    assert expand_shards(f"{tmp_path}/{{008..010}}.tar") == tuple(paths[:3])
+    assert expand_shards(str(paths[1])) == (paths[1],)
+    with pytest.raises(UserError, match=r"no such file: .*012\.tar"):
+        expand_shards(f"{tmp_path}/{{008..012}}.tar")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"holds no \.tar file"):
+        expand_shards(str(tmp_path / "empty"))
+
+
+def test_shards_digest_sees_content_names_and_sizes(tmp_path: Path) -> None:
+    first = write_tar(tmp_path / "a" / "0.tar", 3)
+    same = write_tar(tmp_path / "b" / "0.tar", 3)
+    other = write_tar(tmp_path / "c" / "0.tar", 3, start=1)
+    renamed = write_tar(tmp_path / "d" / "1.tar", 3)
+    assert shards_digest([first]) == shards_digest([same])
+    assert len({shards_digest([path]) for path in (first, other, renamed)}) == 3
+
+
+def test_unusable_shards_are_one_line(tmp_path: Path, clip: Clip) -> None:
+    garbage = tmp_path / "g.tar"
+    garbage.write_bytes(b"not a tar file" * 100)
+    with pytest.raises(UserError, match="not a readable tar file"):
+        PairDataset([garbage], clip)
+    empty = tmp_path / "e.tar"
+    tarfile.open(empty, "w").close()
+    with pytest.raises(UserError, match="no sample with an image"):
+        PairDataset([empty], clip)

@@ -1,0 +1,134 @@
+"""Diagnostics: sparse upcycling at step 0, numbers worked by hand, and no hook left behind."""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.testing import assert_close
+
+from tests.helpers import threads
+from tests.test_surgery import MOE, create_dense, inputs_for, upcycled
+from upcycle_bench.diagnostics import diagnose, expert_cosine
+from upcycle_bench.moe import moe_layers
+from upcycle_bench.surgery import find_layers
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    with threads(1):
+        yield
+
+
+def hooks(model: nn.Module) -> int:
+    return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())
+
+
+def test_sparse_upcycling_at_step_0() -> None:
+    dense = create_dense().train()
+    model = upcycled(dense)
+    before = hooks(model), hooks(dense)
+    report = diagnose(model, dense, [inputs_for(dense), inputs_for(dense, 4)])
+    assert (hooks(model), hooks(dense)) == before == (1, 0)  # the padding's own
+    assert not model.training and not dense.training
+
+    assert list(report["layers"]) == [layer.name for layer in find_layers(dense, MOE)]
+    assert list(report["feature_cosine_with_dense"]) == ["vision", "text"]
+    for cosine in report["feature_cosine_with_dense"].values():
+        assert cosine == pytest.approx(1, abs=1e-6)
+    for layer in report["layers"].values():
+        assert layer["function_drift"] < 1e-6
+        assert layer["expert_cosine"] == pytest.approx(1, abs=1e-12)
+        assert 0 < layer["router_entropy"] < math.log(8)
+        assert len(layer["load"]) == 8
+        assert sum(layer["load"]) == pytest.approx(1, abs=8e-6)  # shares are rounded to six decimals
+        assert max(layer["load"]) <= 0.5  # an expert is at most one of a token's two choices
+
+
+def test_a_zero_router_is_uniform() -> None:
+    """Entropy ln N; all experts tie, so that every token goes to the first two."""
+    dense = create_dense()
+    model = upcycled(dense)
+    for layer in moe_layers(model).values():
+        nn.init.zeros_(layer.gate.wg.weight)
+    report = diagnose(model, dense, [inputs_for(dense)])
+    for layer in report["layers"].values():
+        assert layer["router_entropy"] == pytest.approx(math.log(8), abs=1e-6)
+        assert layer["load"] == [0.5, 0.5, 0, 0, 0, 0, 0, 0]
+        assert layer["function_drift"] < 1e-6
+
+
+def test_entropy_and_load_by_hand() -> None:
+    """Load and entropy of one layer from its own inputs, over two batches of different size."""
+    dense = create_dense()
+    model = upcycled(dense)
+    layer = moe_layers(model)["text.3"]
+    seen = []
+    handle = layer.moe.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    report = diagnose(model, dense, [inputs_for(dense, 5), inputs_for(dense, 2)])
+    handle.remove()
+    x_TD = torch.cat(seen)
+    assert len(x_TD) == (1 + 2 + 3 + 4 + 5) + (1 + 2)  # tokens up to end-of-text
+    probs_TN = torch.softmax(x_TD.double() @ layer.gate.wg.weight.detach().double().T, dim=1)
+    entropy = -(probs_TN * probs_TN.log()).sum(1).mean()
+    assert report["layers"]["text.3"]["router_entropy"] == pytest.approx(float(entropy), rel=1e-5)
+    share_N = torch.bincount(probs_TN.topk(2, dim=1).indices.flatten(), minlength=8) / (2 * len(x_TD))
+    assert_close(torch.tensor(report["layers"]["text.3"]["load"]), share_N, rtol=0, atol=1e-6)
+
+
+def test_drift_and_cosine_see_a_change_where_it_is() -> None:
+    """Experts that answer 1.5 times the dense FFN are off by half of it, in their own layer only."""
+    dense = create_dense()
+    model = upcycled(dense)
+    with torch.no_grad():
+        for expert in moe_layers(model)["vision.3"].experts:
+            expert.c_proj.weight.mul_(1.5)
+            expert.c_proj.bias.mul_(1.5)
+    report = diagnose(model, dense, [inputs_for(dense)])
+    for name, layer in report["layers"].items():
+        assert layer["function_drift"] == pytest.approx(0.5 if name == "vision.3" else 0, abs=1e-6), name
+        assert layer["expert_cosine"] == pytest.approx(1, abs=1e-12)
+    assert report["feature_cosine_with_dense"]["vision"] < 1 - 1e-6
+    assert report["feature_cosine_with_dense"]["text"] == pytest.approx(1, abs=1e-6)
+
+
+def test_hooks_go_after_an_error() -> None:
+    dense = create_dense()
+    model = upcycled(dense)
+    before = hooks(model), hooks(dense)
+
+    def batches() -> Iterator[Any]:
+        yield inputs_for(dense)
+        raise OSError("a shard is gone")
+
+    with pytest.raises(OSError, match="a shard is gone"):
+        diagnose(model, dense, batches())
+    assert (hooks(model), hooks(dense)) == before
+
+
+def test_a_dense_model_has_no_layers() -> None:
+    dense = create_dense()
+    report = diagnose(dense, dense, [inputs_for(dense)])
+    assert report["layers"] == {}
+    assert report["feature_cosine_with_dense"] == {"vision": pytest.approx(1), "text": pytest.approx(1)}
+
+
+def experts_of(*rows: list[float]) -> list[nn.Module]:
+    """Experts whose flattened parameters are these rows: a weight [1, len - 1], then a bias."""
+    experts = []
+    for row in rows:
+        expert = nn.Linear(len(row) - 1, 1)
+        expert.weight.data = torch.tensor([row[:-1]])
+        expert.bias.data = torch.tensor(row[-1:])
+        experts.append(expert)
+    return experts
+
+
+def test_expert_cosine_by_hand() -> None:
+    assert expert_cosine(experts_of([1.0, 0.0], [0.0, 5.0])) == pytest.approx(0)
+    assert expert_cosine(experts_of([1.0, 2.0], [-3.0, -6.0])) == pytest.approx(-1)
+    assert expert_cosine(experts_of([1.0, 2.0, 2.0], [2.0, 4.0, 4.0])) == pytest.approx(1)
+    # pairs: (3, 4).(1, 0) / 5 = 0.6, (3, 4).(0, 1) / 5 = 0.8, (1, 0).(0, 1) = 0; mean 1.4 / 3
+    assert expert_cosine(experts_of([3.0, 4.0], [1.0, 0.0], [0.0, 2.0])) == pytest.approx(1.4 / 3)

@@ -1,0 +1,63 @@
+"""Two processes (gloo) do what one does: the same gradients for the same global batch, one record, ep_size 1 and 2."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+WORKER = Path(__file__).with_name("gradients_worker.py")
+
+
+def launch(processes: int, *command: str) -> str:
+    """torchrun on a free port; returns stdout."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*launcher, *command], capture_output=True, text=True, timeout=300, env=environment)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout
+
+
+def gradients(tmp_path: Path, processes: int, ep_size: int, strategy: str) -> Any:
+    output = tmp_path / f"{processes}-{ep_size}.pt"
+    launch(processes, str(WORKER), str(output), str(ep_size), strategy)
+    return torch.load(output, weights_only=True)
+
+
+@pytest.mark.parametrize("strategy", ["sparse-upcycling", "cluster-aware"])
+def test_gradients_equal_one_process(tmp_path: Path, strategy: str) -> None:
+    """fp32, relative 1e-5 of each tensor's norm, no drops; contrastive, load-balancing and EESD losses are global."""
+    one = gradients(tmp_path, 1, 1, strategy)
+    for ep_size in (1, 2):
+        two = gradients(tmp_path, 2, ep_size, strategy)
+        assert two["losses"] == pytest.approx(one["losses"], rel=1e-5)
+        assert two["gradients"].keys() == one["gradients"].keys()
+        for name, expected in one["gradients"].items():
+            error = (two["gradients"][name] - expected).norm()
+            # Biases of keys have no gradient but rounding; 1e-8 is far below any other tensor's norm.
+            assert error <= 1e-5 * expected.norm() + 1e-8, (ep_size, name, error / expected.norm())
+
+
+@pytest.mark.parametrize("ep_size", [1, 2])
+def test_two_ranks_write_one_record(tmp_path: Path, quick_flags: list[str], ep_size: int) -> None:
+    results = tmp_path / "results"
+    command = ["-m", "upcycle_bench", "run", "-s", "cluster-aware", *quick_flags, "--set", f"moe.ep_size={ep_size}"]
+    printed = json.loads(launch(2, *command, "--results", str(results), "--json"))
+    (path,) = results.rglob("*.json")
+    assert printed == json.loads(path.read_text())
+    assert printed["cost"]["world_size"] == 2
+    assert printed["cost"]["samples"] == 4 * 32
+    experts = printed["receipt"]["layers"]["vision.1"]["load"]
+    assert len(experts) == 8
+
+
+def test_a_batch_that_ranks_cannot_share_is_one_line(tmp_path: Path) -> None:
+    command = ["-m", "upcycle_bench", "run", "-s", "dense", "--set", "train.schedule.batch_size=33"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = subprocess.run([*launcher, *command], capture_output=True, text=True, timeout=120, cwd=tmp_path)
+    assert done.returncode != 0
+    assert done.stderr.count("error: batch_size 33 cannot be shared by 2 processes") == 1

@@ -1,0 +1,293 @@
+"""Leaderboards: what shares a table, hand-worked intervals, and four formats with the same rows."""
+
+import csv
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.test_record import make_record, score
+from upcycle_bench.errors import UserError
+from upcycle_bench.leaderboard import NOTES, Board, Estimate, Row, build, render
+from upcycle_bench.record import Record, find, read, write
+
+# Student's t, 97.5 % quantile: 1 degree of freedom 12.706205, 2: 4.302653 (any printed table)
+T1, T2 = 12.706205, 4.302653
+
+
+def runs(label: str, values: dict[int, float], **changes: Any) -> list[Record]:
+    """One run per training seed, whose initialisation seed is the same."""
+    return [make_record(label, init=seed, train=seed, primary=value, **changes) for seed, value in values.items()]
+
+
+def failure(label: str, train: int = 0, reason: str = "RuntimeError: out of memory", **changes: Any) -> Record:
+    parts: dict[str, Any] = {"status": "failed", "reason": reason, "receipt": None, "scores": [], "cost": None}
+    return make_record(label, train=train, primary=None, **(parts | changes))
+
+
+def only(boards: list[Board]) -> dict[str, Row]:
+    (board,) = boards
+    return {row.label: row for row in board.rows}
+
+
+def close(estimate: Estimate | None, mean: float, half_width: float, n: int) -> None:
+    assert estimate is not None and estimate.half_width is not None
+    assert (estimate.mean, estimate.half_width) == pytest.approx((mean, half_width), rel=1e-6)
+    assert estimate.n == n
+
+
+# ---- numbers ---------------------------------------------------------------------------------------------------
+
+
+def test_intervals_and_paired_differences_by_hand() -> None:
+    rows = only(
+        build(
+            runs("sparse-upcycling", {0: 2.0, 1: 4.0, 2: 3.0})
+            + runs("cluster-aware", {0: 3.0, 1: 5.0, 2: 5.0})
+            + runs("dense", {0: 1.0, 1: 2.0, 2: 3.0})
+        )
+    )
+    # dense: mean 2, sd 1 -> T2 * 1 / sqrt(3)
+    close(rows["dense"].primary, 2.0, T2 / 3**0.5, 3)
+    # cluster-aware: mean 13/3, deviations -4/3, 2/3, 2/3, variance (16 + 4 + 4) / 9 / 2 = 4/3 -> T2 sqrt(4/3) / sqrt(3)
+    close(rows["cluster-aware"].primary, 13 / 3, T2 * 2 / 3, 3)
+    # pairs: 3-2, 5-4, 5-3 = 1, 1, 2: mean 4/3, variance (1 + 1 + 4) / 9 / 2 = 1/3 -> T2 sqrt(1/3) / sqrt(3)
+    close(rows["cluster-aware"].difference, 4 / 3, T2 / 3, 3)
+    # pairs: 1-2, 2-4, 3-3 = -1, -2, 0: mean -1, sd 1
+    close(rows["dense"].difference, -1.0, T2 / 3**0.5, 3)
+    assert rows["sparse-upcycling"].difference is None
+    assert [(row.rank, label) for label, row in rows.items()] == [
+        (1, "cluster-aware"),
+        (2, "sparse-upcycling"),
+        (3, "dense"),
+    ]
+
+
+def test_only_shared_seeds_make_pairs() -> None:
+    records = runs("dense", {0: 1.0, 1: 2.0, 2: 9.0}) + runs("new", {0: 2.0, 1: 5.0, 7: 100.0})
+    # pairs at seeds 0 and 1: 1, 3: mean 2, sd sqrt(2) -> T1 sqrt(2) / sqrt(2)
+    close(only(build(records))["new"].difference, 2.0, T1, 2)
+    # another initialisation seed is another run: nothing to pair
+    apart = [make_record("dense", init=0, train=0), make_record("new", init=1, train=0)]
+    assert only(build(apart))["new"].difference is None
+
+
+def test_initialisations_of_one_training_seed_are_averaged_first() -> None:
+    base = [make_record("dense", init=i, train=t, primary=0.0) for i, t in ((0, 0), (1, 0), (0, 1))]
+    several = [make_record("new", init=i, train=t, primary=v) for i, t, v in ((0, 0, 1.0), (1, 0, 3.0), (0, 1, 4.0))]
+    row = only(build(base + several))["new"]
+    # training seed 0: (1 + 3) / 2 = 2, training seed 1: 4; mean 3, sd sqrt(2), n = 2 -> T1 sqrt(2) / sqrt(2)
+    close(row.primary, 3.0, T1, 2)
+    close(row.difference, 3.0, T1, 2)
+    assert row.scores == {"zero-shot/digits-test/log_likelihood": 3.0} and row.runs == 3
+
+
+def test_one_seed_has_no_interval() -> None:
+    boards = build(runs("dense", {0: 1.0}) + runs("new", {0: 1.5}))
+    assert only(boards)["new"].primary == Estimate(1.5, None, 1)
+    assert only(boards)["new"].difference == Estimate(0.5, None, 1)
+    text = render(boards, "terminal", 200)
+    assert "1.5000 (n=1)" in text and "+0.5000 (n=1)" in text and "1.5000 ±" not in text
+
+
+def test_the_baseline_is_the_first_that_succeeded() -> None:
+    dense, new = runs("dense", {0: 1.0}), runs("new", {0: 1.5})
+    sparse = runs("sparse-upcycling", {0: 1.2})
+    assert build(dense + new + sparse)[0].baseline == "sparse-upcycling"
+    assert build([*dense, *new, failure("sparse-upcycling")])[0].baseline == "dense"
+    (board,) = build(new)
+    assert board.baseline is None and board.rows[0].difference is None
+    assert "vs " not in render([board], "terminal", 200).split("±")[0]
+
+
+def test_ties_are_sorted_by_label() -> None:
+    assert list(only(build(runs("b", {0: 1.0}) + runs("c", {0: 2.0}) + runs("a", {0: 1.0})))) == ["c", "a", "b"]
+
+
+def test_costs() -> None:
+    phase = {"seconds": 1.0, "peak_memory_bytes": 1}
+    phases = {"prepare": 5, "calibrate": 7, "upcycle": 11, "train": 100, "evaluate": 1000}
+    one = make_record(cost={"phases": {name: phase | {"flops": flops} for name, flops in phases.items()}})
+    row = only(build([one]))["dense"]
+    assert row.charged_flops == 123 and row.train_flops == 100  # 5 + 7 + 11 + 100; evaluation is not charged
+    phases_2 = {name: phase | {"flops": flops + 2, "seconds": 3.0} for name, flops in phases.items()}
+    two = make_record(train=1, cost={"phases": phases_2, "tokens_dropped": 0.75})
+    row = only(build([one, two]))["dense"]
+    # (123 + 131) / 2; (100 + 102) / 2; (1 + 3) / 2; (0.25 + 0.75) / 2
+    assert (row.charged_flops, row.train_flops, row.train_seconds, row.tokens_dropped) == (127, 101, 2.0, 0.5)
+    assert (row.parameters_total, row.parameters_active) == (100, 60)
+
+
+def test_an_unknown_cost_is_not_a_small_one() -> None:
+    phase = {"seconds": 1.0, "peak_memory_bytes": 1}
+    unknown = {"upcycle": phase | {"flops": None}, "train": phase | {"flops": 10}}
+    row = only(build([make_record(cost={"phases": unknown, "tokens_dropped": None})]))["dense"]
+    assert row.train_flops == 10 and row.charged_flops is None and row.tokens_dropped is None
+    untrained = only(build([make_record(cost={"phases": {"evaluate": phase | {"flops": 5}}})]))["dense"]
+    assert (untrained.train_seconds, untrained.train_flops, untrained.charged_flops) == (0, 0, 0)
+
+
+# ---- which runs count ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"protocol": {"name": "lab"}},
+        {"protocol": {"division": "open"}},
+        {"protocol": {"training_fingerprint": "other"}},
+        {"protocol": {"suite_fingerprints": {"zero-shot": "other"}}},
+        {"protocol": {"suite_fingerprints": {"zero-shot": "suite-fingerprint", "few-shot": "x"}}},
+        {"hashes": {"dense": "other"}},
+    ],
+)
+def test_only_equal_runs_share_a_board(changes: dict[str, Any]) -> None:
+    boards = build([make_record("dense"), make_record("new", **changes)])
+    assert sorted(row.label for board in boards for row in board.rows) == ["dense", "new"]
+    assert [len(board.rows) for board in boards] == [1, 1]
+    assert len(build([make_record("dense"), make_record("new", hashes={"weights": "other"})])) == 1
+
+
+def test_the_open_division_comes_last_and_is_marked() -> None:
+    opened = make_record("dense", protocol={"division": "open", "overrides": ("moe.experts=4",)})
+    boards = build([opened, make_record("new")])
+    assert [board.division for board in boards] == ["closed", "open"]
+    for format in ("terminal", "md"):
+        text = render(boards, format, 200)
+        assert "open division" in text and "not to be compared with other tables: --set moe.experts=4" in text
+
+
+def test_the_newest_success_counts() -> None:
+    records = [
+        make_record(primary=2.0, created="2026-01-03T00:00:00Z", run_id="second-run"),
+        make_record(primary=1.0, created="2026-01-02T23:59:59.999999+00:00", run_id="first-run"),
+        failure("dense", created="2026-01-04T00:00:00Z", run_id="third-run"),
+    ]
+    for order in (records, records[::-1]):
+        row = only(build(order))["dense"]
+        assert row.primary == Estimate(2.0, None, 1)
+        assert (row.runs, row.failed, row.superseded) == (1, 1, 1) and row.outcome == "ok, 1 failed, 1 superseded"
+
+
+def test_a_label_with_failures_only_keeps_a_row() -> None:
+    boards = build(
+        [
+            *runs("dense", {0: 1.0}),
+            failure("b", reason="older", created="2026-01-01T00:00:00Z"),
+            failure("b", train=1, reason="RuntimeError: [gloo]\nconnection | closed", status="failed"),
+            failure("a"),
+        ]
+    )
+    rows = only(boards)
+    assert [(row.rank, label) for label, row in rows.items()] == [(1, "dense"), (None, "a"), (None, "b")]
+    assert rows["a"].primary is rows["a"].difference is rows["a"].train_flops is None
+    assert rows["a"].outcome == "failed: RuntimeError: out of memory"
+    assert rows["b"].outcome == "failed: RuntimeError: [gloo] connection | closed (2 failed)"
+    assert rows["a"].outcome in render(boards, "terminal", 250) and rows["b"].outcome in render(boards, "terminal", 250)
+    assert r"| failed: RuntimeError: [gloo] connection \| closed (2 failed) |" in render(boards, "md")
+
+
+def test_marks() -> None:
+    rows = only(
+        build(
+            [
+                make_record("dense", strategy={"status": "control"}),
+                make_record("derived[tau=0.8]", strategy={"status": "reconstructed"}),
+                make_record("plain"),
+            ]
+        )
+    )
+    assert [row.title for row in rows.values()] == ["dense (control)", "derived[tau=0.8] (reconstructed)", "plain"]
+
+
+@pytest.mark.parametrize("changes", [{"version": "0.2.0"}, {"config": {"tau": 0.7}}, {"distribution": "fork"}])
+def test_a_row_of_different_code_says_so(changes: dict[str, Any]) -> None:
+    rows = only(build([make_record("new", train=0), make_record("new", train=1, strategy=changes)]))
+    assert rows["new"].outcome == "ok, mixes configurations or versions"
+
+
+# ---- formats ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def boards() -> list[Board]:
+    scores = [
+        score("digits-test", "log_likelihood", 0.5, primary=True),
+        score("digits-test", "acc1", 0.61),
+        score("digits-test", "acc5", 0.62),
+        score("digits-retrieval", "text_retrieval_recall@1", 0.63),
+        score("digits-retrieval", "text_retrieval_recall@5", 0.64),
+    ]
+    return build(
+        [
+            make_record("cluster-aware[tau=0.8]", scores=scores),
+            *runs("dense", {0: 0.25, 1: 0.5}),
+            failure("zzz", reason='said "no", twice'),
+            make_record("dense", protocol={"division": "open", "overrides": ("moe.experts=4",)}),
+        ]
+    )
+
+
+def test_all_formats_carry_the_same_rows(boards: list[Board]) -> None:
+    expected = [(row.rank, row.label) for board in boards for row in board.rows]
+    assert expected == [(1, "cluster-aware[tau=0.8]"), (2, "dense"), (None, "zzz"), (1, "dense")]
+    document = json.loads(render(boards, "json"), parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    assert [(row["rank"], row["label"]) for board in document["boards"] for row in board["rows"]] == expected
+    lines = list(csv.DictReader(io.StringIO(render(boards, "csv"))))
+    assert [(int(line["rank"]) if line["rank"] else None, line["label"]) for line in lines] == expected
+    markdown = [line.split(" | ") for line in render(boards, "md").splitlines() if line.startswith("| ")]
+    shown = [(cells[0].removeprefix("| "), cells[1]) for cells in markdown if cells[0] not in ("| #", "| ---")]
+    assert shown == [(str(rank or "-"), label) for rank, label in expected]
+    terminal = [line.split() for line in render(boards, "terminal", 250).splitlines()]
+    shown = [(cells[0], cells[1]) for cells in terminal if len(cells) > 2 and (cells[0] == "-" or cells[0].isdigit())]
+    assert shown == [(str(rank or "-"), label) for rank, label in expected]
+
+
+def test_metrics_of_tables_and_of_files(boards: list[Board]) -> None:
+    for format in ("terminal", "md"):
+        text = render(boards, format, 250)
+        assert "0.6100" in text and "0.6300" in text and "0.6200" not in text and "0.6400" not in text
+    line = next(csv.DictReader(io.StringIO(render(boards, "csv"))))
+    assert line["zero-shot/digits-test/acc5"] == "0.62"
+    assert line["zero-shot/digits-retrieval/text_retrieval_recall@5"] == "0.64"
+    assert line["board_training_fingerprint"] == "train-fingerprint" and line["primary_mean"] == "0.5"
+    row = json.loads(render(boards, "json"))["boards"][0]["rows"][0]
+    assert row["scores"]["zero-shot/digits-test/acc5"] == 0.62
+    assert row["primary"] == {"mean": 0.5, "half_width": None, "n": 1}
+
+
+def test_the_caption_says_what_the_numbers_are(boards: list[Board]) -> None:
+    for format in ("terminal", "md", "json"):
+        text = " ".join(render(boards, format, 100).split())
+        assert "Primary: mean of zero-shot/digits-test/log_likelihood; higher is better." in text
+        assert "vs dense: the primary minus that of dense." in text
+        for note in NOTES:
+            assert note in text
+    assert "95 % Student-t" in NOTES[0] and "Over few seeds such an interval is wide" in NOTES[0]
+
+
+def test_a_narrow_terminal_loses_no_number(boards: list[Board]) -> None:
+    wide, narrow = render(boards, "terminal", 250), render(boards, "terminal", 80)
+    assert max(map(len, narrow.splitlines())) <= 80
+    for number in ("0.3750 ± 1.5883", "0.5000 (n=1)", "0.6100", "0.6300", "2.00e+04", "2.10e+04", "25.00%"):
+        assert number in wide and number in narrow  # dense: 1/4, 1/2: sd sqrt(2) / 8 -> T1 / 8 = 1.5883
+
+
+def test_from_files(tmp_path: Path) -> None:
+    for record in (*runs("dense", {0: 1.0, 1: 3.0}), failure("new")):
+        write(record, None, tmp_path)
+    rows = only(build([read(path) for path in find(tmp_path)]))
+    close(rows["dense"].primary, 2.0, T1, 2)  # 1, 3: sd sqrt(2)
+    assert rows["new"].rank is None
+
+
+def test_no_records_says_what_to_run() -> None:
+    with pytest.raises(UserError, match="make one with: upcycle-bench run --strategy"):
+        build([])
+
+
+def test_unknown_format() -> None:
+    with pytest.raises(UserError, match=r"unknown format 'markdown'.* There are: csv, json, md, terminal"):
+        render(build([make_record()]), "markdown")

@@ -1,0 +1,96 @@
+"""Plans: fingerprints move with what they must and with nothing else; what is missing is named."""
+
+from pathlib import Path
+
+import pytest
+
+from upcycle_bench.errors import UserError
+from upcycle_bench.plan import Paths, Plan, fingerprint, make_plan
+from upcycle_bench.protocol import load_protocol
+from upcycle_bench.registry import load_registry
+
+REGISTRY = load_registry()
+
+
+def plan(strategy: str = "sparse-upcycling", *overrides: str, protocol: str = "smoke", **options: object) -> Plan:
+    return make_plan(REGISTRY, strategy, load_protocol(REGISTRY.protocols[protocol].target, list(overrides)), **options)  # type: ignore[arg-type]
+
+
+def test_strategy_and_seeds_are_not_part_of_the_fingerprints() -> None:
+    one, two = plan(), plan("cluster-aware", options={"tau": "0.8"}, init_seed=3, train_seed=4)
+    assert one.training_fingerprint == two.training_fingerprint
+    assert one.suite_fingerprints == two.suite_fingerprints
+    assert (two.label, two.init_seed, two.train_seed) == ("cluster-aware[tau=0.8]", 3, 4)
+
+
+@pytest.mark.parametrize(
+    ("override", "training", "suite"),
+    [
+        ("moe.capacity_factor=1.5", True, False),
+        ("train.schedule.steps=7", True, False),
+        ("dense.seed=1", True, False),
+        ("dense.lr=1e-3", True, False),
+        ("threads=2", True, False),
+        ("data.seed=1", True, True),
+        ('suites.zero-shot.sets=["digits-test"]', False, True),
+        ("train.log_every=3", False, False),
+        ("train.checkpoint_every=3", False, False),
+    ],
+)
+def test_what_moves_which_fingerprint(override: str, training: bool, suite: bool) -> None:
+    before, after = plan(), plan("sparse-upcycling", override)
+    assert (before.training_fingerprint != after.training_fingerprint) is training
+    assert (before.suite_fingerprints != after.suite_fingerprints) is suite
+    assert after.protocol.division == "open"
+
+
+def test_numerics_and_model_configuration_are_part_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = plan().training_fingerprint
+    monkeypatch.setattr("upcycle_bench.plan.NUMERICS", -1)
+    assert plan().training_fingerprint != before
+    monkeypatch.undo()
+    monkeypatch.setattr("upcycle_bench.plan.model_config", lambda name: {"embed_dim": 1})
+    assert plan().training_fingerprint != before
+
+
+def test_local_data_is_asked_for_and_found(tmp_path: Path) -> None:
+    open_plan = plan(protocol="clip-b32")
+    assert [text.split()[0] for text in open_plan.missing] == ["--data", "--eval-data", "--checkpoint"]
+    assert open_plan.training_fingerprint is None
+    with pytest.raises(UserError, match="--checkpoint .*no such file"):
+        plan(protocol="clip-b32", paths=Paths(checkpoint=tmp_path / "none.pt"))
+
+
+def test_a_missing_evaluation_set_is_named(tmp_path: Path) -> None:
+    world = plan().world
+    assert world is not None
+    paths = Paths(data=str(world.train_shards[0].parent), eval_data=world.eval_root)
+    with pytest.raises(UserError, match="wds_imagenet1k"):
+        plan(protocol="clip-b32", paths=paths)
+
+
+def test_paths_go_with_local_protocols_only(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="brings its own data"):
+        plan(paths=Paths(data="x"))
+    with pytest.raises(UserError, match="trains its own dense model"):
+        plan(paths=Paths(checkpoint=tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ('suites.zero-shot.primary=["elsewhere"]', "elsewhere"),
+        ('suites.zero-shot.sets=["digits-nothing"]', "digits-"),
+        ("suites.zero-shot.sets=3", "sets"),
+    ],
+)
+def test_bad_suite_settings_are_one_line(override: str, message: str) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        plan("sparse-upcycling", override)
+    assert "\n" not in str(caught.value)
+
+
+def test_fingerprint_is_canonical() -> None:
+    assert fingerprint({"a": 1, "b": (2, 3)}) == fingerprint({"b": [2, 3], "a": 1})
+    with pytest.raises(ValueError, match="Out of range float"):
+        fingerprint(float("nan"))

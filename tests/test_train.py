@@ -1,0 +1,230 @@
+"""The training loop: against a plain PyTorch loop, resumed bit for bit, blind to what strategies draw."""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from upcycle_bench import engine
+from upcycle_bench.data import Batch, PairDataset
+from upcycle_bench.dense import Clip, create_clip
+from upcycle_bench.moe import moe_layers
+from upcycle_bench.protocol import Schedule, learning_rate, load_protocol
+from upcycle_bench.registry import load_registry
+from upcycle_bench.rng import Stream
+from upcycle_bench.strategy import FFN
+from upcycle_bench.surgery import find_layers, upcycle
+from upcycle_bench.train import Job, parameter_groups, train
+from upcycle_bench.worlds import load_world
+
+REGISTRY = load_registry()
+PROTOCOL = load_protocol(REGISTRY.protocols["smoke"].target)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _session() -> Iterator[None]:
+    with engine.session(threads=1):
+        yield
+
+
+@pytest.fixture(scope="module")
+def pairs() -> PairDataset:
+    return PairDataset(load_world("digits", 0).train_shards, create_clip("smoke-vit"))
+
+
+def schedule(**changes: Any) -> Schedule:
+    return PROTOCOL.train.schedule.model_copy(update={"steps": 6, "batch_size": 32, **changes})
+
+
+def job(**changes: Any) -> Job:
+    return Job(**{"schedule": schedule(), "peak_lr": 1e-3, "stop_step": 6, "seed": 0, "log_every": 2, **changes})
+
+
+def upcycled(seed: int = 0) -> Clip:
+    clip = create_clip("smoke-vit", seed=seed)
+    strategy = REGISTRY.strategies["sparse-upcycling"].target()
+    inits = {}
+    for layer in find_layers(clip.model, PROTOCOL.moe):
+        ffn = FFN.of(clip.model.get_submodule(layer.mlp_path))
+        inits[layer.name] = strategy.init_layer(ffn, layer, None, Stream(("test", layer.name)))
+    return replace(clip, model=upcycle(clip.model, inits, PROTOCOL.moe))
+
+
+def eesd(layers: Mapping[str, Any]) -> Any:
+    return REGISTRY.strategies["cluster-aware"].target(eesd_ema=0.9).loss(layers, Stream(("loss",)))
+
+
+def state(clip: Clip) -> dict[str, torch.Tensor]:
+    return {key: value.clone() for key, value in clip.model.state_dict().items()}
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1])
+def test_engine_equals_a_plain_pytorch_loop(pairs: PairDataset, zero_stage: int) -> None:
+    """The whole recipe written out: schedule, AdamW, decay on matrices only, clipping, both losses, the clamp."""
+    settings = job(load_balance=0.01, zero_stage=zero_stage, schedule=schedule(grad_clip=0.5))
+    ours, plain = upcycled(), upcycled()
+    train(ours, pairs, settings)
+    model = plain.model.train()
+    named = [p for p in model.parameters()]
+    groups = [
+        {"params": [p for p in named if p.ndim >= 2], "weight_decay": 0.2},
+        {"params": [p for p in named if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), eps=1e-6)
+    for step in range(6):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, 6, 1e-3, 0.02)
+        batch = pairs.batch(0, step, 32)
+        image, text, scale = model(plain.normalise(batch.images), batch.texts)[:3]
+        logits = scale * image @ text.T
+        task = (F.cross_entropy(logits, torch.arange(32)) + F.cross_entropy(logits.T, torch.arange(32))) / 2
+        balance = sum(layer.l_aux for layer in moe_layers(model).values())
+        optimizer.zero_grad()
+        (task + 0.01 * balance).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        optimizer.step()
+    for key, value in state(plain).items():
+        # Adam divides by the root of the second moment, which turns rounding of tiny gradients into steps of their own
+        assert torch.allclose(ours.model.state_dict()[key], value, rtol=1e-3, atol=2e-4), key
+
+
+def test_training_learns(pairs: PairDataset) -> None:
+    clip = create_clip("smoke-vit", seed=1)
+    progress = train(clip, pairs, job(schedule=schedule(steps=25), stop_step=25, log_every=24))
+    assert progress.last["loss"] < 3.3  # ln 32 = 3.47 at the start
+    assert progress.step == 25
+    assert progress.flops > 0
+
+
+def test_same_seed_same_weights_other_seed_other_weights(pairs: PairDataset) -> None:
+    first, again, other = upcycled(), upcycled(), upcycled()
+    train(first, pairs, job())
+    train(again, pairs, job())
+    train(other, pairs, job(seed=1))
+    assert all(torch.equal(value, again.model.state_dict()[key]) for key, value in state(first).items())
+    assert not torch.equal(first.model.logit_scale, other.model.logit_scale)
+
+
+class _Greedy:
+    """A loss that draws 1,000 numbers a step from the global generator and changes nothing."""
+
+    name = "greedy"
+
+    def compute(self) -> torch.Tensor:
+        torch.rand(1000)
+        return torch.zeros(())
+
+    def after_step(self) -> None:
+        torch.rand(1000)
+
+    def close(self) -> None:
+        pass
+
+
+def test_a_strategy_that_draws_more_sees_the_same_batches(pairs: PairDataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With patch dropout on, which draws from torch's global generator: batches and weights must not move."""
+    seen: list[list[torch.Tensor]] = []
+    batch = PairDataset.batch
+
+    def record(self: PairDataset, *arguments: Any) -> Batch:
+        made = batch(self, *arguments)
+        seen[-1].append(torch.cat([made.index, made.texts.flatten()]))
+        return made
+
+    monkeypatch.setattr(PairDataset, "batch", record)
+    weights = []
+    for make_loss in (lambda layers: None, lambda layers: _Greedy()):
+        seen.append([])
+        clip = create_clip("smoke-vit", seed=0, patch_dropout=0.5)
+        torch.rand(len(seen) * 100)  # the generator's state before training does not matter either
+        train(clip, pairs, job(), make_loss=make_loss)
+        weights.append(state(clip))
+    assert len(seen[0]) == 6
+    assert all(torch.equal(a, b) for a, b in zip(*seen, strict=True))
+    assert all(torch.equal(value, weights[1][key]) for key, value in weights[0].items())
+
+
+def test_interrupted_and_resumed_is_bit_equal(pairs: PairDataset, tmp_path: Path) -> None:
+    """Stopped by Ctrl-C in step 5 of 6, checkpoints every 2: the second session starts at step 4."""
+    whole = upcycled()
+    train(whole, pairs, job(metrics=tmp_path / "whole.jsonl"), make_loss=eesd)
+
+    def interrupt(step: int, metrics: Mapping[str, float]) -> None:
+        if step == 5:
+            raise KeyboardInterrupt
+
+    resumable = job(metrics=tmp_path / "run.jsonl", checkpoints=tmp_path / "checkpoints", checkpoint_every=2)
+    with pytest.raises(KeyboardInterrupt):
+        train(upcycled(), pairs, resumable, make_loss=eesd, on_step=interrupt)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["latest", "step4"]
+    steps: list[int] = []
+    resumed = upcycled(seed=5)  # its weights come from the checkpoint
+    progress = train(resumed, pairs, resumable, make_loss=eesd, on_step=lambda step, _: steps.append(step))
+    assert steps == [5, 6]
+    assert progress.step == 6
+    assert all(torch.equal(value, resumed.model.state_dict()[key]) for key, value in state(whole).items())
+
+    def lines(name: str) -> list[dict[str, float]]:
+        rows = [json.loads(line) for line in (tmp_path / name).read_text().splitlines()]
+        return [{key: value for key, value in row.items() if key != "samples_per_second"} for row in rows]
+
+    assert lines("run.jsonl") == lines("whole.jsonl")
+    assert [row["step"] for row in lines("whole.jsonl")] == [1, 3, 5, 6]
+
+
+def test_metrics_hold_every_term(pairs: PairDataset, tmp_path: Path) -> None:
+    progress = train(upcycled(), pairs, job(metrics=tmp_path / "m.jsonl", load_balance=0.01), make_loss=eesd)
+    row = json.loads((tmp_path / "m.jsonl").read_text().splitlines()[-1])
+    assert row == progress.last
+    assert row["loss"] == pytest.approx(row["contrastive"] + row["load_balance"] + row["eesd"], rel=1e-6)
+    assert 0.01 * 3 * 0.9 < row["load_balance"] < 0.01 * 3 * 2  # three layers, each near 1
+    assert row["learning_rate"] == pytest.approx(1e-3 * 1 / 6)
+    assert 0 <= row["tokens_dropped"] < 1
+
+
+def test_the_logit_scale_is_clamped(pairs: PairDataset) -> None:
+    for zero_stage in (0, 1):
+        clip = create_clip("smoke-vit", seed=0)
+        limit = clip.model.logit_scale.item() + 1e-4
+        train(clip, pairs, job(schedule=schedule(logit_scale_max=limit), peak_lr=0.05, zero_stage=zero_stage))
+        assert clip.model.logit_scale.item() <= limit + 1e-6
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(pairs: PairDataset) -> None:
+    clip = create_clip("smoke-vit", seed=0)
+    with torch.no_grad():
+        clip.model.text_projection.fill_(float("nan"))
+    with pytest.raises(FloatingPointError, match="the loss is nan at step 0"):
+        train(clip, pairs, job())
+
+
+def test_bf16_autocast_keeps_float32_weights(pairs: PairDataset) -> None:
+    clip = upcycled()
+    progress = train(clip, pairs, job(schedule=schedule(precision="bf16")))
+    assert {value.dtype for value in clip.model.state_dict().values()} == {torch.float32}
+    reference = train(upcycled(), pairs, job())
+    assert progress.last["loss"] == pytest.approx(reference.last["loss"], rel=0.02)
+    assert progress.last["loss"] != reference.last["loss"]
+
+
+def test_weight_decay_on_matrices_only() -> None:
+    clip = upcycled()
+    groups = parameter_groups(clip.model, 0.2)
+    assert sum(len(group["params"]) for group in groups) == len(list(clip.model.parameters()))
+    for group in groups:
+        assert all((p.ndim >= 2) == (group["weight_decay"] == 0.2) for p in group["params"])
+    routers = {id(layer.gate.wg.weight) for layer in moe_layers(clip.model).values()}
+    decayed = {id(p) for group in groups if group["weight_decay"] for p in group["params"]}
+    assert routers <= decayed
+
+
+def test_the_data_set_must_fill_a_batch(pairs: PairDataset) -> None:
+    from upcycle_bench.errors import UserError
+
+    with pytest.raises(UserError, match="1079 pairs, fewer than one batch of 2000"):
+        train(create_clip("smoke-vit"), pairs, job(schedule=schedule(batch_size=2000)))

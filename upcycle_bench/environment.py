@@ -1,0 +1,111 @@
+"""Where a run ran: packages, device, and the git state of the code, for its record.
+
+environment = capture("cpu")      # JSON values only: {"python": "3.11.7", "packages": {...}, "device": {...}, ...}
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from importlib import metadata
+from pathlib import Path
+
+from pydantic import JsonValue
+
+import upcycle_bench
+
+# All of these can change a score. The two builds of faiss both import as `faiss`.
+PACKAGES = (
+    "torch",
+    "torchvision",
+    "open_clip_torch",
+    "deepspeed",
+    "faiss-cpu",
+    "faiss-gpu",
+    "clip_benchmark",
+    "numpy",
+    "webdataset",
+    "upcycle-bench",
+)
+
+
+def capture(device: str) -> dict[str, JsonValue]:
+    """What stands in a record about the machine and the code; `device` as torch spells it (`cpu`, `cuda:0`)."""
+    import torch
+
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {name: installed_version(name) for name in PACKAGES},
+        "device": device_name(device),
+        "cores": cores(),
+        "threads": torch.get_num_threads(),
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "git": git_state(Path(upcycle_bench.__file__)),
+    }
+
+
+def installed_version(distribution: str) -> str | None:
+    """Version of an installed distribution, without importing it."""
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def device_name(device: str) -> str:
+    """The GPU's or the CPU's model."""
+    if device.startswith("cuda"):
+        import torch
+
+        return torch.cuda.get_device_name(device)
+    return cpu_name(Path("/proc/cpuinfo"))
+
+
+def cpu_name(cpuinfo: Path) -> str:
+    """The CPU's model; where Linux does not tell (ARM, other systems), its architecture."""
+    try:
+        lines = cpuinfo.read_text(errors="replace").splitlines()
+    except OSError:
+        lines = []
+    models = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(filter(None, models), None) or platform.processor() or platform.machine()
+
+
+def cores() -> int:
+    """Cores this process may use: in a container or a batch job fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def git_state(file: Path) -> dict[str, JsonValue] | None:
+    """Commit of the repository that tracks `file`, and whether it has changes outside `results/`.
+
+    None for an installed wheel, even when it is installed somewhere inside a git repository.
+    """
+    folder = file.resolve().parent
+    if _git(folder, "ls-files", "--error-unmatch", "--", file.name) is None:
+        return None
+    top, commit = _git(folder, "rev-parse", "--show-toplevel"), _git(folder, "rev-parse", "--verify", "HEAD")
+    if top is None or commit is None:
+        return None
+    # Records are written into results/ while we run; they do not change the code.
+    changes = _git(Path(top), "status", "--porcelain", "--", ".", ":(exclude)results")
+    return {"commit": commit, "dirty": changes != ""}
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    """Output of a git command in `folder`; None if it fails or there is no git."""
+    # GIT_DIR and its like, set inside git hooks, would point us at another repository.
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("GIT_")}
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(folder), "--no-optional-locks", *arguments],
+            capture_output=True,
+            text=True,
+            timeout=30,
+            env=environment,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None

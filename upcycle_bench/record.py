@@ -1,0 +1,311 @@
+"""The record of one run: strict JSON with a versioned schema, written atomically, its per-sample outcomes beside it.
+
+    path = write(record, outcomes, Path("results/records"))     # .../smoke/dense-i0-t0-20260101T000000-1f2e3d4c.json
+    records = [read(path) for path in find(Path("results/records"))]
+    outcomes = read_outcomes(path)                               # "digits-test/log_likelihood" -> float32 [samples]
+
+A failed run is a record too, with a reason; an interrupted one leaves none. NaN and infinity are never written: a ValidationError
+while a record is made is a bug of ours, a bad file is a UserError.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import math
+import os
+import re
+import zipfile
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import AfterValidator, ConfigDict, Field, JsonValue, ValidationError, model_validator
+
+from upcycle_bench.errors import UserError
+from upcycle_bench.protocol import Frozen
+
+if TYPE_CHECKING:
+    import numpy as np
+
+SCHEMA_VERSION = 1
+
+Name = Annotated[str, Field(min_length=1)]
+Phase = Literal["prepare", "calibrate", "upcycle", "train", "evaluate"]
+
+
+def _real_time(text: str) -> str:
+    datetime.fromisoformat(text.replace("Z", "+00:00"))
+    return text
+
+
+Timestamp = Annotated[
+    str,
+    Field(pattern=r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{6})?(Z|\+00:00)$", description="ISO 8601, UTC"),
+    AfterValidator(_real_time),
+]
+
+
+class Part(Frozen):
+    """Base of the record and its parts: strict, frozen, and no number that JSON cannot write."""
+
+    model_config = ConfigDict(allow_inf_nan=False)
+
+
+class StrategyPart(Part):
+    """Which strategy ran, as configured, and who brought it."""
+
+    name: Name
+    label: Name = Field(description="the row's name: `cluster-aware`, or `cluster-aware[tau=0.8]` off its defaults")
+    config: dict[str, JsonValue] = Field(description="resolved configuration")
+    status: Literal["published", "reconstructed", "control"]
+    reconstructed: tuple[str, ...] = Field(description="parts that the paper leaves open and we had to choose")
+    paper: str
+    distribution: str
+    version: str
+
+
+class ProtocolPart(Part):
+    """What was held equal; only equal fingerprints share a table."""
+
+    name: Name
+    division: Literal["closed", "open"]
+    overrides: tuple[str, ...] = Field(description="`--set` values; any of them opens the division")
+    training_fingerprint: Name
+    suite_fingerprints: dict[str, str] = Field(description="suite -> fingerprint")
+    resolved: dict[str, JsonValue]
+
+    @model_validator(mode="after")
+    def _overrides_open(self) -> ProtocolPart:
+        if self.overrides and self.division == "closed":
+            raise ValueError("a run with overrides belongs in the open division")
+        return self
+
+
+class Seeds(Part):
+    """Initialisation seed (the strategy's own randomness) and training seed (data order, augmentation, dropout)."""
+
+    init: int = Field(ge=0)
+    train: int = Field(ge=0)
+
+
+class ScoreRecord(Part):
+    """One score; `chance` is the value of uniform guessing, None where there is none."""
+
+    suite: Name
+    dataset: Name
+    metric: Name
+    value: float
+    higher_is_better: bool
+    chance: float | None
+    samples: int = Field(ge=1)
+    primary: bool
+
+
+class PhaseCost(Part):
+    """What one phase took; `flops` is None where they were not counted."""
+
+    seconds: float = Field(ge=0)
+    flops: int | None = Field(ge=0)
+    peak_memory_bytes: int = Field(ge=0)
+
+
+class Cost(Part):
+    """What the run took. A phase that did not run is absent; all phases but `evaluate` are charged to the strategy."""
+
+    phases: dict[Phase, PhaseCost]
+    counting_rule: Name = Field(description="how FLOPs were counted")
+    parameters_total: int = Field(ge=1)
+    parameters_active: int = Field(ge=1, description="used per token")
+    tokens_dropped: float | None = Field(ge=0, le=1, description="fraction of training tokens over capacity")
+    samples: int = Field(ge=0, description="training pairs seen")
+    samples_per_second: float | None = Field(ge=0)
+    world_size: int = Field(ge=1)
+
+
+class Hashes(Part):
+    """Content hashes; `weights` are the final ones, `outcomes` is the .npz beside the record (set by `write`)."""
+
+    dense: Name
+    data: Name
+    weights: str | None = None
+    outcomes: str | None = None
+
+
+class Record(Part):
+    """One run, whole. A run that failed may lack receipt, scores and cost."""
+
+    schema_version: Literal[1]
+    run_id: str = Field(pattern=r"^[A-Za-z0-9_-]{8,}$")
+    created: Timestamp
+    status: Literal["ok", "failed"]
+    reason: str | None = None
+    strategy: StrategyPart
+    protocol: ProtocolPart
+    seeds: Seeds
+    receipt: dict[str, JsonValue] | None = Field(
+        default=None, description="the model at step 0: function drift, expert similarity, router entropy, load"
+    )
+    scores: list[ScoreRecord] = Field(default_factory=list)
+    primary: float | None = Field(default=None, description="mean of the primary scores")
+    diagnostics: dict[str, JsonValue] = Field(default_factory=dict, description="per layer")
+    cost: Cost | None = None
+    environment: dict[str, JsonValue]
+    hashes: Hashes
+    command: list[str]
+
+    @property
+    def created_at(self) -> datetime:
+        """`created` as a time."""
+        return datetime.fromisoformat(self.created.replace("Z", "+00:00"))
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Record:
+        if self.status != "ok" and not (self.reason or "").strip():
+            raise ValueError(f"a run that is {self.status} needs a reason")
+        keys = [(score.suite, score.dataset, score.metric) for score in self.scores]
+        if len(set(keys)) < len(keys):
+            raise ValueError("two scores have the same suite, dataset and metric")
+        primary = [score for score in self.scores if score.primary]
+        if not all(score.higher_is_better for score in primary):
+            raise ValueError("primary scores must be higher-is-better, since tables rank by their mean")
+        mean = sum(score.value for score in primary) / len(primary) if primary else None
+        if (mean is None) != (self.primary is None) or (
+            mean is not None and self.primary is not None and not math.isclose(mean, self.primary, abs_tol=1e-9)
+        ):
+            raise ValueError(f"primary is {self.primary}, but the mean of the primary scores is {mean}")
+        if self.status == "ok" and (self.primary is None or self.cost is None):
+            raise ValueError("a run that is ok needs a primary score and its cost")
+        return self
+
+
+def write(record: Record, outcomes: dict[str, np.ndarray] | None, folder: Path) -> Path:
+    """Write `record` below `folder`, with `outcomes` in a .npz of the same name whose hash the record then holds.
+
+    Both appear whole or not at all, the record last; an existing record is never overwritten.
+    Raises UserError when the folder cannot be written.
+    """
+    seeds, time = record.seeds, record.created_at.strftime("%Y%m%dT%H%M%S")
+    name = f"{_slug(record.strategy.label)}-i{seeds.init}-t{seeds.train}-{time}-{record.run_id[:8]}.json"
+    path = folder / _slug(record.protocol.name) / name
+    arrays = None if outcomes is None else _npz(outcomes)
+    digest = None if arrays is None else hashlib.sha256(arrays).hexdigest()
+    record = record.model_copy(update={"hashes": record.hashes.model_copy(update={"outcomes": digest})})
+    text = record.model_dump_json(indent=2) + "\n"
+    try:
+        if path.exists():
+            raise UserError(f"record {path} exists and is never overwritten; give the run another id.")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _write_pair(path, text.encode(), arrays)
+    except OSError as error:
+        raise UserError(f"cannot write record {path}: {error.strerror or error}; choose another folder.") from None
+    return path
+
+
+def read(path: Path) -> Record:
+    """Parse one record. Raises UserError, one line, naming the file and the field."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        tree = json.loads(text)
+        json.dumps(tree, allow_nan=False)  # NaN, Infinity and 1e999 are not JSON, though Python reads them
+    except OSError as error:
+        raise UserError(f"record {path}: {error.strerror or error}.") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"record {path} is not strict JSON ({error}); restore it or move it away.") from None
+    if not isinstance(tree, dict) or "schema_version" not in tree:
+        raise UserError(f"{path} is not an upcycle-bench record (it has no schema_version); move it away.")
+    if tree["schema_version"] != SCHEMA_VERSION:
+        raise UserError(
+            f"record {path} has schema version {tree['schema_version']!r}, this upcycle-bench reads {SCHEMA_VERSION}; "
+            "use the version that wrote it (pip install --upgrade upcycle-bench, if that is newer)."
+        )
+    try:
+        return Record.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "record"
+        given = "" if isinstance(first["input"], (dict, list, Record)) else f" (got {first['input']!r})"
+        raise UserError(f"record {path}: {where}: {first['msg']}{given}; restore the file or move it away.") from None
+
+
+def read_outcomes(path: Path) -> dict[str, np.ndarray]:
+    """Per-sample outcomes of the record at `path`; empty if it has none. Raises UserError if they are not its own."""
+    import numpy as np
+
+    digest = read(path).hashes.outcomes
+    if digest is None:
+        return {}
+    beside = path.with_suffix(".npz")
+    try:
+        data = beside.read_bytes()
+    except OSError as error:
+        raise UserError(f"outcomes {beside}: {error.strerror or error}; copy it from where the run was made.") from None
+    if hashlib.sha256(data).hexdigest() != digest:
+        raise UserError(f"outcomes {beside} are not those of its record (sha256 differs); restore the file.")
+    with np.load(io.BytesIO(data)) as arrays:
+        return dict(arrays)
+
+
+def find(path: Path) -> list[Path]:
+    """All records below `path`, sorted; a file is itself. Raises UserError for a *.json that is not a record."""
+    if not path.exists():
+        raise UserError(f"no records at {path}: there is no such file or folder.")
+    paths = [path] if path.is_file() else sorted(path.rglob("*.json"))
+    for each in paths:
+        read(each)
+    return paths
+
+
+def json_schema() -> dict[str, Any]:
+    """The record as JSON Schema."""
+    schema = Record.model_json_schema()
+    return schema | {
+        "title": "upcycle-bench record",
+        "description": f"One run of upcycle-bench, schema version {SCHEMA_VERSION}. Numbers are finite.",
+    }
+
+
+def _slug(text: str) -> str:
+    """A file name part: only letters that need no quoting, no leading dot, short enough for any file system."""
+    return re.sub(r"[^A-Za-z0-9.=_]+", "-", text).strip("-.")[:100] or "unnamed"
+
+
+def _npz(outcomes: dict[str, np.ndarray]) -> bytes:
+    """The arrays as .npz, byte for byte the same for the same arrays (np.savez keeps the order and reserves names)."""
+    import numpy as np
+
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        for name in sorted(outcomes):
+            info = zipfile.ZipInfo(f"{name}.npy")  # dated 1980, as the zip format begins
+            info.compress_type = zipfile.ZIP_DEFLATED
+            with archive.open(info, "w", force_zip64=True) as member:
+                np.lib.format.write_array(member, np.asarray(outcomes[name]), allow_pickle=False)
+    return buffer.getvalue()
+
+
+def _write_pair(path: Path, text: bytes, arrays: bytes | None) -> None:
+    """Outcomes first, so that a record never lacks them; outcomes without a record are taken back."""
+    beside = path.with_suffix(".npz")
+    try:
+        if arrays is not None:
+            _write_atomically(beside, arrays)
+        _write_atomically(path, text)
+    except BaseException:
+        if not path.exists():
+            beside.unlink(missing_ok=True)
+        raise
+
+
+def _write_atomically(path: Path, data: bytes) -> None:
+    """All of `data` at `path`, or nothing: whatever stops us, KeyboardInterrupt included, the temporary file goes."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
