@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -26,7 +27,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
-from upcycle_bench.clustering import spherical_kmeans
+from upcycle_bench.clustering import import_faiss, spherical_kmeans
 from upcycle_bench.distributed import mean_weight
 from upcycle_bench.hookspecs import hookimpl
 from upcycle_bench.rng import Stream
@@ -76,6 +77,9 @@ class ClusterAware(Strategy):
     def calibration_pairs(self) -> int:
         return self.pairs
 
+    def check(self) -> None:
+        import_faiss()
+
     def calibrator(self, ffn: FFN, layer: Layer, rng: Stream) -> ClusterStatistics:
         return ClusterStatistics(self, ffn.width, layer.num_experts, rng)
 
@@ -83,7 +87,8 @@ class ClusterAware(Strategy):
         calibration.finish()
         experts, ranks, floors = [], [], 0
         for count, moment_DD in zip(calibration.count_N.tolist(), calibration.moment_NDD, strict=True):
-            if count == 0:  # a cluster of the sample that no streamed token fell into again: nothing to truncate by
+            if count == 0:  # nothing to truncate by
+                warnings.warn(f"{layer.name}: a cluster is empty, its expert is a copy of the FFN", stacklevel=2)
                 experts.append(ffn.expert())
                 ranks.append(min(ffn.w1_HD.shape))
                 continue
@@ -96,6 +101,7 @@ class ClusterAware(Strategy):
             experts,
             calibration.centroid_ND.to(ffn.w1_HD) * self.router_scale,  # Eq. 10
             {
+                "router_agreement": calibration.agreement,
                 "calibration_tokens": int(calibration.count_N.sum()),
                 "empty_clusters": int((calibration.count_N == 0).sum()),
                 "largest_cluster_share": float(shares_N.max()),
@@ -121,6 +127,7 @@ class ClusterStatistics:
         self.buffer: list[Tensor] = []
         self.buffered = 0
         self.centroid_ND = torch.empty(0, width)
+        self.agreement = 0.0
         self.count_N = torch.zeros(num_clusters, dtype=torch.long)
         self.moment_NDD = torch.zeros(num_clusters, width, width, dtype=torch.float64)
 
@@ -141,14 +148,15 @@ class ClusterStatistics:
         sample_TD = torch.cat(self.buffer) if self.buffer else torch.empty(0, self.width)
         self.buffer.clear()
         config = self.config
-        self.centroid_ND = spherical_kmeans(
+        clusters = spherical_kmeans(
             sample_TD[: config.cluster_tokens],
             self.num_clusters,
             max(1, self.width // config.pca_divisor),
             self.rng,
             niter=config.kmeans_iterations,
             nredo=config.kmeans_restarts,
-        ).to(sample_TD.device)
+        )
+        self.centroid_ND, self.agreement = clusters.centroid_ND.to(sample_TD.device), clusters.agreement
         self.moment_NDD = self.moment_NDD.to(sample_TD.device)
         self._accumulate(sample_TD)
 

@@ -839,7 +839,8 @@ def test_an_empty_cluster_keeps_the_dense_weights_and_is_counted() -> None:
     # One direction for two clusters: faiss splits it, but all tokens are nearest to one of the two centroids.
     x_TD = torch.arange(1, 101).float()[:, None] * torch.ones(1, 16)
     ffn = random_ffn(32, 16)
-    init, calibrator = make(ClusterAware(pca_divisor=4), ffn, x_TD, 2)
+    with pytest.warns(UserWarning, match="a cluster is empty"):
+        init, calibrator = make(ClusterAware(pca_divisor=4), ffn, x_TD, 2)
     assert sorted(calibrator.count_N.tolist()) == [0, 100]
     empty = int((calibrator.count_N == 0).nonzero())
     assert torch.equal(w1(init.experts[empty]), ffn.w1_HD)
@@ -856,6 +857,7 @@ def test_notes_say_what_was_done() -> None:
     made = [fast.truncate(ffn.w1_HD, moment_DD, tau=0.9, rank_floor=0.5) for moment_DD in calibrator.moment_NDD]
     assert init.notes == pytest.approx(
         {
+            "router_agreement": 1.0,
             "calibration_tokens": 1000,
             "empty_clusters": 0,
             "largest_cluster_share": max(shares),

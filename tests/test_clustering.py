@@ -32,7 +32,9 @@ def one_thread() -> Iterator[None]:
 def cluster(
     sample_TD: Tensor, number: int, pca_dim: int, rng: Stream = STREAM, niter: int = 25, nredo: int = 1
 ) -> Tensor:
-    return spherical_kmeans(sample_TD, number, pca_dim, rng, niter=niter, nredo=nredo)
+    clusters = spherical_kmeans(sample_TD, number, pca_dim, rng, niter=niter, nredo=nredo)
+    assert clusters.agreement > 0.999  # an uncentred PCA loses no assignment (centroids mapped back by the same basis)
+    return clusters.centroid_ND
 
 
 def labels(x_TD: Tensor, centroid_ND: Tensor) -> Tensor:

@@ -57,7 +57,7 @@ def test_local_data_is_asked_for_and_found(tmp_path: Path) -> None:
     open_plan = plan(protocol="clip-b32")
     assert [text.split()[0] for text in open_plan.missing] == ["--data", "--eval-data", "--checkpoint"]
     assert open_plan.training_fingerprint is None
-    with pytest.raises(UserError, match="--checkpoint .*no such file"):
+    with pytest.raises(UserError, match=r"--checkpoint .*no such file"):
         plan(protocol="clip-b32", paths=Paths(checkpoint=tmp_path / "none.pt"))
 
 

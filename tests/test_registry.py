@@ -103,7 +103,7 @@ from upcycle_bench.strategy import LayerInit, Strategy, StrategyInfo, random_rou
 class Noisy(Strategy):
     """Copies plus noise."""
 
-    info: ClassVar[StrategyInfo] = StrategyInfo(name="noisy", summary="copies plus noise", paper="none", status="control")
+    info: ClassVar = StrategyInfo(name="noisy", summary="copies plus noise", paper="none", status="control")
     std: float = Field(default=0.01, ge=0)
 
     def init_layer(self, ffn, layer, calibration, rng):

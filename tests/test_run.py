@@ -109,10 +109,10 @@ def test_sparse_upcycling_starts_from_the_dense_function(tmp_path: Path, quick: 
 
 def test_saved_weights_score_again(tmp_path: Path, quick: list[str]) -> None:
     """A new suite can score an old run: the weights in the cache give the scores of the record."""
+    import torch
+
     from upcycle_bench.costs import Meter
     from upcycle_bench.run import evaluate
-
-    import torch
 
     planned = plan("cluster-aware", quick)
     made = record.read(run(planned, tmp_path, Reporter()))

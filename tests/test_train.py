@@ -70,7 +70,7 @@ def test_engine_equals_a_plain_pytorch_loop(pairs: PairDataset, zero_stage: int)
     ours, plain = upcycled(), upcycled()
     train(ours, pairs, settings)
     model = plain.model.train()
-    named = [p for p in model.parameters()]
+    named = list(model.parameters())
     groups = [
         {"params": [p for p in named if p.ndim >= 2], "weight_decay": 0.2},
         {"params": [p for p in named if p.ndim < 2], "weight_decay": 0.0},

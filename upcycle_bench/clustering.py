@@ -6,6 +6,7 @@ Shape suffixes: T tokens, D width, P PCA dimensions, N clusters.
 from __future__ import annotations
 
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -26,10 +27,18 @@ def import_faiss() -> ModuleType:
     return faiss
 
 
+class Clusters(NamedTuple):
+    """Unit centroids in full width [N, D] float32, and the share of the sample's tokens whose most similar centroid
+    there is the one k-means assigned them to among the PCA's coordinates (1 but for rounding)."""
+
+    centroid_ND: Tensor
+    agreement: float
+
+
 def spherical_kmeans(
     sample_TD: Tensor, num_clusters: int, pca_dim: int, rng: Stream, *, niter: int, nredo: int
-) -> Tensor:
-    """Unit centroids in full width, [N, D] float32, of float32 tokens of any length.
+) -> Clusters:
+    """Clusters of the directions of float32 tokens of any length.
 
     PCA is uncentred (top right-singular vectors of the normalised tokens), so that argmax_i of x . centroid_i is the
     cluster of x for every token, inside or outside the subspace; a centred PCA would leave a constant per centroid
@@ -58,7 +67,10 @@ def spherical_kmeans(
     )
     kmeans.train(points_TP.cpu().contiguous().numpy())
     centroids_NP = torch.from_numpy(kmeans.centroids.copy())
-    return F.normalize(centroids_NP @ basis_PD.cpu(), dim=1)
+    centroid_ND = F.normalize(centroids_NP @ basis_PD.cpu(), dim=1)
+    assigned_T = (points_TP.cpu() @ centroids_NP.T).argmax(1)
+    routed_T = (sample_TD.float().cpu() @ centroid_ND.T).argmax(1)
+    return Clusters(centroid_ND, float((assigned_T == routed_T).float().mean()))
 
 
 def principal_directions(unit_TD: Tensor, pca_dim: int) -> Tensor:

@@ -4,8 +4,8 @@
     records = [read(path) for path in find(Path("results/records"))]
     outcomes = read_outcomes(path)                               # "digits-test/log_likelihood" -> float32 [samples]
 
-A failed run is a record too, with a reason; an interrupted one leaves none. NaN and infinity are never written: a ValidationError
-while a record is made is a bug of ours, a bad file is a UserError.
+A failed run is a record too, with a reason; an interrupted one leaves none. NaN and infinity are never written: a
+ValidationError while a record is made is a bug of ours, a bad file is a UserError.
 """
 
 from __future__ import annotations

@@ -48,6 +48,7 @@ def run(plan: Plan, results: Path, reporter: Reporter) -> Path | None:
     """
     if plan.missing:
         raise UserError(f"protocol {plan.protocol.name} needs {', '.join(plan.missing)}.")
+    plan.strategy.check()
     engine.check_world(plan.protocol.train.schedule.batch_size, plan.protocol.moe.ep_size)
     with engine.session(plan.protocol.threads) as device:
         state = _State(plan, Meter(device))

@@ -174,6 +174,9 @@ class Strategy(ABC):
     trains: ClassVar[bool] = True  # False: no training after initialisation (controls)
     preserves_function: ClassVar[bool] = False  # MoE(x) = FFN(x) at step 0 with unlimited capacity
 
+    def check(self) -> None:  # noqa: B027  (optional)
+        """Raise UserError for what this machine lacks, before anything runs."""
+
     @property
     def calibration_pairs(self) -> int:
         """How many training pairs `calibrator` wants to see; 0 for a strategy without calibration."""
