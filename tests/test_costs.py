@@ -45,7 +45,7 @@ def test_experts_add_one_ffn_per_token_for_top_2() -> None:
     dense, moe = (estimate(smoke, moe=moe, trains=True) for moe in (False, True))
     # layers vision.1, vision.3 (17 tokens) and text.1 (12): an FFN of 4 * 64 * 256 and a router of 2 * 64 * 8 each
     assert moe.forward_flops - dense.forward_flops == (2 * 17 + 12) * (4 * 64 * 256 + 2 * 64 * 8)
-    assert moe.train_flops == 3 * moe.forward_flops * 100 * 128
+    assert moe.train_flops == 3 * moe.forward_flops * 100 * 64
 
 
 def test_an_untrained_control_costs_no_training() -> None:

@@ -274,7 +274,7 @@ def _table(title: str, rows: list[dict[str, str]]) -> None:
     from rich import box
     from rich.table import Table
 
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     for column in rows[0] if rows else ["none"]:
         table.add_column(column, overflow="fold")
     for row in rows:
