@@ -276,7 +276,7 @@ def _table(title: str, rows: list[dict[str, str]]) -> None:
 
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     for column in rows[0] if rows else ["none"]:
-        table.add_column(column, overflow="fold")
+        table.add_column(column, overflow="fold", no_wrap=column in ("name", "metric"))
     for row in rows:
         table.add_row(*row.values())
     _print(table)
