@@ -2,8 +2,8 @@
 
 usage: python bench/attention.py [THREADS]     prints a Markdown table; ratio > 1: plain attention is faster
 
-Two measurements: whole training steps of `smoke-vit` (what `smoke` does), and one attention layer over sequence lengths,
-which is where the bound in `upcycle_bench.train.attention_kernel` comes from.
+Two measurements: whole training steps of `smoke-vit` (what `smoke` does), and one attention layer over sequence
+lengths, which is where the bound in `upcycle_bench.train.attention_kernel` comes from.
 """
 
 from __future__ import annotations
@@ -65,6 +65,7 @@ def layer_step(length: int, width: int, heads: int, precision: str) -> Callable[
 
 
 def main() -> None:
+    """Measure and print."""
     torch.set_num_threads(int(sys.argv[1]) if len(sys.argv) > 1 else 1)
     cases: list[tuple[str, Callable[[], Any]]] = []
     for precision in ("fp32", "bf16"):
