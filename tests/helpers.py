@@ -154,6 +154,11 @@ def features(model: nn.Module, images: Tensor, texts: Tensor) -> Tensor:
         return torch.cat([model.encode_image(images), model.encode_text(texts)])
 
 
+def equal(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
+    """The same keys and the same bits."""
+    return first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+
+
 def contrastive_loss(image_BE: Tensor, text_BE: Tensor, scale: Tensor) -> Tensor:
     """CLIP's symmetric cross-entropy of normalised features."""
     logits_BB = scale * image_BE @ text_BE.T

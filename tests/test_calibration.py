@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.helpers import threads
-from tests.test_surgery import END, MOE, captions, create_dense, inputs_for, upcycled
+from tests.moe_helpers import END, MOE, captions, create_dense, inputs_for, upcycled
 from upcycle_bench.calibration import calibrate
 from upcycle_bench.moe import moe_layers
 from upcycle_bench.strategy import Layer

@@ -10,7 +10,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from tests.helpers import threads
-from tests.test_surgery import MOE, create_dense, inputs_for, upcycled
+from tests.moe_helpers import MOE, create_dense, inputs_for, upcycled
 from upcycle_bench.diagnostics import diagnose, expert_cosine
 from upcycle_bench.moe import moe_layers
 from upcycle_bench.surgery import find_layers

@@ -9,6 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
+
+from upcycle_bench.cache import cache_root
 
 WORKER = Path(__file__).with_name("gradients_worker.py")
 
@@ -53,6 +56,27 @@ def test_two_ranks_write_one_record(tmp_path: Path, quick_flags: list[str], ep_s
     assert printed["cost"]["samples"] == 4 * 32
     experts = printed["receipt"]["layers"]["vision.1"]["load"]
     assert len(experts) == 8
+
+
+def test_two_ranks_with_zero_and_expert_parallelism_train_the_weights_of_one_process(
+    tmp_path: Path, quick_flags: list[str]
+) -> None:
+    """Four steps, clipping active, nothing dropped. eps is large, since Adam would turn rounding of tiny gradients into
+    steps of full size."""
+    settings = ("moe.capacity_factor=8.0", "train.schedule.grad_clip=0.05", "train.schedule.eps=0.01")
+    command = ["-m", "upcycle_bench", "run", "-s", "sparse-upcycling", *quick_flags, "--json"]
+    command += [part for setting in settings for part in ("--set", setting)]
+
+    def weights(processes: int, *more: str) -> dict[str, torch.Tensor]:
+        results = ["--results", str(tmp_path / str(processes))]
+        record = json.loads(launch(processes, *command, *more, *results))
+        return load_file(cache_root() / "weights" / f"{record['hashes']['weights']}.safetensors")
+
+    one = weights(1)
+    two = weights(2, "--set", "moe.ep_size=2", "--set", "train.zero_stage=1")
+    assert one.keys() == two.keys()
+    for name, expected in one.items():
+        assert torch.allclose(two[name], expected, rtol=0, atol=1e-6), name
 
 
 def test_a_batch_that_ranks_cannot_share_is_one_line(tmp_path: Path) -> None:

@@ -33,7 +33,16 @@ def test_the_whole_smoke_run(tmp_path: Path) -> None:
     refused = subprocess.run([sys.executable, "-c", connect], env=environment, capture_output=True, text=True)
     assert "no network" in refused.stderr
     script = Path(sys.executable).with_name("upcycle-bench")
-    command = [sys.executable, str(script), "run", "--strategy", "cluster-aware", "--results", str(tmp_path / "out"), "--json"]
+    command = [
+        sys.executable,
+        str(script),
+        "run",
+        "--strategy",
+        "cluster-aware",
+        "--results",
+        str(tmp_path / "out"),
+        "--json",
+    ]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-4000:]
     record = json.loads(done.stdout)
@@ -71,7 +80,9 @@ def test_the_wheel_holds_everything_inside_our_namespace(tmp_path: Path) -> None
     ):
         assert {f"{installed}/{path.name}" for path in (ROOT / folder).glob(pattern)} <= names
     for path in (ROOT / "strategies").glob("[a-z]*.py"):
-        assert f"upcycle_bench.strategies.{path.stem}" in entry_points, "a strategy without an entry point is never found"
+        assert f"upcycle_bench.strategies.{path.stem}" in entry_points, (
+            "a strategy without an entry point is never found"
+        )
 
 
 @pytest.mark.parametrize("target", ["run", "test", "lint"])
@@ -80,4 +91,6 @@ def test_make_targets_set_themselves_up(target: str) -> None:
     done = subprocess.run(["make", "--dry-run", target, "VENV=/nonexistent"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0
     commands = done.stdout
-    assert commands.index("-m venv /nonexistent") < commands.index("--editable '.[") < commands.rindex("/nonexistent/bin/")
+    assert (
+        commands.index("-m venv /nonexistent") < commands.index("--editable '.[") < commands.rindex("/nonexistent/bin/")
+    )

@@ -21,8 +21,17 @@ from torch.testing import assert_close
 
 from tests.helpers import threads
 from tests.literal import moe_layer as literal
-from tests.test_moe import assert_gradients, create_layer, relative_error, settings_of
-from tests.test_surgery import MOE, captions, create_dense, inputs_for, upcycled
+from tests.moe_helpers import (
+    MOE,
+    assert_gradients,
+    captions,
+    create_dense,
+    create_layer,
+    inputs_for,
+    relative_error,
+    settings_of,
+    upcycled,
+)
 from upcycle_bench import engine, weights
 from upcycle_bench.dense import create_clip
 from upcycle_bench.ds import TopKGate

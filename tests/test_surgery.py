@@ -1,98 +1,28 @@
 """Weight surgery: parameter counts (METHODS 0.1), what is copied (S6, S7), and function preservation at step 0 (S1)."""
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import open_clip
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from tests.helpers import threads
-from upcycle_bench import protocol
+from tests.moe_helpers import MOE, SIX_LAYERS, captions, create_dense, inputs_for, sparse_inits, upcycled
 from upcycle_bench.costs import parameter_counts
 from upcycle_bench.dense import model_config
 from upcycle_bench.errors import UserError
 from upcycle_bench.moe import moe_layers
-from upcycle_bench.registry import load_registry
-from upcycle_bench.rng import Stream
 from upcycle_bench.strategy import FFN, LayerInit
 from upcycle_bench.surgery import find_layers, upcycle
-
-MOE = protocol.MoE(
-    experts=8,
-    top_k=2,
-    every=2,
-    offset=1,
-    capacity_factor=2.0,
-    min_capacity=4,
-    load_balance=0.001,
-    second_expert_sampling=False,
-    ep_size=1,
-)
-SIX_LAYERS = {
-    "embed_dim": 16,
-    "quick_gelu": True,
-    "vision_cfg": {"image_size": 8, "layers": 6, "width": 32, "head_width": 8, "patch_size": 2},
-    "text_cfg": {"context_length": 10, "vocab_size": 100, "width": 24, "heads": 3, "layers": 6},
-}
-END = 99  # the highest id of that vocabulary
 
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
     with threads(1):
         yield
-
-
-def sparse_inits(dense: nn.Module, moe: protocol.MoE, router_init: str = "deepspeed") -> dict[str, LayerInit]:
-    """What the registered sparse upcycling makes of every layer."""
-    strategy = load_registry().strategies["sparse-upcycling"].target(router_init=router_init)
-    return {
-        layer.name: strategy.init_layer(
-            FFN.of(dense.get_submodule(layer.mlp_path)), layer, None, Stream(("test", layer.name))
-        )
-        for layer in find_layers(dense, moe)
-    }
-
-
-def upcycled(dense: nn.Module, moe: protocol.MoE = MOE, **changes: Any) -> Any:
-    """The dense model after sparse upcycling, under `moe` with `changes`."""
-    moe = protocol.MoE(**(moe.model_dump() | changes))
-    return upcycle(dense, sparse_inits(dense, moe), moe)
-
-
-def create_dense(config: Mapping[str, Any] | str = SIX_LAYERS, seed: int = 0, **changes: Any) -> Any:
-    """A random open_clip CLIP in eval mode whose FFN biases are not zero; `text_*` changes go to the text tower."""
-    config = copy.deepcopy(model_config(config) if isinstance(config, str) else dict(config))
-    for key, value in changes.items():
-        config["text_cfg"][key.removeprefix("text_")] = value
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = open_clip.CLIP(**config, nonscalar_logit_scale=True)
-        for parameter in model.parameters():
-            if parameter.ndim == 1 and not parameter.is_meta:
-                parameter.data.add_(torch.randn_like(parameter), alpha=0.1)
-    return model.eval()
-
-
-def captions(lengths: list[int], context: int = 10, end: int = END, seed: int = 0) -> Tensor:
-    """Random captions [B, L]: `length` words, then end-of-text, then zeros."""
-    text_BL = torch.zeros(len(lengths), context, dtype=torch.long)
-    words_BL = torch.randint(1, end, text_BL.shape, generator=torch.Generator().manual_seed(seed))
-    for row, length in enumerate(lengths):
-        text_BL[row, :length] = words_BL[row, :length]
-        text_BL[row, length] = end
-    return text_BL
-
-
-def inputs_for(model: Any, count: int = 6, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-    """Random images and captions of different lengths."""
-    size = model.visual.image_size[0]
-    images = torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(1), dtype=dtype)
-    lengths = [i % (model.context_length - 1) for i in range(count)]
-    return images, captions(lengths, model.context_length, model.vocab_size - 1)
 
 
 def on_meta(name: str) -> Any:

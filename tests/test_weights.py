@@ -13,7 +13,7 @@ import safetensors.torch
 import torch
 
 from tests.helpers import threads
-from tests.test_surgery import MOE, inputs_for, upcycled
+from tests.moe_helpers import MOE, inputs_for, upcycled
 from upcycle_bench import weights
 from upcycle_bench.dense import Clip, create_clip
 from upcycle_bench.errors import UserError

@@ -1,0 +1,218 @@
+"""What streams past a cluster-aware calibrator: clusters, second moments and the router (METHODS 6.5, K7 and K9).
+
+Shape suffixes: B batch, L sequence, T tokens, D width, N experts.
+"""
+
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.testing import assert_close
+
+from tests.cluster_data import STREAM, ClusterAware, layer_of, make, relative, tokens, two_paddings, w1
+from tests.helpers import (
+    Initialised,
+    TinyPairs,
+    cones,
+    initialise,
+    moe_layer,
+    orthonormal,
+    random_ffn,
+    threads,
+    tiny_clip,
+    tiny_moe,
+)
+from tests.literal import cluster_aware as literal
+from upcycle_bench.calibration import calibrate
+from upcycle_bench.errors import UserError
+from upcycle_bench.moe import MoEFFN, moe_layers
+from upcycle_bench.rng import Stream
+from upcycle_bench.strategy import FFN
+from upcycle_bench.surgery import find_layers, upcycle
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    with threads(1):
+        yield
+
+
+# ---- K7: the router -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pca_divisor", [1, 3, 8])
+def test_k7_router_rows_are_unit_and_choose_the_cluster(pca_divisor: int) -> None:
+    ffn = random_ffn(32, 24, dtype=torch.float32)
+    x_TD, _ = cones(1200, orthonormal(4, 24), seed=7, noise=0.5)
+    x_TD = x_TD + 5 * torch.randn(24, generator=torch.Generator().manual_seed(0))  # a mean, which PCA must not lose
+    init, calibrator = make(ClusterAware(pca_divisor=pca_divisor, cluster_tokens=300), ffn, x_TD, 6, chunk=100)
+    assert_close(init.router_ND.norm(dim=1), torch.ones(6), rtol=0, atol=1e-6)
+    layer = moe_layer(init).eval()
+    with torch.no_grad():
+        first_T = layer.gate(x_TD)[3][0]  # DeepSpeed's index_KT
+    label_T = torch.from_numpy(literal.assign(x_TD.numpy(), init.router_ND.double().numpy()))
+    assert torch.equal(first_T.long(), label_T)
+    assert torch.equal(torch.bincount(label_T, minlength=6), calibrator.count_N)
+    moment_NDD = torch.zeros_like(calibrator.moment_NDD)
+    for x_D, label in zip(x_TD.double(), label_T, strict=True):
+        moment_NDD[label] += torch.outer(x_D, x_D)  # tokens as they are, not normalised
+    assert relative(calibrator.moment_NDD, moment_NDD) < 1e-12
+
+
+def test_k7_router_scale_multiplies_and_changes_nothing_else() -> None:
+    ffn = random_ffn(32, 24)
+    x_TD, _ = cones(500, orthonormal(4, 24), seed=7)
+    one, four = (make(ClusterAware(pca_divisor=4, router_scale=scale), ffn, x_TD, 4)[0] for scale in (1, 4))
+    assert torch.equal(four.router_ND, 4 * one.router_ND)
+    assert all(torch.equal(w1(a), w1(b)) for a, b in zip(one.experts, four.experts, strict=True))
+    assert one.notes == four.notes
+
+
+def test_k7_on_the_calibration_tokens_of_a_clip() -> None:
+    clip = tiny_clip()
+    strategy = ClusterAware()
+    made = initialise(strategy, clip, seed=0)
+    model = upcycle(clip.model, made.inits, tiny_moe()).eval()
+    for name, layer in moe_layers(model).items():
+        # The same tokens go once more through the dense model, and to this layer's gate.
+        counts_N = torch.zeros(4, dtype=torch.long)
+
+        def count(x_TD: Tensor, layer: MoEFFN = layer, counts_N: Tensor = counts_N) -> None:
+            counts_N.add_(torch.bincount(layer.gate(x_TD)[3][0].long(), minlength=4))
+
+        collectors = {n: SimpleNamespace(update=count if n == name else lambda x_TD: None) for n in made.inits}
+        recalibrate(clip, made, collectors, strategy.calibration_pairs)
+        assert torch.equal(counts_N, made.calibrators[name].count_N), name
+        assert counts_N.sum() == made.inits[name].notes["calibration_tokens"]
+
+
+def recalibrate(clip: Any, made: Initialised, collectors: dict[str, Any], pairs: int) -> None:
+    """Stream the data of `initialise(..., seed=0)` past other collectors."""
+    batches = TinyPairs(clip).calibration(Stream(("calibration", 0)), pairs, 256)
+    calibrate(clip.model, made.layers, collectors, [(clip.normalise(batch.images), batch.texts) for batch in batches])
+
+
+# ---- K9: padding ----------------------------------------------------------------------------------------------------
+
+
+def test_k9_padding_does_not_influence_clusters_or_moments() -> None:
+    clip = tiny_clip()
+    *texts, lengths = two_paddings(clip)
+    images = torch.randn(48, 3, *clip.model.visual.image_size, generator=torch.Generator().manual_seed(0))
+    layers = find_layers(clip.model, tiny_moe())
+    seen = []
+    for text_BL in texts:
+        calibrators = {
+            layer.name: ClusterAware().calibrator(
+                FFN.of(clip.model.get_submodule(layer.mlp_path)), layer, STREAM.child(layer.name)
+            )
+            for layer in layers
+        }
+        calibrate(clip.model, layers, calibrators, [(images[:20], text_BL[:20]), (images[20:], text_BL[20:])])
+        for calibrator in calibrators.values():
+            calibrator.finish()
+        seen.append(calibrators)
+    first, second = seen
+    for layer in layers:
+        a, b = first[layer.name], second[layer.name]
+        patches = len(clip.model.visual.positional_embedding)
+        assert a.count_N.sum() == (sum(lengths) if layer.tower == "text" else 48 * patches)
+        assert torch.equal(a.count_N, b.count_N)
+        # Attention at the padding is masked, so only the order of sums in another block of memory could differ.
+        assert_close(a.centroid_ND, b.centroid_ND, rtol=0, atol=1e-6)
+        assert_close(a.moment_NDD, b.moment_NDD, rtol=1e-6, atol=1e-6)
+
+
+# ---- Streaming ------------------------------------------------------------------------------------------------------
+
+
+def statistics(x_TD: Tensor, chunks: list[int], number: int = 4, **options: Any) -> Any:
+    strategy = ClusterAware(pca_divisor=4, **options)
+    calibrator = strategy.calibrator(random_ffn(8, x_TD.shape[1]), layer_of(number), STREAM)
+    for part in x_TD.split(chunks):
+        calibrator.update(part)
+    calibrator.finish()
+    return calibrator
+
+
+def chunked(total: int, size: int) -> list[int]:
+    return [size] * (total // size) + ([total % size] if total % size else [])
+
+
+@pytest.mark.parametrize("size", [1, 7, 300, 1000, 3999])
+def test_many_small_updates_equal_one(size: int) -> None:
+    # 1,000 tokens are fitted whatever the chunks; 7, 300 and 3,999 run over that boundary, 1 and 1,000 meet it.
+    x_TD, _ = cones(4000, orthonormal(4, 16), seed=8, noise=0.4)
+    one = statistics(x_TD, [4000], cluster_tokens=1000)
+    many = statistics(x_TD, chunked(4000, size), cluster_tokens=1000)
+    assert torch.equal(one.centroid_ND, many.centroid_ND)
+    assert torch.equal(one.count_N, many.count_N)
+    assert one.count_N.sum() == 4000
+    assert relative(many.moment_NDD, one.moment_NDD) < 1e-10
+
+
+def test_only_the_buffer_decides_the_clusters() -> None:
+    x_TD, _ = cones(4000, orthonormal(4, 16), seed=8, noise=0.8)
+    first = statistics(x_TD, chunked(4000, 300), cluster_tokens=1000)
+    altered_TD = x_TD.clone()
+    altered_TD[1000:] = altered_TD[1000:].flip(1)
+    assert torch.equal(statistics(altered_TD, chunked(4000, 300), cluster_tokens=1000).centroid_ND, first.centroid_ND)
+    assert not torch.equal(statistics(x_TD, chunked(4000, 300), cluster_tokens=500).centroid_ND, first.centroid_ND)
+
+
+def test_a_stream_shorter_than_the_buffer_is_fitted_at_its_end() -> None:
+    x_TD, _ = cones(400, orthonormal(4, 16), seed=8)
+    calibrator = statistics(x_TD, chunked(400, 64), cluster_tokens=100_000)
+    exact = statistics(x_TD, [400], cluster_tokens=400)
+    assert torch.equal(calibrator.centroid_ND, exact.centroid_ND)
+    assert torch.equal(calibrator.count_N, exact.count_N)
+    before = calibrator.moment_NDD.clone()
+    calibrator.finish()  # again: nothing is counted twice
+    assert torch.equal(calibrator.moment_NDD, before)
+
+
+def test_tokens_are_held_by_value() -> None:
+    x_TD, _ = cones(400, orthonormal(4, 16), seed=8)
+    calibrator = ClusterAware(pca_divisor=4).calibrator(random_ffn(8, 16), layer_of(4), STREAM)
+    reused_TD = torch.empty(100, 16)
+    for part in x_TD.split(100):
+        calibrator.update(reused_TD.copy_(part))
+    calibrator.finish()
+    assert torch.equal(calibrator.centroid_ND, statistics(x_TD, [400]).centroid_ND)
+
+
+def held(calibrator: Any) -> int:
+    """Bytes of all tensors that a calibrator holds."""
+    tensors = [value for value in vars(calibrator).values() if isinstance(value, Tensor)] + calibrator.buffer
+    return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
+
+
+def test_memory_does_not_grow_with_the_stream() -> None:
+    x_TD, _ = cones(8000, orthonormal(4, 16), seed=8)
+    calibrator = ClusterAware(pca_divisor=4, cluster_tokens=1000).calibrator(random_ffn(8, 16), layer_of(4), STREAM)
+    sizes = []
+    for part in x_TD.split(250):
+        calibrator.update(part)
+        sizes.append(held(calibrator))
+    moments, centroids, counts = 4 * 16 * 16 * 8, 4 * 16 * 4, 4 * 8
+    assert sizes[2] == moments + counts + 750 * 16 * 4  # three updates: the buffer
+    assert set(sizes[3:]) == {moments + centroids + counts}  # the fourth fits and releases it
+    assert calibrator.buffer == []
+
+
+@pytest.mark.parametrize(("number", "cluster_tokens"), [(8, 1000), (8, 5)])
+def test_fewer_tokens_than_clusters_is_one_line(number: int, cluster_tokens: int) -> None:
+    x_TD = tokens(5, width=16).float()
+    with pytest.raises(UserError, match="5 tokens for 8 clusters") as error:
+        statistics(x_TD, [5], number, cluster_tokens=cluster_tokens)
+    assert "\n" not in str(error.value)
+    for option in ("pairs", "cluster_tokens"):  # what to do, by the options' own names
+        assert option in str(error.value)
+
+
+def test_a_stream_without_tokens_is_one_line() -> None:
+    with pytest.raises(UserError, match="0 tokens for 4 clusters"):
+        ClusterAware().calibrator(random_ffn(8, 16), layer_of(4), STREAM).finish()

@@ -1,0 +1,160 @@
+"""What the model of every registered strategy, ours or an outsider's, must do, on a tiny CLIP.
+
+Shape suffixes: B batch, L sequence, E embedding, T tokens, K choices per token.
+"""
+
+import io
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.testing import assert_close
+
+from tests.helpers import contrastive_loss, equal, features, threads, tiny_batches, tiny_clip, tiny_moe, upcycled
+from upcycle_bench import weights
+from upcycle_bench.dense import Clip
+from upcycle_bench.moe import moe_layers
+from upcycle_bench.registry import load_registry
+from upcycle_bench.rng import Stream
+from upcycle_bench.strategy import ExtraLoss, Strategy, configure
+
+REGISTRY = load_registry()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    with threads(1):
+        yield
+
+
+@pytest.fixture(params=sorted(REGISTRY.strategies))
+def strategy(request: pytest.FixtureRequest) -> Strategy:
+    return configure(REGISTRY.strategies[request.param].target, {})
+
+
+def test_outputs_are_finite(strategy: Strategy) -> None:
+    clip = tiny_clip()
+    model = upcycled(strategy, clip, seed=0).model
+    output = features(model, *tiny_batches(clip, seed=5)[0])
+    assert torch.isfinite(output).all()
+    assert output.std(0).min() > 1e-4  # and say something about the input
+
+
+def test_preserves_function_is_what_it_says(strategy: Strategy) -> None:
+    clip = tiny_clip(torch.float64)
+    batch = tiny_batches(clip, seed=5)[0]
+    expected = features(clip.model, *batch)
+    actual = features(upcycled(strategy, clip, seed=0).model, *batch)
+    assert actual.dtype == torch.float64
+    if strategy.preserves_function:
+        assert_close(actual, expected, rtol=1e-10, atol=1e-10)
+    else:
+        assert float((actual - expected).norm() / expected.norm()) > 1e-6
+
+
+def reaching(model: Any, layer: Any, text_BL: Tensor) -> Tensor:
+    """Which of a layer's tokens [T] a contrastive loss depends on: all, but in a tower's last block the pooled one."""
+    if layer.tower == "vision":
+        tokens, blocks = len(model.visual.positional_embedding), model.visual.transformer.resblocks
+        pooled_T = torch.arange(len(text_BL) * tokens) % tokens == 0
+    else:
+        length_B, blocks = text_BL.argmax(1) + 1, model.transformer.resblocks
+        pooled_T = torch.zeros(int(length_B.sum()), dtype=torch.bool)
+        pooled_T[length_B.cumsum(0) - 1] = True
+    return pooled_T if layer.block == len(blocks) - 1 else torch.ones_like(pooled_T)
+
+
+def test_everything_trains(strategy: Strategy) -> None:
+    clip = tiny_clip()
+    model = upcycled(strategy, clip, seed=0).model.train()
+    images, text_BL = tiny_batches(clip, seed=3, pairs=192, batch_size=192)[0]
+    layers = moe_layers(model)
+    routes: dict[str, Tensor] = {}
+    for name, layer in layers.items():
+        layer.gate.register_forward_hook(lambda _m, _args, out, name=name: routes.__setitem__(name, out[3]))  # index_KT
+    image_BE, text_BE, scale = model(images, text_BL)[:3]
+    loss = contrastive_loss(image_BE, text_BE, scale)
+    for layer in layers.values():
+        loss = loss + 0.01 * layer.l_aux
+    loss.backward()
+    assert torch.isfinite(loss)
+    for key, parameter in model.named_parameters():
+        assert parameter.grad is None or torch.isfinite(parameter.grad).all(), key
+    outside = [p for key, p in model.named_parameters() if ".mlp.moe." not in key]
+    assert all(parameter.grad is not None and parameter.grad.any() for parameter in outside)
+    assert (len(layers) > 0) == strategy.replaces_ffn
+    trained = 0
+    for name, layer in layers.items():
+        assert layer.gate.wg.weight.grad.any(dim=1).all(), name  # every row, if only by the load-balancing loss
+        reaching_T = reaching(model, layer.layer, text_BL)
+        for number, expert in enumerate(layer.experts):
+            gradients = [p.grad for p in expert.parameters() if p.grad is not None]
+            if (routes[name] == number)[:, reaching_T].any():  # dropped choices are -1
+                assert any(gradient.any() for gradient in gradients), (name, number)
+                trained += 1
+    assert trained >= 0.6 * sum(len(layer.experts) for layer in layers.values())  # so that the above says something
+
+
+def test_extra_loss(strategy: Strategy) -> None:
+    clip = tiny_clip()
+    model = upcycled(strategy, clip, seed=0).model.train()
+    layers = moe_layers(model)
+    hooks = count_hooks(model)
+    loss = strategy.loss(layers, Stream(("strategy loss", 0)))
+    if loss is None:
+        assert count_hooks(model) == hooks
+        return
+    assert isinstance(loss, ExtraLoss)
+    assert loss.name
+    assert loss.name not in ("contrastive", "load_balance", "step", "loss")  # columns of the metrics file
+    batch = tiny_batches(clip, seed=3)[0]
+    for _ in range(2):
+        model.zero_grad()
+        model(*batch)
+        value = loss.compute()
+        assert value.shape == ()
+        assert torch.isfinite(value)
+        value.backward()
+        gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+        assert gradients
+        assert all(torch.isfinite(gradient).all() for gradient in gradients)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter += 0.01 * parameter.std(correction=0)
+        loss.after_step()
+    file = io.BytesIO()
+    torch.save(loss.state_dict(), file)
+    file.seek(0)
+    twin = strategy.loss(layers, Stream(("strategy loss", 0)))
+    twin.load_state_dict(torch.load(file, weights_only=True))
+    model(*batch)
+    assert loss.compute().item() == twin.compute().item()
+    loss.close()
+    twin.close()
+    assert count_hooks(model) == hooks
+
+
+def count_hooks(model: nn.Module) -> int:
+    return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())
+
+
+def test_round_trips(strategy: Strategy, tmp_path: Path) -> None:
+    clip = tiny_clip()
+    batch = tiny_batches(clip, seed=5)[0]
+    made: Clip = upcycled(strategy, clip, seed=0)
+    expected = features(made.model, *batch)
+    other = upcycled(strategy, tiny_clip(), seed=1)
+    other.model.load_state_dict(made.model.state_dict(), strict=True)
+    assert torch.equal(features(other.model, *batch), expected)
+
+    digest = weights.save(made, tiny_moe(), tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [f"{digest}.safetensors"]
+    loaded = weights.load(tmp_path / f"{digest}.safetensors")
+    assert loaded.name == made.name
+    assert equal(loaded.model.state_dict(), made.model.state_dict())
+    assert torch.equal(features(loaded.model, *batch), expected)
+    assert len(moe_layers(loaded.model)) == len(moe_layers(made.model))
+    assert weights.save(loaded, tiny_moe(), tmp_path) == digest  # same content, same name

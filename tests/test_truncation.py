@@ -1,0 +1,291 @@
+"""The data-aware truncated SVD of the experts: METHODS 6.5, K1 to K6.
+
+Shape suffixes: T tokens, D width, H hidden, R = min(H, D) singular values.
+"""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.testing import assert_close
+
+from tests.cluster_data import ClusterAware, fast, make, relative, w1
+from tests.helpers import cones, dense_forward, moe_layer, orthonormal, random_ffn, threads
+from tests.literal import cluster_aware as literal
+
+SEEDS = pytest.mark.parametrize("seed", range(6))
+TAUS = pytest.mark.parametrize("tau", [0.5, 0.9, 0.99, 0.999])
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    with threads(1):
+        yield
+
+
+def problem(seed: int, tokens_per_width: float = 4) -> tuple[Tensor, Tensor, Tensor]:
+    """W1 [H, D], tall or wide; anisotropic tokens with a mean [T, D]; C = X^T X. All float64."""
+    generator = torch.Generator().manual_seed(seed)
+    hidden, width = (int(torch.randint(low, high, (), generator=generator)) for low, high in ((6, 40), (6, 20)))
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    mixing_DD = draw(width, width) * 0.8 ** torch.arange(width)
+    x_TD = draw(int(tokens_per_width * width), width) @ mixing_DD.T + draw(width)
+    return draw(hidden, width), x_TD, x_TD.T @ x_TD
+
+
+def energy(matrix: Tensor) -> float:
+    return float(matrix.square().sum())
+
+
+# ---- The literal transcription --------------------------------------------------------------------------------------
+
+
+@SEEDS
+@TAUS
+@pytest.mark.parametrize("rank_floor", [0.0, 0.5, 0.75])
+def test_truncate_equals_the_literal_one(seed: int, tau: float, rank_floor: float) -> None:
+    w1_HD, _, c_DD = problem(seed)  # more tokens than D: no ridge on either side
+    ours = fast.truncate(w1_HD, c_DD, tau=tau, rank_floor=rank_floor)
+    expected_HD, rank, sigma2_R = literal.truncate(w1_HD.numpy(), c_DD.numpy(), tau=tau, rank_floor_fraction=rank_floor)
+    assert ours.rank == rank
+    assert_close(ours.energy_R, torch.from_numpy(sigma2_R), rtol=1e-8, atol=1e-12 * float(sigma2_R[0]))
+    assert relative(ours.w1_HD, torch.from_numpy(expected_HD)) < 1e-10
+
+
+@SEEDS
+def test_ridge_only_where_the_kept_rank_exceeds_that_of_c(seed: int) -> None:
+    w1_HD, x_TD, _ = problem(seed)
+    full_rank = min(w1_HD.shape)
+    floor = full_rank // 2 + 1
+    # As many tokens as the floor keeps: no ridge, and U_r are the eigenvectors of W C W^T of eigenvalue > 0.
+    enough_TD = x_TD[:floor]
+    c_DD = enough_TD.T @ enough_TD
+    ours = fast.truncate(w1_HD, c_DD, tau=0.5, rank_floor=0.5)
+    assert ours.rank == floor
+    _, u_HH = torch.linalg.eigh(w1_HD @ c_DD @ w1_HD.T)
+    u_HR = u_HH[:, -floor:]
+    assert relative(ours.w1_HD, u_HR @ u_HR.T @ w1_HD) < 1e-10
+    assert_close(ours.energy_R.sum(), energy(w1_HD @ enough_TD.T) * torch.ones(()).double(), rtol=1e-10, atol=0)
+    # One token fewer: the last direction is decided by the ridge, as in the literal transcription, and the same
+    # whatever basis of the null space an eigensolver returned.
+    few_TD = x_TD[: floor - 1]
+    c_DD = few_TD.T @ few_TD
+    ours = fast.truncate(w1_HD, c_DD, tau=0.5, rank_floor=0.5)
+    expected_HD, rank, _ = literal.truncate(w1_HD.numpy(), c_DD.numpy(), tau=0.5)
+    assert (ours.rank, rank) == (floor, floor)
+    assert relative(ours.w1_HD, torch.from_numpy(expected_HD)) < 1e-6
+    width = c_DD.shape[0]
+    ridged_DD = c_DD + 1e-6 * c_DD.trace() / width * torch.eye(width).double()
+    assert_close(ours.energy_R.sum(), (w1_HD @ ridged_DD @ w1_HD.T).trace(), rtol=1e-10, atol=0)
+    rotation_DD = orthonormal(width, width, seed=seed + 100)
+    turned = fast.truncate(w1_HD @ rotation_DD, rotation_DD.T @ c_DD @ rotation_DD, tau=0.5, rank_floor=0.5)
+    assert relative(turned.w1_HD @ rotation_DD.T, ours.w1_HD) < 1e-6
+
+
+# ---- K1: what is left out -------------------------------------------------------------------------------------------
+
+
+@SEEDS
+@TAUS
+def test_k1_truncation_loss_is_the_energy_left_out(seed: int, tau: float) -> None:
+    w1_HD, x_TD, c_DD = problem(seed)
+    ours = fast.truncate(w1_HD, c_DD, tau=tau, rank_floor=0.0)
+    loss = energy((w1_HD - ours.w1_HD) @ x_TD.T)  # over the tokens themselves
+    total = energy(w1_HD @ x_TD.T)
+    left_out = float(ours.energy_R[ours.rank :].sum())
+    assert loss == pytest.approx(left_out, rel=1e-8, abs=1e-13 * total)
+    difference_HD = w1_HD - ours.w1_HD
+    assert float((difference_HD @ c_DD @ difference_HD.T).trace()) == pytest.approx(loss, rel=1e-8, abs=1e-13 * total)
+    assert loss / total <= 1 - tau + 1e-12
+
+
+@pytest.mark.parametrize("tau", [0.5, 0.9])
+def test_k1_on_the_tokens_of_every_cluster_of_a_layer(tau: float) -> None:
+    strategy = ClusterAware(tau=tau, rank_floor=0.0, pca_divisor=4, cluster_tokens=500)
+    ffn = random_ffn(64, 24)
+    x_TD, _ = cones(2000, orthonormal(4, 24), seed=3, noise=0.4)
+    init, calibrator = make(strategy, ffn, x_TD, 4, chunk=333)
+    label_T = (x_TD @ init.router_ND.float().T).argmax(1)
+    for i, expert in enumerate(init.experts):
+        x_iTD = x_TD[label_T == i].double()
+        ours = fast.truncate(ffn.w1_HD, calibrator.moment_NDD[i], tau=tau, rank_floor=0.0)
+        loss = energy(x_iTD @ (ffn.w1_HD - w1(expert)).T)
+        assert loss == pytest.approx(float(ours.energy_R[ours.rank :].sum()), rel=1e-8)
+        relative_error = (loss / energy(x_iTD @ ffn.w1_HD.T)) ** 0.5  # METHODS 0.4: of the pre-activations
+        assert 0 < relative_error <= (1 - tau) ** 0.5
+
+
+# ---- K2: the kept rank ----------------------------------------------------------------------------------------------
+
+
+@SEEDS
+@TAUS
+@pytest.mark.parametrize("rank_floor", [0.0, 0.5, 0.75])
+def test_k2_rank_is_the_smallest_that_reaches_tau_or_the_floor(seed: int, tau: float, rank_floor: float) -> None:
+    w1_HD, _, c_DD = problem(seed)
+    ours = fast.truncate(w1_HD, c_DD, tau=tau, rank_floor=rank_floor)
+    full_rank = min(w1_HD.shape)
+    assert int(torch.linalg.matrix_rank(ours.w1_HD, atol=1e-9 * float(w1_HD.norm()))) == ours.rank
+    assert ours.rank > rank_floor * full_rank
+    share_R = ours.energy_R.cumsum(0) / ours.energy_R.sum()
+    assert (ours.energy_R.diff() <= 0).all()
+    assert float(share_R[ours.rank - 1]) >= tau - 1e-12
+    below = float(share_R[ours.rank - 2]) if ours.rank > 1 else 0.0
+    assert ours.floor_binds == (below >= tau)
+
+
+def test_k2_kept_rank_by_hand() -> None:
+    energy_R = torch.tensor([60.0, 30.0, 9.0, 1.0]).double()  # cumulative shares 0.6, 0.9, 0.99, 1
+
+    def rule(tau: float, rank_floor: float, energies: Tensor = energy_R) -> tuple[int, bool]:
+        return fast.kept_rank(energies, tau, rank_floor)
+
+    assert [rule(tau, 0)[0] for tau in (0.5, 0.7, 0.95, 0.995, 1.0)] == [1, 2, 3, 4, 4]
+    assert rule(0.6, 0)[0] == 1  # 60 / 100 reaches 0.6
+    assert rule(0.61, 0)[0] == 2
+    assert rule(0.5, 0.5) == (3, True)  # floor(4 * 0.5) + 1 = 3 > 1
+    assert rule(0.95, 0.5) == (3, False)  # tau asks for 3 by itself
+    assert rule(0.995, 0.5) == (4, False)
+    assert rule(0.5, 0.99) == (4, True)  # floor(3.96) + 1 = 4, never above R
+    assert rule(0.5, 0.0) == (1, False)  # at least one
+    assert rule(0.9, 0.5, torch.ones(1).double()) == (1, False)
+    # Five equal energies: 3/5 < 0.7 <= 4/5; the floor floor(5 * 0.5) + 1 = 3 does not bind.
+    assert rule(0.7, 0.5, torch.ones(5).double()) == (4, False)
+    # tau = 1 keeps everything, zeros and rounding included; METHODS 6.2: 385 of 768, 257 of 512.
+    assert rule(1.0, 0.0, torch.tensor([1.0, 0.0, 0.0]).double()) == (3, False)
+    assert [rule(0.5, 0.5, torch.eye(n)[0].double())[0] for n in (768, 512)] == [385, 257]
+    # Twelve times 0.1, added one by one, is less than their sum in pairs: the last share must be 1 all the same.
+    assert rule(0.9999999999999999, 0.0, torch.full((12,), 0.1, dtype=torch.float64)) == (12, False)
+
+
+@given(
+    energies=st.lists(st.floats(0, 1e6), min_size=1, max_size=30).filter(any),
+    tau=st.floats(0, 1, exclude_min=True),
+    rank_floor=st.floats(0, 1, exclude_max=True),
+)
+@settings(deadline=None, max_examples=200)
+def test_k2_kept_rank_for_any_spectrum(energies: list[float], tau: float, rank_floor: float) -> None:
+    energy_R = torch.tensor(sorted(energies, reverse=True), dtype=torch.float64)
+    rank, floor_binds = fast.kept_rank(energy_R, tau, rank_floor)
+    share_R = energy_R.cumsum(0) / energy_R.sum()
+    assert 1 <= rank <= len(energy_R)
+    assert rank >= min(len(energy_R), int(len(energy_R) * rank_floor) + 1)
+    assert share_R[rank - 1] >= tau - 1e-12
+    if not floor_binds and rank > 1 and tau < 1:
+        assert share_R[rank - 2] < tau
+
+
+# ---- K3 to K6 -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{"tau": 1.0}, {"rank_floor": 0.99}])
+def test_k3_full_rank_is_the_dense_ffn_through_the_whole_moe_layer(options: dict[str, float]) -> None:
+    ffn = random_ffn(48, 16)
+    x_TD, _ = cones(1000, orthonormal(4, 16), seed=4, noise=0.4, dtype=torch.float64)
+    init, _ = make(ClusterAware(pca_divisor=4, **options), ffn, x_TD.float(), 4)
+    assert init.notes["mean_rank"] == 16
+    assert all(torch.equal(w1(expert), ffn.w1_HD) for expert in init.experts)
+    layer = moe_layer(init).eval()
+    with torch.no_grad():
+        assert_close(layer(x_TD[None])[0], dense_forward(ffn, x_TD), rtol=1e-10, atol=1e-10)
+
+
+def test_k3_below_full_rank_it_is_not_the_dense_ffn() -> None:
+    ffn = random_ffn(48, 16)
+    x_TD, _ = cones(1000, orthonormal(4, 16), seed=4, noise=0.4, dtype=torch.float64)
+    init, _ = make(ClusterAware(pca_divisor=4), ffn, x_TD.float(), 4)
+    with torch.no_grad():
+        assert relative(moe_layer(init).eval()(x_TD[None])[0], dense_forward(ffn, x_TD)) > 0.01
+
+
+@SEEDS
+def test_k4_no_worse_on_the_cluster_than_a_plain_svd(seed: int) -> None:
+    w1_HD, x_TD, c_DD = problem(seed)
+    ours = fast.truncate(w1_HD, c_DD, tau=0.5, rank_floor=0.5)
+    u_HR, s_R, v_RD = torch.linalg.svd(w1_HD, full_matrices=False)
+    plain_HD = (u_HR[:, : ours.rank] * s_R[: ours.rank]) @ v_RD[: ours.rank]
+    loss, plain_loss = (energy((w1_HD - w_HD) @ x_TD.T) for w_HD in (ours.w1_HD, plain_HD))
+    assert loss < plain_loss
+
+
+@SEEDS
+@TAUS
+@pytest.mark.parametrize("factor", [1e-3, 7.0, 1e4])
+def test_k5_scale_of_the_tokens_does_not_matter(seed: int, tau: float, factor: float) -> None:
+    for tokens_per_width in (4, 0.4):  # with a singular C, too: the ridge scales along
+        w1_HD, _, c_DD = problem(seed, tokens_per_width)
+        ours, scaled = (fast.truncate(w1_HD, c * c_DD, tau=tau, rank_floor=0.5) for c in (1, factor**2))
+        assert scaled.rank == ours.rank
+        assert relative(scaled.w1_HD, ours.w1_HD) < 1e-7
+
+
+@SEEDS
+@TAUS
+@pytest.mark.parametrize("root", ["cholesky", "symmetric"])
+def test_k5_choice_of_the_square_root_does_not_matter(
+    seed: int, tau: float, root: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    w1_HD, _, c_DD = problem(seed)
+    ours = fast.truncate(w1_HD, c_DD, tau=tau, rank_floor=0.5)
+
+    def other_root(moment_DD: Tensor) -> tuple[Tensor, int]:
+        value_D, vector_DD = torch.linalg.eigh(moment_DD)
+        symmetric_DD = (vector_DD * value_D.sqrt()) @ vector_DD.T
+        return (torch.linalg.cholesky(moment_DD) if root == "cholesky" else symmetric_DD), len(moment_DD)
+
+    monkeypatch.setattr(fast, "_square_root", other_root)
+    again = fast.truncate(w1_HD, c_DD, tau=tau, rank_floor=0.5)
+    assert again.rank == ours.rank
+    assert relative(again.w1_HD, ours.w1_HD) < 1e-10
+
+
+def test_k5_scaled_tokens_give_the_same_layer() -> None:
+    ffn = random_ffn(64, 24)
+    x_TD, _ = cones(1500, orthonormal(4, 24), seed=5, noise=0.3)
+    first, second = (make(ClusterAware(pca_divisor=4), ffn, c * x_TD, 4)[0] for c in (1, 16))
+    assert torch.equal(first.router_ND, second.router_ND)
+    for a, b in zip(first.experts, second.experts, strict=True):
+        assert relative(w1(a), w1(b)) < 1e-9
+
+
+@SEEDS
+@TAUS
+def test_k6_truncation_is_a_projection_of_w1(seed: int, tau: float) -> None:
+    w1_HD, _, c_DD = problem(seed)
+    ours = fast.truncate(w1_HD, c_DD, tau=tau, rank_floor=0.5)
+    # U_r lies in the range of W1, so W1_i W1^+ = U_r U_r^T W1 W1^+ is the projector U_r U_r^T itself.
+    projector_HH = ours.w1_HD @ torch.linalg.pinv(w1_HD)
+    assert relative(projector_HH.T, projector_HH) < 1e-10
+    assert relative(projector_HH @ projector_HH, projector_HH) < 1e-10
+    assert float(projector_HH.trace()) == pytest.approx(ours.rank, abs=1e-7)
+    assert relative(projector_HH @ ours.w1_HD, ours.w1_HD) < 1e-10
+    _, u_HH = torch.linalg.eigh(w1_HD @ c_DD @ w1_HD.T)  # METHODS 6.3: top-r eigenvectors of W1 C W1^T
+    assert relative(u_HH[:, -ours.rank :] @ u_HH[:, -ours.rank :].T, projector_HH) < 1e-10
+
+
+@SEEDS
+def test_k6_fewer_tokens_than_width_is_exact_on_them_only(seed: int) -> None:
+    w1_HD, x_TD, _ = problem(seed)
+    few_TD = x_TD[: min(w1_HD.shape) // 2 + 1]  # as many as the floor keeps
+    ours = fast.truncate(w1_HD, few_TD.T @ few_TD, tau=0.5, rank_floor=0.5)
+    assert ours.rank == len(few_TD)
+    assert relative(ours.w1_HD @ few_TD.T, w1_HD @ few_TD.T) < 1e-12
+    elsewhere_TD = x_TD[len(few_TD) :]
+    assert relative(ours.w1_HD @ elsewhere_TD.T, w1_HD @ elsewhere_TD.T) > 0.01
+
+
+def test_k6_a_layer_with_few_tokens_is_nearly_exact_on_them() -> None:
+    # Kept rank 13 above the rank of C (about 8): exact but for the ridge, 1e-6 of the mean eigenvalue.
+    ffn = random_ffn(64, 24)
+    x_TD, _ = cones(32, orthonormal(4, 24), seed=2)
+    init, _ = make(ClusterAware(pca_divisor=4, kmeans_restarts=5), ffn, x_TD, 4)
+    label_T = (x_TD @ init.router_ND.float().T).argmax(1)
+    for i, expert in enumerate(init.experts):
+        x_iTD = x_TD[label_T == i].double()
+        assert relative(x_iTD @ w1(expert).T, x_iTD @ ffn.w1_HD.T) < 1e-3
