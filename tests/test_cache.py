@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from upcycle_bench.cache import build_once, cache_root
+from upcycle_bench.cache import build_once, cache_root, file_sha256
 from upcycle_bench.errors import UserError
 
 
@@ -106,3 +106,9 @@ def test_an_unwritable_place_is_a_user_error(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"cannot write .*file.*UPCYCLE_BENCH_CACHE"):
         build_once(tmp_path / "file" / "thing", write_file)
+
+
+def test_file_sha256(tmp_path: Path) -> None:
+    (tmp_path / "x").write_bytes(b"abc")
+    # the published test vector of SHA-256
+    assert file_sha256(tmp_path / "x") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"

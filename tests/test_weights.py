@@ -106,7 +106,7 @@ def test_a_file_trained_in_parallel_loads_in_one_process(clip: Clip, tmp_path: P
     assert all(layer.moe.ep_size == 1 for layer in moe_layers(loaded.model).values())
 
 
-@pytest.mark.parametrize("culprit", ["os.replace", "file_digest", "save_file"])
+@pytest.mark.parametrize("culprit", ["os.replace", "file_sha256", "save_file"])
 def test_a_failure_leaves_nothing_behind(
     clip: Clip, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, culprit: str
 ) -> None:
@@ -121,7 +121,7 @@ def test_a_failure_leaves_nothing_behind(
     elif culprit == "save_file":
         monkeypatch.setattr(safetensors.torch, "save_file", fail)
     else:
-        monkeypatch.setattr(weights, "file_digest", fail)
+        monkeypatch.setattr(weights, "file_sha256", fail)
     with pytest.raises(OSError, match="no space left"):
         weights.save(clip, SMALL, tmp_path)
     assert os.listdir(tmp_path) == []

@@ -8,6 +8,7 @@ which nobody ever reads.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import tempfile
@@ -15,6 +16,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 from upcycle_bench.errors import UserError
+
+
+def file_sha256(path: Path) -> str:
+    """sha256 of a file's content, read in pieces."""
+    sha = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(1 << 20):
+            sha.update(piece)
+    return sha.hexdigest()
 
 
 def cache_root() -> Path:

@@ -7,6 +7,7 @@ on stdout and nothing else there. Exit status: 0 done, 1 the run failed (its rec
 from __future__ import annotations
 
 import json
+import os
 import sys
 from enum import Enum
 from pathlib import Path
@@ -14,7 +15,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from upcycle_bench import distributed_env
 from upcycle_bench.errors import UserError
 
 if TYPE_CHECKING:
@@ -113,9 +113,9 @@ def run(
     from upcycle_bench.run import run as execute
 
     try:
-        path = execute(plan, results, TerminalReporter() if distributed_env.is_main() else Reporter())
+        path = execute(plan, results, TerminalReporter() if _is_main() else Reporter())
     except KeyboardInterrupt:
-        if distributed_env.is_main():
+        if _is_main():
             resumes = plan.protocol.train.checkpoint_every > 0
             then = "the same command goes on from the last checkpoint" if resumes else "nothing was written"
             print(f"interrupted: {then}", file=sys.stderr)
@@ -185,6 +185,11 @@ def doctor(as_json: Json = False) -> None:
         raise typer.Exit(1)
 
 
+def _is_main() -> bool:
+    """The rank that writes and prints, by what torchrun says; without importing torch."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def _key_value(text: str) -> tuple[str, str]:
     key, equals, value = text.partition("=")
     if not equals:
@@ -193,7 +198,7 @@ def _key_value(text: str) -> tuple[str, str]:
 
 
 def _warn_broken(broken: dict[str, str]) -> None:
-    if distributed_env.is_main():
+    if _is_main():
         for plugin, reason in broken.items():
             print(f"warning: plugin {plugin} did not load: {reason}", file=sys.stderr)
 
@@ -293,6 +298,6 @@ def main() -> None:
     try:
         app()
     except UserError as error:
-        if distributed_env.is_main():
+        if _is_main():
             print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -6,7 +6,6 @@ clip.model, clip.tokenize(["a photo of a cat"]), clip.resize(pil_image), clip.no
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import warnings
 from collections.abc import Callable
@@ -111,12 +110,3 @@ def _to_uint8(steps: list[Callable[[Any], Any]]) -> Callable[[Any], np.ndarray]:
 def _first_lines(error: BaseException) -> str:
     text = " ".join(str(error).split())
     return text if len(text) < 400 else text[:400] + " ..."
-
-
-def file_digest(path: Path) -> str:
-    """sha256 of a file's content."""
-    with path.open("rb") as file:
-        digest = hashlib.sha256()
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
+from upcycle_bench.cache import file_sha256
 from upcycle_bench.errors import UserError
 
 if TYPE_CHECKING:
@@ -148,15 +149,6 @@ def digest(folder: Path, split: str = "test") -> str:
     for path in _files(folder, split):
         whole.update(f"{path.relative_to(folder).as_posix()}\0{file_sha256(path)}\n".encode())
     return whole.hexdigest()
-
-
-def file_sha256(path: Path) -> str:
-    """sha256 of a file's content, read in pieces."""
-    sha = hashlib.sha256()
-    with path.open("rb") as file:
-        while piece := file.read(1 << 20):
-            sha.update(piece)
-    return sha.hexdigest()
 
 
 def _kind(folder: Path) -> Kind:

@@ -14,8 +14,9 @@ from typing import Any
 from pydantic import ValidationError
 
 from upcycle_bench import evalsets
+from upcycle_bench.cache import file_sha256
 from upcycle_bench.data import expand_shards, shards_digest
-from upcycle_bench.dense import file_digest, model_config
+from upcycle_bench.dense import model_config
 from upcycle_bench.errors import UserError
 from upcycle_bench.protocol import Protocol
 from upcycle_bench.registry import Entry, Registry
@@ -101,7 +102,7 @@ def make_plan(
         elif not paths.checkpoint.is_file():
             raise UserError(f"--checkpoint {paths.checkpoint}: no such file; give an open_clip state dict.")
         else:
-            dense_identity = file_digest(paths.checkpoint)
+            dense_identity = file_sha256(paths.checkpoint)
     elif paths.checkpoint is not None:
         raise UserError(
             f"protocol {protocol.name} trains its own dense model; --checkpoint goes with clip-b32, clip-b16."

@@ -21,11 +21,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from upcycle_bench import distributed, engine, environment, record, weights
-from upcycle_bench.cache import cache_root
+from upcycle_bench.cache import cache_root, file_sha256
 from upcycle_bench.calibration import calibrate
 from upcycle_bench.costs import Meter, parameter_counts
 from upcycle_bench.data import PairDataset
-from upcycle_bench.dense import Clip, create_clip, file_digest
+from upcycle_bench.dense import Clip, create_clip
 from upcycle_bench.diagnostics import diagnose
 from upcycle_bench.errors import UserError
 from upcycle_bench.plan import Plan, fingerprint
@@ -97,7 +97,7 @@ def load_dense(plan: Plan, device: torch.device, reporter: Reporter) -> tuple[Cl
     path = plan.checkpoint or cache_root() / "dense" / f"{plan.dense_identity}.safetensors"
     if plan.checkpoint is None and not _agree(path.is_file()):
         pretrain(plan, path, device, reporter)
-    digest = file_digest(path) if distributed.is_main() else ""
+    digest = file_sha256(path) if distributed.is_main() else ""
     # Other ranks may not see the file: DeepSpeed broadcasts rank 0's weights when training starts.
     clip = create_clip(plan.protocol.model, path if distributed.is_main() else None, patch_dropout=patch_dropout)
     clip.model.to(device)

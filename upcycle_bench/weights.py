@@ -20,7 +20,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from upcycle_bench import distributed, protocol
-from upcycle_bench.dense import Clip, create_clip, file_digest
+from upcycle_bench.cache import file_sha256
+from upcycle_bench.dense import Clip, create_clip
 from upcycle_bench.errors import UserError
 from upcycle_bench.moe import moe_layers
 from upcycle_bench.strategy import FFN, LayerInit
@@ -60,7 +61,7 @@ def save(clip: Clip, moe: protocol.MoE, folder: Path) -> str:
     temporary = folder / f".{os.getpid()}.safetensors"
     try:
         save_file(state, temporary, metadata={FORMAT: json.dumps(settings)})
-        digest = file_digest(temporary)
+        digest = file_sha256(temporary)
         os.replace(temporary, folder / f"{digest}.safetensors")
     finally:
         temporary.unlink(missing_ok=True)
