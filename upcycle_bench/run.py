@@ -149,8 +149,13 @@ def initialise(
         receipt = diagnose(whole, dense.model, _sample(dense, data, meter.device))
         for name, init in inits.items():
             receipt["layers"][name] |= dict(init.notes)
-    if distributed.world_size() > 1:
-        box = [inits]
+    if distributed.world_size() > 1:  # by way of the CPU: a tensor would come back on rank 0's device
+        box = [
+            {
+                name: replace(init, experts=[e.cpu() for e in init.experts], router_ND=init.router_ND.cpu())
+                for name, init in inits.items()
+            }
+        ]
         dist.broadcast_object_list(box)
         inits = box[0]
     model = upcycle(dense.model, inits, moe)
