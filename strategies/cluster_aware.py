@@ -53,7 +53,7 @@ class ClusterAware(Strategy):
             "all formulas (lost in the text we hold; rebuilt from its sentences)",
             "tau = 0.90 (value lost)",
             "centroids mapped back from an uncentred PCA (not stated)",
-            "calibration on 131,072 pairs (the text prints 128)",
+            "calibration on 131,072 pairs (the text prints 128), clusters fitted on the first 32,768 tokens of them",
             "EESD summed over features, averaged over layers (not stated)",
         ),
     )

@@ -2,8 +2,10 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +79,29 @@ def test_two_ranks_with_zero_and_expert_parallelism_train_the_weights_of_one_pro
     assert one.keys() == two.keys()
     for name, expected in one.items():
         assert torch.allclose(two[name], expected, rtol=0, atol=1e-6), name
+
+
+def test_two_ranks_go_on_where_they_were_interrupted(tmp_path: Path, quick: list[str]) -> None:
+    """SIGINT in the middle of training; the same command finishes it with the weights of a whole run."""
+    settings = [each for each in quick if not each.startswith("train.schedule.steps")]
+    settings += ["train.schedule.steps=12", "moe.ep_size=2"]
+    command = ["-m", "upcycle_bench", "run", "-s", "cluster-aware", "--json"]
+    command += [part for setting in settings for part in ("--set", setting)]
+    whole = json.loads(launch(2, *command, "--results", str(tmp_path / "whole")))
+    command += ["--set", "train.checkpoint_every=2", "--results", str(tmp_path / "parts")]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen([*launcher, *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment)
+    deadline = time.monotonic() + 120
+    while not list((cache_root() / "runs").glob("*/checkpoints/latest")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=60)
+    assert process.returncode != 0, "it finished before it could be interrupted"
+    assert not (tmp_path / "parts").exists()
+    resumed = json.loads(launch(2, *command))
+    assert resumed["hashes"]["weights"] == whole["hashes"]["weights"]
+    assert list((cache_root() / "runs").iterdir()) == []
 
 
 def test_a_batch_that_ranks_cannot_share_is_one_line(tmp_path: Path) -> None:

@@ -10,10 +10,12 @@ from typing import Any, ClassVar
 
 import numpy as np
 import pytest
+import torch
 from pydantic.dataclasses import dataclass
+from safetensors.torch import load_file
 
 from upcycle_bench import record, weights
-from upcycle_bench.cache import cache_root
+from upcycle_bench.cache import cache_root, file_sha256
 from upcycle_bench.errors import UserError
 from upcycle_bench.hookspecs import hookimpl
 from upcycle_bench.plan import Plan, make_plan
@@ -21,7 +23,7 @@ from upcycle_bench.progress import Reporter
 from upcycle_bench.protocol import load_protocol
 from upcycle_bench.registry import load_registry
 from upcycle_bench.run import run
-from upcycle_bench.strategy import Strategy, StrategyInfo
+from upcycle_bench.strategy import LayerInit, Strategy, StrategyInfo, random_router
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,9 +140,11 @@ def test_bad_input_leaves_nothing(tmp_path: Path, quick: list[str], monkeypatch:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_ctrl_c_while_training_leaves_nothing_half_written(tmp_path: Path, quick_flags: list[str]) -> None:
+def test_ctrl_c_while_training_leaves_nothing_half_written(tmp_path: Path, quick: list[str]) -> None:
     results = tmp_path / "results"
-    long = ["--set", "train.schedule.steps=100000", "--set", "train.log_every=1"]
+    settings = [each for each in quick if not each.startswith("train.schedule.steps")]
+    settings += ["train.schedule.steps=100000", "train.log_every=1"]
+    flags = [part for setting in settings for part in ("--set", setting)]
     command = [
         sys.executable,
         "-m",
@@ -148,8 +152,7 @@ def test_ctrl_c_while_training_leaves_nothing_half_written(tmp_path: Path, quick
         "run",
         "-s",
         "dense",
-        *quick_flags,
-        *long,
+        *flags,
         "--results",
         str(results),
     ]
@@ -200,3 +203,95 @@ def test_an_interrupted_run_with_checkpoints_goes_on(
     steps = [json.loads(line)["step"] for line in path.with_suffix(".jsonl").read_text().splitlines()]
     assert steps == [1, 4]
     assert list((cache_root() / "runs").iterdir()) == []
+
+
+def test_diagnostics_of_the_dense_control_compare_with_the_checkpoint(tmp_path: Path, quick: list[str]) -> None:
+    """Training must not move what it is compared with."""
+    trained, frozen = (record.read(run(plan(name, quick), tmp_path, Reporter())) for name in ("dense", "dense-frozen"))
+    assert trained.diagnostics["feature_cosine_with_dense"]["vision"] < 0.9999
+    assert frozen.diagnostics["feature_cosine_with_dense"]["vision"] == pytest.approx(1, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("breach", "message"),
+    [
+        ("in place", "init_layer changed the dense FFN in place"),
+        ("same module", "one module stands for several experts"),
+        ("nan", "expert 0 holds values that are not finite"),
+        ("note", "a note is not a finite number"),
+    ],
+)
+def test_a_plugin_that_breaks_its_contract_is_told_in_one_line(
+    tmp_path: Path, quick: list[str], monkeypatch: pytest.MonkeyPatch, breach: str, message: str
+) -> None:
+    def init_layer(self: Any, ffn: Any, layer: Any, calibration: Any, rng: Any) -> LayerInit:
+        if breach == "in place":
+            ffn.w1_HD.mul_(2)
+        experts = [ffn.expert() for _ in range(8)]
+        if breach == "same module":
+            experts = experts[:1] * 8
+        if breach == "nan":
+            experts[0].c_fc.weight.data.fill_(float("nan"))
+        notes = {"energy": float("inf")} if breach == "note" else {}
+        return LayerInit(experts, random_router(ffn, layer, rng), notes)
+
+    monkeypatch.setattr(Failing, "init_layer", init_layer)
+    with pytest.raises(UserError, match=message) as caught:
+        run(plan("failing", quick), tmp_path, Reporter())
+    assert "\n" not in str(caught.value)
+    (path,) = record.find(tmp_path)
+    assert message in (record.read(path).reason or "")
+
+
+class Delta(torch.nn.Module):
+    """An expert of its own kind: the FFN plus a learned shift."""
+
+    def __init__(self, ffn: Any) -> None:
+        super().__init__()
+        self.base, self.shift = ffn.expert(), torch.nn.Parameter(torch.zeros(ffn.width))
+
+    def forward(self, x_TD: torch.Tensor) -> torch.Tensor:
+        return self.base(x_TD) + self.shift
+
+
+def test_experts_of_ones_own_are_trained_scored_and_saved(
+    tmp_path: Path, quick: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def init_layer(self: Any, ffn: Any, layer: Any, calibration: Any, rng: Any) -> LayerInit:
+        return LayerInit([Delta(ffn) for _ in range(8)], random_router(ffn, layer, rng))
+
+    monkeypatch.setattr(Failing, "init_layer", init_layer)
+    made = record.read(run(plan("failing", quick), tmp_path, Reporter()))
+    state = load_file(cache_root() / "weights" / f"{made.hashes.weights}.safetensors")
+    shifts = [value for key, value in state.items() if key.endswith("shift")]
+    assert len(shifts) == 3 * 8
+    assert any(value.abs().max() > 0 for value in shifts)
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1])
+def test_a_cluster_protocol_runs_on_local_shards_with_a_local_checkpoint(tmp_path: Path, zero_stage: int) -> None:
+    """clip-b32 as it stands (bf16, patch dropout, crops, checkpoints), on a small model, a few steps, digits."""
+    from upcycle_bench.dense import create_clip
+    from upcycle_bench.plan import Paths
+    from upcycle_bench.worlds import load_world
+
+    world = load_world("digits", 0)
+    torch.save(create_clip("smoke-vit", seed=3).model.state_dict(), tmp_path / "dense.pt")
+    overrides = ["model=smoke-vit", "train.schedule.steps=3", "train.schedule.batch_size=32", "train.log_every=1"]
+    overrides += [f"train.zero_stage={zero_stage}", "train.checkpoint_every=2"]
+    overrides += ['suites.zero-shot.sets=["digits-test"]', 'suites.zero-shot.primary=["digits-test"]']
+    registry = load_registry()
+    protocol = load_protocol(registry.get("protocol", "clip-b32").target, overrides)
+    paths = Paths(data=str(world.train_shards[0].parent), checkpoint=tmp_path / "dense.pt", eval_data=world.eval_root)
+    planned = make_plan(registry, "cluster-aware", protocol, options={"pairs": "200"}, paths=paths)
+    made = record.read(run(planned, tmp_path / "results", Reporter()))
+    assert made.hashes.dense == file_sha256(tmp_path / "dense.pt")
+    assert made.primary == scores(made)["digits-test", "acc1"]
+    assert made.cost is not None
+    assert made.cost.samples == 96
+
+
+def test_an_unwritable_results_folder_is_noticed_first(tmp_path: Path, quick: list[str]) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="not a folder that can be written"):
+        run(plan("dense", quick), tmp_path / "file" / "results", Reporter())

@@ -79,7 +79,7 @@ def test_engine_equals_a_plain_pytorch_loop(pairs: PairDataset, zero_stage: int)
     for step in range(6):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, 6, 1e-3, 0.02)
-        batch = pairs.batch(0, step, 32)
+        batch = pairs.batch(settings.stream, step, 32)
         image, text, scale = model(plain.normalise(batch.images), batch.texts)[:3]
         logits = scale * image @ text.T
         task = (F.cross_entropy(logits, torch.arange(32)) + F.cross_entropy(logits.T, torch.arange(32))) / 2
@@ -95,10 +95,10 @@ def test_engine_equals_a_plain_pytorch_loop(pairs: PairDataset, zero_stage: int)
 
 def test_training_learns(pairs: PairDataset) -> None:
     clip = create_clip("smoke-vit", seed=1)
-    progress = train(clip, pairs, job(schedule=schedule(steps=25), stop_step=25, log_every=24))
-    assert progress.last["loss"] < 3.3  # ln 32 = 3.47 at the start
-    assert progress.step == 25
-    assert progress.flops > 0
+    progress = train(clip, pairs, job(schedule=schedule(steps=80), stop_step=80, log_every=79))
+    assert progress.last["loss"] < 3.0  # ln 32 = 3.47 at the start
+    assert progress.step == 80
+    assert progress.counted_flops > 0
 
 
 def test_same_seed_same_weights_other_seed_other_weights(pairs: PairDataset) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 from enum import Enum
 from pathlib import Path
@@ -106,8 +107,10 @@ def run(
         paths=Paths(data=data, checkpoint=checkpoint, eval_data=eval_data),
     )
     if dry_run:
-        _show_plan(plan, as_json)
+        if _is_main():
+            _show_plan(plan, as_json)
         return
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what a cluster sends is a Ctrl-C
     from upcycle_bench import record
     from upcycle_bench.progress import Reporter, TerminalReporter
     from upcycle_bench.run import run as execute
@@ -145,7 +148,7 @@ def list_(
         print(json.dumps({**listing, "broken": registry.broken}, indent=2))
         return
     for each, entries in listing.items():
-        hidden = ("url", "reconstructed", "sources")
+        hidden = ("url", "reconstructed", "options", "sources")
         _table(each, [{k: v for k, v in entry.items() if k not in hidden} for entry in entries])
 
 
@@ -226,14 +229,14 @@ def _show_plan(plan: Plan, as_json: bool) -> None:
         "peak_learning_rate": plan.protocol.peak_lr,
         "calibration_pairs": plan.strategy.calibration_pairs,
         "forward_flops_per_pair": costs.forward_flops,
-        "training_flops": costs.train_flops,
-        "estimated_training_seconds_on_this_device": round(seconds, 1),
+        "training_flops_without_strategy_loss": costs.train_flops,
+        "estimated_training_seconds_on_one_such_device": round(seconds, 1),
         "missing": list(plan.missing),
     }
     if as_json:
         print(json.dumps(facts, indent=2))
         return
-    _table("dry run", [{"what": key.replace("_", " "), "value": _plain(value)} for key, value in facts.items()])
+    _table("dry run", [{"what": key.replace("_", " "), "is": _plain(value)} for key, value in facts.items()])
 
 
 def _plain(value: Any) -> str:
@@ -272,6 +275,9 @@ def _show_record(made: Record, path: Path) -> None:
     if cost.tokens_dropped is not None:
         parts.append(f"{cost.tokens_dropped:.1%} of choices dropped")
     print("; ".join(parts))
+    from upcycle_bench.cache import cache_root
+
+    print(f"weights: {cache_root() / 'weights' / f'{made.hashes.weights}.safetensors'}")
     print(f"record: {path}")
 
 
@@ -281,7 +287,7 @@ def _table(title: str, rows: list[dict[str, str]]) -> None:
 
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     for column in rows[0] if rows else ["none"]:
-        table.add_column(column, overflow="fold", no_wrap=column in ("name", "metric"))
+        table.add_column(column, overflow="fold", no_wrap=column not in ("summary", "paper", "is", "from"))
     for row in rows:
         table.add_row(*row.values())
     _print(table)
@@ -298,6 +304,5 @@ def main() -> None:
     try:
         app()
     except UserError as error:
-        if _is_main():
-            print(f"error: {error}", file=sys.stderr)
+        print(f"error: {error}" if _is_main() else f"error (rank {os.environ['RANK']}): {error}", file=sys.stderr)
         sys.exit(2)

@@ -26,6 +26,7 @@ from upcycle_bench.errors import UserError
 from upcycle_bench.rng import Stream
 
 IMAGE_SUFFIXES = ("png", "jpg", "jpeg", "webp")
+TOKENISED_LIMIT = 1 << 20  # captions whose tokens we keep
 DECODED_LIMIT = 4 << 30  # bytes of decoded images we keep in memory at most
 
 
@@ -79,7 +80,7 @@ class PairDataset:
         if not self.images:
             raise UserError(f"{self.shards[0]}: no sample with an image and a .txt caption in these shards.")
         self._tokens: dict[str, Tensor] = {}
-        self._order: tuple[tuple[int, int], Tensor] | None = None  # of the epoch last asked for
+        self._order: tuple[tuple[int | str, int], Tensor] | None = None  # of the epoch last asked for
         self._decoded: np.ndarray | None = None
         self._is_decoded = np.zeros(len(self.images), dtype=bool)
 
@@ -109,7 +110,7 @@ class PairDataset:
                     self.images.append((number, image.offset_data, image.size))
                     self.captions.append(lines)
 
-    def batch(self, seed: int, step: int, batch_size: int, rank: int = 0, world: int = 1) -> Batch:
+    def batch(self, seed: int | str, step: int, batch_size: int, rank: int = 0, world: int = 1) -> Batch:
         """This rank's slice of the global batch of `step`; epochs are permutations without their incomplete end."""
         steps_per_epoch = len(self) // batch_size
         if steps_per_epoch == 0:
@@ -130,6 +131,8 @@ class PairDataset:
             images.append(self._image(sample, rng))
             lines = self.captions[sample]
             caption = lines[rng.child("caption", sample).seed() % len(lines)] if len(lines) > 1 else lines[0]
+            if len(self._tokens) > TOKENISED_LIMIT:
+                self._tokens.clear()
             if caption not in self._tokens:
                 self._tokens[caption] = self.clip.tokenize([caption])[0]
             texts.append(self._tokens[caption])
@@ -155,10 +158,16 @@ class PairDataset:
         shard, offset, size = self.images[sample]
         with self.shards[shard].open("rb") as file:
             file.seek(offset)
-            return Image.open(io.BytesIO(file.read(size))).convert("RGB")
+            content = file.read(size)
+        try:
+            return Image.open(io.BytesIO(content)).convert("RGB")
+        except OSError as error:
+            raise UserError(
+                f"{self.shards[shard]}: the image at byte {offset} is broken ({error}); remove it."
+            ) from None
 
     def batches(
-        self, seed: int, start: int, stop: int, batch_size: int, rank: int = 0, world: int = 1, workers: int = 0
+        self, seed: int | str, start: int, stop: int, batch_size: int, rank: int = 0, world: int = 1, workers: int = 0
     ) -> Iterator[Batch]:
         """Batches of the steps [start, stop), read ahead by `workers` processes."""
         steps = _Steps(self, seed, batch_size, rank, world)
@@ -174,7 +183,7 @@ class PairDataset:
 class _Steps(Dataset[Batch]):
     """Step number -> batch, for the data loader's workers."""
 
-    def __init__(self, pairs: PairDataset, seed: int, batch_size: int, rank: int, world: int) -> None:
+    def __init__(self, pairs: PairDataset, seed: int | str, batch_size: int, rank: int, world: int) -> None:
         self.pairs, self.arguments = pairs, (seed, batch_size, rank, world)
 
     def __getitem__(self, step: int) -> Batch:

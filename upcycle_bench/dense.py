@@ -7,7 +7,6 @@ clip.model, clip.tokenize(["a photo of a cat"]), clip.resize(pil_image), clip.no
 from __future__ import annotations
 
 import logging
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,17 +47,18 @@ class Clip:
 def create_clip(name: str, checkpoint: Path | None = None, *, patch_dropout: float = 0.0, seed: int = 0) -> Clip:
     """Build `name` (open_clip's or ours); weights from `checkpoint`, all of them, or random from `seed`.
 
-    Raises UserError for an unknown model, a missing file, a missing or superfluous weight, a QuickGELU mismatch.
+    Raises UserError for an unknown model, a missing file, a missing or superfluous weight. A state dict does not say
+    its activation: weights trained with QuickGELU (OpenAI's, LAION-400M's ViT-B-32) need `ViT-B-32-quickgelu`.
     """
     import open_clip
 
     model_config(name)
     if checkpoint is not None and not checkpoint.is_file():
         raise UserError(f"checkpoint {checkpoint}: no such file; give --checkpoint an open_clip state dict.")
-    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-        warnings.filterwarnings("error", message="QuickGELU mismatch")
+    level = logging.getLogger().level
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        logging.getLogger().setLevel(max(logging.ERROR, logging.getLogger().level))
+        logging.getLogger().setLevel(logging.ERROR)  # open_clip warns of random weights, which are what we asked for
         try:
             model, train_transform, transform = open_clip.create_model_and_transforms(
                 name,
@@ -68,10 +68,12 @@ def create_clip(name: str, checkpoint: Path | None = None, *, patch_dropout: flo
                 device=torch.get_default_device(),  # `with torch.device("meta")` makes a model without memory
                 nonscalar_logit_scale=True,  # DeepSpeed cannot broadcast a tensor without dimensions
             )
-        except (RuntimeError, UserWarning, KeyError) as error:
+        except (RuntimeError, KeyError) as error:
             if checkpoint is None:
                 raise
             raise UserError(f"checkpoint {checkpoint} does not fit {name}: {_first_lines(error)}") from None
+        finally:
+            logging.getLogger().setLevel(level)
     tokenizer = open_clip.get_tokenizer(name)
     *resize, to_tensor, normalize = transform.transforms  # Resize, CenterCrop, RGB, ToTensor, Normalize
     *augment, _, _ = train_transform.transforms

@@ -6,6 +6,7 @@ One process needs no launcher; several are started by `torchrun`, which sets RAN
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -29,6 +30,15 @@ def local_world_size() -> int:
 def is_main() -> bool:
     """True on the rank that writes and prints."""
     return rank() == 0
+
+
+def from_main(value: Any) -> Any:
+    """Rank 0's value (any picklable object), on every rank."""
+    if not dist.is_initialized() or world_size() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box)
+    return box[0]
 
 
 def barrier() -> None:

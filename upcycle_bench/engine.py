@@ -11,6 +11,7 @@ import contextlib
 import os
 import sys
 from collections.abc import Iterator
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -23,7 +24,10 @@ def choose_device() -> torch.device:
     """This rank's CUDA device where there is one, else the CPU."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    local_rank, there = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if local_rank >= there:
+        raise UserError(f"process {local_rank} of this machine has no GPU, there are {there}: lower --nproc_per_node.")
+    device = torch.device("cuda", local_rank)
     torch.cuda.set_device(device)
     return device
 
@@ -34,13 +38,15 @@ def session(threads: int) -> Iterator[torch.device]:
     from upcycle_bench.ds import deepspeed
 
     device = choose_device()
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32
     before = torch.get_num_threads()
     torch.set_num_threads(max(1, threads // distributed.local_world_size()))
     started = not dist.is_initialized()
     if started:
         backend = "nccl" if device.type == "cuda" else "gloo"
         if "RANK" in os.environ:
-            dist.init_process_group(backend)
+            # Rank 0 calibrates and evaluates alone while the others wait in a collective.
+            dist.init_process_group(backend, timeout=timedelta(days=1))
         else:
             os.environ.setdefault("LOCAL_RANK", "0")  # deepspeed.initialize insists on it
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)

@@ -25,6 +25,8 @@ PACKAGES = (
     "faiss-gpu",
     "clip_benchmark",
     "numpy",
+    "scipy",
+    "pillow",
     "webdataset",
     "upcycle-bench",
 )

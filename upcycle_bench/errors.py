@@ -8,11 +8,20 @@ class UserError(Exception):
     """Bad input or a missing prerequisite; the command line prints it without a traceback and exits with 2."""
 
 
+class PluginError(UserError, ValueError):
+    """A plugin broke its contract; one line for its author."""
+
+
 def unknown(kind: str, name: str, known: Iterable[str], hint: str = "") -> UserError:
     """Error for an unknown name: near matches first, then all that exists, then what to do."""
     known = sorted(known)
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-    guess = f" did you mean {' or '.join(repr(n) for n in near)}?" if near else ""
-    return UserError(
-        f"unknown {kind} {name!r}:{guess} There are: {', '.join(known) or 'none'}.{' ' + hint if hint else ''}"
+    guess = f": did you mean {' or '.join(repr(n) for n in near)}?" if near else "."
+    there = (
+        f"There are {len(known)}."
+        if len(known) > 80
+        else f"There are: {', '.join(known)}."
+        if known
+        else "There is none."
     )
+    return UserError(" ".join(filter(None, [f"unknown {kind} {name!r}{guess}", there, hint])))

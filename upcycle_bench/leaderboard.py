@@ -56,7 +56,7 @@ class Row:
     rank: int | None
     label: str
     strategy: str
-    kind: str  # published, reconstructed, control
+    kind: str  # what the row is marked with: reconstructed, parts reconstructed, control, unpublished; "": published
     primary: Estimate | None
     difference: Estimate | None  # to the baseline, paired by both seeds
     scores: dict[str, float]  # suite/dataset/metric -> mean
@@ -76,7 +76,7 @@ class Row:
     @property
     def title(self) -> str:
         """The label with its mark."""
-        return self.label if self.kind == "published" else f"{self.label} ({self.kind})"
+        return f"{self.label} ({self.kind})" if self.kind else self.label
 
     @property
     def outcome(self) -> str:
@@ -180,7 +180,7 @@ def _row(runs: list[Record], counting: dict[Seeds, Record], base: dict[Seeds, Re
         rank=None,
         label=newest.strategy.label,
         strategy=newest.strategy.name,
-        kind=newest.strategy.status,
+        kind=_mark(newest),
         primary=estimate(primary) if primary else None,
         difference=estimate(difference) if difference else None,
         scores={name: estimate(values).mean for name, values in sorted(scores.items())},
@@ -199,6 +199,13 @@ def _row(runs: list[Record], counting: dict[Seeds, Record], base: dict[Seeds, Re
         status="ok" if counting else newest.status,
         reason=None if counting else newest.reason,
     )
+
+
+def _mark(record: Record) -> str:
+    """A reconstruction says so wherever its name stands, in whole or in part."""
+    if record.strategy.status == "published":
+        return "parts reconstructed" if record.strategy.reconstructed else ""
+    return record.strategy.status
 
 
 def _column(score: ScoreRecord) -> str:

@@ -11,13 +11,14 @@ from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import torch
 from pydantic import ValidationError
 
-from upcycle_bench import evalsets
+from upcycle_bench import distributed, engine, evalsets
 from upcycle_bench.cache import file_sha256
 from upcycle_bench.data import expand_shards, shards_digest
 from upcycle_bench.dense import model_config
-from upcycle_bench.errors import UserError
+from upcycle_bench.errors import UserError, unknown
 from upcycle_bench.protocol import Protocol
 from upcycle_bench.registry import Entry, Registry
 from upcycle_bench.strategy import Strategy, configure
@@ -135,6 +136,7 @@ def make_plan(
 def dense_recipe(protocol: Protocol, world: World) -> str:
     """Identity of a dense model that is trained on the spot: everything that makes it, numerics included."""
     values = protocol.model_dump(mode="json", include={"model", "threads", "dense"})
+    values["made by"] = [torch.__version__, engine.choose_device().type, distributed.world_size()]
     return fingerprint({**values, "config": model_config(protocol.model), "data": world.sha256, "numerics": NUMERICS})
 
 
@@ -143,6 +145,7 @@ def _training_fingerprint(protocol: Protocol, world: World | None, dense_identit
     values = protocol.model_dump(mode="json", include={"model", "threads", "dense", "moe", "train"})
     values["train"] = {key: value for key, value in values["train"].items() if key not in _WITHOUT_EFFECT}
     values |= {"config": model_config(protocol.model), "data": world.sha256, "checkpoint": dense_identity}
+    values["world_size"] = distributed.world_size()  # capacity is that of a rank's micro-batch
     return fingerprint({**values, "numerics": NUMERICS})
 
 
@@ -155,14 +158,19 @@ def suite_fingerprint(suite: Suite, eval_root: Path) -> str:
 
 
 def _suite(registry: Registry, name: str, settings: dict[str, Any]) -> Suite:
+    target = registry.get("suite", name).target
+    for key in settings:
+        if key not in (known := [spec.name for spec in fields(target)]):
+            raise unknown(f"setting of suite {name}", key, known)
     try:
-        suite: Suite = registry.get("suite", name).target(
+        suite: Suite = target(
             **{key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()}
         )
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in (name, *first["loc"]))
-        raise UserError(f"protocol: suites.{where}: {first['msg']} (got {first['input']!r}).") from None
+        given = f" (got {first['input']!r})" if isinstance(first["input"], str | int | float) else ""
+        raise UserError(f"protocol: suites.{where}: {first['msg']}{given}.") from None
     return suite
 
 

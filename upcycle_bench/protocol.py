@@ -1,7 +1,7 @@
 """A protocol: everything that must be equal for a comparison, in one TOML file, parsed into a frozen model.
 
     protocol = load_protocol(path, ["moe.experts=4"])      # overrides put the run into the open division
-    protocol.train.peak_lr                                  # derived: the dense learning rate at its checkpoint
+    protocol.peak_lr                                        # derived: the dense learning rate at its checkpoint
 
 `[sources]` names, per dotted key, where a value comes from (paper section, or a choice of ours).
 """
@@ -159,8 +159,12 @@ def load_protocol(path: Path, overrides: list[str] | None = None) -> Protocol:
         raise UserError(f"protocol {path}: {error}") from None
     tree["name"] = path.stem
     known = flatten(tree)
+    seen: set[str] = set()
     for override in overrides or []:
         key, equals, text = override.partition("=")
+        if key in seen:
+            raise UserError(f"--set {key} is given twice; keep one.")
+        seen.add(key)
         if not equals:
             raise UserError(f"--set {override!r}: write it as KEY=VALUE, for example --set moe.experts=4")
         if key not in known or key.startswith(("sources.", "name")):
@@ -170,6 +174,7 @@ def load_protocol(path: Path, overrides: list[str] | None = None) -> Protocol:
         for parent in parents:
             table = table[parent]
         table[leaf] = _parse_value(text)
+        tree.get("sources", {}).pop(key, None)  # the value no longer comes from there
     tree["overrides"] = sorted(overrides or [])
     try:
         return Protocol.model_validate_json(json.dumps(tree))

@@ -59,7 +59,7 @@ class StrategyPart(Part):
     name: Name
     label: Name = Field(description="the row's name: `cluster-aware`, or `cluster-aware[tau=0.8]` off its defaults")
     config: dict[str, JsonValue] = Field(description="resolved configuration")
-    status: Literal["published", "reconstructed", "control"]
+    status: Literal["published", "reconstructed", "control", "unpublished"]
     reconstructed: tuple[str, ...] = Field(description="parts that the paper leaves open and we had to choose")
     paper: str
     distribution: str

@@ -6,7 +6,10 @@ with reporter: path = run(plan, results=Path("results"), reporter=reporter)
 from __future__ import annotations
 
 import contextlib
+import copy
+import inspect
 import json
+import math
 import os
 import shutil
 import sys
@@ -17,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from upcycle_bench import distributed, engine, environment, record, weights
@@ -27,7 +29,7 @@ from upcycle_bench.costs import Meter, parameter_counts
 from upcycle_bench.data import PairDataset
 from upcycle_bench.dense import Clip, create_clip
 from upcycle_bench.diagnostics import diagnose
-from upcycle_bench.errors import UserError
+from upcycle_bench.errors import PluginError, UserError
 from upcycle_bench.plan import Plan, fingerprint
 from upcycle_bench.progress import Reporter
 from upcycle_bench.protocol import Schedule
@@ -44,11 +46,13 @@ CALIBRATION_BATCH = 256
 def run(plan: Plan, results: Path, reporter: Reporter) -> Path | None:
     """Make the record; returns its path on rank 0, None elsewhere.
 
-    UserError: bad input, nothing is written. Any other error is written as a failed record, then raised again.
+    UserError before anything runs: bad input, nothing is written. Any later error is written as a failed record, then
+    raised again.
     """
     if plan.missing:
         raise UserError(f"protocol {plan.protocol.name} needs {', '.join(plan.missing)}.")
     plan.strategy.check()
+    _check_writable(results)
     engine.check_world(plan.protocol.train.schedule.batch_size, plan.protocol.moe.ep_size)
     with engine.session(plan.protocol.threads) as device:
         state = _State(plan, Meter(device))
@@ -63,18 +67,17 @@ def run(plan: Plan, results: Path, reporter: Reporter) -> Path | None:
                 digest = weights.save(model, plan.protocol.moe, cache_root() / "weights")
                 if distributed.is_main():
                     state.weights = digest
-                    final = weights.load(cache_root() / "weights" / f"{digest}.safetensors")
+                    final = whole_model(plan, model, digest)
                     outcome = evaluate(plan, final, state.meter, reporter)
                     state.diagnostics = diagnostics(final, dense, data, device)
                     path = write_record(state, outcome, final, results)
                     _keep_metrics(work, path)
-            distributed.barrier()
+                distributed.barrier()  # the folder goes when rank 0 needs it no more
             return path if distributed.is_main() else None
-        except (UserError, KeyboardInterrupt):
-            raise
         except Exception as error:
             if distributed.is_main():
-                write_failure(state, error, results)
+                path = write_failure(state, error, results)
+                print(f"the run failed; record: {path}", file=sys.stderr)
             raise
 
 
@@ -95,9 +98,9 @@ def load_dense(plan: Plan, device: torch.device, reporter: Reporter) -> tuple[Cl
     """The dense model and its checkpoint's sha256; trained first if the protocol says so and the cache has none."""
     patch_dropout = plan.protocol.train.schedule.patch_dropout
     path = plan.checkpoint or cache_root() / "dense" / f"{plan.dense_identity}.safetensors"
-    if plan.checkpoint is None and not _agree(path.is_file()):
+    if plan.checkpoint is None and not distributed.from_main(path.is_file()):
         pretrain(plan, path, device, reporter)
-    digest = file_sha256(path) if distributed.is_main() else ""
+    digest = distributed.from_main(file_sha256(path) if distributed.is_main() else "")
     # Other ranks may not see the file: DeepSpeed broadcasts rank 0's weights when training starts.
     clip = create_clip(plan.protocol.model, path if distributed.is_main() else None, patch_dropout=patch_dropout)
     clip.model.to(device)
@@ -113,14 +116,17 @@ def pretrain(plan: Plan, path: Path, device: torch.device, reporter: Reporter) -
     clip = create_clip(protocol.model, patch_dropout=schedule.patch_dropout, seed=protocol.dense.seed)
     clip.model.to(device)
     stop = round(protocol.dense.stop_fraction * schedule.steps)
-    job = Job(schedule=schedule, peak_lr=protocol.dense.lr, stop_step=stop, seed=protocol.dense.seed)
+    job = Job(purpose="dense", schedule=schedule, peak_lr=protocol.dense.lr, stop_step=stop, seed=protocol.dense.seed)
     with reporter.bar("dense model", stop) as bar:
         train(clip, training_data(plan, clip, schedule), job, on_step=bar)
     if distributed.is_main():
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{os.getpid()}-{path.name}")
-        save_file({key: value.cpu().contiguous() for key, value in clip.model.state_dict().items()}, temporary)
-        os.replace(temporary, path)
+        try:
+            save_file({key: value.cpu().contiguous() for key, value in clip.model.state_dict().items()}, temporary)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
     distributed.barrier()
 
 
@@ -138,8 +144,8 @@ def initialise(
     Rank 0 does it and the others get the result, so that weights do not depend on the number of ranks.
     """
     strategy, moe = plan.strategy, plan.protocol.moe
-    if not strategy.replaces_ffn:
-        return dense, None
+    if not strategy.replaces_ffn:  # a copy: the dense model stays what diagnostics compare with
+        return replace(dense, model=copy.deepcopy(dense.model)), None
     inits: dict[str, LayerInit] = {}
     receipt = None
     if distributed.is_main():
@@ -156,8 +162,7 @@ def initialise(
                 for name, init in inits.items()
             }
         ]
-        dist.broadcast_object_list(box)
-        inits = box[0]
+        inits = distributed.from_main(box[0])
     model = upcycle(dense.model, inits, moe)
     return replace(dense, model=model.to(meter.device)), receipt
 
@@ -177,10 +182,18 @@ def make_experts(plan: Plan, dense: Clip, data: PairDataset, device: torch.devic
         sample = Stream(("calibration", plan.init_seed))
         batches = data.calibration(sample, strategy.calibration_pairs, CALIBRATION_BATCH)
         calibrate(dense.model, layers, calibrators, _inputs(dense, batches, device))
-    return {
-        layer.name: strategy.init_layer(ffns[layer.name], layer, calibrators.get(layer.name), root.child(layer.name))
-        for layer in layers
-    }
+    inits = {}
+    for layer in layers:
+        ffn = ffns[layer.name]
+        versions = [tensor._version for tensor in (ffn.w1_HD, ffn.b1_H, ffn.w2_DH, ffn.b2_D)]
+        init = strategy.init_layer(ffn, layer, calibrators.get(layer.name), root.child(layer.name))
+        if versions != [tensor._version for tensor in (ffn.w1_HD, ffn.b1_H, ffn.w2_DH, ffn.b2_D)]:
+            raise PluginError(f"{plan.label}: {layer.name}: init_layer changed the dense FFN in place; work on copies")
+        notes = {name: float(value) for name, value in init.notes.items()}
+        if not all(map(math.isfinite, notes.values())):
+            raise PluginError(f"{plan.label}: {layer.name}: a note is not a finite number: {notes}")
+        inits[layer.name] = replace(init, notes=notes)
+    return inits
 
 
 def train_model(
@@ -206,7 +219,8 @@ def train_model(
     with meter.phase("train") as phase, reporter.bar(f"training {plan.label}", job.stop_step) as bar:
         progress = train(model, data, job, make_loss=lambda layers: plan.strategy.loss(layers, rng), on_step=bar)
     phase.seconds = progress.seconds  # of all sessions, when the run was resumed
-    phase.flops = distributed.sum_over_ranks(progress.flops)
+    counted = distributed.sum_over_ranks(progress.counted_flops)  # of a few steps: all of them would overflow int64
+    phase.flops = counted * progress.step // max(1, progress.counted_steps)
     return progress
 
 
@@ -239,12 +253,19 @@ def _inputs(clip: Clip, batches: Iterable[Any], device: torch.device) -> Iterato
         yield clip.normalise(batch.images.to(device)), batch.texts.to(device)
 
 
-def _agree(value: bool) -> bool:
-    """Rank 0's answer, on every rank."""
-    box = [value]
-    if distributed.world_size() > 1:
-        dist.broadcast_object_list(box)
-    return box[0]
+def whole_model(plan: Plan, model: Clip, digest: str) -> Clip:
+    """The trained model with all its experts on this rank: itself, or read back where they were spread over ranks."""
+    if plan.protocol.moe.ep_size == 1:
+        return model
+    return weights.load(cache_root() / "weights" / f"{digest}.safetensors")
+
+
+def _check_writable(results: Path) -> None:
+    parent = results.absolute()
+    while not parent.exists():
+        parent = parent.parent
+    if not (parent.is_dir() and os.access(parent, os.W_OK)):
+        raise UserError(f"--results {results}: {parent} is not a folder that can be written; choose another.")
 
 
 @contextlib.contextmanager
@@ -253,21 +274,24 @@ def work_folder(plan: Plan, dense_digest: str) -> Iterator[Path]:
     path = cache_root() / "runs" / run_id(plan, dense_digest)
     resumable = plan.protocol.train.checkpoint_every > 0
     if not resumable:
-        path = path.with_name(f"{path.name}-{os.getpid()}")
+        path = path.with_name(f"{path.name}-{distributed.from_main(os.getpid())}")
     path.mkdir(parents=True, exist_ok=True)
     try:
         yield path
     except BaseException:
-        if not resumable:
+        if not resumable and distributed.is_main():
             shutil.rmtree(path, ignore_errors=True)
         raise
-    shutil.rmtree(path, ignore_errors=True)
+    if distributed.is_main():
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def run_id(plan: Plan, dense_digest: str) -> str:
-    """Identity of what is run: strategy, configuration, protocol, dense weights, seeds, ranks."""
+    """Identity of what is run: strategy, its code and configuration, protocol, dense weights, seeds, ranks."""
     what = [
         plan.label,
+        plan.entry.owner,
+        _source(type(plan.strategy)),
         plan.strategy.config(),
         plan.training_fingerprint,
         dense_digest,
@@ -277,13 +301,20 @@ def run_id(plan: Plan, dense_digest: str) -> str:
     return fingerprint([*what, distributed.world_size()])
 
 
+def _source(strategy: type) -> str:
+    """Hash of the file a strategy stands in: an edited plugin must not go on from its old checkpoint."""
+    file = inspect.getsourcefile(strategy)
+    return file_sha256(Path(file)) if file else ""
+
+
 def write_record(state: _State, outcome: Mapping[str, SuiteResult], final: Clip, results: Path) -> Path:
     """The record of a run that went through, with its per-sample outcomes beside it."""
     plan, progress = state.plan, state.progress
     scores = [{"suite": name, **asdict(score)} for name, result in outcome.items() for score in result.scores]
     primary = [score["value"] for score in scores if score["primary"]]
     total, active = parameter_counts(final.model)
-    samples = progress.step * plan.protocol.train.schedule.batch_size if progress else 0
+    batch_size = plan.protocol.train.schedule.batch_size
+    samples = progress.step * batch_size if progress else 0
     cost = {
         "phases": {name: asdict(phase) for name, phase in state.meter.phases.items()},
         "counting_rule": COUNTING_RULE,
@@ -291,7 +322,9 @@ def write_record(state: _State, outcome: Mapping[str, SuiteResult], final: Clip,
         "parameters_active": active,
         "tokens_dropped": progress.dropped_fraction if progress else None,
         "samples": samples,
-        "samples_per_second": samples / progress.seconds if progress else None,
+        "samples_per_second": progress.samples_per_second(plan.protocol.train.schedule.batch_size)
+        if progress
+        else None,
         "world_size": distributed.world_size(),
     }
     arrays = {
@@ -308,10 +341,11 @@ def write_record(state: _State, outcome: Mapping[str, SuiteResult], final: Clip,
     return record.write(made, arrays, results)
 
 
-def write_failure(state: _State, error: Exception, results: Path) -> None:
+def write_failure(state: _State, error: Exception, results: Path) -> Path:
     """A failed run is a record with a reason, never a missing row."""
     reason = f"{type(error).__name__}: {error}"[:2000]
-    record.write(_record(state, status="failed", reason=reason), None, results)
+    state.receipt = None  # it may be what failed
+    return record.write(_record(state, status="failed", reason=reason), None, results)
 
 
 def _record(state: _State, **parts: Any) -> record.Record:

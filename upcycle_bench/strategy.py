@@ -22,18 +22,18 @@ from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, get_args
 
 import torch
 from torch import Tensor, nn
 
-from upcycle_bench.errors import UserError, unknown
+from upcycle_bench.errors import PluginError, UserError, unknown
 from upcycle_bench.rng import Stream
 
 if TYPE_CHECKING:
     from upcycle_bench.moe import MoEFFN
 
-Status = Literal["published", "reconstructed", "control"]
+Status = Literal["published", "reconstructed", "control", "unpublished"]
 RouterInit = Literal["deepspeed", "normal", "lecun"]
 
 
@@ -50,6 +50,10 @@ class StrategyInfo:
     status: Status
     url: str = ""
     reconstructed: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.status not in get_args(Status):
+            raise PluginError(f"{self.name}: status {self.status!r} is none of {', '.join(get_args(Status))}")
 
 
 @dataclass(frozen=True)
@@ -215,7 +219,8 @@ def configure(strategy: type[Strategy], options: Mapping[str, str]) -> Strategy:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "configuration"
-        raise UserError(f"{strategy.info.name}: {where}: {first['msg']} (got {first['input']!r}).") from None
+        given = f" (got {first['input']!r})" if isinstance(first["input"], str | int | float) else ""
+        raise UserError(f"{strategy.info.name}: {where}: {first['msg']}{given}.") from None
 
 
 def random_router(ffn: FFN, layer: Layer, rng: Stream, init: RouterInit = "deepspeed") -> Tensor:

@@ -13,10 +13,11 @@ import copy
 from collections.abc import Mapping
 from typing import Any, Literal
 
+import torch
 from torch import nn
 
 from upcycle_bench import protocol
-from upcycle_bench.errors import UserError
+from upcycle_bench.errors import PluginError, UserError
 from upcycle_bench.moe import MoEFFN, Padding
 from upcycle_bench.strategy import FFN, Layer, LayerInit
 
@@ -56,7 +57,9 @@ def upcycle(dense: Any, inits: Mapping[str, LayerInit], moe: protocol.MoE) -> An
     """
     layers = find_layers(dense, moe)
     if [layer.name for layer in layers] != list(inits):
-        raise ValueError(f"layers {list(inits)} were initialised, but the protocol replaces {[x.name for x in layers]}")
+        raise PluginError(
+            f"layers {list(inits)} were initialised, but the protocol replaces {[x.name for x in layers]}"
+        )
     # The replaced FFNs are not copied: hand deepcopy an entry that says they stand for themselves.
     replaced = {layer.name: dense.get_submodule(layer.mlp_path) for layer in layers}
     model = copy.deepcopy(dense, {id(mlp): mlp for mlp in replaced.values()})
@@ -76,14 +79,23 @@ def upcycle(dense: Any, inits: Mapping[str, LayerInit], moe: protocol.MoE) -> An
 
 def _check(layer: Layer, init: LayerInit, ffn: FFN) -> None:
     if len(init.experts) != layer.num_experts:
-        raise ValueError(f"{layer.name}: {len(init.experts)} experts were made, the protocol wants {layer.num_experts}")
+        raise PluginError(
+            f"{layer.name}: {len(init.experts)} experts were made, the protocol wants {layer.num_experts}"
+        )
+    if len({id(expert) for expert in init.experts}) < len(init.experts):
+        raise PluginError(f"{layer.name}: one module stands for several experts; make one each")
+    tensors = [("the router", [init.router_ND])]
+    tensors += [(f"expert {number}", list(expert.parameters())) for number, expert in enumerate(init.experts)]
+    for what, values in tensors:
+        if not all(value.is_meta or bool(torch.isfinite(value).all()) for value in values):
+            raise PluginError(f"{layer.name}: {what} holds values that are not finite")
     expected = (layer.num_experts, ffn.width)
     if tuple(init.router_ND.shape) != expected:
-        raise ValueError(f"{layer.name}: the router's shape is {tuple(init.router_ND.shape)}, it must be {expected}")
+        raise PluginError(f"{layer.name}: the router's shape is {tuple(init.router_ND.shape)}, it must be {expected}")
     own = {tensor.untyped_storage()._cdata for tensor in (ffn.w1_HD, ffn.b1_H, ffn.w2_DH, ffn.b2_D)}
     for number, module in enumerate(init.experts):
         if any(p.untyped_storage()._cdata in own for p in module.parameters()):
-            raise ValueError(f"{layer.name}: expert {number} shares storage with the dense model; copy its tensors")
+            raise PluginError(f"{layer.name}: expert {number} shares storage with the dense model; copy its tensors")
 
 
 def _account(dense: nn.Module, model: nn.Module, layers: list[Layer]) -> None:

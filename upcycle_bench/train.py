@@ -33,13 +33,20 @@ from upcycle_bench.protocol import Schedule, learning_rate
 from upcycle_bench.rng import Stream
 from upcycle_bench.strategy import ExtraLoss
 
-COUNTING_RULE = "matrix multiplications and attention at 2 FLOPs per multiply-add, counted on five evenly spaced steps"
+COUNTING_RULE = (
+    "matrix multiplications, convolutions and attention at 2 FLOPs per multiply-add; training: at most five evenly "
+    "spaced steps are counted and extrapolated, other phases are counted whole; clustering and decompositions are not"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What to train, beside the model and the data. `stop_step` < schedule.steps stops inside the schedule."""
+    """What to train, beside the model and the data. `stop_step` < schedule.steps stops inside the schedule.
 
+    `purpose` keys the random streams with the seed, so that upcycling never replays the dense model's batches.
+    """
+
+    purpose: str = "upcycling"
     schedule: Schedule
     peak_lr: float
     stop_step: int
@@ -51,6 +58,11 @@ class Job:
     checkpoints: Path | None = None
     checkpoint_every: int = 0
 
+    @property
+    def stream(self) -> str:
+        """Key of all random streams of this training."""
+        return f"{self.purpose} {self.seed}"
+
 
 @dataclass
 class Progress:
@@ -60,14 +72,15 @@ class Progress:
     seconds: float = 0.0
     counted_flops: int = 0
     counted_steps: int = 0
+    counted_seconds: float = 0.0
     routed: int = 0
     dropped: int = 0
     last: dict[str, float] = field(default_factory=dict)
 
-    @property
-    def flops(self) -> int:
-        """FLOPs of all steps on this rank, from those counted."""
-        return round(self.counted_flops / max(1, self.counted_steps) * self.step)
+    def samples_per_second(self, batch_size: int) -> float:
+        """Throughput over the steps whose FLOPs were not counted, since counting is slow; over all where all were."""
+        steps, seconds = self.step - self.counted_steps, self.seconds - self.counted_seconds
+        return steps * batch_size / seconds if steps else self.step * batch_size / self.seconds
 
     @property
     def dropped_fraction(self) -> float | None:
@@ -168,7 +181,7 @@ def train(
     warnings.filterwarnings("ignore", message="torch.distributed.nn.functional.all_gather is deprecated")
     progress = _resume(engine, extra, job)
     batches = data.batches(
-        job.seed, progress.step, job.stop_step, job.schedule.batch_size, rank, world, workers=_workers(device)
+        job.stream, progress.step, job.stop_step, job.schedule.batch_size, rank, world, workers=_workers(device)
     )
     log = _MetricsFile(job.metrics if rank == 0 else None, progress.step)
     began = time.perf_counter() - progress.seconds
@@ -180,7 +193,7 @@ def train(
                 group["lr"] = rate
             counted = step % max(1, job.stop_step // 4) == 0  # counting slows a step down, so only a few are counted
             counter = FlopCounterMode(display=False) if counted else contextlib.nullcontext()
-            with counter, _patch_dropout_stream(job.seed, step, rank, device):
+            with counter, _patch_dropout_stream(job.stream, step, rank, device):
                 losses, scale = compute_losses(engine, clip, batch, job, layers, extra)
                 loss = torch.stack(list(losses.values())).sum()
                 engine.backward(loss)
@@ -188,8 +201,10 @@ def train(
             _clamp_logit_scale(model, job)
             if extra is not None:
                 extra.after_step()
-            progress.step, progress.seconds = step + 1, time.perf_counter() - began
+            before, progress.seconds = progress.seconds, time.perf_counter() - began
+            progress.step = step + 1
             if isinstance(counter, FlopCounterMode):
+                progress.counted_seconds += progress.seconds - before
                 progress.counted_flops += counter.get_total_flops()
                 progress.counted_steps += 1
             if logged:
@@ -199,7 +214,8 @@ def train(
                 if not math.isfinite(progress.last["loss"]):
                     raise FloatingPointError(f"the loss is {progress.last['loss']} at step {step}: {losses}")
             on_step(progress.step, progress.last)
-            if job.checkpoint_every and progress.step % job.checkpoint_every == 0 and progress.step < job.stop_step:
+            due = job.checkpoint_every and progress.step % job.checkpoint_every == 0
+            if due or (job.checkpoint_every and progress.step == job.stop_step):  # the last one: evaluation may fail
                 _collect_drops(layers, progress)
                 _save(engine, extra, job, progress)
     if extra is not None:
@@ -245,7 +261,7 @@ def _metrics(
         **dict(zip(losses, parts, strict=True)),
         "learning_rate": rate,
         "logit_scale": scale.item(),
-        "samples_per_second": progress.step * job.schedule.batch_size / progress.seconds,
+        "samples_per_second": progress.samples_per_second(job.schedule.batch_size),
         **({"tokens_dropped": progress.dropped_fraction} if progress.dropped_fraction is not None else {}),
     }
 
@@ -258,10 +274,10 @@ def _collect_drops(layers: Mapping[str, MoEFFN], progress: Progress) -> None:
 
 
 @contextlib.contextmanager
-def _patch_dropout_stream(seed: int, step: int, rank: int, device: torch.device) -> Iterator[None]:
+def _patch_dropout_stream(key: str, step: int, rank: int, device: torch.device) -> Iterator[None]:
     """Give the forward pass (open_clip's patch dropout draws globally) a stream of its own."""
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(Stream(("patch dropout", seed, step, rank)).seed())
+        torch.manual_seed(Stream(("patch dropout", key, step, rank)).seed())
         yield
 
 

@@ -39,7 +39,9 @@ def consolidate(clip: Clip) -> dict[str, Tensor]:
         match = EXPERT_KEY.fullmatch(key)
         moe = layers[key.partition(".moe.")[0]].moe if match else None
         if match is None or moe is None or moe.ep_size == 1:
-            state[key] = value.detach().cpu().contiguous()
+            state[key] = (
+                value.detach().cpu().clone(memory_format=torch.contiguous_format)
+            )  # tied ones are written twice
             continue
         head, local, tail = match.groups()
         shards = [torch.empty_like(value) for _ in range(moe.ep_size)]
@@ -91,7 +93,7 @@ def load(path: Path) -> Clip:
             inits = {}
             for layer in find_layers(clip.model, moe):
                 ffn = FFN.of(clip.model.get_submodule(layer.mlp_path))
-                router_ND = torch.empty(layer.num_experts, ffn.width)
+                router_ND = torch.zeros(layer.num_experts, ffn.width)
                 inits[layer.name] = LayerInit([ffn.expert() for _ in range(layer.num_experts)], router_ND)
             clip = replace(clip, model=upcycle(clip.model, inits, moe))
         clip.model.load_state_dict(load_file(path), strict=True)
