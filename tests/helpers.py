@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -217,3 +218,8 @@ def orthonormal(number: int, width: int, seed: int = 0) -> Tensor:
     """Rows of unit length, at right angles, [N, D] float64."""
     generator = torch.Generator().manual_seed(seed)
     return torch.linalg.qr(torch.randn(width, number, generator=generator, dtype=torch.float64)).Q.T
+
+
+def heed_interrupts() -> None:
+    """For a child before its exec: a shell that runs the tests in the background makes its children ignore SIGINT."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)

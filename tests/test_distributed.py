@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.helpers import heed_interrupts
 from upcycle_bench.cache import cache_root
 
 WORKER = Path(__file__).with_name("gradients_worker.py")
@@ -63,9 +64,10 @@ def test_two_ranks_write_one_record(tmp_path: Path, quick_flags: list[str], ep_s
 def test_two_ranks_with_zero_and_expert_parallelism_train_the_weights_of_one_process(
     tmp_path: Path, quick_flags: list[str]
 ) -> None:
-    """Four steps, clipping active, nothing dropped. eps is large, since Adam would turn rounding of tiny gradients into
-    steps of full size."""
-    settings = ("moe.capacity_factor=8.0", "train.schedule.grad_clip=0.05", "train.schedule.eps=0.01")
+    """Four steps, clipping active, nothing dropped; the dense model is trained by as many ranks first. eps is large,
+    since Adam would turn rounding of tiny gradients into steps of full size."""
+    settings = ["moe.capacity_factor=8.0", "train.schedule.grad_clip=0.05", "train.schedule.eps=0.01"]
+    settings += ["dense.schedule.eps=0.01"]
     command = ["-m", "upcycle_bench", "run", "-s", "sparse-upcycling", *quick_flags, "--json"]
     command += [part for setting in settings for part in ("--set", setting)]
 
@@ -91,7 +93,13 @@ def test_two_ranks_go_on_where_they_were_interrupted(tmp_path: Path, quick: list
     command += ["--set", "train.checkpoint_every=2", "--results", str(tmp_path / "parts")]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen([*launcher, *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment)
+    process = subprocess.Popen(
+        [*launcher, *command],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=environment,
+        preexec_fn=heed_interrupts,
+    )
     deadline = time.monotonic() + 120
     while not list((cache_root() / "runs").glob("*/checkpoints/latest")) and time.monotonic() < deadline:
         time.sleep(0.02)

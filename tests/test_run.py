@@ -14,6 +14,7 @@ import torch
 from pydantic.dataclasses import dataclass
 from safetensors.torch import load_file
 
+from tests.helpers import heed_interrupts
 from upcycle_bench import record, weights
 from upcycle_bench.cache import cache_root, file_sha256
 from upcycle_bench.errors import UserError
@@ -156,15 +157,20 @@ def test_ctrl_c_while_training_leaves_nothing_half_written(tmp_path: Path, quick
         "--results",
         str(results),
     ]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 120
-    metrics: list[Path] = []
-    while not any(path.stat().st_size for path in metrics) and time.monotonic() < deadline:
-        time.sleep(0.2)
-        metrics = list((cache_root() / "runs").glob("*/metrics.jsonl"))
-    assert metrics, "training did not start"
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heed_interrupts
+    )
+    try:
+        deadline = time.monotonic() + 120
+        metrics: list[Path] = []
+        while not any(path.stat().st_size for path in metrics) and time.monotonic() < deadline:
+            time.sleep(0.2)
+            metrics = list((cache_root() / "runs").glob("*/metrics.jsonl"))
+        assert metrics, "training did not start"
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
     assert process.returncode == 130, err
     assert "interrupted: nothing was written" in err
     assert out == ""
