@@ -261,7 +261,7 @@ def _show_record(made: Record, path: Path) -> None:
             "metric": score.metric + (" (primary)" if score.primary else ""),
             "value": f"{score.value:.4f}",
             "chance": "" if score.chance is None else f"{score.chance:.4f}",
-            "samples": f"{score.samples:,}",
+            "n": f"{score.samples:,}",
         }
         for score in made.scores
     ]
