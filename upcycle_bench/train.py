@@ -109,8 +109,8 @@ def autocast(device: torch.device, precision: str) -> contextlib.AbstractContext
 def attention_kernel(device: torch.device, longest: int) -> contextlib.AbstractContextManager[Any]:
     """Plain matmul-softmax attention for short sequences on a CPU, where the flash kernel's backward is slow.
 
-    The bound is a measurement (docs/performance.md: in bf16 it pays up to 77 tokens and not from 197), and fixed, so that
-    numbers do not depend on a timing.
+    The bound is a measurement (docs/performance.md: in bf16 it pays up to 77 tokens and not from 197), and fixed, so
+    that numbers do not depend on a timing.
     """
     plain = device.type == "cpu" and longest <= 128
     return sdpa_kernel(SDPBackend.MATH) if plain else contextlib.nullcontext()
