@@ -2,7 +2,7 @@
 
     [suites.zero-shot]
     sets = ["digits-test", "digits-retrieval"]      # classification or retrieval, in CLIP_benchmark's layout
-    temperature_set = "digits-validation"           # the logit scale is refitted here; "": the model's own
+    temperature_sets = ["digits-validation"]        # the logit scale is refitted here; []: the model's own
     primary = ["digits-test"]
     primary_metric = "log_likelihood"               # for a retrieval set: its text_retrieval_log_likelihood
 
@@ -12,22 +12,30 @@ softmax of the right answers at one logit scale. All sets are one question: each
 gallery of classes, captions or images. A metric at 5 is left out of galleries below 5. Accuracies and recalls equal
 CLIP_benchmark's (tested); what ours adds is the outcome of each sample.
 
-Everything is computed from all embeddings in float64, so no score depends on the batch size.
+Logit scales: at most one temperature set of each kind, classification and retrieval. Sets of a kind use the scale
+fitted to the temperature set of that kind, or else of the other kind (retrieval: to both ways at once).
+
+Strata: where a set has them (evalsets.py), each metric but mean_per_class_recall is also given for the queries of each
+stratum, with the whole gallery, as acc1[STRATUM]; a caption's stratum is that of its image.
+
+Averages: where `primary` names several sets of a kind, the dataset `average` holds the unweighted mean over them of
+every score that they all have, with the sum of their samples and the mean of their chances.
 
 Outcomes, one value per query, after SET/ (for retrieval: SET/text_retrieval_ and SET/image_retrieval_):
 log_likelihood (float32), rank (int32, 0: first), correct@1 and correct@5 (bool, rank < k).
-Once: temperature/logit_scale (float64 [1]), the scale used.
+Once for each kind of the scored sets: temperature/KIND/logit_scale (float64 [1]), the scale used.
 
 Sources: A. Radford et al., Learning Transferable Visual Models From Natural Language Supervision, arXiv:2103.00020;
-clip_benchmark.metrics (1.6.2). Shape suffixes: Q queries, G gallery, D embedding.
+clip_benchmark.metrics (1.6.2). Shape suffixes: Q queries, G gallery, C classes, T templates, D embedding.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+import statistics
+from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass as plain_dataclass
-from fractions import Fraction
 from typing import Any, ClassVar
 
 import numpy as np
@@ -41,10 +49,11 @@ from upcycle_bench import evalsets
 from upcycle_bench.errors import UserError, unknown
 from upcycle_bench.evalsets import EvalSet
 from upcycle_bench.hookspecs import hookimpl
+from upcycle_bench.scoring import Judged, Task, chance_at_k, fit_scale, judge
 from upcycle_bench.suite import EvalContext, Score, Suite, SuiteInfo, SuiteResult
 
-TOP_K = (1, 5)
-SCALE_BOUNDS = (1e-2, 1e3)  # of the refitted logit scale; CLIP trains in 1 to 100
+AVERAGE = "average"  # the dataset of means over primary sets
+TOP_K = {"classification": {1: "acc1", 5: "acc5"}, "retrieval": {1: "recall@1", 5: "recall@5"}}
 CLASSIFICATION = ("log_likelihood", "acc1", "acc5", "mean_per_class_recall")
 RETRIEVAL = tuple(
     f"{way}_retrieval_{metric}" for way in ("text", "image") for metric in ("log_likelihood", "recall@1", "recall@5")
@@ -52,22 +61,12 @@ RETRIEVAL = tuple(
 
 
 @plain_dataclass(frozen=True)
-class Task:
-    """Queries against a gallery; answer g is right for query q where their ids are equal. Embeddings are normalised."""
+class Question:
+    """One way to ask a set: its metrics are called prefix + NAME; `strata_Q` is empty where the set has none."""
 
-    queries_QD: Tensor
-    gallery_GD: Tensor
-    query_id_Q: Tensor
-    gallery_id_G: Tensor
-
-
-@plain_dataclass(frozen=True)
-class Judged:
-    """What each query got: rank of its best right answer (0: first), log-likelihood, number of right answers."""
-
-    rank_Q: np.ndarray
-    log_likelihood_Q: np.ndarray
-    right_Q: np.ndarray
+    prefix: str
+    task: Task
+    strata_Q: np.ndarray
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,27 +77,30 @@ class ZeroShot(Suite):
         name="zero-shot",
         summary="Zero-shot classification and retrieval: accuracy, recall, log-likelihood",
         paper="Radford et al. 2021, arXiv:2103.00020; metrics of CLIP_benchmark",
-        version=1,
+        version=2,
     )
 
     sets: tuple[str, ...] = Field(min_length=1)
-    temperature_set: str = ""
+    temperature_sets: tuple[str, ...] = ()
     primary: tuple[str, ...] = Field(min_length=1)
     primary_metric: str = "log_likelihood"
 
     @model_validator(mode="after")
     def _consistent(self) -> ZeroShot:
-        if len(set(self.sets)) < len(self.sets):
-            raise ValueError("sets names a set twice")
+        for field in ("sets", "temperature_sets", "primary"):
+            if len(set(getattr(self, field))) < len(getattr(self, field)):
+                raise ValueError(f"{field} names a set twice")
+        if AVERAGE in self.sets:
+            raise ValueError(f"a set must not be called {AVERAGE}: the means over sets are")
         if extra := [name for name in self.primary if name not in self.sets]:
             raise ValueError(f"primary names what is not in sets: {', '.join(extra)}")
-        if self.temperature_set in self.sets:
-            raise ValueError("temperature_set must not be one of the scored sets")
+        if scored := [name for name in self.temperature_sets if name in self.sets]:
+            raise ValueError(f"temperature_sets must not be among the scored sets: {', '.join(scored)}")
         return self
 
     def datasets(self) -> list[str]:
-        """The scored sets, then the temperature set."""
-        return [*self.sets, *([self.temperature_set] if self.temperature_set else [])]
+        """The scored sets, then the temperature sets."""
+        return [*self.sets, *self.temperature_sets]
 
     def evaluate(self, context: EvalContext) -> SuiteResult:
         """Score the model on every set; all that can be wrong with the sets is found before the first encoding."""
@@ -107,19 +109,37 @@ class ZeroShot(Suite):
             name: evalsets.read(context.root / name, context.transform, context.batch_size) for name in self.datasets()
         }
         primary = {name: self._primary_metric(opened[name]) for name in self.primary}
-        if self.temperature_set and opened[self.temperature_set].kind != "classification":
-            raise UserError(f"zero-shot: temperature_set {self.temperature_set!r} must be a classification set.")
+        temperature = self._temperature_sets(opened)
 
         context.model.eval()
-        scale = math.exp(float(context.model.logit_scale.detach()))  # type: ignore[operator]
-        if self.temperature_set:
-            scale = fit_scale(classification_task(opened[self.temperature_set], context))
+        own = math.exp(float(context.model.logit_scale.detach()))  # type: ignore[operator]
+        fitted = {
+            evalset.name: fit_scale([q.task for q in questions(evalset, context)], evalset.name)
+            for evalset in opened.values()
+            if evalset.name in temperature.values()
+        }
+        scales = {kind: fitted.get(name, own) for kind, name in temperature.items()}
 
-        result = SuiteResult([], {"temperature/logit_scale": np.array([scale])})
+        result = SuiteResult([], {f"temperature/{kind}/logit_scale": np.array([scales[kind]]) for kind in scales})
         for name in self.sets:
-            score = score_classification if opened[name].kind == "classification" else score_retrieval
-            score(opened[name], context, scale, primary.get(name, ""), result)
+            add_scores(opened[name], context, scales[opened[name].kind], primary.get(name, ""), result)
+        for kind in scales:
+            result.scores.extend(averages(result.scores, [name for name in self.primary if opened[name].kind == kind]))
         return result
+
+    def _temperature_sets(self, opened: dict[str, EvalSet]) -> dict[str, str]:
+        """For each kind of the scored sets the set that its logit scale is fitted to; "": the model's own scale."""
+        of_kind: dict[str, str] = {}
+        for name in self.temperature_sets:
+            kind = opened[name].kind
+            if kind in of_kind:
+                both = f"{of_kind[kind]} and {name}"
+                raise UserError(
+                    f"zero-shot: temperature_sets: {both} are both {kind} sets; name at most one of a kind."
+                )
+            of_kind[kind] = name
+        either = next(iter(of_kind.values()), "")
+        return {kind: of_kind.get(kind, either) for kind in sorted({opened[name].kind for name in self.sets})}
 
     def _primary_metric(self, evalset: EvalSet) -> str:
         known = CLASSIFICATION if evalset.kind == "classification" else RETRIEVAL
@@ -131,129 +151,95 @@ class ZeroShot(Suite):
         raise unknown(f"primary_metric of the {evalset.kind} set {evalset.name}", self.primary_metric, known)
 
 
-def score_classification(
-    evalset: EvalSet, context: EvalContext, scale: float, primary: str, result: SuiteResult
-) -> None:
-    """Add the scores and outcomes of one classification set to `result`."""
-    task = classification_task(evalset, context)
-    judged = judge(task, scale, evalset.name)
-    add = _adder(evalset.name, "", {1: "acc1", 5: "acc5"}, judged, len(evalset.classnames), primary, result)
-    labels_Q = task.query_id_Q.numpy()
-    recalls = [np.mean(judged.rank_Q[labels_Q == label] == 0) for label in np.unique(labels_Q)]
-    add("mean_per_class_recall", float(np.mean(recalls)), 1 / len(evalset.classnames))
+def add_scores(evalset: EvalSet, context: EvalContext, scale: float, primary: str, result: SuiteResult) -> None:
+    """Add the scores and outcomes of one set, of the whole and of its strata, to `result`."""
+    names = TOP_K[evalset.kind]
+    for question in questions(evalset, context):
+        task, gallery = question.task, len(question.task.gallery_GD)
+        judged = judge(task, scale, evalset.name)
+
+        outcomes: dict[str, np.ndarray] = {
+            "log_likelihood": judged.log_likelihood_Q.astype(np.float32),
+            "rank": judged.rank_Q.astype(np.int32),
+        }
+        outcomes |= {f"correct@{k}": judged.rank_Q < k for k in names if k <= gallery}
+        for name, values in outcomes.items():
+            result.outcomes[f"{evalset.name}/{question.prefix}{name}"] = values
+
+        rows = list(metrics(judged, gallery, names))
+        if evalset.kind == "classification":
+            label_Q = task.query_id_Q.numpy()
+            recalls = [np.mean(judged.rank_Q[label_Q == label] == 0) for label in np.unique(label_Q)]
+            rows.append(("mean_per_class_recall", float(np.mean(recalls)), 1 / gallery, len(label_Q)))
+        for stratum in np.unique(question.strata_Q):
+            rows.extend(metrics(judged.only(question.strata_Q == stratum), gallery, names, f"[{stratum}]"))
+        for metric, value, chance, samples in rows:
+            metric = question.prefix + metric
+            result.scores.append(
+                Score(
+                    dataset=evalset.name, metric=metric, value=value, higher_is_better=True,
+                    chance=chance, samples=samples, primary=metric == primary,
+                )
+            )  # fmt: skip
 
 
-def score_retrieval(evalset: EvalSet, context: EvalContext, scale: float, primary: str, result: SuiteResult) -> None:
-    """Add the scores and outcomes of one retrieval set, both ways, to `result`."""
+def metrics(
+    judged: Judged, gallery: int, names: dict[int, str], suffix: str = ""
+) -> Iterable[tuple[str, float, float, int]]:
+    """(metric, value, chance, samples); `names` says what a right answer among the first k is called."""
+    samples = len(judged.rank_Q)
+    # Uniform guessing gives each of p right answers the probability 1/gallery.
+    chance = float(np.log(judged.right_Q / gallery).mean())
+    yield f"log_likelihood{suffix}", float(judged.log_likelihood_Q.mean()), chance, samples
+    for k, name in names.items():
+        if k <= gallery:
+            chance = chance_at_k(judged.right_Q, gallery, k)
+            yield f"{name}{suffix}", float((judged.rank_Q < k).mean()), chance, samples
+
+
+def averages(scores: Iterable[Score], sets: list[str]) -> list[Score]:
+    """The mean over the sets, if they are several, of each metric that all of them have."""
+    of_metric: dict[str, list[Score]] = defaultdict(list)
+    for score in scores:
+        if score.dataset in sets:
+            of_metric[score.metric].append(score)
+    return [
+        Score(
+            dataset=AVERAGE, metric=metric, value=statistics.fmean(part.value for part in parts),
+            higher_is_better=True, chance=statistics.fmean(part.chance for part in parts if part.chance is not None),
+            samples=sum(part.samples for part in parts),
+        )
+        for metric, parts in of_metric.items()
+        if len(parts) == len(sets) > 1
+    ]  # fmt: skip
+
+
+def questions(evalset: EvalSet, context: EvalContext) -> list[Question]:
+    """Encode a set: one question for classification, for retrieval one each way."""
+    strata = np.array(evalset.strata)
+    if evalset.kind == "classification":
+        return [Question("", classification_task(evalset, context), strata)]
     images_QD, captions = encode_images(evalset, context)
     texts_GD = encode_texts([text for texts in captions for text in texts], evalset.name, context)
     image_id = torch.arange(len(captions))
     text_image_id = image_id.repeat_interleave(torch.tensor([len(texts) for texts in captions]))
-    ways = {
-        "text_retrieval_": Task(images_QD, texts_GD, image_id, text_image_id),
-        "image_retrieval_": Task(texts_GD, images_QD, text_image_id, image_id),
-    }
-    for prefix, task in ways.items():
-        judged = judge(task, scale, evalset.name)
-        names = {k: f"recall@{k}" for k in TOP_K}
-        _adder(evalset.name, prefix, names, judged, len(task.gallery_GD), primary, result)
-
-
-def _adder(
-    dataset: str,
-    prefix: str,
-    top_k_names: dict[int, str],
-    judged: Judged,
-    gallery: int,
-    primary: str,
-    result: SuiteResult,
-) -> Callable[[str, float, float], None]:
-    """Add what classification and retrieval share; returns the function that adds one more score."""
-    samples = len(judged.rank_Q)
-
-    def add(metric: str, value: float, chance: float) -> None:
-        metric = prefix + metric
-        result.scores.append(
-            Score(
-                dataset=dataset, metric=metric, value=value, higher_is_better=True,
-                chance=chance, samples=samples, primary=metric == primary,
-            )
-        )  # fmt: skip
-
-    # Uniform guessing gives each of p right answers the probability 1/gallery.
-    add("log_likelihood", float(judged.log_likelihood_Q.mean()), float(np.log(judged.right_Q / gallery).mean()))
-    outcomes: dict[str, np.ndarray] = {
-        "log_likelihood": judged.log_likelihood_Q.astype(np.float32),
-        "rank": judged.rank_Q.astype(np.int32),
-    }
-    for k, metric in top_k_names.items():
-        if k <= gallery:
-            correct_Q = judged.rank_Q < k
-            outcomes[f"correct@{k}"] = correct_Q
-            add(metric, float(correct_Q.mean()), chance_at_k(judged.right_Q, gallery, k))
-    result.outcomes.update({f"{dataset}/{prefix}{name}": values for name, values in outcomes.items()})
-    return add
-
-
-def chance_at_k(right_Q: np.ndarray, gallery: int, k: int) -> float:
-    """Probability that k random answers hold a right one, mean over queries; k/gallery where one answer is right."""
-    draws = math.comb(gallery, k)
-    numbers, queries = np.unique(right_Q, return_counts=True)
-    misses = sum(
-        int(n) * Fraction(math.comb(gallery - int(p), k), draws) for p, n in zip(numbers, queries, strict=True)
-    )
-    return float(1 - misses / len(right_Q))
-
-
-def judge(task: Task, scale: float, name: str, block: int = 1024) -> Judged:
-    """Rank the gallery for every query by cosine, ties in gallery order; softmax(scale * cosine) is the likelihood."""
-    gallery_DG = task.gallery_GD.double().T
-    order_G = torch.arange(len(task.gallery_GD))
-    rank, log_likelihood, right = [], [], []
-    # Blocks of fixed size bound the memory; the batch size of encoding plays no part here.
-    for queries_QD, id_Q in zip(task.queries_QD.split(block), task.query_id_Q.split(block), strict=True):
-        cosine_QG = queries_QD.double() @ gallery_DG
-        right_QG = id_Q[:, None] == task.gallery_id_G[None, :]
-        if not right_QG.any(dim=1).all():
-            raise UserError(
-                f"evaluation set {name}: a sample has no right answer (a label without class, or no caption)."
-            )
-        best_Q1 = cosine_QG.masked_fill(~right_QG, -torch.inf).amax(dim=1, keepdim=True)
-        equal_QG = cosine_QG == best_Q1
-        first_Q1 = (equal_QG & right_QG).int().argmax(dim=1, keepdim=True)
-        ahead_QG = (cosine_QG > best_Q1) | (equal_QG & (order_G < first_Q1))
-        rank.append(ahead_QG.sum(dim=1))
-        log_p_QG = torch.log_softmax(scale * cosine_QG, dim=1)
-        log_likelihood.append(log_p_QG.masked_fill(~right_QG, -torch.inf).logsumexp(dim=1))
-        right.append(right_QG.sum(dim=1))
-    return Judged(torch.cat(rank).numpy(), torch.cat(log_likelihood).numpy(), torch.cat(right).numpy())
-
-
-def fit_scale(task: Task) -> float:
-    """The logit scale with the greatest mean log-likelihood of the right class; concave, so there is one optimum."""
-    from scipy.optimize import minimize_scalar
-
-    cosine_QG = task.queries_QD.double() @ task.gallery_GD.double().T
-
-    def loss(log_scale: float) -> float:
-        return F.cross_entropy(math.exp(log_scale) * cosine_QG, task.query_id_Q).item()
-
-    bounds = (math.log(SCALE_BOUNDS[0]), math.log(SCALE_BOUNDS[1]))
-    found = minimize_scalar(loss, bounds=bounds, method="bounded", options={"xatol": 1e-8})
-    return math.exp(found.x)
+    return [
+        Question("text_retrieval_", Task(images_QD, texts_GD, image_id, text_image_id), strata),
+        Question(
+            "image_retrieval_",
+            Task(texts_GD, images_QD, text_image_id, image_id),
+            strata[text_image_id.numpy()] if evalset.strata else strata,
+        ),
+    ]
 
 
 def classification_task(evalset: EvalSet, context: EvalContext) -> Task:
     """Images against class embeddings: the mean over templates, as in CLIP_benchmark's zero_shot_classifier."""
-    classes = []
-    for name in context.track(evalset.classnames, f"{evalset.name}: classes"):
-        prompts = [template.format(c=name) for template in evalset.templates]
-        text_TD = _embed(context.model.encode_text, context.tokenizer(prompts), context)
-        mean_D = text_TD.mean(dim=0)
-        classes.append(mean_D / mean_D.norm())
+    prompts = [template.format(c=name) for name in evalset.classnames for template in evalset.templates]
+    text_CTD = encode_texts(prompts, evalset.name, context).unflatten(0, (len(evalset.classnames), -1))
+    classes_CD = F.normalize(text_CTD.mean(dim=1), dim=1)
     images_QD, labels = encode_images(evalset, context)
-    label_Q = torch.as_tensor(labels)
-    return Task(images_QD, _finite(torch.stack(classes), evalset.name), label_Q, torch.arange(len(classes)))
+    return Task(images_QD, classes_CD, torch.as_tensor(labels), torch.arange(len(classes_CD)))
 
 
 def encode_images(evalset: EvalSet, context: EvalContext) -> tuple[Tensor, list[Any]]:
@@ -266,10 +252,12 @@ def encode_images(evalset: EvalSet, context: EvalContext) -> tuple[Tensor, list[
 
 
 def encode_texts(texts: list[str], name: str, context: EvalContext) -> Tensor:
-    """Normalised text embeddings [len(texts), D]."""
-    starts: Iterable[int] = range(0, len(texts), context.batch_size)
-    batches = (texts[i : i + context.batch_size] for i in context.track(starts, f"{name}: texts"))
-    return _finite(torch.cat([_embed(context.model.encode_text, context.tokenizer(b), context) for b in batches]), name)
+    """Normalised text embeddings [len(texts), D]; equal texts are encoded once, so that they are equal to the bit."""
+    where = {text: i for i, text in enumerate(dict.fromkeys(texts))}
+    unique, starts = list(where), range(0, len(where), context.batch_size)
+    batches = (unique[i : i + context.batch_size] for i in context.track(starts, f"{name}: texts"))
+    embeddings = torch.cat([_embed(context.model.encode_text, context.tokenizer(b), context) for b in batches])
+    return _finite(embeddings, name)[[where[text] for text in texts]]
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from upcycle_bench import __version__, cli
+from upcycle_bench import __version__, cli, display
 
 
 def command(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
@@ -56,11 +56,17 @@ def test_list_as_json_is_one_document() -> None:
     [
         (["run", "-s", "cluster-awre"], "unknown strategy 'cluster-awre': did you mean 'cluster-aware'?"),
         (["run", "-s", "dense", "-p", "smok"], "unknown protocol 'smok': did you mean 'smoke'?"),
-        (["run", "-s", "dense", "--set", "moe.expert=4"], "unknown protocol key 'moe.expert'"),
-        (["run", "-s", "cluster-aware", "-o", "tau=2"], "cluster-aware: tau: Input should be less than or equal to 1"),
-        (["run", "-s", "cluster-aware", "-o", "tau"], "write it as KEY=VALUE"),
+        (["run", "-s", "dense", "-p", "smoke", "--set", "moe.expert=4"], "unknown protocol key 'moe.expert'"),
+        (["run", "-s", "cluster-aware", "-p", "smoke", "-o", "tau=2"], "cluster-aware: tau: Input should be less than"),
+        (["run", "-s", "cluster-aware", "-p", "smoke", "-o", "tau"], "write it as KEY=VALUE"),
         (["run", "-s", "dense", "-p", "clip-b32"], "protocol clip-b32 needs --data"),
-        (["run", "-s", "sparse-upcycling", "--set", "moe.ep_size=2"], "torchrun --nproc_per_node 2"),
+        (["run", "-s", "sparse-upcycling", "-p", "smoke", "--set", "moe.ep_size=2"], "torchrun --nproc_per_node 2"),
+        (["run", "-s", "dense,cluster-awre"], "unknown strategy 'cluster-awre': did you mean 'cluster-aware'?"),
+        (["run", "-s", "dense,all"], "unknown strategy 'all'"),
+        (["run", "-s", "dense,dense"], "--strategy names dense twice"),
+        (["run", "-s", "all", "-o", "tau=0.8"], "--option belongs to one strategy"),
+        (["run", "-s", "dense", "--seeds", "2", "--init-seed", "0", "--train-seed", "0"], "leaves nothing to vary"),
+        (["run", "-s", "all", "-p", "clip-b32"], "protocol clip-b32 needs --data"),
         (["leaderboard", "nowhere"], "nowhere"),
     ],
 )
@@ -124,3 +130,8 @@ def test_rank_one_says_nothing(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     monkeypatch.setenv("RANK", "1")
     cli._warn_broken({"outsider:bad": "ImportError: no"})
     assert capsys.readouterr().err == ""
+
+
+def test_a_label_with_options_is_no_markup(capsys: pytest.CaptureFixture[str]) -> None:
+    display.table("cluster-aware[tau=0.8]", [{"strategy": "cluster-aware[tau=0.8]"}])
+    assert capsys.readouterr().out.count("cluster-aware[tau=0.8]") == 2

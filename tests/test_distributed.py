@@ -51,7 +51,8 @@ def test_gradients_equal_one_process(tmp_path: Path, strategy: str) -> None:
 @pytest.mark.parametrize("ep_size", [1, 2])
 def test_two_ranks_write_one_record(tmp_path: Path, quick_flags: list[str], ep_size: int) -> None:
     results = tmp_path / "results"
-    command = ["-m", "upcycle_bench", "run", "-s", "cluster-aware", *quick_flags, "--set", f"moe.ep_size={ep_size}"]
+    command = ["-m", "upcycle_bench", "run", "-p", "smoke", "-s", "cluster-aware", *quick_flags]
+    command += ["--set", f"moe.ep_size={ep_size}"]
     printed = json.loads(launch(2, *command, "--results", str(results), "--json"))
     (path,) = results.rglob("*.json")
     assert printed == json.loads(path.read_text())
@@ -68,7 +69,7 @@ def test_two_ranks_with_zero_and_expert_parallelism_train_the_weights_of_one_pro
     since Adam would turn rounding of tiny gradients into steps of full size."""
     settings = ["moe.capacity_factor=8.0", "train.schedule.grad_clip=0.05", "train.schedule.eps=0.01"]
     settings += ["dense.schedule.eps=0.01"]
-    command = ["-m", "upcycle_bench", "run", "-s", "sparse-upcycling", *quick_flags, "--json"]
+    command = ["-m", "upcycle_bench", "run", "-p", "smoke", "-s", "sparse-upcycling", *quick_flags, "--json"]
     command += [part for setting in settings for part in ("--set", setting)]
 
     def weights(processes: int, *more: str) -> dict[str, torch.Tensor]:
@@ -87,10 +88,11 @@ def test_two_ranks_go_on_where_they_were_interrupted(tmp_path: Path, quick: list
     """SIGINT in the middle of training; the same command finishes it with the weights of a whole run."""
     settings = [each for each in quick if not each.startswith("train.schedule.steps")]
     settings += ["train.schedule.steps=12", "moe.ep_size=2"]
-    command = ["-m", "upcycle_bench", "run", "-s", "cluster-aware", "--json"]
+    command = ["-m", "upcycle_bench", "run", "-p", "smoke", "-s", "cluster-aware", "--json"]
     command += [part for setting in settings for part in ("--set", setting)]
     whole = json.loads(launch(2, *command, "--results", str(tmp_path / "whole")))
-    command += ["--set", "train.checkpoint_every=2", "--results", str(tmp_path / "parts")]
+    # --fresh: the whole run's weights are in the cache
+    command += ["--set", "train.checkpoint_every=2", "--fresh", "--results", str(tmp_path / "parts")]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
@@ -113,7 +115,7 @@ def test_two_ranks_go_on_where_they_were_interrupted(tmp_path: Path, quick: list
 
 
 def test_a_batch_that_ranks_cannot_share_is_one_line(tmp_path: Path) -> None:
-    command = ["-m", "upcycle_bench", "run", "-s", "dense", "--set", "train.schedule.batch_size=33"]
+    command = ["-m", "upcycle_bench", "run", "-p", "smoke", "-s", "dense", "--set", "train.schedule.batch_size=33"]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     done = subprocess.run([*launcher, *command], capture_output=True, text=True, timeout=120, cwd=tmp_path)
     assert done.returncode != 0

@@ -15,7 +15,7 @@ NO_NETWORK = "import socket\ndef refuse(*a, **k): raise OSError('no network')\ns
 
 
 def test_the_whole_smoke_run(tmp_path: Path) -> None:
-    """`upcycle-bench run --strategy cluster-aware`, closed division, nothing overridden, from an empty cache.
+    """`upcycle-bench run --strategy cluster-aware --protocol smoke`, nothing overridden, from an empty cache.
 
     No compiler is on PATH and every attempt to connect to anything fails.
     """
@@ -39,6 +39,8 @@ def test_the_whole_smoke_run(tmp_path: Path) -> None:
         "run",
         "--strategy",
         "cluster-aware",
+        "--protocol",
+        "smoke",
         "--results",
         str(tmp_path / "out"),
         "--json",

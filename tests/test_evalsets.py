@@ -49,6 +49,56 @@ def test_retrieval_comes_back_as_written(tmp_path):
     assert [list(texts) for _, batch in evalset.batches for texts in batch] == captions
 
 
+STRATA = ["seen-caption", "unseen.caption", "unseen.caption", "a_1", "seen-caption"]
+
+
+@pytest.fixture
+def divided(tmp_path):
+    folder = tmp_path / "sets" / "divided"
+    evalsets.write_classification(folder, zip(images(), [0, 2, 1, 1, 0], strict=True), CLASSES, TEMPLATES, STRATA)
+    return folder
+
+
+def test_strata_come_back_as_written(classification, divided, tmp_path):
+    assert evalsets.read(divided, pil_to_tensor, batch_size=2).strata == tuple(STRATA)
+    assert evalsets.read(classification, pil_to_tensor, batch_size=2).strata == ()
+    # Captions share the stratum of their image, so that there is one for each image.
+    pairs = zip(images(3), [["one"], ["two", "zwei"], ["three"]], strict=True)
+    evalsets.write_retrieval(tmp_path / "words", pairs, strata=("a", "b", "a"))
+    assert evalsets.read(tmp_path / "words", pil_to_tensor, batch_size=2).strata == ("a", "b", "a")
+
+
+def test_strata_count_the_samples_of_all_shards(divided):
+    """Samples are counted as webdataset makes them, in sets of others too: any keys, any folders, any extensions."""
+    import webdataset
+
+    png = evalsets.png(images(1)[0])
+    (divided / "test" / "nshards.txt").write_text("2\n")
+    with webdataset.TarWriter(str(divided / "test" / "1.tar"), encoder=False) as tar:
+        for key in ("s0000", "sub.folder/s0000"):
+            tar.write({"__key__": key, "png": png, "cls": b"1", "json.txt": b"x"})
+    (divided / "strata.txt").write_text("".join(f"{label}\n" for label in [*STRATA, "new", "new"]))
+    evalset = evalsets.read(divided, pil_to_tensor, batch_size=7)
+    assert evalset.strata == (*STRATA, "new", "new")
+    assert [len(labels) for _, labels in evalset.batches] == [7]
+
+
+def test_strata_are_those_of_the_test_split(divided):
+    (divided / "test").rename(divided / "train")
+    assert evalsets.read(divided, pil_to_tensor, batch_size=2, split="train").strata == ()
+
+
+@pytest.mark.parametrize(
+    "content", ["seen\n" * 4, "seen\n" * 6, "", "seen\nseen\n\nseen\nseen\n", "a\nb\nc\nd\nwith space\n"]
+)
+def test_strata_that_do_not_fit_are_one_line(divided, content):
+    (divided / "strata.txt").write_text(content)
+    with pytest.raises(UserError, match=r"divided: .*strata\.txt must hold a stratum .* each of 5 samples") as error:
+        evalsets.read(divided, pil_to_tensor, 2)
+    assert "\n" not in str(error.value)
+    assert f"{len(content.splitlines())} lines" in str(error.value)
+
+
 @pytest.mark.filterwarnings("ignore:WebDataset.shardshuffle")  # CLIP_benchmark leaves it open
 def test_clip_benchmark_reads_it_through_its_own_front_door(classification):
     from clip_benchmark.datasets.builder import build_dataset
@@ -57,6 +107,9 @@ def test_clip_benchmark_reads_it_through_its_own_front_door(classification):
     assert dataset.classes == list(CLASSES)
     assert dataset.templates == list(TEMPLATES)
     assert [label for _, label in dataset] == [0, 2, 1, 1, 0]
+    (classification / "strata.txt").write_text("any\n" * 5)
+    again = build_dataset("wds/animals", root=str(classification), transform=pil_to_tensor, split="test")
+    assert [label for _, label in again] == [0, 2, 1, 1, 0]
 
 
 def test_two_writes_give_the_same_bytes(classification, tmp_path):
@@ -70,6 +123,11 @@ def test_digest_sees_content_and_names_but_not_strangers(classification):
     before = evalsets.digest(classification)
     (classification / ".DS_Store").touch()
     assert evalsets.digest(classification) == before
+    (classification / "strata.txt").write_text("any\n" * 5)
+    divided = evalsets.digest(classification)
+    (classification / "strata.txt").write_text("any\n" * 4 + "other\n")
+    assert len({before, divided, evalsets.digest(classification)}) == 3
+    (classification / "strata.txt").unlink()
     (classification / "classnames.txt").write_text("dog\ncat\n")
     assert evalsets.digest(classification) != before
 
@@ -118,3 +176,6 @@ def test_bad_samples_are_refused(tmp_path):
     for captions in ([], ["two\nlines"], [""]):
         with pytest.raises(ValueError, match="one line each"):
             evalsets.write_retrieval(tmp_path / "c", [(images()[0], captions)])
+    for strata in ([], ["a", "b"], [""], ["two words"], ["a[b]"], ["a/b"]):
+        with pytest.raises(ValueError, match="1 samples need a stratum each"):
+            evalsets.write_retrieval(tmp_path / "d", [(images()[0], ["one"])], strata)

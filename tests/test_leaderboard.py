@@ -268,6 +268,47 @@ def test_the_caption_says_what_the_numbers_are(boards: list[Board]) -> None:
     assert "95 % Student-t" in NOTES[0] and "Over few seeds such an interval is wide" in NOTES[0]
 
 
+def test_the_caption_groups_many_primary_scores_by_metric() -> None:
+    def caption(names: list[tuple[str, str]], **changes: Any) -> str:
+        parts = [score(dataset, metric, 0.5, primary=True) | changes for dataset, metric in names]
+        return " ".join(render(build([make_record(scores=parts)]), "terminal", 300).split())
+
+    few = [("a", "acc1"), ("b", "acc1"), ("c", "acc1"), ("d", "text_retrieval_recall@1")]
+    assert (
+        "Primary: mean of zero-shot/a/acc1, zero-shot/b/acc1, zero-shot/c/acc1, "
+        "zero-shot/d/text_retrieval_recall@1; higher is better."
+    ) in caption(few)
+    assert (
+        "Primary: mean of 5 scores (zero-shot acc1 on a, b, c; text_retrieval_recall@1 on d, e); higher is better."
+    ) in caption([*few, ("e", "text_retrieval_recall@1")])
+    other = score("f", "acc1", 0.5, primary=True) | {"suite": "few-shot"}
+    parts = [*(score(dataset, metric, 0.5, primary=True) for dataset, metric in few), other]
+    assert "(few-shot acc1 on f; zero-shot acc1 on a, b, c; text_retrieval_recall@1 on d)" in " ".join(
+        render(build([make_record(scores=parts)]), "md").split()
+    )
+
+
+def test_tables_for_people_show_the_averages_of_a_suite_that_has_them() -> None:
+    metrics = ("acc1", "acc5", "acc1[seen]", "text_retrieval_recall@1")
+    parts = [score("average", metric, 0.71 + i / 100) for i, metric in enumerate(metrics)]
+    parts += [score(dataset, "acc1", 0.31 + i / 100, primary=True) for i, dataset in enumerate("ab")]
+    parts += [score("elsewhere", "text_retrieval_recall@1", 0.41)]
+    other = score("c", "acc1", 0.51) | {"suite": "few-shot"}
+    boards = build([make_record(primary=0.315, scores=[*parts, other])])
+    shown = ["few-shot/c/acc1", "zero-shot/average/acc1", "zero-shot/average/text_retrieval_recall@1"]
+    headers = next(line for line in render(boards, "md").splitlines() if line.startswith("| #")).split(" | ")
+    assert [header for header in headers if "/" in header] == shown
+    for format in ("md", "terminal"):
+        text = render(boards, format, 300)
+        assert all(value in text for value in ("0.5100", "0.7100", "0.7400"))
+        assert not any(value in text for value in ("0.7200", "0.7300", "0.3100", "0.3200", "0.4100"))
+    line = next(csv.DictReader(io.StringIO(render(boards, "csv"))))
+    row = json.loads(render(boards, "json"))["boards"][0]["rows"][0]
+    for part in (*parts, other):
+        name = f"{part['suite']}/{part['dataset']}/{part['metric']}"
+        assert float(line[name]) == row["scores"][name] == part["value"]
+
+
 def test_a_narrow_terminal_loses_no_number(boards: list[Board]) -> None:
     wide, narrow = render(boards, "terminal", 250), render(boards, "terminal", 80)
     assert max(map(len, narrow.splitlines())) <= 80

@@ -160,7 +160,9 @@ def test_an_outside_package_is_installed_found_and_run(tmp_path: Path, quick_fla
     listed = {row["name"]: row for row in json.loads(command("list", "strategies", "--json"))["strategies"]}
     assert listed["noisy"]["from"] == "noisy-upcycling 2.5"
     results = str(tmp_path / "results")
-    record = json.loads(command("run", "-s", "noisy", "-o", "std=0.02", *quick_flags, "--results", results, "--json"))
+    record = json.loads(
+        command("run", "-s", "noisy", "-o", "std=0.02", "-p", "smoke", *quick_flags, "--results", results, "--json")
+    )
     assert record["status"] == "ok"
     assert record["strategy"]["label"] == "noisy[std=0.02]"
     assert (record["strategy"]["distribution"], record["strategy"]["version"]) == ("noisy-upcycling", "2.5")

@@ -84,7 +84,9 @@ def test_a_run_is_recorded_whole(tmp_path: Path, quick: list[str], strategy: str
 
 
 def test_the_same_command_gives_the_same_scores_and_weights(tmp_path: Path, quick: list[str]) -> None:
-    one, two = (record.read(run(plan("cluster-aware", quick), tmp_path / str(n), Reporter())) for n in range(2))
+    one, two = (
+        record.read(run(plan("cluster-aware", quick), tmp_path / str(n), Reporter(), fresh=True)) for n in range(2)
+    )
     assert scores(one) == scores(two)
     assert one.hashes == two.hashes
     assert one.receipt == two.receipt
@@ -118,7 +120,7 @@ def test_saved_weights_score_again(tmp_path: Path, quick: list[str]) -> None:
     from upcycle_bench.run import evaluate
 
     planned = plan("cluster-aware", quick)
-    made = record.read(run(planned, tmp_path, Reporter()))
+    made = record.read(run(planned, tmp_path, Reporter(), fresh=True))
     clip = weights.load(cache_root() / "weights" / f"{made.hashes.weights}.safetensors")
     again = evaluate(planned, clip, Meter(torch.device("cpu")), Reporter())
     assert {(s.dataset, s.metric): s.value for s in again["zero-shot"].scores} == scores(made)
@@ -153,6 +155,8 @@ def test_ctrl_c_while_training_leaves_nothing_half_written(tmp_path: Path, quick
         "run",
         "-s",
         "dense",
+        "-p",
+        "smoke",
         *flags,
         "--results",
         str(results),
@@ -200,11 +204,11 @@ def test_an_interrupted_run_with_checkpoints_goes_on(
 
     resumable = plan("sparse-upcycling", [*quick, "train.checkpoint_every=2"])
     with pytest.raises(KeyboardInterrupt):
-        run(resumable, tmp_path / "parts", Interrupting())
+        run(resumable, tmp_path / "parts", Interrupting(), fresh=True)  # the whole run's weights are in the cache
     assert not (tmp_path / "parts").exists()
     (work,) = (cache_root() / "runs").iterdir()
     assert (work / "checkpoints" / "latest").read_text() == "step2"
-    path = run(resumable, tmp_path / "parts", Reporter())
+    path = run(resumable, tmp_path / "parts", Reporter(), fresh=True)
     assert scores(record.read(path)) == scores(whole)
     steps = [json.loads(line)["step"] for line in path.with_suffix(".jsonl").read_text().splitlines()]
     assert steps == [1, 4]
@@ -267,7 +271,9 @@ def test_experts_of_ones_own_are_trained_scored_and_saved(
         return LayerInit([Delta(ffn) for _ in range(8)], random_router(ffn, layer, rng))
 
     monkeypatch.setattr(Failing, "init_layer", init_layer)
+    kept = set((cache_root() / "trained").glob("*"))
     made = record.read(run(plan("failing", quick), tmp_path, Reporter()))
+    assert set((cache_root() / "trained").glob("*")) == kept  # `weights.load` knows plain experts only
     state = load_file(cache_root() / "weights" / f"{made.hashes.weights}.safetensors")
     shifts = [value for key, value in state.items() if key.endswith("shift")]
     assert len(shifts) == 3 * 8

@@ -16,9 +16,10 @@ from pydantic import ValidationError
 import upcycle_bench
 from upcycle_bench import evalsets
 from upcycle_bench.errors import UserError
+from upcycle_bench.scoring import judge
 from upcycle_bench.suite import EvalContext
 from upcycle_bench.suites import zero_shot
-from upcycle_bench.suites.zero_shot import Task, ZeroShot, chance_at_k, fit_scale, judge
+from upcycle_bench.suites.zero_shot import ZeroShot
 from upcycle_bench.worlds import digits, open_world
 
 SMOKE = json.loads((Path(upcycle_bench.__file__).parent / "models" / "smoke-vit.json").read_text())
@@ -77,7 +78,7 @@ def scores(result) -> dict[str, float]:
 def result(model, root):
     suite = ZeroShot(
         sets=("digits-test", "digits-retrieval", "captions", "three"),
-        temperature_set="digits-validation",
+        temperature_sets=("digits-validation",),
         primary=("digits-test", "captions"),
     )
     return suite.evaluate(context(model, root))
@@ -120,12 +121,14 @@ def test_retrieval_equals_clip_benchmark(model, root, result, name):
 def test_predictions_of_this_model_are_not_trivial(result):
     # Otherwise parity and batch independence would prove little.
     assert 0.3 < scores(result)["digits-test/acc1"] < 0.95
-    assert 1 < result.outcomes["temperature/logit_scale"] < 500
+    assert 1 < result.outcomes["temperature/classification/logit_scale"] < 500
     assert len(np.unique(result.outcomes["captions/image_retrieval_rank"])) > 10
 
 
 def test_scores_do_not_depend_on_the_batch_size(model, root, result):
-    suite = ZeroShot(sets=("digits-test", "captions"), temperature_set="digits-validation", primary=("digits-test",))
+    suite = ZeroShot(
+        sets=("digits-test", "captions"), temperature_sets=("digits-validation",), primary=("digits-test",)
+    )
     other = suite.evaluate(context(model, root, batch_size=7))
     for key, value in scores(other).items():
         assert value == pytest.approx(scores(result)[key], abs=1e-5), key
@@ -161,110 +164,230 @@ def test_scores_are_means_of_outcomes_with_direction_chance_and_samples(result):
     assert primary == {"digits-test/log_likelihood", "captions/text_retrieval_log_likelihood"}
 
 
-def test_judge_by_hand():
-    # Gallery: x axis, y axis, x axis again. Query 0 = x axis, right answer 2: answer 0 ties with it and stands first,
-    # so rank 1. Query 1 = (0.6, 0.8), right answers 0 and 2 (cosine 0.6) behind answer 1 (0.8): rank 1 again.
-    task = Task(
-        torch.tensor([[1.0, 0.0], [0.6, 0.8]]),
-        torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 0.0]]),
-        torch.tensor([5, 7]),
-        torch.tensor([7, 6, 7]),
+def test_class_embeddings_equal_clip_benchmarks(model, root):
+    evalset = evalsets.read(root / "digits-test", TRANSFORM, 64)
+    theirs_DC = zeroshot_classification.zero_shot_classifier(
+        model, TOKENIZER, list(evalset.classnames), list(evalset.templates), "cpu", amp=False
     )
-    tie = Task(task.queries_QD[:1], task.gallery_GD, torch.tensor([5]), torch.tensor([7, 6, 5]))
-    judged = judge(tie, 2.0, "x")
-    assert judged.rank_Q.tolist() == [1]
-    # softmax of 2 * (1, 0, 1): e^2 / (2 e^2 + 1)
-    assert judged.log_likelihood_Q[0] == pytest.approx(2 - math.log(2 * math.exp(2) + 1))
-    both = judge(Task(task.queries_QD[1:], task.gallery_GD, torch.tensor([7]), task.gallery_id_G), 2.0, "x")
-    assert both.rank_Q.tolist() == [1]
-    assert both.right_Q.tolist() == [2]
-    # both right answers count: 2 e^1.2 / (2 e^1.2 + e^1.6)
-    right, wrong = 2 * math.exp(1.2), math.exp(1.6)
-    assert both.log_likelihood_Q[0] == pytest.approx(math.log(right / (right + wrong)), abs=1e-6)
-    with pytest.raises(UserError, match="x: a sample has no right answer"):
-        judge(task, 2.0, "x")
+    ours = zero_shot.classification_task(evalset, context(model, root, batch_size=7))
+    torch.testing.assert_close(ours.gallery_GD, theirs_DC.T, rtol=0, atol=1e-6)
+    assert ours.gallery_id_G.tolist() == list(range(10))
 
 
-def test_blocks_do_not_change_the_judgement():
-    generator = torch.Generator().manual_seed(0)
-    queries, gallery = torch.randn(50, 8, generator=generator), torch.randn(20, 8, generator=generator)
-    task = Task(queries, gallery, torch.arange(50) % 20, torch.arange(20))
-    small, large = judge(task, 3.0, "x", block=7), judge(task, 3.0, "x")
-    np.testing.assert_array_equal(small.rank_Q, large.rank_Q)
-    np.testing.assert_allclose(small.log_likelihood_Q, large.log_likelihood_Q, rtol=1e-12)
+def test_equal_texts_have_equal_embeddings(model, root):
+    texts = [f"the digit {word}" for word in (*digits.WORDS, *digits.WORDS[::-1])]
+    embeddings = zero_shot.encode_texts(texts, "x", context(model, root, batch_size=3))
+    assert torch.equal(embeddings, embeddings.flip(0))
+    torch.testing.assert_close(embeddings[:10], zero_shot.encode_texts(texts[:10], "x", context(model, root)))
 
 
-def test_fitted_scale_is_the_best_of_a_grid():
-    generator = torch.Generator().manual_seed(0)
-    gallery = torch.nn.functional.normalize(torch.randn(6, 16, generator=generator), dim=1)
-    labels = torch.arange(600) % 6
-    queries = torch.nn.functional.normalize(gallery[labels] + 0.7 * torch.randn(600, 16, generator=generator), dim=1)
-    task = Task(queries, gallery, labels, torch.arange(6))
-
-    def mean(scale: float) -> float:
-        return float(judge(task, scale, "x").log_likelihood_Q.mean())
-
-    scale = fit_scale(task)
-    grid = np.geomspace(1e-2, 1e3, 300)
-    best = max(grid, key=mean)
-    assert grid[0] < best < grid[-1]
-    assert mean(scale) >= mean(best)
-    assert scale == pytest.approx(best, rel=0.05)
+# ---- logit scales ----------------------------------------------------------------------------------------------
 
 
-def test_temperature_is_fitted_on_its_set_or_the_models_own(model, root, result):
-    def mean(scale: float) -> float:
-        task = zero_shot.classification_task(
-            evalsets.read(root / "digits-validation", TRANSFORM, 64), context(model, root)
-        )
-        return float(judge(task, scale, "x").log_likelihood_Q.mean())
-
-    (scale,) = result.outcomes["temperature/logit_scale"]
-    assert mean(scale) > max(mean(scale * 1.2), mean(scale / 1.2))
-    own = ZeroShot(sets=("digits-retrieval",), primary=("digits-retrieval",)).evaluate(context(model, root))
-    assert own.outcomes["temperature/logit_scale"] == pytest.approx([float(model.logit_scale.detach().exp())])
+def mean_log_likelihood(model, root, name: str, scale: float) -> float:
+    """Mean over the questions of a set."""
+    evalset = evalsets.read(root / name, TRANSFORM, 64)
+    asked = zero_shot.questions(evalset, context(model, root))
+    return float(np.mean([judge(q.task, scale, name).log_likelihood_Q.mean() for q in asked]))
 
 
-def test_chance_counts_all_right_answers():
-    assert chance_at_k(np.array([1, 1, 1]), 10, 5) == 0.5
-    # two of four answers right, two drawn: all but the one wrong pair of six
-    assert chance_at_k(np.array([2]), 4, 2) == pytest.approx(5 / 6)
-    assert chance_at_k(np.array([1, 2]), 4, 2) == pytest.approx((1 / 2 + 5 / 6) / 2)
+def scales(model, root, *temperature_sets: str, sets=("three", "digits-retrieval")) -> dict[str, float]:
+    """The logit scale of each kind of `sets`."""
+    suite = ZeroShot(sets=sets, temperature_sets=temperature_sets, primary=sets[:1])
+    outcomes = suite.evaluate(context(model, root)).outcomes
+    found = {name.split("/")[1]: values for name, values in outcomes.items() if name.startswith("temperature/")}
+    assert all(values.dtype == np.float64 and values.shape == (1,) for values in found.values())
+    return {kind: float(values[0]) for kind, values in found.items()}
+
+
+def test_each_kind_has_the_scale_of_its_temperature_set(model, root):
+    both = scales(model, root, "captions", "digits-validation")
+    assert set(both) == {"classification", "retrieval"}
+    assert both["classification"] != both["retrieval"]
+    for kind, name in (("classification", "digits-validation"), ("retrieval", "captions")):
+        best = mean_log_likelihood(model, root, name, both[kind])
+        assert best > max(mean_log_likelihood(model, root, name, both[kind] * by) for by in (0.99, 1.01))
+    assert scales(model, root, "digits-validation", "captions") == both
+
+
+def test_the_only_temperature_set_is_that_of_the_other_kind_too(model, root):
+    both = scales(model, root, "captions", "digits-validation")
+    assert set(scales(model, root, "captions").values()) == {both["retrieval"]}
+    assert set(scales(model, root, "digits-validation").values()) == {both["classification"]}
+    # Kinds that are not scored have no scale.
+    assert scales(model, root, "captions", sets=("three",)) == {"classification": both["retrieval"]}
+    assert scales(model, root, "captions", "digits-validation", sets=("three",)) == {
+        "classification": both["classification"]
+    }
+
+
+def test_without_temperature_sets_the_scale_is_the_models_own(model, root):
+    own = float(model.logit_scale.detach().exp())
+    assert scales(model, root) == pytest.approx({"classification": own, "retrieval": own})
+
+
+def test_scores_use_the_scale_of_their_kind(model, root):
+    suite = ZeroShot(
+        sets=("three", "digits-retrieval"), temperature_sets=("captions", "digits-validation"), primary=("three",)
+    )
+    result = suite.evaluate(context(model, root))
+    for kind, name, metrics in (
+        ("classification", "three", ["log_likelihood"]),
+        ("retrieval", "digits-retrieval", ["text_retrieval_log_likelihood", "image_retrieval_log_likelihood"]),
+    ):
+        (scale,) = result.outcomes[f"temperature/{kind}/logit_scale"]
+        mean = np.mean([scores(result)[f"{name}/{metric}"] for metric in metrics])
+        assert mean == pytest.approx(mean_log_likelihood(model, root, name, scale), abs=1e-9)
+
+
+# ---- strata and averages ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def divided(root, tmp_path_factory):
+    """Sets of 40 images in strata: `one` and `two` are classification, `two` without `unseen`; `pairs` is retrieval."""
+    folder = tmp_path_factory.mktemp("divided")
+    rng = np.random.default_rng(1)
+    pictures = [Image.fromarray(p) for p in rng.integers(0, 256, (40, 8, 8, 3), dtype=np.uint8)]
+    strata = ["seen", "unseen", "unseen", "seen-twice"] * 10
+    for name, classes, labels in (("one", 10, strata), ("two", 8, ["seen"] * 30 + ["other"] * 10), ("few", 3, strata)):
+        samples = zip(pictures, rng.integers(0, classes, 40).tolist(), strict=True)
+        evalsets.write_classification(folder / name, samples, digits.WORDS[:classes], ("the {c}",), labels)
+    captions = [[f"{digits.WORDS[i % 10]} {j} {i}" for j in range(1 + i % 3)] for i in range(40)]
+    for name, labels in (("pairs", strata), ("more", strata), ("plain", None)):
+        evalsets.write_retrieval(folder / name, zip(pictures, captions, strict=True), labels)
+    return folder
+
+
+def by_name(result) -> dict[str, object]:
+    return {f"{s.dataset}/{s.metric}": s for s in result.scores}
+
+
+def test_strata_are_means_over_their_queries_in_the_whole_gallery(model, divided):
+    result = ZeroShot(sets=("one", "pairs"), primary=("one", "pairs")).evaluate(context(model, divided))
+    found, strata = by_name(result), np.array(["seen", "unseen", "unseen", "seen-twice"] * 10)
+    of_caption = np.repeat(strata, [1 + i % 3 for i in range(40)])
+    asked = {"one/": strata, "pairs/text_retrieval_": strata, "pairs/image_retrieval_": of_caption}
+    for prefix, strata_Q in asked.items():
+        names = {"log_likelihood": "log_likelihood"}
+        names |= {f"{'acc' if prefix == 'one/' else 'recall@'}{k}": f"correct@{k}" for k in (1, 5)}
+        for metric, outcome in names.items():
+            values = result.outcomes[prefix + outcome].astype(np.float64)
+            for stratum in ("seen", "unseen", "seen-twice"):
+                score = found[f"{prefix}{metric}[{stratum}]"]
+                assert score.value == pytest.approx(values[strata_Q == stratum].mean(), abs=1e-6)
+                assert score.samples == (strata_Q == stratum).sum()
+                assert not score.primary and score.higher_is_better
+    assert {name for name, s in found.items() if s.primary} == {
+        "one/log_likelihood",
+        "pairs/text_retrieval_log_likelihood",
+    }
+    assert not any(name.startswith("one/mean_per_class_recall[") for name in found)
+    assert "pairs/text_retrieval_rank[seen]" not in result.outcomes
+    # 3 metrics of 3 strata beside 4 of the whole; each way 3 of 3 beside 3
+    assert len(result.scores) == 4 + 9 + 2 * (3 + 9)
+
+
+def test_the_chance_of_a_stratum_is_that_of_its_queries(model, divided):
+    found = by_name(ZeroShot(sets=("one", "pairs"), primary=("one",)).evaluate(context(model, divided)))
+    assert found["one/acc5[seen]"].chance == 0.5
+    # 79 captions. Of the ten images 0, 4, ..., 36 (seen) four have one caption, three have two and three have three.
+    assert found["pairs/text_retrieval_recall@1[seen]"].chance == pytest.approx((4 * 1 + 3 * 2 + 3 * 3) / 10 / 79)
+    assert found["pairs/image_retrieval_recall@1[seen]"].samples == 4 * 1 + 3 * 2 + 3 * 3
+    assert found["pairs/image_retrieval_recall@1[seen]"].chance == 1 / 40
+
+
+def test_strata_change_nothing_else(model, divided):
+    suite = ZeroShot(sets=("pairs", "plain"), primary=("pairs",))
+    result = suite.evaluate(context(model, divided))
+    found = by_name(result)
+    plain = {name.partition("/")[2]: s.value for name, s in found.items() if name.startswith("plain/")}
+    assert len(plain) == 6 and not any("[" in metric for metric in plain)
+    assert plain == {metric: found[f"pairs/{metric}"].value for metric in plain}
+
+
+def test_averages_of_several_primary_sets_of_a_kind(model, divided):
+    suite = ZeroShot(
+        sets=("one", "two", "few", "pairs", "more", "plain"), primary=("one", "two", "pairs", "more", "plain")
+    )
+    found = by_name(suite.evaluate(context(model, divided)))
+    average = {name.partition("/")[2]: s for name, s in found.items() if name.startswith("average/")}
+    # `two` has no stratum "unseen" and `plain` has none at all, so that the means over retrieval sets are of the whole
+    ways = [f"{way}_retrieval_{m}" for way in ("text", "image") for m in ("log_likelihood", "recall@1", "recall@5")]
+    whole = ["log_likelihood", "acc1", "acc5"]
+    assert set(average) == {*whole, "mean_per_class_recall", *(f"{m}[seen]" for m in whole), *ways}
+    for metric, score in average.items():
+        sets = ("pairs", "more", "plain") if metric in ways else ("one", "two")
+        parts = [found[f"{name}/{metric}"] for name in sets]
+        assert score.value == pytest.approx(np.mean([part.value for part in parts]))
+        assert score.chance == pytest.approx(np.mean([part.chance for part in parts]))
+        assert score.samples == sum(part.samples for part in parts)
+        assert not score.primary and score.higher_is_better
+    assert average["acc1"].chance == pytest.approx((1 / 10 + 1 / 8) / 2)
+    assert (average["acc1"].samples, average["acc1[seen]"].samples) == (80, 10 + 30)
+
+
+def test_a_metric_that_a_set_lacks_has_no_average(model, divided):
+    found = by_name(
+        ZeroShot(sets=("one", "few", "pairs"), primary=("one", "few", "pairs")).evaluate(context(model, divided))
+    )
+    average = {name.partition("/")[2] for name in found if name.startswith("average/")}
+    # `few` has three classes; the only retrieval set is no average
+    assert "acc5" not in average and "acc1[unseen]" in average
+    assert not any("retrieval" in metric for metric in average)
+    alone = ZeroShot(sets=("one", "two"), primary=("one",)).evaluate(context(model, divided))
+    assert not any(s.dataset == "average" for s in alone.scores)
+
+
+# ---- what is wrong ---------------------------------------------------------------------------------------------
 
 
 def test_settings_are_checked():
-    good = {"sets": ["a", "b"], "temperature_set": "c", "primary": ["a"]}
+    good = {"sets": ["a", "b"], "temperature_sets": ["c"], "primary": ["a"]}
     suite = ZeroShot(**good)
     assert suite.datasets() == ["a", "b", "c"]
     assert suite.config() == {
-        "sets": ("a", "b"), "temperature_set": "c", "primary": ("a",), "primary_metric": "log_likelihood"
+        "sets": ("a", "b"), "temperature_sets": ("c",), "primary": ("a",), "primary_metric": "log_likelihood"
     }  # fmt: skip
+    assert ZeroShot(sets=["a"], primary=["a"]).temperature_sets == ()
     for bad, message in [
         ({"primary": ["x", "y"]}, "not in sets: x, y"),
-        ({"temperature_set": "b"}, "must not be one of the scored sets"),
-        ({"sets": ["a", "a"]}, "twice"),
+        ({"temperature_sets": ["c", "b"]}, "must not be among the scored sets: b"),
+        ({"sets": ["a", "a"]}, "sets names a set twice"),
+        ({"temperature_sets": ["c", "c"]}, "temperature_sets names a set twice"),
+        ({"primary": ["a", "a"]}, "primary names a set twice"),
+        ({"sets": ["a", "average"]}, "must not be called average"),
         ({"primary": []}, "at least 1"),
     ]:
         with pytest.raises(ValidationError, match=message):
             ZeroShot(**(good | bad))
 
 
-def test_what_is_wrong_with_sets_is_said_before_any_encoding(root):
+def test_what_is_wrong_with_sets_is_said_before_any_encoding(root, tmp_path):
     class Never(torch.nn.Module):
         def eval(self):
             raise AssertionError("reached the model")
 
-    def evaluate(**settings):
+    def evaluate(root=root, **settings):
         ZeroShot(**settings).evaluate(context(Never(), root))
 
     with pytest.raises(UserError, match="not found: x, z;"):
-        evaluate(sets=["x", "digits-test"], temperature_set="z", primary=["x"])
-    with pytest.raises(UserError, match="temperature_set 'captions' must be a classification set"):
-        evaluate(sets=["three"], temperature_set="captions", primary=["three"])
+        evaluate(sets=["x", "digits-test"], temperature_sets=["z"], primary=["x"])
+    with pytest.raises(UserError, match="three and digits-validation are both classification sets"):
+        evaluate(sets=["captions"], temperature_sets=["three", "digits-validation"], primary=["captions"])
+    with pytest.raises(UserError, match="captions and digits-retrieval are both retrieval sets"):
+        evaluate(sets=["three"], temperature_sets=["captions", "digits-retrieval"], primary=["three"])
     with pytest.raises(UserError, match="retrieval set captions 'acc1'"):
         evaluate(sets=["captions"], primary=["captions"], primary_metric="acc1")
     with pytest.raises(UserError, match="classification set three 'acc5'"):
         evaluate(sets=["three"], primary=["three"], primary_metric="acc5")
+    with pytest.raises(UserError, match=r"classification set three 'acc1\[seen\]'"):
+        evaluate(sets=["three"], primary=["three"], primary_metric="acc1[seen]")
+    picture = Image.new("RGB", (8, 8))
+    evalsets.write_classification(tmp_path / "cut", [(picture, 0)] * 3, ("a",), ("a {c}",), ["seen"] * 3)
+    (tmp_path / "cut" / "strata.txt").write_text("seen\nseen\n")
+    with pytest.raises(UserError, match=r"strata\.txt must hold a stratum .* 3 samples"):
+        evaluate(root=tmp_path, sets=["cut"], primary=["cut"])
 
 
 def test_a_diverged_model_is_an_error_not_a_perfect_score(model, root):

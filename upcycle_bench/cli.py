@@ -12,15 +12,17 @@ import signal
 import sys
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
+from upcycle_bench import display
 from upcycle_bench.errors import UserError
 
 if TYPE_CHECKING:
+    from upcycle_bench.matrix import Cell
     from upcycle_bench.plan import Plan
-    from upcycle_bench.record import Record
+    from upcycle_bench.progress import Reporter
 
 app = typer.Typer(
     name="upcycle-bench",
@@ -69,7 +71,9 @@ def _root(
 
 @app.command()
 def run(
-    strategy: Annotated[str, typer.Option("--strategy", "-s", help="Which strategy; see `list strategies`.")],
+    strategy: Annotated[
+        str, typer.Option("--strategy", "-s", help="Which strategies: one, a,b,c or all; see `list strategies`.")
+    ],
     protocol: Annotated[str, typer.Option("--protocol", "-p", help="Which protocol; see `list protocols`.")] = "smoke",
     option: Annotated[
         list[str] | None, typer.Option("--option", "-o", metavar="KEY=VALUE", help="A strategy's option, tau=0.8.")
@@ -79,8 +83,11 @@ def run(
         typer.Option("--set", metavar="KEY=VALUE", help="Override the protocol, moe.experts=4: open division."),
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Both seeds.")] = 0,
+    seeds: Annotated[int, typer.Option(min=1, help="How many seeds, from --seed on.")] = 1,
     init_seed: Annotated[int | None, typer.Option(min=0, help="The strategy's own randomness.")] = None,
     train_seed: Annotated[int | None, typer.Option(min=0, help="Data order, augmentation, dropout.")] = None,
+    jobs: Annotated[int, typer.Option("--jobs", "-j", min=1, help="Of several runs, how many at once.")] = 1,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Train again what was trained before.")] = False,
     results: Annotated[Path, typer.Option(help="Where the record goes.")] = Path("results"),
     data: Annotated[
         str | None, typer.Option(help="Training shards (clip-*): a folder, or train/{000..127}.tar.")
@@ -90,45 +97,90 @@ def run(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would run and what it costs.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Upcycle, train, score and record one strategy under one protocol."""
+    """Upcycle, train, score and record strategies under one protocol: one run, or what is missing of many."""
+    from upcycle_bench import matrix
     from upcycle_bench.plan import Paths, make_plan
     from upcycle_bench.protocol import load_protocol
     from upcycle_bench.registry import load_registry
 
     registry = load_registry()
     _warn_broken(registry.broken)
-    plan = make_plan(
-        registry,
-        strategy,
-        load_protocol(registry.get("protocol", protocol).target, overrides),
-        options=dict(_key_value(text) for text in option or []),
-        init_seed=seed if init_seed is None else init_seed,
-        train_seed=seed if train_seed is None else train_seed,
-        paths=Paths(data=data, checkpoint=checkpoint, eval_data=eval_data),
-    )
+    pairs = matrix.seed_pairs(seed, seeds, init_seed, train_seed)
+    names = matrix.strategy_names(registry, strategy)
+    if option and len(names) > 1:
+        raise UserError("--option belongs to one strategy; run strategies with options one by one.")
+    if jobs > 1 and "RANK" in os.environ:
+        raise UserError("--jobs starts processes of its own and does not go with torchrun; leave one of them out.")
+    paths = Paths(data=data, checkpoint=checkpoint, eval_data=eval_data)
+    options = dict(_key_value(text) for text in option or [])
+    settings = load_protocol(registry.get("protocol", protocol).target, overrides)
+    plans = [make_plan(registry, name, settings, options=options, paths=paths) for name in names]
+    cells = list(matrix.enumerate_cells(plans, pairs))
     if dry_run:
         if _is_main():
-            _show_plan(plan, as_json)
+            _show_dry_run(cells, results, fresh, as_json)
         return
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # what a cluster sends is a Ctrl-C
-    from upcycle_bench import record
     from upcycle_bench.progress import Reporter, TerminalReporter
+
+    reporter = TerminalReporter() if _is_main() else Reporter()
+    if len(cells) == 1:
+        _run_one(cells[0].plan, results, reporter, fresh, as_json)
+        return
+    given = {
+        "--protocol": [protocol],
+        "--option": option,
+        "--set": overrides,
+        "--results": [results],
+        "--data": data and [data],
+        "--checkpoint": checkpoint and [checkpoint],
+        "--eval-data": eval_data and [eval_data],
+    }
+    shared = [str(part) for name, values in given.items() for value in values or [] for part in (name, value)]
+    shared += ["--fresh"] if fresh else []
+    try:
+        outcomes = matrix.run_all(cells, results, reporter, jobs=jobs, fresh=fresh, shared=shared)
+    except KeyboardInterrupt:
+        then = "the same command without --fresh" if fresh else "the same command"
+        _interrupted(f"{then} goes on with what is missing")
+    if _is_main():
+        display.show_outcomes(outcomes, as_json)
+    if any(outcome.reason for outcome in outcomes):
+        raise typer.Exit(1)
+
+
+def _show_dry_run(cells: list[Cell], results: Path, fresh: bool, as_json: bool) -> None:
+    from upcycle_bench import matrix
+
+    if len(cells) == 1:
+        display.show_plan(cells[0].plan, as_json)
+        return
+    done = matrix.preview(cells, results, fresh)
+    flops, seconds = matrix.estimate([cell for cell, path in zip(cells, done, strict=True) if path is None])
+    display.show_preview(cells, done, flops, seconds, as_json)
+
+
+def _run_one(plan: Plan, results: Path, reporter: Reporter, fresh: bool, as_json: bool) -> None:
+    from upcycle_bench import record
     from upcycle_bench.run import run as execute
 
     try:
-        path = execute(plan, results, TerminalReporter() if _is_main() else Reporter())
+        path = execute(plan, results, reporter, fresh=fresh)
     except KeyboardInterrupt:
-        if _is_main():
-            resumes = plan.protocol.train.checkpoint_every > 0
-            then = "the same command goes on from the last checkpoint" if resumes else "nothing was written"
-            print(f"interrupted: {then}", file=sys.stderr)
-        raise typer.Exit(130) from None
+        resumes = plan.protocol.train.checkpoint_every > 0
+        _interrupted("the same command goes on from the last checkpoint" if resumes else "nothing was written")
     if path is None:  # not rank 0
         return
     if as_json:
         print(path.read_text(), end="")
     else:
-        _show_record(record.read(path), path)
+        display.show_record(record.read(path), path)
+
+
+def _interrupted(then: str) -> NoReturn:
+    if _is_main():
+        print(f"interrupted: {then}", file=sys.stderr)
+    raise typer.Exit(130) from None
 
 
 @app.command("list")
@@ -149,7 +201,7 @@ def list_(
         return
     for each, entries in listing.items():
         hidden = ("url", "reconstructed", "options", "sources")
-        _table(each, [{k: v for k, v in entry.items() if k not in hidden} for entry in entries])
+        display.table(each, [{k: v for k, v in entry.items() if k not in hidden} for entry in entries])
 
 
 @app.command()
@@ -183,7 +235,7 @@ def doctor(as_json: Json = False) -> None:
     if as_json:
         print(doctor.as_json(found))
     else:
-        _print(doctor.render(found))
+        display.show(doctor.render(found))
     if not doctor.healthy(found):
         raise typer.Exit(1)
 
@@ -204,99 +256,6 @@ def _warn_broken(broken: dict[str, str]) -> None:
     if _is_main():
         for plugin, reason in broken.items():
             print(f"warning: plugin {plugin} did not load: {reason}", file=sys.stderr)
-
-
-def _show_plan(plan: Plan, as_json: bool) -> None:
-    from upcycle_bench.costs import estimate, estimate_seconds
-    from upcycle_bench.engine import choose_device
-
-    device = choose_device()
-    costs = estimate(plan.protocol, moe=plan.strategy.replaces_ffn, trains=plan.strategy.trains)
-    seconds = estimate_seconds(plan.protocol, costs.train_flops, device) if costs.train_flops else 0.0
-    facts: dict[str, Any] = {
-        "strategy": plan.label,
-        "protocol": plan.protocol.name,
-        "division": plan.protocol.division,
-        "overrides": list(plan.protocol.overrides),
-        "seeds": {"init": plan.init_seed, "train": plan.train_seed},
-        "training_fingerprint": plan.training_fingerprint,
-        "suite_fingerprints": plan.suite_fingerprints,
-        "blocks_replaced": list(costs.layers),
-        "parameters_total": costs.parameters_total,
-        "parameters_active": costs.parameters_active,
-        "steps": costs.steps,
-        "samples": costs.samples,
-        "peak_learning_rate": plan.protocol.peak_lr,
-        "calibration_pairs": plan.strategy.calibration_pairs,
-        "forward_flops_per_pair": costs.forward_flops,
-        "training_flops_without_strategy_loss": costs.train_flops,
-        "estimated_training_seconds_on_one_such_device": round(seconds, 1),
-        "missing": list(plan.missing),
-    }
-    if as_json:
-        print(json.dumps(facts, indent=2))
-        return
-    _table("dry run", [{"what": key.replace("_", " "), "is": _plain(value)} for key, value in facts.items()])
-
-
-def _plain(value: Any) -> str:
-    if value is None:
-        return "open until everything is given"
-    if isinstance(value, dict):
-        return ", ".join(f"{key} {_plain(item)}" for key, item in value.items())
-    if isinstance(value, list):
-        return ", ".join(value) or "none"
-    if isinstance(value, int) and value >= 10**12:
-        return f"{value:.3e}"
-    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def _show_record(made: Record, path: Path) -> None:
-    assert made.cost is not None
-    several = len({score.suite for score in made.scores}) > 1
-    scores = [
-        {
-            **({"suite": score.suite} if several else {}),
-            "dataset": score.dataset,
-            "metric": score.metric + (" (primary)" if score.primary else ""),
-            "value": f"{score.value:.4f}",
-            "chance": "" if score.chance is None else f"{score.chance:.4f}",
-            "n": f"{score.samples:,}",
-        }
-        for score in made.scores
-    ]
-    seeds = made.seeds
-    _table(f"{made.strategy.label}, protocol {made.protocol.name}, seeds {seeds.init} and {seeds.train}", scores)
-    cost = made.cost
-    parts = [f"{name} {phase.seconds:.1f} s" for name, phase in cost.phases.items()]
-    parts.append(f"{cost.parameters_total:,} parameters, {cost.parameters_active:,} active")
-    if cost.samples_per_second:
-        parts.append(f"{cost.samples_per_second:,.0f} samples/s")
-    if cost.tokens_dropped is not None:
-        parts.append(f"{cost.tokens_dropped:.1%} of choices dropped")
-    print("; ".join(parts))
-    from upcycle_bench.cache import cache_root
-
-    print(f"weights: {cache_root() / 'weights' / f'{made.hashes.weights}.safetensors'}")
-    print(f"record: {path}")
-
-
-def _table(title: str, rows: list[dict[str, str]]) -> None:
-    from rich import box
-    from rich.table import Table
-
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    for column in rows[0] if rows else ["none"]:
-        table.add_column(column, overflow="fold", no_wrap=column not in ("summary", "paper", "is", "from"))
-    for row in rows:
-        table.add_row(*row.values())
-    _print(table)
-
-
-def _print(renderable: Any) -> None:
-    from rich.console import Console
-
-    Console(highlight=False).print(renderable)
 
 
 def main() -> None:

@@ -2,7 +2,8 @@
 
 The shards (local tar files with `KEY.png|jpg|webp` and `KEY.txt`, one caption a line) are indexed once by offset, so
 any sample can be read at any time: training resumes at any step without replaying, ranks take slices of one global
-batch, and what a strategy draws cannot shift the order. Small data sets without augmentation are kept decoded.
+batch, and what a strategy draws cannot shift the order. Small data sets without augmentation are decoded once
+(`upcycle_bench/decoded.py`).
 """
 
 from __future__ import annotations
@@ -21,13 +22,13 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from upcycle_bench.decoded import decoded
 from upcycle_bench.dense import Clip
 from upcycle_bench.errors import UserError
 from upcycle_bench.rng import Stream
 
 IMAGE_SUFFIXES = ("png", "jpg", "jpeg", "webp")
 TOKENISED_LIMIT = 1 << 20  # captions whose tokens we keep
-DECODED_LIMIT = 4 << 30  # bytes of decoded images we keep in memory at most
 
 
 def expand_shards(text: str) -> tuple[Path, ...]:
@@ -75,17 +76,24 @@ class PairDataset:
         self.shards = list(shards)
         self.images: list[tuple[int, int, int]] = []  # shard, offset, bytes
         self.captions: list[list[str]] = []
-        for number, shard in enumerate(self.shards):
-            self._index(number, shard)
-        if not self.images:
-            raise UserError(f"{self.shards[0]}: no sample with an image and a .txt caption in these shards.")
         self._tokens: dict[str, Tensor] = {}
         self._order: tuple[tuple[int | str, int], Tensor] | None = None  # of the epoch last asked for
-        self._decoded: np.ndarray | None = None
-        self._is_decoded = np.zeros(len(self.images), dtype=bool)
+        self._decoded = None
+        if augmentation == "none":
+            self._decoded = decoded(shards_digest(self.shards), clip.name, self._indexed)
+        if self._decoded is None:
+            self._indexed()
 
     def __len__(self) -> int:
-        return len(self.images)
+        return len(self.images) if self._decoded is None else len(self._decoded)
+
+    def _indexed(self) -> PairDataset:
+        if not self.images:
+            for number, shard in enumerate(self.shards):
+                self._index(number, shard)
+        if not self.images:
+            raise UserError(f"{self.shards[0]}: no sample with an image and a .txt caption in these shards.")
+        return self
 
     def _index(self, number: int, shard: Path) -> None:
         samples: dict[str, dict[str, tarfile.TarInfo]] = {}
@@ -126,11 +134,15 @@ class PairDataset:
 
     def pick(self, index: Tensor, rng: Stream) -> Batch:
         """The named samples; captions and crops are drawn from `rng`, each sample's own part of it."""
+        if self._decoded is not None:
+            rows = index.numpy()
+            texts_BL = self._decoded.texts(rows, lambda sample, number: _choice(rng, sample, number))
+            return Batch(torch.from_numpy(self._decoded.images[rows]), texts_BL, index)
         images, texts = [], []
         for sample in index.tolist():
-            images.append(self._image(sample, rng))
+            images.append(self._augmented(sample, rng) if self.augmentation != "none" else self.read(sample))
             lines = self.captions[sample]
-            caption = lines[rng.child("caption", sample).seed() % len(lines)] if len(lines) > 1 else lines[0]
+            caption = lines[_choice(rng, sample, len(lines))]
             if len(self._tokens) > TOKENISED_LIMIT:
                 self._tokens.clear()
             if caption not in self._tokens:
@@ -138,21 +150,14 @@ class PairDataset:
             texts.append(self._tokens[caption])
         return Batch(torch.from_numpy(np.stack(images)), torch.stack(texts), index)
 
-    def _image(self, sample: int, rng: Stream) -> np.ndarray:
-        if self.augmentation != "none":
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(rng.child("crop", sample).seed())
-                return self.clip.augment(self._open(sample))
-        if not self._is_decoded[sample]:
-            image = self.clip.resize(self._open(sample))
-            if self._decoded is None:
-                if image.nbytes * len(self) > DECODED_LIMIT:
-                    return image
-                self._decoded = np.empty((len(self), *image.shape), dtype=np.uint8)
-            self._decoded[sample] = image
-            self._is_decoded[sample] = True
-        assert self._decoded is not None
-        return self._decoded[sample]
+    def _augmented(self, sample: int, rng: Stream) -> np.ndarray:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(rng.child("crop", sample).seed())
+            return self.clip.augment(self._open(sample))
+
+    def read(self, sample: int) -> np.ndarray:
+        """The sample's image as the model wants it, without augmentation, uint8 [3, H, W]."""
+        return self.clip.resize(self._open(sample))
 
     def _open(self, sample: int) -> Image.Image:
         shard, offset, size = self.images[sample]
@@ -178,6 +183,11 @@ class PairDataset:
         order = torch.randperm(len(self), generator=rng.child("pairs").generator())[:pairs]
         for part in order.split(batch_size):
             yield self.pick(part, rng.child("captions"))
+
+
+def _choice(rng: Stream, sample: int, number: int) -> int:
+    """Which of `number` captions that sample shows this time."""
+    return rng.child("caption", sample).seed() % number if number > 1 else 0
 
 
 class _Steps(Dataset[Batch]):

@@ -3,6 +3,7 @@
     ROOT/NAME/test/{nshards.txt,0.tar,...}                  samples: png with cls (a class index) or txt (captions)
     ROOT/NAME/dataset_type.txt                              classification (also when absent) or retrieval
     ROOT/NAME/{classnames,zeroshot_classification_templates}.txt      one a line; templates hold {c}
+    ROOT/NAME/strata.txt                                    ours, optional: the stratum of each test sample, one a line
 
     evalset = read(root / "digits-test", transform, batch_size=256)
     for images_B3HW, labels in evalset.batches: ...
@@ -14,6 +15,8 @@ from __future__ import annotations
 
 import hashlib
 import io
+import re
+import tarfile
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,6 +31,8 @@ if TYPE_CHECKING:
 
 Kind = Literal["classification", "retrieval"]
 CLASSNAMES, TEMPLATES, TYPE = "classnames.txt", "zeroshot_classification_templates.txt", "dataset_type.txt"
+STRATA = "strata.txt"  # CLIP_benchmark ignores it
+STRATUM = re.compile(r"[\w.-]+")  # it becomes part of the names of metrics
 
 
 @dataclass(frozen=True)
@@ -35,6 +40,7 @@ class EvalSet:
     """One evaluation set. `batches` can be iterated again and again, always in the order of the shards.
 
     It yields (images float32 [B, 3, H, W], labels int [B]), or for retrieval (images, list of B lists of captions).
+    `strata` holds one label for each sample in that order, or nothing if the set is not divided.
     """
 
     name: str
@@ -42,6 +48,7 @@ class EvalSet:
     classnames: tuple[str, ...]
     templates: tuple[str, ...]
     batches: Iterable[tuple[Any, Any]]
+    strata: tuple[str, ...] = ()
 
 
 def png(image: Image) -> bytes:
@@ -67,9 +74,16 @@ def write_shard(path: Path, samples: Iterable[Mapping[str, bytes]]) -> int:
 
 
 def write_classification(
-    folder: Path, samples: Iterable[tuple[Image, int]], classnames: Sequence[str], templates: Sequence[str]
+    folder: Path,
+    samples: Iterable[tuple[Image, int]],
+    classnames: Sequence[str],
+    templates: Sequence[str],
+    strata: Sequence[str] | None = None,
 ) -> int:
-    """Write (image, class index) samples as a zero-shot classification set; returns how many."""
+    """Write (image, class index) samples as a zero-shot classification set; returns how many.
+
+    `strata` holds one label for each sample: letters, digits, `_`, `.` and `-`.
+    """
     if not all("{c}" in template for template in templates):
         raise ValueError(f"{folder.name}: every template must hold {{c}}")
 
@@ -79,14 +93,16 @@ def write_classification(
                 raise ValueError(f"{folder.name}: label {label} is not one of {len(classnames)} classes")
             yield {"png": png(image), "cls": str(label).encode()}
 
-    count = _write(folder, "classification", encoded())
+    count = _write(folder, "classification", encoded(), strata)
     _write_lines(folder / CLASSNAMES, classnames)
     _write_lines(folder / TEMPLATES, templates)
     return count
 
 
-def write_retrieval(folder: Path, samples: Iterable[tuple[Image, Sequence[str]]]) -> int:
-    """Write (image, its captions) samples as a retrieval set; returns how many."""
+def write_retrieval(
+    folder: Path, samples: Iterable[tuple[Image, Sequence[str]]], strata: Sequence[str] | None = None
+) -> int:
+    """Write (image, its captions) samples as a retrieval set; returns how many. `strata` as for classification."""
 
     def encoded() -> Iterable[dict[str, bytes]]:
         for image, captions in samples:
@@ -94,11 +110,15 @@ def write_retrieval(folder: Path, samples: Iterable[tuple[Image, Sequence[str]]]
                 raise ValueError(f"{folder.name}: an image needs captions of one line each, got {list(captions)}")
             yield {"png": png(image), "txt": "\n".join(captions).encode()}
 
-    return _write(folder, "retrieval", encoded())
+    return _write(folder, "retrieval", encoded(), strata)
 
 
-def _write(folder: Path, kind: Kind, samples: Iterable[Mapping[str, bytes]]) -> int:
+def _write(folder: Path, kind: Kind, samples: Iterable[Mapping[str, bytes]], strata: Sequence[str] | None) -> int:
     count = write_shard(folder / "test" / "0.tar", samples)
+    if strata is not None:
+        if len(strata) != count or not all(map(STRATUM.fullmatch, strata)):
+            raise ValueError(f"{folder.name}: {count} samples need a stratum each, of letters, digits, _ . and -")
+        _write_lines(folder / STRATA, strata)
     _write_lines(folder / "test" / "nshards.txt", ["1"])
     _write_lines(folder / TYPE, [kind])
     return count
@@ -140,7 +160,8 @@ def read(folder: Path, transform: Callable[[Any], Any], batch_size: int, split: 
         warnings.filterwarnings("ignore", message="WebDataset.shardshuffle")
         dataset = build_wds_dataset(folder.name, transform, split=split, data_dir=str(folder.absolute()))
     classnames, templates = tuple(dataset.classes or ()), tuple(dataset.templates or ())
-    return EvalSet(folder.name, kind, classnames, templates, dataset.batched(batch_size))
+    strata = _strata(folder, files) if folder / STRATA in files else ()
+    return EvalSet(folder.name, kind, classnames, templates, dataset.batched(batch_size), strata)
 
 
 def digest(folder: Path, split: str = "test") -> str:
@@ -161,6 +182,23 @@ def _kind(folder: Path) -> Kind:
     return cast(Kind, kind)
 
 
+def _strata(folder: Path, files: Iterable[Path]) -> tuple[str, ...]:
+    """The labels of a set's strata.txt, one for each sample in its shards."""
+    path = folder / STRATA
+    strata, samples = path.read_text(encoding="utf-8").splitlines(), 0
+    for shard in files:
+        if shard.suffix == ".tar":
+            with tarfile.open(shard) as tar:
+                # Members of one sample share their name up to its first dot, as in webdataset.
+                samples += len({re.sub(r"\.[^/]*$", "", member.name) for member in tar if member.isfile()})
+    if len(strata) != samples or not all(map(STRATUM.fullmatch, strata)):
+        raise UserError(
+            f"evaluation set {folder.name}: {path} must hold a stratum (letters, digits, _ . and -) for each of "
+            f"{samples} samples, one a line, but holds {len(strata)} lines; copy the set again."
+        )
+    return tuple(strata)
+
+
 def _files(folder: Path, split: str) -> list[Path]:
     """The files that make up a set, in a fixed order; raises UserError if one is missing."""
     require(folder.parent, [folder.name], split)
@@ -174,5 +212,6 @@ def _files(folder: Path, split: str) -> list[Path]:
             f"evaluation set {folder.name}: {', '.join(absent)} missing in {folder / split}, where nshards.txt counts "
             f"{len(shards)} shards; copy the set again."
         )
-    described = [path for name in (CLASSNAMES, TEMPLATES, TYPE) if (path := folder / name).exists()]
+    names = (CLASSNAMES, TEMPLATES, TYPE, *([STRATA] if split == "test" else []))  # strata are those of the test split
+    described = [path for name in names if (path := folder / name).exists()]
     return [*described, counter, *shards]

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 FORMATS = ("terminal", "md", "csv", "json")
 BASELINES = ("sparse-upcycling", "dense")  # differences are to the first of these that has a successful run
 SHOWN = re.compile(r"acc1|(.*_)?(recall|r)@1", re.IGNORECASE)  # metrics in tables for people; csv and json have all
+AVERAGE = "average"  # the dataset of a suite's means over sets: where it is, tables for people leave the sets out
 NOTES = (
     "± is the half width of a 95 % Student-t confidence interval over n training seeds (several initialisations of one "
     "training seed are averaged first). Over few seeds such an interval is wide; over one (n=1) there is none.",
@@ -212,6 +213,13 @@ def _column(score: ScoreRecord) -> str:
     return f"{score.suite}/{score.dataset}/{score.metric}"
 
 
+def _split(column: str) -> tuple[str, str, str]:
+    """The suite, dataset and metric of a column."""
+    suite, _, rest = column.partition("/")
+    dataset, _, metric = rest.rpartition("/")
+    return suite, dataset, metric
+
+
 def _sum(values: Iterable[int | None]) -> int | None:
     """None if any is unknown: a sum of the rest would look cheaper than it was."""
     known = list(values)
@@ -244,13 +252,39 @@ def _heading(board: Board) -> str:
 
 def _caption(board: Board) -> list[str]:
     """What this board's numbers are, in sentences; NOTES holds for all boards."""
-    lines = [f"Primary: mean of {', '.join(board.primary)}; higher is better."] if board.primary else []
+    lines = [f"Primary: mean of {_parts(board.primary)}; higher is better."] if board.primary else []
     if board.division == "open":
         settings = " ".join(f"--set {override}" for override in board.overrides)
         lines.insert(0, f"Open division, not to be compared with other tables: {settings}")
     if board.baseline:
         lines.append(f"vs {board.baseline}: the primary minus that of {board.baseline}.")
     return lines
+
+
+def _parts(primary: tuple[str, ...]) -> str:
+    """The primary scores: a few by their names, more than four as sets grouped by metric."""
+    if len(primary) <= 4:
+        return ", ".join(primary)
+    suites: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
+    for column in primary:
+        suite, dataset, metric = _split(column)
+        suites[suite][metric].append(dataset)
+    groups = [
+        f"{suite} " + "; ".join(f"{metric} on {', '.join(datasets)}" for metric, datasets in sorted(metrics.items()))
+        for suite, metrics in suites.items()
+    ]
+    return f"{len(primary)} scores ({'; '.join(groups)})"
+
+
+def _shown(columns: Iterable[str]) -> list[str]:
+    """The columns of scores in tables for people."""
+    parts = {column: _split(column) for column in columns}
+    averaging = {suite for suite, dataset, _ in parts.values() if dataset == AVERAGE}
+    return sorted(
+        column
+        for column, (suite, dataset, metric) in parts.items()
+        if SHOWN.fullmatch(metric) and (dataset == AVERAGE or suite not in averaging)
+    )
 
 
 def _people(board: Board) -> list[dict[str, list[str]]]:
@@ -267,8 +301,8 @@ def _people(board: Board) -> list[dict[str, list[str]]]:
         result[f"vs {board.baseline}"] = [
             "-" if base else text for base, text in zip(is_base, differences, strict=True)
         ]
-    metrics = sorted({name for row in rows for name in row.scores if SHOWN.fullmatch(name.split("/")[-1])})
-    scores = {name: [_number(row.scores.get(name), ".4f") for row in rows] for name in metrics}
+    shown = _shown({name for row in rows for name in row.scores})
+    scores = {name: [_number(row.scores.get(name), ".4f") for row in rows] for name in shown}
     cost = {
         "total parameters": [_number(row.parameters_total, ",.2f", "M") for row in rows],
         "active parameters": [_number(row.parameters_active, ",.2f", "M") for row in rows],

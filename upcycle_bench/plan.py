@@ -19,6 +19,7 @@ from upcycle_bench.cache import file_sha256
 from upcycle_bench.data import expand_shards, shards_digest
 from upcycle_bench.dense import model_config
 from upcycle_bench.errors import UserError, unknown
+from upcycle_bench.progress import Reporter
 from upcycle_bench.protocol import Protocol
 from upcycle_bench.registry import Entry, Registry
 from upcycle_bench.strategy import Strategy, configure
@@ -75,14 +76,18 @@ def make_plan(
     init_seed: int = 0,
     train_seed: int = 0,
     paths: Paths | None = None,
+    reporter: Reporter | None = None,
 ) -> Plan:
-    """Resolve names, options, data and checkpoint. Raises UserError, one line, for anything that is wrong."""
+    """Resolve names, options, data and checkpoint; a world that the cache lacks is built, which `reporter` shows.
+
+    Raises UserError, one line, for anything that is wrong.
+    """
     paths = paths or Paths()
     entry = registry.get("strategy", strategy_name)
     strategy = configure(entry.target, options or {})
     suites = {name: _suite(registry, name, settings) for name, settings in protocol.suites.items()}
     missing = []
-    world, dense_identity = None, None
+    world, dense_identity, checkpoint = None, None, paths.checkpoint
     if protocol.data.world == "local":
         if paths.data is None:
             missing.append("--data (webdataset shards to train on)")
@@ -96,7 +101,7 @@ def make_plan(
             f"protocol {protocol.name} brings its own data; --data and --eval-data go with clip-b32, clip-b16."
         )
     else:
-        world = load_world(protocol.data.world, protocol.data.seed)
+        world = load_world(protocol.data.world, protocol.data.seed, reporter)
     if protocol.dense.source == "checkpoint":
         if paths.checkpoint is None:
             missing.append("--checkpoint (the dense open_clip model)")
@@ -106,8 +111,10 @@ def make_plan(
             dense_identity = file_sha256(paths.checkpoint)
     elif paths.checkpoint is not None:
         raise UserError(
-            f"protocol {protocol.name} trains its own dense model; --checkpoint goes with clip-b32, clip-b16."
+            f"protocol {protocol.name} brings its own dense model; --checkpoint goes with clip-b32, clip-b16."
         )
+    elif protocol.dense.source == "shipped":
+        checkpoint, dense_identity = shipped_checkpoint(protocol), protocol.dense.shipped
     elif world is not None:
         dense_identity = dense_recipe(protocol, world)
     if world is not None:
@@ -123,7 +130,7 @@ def make_plan(
         init_seed=init_seed,
         train_seed=train_seed,
         world=world,
-        checkpoint=paths.checkpoint,
+        checkpoint=checkpoint,
         dense_identity=dense_identity,
         training_fingerprint=_training_fingerprint(protocol, world, dense_identity) if resolved else None,
         suite_fingerprints={
@@ -133,9 +140,21 @@ def make_plan(
     )
 
 
+def shipped_checkpoint(protocol: Protocol) -> Path:
+    """The checkpoint in the package whose sha256 the protocol names; UserError if it is another or not there."""
+    path = Path(__file__).parent / "models" / f"{protocol.model}.safetensors"
+    if not path.is_file() or file_sha256(path) != protocol.dense.shipped:
+        raise UserError(
+            f"protocol {protocol.name}: {path} is not the checkpoint it names (sha256 {protocol.dense.shipped[:16]}); "
+            "install upcycle-bench again."
+        )
+    return path
+
+
 def dense_recipe(protocol: Protocol, world: World) -> str:
     """Identity of a dense model that is trained on the spot: everything that makes it, numerics included."""
     values = protocol.model_dump(mode="json", include={"model", "threads", "dense"})
+    values["dense"] = {key: value for key, value in values["dense"].items() if key not in ("source", "shipped")}
     values["made by"] = [torch.__version__, engine.choose_device().type, distributed.world_size()]
     return fingerprint({**values, "config": model_config(protocol.model), "data": world.sha256, "numerics": NUMERICS})
 

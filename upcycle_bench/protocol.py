@@ -49,7 +49,8 @@ class Schedule(Frozen):
 class Dense(Frozen):
     """Where the dense model comes from, and the schedule it was stopped in."""
 
-    source: Literal["pretrain", "checkpoint"]
+    source: Literal["pretrain", "shipped", "checkpoint"]
+    shipped: str = Field(default="", description="sha256 of the checkpoint that ships with the package")
     lr: float = Field(gt=0, description="peak learning rate of dense pre-training")
     stop_fraction: float = Field(gt=0, le=1, description="upcycling point, as a fraction of the dense schedule")
     seed: int = Field(ge=0)
@@ -67,7 +68,7 @@ class Dense(Frozen):
 class Data(Frozen):
     """Training pairs (webdataset shards) and evaluation sets; `local`: paths given on the command line."""
 
-    world: Literal["digits", "local"]
+    world: Literal["digits", "lab", "local"]
     seed: int = Field(ge=0, description="seed of the world's own splits")
 
 
@@ -153,10 +154,7 @@ def load_protocol(path: Path, overrides: list[str] | None = None) -> Protocol:
 
     Raises UserError, one line, that names the key, and for an unknown one those that exist.
     """
-    try:
-        tree = tomllib.loads(path.read_text())
-    except (OSError, tomllib.TOMLDecodeError) as error:
-        raise UserError(f"protocol {path}: {error}") from None
+    tree = _read_tree(path)
     tree["name"] = path.stem
     known = flatten(tree)
     seen: set[str] = set()
@@ -185,6 +183,21 @@ def load_protocol(path: Path, overrides: list[str] | None = None) -> Protocol:
         raise UserError(f"protocol {path.stem}: {where}: {first['msg']}{given}.") from None
     except ValueError as error:  # json cannot write nan, inf
         raise UserError(f"protocol {path.stem}: {error}") from None
+
+
+def _read_tree(path: Path) -> dict[str, Any]:
+    """The file's tables; with `extends = "other"`, laid over those of the protocol other.toml beside it."""
+    try:
+        tree = tomllib.loads(path.read_text())
+    except (OSError, tomllib.TOMLDecodeError) as error:
+        raise UserError(f"protocol {path}: {error}") from None
+    parent = tree.pop("extends", None)
+    return tree if parent is None else _laid_over(_read_tree(path.with_name(f"{parent}.toml")), tree)
+
+
+def _laid_over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    both = {key: _laid_over(below[key], above[key]) for key in above if isinstance(below.get(key), dict)}
+    return below | above | both
 
 
 def _parse_value(text: str) -> Any:

@@ -22,17 +22,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from upcycle_bench import distributed, engine, environment, record, weights
+from upcycle_bench import distributed, engine, environment, record, trained, weights
 from upcycle_bench.cache import cache_root, file_sha256
 from upcycle_bench.calibration import calibrate
-from upcycle_bench.costs import Meter, parameter_counts
+from upcycle_bench.costs import Meter, Phase, parameter_counts
 from upcycle_bench.data import PairDataset
-from upcycle_bench.dense import Clip, create_clip
+from upcycle_bench.dense import Clip
 from upcycle_bench.diagnostics import diagnose
 from upcycle_bench.errors import PluginError, UserError
 from upcycle_bench.plan import Plan, fingerprint
+from upcycle_bench.pretrain import load_dense, training_data
 from upcycle_bench.progress import Reporter
-from upcycle_bench.protocol import Schedule
 from upcycle_bench.rng import Stream
 from upcycle_bench.strategy import FFN, LayerInit
 from upcycle_bench.suite import EvalContext, SuiteResult
@@ -43,35 +43,32 @@ DIAGNOSED_PAIRS = 256
 CALIBRATION_BATCH = 256
 
 
-def run(plan: Plan, results: Path, reporter: Reporter) -> Path | None:
-    """Make the record; returns its path on rank 0, None elsewhere.
+def run(plan: Plan, results: Path, reporter: Reporter, *, fresh: bool = False) -> Path | None:
+    """Make the record; returns its path on rank 0, None elsewhere. `fresh` trains even what the cache holds trained.
 
     UserError before anything runs: bad input, nothing is written. Any later error is written as a failed record, then
     raised again.
     """
-    if plan.missing:
-        raise UserError(f"protocol {plan.protocol.name} needs {', '.join(plan.missing)}.")
+    check_input(plan, results)
     plan.strategy.check()
-    _check_writable(results)
-    engine.check_world(plan.protocol.train.schedule.batch_size, plan.protocol.moe.ep_size)
     with engine.session(plan.protocol.threads) as device:
         state = _State(plan, Meter(device))
         try:
-            dense, dense_digest = load_dense(plan, device, reporter)
-            state.dense = dense_digest
+            dense, state.dense = load_dense(plan, device, reporter)
             data = training_data(plan, dense, plan.protocol.train.schedule)
-            model, state.receipt = initialise(plan, dense, data, state.meter, reporter)
-            with work_folder(plan, dense_digest) as work:
-                trained = train_model(plan, model, data, work, state.meter, reporter)
-                state.progress = trained
-                digest = weights.save(model, plan.protocol.moe, cache_root() / "weights")
+            with work_folder(plan, state.dense) as work:
+                if fresh or not reuse(state, state.dense):
+                    model, state.receipt = initialise(plan, dense, data, state.meter, reporter)
+                    state.progress = train_model(plan, model, data, work, state.meter, reporter)
+                    state.weights = weights.save(model, plan.protocol.moe, cache_root() / "weights")
+                    state.final = whole_model(plan, model, state.weights)
+                    keep(state, model, dense, work)
                 if distributed.is_main():
-                    state.weights = digest
-                    final = whole_model(plan, model, digest)
-                    outcome = evaluate(plan, final, state.meter, reporter)
-                    state.diagnostics = diagnostics(final, dense, data, device)
-                    path = write_record(state, outcome, final, results)
-                    _keep_metrics(work, path)
+                    assert state.final is not None
+                    outcome = evaluate(plan, state.final, state.meter, reporter)
+                    state.diagnostics = diagnostics(state.final, dense, data, device)
+                    path = write_record(state, outcome, state.final, results)
+                    _keep_metrics(state.metrics, path)
                 distributed.barrier()  # the folder goes when rank 0 needs it no more
             return path if distributed.is_main() else None
         except Exception as error:
@@ -91,49 +88,10 @@ class _State:
     receipt: dict[str, Any] | None = None
     progress: Progress | None = None
     weights: str | None = None
+    final: Clip | None = None  # with all its experts, on rank 0
+    metrics: Path | None = None
+    training: dict[str, Any] | None = None  # where and when the weights were trained, if not in this run
     diagnostics: dict[str, Any] | None = None
-
-
-def load_dense(plan: Plan, device: torch.device, reporter: Reporter) -> tuple[Clip, str]:
-    """The dense model and its checkpoint's sha256; trained first if the protocol says so and the cache has none."""
-    patch_dropout = plan.protocol.train.schedule.patch_dropout
-    path = plan.checkpoint or cache_root() / "dense" / f"{plan.dense_identity}.safetensors"
-    if plan.checkpoint is None and not distributed.from_main(path.is_file()):
-        pretrain(plan, path, device, reporter)
-    digest = distributed.from_main(file_sha256(path) if distributed.is_main() else "")
-    # Other ranks may not see the file: DeepSpeed broadcasts rank 0's weights when training starts.
-    clip = create_clip(plan.protocol.model, path if distributed.is_main() else None, patch_dropout=patch_dropout)
-    clip.model.to(device)
-    return clip, digest
-
-
-def pretrain(plan: Plan, path: Path, device: torch.device, reporter: Reporter) -> None:
-    """Train the dense model to the upcycling point and write it, atomically, to `path`."""
-    from safetensors.torch import save_file
-
-    protocol = plan.protocol
-    schedule = protocol.dense.schedule
-    clip = create_clip(protocol.model, patch_dropout=schedule.patch_dropout, seed=protocol.dense.seed)
-    clip.model.to(device)
-    stop = round(protocol.dense.stop_fraction * schedule.steps)
-    job = Job(purpose="dense", schedule=schedule, peak_lr=protocol.dense.lr, stop_step=stop, seed=protocol.dense.seed)
-    with reporter.bar("dense model", stop) as bar:
-        train(clip, training_data(plan, clip, schedule), job, on_step=bar)
-    if distributed.is_main():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{os.getpid()}-{path.name}")
-        try:
-            save_file({key: value.cpu().contiguous() for key, value in clip.model.state_dict().items()}, temporary)
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-    distributed.barrier()
-
-
-def training_data(plan: Plan, clip: Clip, schedule: Schedule) -> PairDataset:
-    """The world's training pairs as that schedule wants them."""
-    assert plan.world is not None
-    return PairDataset(plan.world.train_shards, clip, schedule.augmentation)
 
 
 def initialise(
@@ -254,10 +212,53 @@ def _inputs(clip: Clip, batches: Iterable[Any], device: torch.device) -> Iterato
 
 
 def whole_model(plan: Plan, model: Clip, digest: str) -> Clip:
-    """The trained model with all its experts on this rank: itself, or read back where they were spread over ranks."""
-    if plan.protocol.moe.ep_size == 1:
+    """The trained model with all its experts on rank 0: itself, or read back where they were spread over ranks."""
+    if plan.protocol.moe.ep_size == 1 or not distributed.is_main():
         return model
     return weights.load(cache_root() / "weights" / f"{digest}.safetensors")
+
+
+def keep(state: _State, model: Clip, dense: Clip, work: Path) -> None:
+    """Store the finished training: evaluated here or not, it need not be done again."""
+    state.metrics = work / "metrics.jsonl"
+    if not (state.plan.strategy.trains and trained.can_be_rebuilt(model.model, dense.model) and distributed.is_main()):
+        return
+    assert state.progress is not None
+    tree = {
+        "weights": state.weights,
+        "receipt": state.receipt,
+        "phases": {name: asdict(phase) for name, phase in state.meter.phases.items()},
+        "progress": asdict(state.progress),
+        "environment": environment.capture(state.meter.device.type),
+        "time": _now(),
+    }
+    facts = trained.Trained.model_validate_json(json.dumps(tree, allow_nan=False))
+    trained.keep(trained.key(run_id(state.plan, state.dense or ""), state.meter.device), facts, state.metrics)
+
+
+def reuse(state: _State, dense_digest: str) -> bool:
+    """Take the weights of an earlier run of the same plan; False, on every rank, if the cache has none that are whole.
+
+    It wins over an interrupted run's checkpoints: it is the same training, finished.
+    """
+    key = trained.key(run_id(state.plan, dense_digest), state.meter.device)
+    found = trained.find(key) if distributed.is_main() else None
+    if found is not None:
+        facts, state.final = found
+        state.weights, state.receipt, state.progress = facts.weights, facts.receipt, facts.progress
+        state.meter.phases |= {name: Phase(**cost.model_dump()) for name, cost in facts.phases.items()}
+        state.metrics = trained.metrics_of(key)
+        state.training = {"time": facts.time, "environment": facts.environment}
+        print(f"{state.plan.label} was trained on {facts.time}: weights reused (--fresh trains again)", file=sys.stderr)
+    return distributed.from_main(found is not None)
+
+
+def check_input(plan: Plan, results: Path) -> None:
+    """UserError for what is wrong with any strategy: paths not given, a folder that cannot be written, ranks."""
+    if plan.missing:
+        raise UserError(f"protocol {plan.protocol.name} needs {', '.join(plan.missing)}.")
+    _check_writable(results)
+    engine.check_world(plan.protocol.train.schedule.batch_size, plan.protocol.moe.ep_size)
 
 
 def _check_writable(results: Path) -> None:
@@ -270,7 +271,7 @@ def _check_writable(results: Path) -> None:
 
 @contextlib.contextmanager
 def work_folder(plan: Plan, dense_digest: str) -> Iterator[Path]:
-    """Where checkpoints and metrics live while the run goes on; kept after an interruption if the run can resume."""
+    """Where checkpoints and metrics live while the run goes on; kept after an interruption if there is a checkpoint."""
     path = cache_root() / "runs" / run_id(plan, dense_digest)
     resumable = plan.protocol.train.checkpoint_every > 0
     if not resumable:
@@ -279,7 +280,7 @@ def work_folder(plan: Plan, dense_digest: str) -> Iterator[Path]:
     try:
         yield path
     except BaseException:
-        if not resumable and distributed.is_main():
+        if not (path / "checkpoints" / "latest").is_file() and distributed.is_main():
             shutil.rmtree(path, ignore_errors=True)
         raise
     if distributed.is_main():
@@ -354,7 +355,7 @@ def _record(state: _State, **parts: Any) -> record.Record:
     tree = {
         "schema_version": record.SCHEMA_VERSION,
         "run_id": run_id(plan, state.dense or ""),
-        "created": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "created": _now(),
         "strategy": {
             "name": info.name,
             "label": plan.label,
@@ -375,7 +376,8 @@ def _record(state: _State, **parts: Any) -> record.Record:
         },
         "seeds": {"init": plan.init_seed, "train": plan.train_seed},
         "receipt": state.receipt,
-        "environment": environment.capture(state.meter.device.type),
+        "environment": environment.capture(state.meter.device.type)
+        | ({"training": state.training} if state.training else {}),
         "hashes": {
             "dense": state.dense or "not loaded",
             "data": plan.world.sha256 if plan.world else "not loaded",
@@ -387,8 +389,11 @@ def _record(state: _State, **parts: Any) -> record.Record:
     return record.Record.model_validate_json(json.dumps(tree, allow_nan=False))
 
 
-def _keep_metrics(work: Path, path: Path) -> None:
+def _now() -> str:
+    return datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def _keep_metrics(metrics: Path | None, path: Path) -> None:
     """The training metrics go beside the record."""
-    metrics = work / "metrics.jsonl"
-    if metrics.is_file():
+    if metrics is not None and metrics.is_file():
         shutil.copyfile(metrics, path.with_suffix(".jsonl"))

@@ -156,7 +156,10 @@ def create_engine(model: nn.Module, job: Job) -> Any:
         "steps_per_print": sys.maxsize,
     }
     with contextlib.redirect_stdout(io.StringIO()):  # it announces process groups there
-        return deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
+        engine = deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
+    if world == 1 and job.zero_stage == 0:  # nothing to average, and DeepSpeed would copy every gradient twice
+        engine.enable_backward_allreduce = False
+    return engine
 
 
 def train(

@@ -18,6 +18,7 @@ from typing import Any
 
 from upcycle_bench.cache import file_sha256
 from upcycle_bench.errors import UserError, unknown
+from upcycle_bench.progress import Reporter
 
 MANIFEST = "manifest.json"
 
@@ -32,14 +33,14 @@ class World:
     sha256: str
 
 
-def load_world(name: str, seed: int) -> World:
+def load_world(name: str, seed: int, reporter: Reporter | None = None) -> World:
     """The world of that name, built first if it is not in the cache; `seed` draws its splits."""
-    from upcycle_bench.worlds import digits
+    from upcycle_bench.worlds import digits, lab
 
-    built = {"digits": digits.load}
+    built = {"digits": digits.load, "lab": lab.load}
     if name not in built:
         raise unknown("world", name, built)
-    return built[name](seed)
+    return built[name](seed, reporter or Reporter())
 
 
 def write_manifest(folder: Path, facts: Mapping[str, Any]) -> None:

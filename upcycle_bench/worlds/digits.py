@@ -22,6 +22,7 @@ import numpy as np
 
 from upcycle_bench.cache import build_once, cache_root
 from upcycle_bench.evalsets import png, write_classification, write_retrieval, write_shard
+from upcycle_bench.progress import Reporter
 from upcycle_bench.rng import Stream
 from upcycle_bench.worlds import World, open_world, write_manifest
 
@@ -42,8 +43,8 @@ WEIGHTED = (
 RETRIEVAL = WEIGHTED[0]
 
 
-def load(seed: int) -> World:
-    """The world with the splits of this seed, from the cache."""
+def load(seed: int, reporter: Reporter) -> World:
+    """The world with the splits of this seed, from the cache; built in a moment."""
     folder = cache_root() / "worlds" / f"digits-{VERSION}-seed{seed}"
     return open_world("digits", build_once(folder, partial(build, seed=seed)))
 

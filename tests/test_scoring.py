@@ -1,0 +1,181 @@
+"""Scoring: the fast judgement against an obvious one, ties and several right answers, the best logit scale, chance."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from upcycle_bench import scoring
+from upcycle_bench.errors import UserError
+from upcycle_bench.scoring import Judged, Task, chance_at_k, fit_scale, judge
+
+
+def reference(task: Task, scale: float) -> Judged:
+    """What `judge` computes, all cosines at once and with no thought of speed."""
+    cosine_QG = task.queries_QD.double() @ task.gallery_GD.double().T
+    right_QG = task.query_id_Q[:, None] == task.gallery_id_G[None, :]
+    best_Q1 = cosine_QG.masked_fill(~right_QG, -torch.inf).amax(dim=1, keepdim=True)
+    equal_QG = cosine_QG == best_Q1
+    first_Q1 = (equal_QG & right_QG).int().argmax(dim=1, keepdim=True)
+    ahead_QG = (cosine_QG > best_Q1) | (equal_QG & (torch.arange(len(task.gallery_GD)) < first_Q1))
+    log_p_QG = torch.log_softmax(scale * cosine_QG, dim=1)
+    log_likelihood_Q = log_p_QG.masked_fill(~right_QG, -torch.inf).logsumexp(dim=1)
+    return Judged(ahead_QG.sum(dim=1).numpy(), log_likelihood_Q.numpy(), right_QG.sum(dim=1).numpy())
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def unit(rows: int, width: int, seed: int, grid: float = 2**20) -> Tensor:
+    """Vectors of about unit length whose numbers are multiples of 1 / grid: float64 holds their cosines exactly."""
+    vectors = F.normalize(torch.randn(rows, width, generator=generator(seed)), dim=1)
+    return (vectors * grid).round() / grid
+
+
+def task_of(queries_QD: Tensor, gallery_GD: Tensor, ids: int, seed: int = 0) -> Task:
+    """Ids drawn at random so that every query has one right answer, and most several."""
+    gallery_id_G = torch.randint(ids, (len(gallery_GD),), generator=generator(seed))
+    query_id_Q = gallery_id_G[torch.randint(len(gallery_GD), (len(queries_QD),), generator=generator(seed + 1))]
+    return Task(queries_QD, gallery_GD, query_id_Q, gallery_id_G)
+
+
+TASKS = {
+    "one right answer": Task(unit(700, 32, 0), unit(60, 32, 1), torch.arange(700) * 7 % 60, torch.arange(60).flip(0)),
+    "many queries, few answers": task_of(unit(900, 16, 2), unit(7, 16, 3), ids=3),
+    "several right answers": task_of(unit(300, 32, 4), unit(150, 32, 5), ids=20),
+    # a grid of quarters in two dimensions: nearly every cosine occurs many times
+    "ties": task_of(unit(300, 2, 6, grid=4), unit(150, 2, 7, grid=4), ids=20),
+    "ties, one right answer": Task(
+        unit(300, 2, 8, grid=4), unit(150, 2, 9, grid=4), torch.arange(300) % 150, torch.randperm(150)
+    ),
+    "one query": task_of(unit(1, 8, 10), unit(5, 8, 11), ids=2),
+}
+
+
+@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("scale", [0.01, 30.0, 1000.0])
+def test_judge_equals_the_reference(name, scale):
+    task = TASKS[name]
+    fast, slow = judge(task, scale, "x"), reference(task, scale)
+    np.testing.assert_array_equal(fast.rank_Q, slow.rank_Q)
+    np.testing.assert_array_equal(fast.right_Q, slow.right_Q)
+    np.testing.assert_allclose(fast.log_likelihood_Q, slow.log_likelihood_Q, rtol=1e-12, atol=1e-12)
+
+
+def test_the_tasks_of_that_test_are_what_they_are_called():
+    for name, ties in (("ties", True), ("ties, one right answer", True), ("one right answer", False)):
+        task = TASKS[name]
+        cosine_QG = (task.queries_QD @ task.gallery_GD.T).numpy()
+        assert (min(len(set(row)) for row in cosine_QG.tolist()) < 60) is ties
+    assert judge(TASKS["several right answers"], 1.0, "x").right_Q.max() > 5
+    assert set(judge(TASKS["ties, one right answer"], 1.0, "x").right_Q) == {1}
+
+
+def test_judge_by_hand():
+    # Gallery: x axis, y axis, x axis again. Query 0 = x axis, right answer 2: answer 0 ties with it and stands first,
+    # so rank 1. Query 1 = (0.6, 0.8), right answers 0 and 2 (cosine 0.6) behind answer 1 (0.8): rank 1 again.
+    task = Task(
+        torch.tensor([[1.0, 0.0], [0.6, 0.8]]),
+        torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 0.0]]),
+        torch.tensor([5, 7]),
+        torch.tensor([7, 6, 7]),
+    )
+    tie = Task(task.queries_QD[:1], task.gallery_GD, torch.tensor([5]), torch.tensor([7, 6, 5]))
+    judged = judge(tie, 2.0, "x")
+    assert judged.rank_Q.tolist() == [1]
+    # softmax of 2 * (1, 0, 1): e^2 / (2 e^2 + 1)
+    assert judged.log_likelihood_Q[0] == pytest.approx(2 - math.log(2 * math.exp(2) + 1))
+    both = judge(Task(task.queries_QD[1:], task.gallery_GD, torch.tensor([7]), task.gallery_id_G), 2.0, "x")
+    assert both.rank_Q.tolist() == [1]
+    assert both.right_Q.tolist() == [2]
+    # both right answers count: 2 e^1.2 / (2 e^1.2 + e^1.6)
+    right, wrong = 2 * math.exp(1.2), math.exp(1.6)
+    assert both.log_likelihood_Q[0] == pytest.approx(math.log(right / (right + wrong)), abs=1e-6)
+    for ask in (lambda: judge(task, 2.0, "x"), lambda: fit_scale([task], "x")):
+        with pytest.raises(UserError, match="x: a sample has no right answer"):
+            ask()
+
+
+@pytest.mark.parametrize("width", [32, 128])
+def test_equal_answers_tie_whatever_the_block(width):
+    # Each answer stands twice, in any two places; queries and answers are any float32 vectors. Plain float64 products
+    # give some of the pairs cosines that differ in the last bit.
+    answers = F.normalize(torch.randn(250, width, generator=generator(0)), dim=1)
+    place = torch.randperm(500, generator=generator(1))
+    queries = F.normalize(torch.randn(300, width, generator=generator(2)), dim=1)
+    task = Task(queries, answers.repeat(2, 1)[place], torch.arange(300), place)
+    twin = Task(queries, task.gallery_GD, (torch.arange(300) + 250) % 500, place)
+    first, second = judge(task, 30.0, "x"), judge(twin, 30.0, "x")
+    assert set(np.abs(first.rank_Q - second.rank_Q)[:250]) == {1}
+    for block in (1, 7, 299):
+        np.testing.assert_array_equal(judge(task, 30.0, "x", block).rank_Q, first.rank_Q)
+
+
+def test_only_chooses_queries():
+    judged = Judged(np.array([0, 1, 2]), np.array([-1.0, -2.0, -3.0]), np.array([1, 1, 2]))
+    part = judged.only(np.array([True, False, True]))
+    assert (part.rank_Q.tolist(), part.log_likelihood_Q.tolist(), part.right_Q.tolist()) == ([0, 2], [-1, -3], [1, 2])
+
+
+# ---- the logit scale -------------------------------------------------------------------------------------------
+
+
+def noisy(queries: int, gallery: int, noise: float, seed: int = 0) -> Task:
+    gallery_GD = F.normalize(torch.randn(gallery, 16, generator=generator(seed)), dim=1)
+    id_Q = torch.arange(queries) % gallery
+    queries_QD = gallery_GD[id_Q] + noise * torch.randn(queries, 16, generator=generator(seed + 1))
+    return Task(F.normalize(queries_QD, dim=1), gallery_GD, id_Q, torch.arange(gallery))
+
+
+def best_scale(tasks: list[Task]) -> float:
+    """By scipy's unbounded search, on the reference."""
+    from scipy.optimize import minimize_scalar
+
+    def loss(scale: float) -> float:
+        return -float(np.mean([reference(task, scale).log_likelihood_Q.mean() for task in tasks]))
+
+    return minimize_scalar(loss, bracket=(1.0, 5.0), tol=1e-8).x
+
+
+def test_fitted_scale_is_scipys():
+    task = noisy(600, 6, 0.7)
+    assert fit_scale([task], "x") == pytest.approx(best_scale([task]), rel=1e-5)
+    several = Task(task.queries_QD, task.gallery_GD, task.query_id_Q % 4, task.gallery_id_G % 4)
+    assert fit_scale([several], "x") == pytest.approx(best_scale([several]), rel=1e-5)
+    # Both ways of retrieval weigh the same, however many queries each has.
+    there, back = noisy(400, 40, 0.3), noisy(40, 400, 1.0, seed=5)
+    one, other, both = fit_scale([there], "x"), fit_scale([back], "x"), fit_scale([there, back], "x")
+    assert min(one, other) * 1.1 < both < max(one, other) / 1.1
+    assert both == pytest.approx(best_scale([there, back]), rel=1e-5)
+
+
+def test_perfect_and_reversed_answers_have_a_scale_within_bounds():
+    perfect = Task(torch.eye(4), torch.eye(4), torch.arange(4), torch.arange(4))
+    scale = fit_scale([perfect], "x")  # the more the better, until float64 sees no difference
+    assert 30 < scale <= scoring.SCALE_BOUNDS[1]
+    assert judge(perfect, scale, "x").log_likelihood_Q == pytest.approx(0, abs=1e-12)
+    assert fit_scale([Task(-torch.eye(4), *list(vars(perfect).values())[1:])], "x") == pytest.approx(0.01, rel=1e-4)
+
+
+def test_many_queries_are_thinned_evenly(monkeypatch):
+    task = noisy(600, 6, 0.7)
+    whole = fit_scale([task], "x")
+    monkeypatch.setattr(scoring, "FIT_QUERIES", 150)
+    chosen = torch.arange(0, 600, 4)
+    part = Task(task.queries_QD[chosen], task.gallery_GD, task.query_id_Q[chosen], task.gallery_id_G)
+    thinned = fit_scale([task], "x")
+    assert thinned == fit_scale([part], "x")
+    # What it costs on the whole task is of the order of 1 / (2 * 150) nats.
+    lost = judge(task, whole, "x").log_likelihood_Q.mean() - judge(task, thinned, "x").log_likelihood_Q.mean()
+    assert 0 < lost < 3 / 300
+
+
+def test_chance_counts_all_right_answers():
+    assert chance_at_k(np.array([1, 1, 1]), 10, 5) == 0.5
+    # two of four answers right, two drawn: all but the one wrong pair of six
+    assert chance_at_k(np.array([2]), 4, 2) == pytest.approx(5 / 6)
+    assert chance_at_k(np.array([1, 2]), 4, 2) == pytest.approx((1 / 2 + 5 / 6) / 2)

@@ -1,0 +1,225 @@
+"""Trained once: a second run of the same plan trains nothing and records the same, unless what was kept is damaged."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from tests.helpers import tiny_clip, tiny_moe, upcycled
+from tests.test_run import Delta, plan
+from upcycle_bench import record, trained
+from upcycle_bench import run as module
+from upcycle_bench.cache import cache_root
+from upcycle_bench.moe import moe_layers
+from upcycle_bench.plan import Plan
+from upcycle_bench.progress import Reporter
+from upcycle_bench.registry import load_registry
+from upcycle_bench.strategy import FFN, configure
+
+
+@pytest.fixture
+def trainings(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The strategies that were trained since, in order."""
+    labels: list[str] = []
+    real = module.train_model
+
+    def train_model(plan: Plan, *arguments: Any) -> Any:
+        if plan.strategy.trains:
+            labels.append(plan.label)
+        return real(plan, *arguments)
+
+    monkeypatch.setattr(module, "train_model", train_model)
+    return labels
+
+
+def run(planned: Plan, results: Path, **options: Any) -> tuple[record.Record, Path]:
+    path = module.run(planned, results, Reporter(), **options)
+    assert path is not None
+    return record.read(path), path
+
+
+def stored() -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in (cache_root() / "trained").glob("*")}
+
+
+@pytest.mark.parametrize("strategy", ["cluster-aware", "dense"])
+def test_the_second_run_records_the_same_and_trains_nothing(
+    tmp_path: Path, quick: list[str], trainings: list[str], strategy: str
+) -> None:
+    planned = plan(strategy, quick, init_seed=40, train_seed=41)
+    fresh, path = run(planned, tmp_path / "fresh")
+    again, path_again = run(planned, tmp_path / "again")
+    assert trainings == [strategy]
+
+    for part in ("run_id", "scores", "primary", "receipt", "diagnostics", "hashes", "protocol", "strategy", "seeds"):
+        assert getattr(again, part) == getattr(fresh, part), part
+    outcomes, outcomes_again = record.read_outcomes(path), record.read_outcomes(path_again)
+    assert outcomes.keys() == outcomes_again.keys()
+    assert all(np.array_equal(outcomes[name], outcomes_again[name]) for name in outcomes)
+    assert path.with_suffix(".jsonl").read_bytes() == path_again.with_suffix(".jsonl").read_bytes()
+
+    assert fresh.cost is not None and again.cost is not None
+    charged, charged_again = (cost.model_dump(exclude={"phases": {"evaluate"}}) for cost in (fresh.cost, again.cost))
+    assert charged_again == charged
+    assert list(again.cost.phases) == list(fresh.cost.phases)
+
+    assert "training" not in fresh.environment
+    training: Any = again.environment["training"]
+    assert training["environment"] == fresh.environment
+    assert training["time"] <= fresh.created
+
+
+def test_another_suite_scores_the_same_training(tmp_path: Path, quick: list[str], trainings: list[str]) -> None:
+    first, _ = run(plan("dense", quick, train_seed=42), tmp_path)
+    other = [*quick, 'suites.zero-shot.primary=["digits-retrieval"]']
+    second, _ = run(plan("dense", other, train_seed=42), tmp_path)
+    assert trainings == ["dense"]
+    assert second.protocol.training_fingerprint == first.protocol.training_fingerprint
+    assert second.protocol.suite_fingerprints != first.protocol.suite_fingerprints
+    assert second.hashes.weights == first.hashes.weights
+    (primary,) = (score for score in second.scores if score.primary)
+    assert primary.dataset == "digits-retrieval"
+    assert primary.value == next(score.value for score in first.scores if score.metric == primary.metric)
+
+
+def test_other_seeds_and_libraries_are_other_trainings(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = torch.device("cpu")
+    keys = {trained.key("one", cpu), trained.key("two", cpu)}
+    monkeypatch.setattr(trained.environment, "installed_version", lambda name: f"another {name}")
+    keys.add(trained.key("one", cpu))
+    monkeypatch.setattr(trained.environment, "device_name", lambda device: "another CPU")
+    keys.add(trained.key("one", cpu))
+    assert len(keys) == 4
+
+
+def test_fresh_trains_again_and_a_frozen_control_is_not_stored(
+    tmp_path: Path, quick: list[str], trainings: list[str]
+) -> None:
+    planned = plan("dense", quick, train_seed=43)
+    run(planned, tmp_path / "1")
+    before = stored()
+    run(planned, tmp_path / "2", fresh=True)
+    assert trainings == ["dense", "dense"]
+    after = stored()
+    assert after.keys() == before.keys()  # the newer training in the older one's place
+    assert after != before
+    run(plan("dense-frozen", quick, train_seed=43), tmp_path / "3")
+    assert stored() == after
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+def test_what_was_damaged_is_trained_again(tmp_path: Path, quick: list[str], trainings: list[str]) -> None:
+    planned = plan("dense", quick, train_seed=44)
+    first, _ = run(planned, tmp_path / "1")
+    key = trained.key(first.run_id, torch.device("cpu"))
+    weights = cache_root() / "weights" / f"{first.hashes.weights}.safetensors"
+    metrics = trained.metrics_of(key)
+    facts = metrics.with_suffix(".json")
+    for path, damage in ((weights, cut), (weights, Path.unlink), (facts, cut), (metrics, Path.unlink), (weights, flip)):
+        assert trained.find(key) is not None
+        whole = path.read_bytes()
+        damage(path)
+        assert trained.find(key) is None, (path, damage)
+        if damage is not flip:
+            path.write_bytes(whole)
+    second, _ = run(planned, tmp_path / "2")
+    assert trainings == ["dense", "dense"]
+    assert second.hashes == first.hashes
+    assert trained.find(key) is not None
+
+
+def test_a_training_is_kept_when_only_its_evaluation_failed(
+    tmp_path: Path, quick: list[str], trainings: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def evaluate(*_: Any) -> Any:
+        raise RuntimeError("the suite has a bug")
+
+    planned = plan("dense", quick, train_seed=45)
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "evaluate", evaluate)
+        for folder in ("1", "2"):  # the second failure is one of reused weights
+            with pytest.raises(RuntimeError):
+                module.run(planned, tmp_path / folder, Reporter())
+    (failed,) = record.find(tmp_path / "2")
+    assert "training" in record.read(failed).environment
+    assert run(planned, tmp_path / "3")[0].status == "ok"
+    assert trainings == ["dense"]
+
+
+def test_a_training_that_fails_is_not_kept(tmp_path: Path, quick: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    before = stored()
+
+    def train(*_: Any, **__: Any) -> Any:
+        raise FloatingPointError("the loss is nan")
+
+    monkeypatch.setattr(module, "train", train)
+    with pytest.raises(FloatingPointError):
+        module.run(plan("dense", quick, train_seed=46), tmp_path, Reporter())
+    assert stored() == before
+
+
+# ---- what `weights.load` cannot rebuild --------------------------------------------------------------------------
+
+
+def replace_expert(model: Any, make: Callable[[FFN, nn.ModuleList], nn.Module]) -> None:
+    """Put another module in the place of the last expert of the last layer."""
+    layer = list(moe_layers(model).values())[-1]
+    ffn = FFN.of(tiny_clip().model.get_submodule(layer.layer.mlp_path))
+    layer.experts[-1] = make(ffn, layer.experts)
+
+
+def other_activation(ffn: FFN, _: nn.ModuleList) -> nn.Module:
+    expert = ffn.expert()
+    expert.gelu = nn.ReLU()
+    return expert
+
+
+def other_shape(ffn: FFN, _: nn.ModuleList) -> nn.Module:
+    return ffn.expert(w1_HD=ffn.w1_HD[1:], b1_H=ffn.b1_H[1:], w2_DH=ffn.w2_DH[:, 1:])
+
+
+def shared_tensor(ffn: FFN, experts: nn.ModuleList) -> nn.Module:
+    expert: Any = ffn.expert()
+    expert.c_fc.weight = experts[0].c_fc.weight
+    return expert
+
+
+def another_of_the_same_kind(ffn: FFN, _: nn.ModuleList) -> nn.Module:
+    return ffn.expert()
+
+
+@pytest.mark.parametrize(
+    ("make", "can"),
+    [
+        (another_of_the_same_kind, True),
+        (lambda ffn, _: Delta(ffn), False),
+        (other_activation, False),
+        (other_shape, False),
+        (shared_tensor, False),
+        (lambda ffn, _: ffn.expert().double(), False),
+    ],
+    ids=["plain", "own module", "activation", "shape", "shared", "dtype"],
+)
+def test_only_plain_experts_can_be_rebuilt(make: Any, can: bool) -> None:
+    dense = tiny_clip()
+    strategy = configure(load_registry().get("strategy", "sparse-upcycling").target, {})
+    model = upcycled(strategy, dense, 0, tiny_moe()).model
+    replace_expert(model, make)
+    assert trained.can_be_rebuilt(model, dense.model) is can
+
+
+def test_a_dense_model_can_be_rebuilt() -> None:
+    assert trained.can_be_rebuilt(tiny_clip().model, tiny_clip().model)

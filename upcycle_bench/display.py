@@ -1,0 +1,213 @@
+"""What commands print for people: tables and facts on stdout, by rich; the matrix on stderr while it runs.
+
+Nothing here decides anything. Heavy imports stand inside the functions, since `--help` imports this module.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from upcycle_bench.matrix import Cell, Outcome
+    from upcycle_bench.plan import Plan
+    from upcycle_bench.record import Record
+
+
+def show_plan(plan: Plan, as_json: bool) -> None:
+    """A dry run: what would run and what it costs."""
+    from upcycle_bench.costs import estimate, estimate_seconds
+    from upcycle_bench.engine import choose_device
+
+    device = choose_device()
+    costs = estimate(plan.protocol, moe=plan.strategy.replaces_ffn, trains=plan.strategy.trains)
+    seconds = estimate_seconds(plan.protocol, costs.train_flops, device) if costs.train_flops else 0.0
+    facts: dict[str, Any] = {
+        "strategy": plan.label,
+        "protocol": plan.protocol.name,
+        "division": plan.protocol.division,
+        "overrides": list(plan.protocol.overrides),
+        "seeds": {"init": plan.init_seed, "train": plan.train_seed},
+        "training_fingerprint": plan.training_fingerprint,
+        "suite_fingerprints": plan.suite_fingerprints,
+        "blocks_replaced": list(costs.layers),
+        "parameters_total": costs.parameters_total,
+        "parameters_active": costs.parameters_active,
+        "steps": costs.steps,
+        "samples": costs.samples,
+        "peak_learning_rate": plan.protocol.peak_lr,
+        "calibration_pairs": plan.strategy.calibration_pairs,
+        "forward_flops_per_pair": costs.forward_flops,
+        "training_flops_without_strategy_loss": costs.train_flops,
+        "estimated_training_seconds_on_one_such_device": round(seconds, 1),
+        "missing": list(plan.missing),
+    }
+    if as_json:
+        print(json.dumps(facts, indent=2))
+        return
+    table("dry run", [{"what": key.replace("_", " "), "is": _plain(value)} for key, value in facts.items()])
+
+
+def _plain(value: Any) -> str:
+    if value is None:
+        return "open until everything is given"
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_plain(item)}" for key, item in value.items())
+    if isinstance(value, list):
+        return ", ".join(value) or "none"
+    if isinstance(value, int) and value >= 10**12:
+        return f"{value:.3e}"
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def show_record(made: Record, path: Path) -> None:
+    """Scores and cost of a run, and where its files are."""
+    assert made.cost is not None
+    several = len({score.suite for score in made.scores}) > 1
+    scores = [
+        {
+            **({"suite": score.suite} if several else {}),
+            "dataset": score.dataset,
+            "metric": score.metric + (" (primary)" if score.primary else ""),
+            "value": f"{score.value:.4f}",
+            "chance": "" if score.chance is None else f"{score.chance:.4f}",
+            "n": f"{score.samples:,}",
+        }
+        for score in made.scores
+    ]
+    seeds = made.seeds
+    table(f"{made.strategy.label}, protocol {made.protocol.name}, seeds {seeds.init} and {seeds.train}", scores)
+    cost = made.cost
+    parts = [f"{name} {phase.seconds:.1f} s" for name, phase in cost.phases.items()]
+    parts.append(f"{cost.parameters_total:,} parameters, {cost.parameters_active:,} active")
+    if cost.samples_per_second:
+        parts.append(f"{cost.samples_per_second:,.0f} samples/s")
+    if cost.tokens_dropped is not None:
+        parts.append(f"{cost.tokens_dropped:.1%} of choices dropped")
+    print("; ".join(parts))
+    from upcycle_bench.cache import cache_root
+
+    print(f"weights: {cache_root() / 'weights' / f'{made.hashes.weights}.safetensors'}")
+    print(f"record: {path}")
+
+
+def show_matrix(cells: Sequence[Cell], done: Sequence[Path | None], *, stderr: bool = True) -> None:
+    """A row per strategy, a column per seed: what is done and what is to do."""
+    rows: dict[str, dict[str, str]] = {}
+    for cell, path in zip(cells, done, strict=True):
+        row = rows.setdefault(cell.strategy, {"strategy": cell.strategy})
+        row[f"seed {cell.seed}"] = "to do" if path is None else "done"
+    table(f"protocol {cells[0].plan.protocol.name}", list(rows.values()), stderr=stderr)
+
+
+def show_preview(cells: Sequence[Cell], done: Sequence[Path | None], flops: int, seconds: float, as_json: bool) -> None:
+    """A dry run of several cells; cost is that of those to do."""
+    facts = {
+        "runs": len(cells),
+        "to_do": sum(path is None for path in done),
+        "training_flops_without_strategy_losses": flops,
+        "estimated_training_seconds_on_one_such_device": round(seconds, 1),
+        "missing": list(cells[0].plan.missing),
+    }
+    if as_json:
+        rows = [
+            {**_identity(cell), "done": path is not None, "record": str(path) if path else None}
+            for cell, path in zip(cells, done, strict=True)
+        ]
+        print(json.dumps({**facts, "matrix": rows}, indent=2))
+        return
+    show_matrix(cells, done, stderr=False)
+    table("dry run", [{"what": key.replace("_", " "), "is": _plain(value)} for key, value in facts.items()])
+
+
+def show_outcomes(outcomes: Sequence[Outcome], as_json: bool) -> None:
+    """What became of the cells, strategy by strategy: with --json one document, else a table."""
+    strategies = [outcome.cell.strategy for outcome in outcomes]
+    outcomes = sorted(outcomes, key=lambda outcome: strategies.index(outcome.cell.strategy))
+    rows = []
+    for outcome in outcomes:
+        made = outcome.made
+        train = made.cost.phases.get("train") if made and made.cost else None
+        rows.append(
+            {
+                **_identity(outcome.cell),
+                "status": "failed" if outcome.reason else "ok",
+                "ran": outcome.ran,
+                "primary": made.primary if made else None,
+                "train_seconds": train.seconds if train else None,
+                "record": str(outcome.path) if outcome.path else None,
+                "reason": outcome.reason,
+            }
+        )
+    if as_json:
+        print(json.dumps({"runs": rows}, indent=2))
+        return
+    shown = [
+        {
+            "strategy": row["strategy"],
+            "seed": outcome.cell.seed,
+            "primary": "failed" if row["primary"] is None else f"{row['primary']:.4f}",
+            "train s": "" if row["train_seconds"] is None else f"{row['train_seconds']:.1f}",
+            "record or reason": row["reason"] or row["record"] or "",
+        }
+        for row, outcome in zip(rows, outcomes, strict=True)
+    ]
+    table(f"protocol {outcomes[0].cell.plan.protocol.name}", shown)
+
+
+def _identity(cell: Cell) -> dict[str, Any]:
+    plan = cell.plan
+    return {"strategy": plan.label, "seeds": {"init": plan.init_seed, "train": plan.train_seed}}
+
+
+class RunsBar:
+    """How many runs are over and how long the rest will take, below the lines that they say."""
+
+    def __init__(self, progress: Any, total: int) -> None:
+        self.progress = progress
+        self.task = progress.add_task("runs", total=total)
+
+    def say(self, line: str) -> None:
+        """A line above the bar."""
+        self.progress.console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    def advance(self) -> None:
+        """One run is over."""
+        self.progress.advance(self.task)
+
+
+@contextlib.contextmanager
+def runs_bar(total: int) -> Iterator[RunsBar]:
+    """The bar, on stderr; only the lines where stderr is no terminal."""
+    from rich import console, progress
+
+    stderr = console.Console(stderr=True)
+    columns = [progress.TextColumn("{task.description}"), progress.BarColumn(), progress.MofNCompleteColumn()]
+    times = [progress.TimeElapsedColumn(), progress.TimeRemainingColumn()]
+    with progress.Progress(*columns, *times, console=stderr, transient=True, disable=not stderr.is_terminal) as bar:
+        yield RunsBar(bar, total)
+
+
+def table(title: str, rows: Sequence[dict[str, str]], *, stderr: bool = False) -> None:
+    """Rows with the same keys, which head the columns."""
+    from rich import box
+    from rich.markup import escape  # `cluster-aware[tau=0.8]` is no markup
+    from rich.table import Table
+
+    wide = ("summary", "paper", "is", "from", "record or reason")
+    made = Table(title=escape(title), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in rows[0] if rows else ["none"]:
+        made.add_column(column, overflow="fold", no_wrap=column not in wide)
+    for row in rows:
+        made.add_row(*map(escape, row.values()))
+    show(made, stderr=stderr)
+
+
+def show(renderable: Any, *, stderr: bool = False) -> None:
+    """Print what rich can render."""
+    from rich.console import Console
+
+    Console(highlight=False, stderr=stderr).print(renderable)

@@ -1,0 +1,142 @@
+"""The dense model: trained on a protocol's own data up to the upcycling point, shipped with the package, or given.
+
+    clip, sha256 = load_dense(plan, device, reporter)        # trained first if the cache lacks it
+    facts = pretrain(protocol, world, path, device, reporter)    # what `upcycle-bench pretrain` does; resumable
+    export(path, Path("lab-vit.safetensors"))                # half precision, half the size
+
+Beside every pre-trained checkpoint stands a .json of the same name: recipe, last metrics, cost, environment.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+from dataclasses import asdict
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from upcycle_bench import distributed, environment
+from upcycle_bench.cache import cache_root, file_sha256
+from upcycle_bench.costs import Meter
+from upcycle_bench.data import PairDataset
+from upcycle_bench.dense import Clip, create_clip
+from upcycle_bench.plan import Plan, dense_recipe
+from upcycle_bench.progress import Reporter
+from upcycle_bench.protocol import Protocol, Schedule
+from upcycle_bench.train import Job, train
+from upcycle_bench.worlds import World
+
+
+def dense_path(plan: Plan) -> Path:
+    """Where the dense checkpoint of a plan is, or will be once it has been trained."""
+    return plan.checkpoint or recipe_path(str(plan.dense_identity))
+
+
+def recipe_path(recipe: str) -> Path:
+    """Where the cache keeps the dense model of that recipe."""
+    return cache_root() / "dense" / f"{recipe}.safetensors"
+
+
+def load_dense(plan: Plan, device: torch.device, reporter: Reporter) -> tuple[Clip, str]:
+    """The dense model and its checkpoint's sha256; trained first if the protocol says so and the cache has none."""
+    path = dense_path(plan)
+    if plan.checkpoint is None and not distributed.from_main(path.is_file()):
+        assert plan.world is not None
+        pretrain(plan.protocol, plan.world, path, device, reporter)
+    digest = distributed.from_main(file_sha256(path) if distributed.is_main() else "")
+    # Other ranks may not see the file: DeepSpeed broadcasts rank 0's weights when training starts.
+    patch_dropout = plan.protocol.train.schedule.patch_dropout
+    clip = create_clip(plan.protocol.model, path if distributed.is_main() else None, patch_dropout=patch_dropout)
+    clip.model.to(device)
+    return clip, digest
+
+
+def training_data(plan: Plan, clip: Clip, schedule: Schedule) -> PairDataset:
+    """The world's training pairs as that schedule wants them."""
+    assert plan.world is not None
+    return PairDataset(plan.world.train_shards, clip, schedule.augmentation)
+
+
+def pretrain(protocol: Protocol, world: World, path: Path, device: torch.device, reporter: Reporter) -> dict[str, Any]:
+    """Train the dense model to the upcycling point and write it to `path`, atomically; returns what the .json says.
+
+    Must run inside `engine.session`, on every rank. With `train.checkpoint_every` an interrupted one goes on.
+    """
+    schedule = protocol.dense.schedule
+    recipe = dense_recipe(protocol, world)
+    work = cache_root() / "runs" / f"dense-{recipe}"
+    every = protocol.train.checkpoint_every
+    clip = create_clip(protocol.model, patch_dropout=schedule.patch_dropout, seed=protocol.dense.seed)
+    clip.model.to(device)
+    stop = round(protocol.dense.stop_fraction * schedule.steps)
+    job = Job(
+        purpose="dense",
+        schedule=schedule,
+        peak_lr=protocol.dense.lr,
+        stop_step=stop,
+        seed=protocol.dense.seed,
+        log_every=protocol.train.log_every,
+        metrics=work / "metrics.jsonl",
+        checkpoints=work / "checkpoints",
+        checkpoint_every=every,
+    )
+    meter = Meter(device)
+    with meter.phase("train") as phase, reporter.bar("dense model", stop) as bar:
+        progress = train(clip, PairDataset(world.train_shards, clip, schedule.augmentation), job, on_step=bar)
+    phase.seconds = progress.seconds
+    counted = distributed.sum_over_ranks(progress.counted_flops)
+    phase.flops = counted * progress.step // max(1, progress.counted_steps)
+    facts: dict[str, Any] = {}
+    if distributed.is_main():
+        _write(path, {key: value.cpu().contiguous() for key, value in clip.model.state_dict().items()})
+        facts = {
+            "protocol": protocol.name,
+            "recipe": recipe,
+            "dense": protocol.dense.model_dump(mode="json"),
+            "model": protocol.model,
+            "threads": protocol.threads,
+            "data": world.sha256,
+            "sha256": file_sha256(path),
+            "last metrics": progress.last,
+            "cost": asdict(phase),
+            "samples": progress.step * schedule.batch_size,
+            "environment": environment.capture(device.type),
+            "created": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
+            "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        }
+        path.with_suffix(".json").write_text(json.dumps(facts, indent=2) + "\n")
+        shutil.copyfile(work / "metrics.jsonl", path.with_suffix(".jsonl"))
+    distributed.barrier()
+    if distributed.is_main():
+        shutil.rmtree(work, ignore_errors=True)
+    return facts
+
+
+def export(path: Path, target: Path) -> str:
+    """Write the checkpoint at `path` in half precision to `target`, its .json and .jsonl beside it; returns the sha256."""
+    from safetensors.torch import load_file
+
+    _write(target, {key: value.half() for key, value in load_file(path).items()})
+    facts = json.loads(path.with_suffix(".json").read_text())
+    digest = file_sha256(target)
+    target.with_suffix(".json").write_text(json.dumps({"half precision sha256": digest, **facts}, indent=2) + "\n")
+    shutil.copyfile(path.with_suffix(".jsonl"), target.with_suffix(".jsonl"))
+    return digest
+
+
+def _write(path: Path, state: dict[str, Tensor]) -> None:
+    from safetensors.torch import save_file
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{os.getpid()}-{path.name}")
+    try:
+        save_file(state, temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,101 @@
+"""Trained once, scored ever after: what the cache keeps of a finished training, so that a new suite trains nothing.
+
+    key = trained.key(run_id, device)              # who was trained how, by which libraries, on which hardware
+    trained.keep(key, facts, metrics)              # cache/trained/KEY.json and KEY.jsonl, by rank 0
+    found = trained.find(key)                      # (Trained, the model), or None: train
+
+The weights themselves stand in cache/weights under their sha256. Only a training that went through is kept; what was
+damaged since is not found, which costs a training and is never an error.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import JsonValue
+from torch import nn
+
+from upcycle_bench import distributed, environment, weights
+from upcycle_bench.cache import cache_root, file_sha256
+from upcycle_bench.dense import Clip
+from upcycle_bench.errors import UserError
+from upcycle_bench.moe import moe_layers
+from upcycle_bench.plan import fingerprint
+from upcycle_bench.record import Part, Phase, PhaseCost, Timestamp
+from upcycle_bench.strategy import FFN
+from upcycle_bench.train import Progress
+
+
+class Trained(Part):
+    """A finished training: its weights, what a record says of it, where and when it ran."""
+
+    weights: str
+    receipt: dict[str, JsonValue] | None
+    phases: dict[Phase, PhaseCost]
+    progress: Progress
+    environment: dict[str, JsonValue]
+    time: Timestamp
+
+
+def key(run_id: str, device: torch.device) -> str:
+    """Name of a training: other libraries or other hardware would round otherwise, so they have keys of their own."""
+    versions = [environment.installed_version(name) for name in ("torch", "deepspeed")]
+    return fingerprint([run_id, versions, device.type, environment.device_name(device.type)])
+
+
+def metrics_of(key: str) -> Path:
+    """The training metrics of that key, JSON lines."""
+    return cache_root() / "trained" / f"{key}.jsonl"
+
+
+def keep(key: str, facts: Trained, metrics: Path) -> None:
+    """Store a finished training, over an older one; its JSON comes last, so that it never stands alone."""
+    target = metrics_of(key)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    _write(target, metrics.read_bytes())
+    _write(target.with_suffix(".json"), facts.model_dump_json(indent=1).encode())
+
+
+def find(key: str) -> tuple[Trained, Clip] | None:
+    """The stored training and its model, all experts in this process; None unless everything is there and whole."""
+    metrics = metrics_of(key)
+    try:
+        facts = Trained.model_validate_json(metrics.with_suffix(".json").read_bytes())
+        path = cache_root() / "weights" / f"{facts.weights}.safetensors"
+        if not metrics.is_file() or file_sha256(path) != facts.weights:
+            return None
+        return facts, weights.load(path)
+    except (OSError, ValueError, UserError):  # missing; not ours to read; another version's
+        return None
+
+
+def can_be_rebuilt(model: nn.Module, dense: Any) -> bool:
+    """Whether `weights.load` makes this very model: each expert, on every rank, is what `FFN.expert` makes.
+
+    A plugin's own expert modules are not: the file has their tensors, but not what they compute.
+    """
+    strange = 0
+    for layer in moe_layers(model).values():
+        plain = FFN.of(dense.get_submodule(layer.layer.mlp_path)).expert()
+        strange += sum(_form(expert) != _form(plain) for expert in layer.experts)
+        # Experts that share a tensor would come back with one each.
+        strange += len(list(layer.experts.parameters())) != len(layer.experts) * len(list(plain.parameters()))
+    return distributed.sum_over_ranks(strange) == 0
+
+
+def _form(module: nn.Module) -> Any:
+    """Everything about a module but the values of its tensors."""
+    parts = [(name, type(part), part.extra_repr()) for name, part in module.named_modules()]
+    return parts, {name: (value.shape, value.dtype) for name, value in module.state_dict().items()}
+
+
+def _write(path: Path, data: bytes) -> None:
+    temporary = path.with_name(f".{os.getpid()}-{path.name}")
+    try:
+        temporary.write_bytes(data)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,114 @@
+"""Which icon families descend from each other, and what an icon's name says once its style is taken off.
+
+Families copy each other: a fork, a second edition, another weight of the same drawings. What shares a lineage shares
+a split, or the training set would hold the answers of the evaluation sets.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
+
+# Known descent, whatever the images say; the first name is the group's. A pattern takes every family it matches.
+LINEAGES: tuple[tuple[str, ...], ...] = (
+    ("fluent", "fluent-*"),
+    ("noto", "noto-*"),
+    ("emojione", "emojione-*"),
+    ("material-symbols", "material-symbols-*", "ic", "mdi", "mdi-*"),
+    ("ion", "famicons"),
+    ("boxicons", "bx", "bxs", "bxl"),
+    ("solar", "reicon"),
+    ("streamline", "streamline-*", "guidance", "covid"),
+    ("pepicons", "pepicons-*"),
+    ("lucide", "lucide-*", "feather", "meteor-icons", "keyline-icons"),
+    ("pinhead", "temaki", "maki", "map"),
+    ("icon-park", "icon-park-*"),
+    ("uil", "uim", "uis", "uit"),
+    ("mi", "mono-icons"),
+    ("fa", "fa-*", "fa6-*", "fa7-*"),
+    ("flag", "circle-flags", "flagpack", "cif"),
+    ("heroicons", "heroicons-*", "sidekickicons"),
+    ("devicon", "devicon-*"),
+    ("glyphs", "glyphs-*"),
+    ("token", "token-*"),
+    ("cryptocurrency", "cryptocurrency-*"),
+    ("entypo", "entypo-*"),
+    ("thesvg", "thesvg-*"),
+)
+OVERLAP = 0.05  # two families with more pixel-equal images than this share of the smaller are one group
+# Words that say how an icon is drawn. Others ("line", "bold", "light") do so only where the family declares them.
+STYLES = frozenset("outline outlined fill filled solid linear duotone twotone rounded sharp".split())
+TONES = "medium-light|medium-dark|light|medium|dark"
+
+
+def group_families(pictures: Mapping[str, set[bytes]]) -> dict[str, str]:
+    """Group of every family, from its images' digests: joined by `LINEAGES`, and by pixel-equal images (`OVERLAP`).
+
+    A group is named after its first lineage in `LINEAGES`, else after its first family.
+    """
+    parent = {family: family for family in pictures}
+
+    def root(family: str) -> str:
+        while parent[family] != family:
+            family = parent[family]
+        return family
+
+    def join(families: Sequence[str]) -> None:
+        for other in families[1:]:
+            parent[root(other)] = root(families[0])
+
+    for lineage in LINEAGES:
+        join([family for family in pictures if any(fnmatchcase(family, pattern) for pattern in lineage)])
+    for first, second in overlapping(pictures):
+        join([first, second])
+    members: dict[str, list[str]] = {}
+    for family in sorted(pictures):
+        members.setdefault(root(family), []).append(family)
+    named = {}
+    for families in members.values():
+        heads = [lineage[0] for lineage in LINEAGES if lineage[0] in families]
+        named |= dict.fromkeys(families, (heads or families)[0])
+    return named
+
+
+def overlapping(pictures: Mapping[str, set[bytes]]) -> list[tuple[str, str]]:
+    """Pairs of families whose common images exceed `OVERLAP` of the smaller one's."""
+    families = sorted(pictures)
+    return [
+        (first, second)
+        for number, first in enumerate(families)
+        for second in families[number + 1 :]
+        if len(pictures[first] & pictures[second]) > OVERLAP * min(len(pictures[first]), len(pictures[second]))
+    ]
+
+
+def skin_tones(names: Iterable[str]) -> set[str]:
+    """The names that are another's in a skin tone: "...-skin-tone", or "artist-dark" where "artist-medium-dark" is."""
+    names = set(names)
+    found = {name for name in names if "skin-tone" in name}
+    stems = {name.partition("-medium-dark")[0] for name in names if "-medium-dark" in name}
+    for name in names:
+        match = re.fullmatch(rf"(.+?)((?:-(?:{TONES}))+)", name)
+        if match and match[1] in stems:
+            found.add(name)
+    return found
+
+
+def base_name(name: str, declared: Iterable[str] = ()) -> str:
+    """The name without style words, sizes and counters at its ends: "arrow-left-24-filled" -> "arrow-left".
+
+    `declared` are the family's own style affixes ("bold", "sharp-duotone"). Never empty.
+    """
+    styles = STYLES.union(*(affix.split("-") for affix in declared))
+    words = name.split("-")
+    while len(words) > 1 and (words[-1] in styles or re.fullmatch(r"\d+(px)?", words[-1])):
+        words.pop()
+    while len(words) > 1 and words[0] in styles:
+        words.pop(0)
+    return "-".join(words)
+
+
+def caption(name: str) -> str:
+    """What an icon is called, in words: "arrow-left-circle" -> "arrow left circle"."""
+    return " ".join(name.replace("_", "-").split("-"))
