@@ -10,6 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from upcycle_bench.cache import cache_root
+
+REAL_CACHE = cache_root()  # the user's own, before the tests get theirs
+
 # Set before anything asks for the cache, and inherited by the processes that tests start.
 QUICK = [
     "dense.schedule.steps=12",

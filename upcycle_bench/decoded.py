@@ -34,7 +34,7 @@ CHUNK = 1024
 
 @dataclass(frozen=True)
 class Decoded:
-    """images uint8 [N, 3, H, W]; tokens int32 [C, L] of all captions; those of sample n are first[n] to first[n + 1]."""
+    """images uint8 [N, 3, H, W]; tokens int32 [C, L] of all captions, sample n's being first[n] to first[n + 1]."""
 
     images: np.ndarray
     tokens: np.ndarray
@@ -79,10 +79,11 @@ def _build(folder: Path, pairs: PairDataset) -> None:
     for start, part in zip(starts, DataLoader(_Chunks(pairs), batch_size=None, num_workers=workers), strict=True):
         images[start : start + len(part)] = part
     images.flush()
-    lines = [line for captions in pairs.captions for line in captions]
-    unique, inverse = np.unique(np.array(lines), return_inverse=True)
-    tokens = torch.cat([pairs.clip.tokenize(part.tolist()) for part in np.array_split(unique, len(unique) // CHUNK + 1)])
-    np.save(folder / "tokens.npy", tokens.numpy().astype(np.int32)[inverse])
+    number = {line: row for row, line in enumerate(dict.fromkeys(line for lines in pairs.captions for line in lines))}
+    unique = list(number)
+    tokens = torch.cat([pairs.clip.tokenize(unique[i : i + CHUNK]) for i in range(0, len(unique), CHUNK)])
+    rows = [number[line] for lines in pairs.captions for line in lines]
+    np.save(folder / "tokens.npy", tokens.numpy().astype(np.int32)[rows])
     np.save(folder / "first.npy", np.cumsum([0, *map(len, pairs.captions)]))
 
 

@@ -72,12 +72,17 @@ def download() -> Path:
 
     Raises UserError without npm, without a network, or for other content.
     """
-    path = build_once(cache_root() / "downloads" / f"iconify-json-{VERSION}.tgz", _npm_pack)
+    path = build_once(tarball_path(), _npm_pack)
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha512") if hasattr(hashlib, "file_digest") else _sha512(file)
     if base64.b64encode(digest.digest()).decode() != INTEGRITY:
         raise UserError(f"{path} is not {PACKAGE} {VERSION} (sha512 differs); delete it and try again.")
     return path
+
+
+def tarball_path() -> Path:
+    """Where the cache keeps the package's tarball."""
+    return cache_root() / "downloads" / f"iconify-json-{VERSION}.tgz"
 
 
 def _sha512(file: Any) -> Any:

@@ -4,10 +4,10 @@
     upcycle-bench data build lab            # the same from the command line
 
 A pair is an icon (32 x 32 RGB, dark on white unless it has colours) and its name in words. Families that descend from
-each other are one group (`worlds/lineage.py`). Twelve groups are held out whole: the `dev` shifts are for decisions, the
-`test` shifts for reports. Of all other groups, one in 33 (group, base name) pairs is held for validation and another
-for fitting the temperature, so that sizes and fill variants of one drawing stay together. Whatever then looks like an
-evaluation image (`NEAR` grey levels root mean square, `worlds/near.py`) leaves training.
+each other are one group (`worlds/lineage.py`). Twelve groups are held out whole: the `dev` shifts are for decisions,
+the `test` shifts for reports. Of all other groups, one in 33 (group, base name) pairs is held for validation and
+another for fitting the temperature, so that sizes and fill variants of one drawing stay together. Whatever then looks
+like an evaluation image (`NEAR` grey levels root mean square, `worlds/near.py`) leaves training.
 
     eval/{validation,temperature,dev-GROUP,test-GROUP}             classification into concepts
     eval/{validation,temperature,dev-GROUP,test-GROUP}-retrieval   one image for each caption and each drawing

@@ -38,7 +38,9 @@ LINEAGES: tuple[tuple[str, ...], ...] = (
 )
 OVERLAP = 0.05  # two families with more pixel-equal images than this share of the smaller are one group
 # Words that say how an icon is drawn. Others ("line", "bold", "light") do so only where the family declares them.
-STYLES = frozenset("outline outlined fill filled solid linear duotone twotone rounded sharp".split())
+STYLES = frozenset(
+    ["outline", "outlined", "fill", "filled", "solid", "linear", "duotone", "twotone", "rounded", "sharp"]
+)
 TONES = "medium-light|medium-dark|light|medium|dark"
 
 
@@ -65,7 +67,7 @@ def group_families(pictures: Mapping[str, set[bytes]]) -> dict[str, str]:
     members: dict[str, list[str]] = {}
     for family in sorted(pictures):
         members.setdefault(root(family), []).append(family)
-    named = {}
+    named: dict[str, str] = {}
     for families in members.values():
         heads = [lineage[0] for lineage in LINEAGES if lineage[0] in families]
         named |= dict.fromkeys(families, (heads or families)[0])

@@ -17,7 +17,7 @@ BLOCK = 512
 
 
 def near_pairs(images_NP: np.ndarray, queries_Q: np.ndarray, rms: float) -> np.ndarray:
-    """All pairs (query, other) of rows of `images_NP` (uint8), other != query, that differ by at most `rms` grey levels.
+    """All pairs (query, other) of rows of `images_NP` (uint8), other != query, that differ by at most `rms` levels.
 
     int64 [pairs, 2], sorted by query, then other; `queries_Q` are the rows to look from, the others any row.
     """
@@ -49,7 +49,7 @@ def near_pairs(images_NP: np.ndarray, queries_Q: np.ndarray, rms: float) -> np.n
         start = stop
     pairs = np.concatenate(found)
     pairs = pairs[pairs[:, 0] != pairs[:, 1]]
-    near = np.concatenate([_within(images_NP, part, bound) for part in np.array_split(pairs, len(pairs) // 8192 + 1)])
+    near = np.concatenate([_within(images_NP, part, rms) for part in np.array_split(pairs, len(pairs) // 8192 + 1)])
     pairs = pairs[near]
     return pairs[np.lexsort((pairs[:, 1], pairs[:, 0]))]
 
@@ -67,9 +67,9 @@ def _project(images_NP: np.ndarray) -> torch.Tensor:
     return torch.cat([(torch.from_numpy(part).float() - mean_P) @ basis_PK for part in parts])
 
 
-def _within(images_NP: np.ndarray, pairs: np.ndarray, bound: float) -> np.ndarray:
+def _within(images_NP: np.ndarray, pairs: np.ndarray, rms: float) -> np.ndarray:
     difference = images_NP[pairs[:, 0]].astype(np.int16) - images_NP[pairs[:, 1]]
-    return np.square(difference.astype(np.float32)).sum(1, dtype=np.float64) <= bound**2
+    return np.square(difference.astype(np.float32)).sum(1, dtype=np.float64) <= rms**2 * images_NP.shape[1]
 
 
 def components(size: int, pairs: np.ndarray) -> np.ndarray:
