@@ -160,11 +160,16 @@ class Padding:
             return None
         return cls(model.text_eos_id if pool == "eos" else None)
 
+    def end_positions(self, text_BL: Tensor) -> Tensor:
+        """Where each caption ends, [B]."""
+        marks_BL = text_BL if self.end_of_text is None else (text_BL == self.end_of_text).int()
+        return marks_BL.argmax(1)
+
     def observe(self, _module: nn.Module, args: tuple[Tensor, ...]) -> None:
         """Forward pre-hook of the token embedding; args[0] is text_BL."""
         text_BL = args[0]
-        marks_BL = text_BL if self.end_of_text is None else (text_BL == self.end_of_text).int()
-        keep_P = (torch.arange(text_BL.shape[1], device=text_BL.device) <= marks_BL.argmax(1, keepdim=True)).flatten()
+        end_B = self.end_positions(text_BL)
+        keep_P = (torch.arange(text_BL.shape[1], device=text_BL.device) <= end_B[:, None]).flatten()
         self.keep_T = keep_P.nonzero().squeeze(1)
         self.position_P = torch.where(keep_P, keep_P.cumsum(0) - 1, len(self.keep_T))
 
@@ -181,6 +186,8 @@ class Padding:
 
 class MoEFFN(nn.Module):
     """What replaces a block's `mlp`: [B, L, D] -> [B, L, D], text padding left out before the gate.
+
+    Tokens [T, D] without padding (`upcycle_bench.packed`) stay as they are.
 
     `self.moe` is DeepSpeed's MoE; its input [T, D] and its output (y [T, D], l_aux, counts) are what forward hooks see.
     With ep_size > 1 this rank keeps the experts ep_rank * N/ep_size onwards.
@@ -230,11 +237,12 @@ class MoEFFN(nn.Module):
 
     def forward(self, x_BLD: Tensor) -> Tensor:
         x_TD = x_BLD.flatten(0, -2)
-        if self.padding is not None:
-            x_TD = self.padding.compact(x_TD)
+        padding = self.padding if x_BLD.dim() == 3 else None
+        if padding is not None:
+            x_TD = padding.compact(x_TD)
         y_TD, self.l_aux, _ = self.moe(x_TD)
-        if self.padding is not None:
-            y_TD = self.padding.expand(y_TD)
+        if padding is not None:
+            y_TD = padding.expand(y_TD)
         return y_TD.view(x_BLD.shape)
 
 

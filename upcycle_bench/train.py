@@ -21,11 +21,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from upcycle_bench import distributed
+from upcycle_bench import distributed, packed
 from upcycle_bench.data import Batch, PairDataset
 from upcycle_bench.dense import Clip
 from upcycle_bench.moe import MoEFFN, moe_layers
@@ -94,10 +95,16 @@ class _Features(nn.Module):
     def __init__(self, clip: nn.Module, precision: str) -> None:
         super().__init__()
         self.clip, self.precision = clip, precision
+        self.packs = packed.packs(clip)
 
     def forward(self, images: Tensor, texts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        clip: Any = self.clip
         with autocast(images.device, self.precision):
-            image_BD, text_BD, scale = self.clip(images, texts)[:3]
+            if not self.packs:
+                image_BD, text_BD, scale = clip(images, texts)[:3]
+            else:
+                image_BD, scale = clip.encode_image(images, normalize=True), clip.logit_scale.exp()
+                text_BD = F.normalize(packed.encode_text(clip, texts), dim=-1)
         return image_BD.float(), text_BD.float(), scale.float().squeeze()
 
 
