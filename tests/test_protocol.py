@@ -1,18 +1,53 @@
 """Protocols: parsing, overrides, derived values, and that the published ones say where every value comes from."""
 
+from pathlib import Path
+
 import pytest
 from pydantic import ValidationError
 
 from upcycle_bench.errors import UserError
-from upcycle_bench.protocol import flatten, learning_rate, load_protocol
+from upcycle_bench.protocol import Protocol, flatten, learning_rate, load_protocol
 from upcycle_bench.registry import load_registry
 
 PATHS = {name: entry.target for name, entry in load_registry().protocols.items()}
 
 
-def test_the_shipped_protocols() -> None:
-    assert {"smoke", "clip-b32", "clip-b16"} <= set(PATHS)
-    assert load_protocol(PATHS["smoke"]).division == "closed"
+def values(protocol: Protocol) -> dict[str, object]:
+    return flatten(protocol.model_dump(mode="json", exclude={"name", "summary"}))
+
+
+@pytest.mark.parametrize("name", PATHS)
+def test_the_shipped_protocols(name: str) -> None:
+    protocol = load_protocol(PATHS[name])
+    assert (protocol.name, protocol.division) == (name, "closed")
+
+
+def test_which_protocols_ship() -> None:
+    assert {"smoke", "clip-b32", "clip-b16", "lab", "lab-dev", "lab-long", "lab-fp32", "lab-seed1"} <= set(PATHS)
+
+
+def test_lab_and_lab_dev_train_alike() -> None:
+    """So weights trained for one serve the other; only what is scored differs."""
+    lab, dev = load_protocol(PATHS["lab"]), load_protocol(PATHS["lab-dev"])
+    different = {key for key in values(lab) if values(lab)[key] != values(dev)[key]}
+    assert different == {"suites.zero-shot.sets", "suites.zero-shot.primary"}
+    assert not any("test" in name for name in dev.suites["zero-shot"]["sets"])
+    assert not any("dev" in name for name in lab.suites["zero-shot"]["sets"])
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("lab-long", {"dense.schedule.steps": 8000, "train.schedule.steps": 2000}),
+        ("lab-fp32", {"train.schedule.precision": "fp32"}),
+        ("lab-seed1", {"dense.seed": 1}),
+    ],
+)
+def test_variants_of_lab_change_what_they_say(name: str, changes: dict[str, object]) -> None:
+    """Of a dense model of their own also where it comes from: no other one ships."""
+    if any(key.startswith("dense") for key in changes):
+        changes = {**changes, "dense.source": "pretrain", "dense.shipped": ""}
+    assert values(load_protocol(PATHS[name])) == values(load_protocol(PATHS["lab"])) | changes
 
 
 @pytest.mark.parametrize(
@@ -47,8 +82,8 @@ def test_published_values(name: str, dense_batch: int, batch: int, steps: int, c
 @pytest.mark.parametrize("name", ["clip-b32", "clip-b16"])
 def test_every_published_value_names_its_source(name: str) -> None:
     protocol = load_protocol(PATHS[name])
-    values = flatten(protocol.model_dump(mode="json", exclude={"sources", "overrides", "name", "summary"}))
-    assert set(protocol.sources) == set(values)
+    settings = flatten(protocol.model_dump(mode="json", exclude={"sources", "overrides", "name", "summary"}))
+    assert set(protocol.sources) == set(settings) - {"dense.shipped"}  # their checkpoint is given
     assert all(source.startswith(("paper", "ours", "DeepSpeed", "ln 100")) for source in protocol.sources.values())
 
 
@@ -80,6 +115,57 @@ def test_overrides_open_the_division_and_reach_their_place() -> None:
 def test_bad_overrides_are_one_line(override: str, message: str) -> None:
     with pytest.raises(UserError) as caught:
         load_protocol(PATHS["smoke"], [override])
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def beside_smoke(folder: Path, **files: str) -> Path:
+    """A folder with smoke.toml, which names a source for two values, and other protocol files; the last one's path."""
+    smoke = PATHS["smoke"].read_text()
+    (folder / "smoke.toml").write_text(smoke + '[sources]\n"moe.experts" = "theirs"\n"moe.top_k" = "theirs"\n')
+    for name, text in files.items():
+        (folder / f"{name}.toml").write_text(text)
+    return folder / f"{list(files)[-1]}.toml"
+
+
+def test_extends_lays_a_file_over_another(tmp_path: Path) -> None:
+    """Nested values, lists as a whole; a value that is changed loses its source unless it gets a new one."""
+    path = beside_smoke(
+        tmp_path,
+        child='extends = "smoke"\nsummary = "child"\n[moe]\nexperts = 4\n[train.schedule]\nsteps = 7\n',
+        grandchild='extends = "child"\n[suites.zero-shot]\nsets = ["digits-test"]\n[moe]\ntop_k = 1\n'
+        '[sources]\n"moe.top_k" = "ours"\n"train.schedule.steps" = "ours"\n',
+    )
+    protocol, smoke = load_protocol(path), load_protocol(tmp_path / "smoke.toml")
+    assert smoke.sources == {"moe.experts": "theirs", "moe.top_k": "theirs"}
+    assert (protocol.name, protocol.summary, protocol.division) == ("grandchild", "child", "closed")
+    assert protocol.sources == {"moe.top_k": "ours", "train.schedule.steps": "ours"}
+    settings = {key: value for key, value in values(smoke).items() if not key.startswith("sources.")}
+    changes = {"moe.experts": 4, "moe.top_k": 1, "train.schedule.steps": 7, "suites.zero-shot.sets": ["digits-test"]}
+    sources = {f"sources.{key}": value for key, value in protocol.sources.items()}
+    assert values(protocol) == settings | changes | sources
+
+
+def test_overrides_work_on_top_of_extends(tmp_path: Path) -> None:
+    path = beside_smoke(tmp_path, child='extends = "smoke"\n[moe]\nexperts = 4\n')
+    protocol = load_protocol(path, ["moe.experts=2", "threads=2"])
+    assert (protocol.name, protocol.moe.experts, protocol.threads, protocol.division) == ("child", 2, 2, "open")
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"child": 'extends = "nobody"'}, "child.toml: extends = 'nobody', but there is no"),
+        ({"child": "extends = 3"}, "child.toml: extends = 3, but there is no"),
+        ({"child": 'extends = "child"'}, "child.toml: it extends itself, by way of child.toml"),
+        ({"one": 'extends = "two"', "two": 'extends = "one"'}, "two.toml: it extends itself, by way of one.toml"),
+        ({"child": 'extends = "smoke"\nmoe = 3'}, "child: moe: Input should be"),
+        ({"broken": "=", "child": 'extends = "broken"'}, "broken.toml: "),
+    ],
+)
+def test_bad_extends_are_one_line(tmp_path: Path, files: dict[str, str], message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        load_protocol(beside_smoke(tmp_path, **files))
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
 

@@ -169,16 +169,16 @@ def test_class_embeddings_equal_clip_benchmarks(model, root):
     theirs_DC = zeroshot_classification.zero_shot_classifier(
         model, TOKENIZER, list(evalset.classnames), list(evalset.templates), "cpu", amp=False
     )
-    ours = zero_shot.classification_task(evalset, context(model, root, batch_size=7))
+    ours = zero_shot.classification_task(evalset, context(model, root, batch_size=7), {})
     torch.testing.assert_close(ours.gallery_GD, theirs_DC.T, rtol=0, atol=1e-6)
     assert ours.gallery_id_G.tolist() == list(range(10))
 
 
 def test_equal_texts_have_equal_embeddings(model, root):
     texts = [f"the digit {word}" for word in (*digits.WORDS, *digits.WORDS[::-1])]
-    embeddings = zero_shot.encode_texts(texts, "x", context(model, root, batch_size=3))
+    embeddings = zero_shot.encode_texts(texts, "x", context(model, root, batch_size=3), {})
     assert torch.equal(embeddings, embeddings.flip(0))
-    torch.testing.assert_close(embeddings[:10], zero_shot.encode_texts(texts[:10], "x", context(model, root)))
+    torch.testing.assert_close(embeddings[:10], zero_shot.encode_texts(texts[:10], "x", context(model, root), {}))
 
 
 # ---- logit scales ----------------------------------------------------------------------------------------------
@@ -187,7 +187,7 @@ def test_equal_texts_have_equal_embeddings(model, root):
 def mean_log_likelihood(model, root, name: str, scale: float) -> float:
     """Mean over the questions of a set."""
     evalset = evalsets.read(root / name, TRANSFORM, 64)
-    asked = zero_shot.questions(evalset, context(model, root))
+    asked = zero_shot.questions(evalset, context(model, root), {})
     return float(np.mean([judge(q.task, scale, name).log_likelihood_Q.mean() for q in asked]))
 
 

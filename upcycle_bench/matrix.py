@@ -21,12 +21,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from upcycle_bench import costs, display, distributed, engine, record
-from upcycle_bench.cache import cache_root, file_sha256
+from upcycle_bench.cache import file_sha256
 from upcycle_bench.errors import UserError
 from upcycle_bench.plan import Plan
+from upcycle_bench.pretrain import dense_path, load_dense
 from upcycle_bench.progress import Reporter
 from upcycle_bench.registry import Registry
-from upcycle_bench.pretrain import dense_path, load_dense
 from upcycle_bench.run import check_input, run, run_id
 
 Seeds = tuple[int, int]  # initialisation, training

@@ -27,7 +27,7 @@ from upcycle_bench.suite import Suite
 from upcycle_bench.worlds import World, load_world
 
 # Raise it when the same protocol, data and seeds would give other weights: it is part of the training fingerprint.
-NUMERICS = 1
+NUMERICS = 2
 
 # What cannot change the weights, beyond rounding that a resumed or differently logged run does not see.
 _WITHOUT_EFFECT = {"log_every", "checkpoint_every"}
@@ -87,21 +87,13 @@ def make_plan(
     strategy = configure(entry.target, options or {})
     suites = {name: _suite(registry, name, settings) for name, settings in protocol.suites.items()}
     missing = []
-    world, dense_identity, checkpoint = None, None, paths.checkpoint
+    dense_identity, checkpoint = None, paths.checkpoint
     if protocol.data.world == "local":
         if paths.data is None:
             missing.append("--data (webdataset shards to train on)")
         if paths.eval_data is None:
             missing.append("--eval-data (the folder with the evaluation sets)")
-        if paths.data is not None and paths.eval_data is not None:
-            shards = expand_shards(paths.data)
-            world = World("local", shards, paths.eval_data, shards_digest(shards))
-    elif paths.data is not None or paths.eval_data is not None:
-        raise UserError(
-            f"protocol {protocol.name} brings its own data; --data and --eval-data go with clip-b32, clip-b16."
-        )
-    else:
-        world = load_world(protocol.data.world, protocol.data.seed, reporter)
+    world = None if missing else find_world(protocol, paths, reporter)
     if protocol.dense.source == "checkpoint":
         if paths.checkpoint is None:
             missing.append("--checkpoint (the dense open_clip model)")
@@ -138,6 +130,22 @@ def make_plan(
         },
         missing=tuple(missing),
     )
+
+
+def find_world(protocol: Protocol, paths: Paths, reporter: Reporter | None = None) -> World:
+    """The protocol's own world, built first if the cache lacks it, or for local data what `paths` name.
+
+    Local data must be named; their evaluation sets need not be where nothing is evaluated.
+    """
+    if protocol.data.world == "local":
+        assert paths.data is not None
+        shards = expand_shards(paths.data)
+        return World("local", shards, paths.eval_data or Path(), shards_digest(shards))
+    if paths.data is not None or paths.eval_data is not None:
+        raise UserError(
+            f"protocol {protocol.name} brings its own data; --data and --eval-data go with clip-b32, clip-b16."
+        )
+    return load_world(protocol.data.world, protocol.data.seed, reporter)
 
 
 def shipped_checkpoint(protocol: Protocol) -> Path:

@@ -119,7 +119,7 @@ def pretrain(protocol: Protocol, world: World, path: Path, device: torch.device,
 
 
 def export(path: Path, target: Path) -> str:
-    """Write the checkpoint at `path` in half precision to `target`, its .json and .jsonl beside it; returns the sha256."""
+    """Write the checkpoint at `path` in half precision to `target`, .json and .jsonl beside it; returns the sha256."""
     from safetensors.torch import load_file
 
     _write(target, {key: value.half() for key, value in load_file(path).items()})

@@ -4,6 +4,7 @@
     protocol.peak_lr                                        # derived: the dense learning rate at its checkpoint
 
 `[sources]` names, per dotted key, where a value comes from (paper section, or a choice of ours).
+`extends = "other"` takes everything that a file does not say from other.toml beside it.
 """
 
 from __future__ import annotations
@@ -185,19 +186,28 @@ def load_protocol(path: Path, overrides: list[str] | None = None) -> Protocol:
         raise UserError(f"protocol {path.stem}: {error}") from None
 
 
-def _read_tree(path: Path) -> dict[str, Any]:
+def _read_tree(path: Path, children: tuple[Path, ...] = ()) -> dict[str, Any]:
     """The file's tables; with `extends = "other"`, laid over those of the protocol other.toml beside it."""
+    if path.resolve() in children:
+        raise UserError(f"protocol {path}: it extends itself, by way of {children[-1].name}.")
     try:
         tree = tomllib.loads(path.read_text())
     except (OSError, tomllib.TOMLDecodeError) as error:
         raise UserError(f"protocol {path}: {error}") from None
-    parent = tree.pop("extends", None)
-    return tree if parent is None else _laid_over(_read_tree(path.with_name(f"{parent}.toml")), tree)
+    if (parent := tree.pop("extends", None)) is None:
+        return tree
+    beside = path.parent / f"{parent}.toml"
+    if not beside.is_file():
+        raise UserError(f"protocol {path}: extends = {parent!r}, but there is no {beside}.")
+    below = _read_tree(beside, (*children, path.resolve()))
+    for key in flatten(tree):
+        below.get("sources", {}).pop(key, None)  # the value no longer comes from there
+    return _laid_over(below, tree)
 
 
 def _laid_over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    both = {key: _laid_over(below[key], above[key]) for key in above if isinstance(below.get(key), dict)}
-    return below | above | both
+    tables = [key for key in above if isinstance(above[key], dict) and isinstance(below.get(key), dict)]
+    return below | above | {key: _laid_over(below[key], above[key]) for key in tables}
 
 
 def _parse_value(text: str) -> Any:
