@@ -255,7 +255,7 @@ def encode_images(evalset: EvalSet, context: EvalContext) -> tuple[Tensor, list[
 
 
 def encode_texts(texts: list[str], name: str, context: EvalContext, known: dict[str, Tensor]) -> Tensor:
-    """Normalised text embeddings [len(texts), D]; a text is encoded once, into `known`, so that it is equal to the bit."""
+    """Normalised text embeddings [len(texts), D]; a text is encoded once, into `known`, so equal ones tie exactly."""
     unknown_texts = [text for text in dict.fromkeys(texts) if text not in known]
     starts = range(0, len(unknown_texts), context.batch_size)
     for start in context.track(starts, f"{name}: texts"):

@@ -1,6 +1,6 @@
 """CLIP's text tower without its padding, for training: captions are short, and most of a text batch is padding.
 
-    text_BD = encode_text(model, texts_BL)       # model.encode_text to rounding, gradients too; None-safe: `packs(model)`
+    if packs(model): text_BE = encode_text(model, text_BL)       # model.encode_text to rounding, gradients too
 
 Positions behind the end-of-text token cannot influence the text feature (causal attention, pooled at that token). Here
 they are left out of everything but attention, which sees captions padded to the longest of the batch. MoE layers get
@@ -21,7 +21,7 @@ from upcycle_bench.moe import Padding
 
 
 def packs(model: Any) -> bool:
-    """Whether that model's text tower is one that `encode_text` knows: causal, pooled at the end of text, plain blocks."""
+    """Whether `encode_text` knows that model's text tower: causal, pooled at the end of text, plain blocks."""
     blocks = getattr(getattr(model, "transformer", None), "resblocks", [])
     return Padding.of(model) is not None and all(
         isinstance(block.attn, nn.MultiheadAttention) and block.attn.in_proj_bias is not None for block in blocks

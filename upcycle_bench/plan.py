@@ -150,7 +150,7 @@ def find_world(protocol: Protocol, paths: Paths, reporter: Reporter | None = Non
 
 def shipped_checkpoint(protocol: Protocol) -> Path:
     """The checkpoint in the package whose sha256 the protocol names; UserError if it is another or not there."""
-    path = Path(__file__).parent / "models" / f"{protocol.model}.safetensors"
+    path = Path(__file__).parent / "checkpoints" / f"{protocol.model}.safetensors"
     if not path.is_file() or file_sha256(path) != protocol.dense.shipped:
         raise UserError(
             f"protocol {protocol.name}: {path} is not the checkpoint it names (sha256 {protocol.dense.shipped[:16]}); "
