@@ -105,3 +105,20 @@ def test_fingerprint_is_canonical() -> None:
     assert fingerprint({"a": 1, "b": (2, 3)}) == fingerprint({"b": [2, 3], "a": 1})
     with pytest.raises(ValueError, match="Out of range float"):
         fingerprint(float("nan"))
+
+
+def test_a_protocol_gives_a_strategy_its_options_for_the_scale() -> None:
+    protocol = load_protocol(REGISTRY.get("protocol", "clip-b16").target)
+    usual = make_plan(REGISTRY, "cluster-aware", protocol)
+    assert usual.strategy.config()["eesd_weight"] == 0.1
+    assert usual.label == "cluster-aware"
+    other = make_plan(REGISTRY, "cluster-aware", protocol, options={"eesd_weight": "1.0", "tau": "0.8"})
+    assert other.strategy.config()["eesd_weight"] == 1.0
+    assert other.label == "cluster-aware[tau=0.8,eesd_weight=1.0]"
+
+
+def test_a_wrong_option_in_a_protocol_is_one_line() -> None:
+    protocol = load_protocol(REGISTRY.get("protocol", "clip-b16").target)
+    wrong = protocol.model_copy(update={"strategies": {"cluster-aware": {"tou": 1}}})
+    with pytest.raises(UserError, match="tou"):
+        make_plan(REGISTRY, "cluster-aware", wrong)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +84,8 @@ def make_plan(
     """
     paths = paths or Paths()
     entry = registry.get("strategy", strategy_name)
-    strategy = configure(entry.target, options or {})
+    usual = configure(entry.target, protocol.strategies.get(strategy_name, {}))
+    strategy = configure(entry.target, protocol.strategies.get(strategy_name, {}) | (options or {}))
     suites = {name: _suite(registry, name, settings) for name, settings in protocol.suites.items()}
     missing = []
     dense_identity, checkpoint = None, paths.checkpoint
@@ -117,7 +118,7 @@ def make_plan(
         protocol=protocol,
         entry=entry,
         strategy=strategy,
-        label=_label(strategy),
+        label=_label(strategy, usual),
         suites=suites,
         init_seed=init_seed,
         train_seed=train_seed,
@@ -201,12 +202,8 @@ def _suite(registry: Registry, name: str, settings: dict[str, Any]) -> Suite:
     return suite
 
 
-def _label(strategy: Strategy) -> str:
-    """`cluster-aware`, or `cluster-aware[tau=0.8]` where the configuration is not the default one."""
-    changed = []
-    for spec in fields(strategy):  # type: ignore[arg-type]
-        default: Any = getattr(spec.default, "default", spec.default)  # a pydantic Field holds its default
-        value = getattr(strategy, spec.name)
-        if spec.default is MISSING or value != default:
-            changed.append(f"{spec.name}={value}")
+def _label(strategy: Strategy, usual: Strategy) -> str:
+    """`cluster-aware`, or `cluster-aware[tau=0.8]` where the configuration is not the protocol's usual one."""
+    config, defaults = strategy.config(), usual.config()
+    changed = [f"{key}={value}" for key, value in config.items() if value != defaults[key]]
     return strategy.info.name + (f"[{','.join(changed)}]" if changed else "")

@@ -117,6 +117,9 @@ class Protocol(Frozen):
     moe: MoE
     train: Train
     suites: dict[str, dict[str, Any]]
+    strategies: dict[str, dict[str, Any]] = Field(
+        default_factory=dict, description="options of a strategy that depend on the scale, where not its defaults"
+    )
     sources: dict[str, str] = Field(default_factory=dict)
     overrides: tuple[str, ...] = ()
 

@@ -203,7 +203,7 @@ class Strategy(ABC):
         return asdict(self)  # type: ignore[call-overload]
 
 
-def configure(strategy: type[Strategy], options: Mapping[str, str]) -> Strategy:
+def configure(strategy: type[Strategy], options: Mapping[str, Any]) -> Strategy:
     """Make a strategy from command-line options, `--option tau=0.8`.
 
     Raises UserError, one line, for an unknown option or a value that its field refuses.
