@@ -2,12 +2,12 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-EXTRAS ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo gpu,dev || echo cpu,dev)
+EXTRAS ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo gpu,dev || echo cpu,dev)$(shell command -v npm >/dev/null 2>&1 || echo ,npm)
 ARGS ?=
 
 .PHONY: run test lint docs clean
 
-# A GPU machine gets faiss-gpu, any other faiss-cpu (EXTRAS overrides).
+# A GPU machine gets faiss-gpu, any other faiss-cpu; one without npm gets PyPI's (EXTRAS overrides).
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet torch torchvision

@@ -36,6 +36,7 @@ import statistics
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass as plain_dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import numpy as np
@@ -45,7 +46,7 @@ from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from upcycle_bench import evalsets
+from upcycle_bench import evalsets, packed
 from upcycle_bench.errors import UserError, unknown
 from upcycle_bench.evalsets import EvalSet
 from upcycle_bench.hookspecs import hookimpl
@@ -258,9 +259,12 @@ def encode_texts(texts: list[str], name: str, context: EvalContext, known: dict[
     """Normalised text embeddings [len(texts), D]; a text is encoded once, into `known`, so equal ones tie exactly."""
     unknown_texts = [text for text in dict.fromkeys(texts) if text not in known]
     starts = range(0, len(unknown_texts), context.batch_size)
+    # without padding where we can: most prompts are far shorter than the context
+    model: Any = context.model
+    encode = partial(packed.encode_text, model) if packed.packs(model) else model.encode_text
     for start in context.track(starts, f"{name}: texts"):
         batch = unknown_texts[start : start + context.batch_size]
-        text_BD = _embed(context.model.encode_text, context.tokenizer(batch), context)
+        text_BD = _embed(encode, context.tokenizer(batch), context)
         known.update(zip(batch, text_BD, strict=True))
     return _finite(torch.stack([known[text] for text in texts]), name)
 

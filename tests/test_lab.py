@@ -209,13 +209,14 @@ def test_groups_follow_descent_and_pictures(index: list[dict[str, str]]):
     assert group_of == {family: family for family in LICENSED} | {"beta": "alpha", "feather": "lucide", "uim": "uil"}
 
 
-def test_nothing_crosses_by_group_family_or_base_name(index: list[dict[str, str]]):
+def test_nothing_crosses_by_group_family_or_drawing(index: list[dict[str, str]]):
     splits_of: dict[str, set[str]] = defaultdict(set)
     bases: dict[tuple[str, str], set[str]] = defaultdict(set)
     for row in index:
         for key in (row["group"], row["family"]):
             splits_of[key].add(row["split"])
-        bases[row["group"], base_name(row["name"], ("bold",))].add(row["split"].replace("near", "train"))
+        for key in ("drawing", "class"):
+            bases[row["group"], row[key] or row["drawing"]].add(row["split"].replace("near", "train"))
     for group, (split, _) in HELD_OUT.items():
         assert splits_of[group] == {f"{split}-{group}"}
     assert splits_of["uim"] == {"dev-uil"}
@@ -360,7 +361,7 @@ def test_a_held_out_group_that_is_not_there_is_an_error(monkeypatch: pytest.Monk
         lab.tabulate(Icons([lone], pages, np.ones(2, dtype=bool), {}))
 
 
-def test_one_in_33_base_names_is_held_for_each_purpose(monkeypatch: pytest.MonkeyPatch):
+def test_a_share_of_the_drawings_is_held_for_each_purpose(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(lab, "HELD_SHARE", 0.03)
     splits = [lab._split("group", f"name-{n}") for n in range(10_000)]
     # 300 expected of 10,000, standard deviation 17

@@ -164,3 +164,31 @@ def test_caption():
 def test_no_pattern_stands_in_two_lineages():
     patterns = [pattern for patterns in lineage.LINEAGES for pattern in patterns]
     assert len(patterns) == len(set(patterns))
+
+
+def test_drawings_join_what_the_families_of_a_group_call_differently():
+    names = [
+        "badge-check",
+        "badge-check-line",
+        "link",
+        "link-broken",
+        "chart-line",
+        "bell-24-filled",
+        "bell-bold",
+        "line",
+    ]
+    found = lineage.drawings(names, ["broken", "bold"])
+    assert found["badge-check-line"] == found["badge-check"] == "badge-check"
+    assert found["link-broken"] == found["link"] == "link"  # one family of the group declares "broken"
+    assert found["chart-line"] == "chart-line"  # there is no plain chart beside it
+    assert found["bell-24-filled"] == found["bell-bold"] == "bell"
+    assert found["line"] == "line"
+
+
+def test_a_drawing_is_never_finer_than_a_base_name():
+    names = ["star", "star-sharp-line", "star-line", "sharp-star", "star-2", "star-sharp"]
+    found = lineage.drawings(names, ["sharp"])
+    for one in names:
+        for other in names:
+            if base_name(one) == base_name(other):
+                assert found[one] == found[other]

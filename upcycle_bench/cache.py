@@ -2,17 +2,20 @@
 
     path = build_once(cache_root() / "worlds" / "digits-1-seed0", build)      # build(staging: Path) -> None
 
+    with locked(path): ...                              # one process at a time
 What stands at its final name is complete. A crash, Ctrl-C or a lost race leaves at most a hidden `.NAME.*.tmp` folder,
 which nobody ever reads.
 """
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from upcycle_bench.errors import UserError
@@ -34,6 +37,25 @@ def cache_root() -> Path:
     shared = os.environ.get("XDG_CACHE_HOME", "")
     # The XDG specification: a relative path is invalid and is to be ignored.
     return (Path(shared) if os.path.isabs(shared) else Path.home() / ".cache") / "upcycle-bench"
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Let one process at a time work towards `path`: for work so long that two should not both do it.
+
+    Who had to wait must look again whether the work is done. The lock goes with the process, however it ends.
+    """
+    folder = cache_root() / "locks"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / hashlib.sha256(str(path.absolute()).encode()).hexdigest()[:24]).open("w")
+    except OSError as error:
+        raise UserError(
+            f"cannot write to the cache folder {folder}: {error.strerror}; set UPCYCLE_BENCH_CACHE to another one."
+        ) from None
+    with file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def build_once(path: Path, build: Callable[[Path], None]) -> Path:

@@ -194,6 +194,7 @@ def pretrain(
 ) -> None:
     """Train the dense model of a protocol by its recipe, into the cache."""
     from upcycle_bench import distributed, engine
+    from upcycle_bench.cache import locked
     from upcycle_bench.plan import Paths, dense_recipe, find_world
     from upcycle_bench.pretrain import export, recipe_path
     from upcycle_bench.pretrain import pretrain as execute
@@ -213,10 +214,11 @@ def pretrain(
         world = find_world(settings, Paths(data=data), reporter)
         with engine.session(settings.threads) as device:
             path = recipe_path(dense_recipe(settings, world))
-            # The metrics are written last.
-            there = distributed.from_main(path.is_file() and path.with_suffix(".jsonl").is_file())
-            if not there:
-                execute(settings, world, path, device, reporter)
+            with locked(path) if distributed.is_main() else contextlib.nullcontext():
+                # The metrics are written last.
+                there = distributed.from_main(path.is_file() and path.with_suffix(".jsonl").is_file())
+                if not there:
+                    execute(settings, world, path, device, reporter)
     if _is_main():
         half = export(path, output) if output else None
         display.show_dense(path, not there, output, half, as_json)

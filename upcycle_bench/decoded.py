@@ -3,12 +3,14 @@
     found = decoded(pairs)          # built into the cache at the first call, for data sets of at most 4 GiB
     found.images[index], found.texts(index, choose)
 
-Reading a PNG and a caption costs more than a small model's step. The arrays are keyed by the shards' content, the model
-(its size and tokenizer) and the version of Pillow; several processes share them.
+Reading a PNG and a caption costs more than a small model's step. The arrays are keyed by the shards' content, the
+model's name and configuration and the versions of what decodes; several processes share them.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,7 +24,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from upcycle_bench.cache import build_once, cache_root
+from upcycle_bench.cache import build_once, cache_root, locked
+from upcycle_bench.dense import model_config
 
 if TYPE_CHECKING:
     from upcycle_bench.data import PairDataset
@@ -57,15 +60,16 @@ def decoded(shards_digest: str, model: str, make: Callable[[], PairDataset]) -> 
 
     `make()` reads the shards and is called only if the cache has nothing.
     """
-    import hashlib
-
-    what = f"{VERSION} {shards_digest} {model} {metadata.version('pillow')}"
+    versions = [metadata.version(name) for name in ("pillow", "torchvision", "open_clip_torch")]
+    what = json.dumps([VERSION, shards_digest, model, model_config(model), versions], sort_keys=True)
     folder = cache_root() / "decoded" / hashlib.sha256(what.encode()).hexdigest()[:24]
     if not folder.is_dir():
-        pairs = make()
-        if pairs.read(0).nbytes * len(pairs) > LIMIT:
-            return None
-        build_once(folder, partial(_build, pairs=pairs))
+        with locked(folder):  # two runs side by side would both do it
+            if not folder.is_dir():
+                pairs = make()
+                if pairs.read(0).nbytes * len(pairs) > LIMIT:
+                    return None
+                build_once(folder, partial(_build, pairs=pairs))
     arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("images", "tokens")}
     return Decoded(**arrays, first=np.load(folder / "first.npy"))
 

@@ -9,6 +9,7 @@ Beside every pre-trained checkpoint stands a .json of the same name: recipe, las
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor
 
 from upcycle_bench import distributed, environment
-from upcycle_bench.cache import cache_root, file_sha256
+from upcycle_bench.cache import cache_root, file_sha256, locked
 from upcycle_bench.costs import Meter
 from upcycle_bench.data import PairDataset
 from upcycle_bench.dense import Clip, create_clip
@@ -46,9 +47,11 @@ def recipe_path(recipe: str) -> Path:
 def load_dense(plan: Plan, device: torch.device, reporter: Reporter) -> tuple[Clip, str]:
     """The dense model and its checkpoint's sha256; trained first if the protocol says so and the cache has none."""
     path = dense_path(plan)
-    if plan.checkpoint is None and not distributed.from_main(path.is_file()):
-        assert plan.world is not None
-        pretrain(plan.protocol, plan.world, path, device, reporter)
+    if plan.checkpoint is None:
+        with locked(path) if distributed.is_main() else contextlib.nullcontext():
+            if not distributed.from_main(path.is_file()):
+                assert plan.world is not None
+                pretrain(plan.protocol, plan.world, path, device, reporter)
     digest = distributed.from_main(file_sha256(path) if distributed.is_main() else "")
     # Other ranks may not see the file: DeepSpeed broadcasts rank 0's weights when training starts.
     patch_dropout = plan.protocol.train.schedule.patch_dropout

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from upcycle_bench import distributed, engine, environment, record, trained, weights
-from upcycle_bench.cache import cache_root, file_sha256
+from upcycle_bench.cache import cache_root, file_sha256, locked
 from upcycle_bench.calibration import calibrate
 from upcycle_bench.costs import Meter, Phase, parameter_counts
 from upcycle_bench.data import PairDataset
@@ -56,7 +56,7 @@ def run(plan: Plan, results: Path, reporter: Reporter, *, fresh: bool = False) -
         try:
             dense, state.dense = load_dense(plan, device, reporter)
             data = training_data(plan, dense, plan.protocol.train.schedule)
-            with work_folder(plan, state.dense) as work:
+            with work_folder(plan, trained.key(run_id(plan, state.dense), device), fresh) as work:
                 if fresh or not reuse(state, state.dense):
                     model, state.receipt = initialise(plan, dense, data, state.meter, reporter)
                     state.progress = train_model(plan, model, data, work, state.meter, reporter)
@@ -270,21 +270,28 @@ def _check_writable(results: Path) -> None:
 
 
 @contextlib.contextmanager
-def work_folder(plan: Plan, dense_digest: str) -> Iterator[Path]:
-    """Where checkpoints and metrics live while the run goes on; kept after an interruption if there is a checkpoint."""
-    path = cache_root() / "runs" / run_id(plan, dense_digest)
-    resumable = plan.protocol.train.checkpoint_every > 0
-    if not resumable:
+def work_folder(plan: Plan, key: str, fresh: bool = False) -> Iterator[Path]:
+    """Where checkpoints and metrics live while the run goes on; kept after an interruption if there is a checkpoint.
+
+    It is this process's own: another one with the same training (`lab` and `lab-dev` share theirs) waits until it is
+    through, and then finds it trained. `fresh` forgets an interrupted run.
+    """
+    path = cache_root() / "runs" / key
+    if plan.protocol.train.checkpoint_every == 0:
         path = path.with_name(f"{path.name}-{distributed.from_main(os.getpid())}")
-    path.mkdir(parents=True, exist_ok=True)
-    try:
-        yield path
-    except BaseException:
-        if not (path / "checkpoints" / "latest").is_file() and distributed.is_main():
+    with locked(path) if distributed.is_main() else contextlib.nullcontext():
+        if fresh and distributed.is_main():
             shutil.rmtree(path, ignore_errors=True)
-        raise
-    if distributed.is_main():
-        shutil.rmtree(path, ignore_errors=True)
+        distributed.barrier()
+        path.mkdir(parents=True, exist_ok=True)
+        try:
+            yield path
+        except BaseException:
+            if not (path / "checkpoints" / "latest").is_file() and distributed.is_main():
+                shutil.rmtree(path, ignore_errors=True)
+            raise
+        if distributed.is_main():
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def run_id(plan: Plan, dense_digest: str) -> str:

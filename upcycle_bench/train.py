@@ -11,6 +11,7 @@ import contextlib
 import io
 import json
 import math
+import os
 import shutil
 import sys
 import time
@@ -310,15 +311,17 @@ class _MetricsFile:
     """Appends JSON lines; on resuming, drops the lines that stand past the checkpoint."""
 
     def __init__(self, path: Path | None, step: int) -> None:
-        self.path, self.lines = path, []
-        if path is not None and path.is_file() and step:
-            self.lines = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= step]
+        self.path = path
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            before = path.read_text().splitlines() if path.is_file() and step else []
+            kept = path.with_name(f".{path.name}")
+            kept.write_text("".join(line + "\n" for line in before if json.loads(line)["step"] <= step))
+            os.replace(kept, path)
 
     def __enter__(self) -> _MetricsFile:
         if self.path is not None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.file = self.path.open("w")
-            self.file.writelines(line + "\n" for line in self.lines)
+            self.file = self.path.open("a")
         return self
 
     def write(self, metrics: Mapping[str, float]) -> None:

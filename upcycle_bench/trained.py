@@ -42,7 +42,7 @@ class Trained(Part):
 
 def key(run_id: str, device: torch.device) -> str:
     """Name of a training: other libraries or other hardware would round otherwise, so they have keys of their own."""
-    versions = [environment.installed_version(name) for name in ("torch", "deepspeed")]
+    versions = [environment.installed_version(name) for name in environment.PACKAGES if name != "upcycle-bench"]
     return fingerprint([run_id, versions, device.type, environment.device_name(device.type)])
 
 

@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from upcycle_bench.cache import build_once, cache_root
+from upcycle_bench.cache import build_once, cache_root, locked
 from upcycle_bench.errors import UserError
 from upcycle_bench.evalsets import png, write_classification, write_retrieval, write_shard
 from upcycle_bench.progress import Reporter
@@ -43,7 +43,7 @@ from upcycle_bench.worlds.icons import VERSION as ICONS_VERSION
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-VERSION = 1  # raise it when the same icons would give other files
+VERSION = 2  # raise it when the same icons would give other files
 SHARDS = 16
 HELD_OUT = {  # group -> split, and how it is drawn
     "iconoir": ("dev", "outline"),
@@ -59,7 +59,7 @@ HELD_OUT = {  # group -> split, and how it is drawn
     "pepicons": ("test", "hand-drawn, print"),
     "openmoji": ("test", "colour emoji"),
 }
-HELD_SHARE = 0.03  # of (group, base name) for validation, and again for the temperature
+HELD_SHARE = 0.048  # of (group, drawing) for validation, and again for the temperature
 NEAR = 12.0  # root-mean-square difference in grey levels up to which two images are the same drawing to the eye
 BLANK = 8  # an image whose grey levels span no more shows nothing
 CLASS_GROUPS = 20
@@ -75,7 +75,8 @@ class Table:
     family: list[str]
     group: list[str]
     name: list[str]
-    base: list[str]
+    base: list[str]  # without style, as the family itself would take it off: what may be a class
+    drawing: list[str]  # coarser: what must not cross the split
     category: list[str]
     caption: list[str]
     split: np.ndarray  # object: train, near, validation, temperature, dev-GROUP, test-GROUP
@@ -86,7 +87,10 @@ def load(seed: int, reporter: Reporter) -> World:
     if seed:
         raise UserError(f"data.seed {seed}: the lab has one split, data.seed = 0.")
     folder = cache_root() / "worlds" / f"lab-{VERSION}"
-    return open_world("lab", build_once(folder, partial(build, reporter=reporter)))
+    if not folder.is_dir():
+        with locked(folder):  # the ranks of one machine all come here
+            build_once(folder, partial(build, reporter=reporter))
+    return open_world("lab", folder)
 
 
 def build(folder: Path, reporter: Reporter) -> None:
@@ -123,30 +127,40 @@ def tabulate(icons: Icons) -> tuple[Table, int]:
     group_of = lineage.group_families(pictures)
     if missing := HELD_OUT.keys() - set(group_of.values()):
         raise AssertionError(f"held-out groups that the lineages do not make: {sorted(missing)}")
-    table = Table(np.flatnonzero(shows_N), [], [], [], [], [], [], np.empty(int(shows_N.sum()), dtype=object))
-    share: dict[tuple[str, str], str] = {}
+    table = Table(np.flatnonzero(shows_N), [], [], [], [], [], [], [], np.empty(int(shows_N.sum()), dtype=object))
+    drawing_of = _drawings(icons, group_of, shows_N)
     for family in icons.families:
         group = group_of[family.prefix]
         for number, (name, category) in enumerate(zip(family.names, family.categories, strict=True)):
             if not shows_N[family.start + number]:
                 continue
-            base = lineage.base_name(name, family.styles)
-            if (group, base) not in share:
-                share[group, base] = _split(group, base)
-            table.split[len(table.name)] = share[group, base]
+            drawing = drawing_of[group][name]
+            table.split[len(table.name)] = _split(group, drawing)
             table.family.append(family.prefix)
             table.group.append(group)
             table.name.append(name)
-            table.base.append(base)
+            table.base.append(lineage.base_name(name, family.styles))
+            table.drawing.append(drawing)
             table.category.append(category)
             table.caption.append(lineage.caption(name))
     return table, int((icons.readable & ~shows_N).sum())
 
 
-def _split(group: str, base: str) -> str:
+def _drawings(icons: Icons, group_of: dict[str, str], shows_N: np.ndarray) -> dict[str, dict[str, str]]:
+    """Group -> name -> drawing."""
+    names: dict[str, set[str]] = defaultdict(set)
+    styles: dict[str, set[str]] = defaultdict(set)
+    for family in icons.families:
+        shown = shows_N[family.start : family.start + len(family.names)]
+        names[group_of[family.prefix]].update(name for name, ok in zip(family.names, shown, strict=True) if ok)
+        styles[group_of[family.prefix]].update(family.styles)
+    return {group: lineage.drawings(names[group], styles[group]) for group in names}
+
+
+def _split(group: str, drawing: str) -> str:
     if group in HELD_OUT:
         return f"{HELD_OUT[group][0]}-{group}"
-    place = Stream(("world", "lab", "split", group, base)).seed() / 2**63
+    place = Stream(("world", "lab", "split", group, drawing)).seed() / 2**63
     return "validation" if place < HELD_SHARE else "temperature" if place < 2 * HELD_SHARE else "train"
 
 
@@ -234,11 +248,11 @@ def one_of_each(table: Table, rows: np.ndarray, drawing: np.ndarray) -> Iterator
 
 
 def write_index(path: Path, table: Table, classes: set[str]) -> None:
-    """One line an icon: split, group, family, name, caption, category, class (empty: none)."""
-    columns = (table.split, table.group, table.family, table.name, table.caption, table.category, table.base)
+    """One line an icon: split, group, family, name, drawing, caption, category, class (empty: none)."""
+    columns = (table.split, table.group, table.family, table.name, table.drawing, table.caption, table.category)
     with path.open("w", encoding="utf-8", newline="\n") as file:
-        file.write("split\tgroup\tfamily\tname\tcaption\tcategory\tclass\n")
-        for *fields, base in zip(*columns, strict=True):
+        file.write("split\tgroup\tfamily\tname\tdrawing\tcaption\tcategory\tclass\n")
+        for *fields, base in zip(*columns, table.base, strict=True):
             file.write("\t".join([*fields, base if base in classes else ""]) + "\n")
 
 

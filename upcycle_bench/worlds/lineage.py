@@ -41,6 +41,10 @@ OVERLAP = 0.05  # two families with more pixel-equal images than this share of t
 STYLES = frozenset(
     ["outline", "outlined", "fill", "filled", "solid", "linear", "duotone", "twotone", "rounded", "sharp"]
 )
+# Words that may say how an icon is drawn, where the group also draws it without.
+SIBLINGS = frozenset(
+    "line bold light thin regular broken duo alt variant round color colour flat stroke".split()  # noqa: SIM905
+)
 TONES = "medium-light|medium-dark|light|medium|dark"
 
 
@@ -109,6 +113,25 @@ def base_name(name: str, declared: Iterable[str] = ()) -> str:
     while len(words) > 1 and words[0] in styles:
         words.pop(0)
     return "-".join(words)
+
+
+def drawings(names: Iterable[str], declared: Iterable[str]) -> dict[str, str]:
+    """What each name of a group is a drawing of, coarser than `base_name`: all that may be one drawing has one key.
+
+    `declared` are the style affixes of all the group's families, which use each other's undeclared. A `SIBLINGS` word
+    comes off where the group has the name without it: "badge-check-line" is "badge-check" beside it.
+    """
+    affixes = set(declared)
+    words = SIBLINGS.union(*(affix.split("-") for affix in affixes))
+    keys = {name: base_name(name, affixes) for name in names}
+    bases = set(keys.values())
+    for name, key in keys.items():
+        bare, _, last = key.rpartition("-")
+        while last in words and bare in bases:
+            key = bare
+            bare, _, last = key.rpartition("-")
+        keys[name] = key
+    return keys
 
 
 def caption(name: str) -> str:
