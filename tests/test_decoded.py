@@ -137,9 +137,9 @@ def test_the_key_follows_the_shards_the_model_and_pillow(
     assert len(list(cache.iterdir())) == 2
     pixels = from_shards([shard], clip, monkeypatch)
     assert changed._decoded is not None and np.array_equal(changed._decoded.images[3], pixels.read(3))
-    assert decoded("digest", "model", lambda: pixels) is not None
-    assert decoded("digest", "other model", lambda: pixels) is not None
+    assert decoded("digest", "smoke-vit", lambda: pixels) is not None
+    assert decoded("digest", "lab-vit", lambda: pixels) is not None
     assert len(list(cache.iterdir())) == 4
     monkeypatch.setattr(module.metadata, "version", lambda name: "0.0")
-    assert decoded("digest", "model", lambda: pixels) is not None
+    assert decoded("digest", "smoke-vit", lambda: pixels) is not None
     assert len(list(cache.iterdir())) == 5

@@ -220,7 +220,7 @@ def test_nothing_crosses_by_group_family_or_drawing(index: list[dict[str, str]])
     for group, (split, _) in HELD_OUT.items():
         assert splits_of[group] == {f"{split}-{group}"}
     assert splits_of["uim"] == {"dev-uil"}
-    assert all(splits_of[family] <= {"train", "near", "validation", "temperature"} for family in TRAINING)
+    assert all(splits_of[family] <= {"train", "near", "variant", "validation", "temperature"} for family in TRAINING)
     assert all(len(splits) == 1 for splits in bases.values())
 
 
@@ -367,3 +367,13 @@ def test_a_share_of_the_drawings_is_held_for_each_purpose(monkeypatch: pytest.Mo
     # 300 expected of 10,000, standard deviation 17
     assert all(abs(splits.count(split) - 300) < 85 for split in ("validation", "temperature"))
     assert set(splits) == {"train", "validation", "temperature"}
+
+
+def test_what_is_named_like_a_training_icon_leaves_evaluation():
+    names = ["add", "add-line", "bell-duo", "bell-duo-line", "cat", "cat-line", "dog-house", "dog"]
+    splits = ["train", "validation", "temperature", "near", "validation", "validation", "train", "validation"]
+    columns = [["g"] * len(names), ["g"] * len(names), names, names, names, [""] * len(names), names]
+    table = lab.Table(np.arange(len(names)), *columns, np.array(splits, dtype=object))
+    lab.drop_variants(table)
+    changed = ["train", "variant", "variant", "near", "validation", "validation", "train", "validation"]
+    assert table.split.tolist() == changed  # "house" is no style

@@ -152,21 +152,23 @@ def test_no_family_or_group_crosses(index: list[dict[str, str]]):
         if group in lab.HELD_OUT:
             assert splits == {f"{lab.HELD_OUT[group][0]}-{group}"}
         else:
-            assert splits <= {"train", "near", "validation", "temperature"}
+            assert splits <= {"train", "near", "variant", "validation", "temperature"}
     assert lab.HELD_OUT.keys() <= splits_of.keys()
 
 
 def test_no_drawing_of_a_group_crosses(index: list[dict[str, str]]):
     splits_of: dict[tuple[str, str], set[str]] = defaultdict(set)
     for row in index:
-        splits_of[row["group"], row["drawing"]].add(row["split"].replace("near", "train"))
+        if row["split"] != "variant":
+            splits_of[row["group"], row["drawing"]].add(row["split"].replace("near", "train"))
     assert [key for key, splits in splits_of.items() if len(splits) > 1] == []
 
 
 @pytest.mark.parametrize("word", ["line", "outline", "fill", "filled", "solid", "bold", "light", "thin", "20-filled"])
 def test_a_name_and_its_variant_are_on_one_side(index: list[dict[str, str]], word: str):
     """Told from the names alone, without the functions that made the split."""
-    split_of = {(row["group"], row["name"]): row["split"].replace("near", "train") for row in index}
+    kept = [row for row in index if row["split"] != "variant"]
+    split_of = {(row["group"], row["name"]): row["split"].replace("near", "train") for row in kept}
     pairs = [
         (name, split, split_of[group, f"{name}-{word}"])
         for (group, name), split in split_of.items()
@@ -197,10 +199,11 @@ def test_the_manifest_counts_what_the_index_lists(manifest: dict[str, Any], inde
     listed = {split: count for split, count in manifest["counts"].items() if not split.startswith("set ")}
     assert listed == counts
     assert manifest["removed"]["near-identical to an evaluation image"] == counts["near"]
+    assert manifest["removed"]["named like a training icon but for one style word"] == counts["variant"] < 100
     assert manifest["counts"]["set train"] == counts["train"] >= 200_000
     assert min(counts["validation"], counts["temperature"]) >= 16_000
     assert manifest["classes"] == len({row["class"] for row in index} - {""})
-    for split in counts.keys() - {"train", "near"}:
+    for split in counts.keys() - {"train", "near", "variant"}:
         labelled = sum(row["split"] == split and row["class"] != "" for row in index)
         assert manifest["counts"][f"set {split}"] == labelled
         assert 0 < manifest["counts"][f"set {split}-retrieval"] <= counts[split]

@@ -7,7 +7,8 @@ A pair is an icon (32 x 32 RGB, dark on white unless it has colours) and its nam
 each other are one group (`worlds/lineage.py`). Twelve groups are held out whole: the `dev` shifts are for decisions,
 the `test` shifts for reports. Of all other groups, one in 33 (group, base name) pairs is held for validation and
 another for fitting the temperature, so that sizes and fill variants of one drawing stay together. Whatever then looks
-like an evaluation image (`NEAR` grey levels root mean square, `worlds/near.py`) leaves training.
+like an evaluation image (`NEAR` grey levels root mean square, `worlds/near.py`) leaves training, and what is named like a training
+icon but for one style word leaves evaluation.
 
     eval/{validation,temperature,dev-GROUP,test-GROUP}             classification into concepts
     eval/{validation,temperature,dev-GROUP,test-GROUP}-retrieval   one image for each caption and each drawing
@@ -43,7 +44,7 @@ from upcycle_bench.worlds.icons import VERSION as ICONS_VERSION
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-VERSION = 2  # raise it when the same icons would give other files
+VERSION = 3  # raise it when the same icons would give other files
 SHARDS = 16
 HELD_OUT = {  # group -> split, and how it is drawn
     "iconoir": ("dev", "outline"),
@@ -79,7 +80,7 @@ class Table:
     drawing: list[str]  # coarser: what must not cross the split
     category: list[str]
     caption: list[str]
-    split: np.ndarray  # object: train, near, validation, temperature, dev-GROUP, test-GROUP
+    split: np.ndarray  # object: train, near, variant, validation, temperature, dev-GROUP, test-GROUP
 
 
 def load(seed: int, reporter: Reporter) -> World:
@@ -102,6 +103,7 @@ def build(folder: Path, reporter: Reporter) -> None:
         table, blank = tabulate(icons)
     with reporter.task("looking for near-identical images"):
         pairs = separate(table, icons.images)
+        drop_variants(table)
     classes = concepts(table)
     counts = write_training(folder, table, icons.images, reporter)
     with reporter.task("writing evaluation sets"):
@@ -177,6 +179,22 @@ def separate(table: Table, images: np.ndarray) -> np.ndarray:
     return pairs
 
 
+def drop_variants(table: Table) -> None:
+    """Move evaluation icons to the split `variant` whose name is a training icon's with, or without, one more style word.
+
+    Drawings do not cross, but what families leave undeclared can hide one: "add-duotone-line" beside "add-duotone".
+    """
+    row_of = {(group, name): row for row, (group, name) in enumerate(zip(table.group, table.name, strict=True))}
+    trained = np.isin(table.split, ["train", "near"])
+    dropped = []
+    for (group, name), row in row_of.items():
+        bare, _, last = name.rpartition("-")
+        other = row_of.get((group, bare), row)
+        if last in lineage.STYLES | lineage.SIBLINGS and trained[row] != trained[other]:
+            dropped.append(row if trained[other] else other)
+    table.split[dropped] = "variant"
+
+
 def concepts(table: Table) -> list[str]:
     """The classes, sorted: base names drawn by at least `CLASS_GROUPS` groups, at least two letters long."""
     groups: dict[str, set[str]] = defaultdict(set)
@@ -220,7 +238,7 @@ def write_evaluation(
     classnames = [lineage.caption(name) for name in classes]
     trained = {caption for caption, split in zip(table.caption, table.split, strict=True) if split == "train"}
     counts = {}
-    for split in sorted(set(table.split) - {"train", "near"}):
+    for split in sorted(set(table.split) - {"train", "near", "variant"}):
         rows = np.flatnonzero(table.split == split)
         known = [row for row in rows if table.base[row] in label_of]
         labelled = ((_picture(images[table.rows[row]]), label_of[table.base[row]]) for row in known)
@@ -299,6 +317,7 @@ def facts(icons: Icons, table: Table, blank: int, counts: dict[str, int], classe
             "unreadable": int((~icons.readable).sum()),
             "blank": blank,
             "near-identical to an evaluation image": int((table.split == "near").sum()),
+            "named like a training icon but for one style word": int((table.split == "variant").sum()),
         },
         "classes": len(classes),
         "groups": groups,
