@@ -168,10 +168,10 @@ def test_no_drawing_of_a_group_crosses(index: list[dict[str, str]]):
 def test_a_name_and_its_variant_are_on_one_side(index: list[dict[str, str]], word: str):
     """Told from the names alone, without the functions that made the split."""
     kept = [row for row in index if row["split"] != "variant"]
-    split_of = {(row["group"], row["name"]): row["split"].replace("near", "train") for row in kept}
+    split_of = {(row["group"], row["name"]): row["split"] in ("train", "near") for row in kept}
     pairs = [
-        (name, split, split_of[group, f"{name}-{word}"])
-        for (group, name), split in split_of.items()
+        (name, trained, split_of[group, f"{name}-{word}"])
+        for (group, name), trained in split_of.items()
         if (group, f"{name}-{word}") in split_of
     ]
     assert len(pairs) > 50

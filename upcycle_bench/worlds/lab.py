@@ -4,11 +4,11 @@
     upcycle-bench data build lab            # the same from the command line
 
 A pair is an icon (32 x 32 RGB, dark on white unless it has colours) and its name in words. Families that descend from
-each other are one group (`worlds/lineage.py`). Twelve groups are held out whole: the `dev` shifts are for decisions,
-the `test` shifts for reports. Of all other groups, one in 33 (group, base name) pairs is held for validation and
-another for fitting the temperature, so that sizes and fill variants of one drawing stay together. Whatever then looks
-like an evaluation image (`NEAR` grey levels root mean square, `worlds/near.py`) leaves training, and what is named like a training
-icon but for one style word leaves evaluation.
+each other are one group (`worlds/lineage.py`). Twelve groups are held out whole: the `dev` shifts are for decisions, the
+`test` shifts for reports. Of all other groups, one in 21 pairs (group, drawing) is held for validation and another for
+fitting the temperature; a drawing is a name without style and size, so variants stay together. Whatever then looks like
+an evaluation image (`NEAR` grey levels root mean square, `worlds/near.py`) leaves training, and what is named like a
+training icon but for one style word leaves evaluation.
 
     eval/{validation,temperature,dev-GROUP,test-GROUP}             classification into concepts
     eval/{validation,temperature,dev-GROUP,test-GROUP}-retrieval   one image for each caption and each drawing
@@ -180,7 +180,7 @@ def separate(table: Table, images: np.ndarray) -> np.ndarray:
 
 
 def drop_variants(table: Table) -> None:
-    """Move evaluation icons to the split `variant` whose name is a training icon's with, or without, one more style word.
+    """Move evaluation icons to the split `variant` whose name is a training icon's with or without a style word.
 
     Drawings do not cross, but what families leave undeclared can hide one: "add-duotone-line" beside "add-duotone".
     """
