@@ -4,7 +4,7 @@
     upcycle-bench data build lab            # the same from the command line
 
 A pair is an icon (32 x 32 RGB, dark on white unless it has colours) and its name in words. Families that descend from
-each other are one group (`worlds/lineage.py`). Twelve groups are held out whole: the `dev` shifts are for decisions, the
+each other are one group (`worlds/lineage.py`). Twelve groups are held out whole: the `dev` shifts for decisions, the
 `test` shifts for reports. Of all other groups, one in 21 pairs (group, drawing) is held for validation and another for
 fitting the temperature; a drawing is a name without style and size, so variants stay together. Whatever then looks like
 an evaluation image (`NEAR` grey levels root mean square, `worlds/near.py`) leaves training, and what is named like a
