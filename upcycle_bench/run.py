@@ -5,7 +5,6 @@ with reporter: path = run(plan, results=Path("results"), reporter=reporter)
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import inspect
 import json
@@ -23,7 +22,7 @@ import torch
 from torch import Tensor
 
 from upcycle_bench import distributed, engine, environment, record, trained, weights
-from upcycle_bench.cache import cache_root, file_sha256, locked
+from upcycle_bench.cache import cache_root, file_sha256
 from upcycle_bench.calibration import calibrate
 from upcycle_bench.costs import Meter, Phase, parameter_counts
 from upcycle_bench.data import PairDataset
@@ -56,13 +55,15 @@ def run(plan: Plan, results: Path, reporter: Reporter, *, fresh: bool = False) -
         try:
             dense, state.dense = load_dense(plan, device, reporter)
             data = training_data(plan, dense, plan.protocol.train.schedule)
-            with work_folder(plan, trained.key(run_id(plan, state.dense), device), fresh) as work:
-                if fresh or not reuse(state, state.dense):
+            resumable = plan.protocol.train.checkpoint_every > 0
+            key = trained.key(run_id(plan, state.dense), device)
+            with trained.work_folder(key, resumable, fresh) as work:
+                if fresh or not reuse(state, key):
                     model, state.receipt = initialise(plan, dense, data, state.meter, reporter)
                     state.progress = train_model(plan, model, data, work, state.meter, reporter)
                     state.weights = weights.save(model, plan.protocol.moe, cache_root() / "weights")
                     state.final = whole_model(plan, model, state.weights)
-                    keep(state, model, dense, work)
+                    keep(state, key, model, dense, work)
                 if distributed.is_main():
                     assert state.final is not None
                     outcome = evaluate(plan, state.final, state.meter, reporter)
@@ -218,7 +219,7 @@ def whole_model(plan: Plan, model: Clip, digest: str) -> Clip:
     return weights.load(cache_root() / "weights" / f"{digest}.safetensors")
 
 
-def keep(state: _State, model: Clip, dense: Clip, work: Path) -> None:
+def keep(state: _State, key: str, model: Clip, dense: Clip, work: Path) -> None:
     """Store the finished training: evaluated here or not, it need not be done again."""
     state.metrics = work / "metrics.jsonl"
     if not (state.plan.strategy.trains and trained.can_be_rebuilt(model.model, dense.model) and distributed.is_main()):
@@ -233,15 +234,14 @@ def keep(state: _State, model: Clip, dense: Clip, work: Path) -> None:
         "time": _now(),
     }
     facts = trained.Trained.model_validate_json(json.dumps(tree, allow_nan=False))
-    trained.keep(trained.key(run_id(state.plan, state.dense or ""), state.meter.device), facts, state.metrics)
+    trained.keep(key, facts, state.metrics)
 
 
-def reuse(state: _State, dense_digest: str) -> bool:
+def reuse(state: _State, key: str) -> bool:
     """Take the weights of an earlier run of the same plan; False, on every rank, if the cache has none that are whole.
 
     It wins over an interrupted run's checkpoints: it is the same training, finished.
     """
-    key = trained.key(run_id(state.plan, dense_digest), state.meter.device)
     found = trained.find(key) if distributed.is_main() else None
     if found is not None:
         facts, state.final = found
@@ -267,31 +267,6 @@ def _check_writable(results: Path) -> None:
         parent = parent.parent
     if not (parent.is_dir() and os.access(parent, os.W_OK)):
         raise UserError(f"--results {results}: {parent} is not a folder that can be written; choose another.")
-
-
-@contextlib.contextmanager
-def work_folder(plan: Plan, key: str, fresh: bool = False) -> Iterator[Path]:
-    """Where checkpoints and metrics live while the run goes on; kept after an interruption if there is a checkpoint.
-
-    It is this process's own: another one with the same training (`lab` and `lab-dev` share theirs) waits until it is
-    through, and then finds it trained. `fresh` forgets an interrupted run.
-    """
-    path = cache_root() / "runs" / key
-    if plan.protocol.train.checkpoint_every == 0:
-        path = path.with_name(f"{path.name}-{distributed.from_main(os.getpid())}")
-    with locked(path) if distributed.is_main() else contextlib.nullcontext():
-        if fresh and distributed.is_main():
-            shutil.rmtree(path, ignore_errors=True)
-        distributed.barrier()
-        path.mkdir(parents=True, exist_ok=True)
-        try:
-            yield path
-        except BaseException:
-            if not (path / "checkpoints" / "latest").is_file() and distributed.is_main():
-                shutil.rmtree(path, ignore_errors=True)
-            raise
-        if distributed.is_main():
-            shutil.rmtree(path, ignore_errors=True)
 
 
 def run_id(plan: Plan, dense_digest: str) -> str:

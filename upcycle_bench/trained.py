@@ -10,7 +10,10 @@ damaged since is not found, which costs a training and is never an error.
 
 from __future__ import annotations
 
+import contextlib
 import os
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +22,7 @@ from pydantic import JsonValue
 from torch import nn
 
 from upcycle_bench import distributed, environment, weights
-from upcycle_bench.cache import cache_root, file_sha256
+from upcycle_bench.cache import cache_root, file_sha256, locked
 from upcycle_bench.dense import Clip
 from upcycle_bench.errors import UserError
 from upcycle_bench.moe import moe_layers
@@ -70,6 +73,31 @@ def find(key: str) -> tuple[Trained, Clip] | None:
         return facts, weights.load(path)
     except (OSError, ValueError, UserError):  # missing; not ours to read; another version's
         return None
+
+
+@contextlib.contextmanager
+def work_folder(key: str, resumable: bool, fresh: bool = False) -> Iterator[Path]:
+    """Where checkpoints and metrics live while a training goes on; kept after an interruption if there is a checkpoint.
+
+    It is this process's own: another one with the same training (`lab` and `lab-dev` share theirs) waits until it is
+    through, and then finds it trained. `fresh` forgets an interrupted run.
+    """
+    path = cache_root() / "runs" / key
+    if not resumable:
+        path = path.with_name(f"{path.name}-{distributed.from_main(os.getpid())}")
+    with locked(path) if distributed.is_main() else contextlib.nullcontext():
+        if fresh and distributed.is_main():
+            shutil.rmtree(path, ignore_errors=True)
+        distributed.barrier()
+        path.mkdir(parents=True, exist_ok=True)
+        try:
+            yield path
+        except BaseException:
+            if not (path / "checkpoints" / "latest").is_file() and distributed.is_main():
+                shutil.rmtree(path, ignore_errors=True)
+            raise
+        if distributed.is_main():
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def can_be_rebuilt(model: nn.Module, dense: Any) -> bool:
