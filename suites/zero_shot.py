@@ -51,9 +51,8 @@ from upcycle_bench.errors import UserError, unknown
 from upcycle_bench.evalsets import EvalSet
 from upcycle_bench.hookspecs import hookimpl
 from upcycle_bench.scoring import Judged, Task, chance_at_k, fit_scale, judge
-from upcycle_bench.suite import EvalContext, Score, Suite, SuiteInfo, SuiteResult
+from upcycle_bench.suite import AVERAGE, EvalContext, Score, Suite, SuiteInfo, SuiteResult
 
-AVERAGE = "average"  # the dataset of means over primary sets
 TOP_K = {"classification": {1: "acc1", 5: "acc5"}, "retrieval": {1: "recall@1", 5: "recall@5"}}
 CLASSIFICATION = ("log_likelihood", "acc1", "acc5", "mean_per_class_recall")
 RETRIEVAL = tuple(

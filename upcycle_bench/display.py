@@ -65,9 +65,12 @@ def _plain(value: Any) -> str:
 
 
 def show_record(made: Record, path: Path) -> None:
-    """Scores and cost of a run, and where its files are."""
+    """Scores and cost of a run, and where its files are; of a suite with averages these only, without strata."""
+    from upcycle_bench.suite import AVERAGE
+
     assert made.cost is not None
     several = len({score.suite for score in made.scores}) > 1
+    averaged = {score.suite for score in made.scores if score.dataset == AVERAGE}
     scores = [
         {
             **({"suite": score.suite} if several else {}),
@@ -78,9 +81,13 @@ def show_record(made: Record, path: Path) -> None:
             "n": f"{score.samples:,}",
         }
         for score in made.scores
+        if score.suite not in averaged or (score.dataset == AVERAGE and "[" not in score.metric)
     ]
     seeds = made.seeds
     table(f"{made.strategy.label}, protocol {made.protocol.name}, seeds {seeds.init} and {seeds.train}", scores)
+    primaries = sum(score.primary for score in made.scores)
+    rest = f"; all {len(made.scores)} scores, strata included, stand in the record" if averaged else ""
+    print(f"primary: {made.primary:.4f}" + (f", the mean of {primaries} scores" if primaries > 1 else "") + rest)
     cost = made.cost
     parts = [f"{name} {phase.seconds:.1f} s" for name, phase in cost.phases.items()]
     parts.append(f"{cost.parameters_total:,} parameters, {cost.parameters_active:,} active")
@@ -193,11 +200,13 @@ def show_outcomes(outcomes: Sequence[Outcome], as_json: bool) -> None:
             "seed": outcome.cell.seed,
             "primary": "failed" if row["primary"] is None else f"{row['primary']:.4f}",
             "train s": "" if row["train_seconds"] is None else f"{row['train_seconds']:.1f}",
-            "record or reason": row["reason"] or row["record"] or "",
+            "status": row["status"],
         }
         for row, outcome in zip(rows, outcomes, strict=True)
     ]
     table(f"protocol {outcomes[0].cell.plan.protocol.name}", shown)
+    for row, outcome in zip(rows, outcomes, strict=True):  # whole, so that they can be copied
+        print(f"{row['strategy']}, seed {outcome.cell.seed}: {row['reason'] or row['record'] or ''}")
 
 
 def _identity(cell: Cell) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from upcycle_bench.errors import UserError, unknown
 from upcycle_bench.record import Record, ScoreRecord
+from upcycle_bench.suite import AVERAGE
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
 FORMATS = ("terminal", "md", "csv", "json")
 BASELINES = ("sparse-upcycling", "dense")  # differences are to the first of these that has a successful run
 SHOWN = re.compile(r"acc1|(.*_)?(recall|r)@1", re.IGNORECASE)  # metrics in tables for people; csv and json have all
-AVERAGE = "average"  # the dataset of a suite's means over sets: where it is, tables for people leave the sets out
 NOTES = (
     "± is the half width of a 95 % Student-t confidence interval over n training seeds (several initialisations of one "
     "training seed are averaged first). Over few seeds such an interval is wide; over one (n=1) there is none.",

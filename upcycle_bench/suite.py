@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from torch import nn
 
 
+AVERAGE = "average"  # the dataset of a suite's means over sets: where it is, tables for people leave the sets out
+
+
 @dataclass(frozen=True, kw_only=True)
 class SuiteInfo:
     """What a suite is. `version` is part of its fingerprint: raise it when the same weights would score otherwise."""

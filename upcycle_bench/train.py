@@ -360,4 +360,7 @@ def _resume(engine: Any, extra: ExtraLoss | None, job: Job) -> Progress:
     if extra is not None:
         path = job.checkpoints / (job.checkpoints / "latest").read_text().strip()
         extra.load_state_dict(torch.load(path / f"loss_rank{distributed.rank()}.pt", weights_only=True))
-    return Progress(**state["progress"])
+    progress = Progress(**state["progress"])
+    if distributed.is_main():
+        print(f"an interrupted training goes on from step {progress.step}", file=sys.stderr)
+    return progress
