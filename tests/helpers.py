@@ -1,4 +1,4 @@
-"""A tiny CLIP, data for it, and a strategy's work on it by the steps of `upcycle_bench.run.make_experts`.
+"""A tiny CLIP, data for it, and a strategy's work on it by the steps of `upcycle_bench.initialise.make_experts`.
 
 Shape suffixes: B batch, L sequence, T tokens, D width, H hidden width, N experts.
 """
@@ -119,7 +119,7 @@ def initialise(
     moe: MoE | None = None,
     arrange: Callable[[list[Layer]], list[Layer]] = list,
 ) -> Initialised:
-    """`run.make_experts` on tiny data; `arrange` changes the order in which layers are visited, not the result's."""
+    """`make_experts` on tiny data; `arrange` changes the order in which layers are visited, not the result's."""
     layers = find_layers(clip.model, moe or tiny_moe())
     root = Stream(("strategy", strategy.info.name, seed))
     ffns = {layer.name: FFN.of(clip.model.get_submodule(layer.mlp_path)) for layer in layers}

@@ -14,7 +14,6 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, get_args
 
 import numpy as np
@@ -33,10 +32,10 @@ from tests.helpers import (
     upcycled,
 )
 from upcycle_bench.errors import UserError
+from upcycle_bench.initialise import make_experts
 from upcycle_bench.moe import moe_layers
 from upcycle_bench.registry import load_registry
 from upcycle_bench.rng import Stream
-from upcycle_bench.run import make_experts
 from upcycle_bench.strategy import Status, Strategy, StrategyInfo, configure
 
 REGISTRY = load_registry()
@@ -171,9 +170,12 @@ def test_helper_walks_the_path_of_a_run(strategy: Strategy) -> None:
     if not strategy.replaces_ffn:  # run.initialise hands the dense model on
         assert upcycled(strategy, clip, 0) is clip
         return
-    plan: Any = SimpleNamespace(strategy=strategy, init_seed=0, protocol=SimpleNamespace(moe=tiny_moe()))
-    data: Any = TinyPairs(clip)
-    inits = make_experts(plan, clip, data, torch.device("cpu"))
+
+    def inputs(pairs: int) -> Iterator[tuple[Tensor, Tensor]]:
+        for batch in TinyPairs(clip).calibration(Stream(("calibration", 0)), pairs, 256):
+            yield clip.normalise(batch.images), batch.texts
+
+    inits = make_experts(strategy, clip.model, tiny_moe(), 0, inputs)
     ours = initialise(strategy, clip, seed=0)
     assert list(inits) == list(ours.inits)
     assert equal(tensors(ours), tensors(replace(ours, inits=inits)))

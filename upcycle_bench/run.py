@@ -8,7 +8,6 @@ from __future__ import annotations
 import copy
 import inspect
 import json
-import math
 import os
 import shutil
 import sys
@@ -23,19 +22,19 @@ from torch import Tensor
 
 from upcycle_bench import distributed, engine, environment, record, trained, weights
 from upcycle_bench.cache import cache_root, file_sha256
-from upcycle_bench.calibration import calibrate
 from upcycle_bench.costs import Meter, Phase, parameter_counts
 from upcycle_bench.data import PairDataset
 from upcycle_bench.dense import Clip
 from upcycle_bench.diagnostics import diagnose
-from upcycle_bench.errors import PluginError, UserError
+from upcycle_bench.errors import UserError
+from upcycle_bench.initialise import CalibrationSource, make_experts
 from upcycle_bench.plan import Plan, fingerprint
 from upcycle_bench.pretrain import load_dense, training_data
 from upcycle_bench.progress import Reporter
 from upcycle_bench.rng import Stream
-from upcycle_bench.strategy import FFN, LayerInit
+from upcycle_bench.strategy import LayerInit
 from upcycle_bench.suite import EvalContext, SuiteResult
-from upcycle_bench.surgery import find_layers, upcycle
+from upcycle_bench.surgery import upcycle
 from upcycle_bench.train import COUNTING_RULE, Job, Progress, train
 
 DIAGNOSED_PAIRS = 256
@@ -109,7 +108,9 @@ def initialise(
     receipt = None
     if distributed.is_main():
         with meter.phase("upcycle", count=True), reporter.task(f"initialising {plan.label}"):
-            inits = make_experts(plan, dense, data, meter.device)
+            inits = make_experts(
+                plan.strategy, dense.model, moe, plan.init_seed, _calibration(plan, dense, data, meter.device)
+            )
         whole = upcycle(dense.model, inits, moe.model_copy(update={"ep_size": 1}))
         receipt = diagnose(whole, dense.model, _sample(dense, data, meter.device))
         for name, init in inits.items():
@@ -124,35 +125,6 @@ def initialise(
         inits = distributed.from_main(box[0])
     model = upcycle(dense.model, inits, moe)
     return replace(dense, model=model.to(meter.device)), receipt
-
-
-def make_experts(plan: Plan, dense: Clip, data: PairDataset, device: torch.device) -> dict[str, LayerInit]:
-    """The strategy's experts and router for every layer, by layer name."""
-    strategy = plan.strategy
-    root = Stream(("strategy", strategy.info.name, plan.init_seed))
-    layers = find_layers(dense.model, plan.protocol.moe)
-    ffns = {layer.name: FFN.of(dense.model.get_submodule(layer.mlp_path)) for layer in layers}
-    calibrators = {}
-    if strategy.calibration_pairs:
-        for layer in layers:
-            calibrators[layer.name] = strategy.calibrator(
-                ffns[layer.name], layer, root.child(layer.name, "calibration")
-            )
-        sample = Stream(("calibration", plan.init_seed))
-        batches = data.calibration(sample, strategy.calibration_pairs, CALIBRATION_BATCH)
-        calibrate(dense.model, layers, calibrators, _inputs(dense, batches, device))
-    inits = {}
-    for layer in layers:
-        ffn = ffns[layer.name]
-        versions = [tensor._version for tensor in (ffn.w1_HD, ffn.b1_H, ffn.w2_DH, ffn.b2_D)]
-        init = strategy.init_layer(ffn, layer, calibrators.get(layer.name), root.child(layer.name))
-        if versions != [tensor._version for tensor in (ffn.w1_HD, ffn.b1_H, ffn.w2_DH, ffn.b2_D)]:
-            raise PluginError(f"{plan.label}: {layer.name}: init_layer changed the dense FFN in place; work on copies")
-        notes = {name: float(value) for name, value in init.notes.items()}
-        if not all(map(math.isfinite, notes.values())):
-            raise PluginError(f"{plan.label}: {layer.name}: a note is not a finite number: {notes}")
-        inits[layer.name] = replace(init, notes=notes)
-    return inits
 
 
 def train_model(
@@ -201,6 +173,14 @@ def evaluate(plan: Plan, final: Clip, meter: Meter, reporter: Reporter) -> dict[
 def diagnostics(final: Clip, dense: Clip, data: PairDataset, device: torch.device) -> dict[str, Any]:
     """The receipt's numbers again, after training."""
     return diagnose(final.model, dense.model, _sample(dense, data, device))
+
+
+def _calibration(plan: Plan, dense: Clip, data: PairDataset, device: torch.device) -> CalibrationSource:
+    def inputs(pairs: int) -> Iterator[tuple[Tensor, Tensor]]:
+        sample = Stream(("calibration", plan.init_seed))
+        return _inputs(dense, data.calibration(sample, pairs, CALIBRATION_BATCH), device)
+
+    return inputs
 
 
 def _sample(dense: Clip, data: PairDataset, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
