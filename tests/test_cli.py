@@ -68,7 +68,7 @@ def test_list_as_json_is_one_document() -> None:
         (["run", "-s", "dense", "-p", "clip-b32"], "protocol clip-b32 needs --data"),
         (["run", "-s", "sparse-upcycling", "-p", "smoke", "--set", "moe.ep_size=2"], "torchrun --nproc_per_node 2"),
         (["run", "-s", "dense,cluster-awre"], "unknown strategy 'cluster-awre': did you mean 'cluster-aware'?"),
-        (["run", "-s", "dense,all"], "unknown strategy 'all'"),
+        (["run", "-s", "dense,all"], "'all' stands alone"),
         (["run", "-s", "dense,dense"], "--strategy names dense twice"),
         (["run", "-s", "all", "-o", "tau=0.8"], "--option belongs to one strategy"),
         (["run", "-s", "dense", "--seeds", "2", "--init-seed", "0", "--train-seed", "0"], "leaves nothing to vary"),
@@ -78,7 +78,7 @@ def test_list_as_json_is_one_document() -> None:
         (["pretrain", "-p", "clip-b32"], "protocol clip-b32 has no data of its own; give --data"),
         (["pretrain", "-p", "smoke", "--data", "x"], "protocol smoke brings its own data"),
         (["pretrain", "-p", "smoke", "--output", "model.pt"], "give a file name that ends in .safetensors"),
-        (["pretrain", "-p", "smoke", "--output", "no/m.safetensors"], "no is not a folder that can be written"),
+        (["pretrain", "-p", "smoke", "--output", "no/m.safetensors"], "no is not a folder; make it"),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(tmp_path: Path, arguments: list[str], message: str) -> None:
@@ -217,7 +217,7 @@ def test_pretrain(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 
 
 @pytest.mark.parametrize(
-    ("every", "message"), [("1", "the same command goes on from the last checkpoint"), ("0", "nothing was written")]
+    ("every", "message"), [("1", "the same command goes on from the last checkpoint"), ("0", "no record was written")]
 )
 def test_an_interrupted_pretraining(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], every: str, message: str

@@ -78,7 +78,13 @@ def test_strategy_names(text: str, names: list[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "message"), [("dense,mved", "did you mean 'moved'"), ("dense,", "unknown"), ("dense,dense", "twice")]
+    ("text", "message"),
+    [
+        ("dense,mved", "did you mean 'moved'"),
+        ("dense,", "unknown"),
+        ("dense,dense", "twice"),
+        ("all,dense", "stands alone"),
+    ],
 )
 def test_bad_strategy_names(text: str, message: str) -> None:
     with pytest.raises(UserError, match=message):

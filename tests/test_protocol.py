@@ -99,7 +99,8 @@ def test_overrides_open_the_division_and_reach_their_place() -> None:
     ("override", "message"),
     [
         ("moe.expert=4", "did you mean 'moe.experts'"),
-        ("moe.expert=4", "train.schedule.steps"),  # names the valid keys
+        ("moe.expert=4", "There are 4"),  # too many to name beside a near match
+        ("xyzzy=4", "train.schedule.steps"),  # without one, the valid keys
         ("moe.experts=four", "moe.experts: Input should be a valid integer (got 'four')"),
         ("moe.experts=4.0", "moe.experts: Input should be a valid integer"),
         ("moe.experts=1", "moe.experts: Input should be greater than or equal to 2"),

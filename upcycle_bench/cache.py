@@ -3,6 +3,7 @@
     path = build_once(cache_root() / "worlds" / "digits-1-seed0", build)      # build(staging: Path) -> None
 
     with locked(path): ...                              # one process at a time
+
 What stands at its final name is complete. A crash, Ctrl-C or a lost race leaves at most a hidden `.NAME.*.tmp` folder,
 which nobody ever reads.
 """
@@ -19,6 +20,17 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from upcycle_bench.errors import UserError
+
+
+def require_writable(folder: Path, option: str) -> None:
+    """UserError unless `folder` (or, while it does not exist, the nearest folder above it) takes files."""
+    parent = folder.absolute()
+    while not parent.exists():
+        parent = parent.parent
+    try:  # os.access allows root everything, a file system without writing such as /proc included
+        tempfile.TemporaryFile(dir=parent).close()
+    except OSError:
+        raise UserError(f"{option} {folder}: {parent} is not a folder that can be written; choose another.") from None
 
 
 def file_sha256(path: Path) -> str:

@@ -311,7 +311,7 @@ def _interruptible(then: str) -> Iterator[None]:
 
 def _resumption(protocol: Protocol) -> str:
     resumes = protocol.train.checkpoint_every > 0
-    return "the same command goes on from the last checkpoint" if resumes else "nothing was written"
+    return "the same command goes on from the last checkpoint" if resumes else "no record was written"
 
 
 def _reporter() -> Reporter:
@@ -338,8 +338,11 @@ def _check_output(output: Path) -> None:
     """UserError now rather than after the training."""
     if output.suffix != ".safetensors":
         raise UserError(f"--output {output}: give a file name that ends in .safetensors.")
-    if not os.access(output.absolute().parent, os.W_OK):
-        raise UserError(f"--output {output}: {output.absolute().parent} is not a folder that can be written.")
+    if not output.absolute().parent.is_dir():
+        raise UserError(f"--output {output}: {output.absolute().parent} is not a folder; make it, or choose another.")
+    from upcycle_bench.cache import require_writable
+
+    require_writable(output.absolute().parent, "--output")
 
 
 def _is_main() -> bool:

@@ -2,6 +2,7 @@
 
 import difflib
 from collections.abc import Iterable
+from typing import Any
 
 
 class UserError(Exception):
@@ -19,9 +20,16 @@ def unknown(kind: str, name: str, known: Iterable[str], hint: str = "") -> UserE
     guess = f": did you mean {' or '.join(repr(n) for n in near)}?" if near else "."
     there = (
         f"There are {len(known)}."
-        if len(known) > 80
+        if len(known) > (15 if near else 80)
         else f"There are: {', '.join(known)}."
         if known
         else "There is none."
     )
     return UserError(" ".join(filter(None, [f"unknown {kind} {name!r}{guess}", there, hint])))
+
+
+def first_problem(error: Any) -> tuple[str, str]:
+    """(dotted place or "", what is wrong and what was given) of a pydantic ValidationError's first problem."""
+    first = error.errors()[0]
+    given = f" (got {first['input']!r})" if isinstance(first["input"], str | int | float) else ""
+    return ".".join(map(str, first["loc"])), f"{first['msg'].removeprefix('Value error, ')}{given}"

@@ -68,6 +68,8 @@ def strategy_names(registry: Registry, text: str) -> list[str]:
         strategies = registry.strategies
         return sorted(strategies, key=lambda name: (strategies[name].target.info.status != "control", name))
     names = [name.strip() for name in text.split(",")]
+    if "all" in names:
+        raise UserError(f"--strategy {text}: 'all' stands alone; it names every strategy.")
     for name in names:
         registry.get("strategy", name)
         if names.count(name) > 1:

@@ -18,7 +18,7 @@ from upcycle_bench import distributed, engine, evalsets
 from upcycle_bench.cache import file_sha256
 from upcycle_bench.data import expand_shards, shards_digest
 from upcycle_bench.dense import model_config
-from upcycle_bench.errors import UserError, unknown
+from upcycle_bench.errors import UserError, first_problem, unknown
 from upcycle_bench.progress import Reporter
 from upcycle_bench.protocol import Protocol
 from upcycle_bench.registry import Entry, Registry
@@ -195,10 +195,8 @@ def _suite(registry: Registry, name: str, settings: dict[str, Any]) -> Suite:
             **{key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()}
         )
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in (name, *first["loc"]))
-        given = f" (got {first['input']!r})" if isinstance(first["input"], str | int | float) else ""
-        raise UserError(f"protocol: suites.{where}: {first['msg']}{given}.") from None
+        where, what = first_problem(error)
+        raise UserError(f"protocol: suites.{'.'.join(filter(None, (name, where)))}: {what}.") from None
     return suite
 
 

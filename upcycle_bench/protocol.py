@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from upcycle_bench.errors import UserError, unknown
+from upcycle_bench.errors import UserError, first_problem, unknown
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -181,10 +181,8 @@ def load_protocol(path: Path, overrides: list[str] | None = None) -> Protocol:
     try:
         return Protocol.model_validate_json(json.dumps(tree))
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or path.stem
-        given = "" if isinstance(first["input"], dict) else f" (got {first['input']!r})"
-        raise UserError(f"protocol {path.stem}: {where}: {first['msg']}{given}.") from None
+        where, what = first_problem(error)
+        raise UserError(f"protocol {path.stem}: {where or path.stem}: {what}.") from None
     except ValueError as error:  # json cannot write nan, inf
         raise UserError(f"protocol {path.stem}: {error}") from None
 

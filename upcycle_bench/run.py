@@ -8,7 +8,6 @@ from __future__ import annotations
 import copy
 import inspect
 import json
-import os
 import shutil
 import sys
 from collections.abc import Iterable, Iterator, Mapping
@@ -21,7 +20,7 @@ import torch
 from torch import Tensor
 
 from upcycle_bench import distributed, engine, environment, record, trained, weights
-from upcycle_bench.cache import cache_root, file_sha256
+from upcycle_bench.cache import cache_root, file_sha256, require_writable
 from upcycle_bench.costs import Meter, Phase, parameter_counts
 from upcycle_bench.data import PairDataset
 from upcycle_bench.dense import Clip
@@ -237,16 +236,8 @@ def check_input(plan: Plan, results: Path) -> None:
     """UserError for what is wrong with any strategy: paths not given, a folder that cannot be written, ranks."""
     if plan.missing:
         raise UserError(f"protocol {plan.protocol.name} needs {', '.join(plan.missing)}.")
-    _check_writable(results)
+    require_writable(results, "--results")
     engine.check_world(plan.protocol.train.schedule.batch_size, plan.protocol.moe.ep_size)
-
-
-def _check_writable(results: Path) -> None:
-    parent = results.absolute()
-    while not parent.exists():
-        parent = parent.parent
-    if not (parent.is_dir() and os.access(parent, os.W_OK)):
-        raise UserError(f"--results {results}: {parent} is not a folder that can be written; choose another.")
 
 
 def run_id(plan: Plan, dense_digest: str) -> str:

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, get_args
 import torch
 from torch import Tensor, nn
 
-from upcycle_bench.errors import PluginError, UserError, unknown
+from upcycle_bench.errors import PluginError, UserError, first_problem, unknown
 from upcycle_bench.rng import Stream
 
 if TYPE_CHECKING:
@@ -217,10 +217,8 @@ def configure(strategy: type[Strategy], options: Mapping[str, Any]) -> Strategy:
     try:
         return strategy(**options)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "configuration"
-        given = f" (got {first['input']!r})" if isinstance(first["input"], str | int | float) else ""
-        raise UserError(f"{strategy.info.name}: {where}: {first['msg']}{given}.") from None
+        where, what = first_problem(error)
+        raise UserError(f"{strategy.info.name}: {where or 'configuration'}: {what}.") from None
 
 
 def random_router(ffn: FFN, layer: Layer, rng: Stream, init: RouterInit = "deepspeed") -> Tensor:
