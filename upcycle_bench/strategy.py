@@ -176,7 +176,8 @@ class Strategy(ABC):
     info: ClassVar[StrategyInfo]
     replaces_ffn: ClassVar[bool] = True  # False: the model stays dense (controls)
     trains: ClassVar[bool] = True  # False: no training after initialisation (controls)
-    preserves_function: ClassVar[bool] = False  # MoE(x) = FFN(x) at step 0 with unlimited capacity
+    # MoE(x) = FFN(x) at step 0 with unlimited capacity, in the default configuration (options may give it up).
+    preserves_function: ClassVar[bool] = False
 
     def check(self) -> None:  # noqa: B027  (optional)
         """Raise UserError for what this machine lacks, before anything runs."""

@@ -1,0 +1,187 @@
+"""Drop-SVD, a baseline of cluster-aware upcycling (Chu et al., CVPR 2026, arXiv:2604.13508, supplement A).
+
+Every expert keeps the strong part of each weight matrix's spectrum and gets new singular vectors for the weak part:
+with W = U diag(s) V^T and c kept of R components,
+
+    W_e = U_c diag(s_c) V_c^T + U'_t diag(s_t) V'_t^T
+
+where U'_t and V'_t are random, orthonormal and at right angles to what is kept. Singular values are those of W. Biases
+are copied, the router is random.
+
+The paper gives one sentence ("reinitializes only the singular vectors corresponding to the lowest 25% of the
+spectrum") and no code; the rest is our choice, listed in `info.reconstructed`. Of a tall matrix the right vectors that
+are dropped fill all that the kept ones leave, so V'_t is V_t turned, while U'_t is mostly new; of a wide one the
+sides change places.
+
+Shape suffixes: O outputs, I inputs, R components (min(O, I)), t those of them that are drawn anew, c those kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass as plain_dataclass
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import torch
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+from torch import Tensor
+
+from upcycle_bench.errors import UserError
+from upcycle_bench.hookspecs import hookimpl
+from upcycle_bench.rng import Stream
+from upcycle_bench.strategy import FFN, Layer, LayerInit, RouterInit, Strategy, StrategyInfo, random_router
+
+Vectors = Literal["orthonormal", "gaussian"]
+DEFAULT_FRACTION = 0.25
+
+
+@dataclass(frozen=True, kw_only=True)
+class DropSVD(Strategy):
+    """Copies of the FFN whose weakest singular vectors are drawn anew, a random router."""
+
+    info: ClassVar[StrategyInfo] = StrategyInfo(
+        name="drop-svd",
+        summary="copies of the FFN with the weakest quarter of the singular vectors drawn anew (reconstructed)",
+        paper="baseline of Chu et al., Cluster-aware Upcycling, CVPR 2026, arXiv:2604.13508, supplement A",
+        url="https://arxiv.org/abs/2604.13508",
+        status="reconstructed",
+        reconstructed=(
+            "the lowest 25% of the spectrum: a quarter of the singular values by number (option `energy_fraction`: "
+            "by energy)",
+            "new vectors: random, orthonormal, at right angles to the kept ones, singular values kept "
+            "(option `vectors`)",
+            "both linears, each expert and matrix with draws of its own; biases copied; router random",
+        ),
+    )
+    preserves_function: ClassVar[bool] = False
+
+    fraction: float = Field(
+        default=DEFAULT_FRACTION,
+        ge=0,
+        le=1,
+        description="share of the singular values, by number, whose vectors are drawn anew",
+    )
+    energy_fraction: float | None = Field(
+        default=None,
+        ge=0,
+        le=1,
+        description="in place of `fraction`: draw anew the longest tail that holds at most this share of sum s^2",
+    )
+    vectors: Vectors = Field(
+        default="orthonormal",
+        description="gaussian: normal numbers with the mean and standard deviation of the dropped vectors' numbers",
+    )
+    router_init: RouterInit = "deepspeed"
+
+    def __post_init__(self) -> None:
+        if self.energy_fraction is not None and self.fraction != DEFAULT_FRACTION:
+            raise UserError("drop-svd: fraction and energy_fraction exclude each other; give one of them.")
+
+    def init_layer(self, ffn: FFN, layer: Layer, calibration: Any, rng: Stream) -> LayerInit:
+        with _one_thread():
+            first, second = self._split(ffn.w1_HD), self._split(ffn.w2_DH)
+            experts = []
+            for number in range(layer.num_experts):
+                stream = rng.child("expert", number)
+                w1_HD = self._redrawn(first, stream.child("w1"))
+                w2_DH = self._redrawn(second, stream.child("w2"))
+                experts.append(ffn.expert(w1_HD=w1_HD, w2_DH=w2_DH))
+        return LayerInit(
+            experts,
+            random_router(ffn, layer, rng, self.router_init),
+            {
+                "redrawn_vectors_w1": len(first.s_t),
+                "redrawn_vectors_w2": len(second.s_t),
+                "redrawn_energy_w1": first.energy,
+                "redrawn_energy_w2": second.energy,
+            },
+        )
+
+    def _split(self, weight_OI: Tensor) -> _Spectrum:
+        """The spectrum of a matrix, which all experts share, cut where this configuration says; float64 on the CPU."""
+        weight_OI = weight_OI.double().cpu()
+        u_OR, s_R, v_IR = _svd(weight_OI)
+        squares_R = s_R.numpy()[::-1] ** 2  # weakest first
+        tail_R = np.cumsum(squares_R)  # numpy, because torch's sums depend on the number of threads
+        if self.energy_fraction is None:
+            dropped = int(self.fraction * len(s_R))
+        else:
+            dropped = int((tail_R <= self.energy_fraction * tail_R[-1]).sum())
+        kept = len(s_R) - dropped
+        u_Ot, s_t, v_It = u_OR[:, kept:], s_R[kept:], v_IR[:, kept:]
+        energy = float(tail_R[dropped - 1] / tail_R[-1]) if dropped and tail_R[-1] > 0 else 0.0
+        base_OI = weight_OI - (u_Ot * s_t) @ v_It.T  # to the bit W where nothing is dropped
+        return _Spectrum(base_OI, u_OR[:, :kept], v_IR[:, :kept], u_Ot, s_t, v_It, energy)
+
+    def _redrawn(self, spectrum: _Spectrum, rng: Stream) -> Tensor:
+        """W_e [O, I]."""
+        left, right = rng.child("left"), rng.child("right")
+        if self.vectors == "orthonormal":
+            u_Ot = _orthonormal(spectrum.u_Oc, len(spectrum.s_t), left)
+            v_It = _orthonormal(spectrum.v_Ic, len(spectrum.s_t), right)
+        else:
+            u_Ot, v_It = _alike(spectrum.u_Ot, left), _alike(spectrum.v_It, right)
+        return spectrum.base_OI + (u_Ot * spectrum.s_t) @ v_It.T
+
+
+@plain_dataclass(frozen=True)
+class _Spectrum:
+    """A matrix without its weakest components, and those; float64."""
+
+    base_OI: Tensor
+    u_Oc: Tensor
+    v_Ic: Tensor
+    u_Ot: Tensor
+    s_t: Tensor
+    v_It: Tensor
+    energy: float  # share of sum s^2 in s_t
+
+
+def _svd(weight_OI: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """U [O, R], s [R] descending, V [I, R]; each left vector's largest entry is positive."""
+    u_OR, s_R, vt_RI = torch.linalg.svd(weight_OI, full_matrices=False)
+    sign_R = torch.sign(u_OR.gather(0, u_OR.abs().argmax(0, keepdim=True)))[0]
+    return u_OR * sign_R, s_R, vt_RI.T * sign_R
+
+
+def _orthonormal(kept_Oc: Tensor, count: int, rng: Stream) -> Tensor:
+    """Random orthonormal columns [O, count] at right angles to the orthonormal `kept_Oc`, uniformly distributed.
+
+    Normal numbers less their projection, orthonormalised with a positive diagonal of R, as Gram and Schmidt do, so
+    that LAPACK's signs do not matter; all that twice, because one pass leaves what rounding lets through.
+    """
+    shape = (len(kept_Oc), count)
+    z_Ot = torch.randn(shape, generator=rng.generator(), dtype=torch.float64)
+    for _ in range(2):
+        z_Ot = z_Ot - kept_Oc @ (kept_Oc.T @ z_Ot)
+        q_Ot, r_tt = torch.linalg.qr(z_Ot)
+        z_Ot = q_Ot * torch.sign(r_tt.diagonal())
+    return z_Ot
+
+
+def _alike(block: Tensor, rng: Stream) -> Tensor:
+    """Normal draws with the block's mean and standard deviation (n - 1); fewer than two numbers stay as they are."""
+    if block.numel() < 2:
+        return block
+    numbers = block.numpy()
+    mean, std = float(numbers.mean()), float(numbers.std(ddof=1))
+    return mean + std * torch.randn(block.shape, generator=rng.generator(), dtype=torch.float64)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """LAPACK and matrix products add up in another order with another number of threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@hookimpl
+def register_strategies() -> list[type[Strategy]]:
+    return [DropSVD]
