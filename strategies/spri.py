@@ -184,7 +184,7 @@ def _kept(s_K: Tensor, fraction: float, by: str) -> int:
 def _deal(count: int, hands: int, partition: str, rng: Stream) -> list[Tensor]:
     """`count` components, in descending order, into `hands` disjoint groups whose sizes differ by one at most."""
     if partition == "interleaved":
-        return [torch.arange(first, count, hands) for first in range(hands)]
+        return [torch.arange(count)[first::hands] for first in range(hands)]
     order = torch.arange(count) if partition == "contiguous" else torch.randperm(count, generator=rng.generator())
     return [group.sort().values for group in order.tensor_split(hands)]
 
