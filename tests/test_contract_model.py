@@ -14,12 +14,13 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from tests.helpers import contrastive_loss, equal, features, threads, tiny_batches, tiny_clip, tiny_moe, upcycled
-from upcycle_bench import weights
+from upcycle_bench import trained, weights
 from upcycle_bench.dense import Clip
 from upcycle_bench.moe import moe_layers
 from upcycle_bench.registry import load_registry
 from upcycle_bench.rng import Stream
 from upcycle_bench.strategy import ExtraLoss, Strategy, configure
+from upcycle_bench.surgery import merge
 
 REGISTRY = load_registry()
 
@@ -141,6 +142,28 @@ def count_hooks(model: nn.Module) -> int:
     return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())
 
 
+def test_merged_experts_compute_the_same_and_stand_alone(strategy: Strategy) -> None:
+    clip = tiny_clip(torch.float64)
+    batch = tiny_batches(clip, seed=5)[0]
+    model = upcycled(strategy, clip, seed=0).model
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for layer in moe_layers(model).values():  # as training would leave them
+            for parameter in layer.experts.parameters():
+                parameter += 0.05 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+    expected = features(model, *batch)
+    before = [expert for layer in moe_layers(model).values() for expert in layer.experts]
+    marks = [(p.allreduce, p.group_name) for layer in moe_layers(model).values() for p in layer.experts.parameters()]
+    merge(model)
+    assert_close(features(model, *batch), expected, rtol=1e-10, atol=1e-10)
+    experts = [parameter for layer in moe_layers(model).values() for parameter in layer.experts.parameters()]
+    assert {(p.allreduce, p.group_name) for p in experts} == set(marks)
+    assert len({p.untyped_storage().data_ptr() for p in experts}) == len(experts)
+    assert not [expert for layer in moe_layers(model).values() for expert in layer.experts if hasattr(expert, "merged")]
+    if any(hasattr(expert, "merged") for expert in before):
+        assert trained.can_be_rebuilt(model, clip.model)
+
+
 def test_round_trips(strategy: Strategy, tmp_path: Path) -> None:
     clip = tiny_clip()
     batch = tiny_batches(clip, seed=5)[0]
@@ -150,6 +173,8 @@ def test_round_trips(strategy: Strategy, tmp_path: Path) -> None:
     other.model.load_state_dict(made.model.state_dict(), strict=True)
     assert torch.equal(features(other.model, *batch), expected)
 
+    merge(made.model)  # as a run does before it saves
+    expected = features(made.model, *batch)
     digest = weights.save(made, tiny_moe(), tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == [f"{digest}.safetensors"]
     loaded = weights.load(tmp_path / f"{digest}.safetensors")

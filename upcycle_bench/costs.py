@@ -66,12 +66,17 @@ def peak_memory(device: torch.device) -> int:
 
 
 def parameter_counts(model: nn.Module) -> tuple[int, int]:
-    """(total, active per token) parameters of a model with all its experts; active: k of N in every MoE layer."""
+    """(total, active per token) parameters, experts of other ranks included; active: k of N in every MoE layer.
+
+    What all experts of a layer share counts once in both.
+    """
     total = sum(p.numel() for p in model.parameters())
     idle = 0
     for layer in moe_layers(model).values():
-        experts = sum(p.numel() for p in layer.experts.parameters())
-        idle += experts * (layer.layer.num_experts - layer.layer.top_k) // layer.layer.num_experts
+        shared = set.intersection(*(set(expert.parameters()) for expert in layer.experts))
+        own = sum(p.numel() for p in layer.experts.parameters() if p not in shared) * layer.moe.ep_size
+        total += own - own // layer.moe.ep_size
+        idle += own * (layer.layer.num_experts - layer.layer.top_k) // layer.layer.num_experts
     return total, total - idle
 
 

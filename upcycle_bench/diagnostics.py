@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from upcycle_bench.moe import MoEFFN, moe_layers
+from upcycle_bench.moe import MoEFFN, merged, moe_layers
 
 
 @torch.no_grad()
@@ -75,8 +75,9 @@ class _Layer:
 
 
 def expert_cosine(experts: Iterable[nn.Module]) -> float:
-    """Mean pairwise cosine of flattened expert parameters; 1 for identical experts."""
-    flat_NP = torch.stack([torch.cat([p.detach().flatten() for p in expert.parameters()]) for expert in experts])
+    """Mean pairwise cosine of flattened (merged) expert parameters; 1 for identical experts."""
+    plain = [merged(expert) for expert in experts]
+    flat_NP = torch.stack([torch.cat([p.detach().flatten() for p in expert.parameters()]) for expert in plain])
     unit_NP = F.normalize(flat_NP.double(), dim=1)
     count = len(unit_NP)
     return float((unit_NP.sum(0).square().sum() - count) / (count * (count - 1)))

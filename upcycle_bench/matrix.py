@@ -27,7 +27,7 @@ from upcycle_bench.plan import Plan
 from upcycle_bench.pretrain import dense_path, load_dense
 from upcycle_bench.progress import Reporter
 from upcycle_bench.registry import Registry
-from upcycle_bench.run import check_input, run, run_id
+from upcycle_bench.run import check_input, check_strategy, run, run_id
 
 Seeds = tuple[int, int]  # initialisation, training
 Records = Mapping[Path, record.Record]
@@ -192,7 +192,7 @@ def run_here(todo: Sequence[Cell], results: Path, reporter: Reporter, fresh: boo
         known = set(results.rglob("*.json"))
         _forget_peak_memory()
         try:
-            cell.plan.strategy.check()
+            check_strategy(cell.plan)
         except UserError as error:
             say(f"the run failed: {error}", file=sys.stderr)
             outcomes.append(Outcome(cell=cell, reason=str(error)))

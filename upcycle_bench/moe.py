@@ -78,6 +78,10 @@ class Gate(TopKGate):
             self.dropped = self.dropped + (index_KT < 0).sum()
         return l_aux, capacity, experts, index_KT, location_KT, gates_KT, counts_N
 
+    def _set_ep_group(self, ep_group: Any) -> None:
+        """As the parent, and again when the next stage of a training makes its engine."""
+        self.ep_group = ep_group
+
     def _group_capacity(self, num_tokens: int) -> int:
         """The largest capacity of the expert-parallel group: captions differ in length, the all-to-all must not."""
         shape = torch.empty(num_tokens, self.wg.out_features, device="meta")
@@ -211,14 +215,26 @@ class MoEFFN(nn.Module):
         rank = dist.get_rank() % moe.ep_size if moe.ep_size > 1 else 0
         local = len(experts) // moe.ep_size
         holder.deepspeed_experts = nn.ModuleList(experts[rank * local : (rank + 1) * local])
-        for parameter in holder.parameters():  # as deepspeed.moe.experts.Experts marks its copies
-            parameter.allreduce = False
-            parameter.group_name = self.moe.expert_group_name
+        self._mark(holder)
         gate = Gate(width, moe)
         gate.wg.weight = nn.Parameter(router_ND.detach().clone())
         self.moe.deepspeed_moe = RaggedMOELayer(
             gate, holder, self.moe.expert_group_name, moe.ep_size, self.moe.num_local_experts
         )
+
+    def _mark(self, experts: nn.Module) -> None:
+        parameter: Any
+        for parameter in experts.parameters():  # as deepspeed.moe.experts.Experts marks its copies
+            parameter.allreduce = False
+            parameter.group_name = self.moe.expert_group_name
+
+    def merge(self) -> None:
+        """Put the plain FFN in the place of each expert that has a `merged` form."""
+        for number, expert in enumerate(self.experts):
+            plain = merged(expert)
+            if plain is not expert:
+                self._mark(plain)
+                self.experts[number] = plain.train(expert.training)
 
     @property
     def gate(self) -> Gate:
@@ -244,6 +260,11 @@ class MoEFFN(nn.Module):
         if padding is not None:
             y_TD = padding.expand(y_TD)
         return y_TD.view(x_BLD.shape)
+
+
+def merged(expert: Any) -> nn.Module:
+    """The plain FFN that computes what `expert` does: itself, or what its `merged` makes."""
+    return expert.merged() if hasattr(expert, "merged") else expert
 
 
 def moe_layers(model: nn.Module) -> dict[str, MoEFFN]:

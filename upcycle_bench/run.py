@@ -33,7 +33,7 @@ from upcycle_bench.progress import Reporter
 from upcycle_bench.rng import Stream
 from upcycle_bench.strategy import LayerInit
 from upcycle_bench.suite import EvalContext, SuiteResult
-from upcycle_bench.surgery import upcycle
+from upcycle_bench.surgery import merge, upcycle
 from upcycle_bench.train import COUNTING_RULE, Job, Progress, train
 
 DIAGNOSED_PAIRS = 256
@@ -47,7 +47,7 @@ def run(plan: Plan, results: Path, reporter: Reporter, *, fresh: bool = False) -
     raised again.
     """
     check_input(plan, results)
-    plan.strategy.check()
+    check_strategy(plan)
     with engine.session(plan.protocol.threads) as device:
         state = _State(plan, Meter(device))
         try:
@@ -59,6 +59,8 @@ def run(plan: Plan, results: Path, reporter: Reporter, *, fresh: bool = False) -
                 if fresh or not reuse(state, key):
                     model, state.receipt = initialise(plan, dense, data, state.meter, reporter)
                     state.progress = train_model(plan, model, data, work, state.meter, reporter)
+                    state.parameters = parameter_counts(model.model)  # of the trained form
+                    merge(model.model)
                     state.weights = weights.save(model, plan.protocol.moe, cache_root() / "weights")
                     state.final = whole_model(plan, model, state.weights)
                     keep(state, key, model, dense, work)
@@ -87,6 +89,7 @@ class _State:
     receipt: dict[str, Any] | None = None
     progress: Progress | None = None
     weights: str | None = None
+    parameters: tuple[int, int] | None = None  # total, active
     final: Clip | None = None  # with all its experts, on rank 0
     metrics: Path | None = None
     training: dict[str, Any] | None = None  # where and when the weights were trained, if not in this run
@@ -147,7 +150,15 @@ def train_model(
     )
     rng = Stream(("strategy loss", plan.strategy.info.name, plan.train_seed))
     with meter.phase("train") as phase, reporter.bar(f"training {plan.label}", job.stop_step) as bar:
-        progress = train(model, data, job, make_loss=lambda layers: plan.strategy.loss(layers, rng), on_step=bar)
+        progress = train(
+            model,
+            data,
+            job,
+            make_loss=lambda layers: plan.strategy.loss(layers, rng),
+            stages=plan.strategy.stages(job.stop_step),
+            next_stage=plan.strategy.next_stage,
+            on_step=bar,
+        )
     phase.seconds = progress.seconds  # of all sessions, when the run was resumed
     counted = distributed.sum_over_ranks(progress.counted_flops)  # of a few steps: all of them would overflow int64
     phase.flops = counted * progress.step // max(1, progress.counted_steps)
@@ -206,6 +217,7 @@ def keep(state: _State, key: str, model: Clip, dense: Clip, work: Path) -> None:
     assert state.progress is not None
     tree = {
         "weights": state.weights,
+        "parameters": state.parameters,
         "receipt": state.receipt,
         "phases": {name: asdict(phase) for name, phase in state.meter.phases.items()},
         "progress": asdict(state.progress),
@@ -225,6 +237,7 @@ def reuse(state: _State, key: str) -> bool:
     if found is not None:
         facts, state.final = found
         state.weights, state.receipt, state.progress = facts.weights, facts.receipt, facts.progress
+        state.parameters = facts.parameters
         state.meter.phases |= {name: Phase(**cost.model_dump()) for name, cost in facts.phases.items()}
         state.metrics = trained.metrics_of(key)
         state.training = {"time": facts.time, "environment": facts.environment}
@@ -238,6 +251,16 @@ def check_input(plan: Plan, results: Path) -> None:
         raise UserError(f"protocol {plan.protocol.name} needs {', '.join(plan.missing)}.")
     require_writable(results, "--results")
     engine.check_world(plan.protocol.train.schedule.batch_size, plan.protocol.moe.ep_size)
+
+
+def check_strategy(plan: Plan) -> None:
+    """UserError for what this strategy cannot do, or lacks on this machine."""
+    if plan.strategy.shares_parameters and plan.protocol.moe.ep_size > 1:
+        raise UserError(
+            f"{plan.label}: its experts share parameters, which expert parallelism would spread over processes; "
+            "run it with --set moe.ep_size=1."
+        )
+    plan.strategy.check()
 
 
 def run_id(plan: Plan, dense_digest: str) -> str:
@@ -266,7 +289,7 @@ def write_record(state: _State, outcome: Mapping[str, SuiteResult], final: Clip,
     plan, progress = state.plan, state.progress
     scores = [{"suite": name, **asdict(score)} for name, result in outcome.items() for score in result.scores]
     primary = [score["value"] for score in scores if score["primary"]]
-    total, active = parameter_counts(final.model)
+    total, active = state.parameters or parameter_counts(final.model)
     batch_size = plan.protocol.train.schedule.batch_size
     samples = progress.step * batch_size if progress else 0
     cost = {

@@ -133,6 +133,9 @@ class LayerInit:
 
     experts: N modules [T, D] -> [T, D], global order; router_ND: rows are router directions, no bias;
     notes: numbers for the step-0 receipt (ranks kept, agreement rate, ...).
+
+    An expert that is not what `FFN.expert` makes may have `merged() -> nn.Module`: the plain FFN that computes the same
+    function, with storage of its own. Trained experts are merged before they are saved and scored.
     """
 
     experts: Sequence[nn.Module]
@@ -178,6 +181,7 @@ class Strategy(ABC):
     trains: ClassVar[bool] = True  # False: no training after initialisation (controls)
     # MoE(x) = FFN(x) at step 0 with unlimited capacity, in the default configuration (options may give it up).
     preserves_function: ClassVar[bool] = False
+    shares_parameters: ClassVar[bool] = False  # a layer's experts hold parameters in common: no expert parallelism
 
     def check(self) -> None:  # noqa: B027  (optional)
         """Raise UserError for what this machine lacks, before anything runs."""
@@ -196,8 +200,20 @@ class Strategy(ABC):
         raise NotImplementedError(f"{self.info.name} replaces FFNs but has no init_layer")
 
     def loss(self, layers: Mapping[str, MoEFFN], rng: Stream) -> ExtraLoss | None:
-        """The strategy's own training term over the upcycled layers (by layer name), or None."""
+        """The strategy's own training term over the upcycled layers (by layer name), or None; made anew each stage."""
         return None
+
+    def stages(self, steps: int) -> Sequence[int]:
+        """The optimiser steps, of `steps` in all, before which a new stage of training begins; ascending, none at 0."""
+        return ()
+
+    def next_stage(self, layers: Mapping[str, MoEFFN]) -> None:
+        """Change the layers for the next stage: merge experts (`MoEFFN.merge`), set requires_grad.
+
+        Must not depend on values: a resumed training goes through it before it loads its checkpoint. The optimiser
+        starts afresh; schedule, data and step numbers go on.
+        """
+        raise NotImplementedError(f"{self.info.name} has stages but no next_stage")
 
     def config(self) -> dict[str, Any]:
         """The resolved configuration, for records."""

@@ -3,6 +3,8 @@
     layers = find_layers(dense, protocol.moe)
     model = upcycle(dense, {layer.name: LayerInit(...)}, protocol.moe)
 
+    merge(model)    # after training: experts of other forms become plain FFNs
+
 Every dense tensor is either copied bit for bit or belongs to a replaced FFN; every target tensor is a copy or belongs
 to an MoE layer; anything else raises. The dense model is not touched and shares no storage with the result.
 """
@@ -18,7 +20,7 @@ from torch import nn
 
 from upcycle_bench import protocol
 from upcycle_bench.errors import PluginError, UserError
-from upcycle_bench.moe import MoEFFN, Padding
+from upcycle_bench.moe import MoEFFN, Padding, moe_layers
 from upcycle_bench.strategy import FFN, Layer, LayerInit
 
 
@@ -68,7 +70,7 @@ def upcycle(dense: Any, inits: Mapping[str, LayerInit], moe: protocol.MoE) -> An
         model.token_embedding.register_forward_pre_hook(padding.observe)
     for layer in layers:
         init, ffn = inits[layer.name], FFN.of(replaced[layer.name])
-        _check(layer, init, ffn)
+        _check(layer, init, ffn, moe.ep_size)
         parent = model.get_submodule(layer.mlp_path.rpartition(".")[0])
         router_ND = init.router_ND.to(ffn.w1_HD)  # a random router is drawn on the CPU
         parent.mlp = MoEFFN(layer, init.experts, router_ND, moe, padding if layer.tower == "text" else None)
@@ -77,13 +79,22 @@ def upcycle(dense: Any, inits: Mapping[str, LayerInit], moe: protocol.MoE) -> An
     return model
 
 
-def _check(layer: Layer, init: LayerInit, ffn: FFN) -> None:
+def merge(model: nn.Module) -> None:
+    """Replace, in place, every expert that has a `merged` form by it; DeepSpeed's marks stay on the parameters."""
+    for layer in moe_layers(model).values():
+        layer.merge()
+
+
+def _check(layer: Layer, init: LayerInit, ffn: FFN, ep_size: int) -> None:
     if len(init.experts) != layer.num_experts:
         raise PluginError(
             f"{layer.name}: {len(init.experts)} experts were made, the protocol wants {layer.num_experts}"
         )
     if len({id(expert) for expert in init.experts}) < len(init.experts):
         raise PluginError(f"{layer.name}: one module stands for several experts; make one each")
+    parameters = [id(parameter) for expert in init.experts for parameter in expert.parameters()]
+    if ep_size > 1 and len(set(parameters)) < len(parameters):  # their gradients would not be summed over ranks
+        raise PluginError(f"{layer.name}: experts share parameters, which needs moe.ep_size=1")
     tensors = [("the router", [init.router_ND])]
     tensors += [(f"expert {number}", list(expert.parameters())) for number, expert in enumerate(init.experts)]
     for what, values in tensors:

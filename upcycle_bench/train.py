@@ -3,6 +3,9 @@
 loss = contrastive (gathered over ranks) + load_balance * sum over MoE layers of L_lb + what the strategy adds (Eq. 13).
 AdamW with fresh state, linear warm-up and decay, logit scale clamped. One line of metrics per `log_every` steps goes to
 a JSONL file; with `checkpoint_every` an interrupted run continues, bit for bit, where its last checkpoint stands.
+
+A strategy may divide the training into stages: where one begins it changes the layers, and the engine is built anew.
+A checkpoint at step s has the form of the stage that made step s; the next stage begins after it is loaded.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ import shutil
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,6 +33,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from upcycle_bench import distributed, packed
 from upcycle_bench.data import Batch, PairDataset
 from upcycle_bench.dense import Clip
+from upcycle_bench.errors import PluginError
 from upcycle_bench.moe import MoEFFN, moe_layers
 from upcycle_bench.protocol import Schedule, learning_rate
 from upcycle_bench.rng import Stream
@@ -176,16 +180,24 @@ def train(
     job: Job,
     *,
     make_loss: Callable[[Mapping[str, MoEFFN]], ExtraLoss | None] = lambda layers: None,
+    stages: Sequence[int] = (),
+    next_stage: Callable[[Mapping[str, MoEFFN]], None] = lambda layers: None,
     on_step: Callable[[int, Mapping[str, float]], None] = lambda step, metrics: None,
 ) -> Progress:
     """Train `clip.model` in place up to `job.stop_step`; `on_step` sees each step's number and the last metrics.
 
-    Must run inside `engine.session`, on every rank. An interruption leaves the last checkpoint, if there are any.
+    Before each step of `stages`, `next_stage` changes the layers; optimiser state and extra loss then start afresh.
+    PluginError if the stages do not ascend between 0 and `job.stop_step`. Must run inside `engine.session`, on every
+    rank. An interruption leaves the last checkpoint, if there are any.
     """
     model = clip.model.train()
     device = next(model.parameters()).device
-    engine = create_engine(_Features(model, job.schedule.precision), job)
     layers = moe_layers(model)
+    if list(stages) != sorted({step for step in stages if 0 < step < job.stop_step}):
+        raise PluginError(f"stages {list(stages)} must ascend and begin after step 0 and before {job.stop_step}")
+    for _ in [step for step in stages if step < _last_checkpoint(job)]:
+        next_stage(layers)
+    engine = create_engine(_Features(model, job.schedule.precision), job)
     extra = make_loss(layers)
     rank, world = distributed.rank(), distributed.world_size()
     # open_clip's gather is deprecated by PyTorch, but is the one with a gradient on gloo and nccl alike
@@ -198,6 +210,11 @@ def train(
     began = time.perf_counter() - progress.seconds
     with log, attention_kernel(device, longest_sequence(model)):
         for step, batch in enumerate(batches, start=progress.step):
+            if step in stages:
+                _end_stage(engine, extra)
+                next_stage(layers)
+                engine = create_engine(_Features(model, job.schedule.precision), job)
+                extra = make_loss(layers)
             logged = step % job.log_every == 0 or step + 1 == job.stop_step
             rate = learning_rate(step, job.schedule.steps, job.peak_lr, job.schedule.warmup_fraction)
             for group in engine.optimizer.param_groups:
@@ -232,6 +249,13 @@ def train(
     if extra is not None:
         extra.close()
     return progress
+
+
+def _end_stage(engine: Any, extra: ExtraLoss | None) -> None:
+    engine.destroy()  # ZeRO's hooks would go on with the parameters
+    engine.module.zero_grad()
+    if extra is not None:
+        extra.close()
 
 
 def compute_losses(
@@ -352,8 +376,14 @@ def _save(engine: Any, extra: ExtraLoss | None, job: Job, progress: Progress) ->
                 shutil.rmtree(old)
 
 
+def _last_checkpoint(job: Job) -> int:
+    """The step of the checkpoint that training goes on from; 0 without one."""
+    latest = job.checkpoints / "latest" if job.checkpoints else None
+    return int(latest.read_text().strip().removeprefix("step")) if latest and latest.is_file() else 0
+
+
 def _resume(engine: Any, extra: ExtraLoss | None, job: Job) -> Progress:
-    if job.checkpoints is None or not (job.checkpoints / "latest").is_file():
+    if job.checkpoints is None or not _last_checkpoint(job):
         return Progress()
     with contextlib.redirect_stdout(sys.stderr):
         _, state = engine.load_checkpoint(str(job.checkpoints))

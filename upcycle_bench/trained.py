@@ -36,6 +36,7 @@ class Trained(Part):
     """A finished training: its weights, what a record says of it, where and when it ran."""
 
     weights: str
+    parameters: tuple[int, int] | None = None  # total, active, of the trained form; None: count those of the weights
     receipt: dict[str, JsonValue] | None
     phases: dict[Phase, PhaseCost]
     progress: Progress

@@ -1,0 +1,74 @@
+"""SPRI as METHODS 7 reconstructs it, component by component: the experts' matrices, and the same in factored form.
+
+A reference for tests. The SVD is numpy's; a singular pair's sign is arbitrary and leaves every product as it is.
+
+Legend: O outputs, I inputs of a matrix, K singular values.
+"""
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float64]
+
+
+def groups(tail: list[int], experts: int, partition: str, order: list[int]) -> list[list[int]]:
+    """The tail's components (numbers j, descending values) of each expert; `order` shuffles a random partition."""
+    out: list[list[int]] = [[] for _ in range(experts)]
+    if partition == "interleaved":
+        for j in tail:
+            out[(j - tail[0]) % experts].append(j)
+        return out
+    rest = [tail[place] for place in order] if partition == "random" else list(tail)
+    for expert in range(experts):  # the first ones get one more where it does not divide
+        for _ in range(len(tail) // experts + (expert < len(tail) % experts)):
+            out[expert].append(rest.pop(0))
+    return out
+
+
+def kept(s_K: Array, fraction: float, by: str) -> int:
+    """r: a share of the number, or the fewest that hold that share of sum s^2."""
+    if by == "count":
+        return round(fraction * len(s_K))
+    total = sum(float(s) ** 2 for s in s_K)
+    rank, held = 0, 0.0
+    while held < fraction * total and rank < len(s_K):
+        held += float(s_K[rank]) ** 2
+        rank += 1
+    return rank
+
+
+def experts(
+    w_OI: Array,
+    *,
+    num_experts: int,
+    fraction: float,
+    by: str = "count",
+    partition: str = "interleaved",
+    mode: str = "base_plus_residual",
+    scale: float = 1.0,
+    order: list[int] | None = None,
+) -> list[Array]:
+    """W_e = B + s R_e, or W + s (R_e - (W - B) / N)."""
+    u_OK, s_K, vt_KI = np.linalg.svd(w_OI, full_matrices=False)
+    rank = kept(s_K, fraction, by)
+
+    def component(j: int) -> Array:
+        out = np.zeros_like(w_OI)
+        for o in range(w_OI.shape[0]):
+            for i in range(w_OI.shape[1]):
+                out[o, i] = s_K[j] * u_OK[o, j] * vt_KI[j, i]
+        return out
+
+    base_OI = np.zeros_like(w_OI)
+    for j in range(rank):
+        base_OI += component(j)
+    made = []
+    for group in groups(list(range(rank, len(s_K))), num_experts, partition, order or []):
+        residual_OI = np.zeros_like(w_OI)
+        for j in group:
+            residual_OI += component(j)
+        if mode == "base_plus_residual":
+            made.append(base_OI + scale * residual_OI)
+        else:
+            made.append(w_OI + scale * (residual_OI - (w_OI - base_OI) / num_experts))
+    return made
