@@ -1,6 +1,7 @@
 """Costs: counted FLOPs against hand-worked ones, the estimate against what a run measures."""
 
 import time
+from typing import Any
 
 import pytest
 import torch
@@ -9,8 +10,14 @@ from upcycle_bench.costs import Meter, dense_forward_flops, estimate, estimate_s
 from upcycle_bench.dense import create_clip
 from upcycle_bench.protocol import load_protocol
 from upcycle_bench.registry import load_registry
+from upcycle_bench.strategy import Strategy
 
-PROTOCOLS = {name: load_protocol(entry.target) for name, entry in load_registry().protocols.items()}
+REGISTRY = load_registry()
+PROTOCOLS = {name: load_protocol(entry.target) for name, entry in REGISTRY.protocols.items()}
+
+
+def strategy(name: str, **options: Any) -> Strategy:
+    return REGISTRY.strategies[name].target(**options)
 
 
 def test_forward_flops_by_hand() -> None:
@@ -31,8 +38,8 @@ def test_forward_flops_by_hand() -> None:
 
 @pytest.mark.parametrize(("name", "total"), [("clip-b32", 437_868_801), ("clip-b16", 436_212_225)])
 def test_parameter_counts_of_the_published_models(name: str, total: int) -> None:
-    costs = estimate(PROTOCOLS[name], moe=True, trains=True)
-    dense = estimate(PROTOCOLS[name], moe=False, trains=True)
+    costs = estimate(PROTOCOLS[name], strategy("sparse-upcycling"))
+    dense = estimate(PROTOCOLS[name], strategy("dense"))
     assert costs.parameters_total == total
     # top-2 adds one FFN per layer, and the routers: 40,932,864 + 61,440
     assert costs.parameters_active == dense.parameters_total + 40_932_864 + 61_440
@@ -42,14 +49,14 @@ def test_parameter_counts_of_the_published_models(name: str, total: int) -> None
 
 def test_experts_add_one_ffn_per_token_for_top_2() -> None:
     smoke = PROTOCOLS["smoke"]
-    dense, moe = (estimate(smoke, moe=moe, trains=True) for moe in (False, True))
+    dense, moe = (estimate(smoke, strategy(name)) for name in ("dense", "sparse-upcycling"))
     # layers vision.1, vision.3 (17 tokens) and text.1 (12): an FFN of 4 * 64 * 256 and a router of 2 * 64 * 8 each
     assert moe.forward_flops - dense.forward_flops == (2 * 17 + 12) * (4 * 64 * 256 + 2 * 64 * 8)
     assert moe.train_flops == 3 * moe.forward_flops * 100 * 64
 
 
 def test_an_untrained_control_costs_no_training() -> None:
-    assert estimate(PROTOCOLS["smoke"], moe=False, trains=False).train_flops == 0
+    assert estimate(PROTOCOLS["smoke"], strategy("dense-frozen")).train_flops == 0
 
 
 def test_estimated_seconds_are_positive_and_scale() -> None:
