@@ -21,10 +21,11 @@ from torch import Tensor, nn
 from upcycle_bench.calibration import calibrate
 from upcycle_bench.data import Batch
 from upcycle_bench.dense import Clip, create_clip
+from upcycle_bench.initialise import make_dense
 from upcycle_bench.moe import MoEFFN
 from upcycle_bench.protocol import MoE
 from upcycle_bench.rng import Stream
-from upcycle_bench.strategy import FFN, Layer, LayerInit, Strategy
+from upcycle_bench.strategy import FFN, Layer, LayerInit, Strategy, resolve_moe
 from upcycle_bench.surgery import find_layers, upcycle
 
 START_OF_TEXT, END_OF_TEXT = 49406, 49407  # CLIP's tokenizer
@@ -120,7 +121,7 @@ def initialise(
     arrange: Callable[[list[Layer]], list[Layer]] = list,
 ) -> Initialised:
     """`make_experts` on tiny data; `arrange` changes the order in which layers are visited, not the result's."""
-    layers = find_layers(clip.model, moe or tiny_moe())
+    layers = find_layers(clip.model, resolve_moe(strategy, moe or tiny_moe()))
     root = Stream(("strategy", strategy.info.name, seed))
     ffns = {layer.name: FFN.of(clip.model.get_submodule(layer.mlp_path)) for layer in layers}
     calibrators = {}
@@ -140,12 +141,22 @@ def initialise(
     return Initialised(layers, ffns, calibrators, streams, {layer.name: made[layer.name] for layer in layers})
 
 
+def changes_model(strategy: Strategy) -> bool:
+    """Whether a run trains anything but the dense model as it is."""
+    return strategy.replaces_ffn or type(strategy).init_dense is not Strategy.init_dense
+
+
 def upcycled(strategy: Strategy, clip: Clip, seed: int, moe: MoE | None = None) -> Clip:
-    """The model a run would train at step 0; the dense one itself where the strategy replaces nothing."""
-    if not strategy.replaces_ffn:
+    """The model a run would train at step 0; the dense one itself where the strategy changes nothing.
+
+    `moe` is the protocol's.
+    """
+    if not changes_model(strategy):
         return clip
-    moe = moe or tiny_moe()
-    return replace(clip, model=upcycle(clip.model, initialise(strategy, clip, seed, moe=moe).inits, moe))
+    own = resolve_moe(strategy, moe or tiny_moe())
+    if not strategy.replaces_ffn:
+        return replace(clip, model=make_dense(strategy, clip.model, own, seed))
+    return replace(clip, model=upcycle(clip.model, initialise(strategy, clip, seed, moe=moe).inits, own))
 
 
 def features(model: nn.Module, images: Tensor, texts: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ Shape suffixes: T tokens, D width, N experts.
 """
 
 import ast
+import copy
 import dataclasses
 import inspect
 import json
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 from tests.helpers import (
     Initialised,
     TinyPairs,
+    changes_model,
     equal,
     initialise,
     threads,
@@ -32,11 +34,12 @@ from tests.helpers import (
     upcycled,
 )
 from upcycle_bench.errors import UserError
-from upcycle_bench.initialise import make_experts
+from upcycle_bench.initialise import make_dense, make_experts
 from upcycle_bench.moe import moe_layers
 from upcycle_bench.registry import load_registry
 from upcycle_bench.rng import Stream
-from upcycle_bench.strategy import Status, Strategy, StrategyInfo, configure
+from upcycle_bench.strategy import FFN, Status, Strategy, StrategyInfo, configure, resolve_moe
+from upcycle_bench.surgery import find_layers
 
 REGISTRY = load_registry()
 
@@ -55,6 +58,11 @@ def name(request: pytest.FixtureRequest) -> str:
 @pytest.fixture
 def strategy(name: str) -> Strategy:
     return configure(REGISTRY.strategies[name].target, {})
+
+
+def model_tensors(strategy: Strategy, seed: int, **changes: Any) -> dict[str, Tensor]:
+    """Everything in the model of a strategy that replaces no FFN."""
+    return upcycled(strategy, tiny_clip(), seed, tiny_moe(**changes)).model.state_dict()
 
 
 def tensors(made: Initialised) -> dict[str, Tensor]:
@@ -107,10 +115,15 @@ def test_facts_are_consistent(strategy: Strategy) -> None:
     if strategy.replaces_ffn:
         assert type(strategy).init_layer is not Strategy.init_layer
         assert (strategy.calibration_pairs > 0) == (type(strategy).calibrator is not Strategy.calibrator)
+        assert type(strategy).init_dense is Strategy.init_dense
     else:
         assert strategy.preserves_function
         assert strategy.calibration_pairs == 0
+        assert strategy.moe_settings(tiny_moe()) == tiny_moe()
         assert strategy.loss({}, Stream(("loss", 0))) is None
+    hidden = strategy.ffn_hidden(256, resolve_moe(strategy, tiny_moe()))
+    assert type(hidden) is int and hidden > 0
+    assert changes_model(strategy) or hidden == 256
 
 
 def test_config_is_a_frozen_keyword_only_dataclass(strategy: Strategy) -> None:
@@ -167,15 +180,17 @@ def test_file_imports_only_what_strategies_may(name: str) -> None:
 
 def test_helper_walks_the_path_of_a_run(strategy: Strategy) -> None:
     clip = tiny_clip()
-    if not strategy.replaces_ffn:  # run.initialise hands the dense model on
-        assert upcycled(strategy, clip, 0) is clip
+    if not strategy.replaces_ffn:  # run.initialise hands on the dense model, or what init_dense makes of a copy
+        model = upcycled(strategy, clip, 0).model
+        assert (model is clip.model) != changes_model(strategy)
+        assert equal(make_dense(strategy, clip.model, tiny_moe(), 0).state_dict(), model.state_dict())
         return
 
     def inputs(pairs: int) -> Iterator[tuple[Tensor, Tensor]]:
         for batch in TinyPairs(clip).calibration(Stream(("calibration", 0)), pairs, 256):
             yield clip.normalise(batch.images), batch.texts
 
-    inits = make_experts(strategy, clip.model, tiny_moe(), 0, inputs)
+    inits = make_experts(strategy, clip.model, resolve_moe(strategy, tiny_moe()), 0, inputs)
     ours = initialise(strategy, clip, seed=0)
     assert list(inits) == list(ours.inits)
     assert equal(tensors(ours), tensors(replace(ours, inits=inits)))
@@ -184,8 +199,10 @@ def test_helper_walks_the_path_of_a_run(strategy: Strategy) -> None:
 def test_same_seed_same_bits_other_seed_other_weights(strategy: Strategy) -> None:
     clip = tiny_clip()
     if not strategy.replaces_ffn:
-        dense = snapshot(clip.model)
-        assert all(equal(upcycled(strategy, clip, seed).model.state_dict(), dense) for seed in (0, 1))
+        first, again, other = (model_tensors(strategy, seed) for seed in (0, 0, 1))
+        assert equal(first, again)
+        assert equal(first, other) != changes_model(strategy)
+        assert equal(first, snapshot(clip.model)) != changes_model(strategy)
         return
     first, again, other = (tensors(initialise(strategy, clip, seed)) for seed in (0, 0, 1))
     assert equal(first, again)
@@ -201,6 +218,10 @@ def test_init_layer_is_a_pure_function(strategy: Strategy) -> None:
     if not strategy.replaces_ffn:
         with pytest.raises(NotImplementedError):
             strategy.init_layer(*[None] * 4)  # type: ignore[arg-type]
+        if changes_model(strategy):  # two calls must not hand out the same tensors
+            models = [upcycled(strategy, clip, 0).model for _ in range(2)]
+            pointers = [{p.data_ptr() for p in model.parameters()} for model in (*models, clip.model)]
+            assert sum(map(len, pointers)) == len(set.union(*pointers))
         return
     made = initialise(strategy, clip, seed=0)
     again = {
@@ -225,7 +246,11 @@ def storages(init: Any) -> set[int]:
 def test_order_of_layers_does_not_matter(strategy: Strategy) -> None:
     clip = tiny_clip()
     if not strategy.replaces_ffn:
-        assert upcycled(strategy, clip, 0).model is clip.model
+        model = copy.deepcopy(clip.model)
+        root = Stream(("strategy", strategy.info.name, 0))
+        with torch.no_grad():
+            strategy.init_dense(model, find_layers(model, tiny_moe())[::-1], root)
+        assert equal(model.state_dict(), model_tensors(strategy, 0))
         return
     arrangements: list[Callable[[list[Any]], list[Any]]] = [list, lambda layers: layers[::-1]]
     forward, backward = (tensors(initialise(strategy, clip, 0, arrange=arrange)) for arrange in arrangements)
@@ -234,14 +259,14 @@ def test_order_of_layers_does_not_matter(strategy: Strategy) -> None:
 
 def test_number_of_threads_does_not_matter(strategy: Strategy) -> None:
     clip = tiny_clip()
-    if not strategy.replaces_ffn:
-        assert upcycled(strategy, clip, 0).model is clip.model
-        return
-    few = tiny_moe(every=4)  # two threads crawl on a busy machine: one layer per tower will do
+    few = {"every": 4}  # two threads crawl on a busy machine: one layer per tower will do
     made = []
     for number in (1, 2):
         with threads(number):
-            made.append(tensors(initialise(strategy, clip, 0, moe=few)))
+            if strategy.replaces_ffn:
+                made.append(tensors(initialise(strategy, clip, 0, moe=tiny_moe(**few))))
+            else:
+                made.append(model_tensors(strategy, 0, **few))
     assert equal(*made)
     assert torch.get_num_threads() == 1
 
@@ -268,16 +293,19 @@ def test_neither_the_dense_model_nor_global_generators_are_touched(strategy: Str
 def test_shapes_and_notes(strategy: Strategy, dtype: torch.dtype) -> None:
     clip = tiny_clip(dtype)
     if not strategy.replaces_ffn:
-        assert moe_layers(upcycled(strategy, clip, 0).model) == {}
+        model = upcycled(strategy, clip, 0).model
+        assert moe_layers(model) == {}
+        assert {(value.dtype, bool(value.isfinite().all())) for value in model.state_dict().values()} == {(dtype, True)}
         return
     for experts in (2, 4):
+        moe = resolve_moe(strategy, tiny_moe(experts=experts))
         made = initialise(strategy, clip, seed=0, moe=tiny_moe(experts=experts))
         for layer in made.layers:
             ffn, init = made.ffns[layer.name], made.inits[layer.name]
-            assert init.router_ND.shape == (experts, ffn.width)
+            assert init.router_ND.shape == (moe.experts, ffn.width)
             assert init.router_ND.dtype == dtype
             assert torch.isfinite(init.router_ND).all()
-            assert len(init.experts) == experts
+            assert len(init.experts) == moe.experts
             x_TD = torch.randn(5, ffn.width, generator=torch.Generator().manual_seed(0)).to(dtype)
             for expert in init.experts:
                 y_TD = expert(x_TD)
@@ -295,7 +323,12 @@ def test_every_parameter_is_accounted_for(strategy: Strategy) -> None:
     ours = dict(model.named_parameters())
     if not strategy.replaces_ffn:
         assert ours.keys() == dense.keys()
-        assert all(ours[key] is dense[key] for key in dense)
+        assert all((ours[key] is dense[key]) != changes_model(strategy) for key in dense)
+        assert all(parameter.requires_grad for parameter in ours.values())
+        moe = tiny_moe()
+        for layer in find_layers(clip.model, moe):
+            found, usual = (FFN.of(each.get_submodule(layer.mlp_path)) for each in (model, clip.model))
+            assert found.hidden == strategy.ffn_hidden(usual.hidden, moe)
         return
     layers = moe_layers(model)
     assert list(layers) == [layer.name for layer in initialise(strategy, clip, seed=0).layers]

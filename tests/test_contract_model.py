@@ -19,7 +19,7 @@ from upcycle_bench.dense import Clip
 from upcycle_bench.moe import moe_layers
 from upcycle_bench.registry import load_registry
 from upcycle_bench.rng import Stream
-from upcycle_bench.strategy import ExtraLoss, Strategy, configure
+from upcycle_bench.strategy import ExtraLoss, Strategy, configure, resolve_moe
 from upcycle_bench.surgery import merge
 
 REGISTRY = load_registry()
@@ -175,11 +175,13 @@ def test_round_trips(strategy: Strategy, tmp_path: Path) -> None:
 
     merge(made.model)  # as a run does before it saves
     expected = features(made.model, *batch)
-    digest = weights.save(made, tiny_moe(), tmp_path)
+    moe = resolve_moe(strategy, tiny_moe())
+    digest = weights.save(made, moe, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == [f"{digest}.safetensors"]
     loaded = weights.load(tmp_path / f"{digest}.safetensors")
     assert loaded.name == made.name
     assert equal(loaded.model.state_dict(), made.model.state_dict())
     assert torch.equal(features(loaded.model, *batch), expected)
     assert len(moe_layers(loaded.model)) == len(moe_layers(made.model))
-    assert weights.save(loaded, tiny_moe(), tmp_path) == digest  # same content, same name
+    assert weights.save(loaded, moe, tmp_path) == digest  # same content, same name
+    assert trained.can_be_rebuilt(made.model, clip.model)

@@ -1,16 +1,32 @@
 """Costs: counted FLOPs against hand-worked ones, the estimate against what a run measures."""
 
 import time
+from typing import Any
 
 import pytest
 import torch
 
-from upcycle_bench.costs import Meter, dense_forward_flops, estimate, estimate_seconds
+from upcycle_bench.costs import (
+    Meter,
+    dense_forward_flops,
+    estimate,
+    estimate_seconds,
+    parameter_counts,
+    unequal_shape,
+)
 from upcycle_bench.dense import create_clip
 from upcycle_bench.protocol import load_protocol
 from upcycle_bench.registry import load_registry
+from upcycle_bench.rng import Stream
+from upcycle_bench.strategy import FFN, Strategy, resolve_moe
+from upcycle_bench.surgery import find_layers, upcycle
 
-PROTOCOLS = {name: load_protocol(entry.target) for name, entry in load_registry().protocols.items()}
+REGISTRY = load_registry()
+PROTOCOLS = {name: load_protocol(entry.target) for name, entry in REGISTRY.protocols.items()}
+
+
+def strategy(name: str, **options: Any) -> Strategy:
+    return REGISTRY.strategies[name].target(**options)
 
 
 def test_forward_flops_by_hand() -> None:
@@ -31,8 +47,8 @@ def test_forward_flops_by_hand() -> None:
 
 @pytest.mark.parametrize(("name", "total"), [("clip-b32", 437_868_801), ("clip-b16", 436_212_225)])
 def test_parameter_counts_of_the_published_models(name: str, total: int) -> None:
-    costs = estimate(PROTOCOLS[name], moe=True, trains=True)
-    dense = estimate(PROTOCOLS[name], moe=False, trains=True)
+    costs = estimate(PROTOCOLS[name], strategy("sparse-upcycling"))
+    dense = estimate(PROTOCOLS[name], strategy("dense"))
     assert costs.parameters_total == total
     # top-2 adds one FFN per layer, and the routers: 40,932,864 + 61,440
     assert costs.parameters_active == dense.parameters_total + 40_932_864 + 61_440
@@ -42,14 +58,14 @@ def test_parameter_counts_of_the_published_models(name: str, total: int) -> None
 
 def test_experts_add_one_ffn_per_token_for_top_2() -> None:
     smoke = PROTOCOLS["smoke"]
-    dense, moe = (estimate(smoke, moe=moe, trains=True) for moe in (False, True))
+    dense, moe = (estimate(smoke, strategy(name)) for name in ("dense", "sparse-upcycling"))
     # layers vision.1, vision.3 (17 tokens) and text.1 (12): an FFN of 4 * 64 * 256 and a router of 2 * 64 * 8 each
     assert moe.forward_flops - dense.forward_flops == (2 * 17 + 12) * (4 * 64 * 256 + 2 * 64 * 8)
     assert moe.train_flops == 3 * moe.forward_flops * 100 * 64
 
 
 def test_an_untrained_control_costs_no_training() -> None:
-    assert estimate(PROTOCOLS["smoke"], moe=False, trains=False).train_flops == 0
+    assert estimate(PROTOCOLS["smoke"], strategy("dense-frozen")).train_flops == 0
 
 
 def test_estimated_seconds_are_positive_and_scale() -> None:
@@ -68,3 +84,80 @@ def test_the_meter() -> None:
     assert meter.phases["train"].seconds >= 0.01
     assert meter.phases["evaluate"].flops is None
     assert meter.phases["evaluate"].peak_memory_bytes > 10**7
+
+
+# ---- shapes of a strategy's own ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("protocol", "name", "options"),
+    [
+        ("smoke", "virtual-group", {"granularity": 2}),
+        ("smoke", "virtual-group", {"granularity": 8}),
+        ("smoke", "dense-wide", {}),
+        ("lab", "virtual-group", {}),
+        ("lab", "dense-wide", {}),
+    ],
+)
+def test_the_estimate_is_what_the_model_has(protocol: str, name: str, options: dict[str, Any]) -> None:
+    """Total and active parameters of the model itself, on the meta device."""
+    settings, made = PROTOCOLS[protocol], strategy(name, **options)
+    moe = resolve_moe(made, settings.moe)
+    with torch.device("meta"):
+        dense = create_clip(settings.model).model
+    if made.replaces_ffn:
+        inits = {}
+        for layer in find_layers(dense, moe):
+            ffn = FFN.of(dense.get_submodule(layer.mlp_path))
+            inits[layer.name] = made.init_layer(ffn, layer, None, Stream(("test", 0)))
+        model = upcycle(dense, inits, moe)
+    else:
+        model = dense
+        for layer in find_layers(dense, moe):
+            mlp = dense.get_submodule(layer.mlp_path)
+            FFN.of(mlp).resized(made.ffn_hidden(FFN.of(mlp).hidden, moe)).put_into(mlp)
+    costs = estimate(settings, made)
+    assert parameter_counts(model) == (costs.parameters_total, costs.parameters_active)
+
+
+@pytest.mark.parametrize("protocol", ["smoke", "lab", "clip-b32"])
+def test_a_virtual_group_costs_a_larger_router(protocol: str) -> None:
+    settings = PROTOCOLS[protocol]
+    plain, fine = (estimate(settings, strategy(name)) for name in ("sparse-upcycling", "virtual-group"))
+    widths = {"smoke": [64, 64, 64], "lab": [128] * 5, "clip-b32": [768] * 6 + [512] * 6}[protocol]
+    experts, top_k = settings.moe.experts, settings.moe.top_k
+    # Of two shards a copy: as many router rows again, and b2 twice as often.
+    assert fine.parameters_total - plain.parameters_total == sum(experts * d + experts * d for d in widths)
+    assert fine.parameters_active - plain.parameters_active == sum(experts * d + top_k * d for d in widths)
+    assert plain.forward_flops < fine.forward_flops < 1.01 * plain.forward_flops
+
+
+@pytest.mark.parametrize("protocol", ["smoke", "lab", "clip-b32"])
+def test_a_wide_dense_model_has_the_active_parameters_but_for_router_and_second_bias(protocol: str) -> None:
+    settings = PROTOCOLS[protocol]
+    moe, wide = (estimate(settings, strategy(name)) for name in ("sparse-upcycling", "dense-wide"))
+    widths = {"smoke": [64, 64, 64], "lab": [128] * 5, "clip-b32": [768] * 6 + [512] * 6}[protocol]
+    assert wide.parameters_total == wide.parameters_active
+    missing = sum((settings.moe.experts + settings.moe.top_k - 1) * d for d in widths)
+    assert moe.parameters_active - wide.parameters_active == missing
+    assert wide.layers == ()
+    assert 0.99 * moe.forward_flops < wide.forward_flops < moe.forward_flops
+
+
+def test_flops_of_a_wide_dense_model_are_those_counted() -> None:
+    with torch.device("meta"):
+        clip = create_clip("smoke-vit")
+    for layer in find_layers(clip.model, PROTOCOLS["smoke"].moe):
+        mlp = clip.model.get_submodule(layer.mlp_path)
+        FFN.of(mlp).resized(512).put_into(mlp)
+    assert dense_forward_flops(clip) == estimate(PROTOCOLS["smoke"], strategy("dense-wide")).forward_flops
+
+
+def test_what_costs_more_than_the_protocols_moe_does_not_compare() -> None:
+    smoke = PROTOCOLS["smoke"]
+    for name in ("sparse-upcycling", "dense", "dense-frozen", "dense-wide", "virtual-group"):
+        assert unequal_shape(smoke, strategy(name)) is None
+    # Sixteen times the router rows, 8 * 64 numbers each: 0.4 % of the FLOPs per doubling, of a model this small.
+    reason = unequal_shape(smoke, strategy("virtual-group", granularity=16))
+    assert reason == "13,214,720 forward FLOPs per pair, the protocol's own MoE has 12,508,160"
+    assert unequal_shape(PROTOCOLS["clip-b32"], strategy("virtual-group", granularity=16)) is None

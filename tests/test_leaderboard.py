@@ -159,6 +159,13 @@ def test_the_open_division_comes_last_and_is_marked() -> None:
         assert "open division" in text and "not to be compared with other tables: --set moe.experts=4" in text
 
 
+def test_a_shape_of_another_cost_is_explained() -> None:
+    dear = make_record("wide", protocol={"division": "open", "unequal": "twice the FLOPs"})
+    assert "not to be compared with other tables: twice the FLOPs" in render(build([dear]), "md")
+    both = make_record("wide", protocol={"division": "open", "unequal": "twice", "overrides": ("threads=2",)})
+    assert "not to be compared with other tables: --set threads=2; twice" in render(build([both]), "md")
+
+
 def test_the_newest_success_counts() -> None:
     records = [
         make_record(primary=2.0, created="2026-01-03T00:00:00Z", run_id="second-run"),

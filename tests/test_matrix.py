@@ -43,6 +43,7 @@ def planned(label: str) -> Plan:
         protocol=SimpleNamespace(name="smoke", division="closed"),  # type: ignore[arg-type]
         entry=entry(label, "control"),
         strategy=None,  # type: ignore[arg-type]
+        moe=None,  # type: ignore[arg-type]
         label=label,
         suites={},
         init_seed=0,

@@ -122,3 +122,33 @@ def test_a_wrong_option_in_a_protocol_is_one_line() -> None:
     wrong = protocol.model_copy(update={"strategies": {"cluster-aware": {"tou": 1}}})
     with pytest.raises(UserError, match="tou"):
         make_plan(REGISTRY, "cluster-aware", wrong)
+
+
+# ---- a shape of the strategy's own --------------------------------------------------------------------------------
+
+
+def test_a_shape_of_the_same_cost_stays_closed() -> None:
+    usual, fine, wide = plan(), plan("virtual-group"), plan("dense-wide")
+    for other in (fine, wide):
+        assert (other.division, other.unequal) == ("closed", None)
+        assert other.training_fingerprint == usual.training_fingerprint
+    assert usual.moe == usual.protocol.moe == fine.protocol.moe
+    assert (fine.moe.experts, fine.moe.top_k) == (16, 4)
+    assert fine.moe.model_copy(update={"experts": 8, "top_k": 2}) == usual.moe
+
+
+def test_a_shape_of_another_cost_is_open_and_says_why() -> None:
+    usual, dear = plan(), plan("virtual-group", options={"granularity": "16"})
+    assert (usual.division, dear.division) == ("closed", "open")
+    assert dear.protocol.division == "closed"
+    assert dear.unequal == "13,214,720 forward FLOPs per pair, the protocol's own MoE has 12,508,160"
+    assert dear.training_fingerprint != usual.training_fingerprint  # a table of its own
+    assert dear.suite_fingerprints == usual.suite_fingerprints
+    assert plan("virtual-group", "moe.experts=4").division == "open"  # by the override alone
+    assert plan("virtual-group", "moe.experts=4").unequal is None
+
+
+def test_a_width_that_cannot_be_is_one_line_before_anything_runs() -> None:
+    with pytest.raises(UserError, match="granularity 5 does not divide") as caught:
+        plan("virtual-group", options={"granularity": "5"})
+    assert "\n" not in str(caught.value)

@@ -147,6 +147,13 @@ def test_overrides_open_the_division() -> None:
     assert make_record(protocol={"overrides": ("moe.experts=4",), "division": "open"})
 
 
+def test_a_shape_of_another_cost_opens_the_division() -> None:
+    with pytest.raises(ValidationError, match="of another cost, belongs in the open division"):
+        make_record(protocol={"unequal": "twice the FLOPs"})
+    assert make_record(protocol={"unequal": "twice the FLOPs", "division": "open"}).protocol.unequal
+    assert make_record().protocol.unequal is make_record().strategy.moe is None  # as in records before there were any
+
+
 @pytest.mark.parametrize(
     "changes",
     [

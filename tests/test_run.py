@@ -55,19 +55,22 @@ def scores(made: record.Record) -> dict[tuple[str, str], float]:
     return {(score.dataset, score.metric): score.value for score in made.scores}
 
 
-@pytest.mark.parametrize("strategy", ["sparse-upcycling", "cluster-aware", "dense", "dense-frozen"])
+@pytest.mark.parametrize(
+    "strategy", ["sparse-upcycling", "cluster-aware", "virtual-group", "dense", "dense-frozen", "dense-wide"]
+)
 def test_a_run_is_recorded_whole(tmp_path: Path, quick: list[str], strategy: str) -> None:
     path = run(plan(strategy, quick, init_seed=1, train_seed=2), tmp_path, Reporter())
     assert path is not None
     made = record.read(path)
-    moe, trains = strategy in ("sparse-upcycling", "cluster-aware"), strategy != "dense-frozen"
+    moe, trains = not strategy.startswith("dense"), strategy != "dense-frozen"
     assert made.status == "ok"
     assert (made.seeds.init, made.seeds.train) == (1, 2)
     assert made.protocol.division == "open"
     assert made.cost is not None
     assert made.cost.samples == (4 * 32 if trains else 0)
     assert ("train" in made.cost.phases) == trains
-    assert (made.receipt is not None) == moe
+    assert (made.receipt is not None) == (moe or strategy == "dense-wide")
+    assert (made.strategy.moe is not None) == (strategy == "virtual-group")
     assert (made.cost.parameters_active < made.cost.parameters_total) == moe
     assert made.primary == scores(made)["digits-test", "log_likelihood"]
     if trains:

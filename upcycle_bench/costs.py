@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import resource
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,9 +21,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from upcycle_bench.dense import Clip, create_clip
 from upcycle_bench.moe import moe_layers
-from upcycle_bench.protocol import Protocol
-from upcycle_bench.strategy import FFN, Layer
+from upcycle_bench.protocol import MoE, Protocol
+from upcycle_bench.strategy import FFN, Layer, Strategy, resolve_moe
 from upcycle_bench.surgery import find_layers
+
+SHAPE_TOLERANCE = 0.01  # of the protocol's own MoE, for a strategy that makes another
 
 
 @dataclass
@@ -93,27 +96,74 @@ class Estimate:
     train_flops: int
 
 
-def estimate(protocol: Protocol, *, moe: bool, trains: bool) -> Estimate:
-    """Counts on the meta device: nothing is computed. Text is counted at full context, experts as copies of the FFN."""
-    schedule = protocol.train.schedule
-    with torch.device("meta"):
-        clip = create_clip(protocol.model, patch_dropout=schedule.patch_dropout)
-    forward = dense_forward_flops(clip)
+def estimate(protocol: Protocol, strategy: Strategy) -> Estimate:
+    """Counts on the meta device: nothing is computed. Text is counted at full context, experts as plain FFNs.
+
+    Raises UserError for a hidden width that the strategy cannot make.
+    """
+    moe, schedule = resolve_moe(strategy, protocol.moe), protocol.train.schedule
+    names, total, active, forward = _counts(
+        protocol, moe, lambda hidden: strategy.ffn_hidden(hidden, moe), experts=strategy.replaces_ffn
+    )
+    steps = schedule.steps if strategy.trains else 0
+    samples = steps * schedule.batch_size
+    return Estimate(
+        names if strategy.replaces_ffn else (), total, active, steps, samples, forward, 3 * forward * samples
+    )
+
+
+def unequal_shape(protocol: Protocol, strategy: Strategy) -> str | None:
+    """Why a strategy with a shape of its own does not compare: more or less active than the protocol's own MoE.
+
+    None: it keeps the shape, or active parameters and forward FLOPs differ by at most `SHAPE_TOLERANCE`.
+    """
+    if resolve_moe(strategy, protocol.moe) == protocol.moe and type(strategy).ffn_hidden is Strategy.ffn_hidden:
+        return None
+    made = estimate(protocol, strategy)
+    _, _, active, forward = _counts(protocol, protocol.moe, lambda width: width, experts=True)
+    pairs = (
+        ("active parameters", made.parameters_active, active),
+        ("forward FLOPs per pair", made.forward_flops, forward),
+    )
+    reasons = [
+        f"{ours:,} {what}, the protocol's own MoE has {theirs:,}"
+        for what, ours, theirs in pairs
+        if abs(ours - theirs) > SHAPE_TOLERANCE * theirs
+    ]
+    return "; ".join(reasons) or None
+
+
+def _counts(
+    protocol: Protocol, moe: MoE, hidden_of: Callable[[int], int], *, experts: bool
+) -> tuple[tuple[str, ...], int, int, int]:
+    """Layers of `moe`, parameters in all and active, and FLOPs of a pair; without `experts` one wide FFN a layer."""
+    patch_dropout = protocol.train.schedule.patch_dropout
+    clip = _meta_clip(protocol.model, patch_dropout)
+    forward = _meta_flops(protocol.model, patch_dropout)
     total = sum(p.numel() for p in clip.model.parameters())
     active = total
-    layers = find_layers(clip.model, protocol.moe) if moe else []
+    layers = find_layers(clip.model, moe)
     for layer in layers:
         ffn = FFN.of(clip.model.get_submodule(layer.mlp_path))
-        size = ffn.w1_HD.numel() + ffn.b1_H.numel() + ffn.w2_DH.numel() + ffn.b2_D.numel()
-        router = layer.num_experts * ffn.width
-        total += size * (layer.num_experts - 1) + router
-        active += size * (layer.top_k - 1) + router
-        extra = 4 * ffn.width * ffn.hidden * (layer.top_k - 1) + 2 * router
-        forward += extra * tokens(clip, layer, schedule.patch_dropout)
-    steps = schedule.steps if trains else 0
-    samples = steps * schedule.batch_size
-    names = tuple(layer.name for layer in layers)
-    return Estimate(names, total, active, steps, samples, forward, 3 * forward * samples)
+        hidden, width = hidden_of(ffn.hidden), ffn.width
+        size, dense_size = (2 * h * width + h + width for h in (hidden, ffn.hidden))
+        number, chosen, router = (layer.num_experts, layer.top_k, layer.num_experts * width) if experts else (1, 1, 0)
+        total += size * number - dense_size + router
+        active += size * chosen - dense_size + router
+        extra = 4 * width * (hidden * chosen - ffn.hidden) + 2 * router
+        forward += extra * tokens(clip, layer, patch_dropout)
+    return tuple(layer.name for layer in layers), total, active, forward
+
+
+@functools.cache
+def _meta_clip(model: str, patch_dropout: float) -> Clip:
+    with torch.device("meta"):
+        return create_clip(model, patch_dropout=patch_dropout)
+
+
+@functools.cache
+def _meta_flops(model: str, patch_dropout: float) -> int:
+    return dense_forward_flops(_meta_clip(model, patch_dropout))
 
 
 def tokens(clip: Clip, layer: Layer, patch_dropout: float) -> int:

@@ -24,17 +24,19 @@ def show_plan(plan: Plan, as_json: bool) -> None:
     from upcycle_bench.engine import choose_device
 
     device = choose_device()
-    costs = estimate(plan.protocol, moe=plan.strategy.replaces_ffn, trains=plan.strategy.trains)
+    costs = estimate(plan.protocol, plan.strategy)
     seconds = estimate_seconds(plan.protocol, costs.train_flops, device) if costs.train_flops else 0.0
     facts: dict[str, Any] = {
         "strategy": plan.label,
         "protocol": plan.protocol.name,
-        "division": plan.protocol.division,
+        "division": plan.division,
+        **({"open_because": plan.unequal} if plan.unequal else {}),
         "overrides": list(plan.protocol.overrides),
         "seeds": {"init": plan.init_seed, "train": plan.train_seed},
         "training_fingerprint": plan.training_fingerprint,
         "suite_fingerprints": plan.suite_fingerprints,
         "blocks_replaced": list(costs.layers),
+        **({"experts": plan.moe.experts, "top_k": plan.moe.top_k} if costs.layers else {}),
         "parameters_total": costs.parameters_total,
         "parameters_active": costs.parameters_active,
         "steps": costs.steps,

@@ -1,17 +1,22 @@
 """From a dense CLIP to experts and routers: calibrate, then ask the strategy layer by layer. Needs no process group.
 
-inits = make_experts(strategy, dense_model, protocol.moe, init_seed, inputs)
-model = upcycle(dense_model, inits, protocol.moe)                                  # upcycle_bench.surgery
+moe = resolve_moe(strategy, protocol.moe)                                          # upcycle_bench.strategy
+inits = make_experts(strategy, dense_model, moe, init_seed, inputs)
+model = upcycle(dense_model, inits, moe)                                           # upcycle_bench.surgery
+
+model = make_dense(strategy, dense_model, moe, init_seed)                          # where no FFN is replaced
 """
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from upcycle_bench import protocol
 from upcycle_bench.calibration import calibrate
@@ -29,7 +34,8 @@ def make_experts(
 ) -> dict[str, LayerInit]:
     """The strategy's experts and router for every layer of `dense` (an open_clip CLIP), by layer name.
 
-    Raises PluginError when the strategy changes the dense FFN or notes a number that is not finite.
+    `moe` are the strategy's settings. Raises PluginError when it changes the dense FFN, makes plain experts of another
+    width than it said, or notes a number that is not finite.
     """
     root = Stream(("strategy", strategy.info.name, init_seed))
     layers = find_layers(dense, moe)
@@ -51,5 +57,34 @@ def make_experts(
         notes = {name: float(value) for name, value in init.notes.items()}
         if not all(map(math.isfinite, notes.values())):
             raise PluginError(f"{where}: a note is not a finite number: {notes}")
+        hidden = strategy.ffn_hidden(ffn.hidden, moe)
+        for number, expert in enumerate(init.experts):
+            _check_hidden(expert, hidden, f"{where}: expert {number}", plain=hidden != ffn.hidden)
         inits[layer.name] = replace(init, notes=notes)
     return inits
+
+
+def make_dense(strategy: Strategy, dense: Any, moe: protocol.MoE, init_seed: int) -> Any:
+    """A copy of `dense` as a strategy without experts wants it (`Strategy.init_dense`).
+
+    Raises PluginError when an FFN's width is not what the strategy said, or the model has other tensors.
+    """
+    model = copy.deepcopy(dense)
+    layers = find_layers(model, moe)
+    with torch.no_grad():
+        strategy.init_dense(model, layers, Stream(("strategy", strategy.info.name, init_seed)))
+    if model.state_dict().keys() != dense.state_dict().keys():
+        raise PluginError(f"{strategy.info.name}: init_dense adds or removes tensors; it may only change them")
+    for layer in layers:
+        hidden = strategy.ffn_hidden(FFN.of(dense.get_submodule(layer.mlp_path)).hidden, moe)
+        mlp = model.get_submodule(layer.mlp_path)
+        _check_hidden(mlp, hidden, f"{strategy.info.name}: {layer.name}", plain=True)
+    return model
+
+
+def _check_hidden(module: Any, hidden: int, where: str, plain: bool) -> None:
+    """What a run costs is counted by `ffn_hidden`. Modules of a strategy's own have no such width, if not `plain`."""
+    c_fc = getattr(module, "c_fc", None)
+    found = c_fc.out_features if isinstance(c_fc, nn.Linear) else None
+    if found != hidden and (plain or found is not None):
+        raise PluginError(f"{where}: its hidden width is {found}, but ffn_hidden says {hidden}")

@@ -98,6 +98,7 @@ class Board:
     protocol: str
     division: str
     overrides: tuple[str, ...]
+    unequal: str | None
     training_fingerprint: str
     suite_fingerprints: dict[str, str]
     dense: str
@@ -152,6 +153,7 @@ def _board(records: list[Record]) -> Board:
         protocol=newest.protocol.name,
         division=newest.protocol.division,
         overrides=newest.protocol.overrides,
+        unequal=newest.protocol.unequal,
         training_fingerprint=newest.protocol.training_fingerprint,
         suite_fingerprints=dict(sorted(newest.protocol.suite_fingerprints.items())),
         dense=newest.hashes.dense,
@@ -254,8 +256,8 @@ def _caption(board: Board) -> list[str]:
     """What this board's numbers are, in sentences; NOTES holds for all boards."""
     lines = [f"Primary: mean of {_parts(board.primary)}; higher is better."] if board.primary else []
     if board.division == "open":
-        settings = " ".join(f"--set {override}" for override in board.overrides)
-        lines.insert(0, f"Open division, not to be compared with other tables: {settings}")
+        settings = [" ".join(f"--set {override}" for override in board.overrides), board.unequal or ""]
+        lines.insert(0, f"Open division, not to be compared with other tables: {'; '.join(filter(None, settings))}")
     if board.baseline:
         lines.append(f"vs {board.baseline}: the primary minus that of {board.baseline}.")
     return lines

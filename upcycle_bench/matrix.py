@@ -109,7 +109,7 @@ def _describes(made: record.Record, cell: Cell) -> bool:
     plan, protocol = cell.plan, made.protocol
     return (
         made.strategy.label == plan.label
-        and (protocol.name, protocol.division) == (plan.protocol.name, plan.protocol.division)
+        and (protocol.name, protocol.division) == (plan.protocol.name, plan.division)
         and protocol.training_fingerprint == plan.training_fingerprint
         and protocol.suite_fingerprints == plan.suite_fingerprints
         and (made.seeds.init, made.seeds.train) == (plan.init_seed, plan.train_seed)
@@ -142,12 +142,12 @@ def preview(cells: Sequence[Cell], results: Path, fresh: bool) -> list[Path | No
 
 def estimate(cells: Sequence[Cell]) -> tuple[int, float]:
     """Training FLOPs of all cells without what strategies add, and roughly the seconds of one device like this."""
-    facts = [(cell.plan.strategy.replaces_ffn, cell.plan.strategy.trains) for cell in cells]
     if not cells:
         return 0, 0.0
     protocol = cells[0].plan.protocol
-    each = {fact: costs.estimate(protocol, moe=fact[0], trains=fact[1]).train_flops for fact in set(facts)}
-    flops = sum(each[fact] for fact in facts)
+    strategies = {cell.plan.label: cell.plan.strategy for cell in cells}
+    each = {label: costs.estimate(protocol, strategy).train_flops for label, strategy in strategies.items()}
+    flops = sum(each[cell.plan.label] for cell in cells)
     return flops, costs.estimate_seconds(protocol, flops, engine.choose_device()) if flops else 0.0
 
 

@@ -9,20 +9,20 @@ import hashlib
 import json
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pydantic import ValidationError
 
-from upcycle_bench import distributed, engine, evalsets
+from upcycle_bench import costs, distributed, engine, evalsets
 from upcycle_bench.cache import file_sha256
 from upcycle_bench.data import expand_shards, shards_digest
 from upcycle_bench.dense import model_config
 from upcycle_bench.errors import UserError, first_problem, unknown
 from upcycle_bench.progress import Reporter
-from upcycle_bench.protocol import Protocol
+from upcycle_bench.protocol import MoE, Protocol
 from upcycle_bench.registry import Entry, Registry
-from upcycle_bench.strategy import Strategy, configure
+from upcycle_bench.strategy import Strategy, configure, resolve_moe
 from upcycle_bench.suite import Suite
 from upcycle_bench.worlds import World, load_world
 
@@ -44,11 +44,16 @@ class Paths:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """One run, resolved. `missing` names what must still be given before it can run; fingerprints are then None."""
+    """One run, resolved. `missing` names what must still be given before it can run; fingerprints are then None.
+
+    `moe` is what the strategy makes of the protocol's; `unequal` says why that does not compare, if it does not.
+    """
 
     protocol: Protocol
     entry: Entry
     strategy: Strategy
+    moe: MoE
+    unequal: str | None = None
     label: str
     suites: dict[str, Suite]
     init_seed: int
@@ -59,6 +64,11 @@ class Plan:
     training_fingerprint: str | None
     suite_fingerprints: dict[str, str | None]
     missing: tuple[str, ...]
+
+    @property
+    def division(self) -> Literal["closed", "open"]:
+        """Only closed runs compare; an override opens it, and so does a shape of another cost."""
+        return "open" if self.unequal else self.protocol.division
 
 
 def fingerprint(value: Any) -> str:
@@ -86,6 +96,7 @@ def make_plan(
     entry = registry.get("strategy", strategy_name)
     usual = configure(entry.target, protocol.strategies.get(strategy_name, {}))
     strategy = configure(entry.target, protocol.strategies.get(strategy_name, {}) | (options or {}))
+    moe, unequal = resolve_moe(strategy, protocol.moe), costs.unequal_shape(protocol, strategy)
     suites = {name: _suite(registry, name, settings) for name, settings in protocol.suites.items()}
     missing = []
     dense_identity, checkpoint = None, paths.checkpoint
@@ -118,6 +129,8 @@ def make_plan(
         protocol=protocol,
         entry=entry,
         strategy=strategy,
+        moe=moe,
+        unequal=unequal,
         label=_label(strategy, usual),
         suites=suites,
         init_seed=init_seed,
@@ -125,7 +138,7 @@ def make_plan(
         world=world,
         checkpoint=checkpoint,
         dense_identity=dense_identity,
-        training_fingerprint=_training_fingerprint(protocol, world, dense_identity) if resolved else None,
+        training_fingerprint=_training_fingerprint(protocol, world, dense_identity, unequal) if resolved else None,
         suite_fingerprints={
             name: suite_fingerprint(suite, world.eval_root) if world else None for name, suite in suites.items()
         },
@@ -168,12 +181,16 @@ def dense_recipe(protocol: Protocol, world: World) -> str:
     return fingerprint({**values, "config": model_config(protocol.model), "data": world.sha256, "numerics": NUMERICS})
 
 
-def _training_fingerprint(protocol: Protocol, world: World | None, dense_identity: str | None) -> str:
+def _training_fingerprint(
+    protocol: Protocol, world: World | None, dense_identity: str | None, unequal: str | None
+) -> str:
     assert world is not None
     values = protocol.model_dump(mode="json", include={"model", "threads", "dense", "moe", "train"})
     values["train"] = {key: value for key, value in values["train"].items() if key not in _WITHOUT_EFFECT}
     values |= {"config": model_config(protocol.model), "data": world.sha256, "checkpoint": dense_identity}
     values["world_size"] = distributed.world_size()  # capacity is that of a rank's micro-batch
+    if unequal:  # a table of its own
+        values["unequal"] = unequal
     return fingerprint({**values, "numerics": NUMERICS})
 
 

@@ -59,6 +59,7 @@ class StrategyPart(Part):
     name: Name
     label: Name = Field(description="the row's name: `cluster-aware`, or `cluster-aware[tau=0.8]` off its defaults")
     config: dict[str, JsonValue] = Field(description="resolved configuration")
+    moe: dict[str, JsonValue] | None = Field(default=None, description="MoE settings where not the protocol's")
     status: Literal["published", "reconstructed", "control", "unpublished"]
     reconstructed: tuple[str, ...] = Field(description="parts that the paper leaves open and we had to choose")
     paper: str
@@ -72,14 +73,17 @@ class ProtocolPart(Part):
     name: Name
     division: Literal["closed", "open"]
     overrides: tuple[str, ...] = Field(description="`--set` values; any of them opens the division")
+    unequal: str | None = Field(
+        default=None, description="why the strategy's own shape opens the division: its cost is not the protocol's"
+    )
     training_fingerprint: Name
     suite_fingerprints: dict[str, str] = Field(description="suite -> fingerprint")
     resolved: dict[str, JsonValue]
 
     @model_validator(mode="after")
     def _overrides_open(self) -> ProtocolPart:
-        if self.overrides and self.division == "closed":
-            raise ValueError("a run with overrides belongs in the open division")
+        if (self.overrides or self.unequal) and self.division == "closed":
+            raise ValueError("a run with overrides, or of another cost, belongs in the open division")
         return self
 
 

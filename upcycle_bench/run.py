@@ -26,12 +26,12 @@ from upcycle_bench.data import PairDataset
 from upcycle_bench.dense import Clip
 from upcycle_bench.diagnostics import diagnose
 from upcycle_bench.errors import UserError
-from upcycle_bench.initialise import CalibrationSource, make_experts
+from upcycle_bench.initialise import CalibrationSource, make_dense, make_experts
 from upcycle_bench.plan import Plan, fingerprint
 from upcycle_bench.pretrain import load_dense, training_data
 from upcycle_bench.progress import Reporter
 from upcycle_bench.rng import Stream
-from upcycle_bench.strategy import LayerInit
+from upcycle_bench.strategy import LayerInit, Strategy
 from upcycle_bench.suite import EvalContext, SuiteResult
 from upcycle_bench.surgery import merge, upcycle
 from upcycle_bench.train import COUNTING_RULE, Job, Progress, train
@@ -61,7 +61,7 @@ def run(plan: Plan, results: Path, reporter: Reporter, *, fresh: bool = False) -
                     state.progress = train_model(plan, model, data, work, state.meter, reporter)
                     state.parameters = parameter_counts(model.model)  # of the trained form
                     merge(model.model)
-                    state.weights = weights.save(model, plan.protocol.moe, cache_root() / "weights")
+                    state.weights = weights.save(model, plan.moe, cache_root() / "weights")
                     state.final = whole_model(plan, model, state.weights)
                     keep(state, key, model, dense, work)
                 if distributed.is_main():
@@ -103,9 +103,9 @@ def initialise(
 
     Rank 0 does it and the others get the result, so that weights do not depend on the number of ranks.
     """
-    strategy, moe = plan.strategy, plan.protocol.moe
+    strategy, moe = plan.strategy, plan.moe
     if not strategy.replaces_ffn:  # a copy: the dense model stays what diagnostics compare with
-        return replace(dense, model=copy.deepcopy(dense.model)), None
+        return _initialise_dense(plan, dense, data, meter)
     inits: dict[str, LayerInit] = {}
     receipt = None
     if distributed.is_main():
@@ -129,6 +129,17 @@ def initialise(
     return replace(dense, model=model.to(meter.device)), receipt
 
 
+def _initialise_dense(plan: Plan, dense: Clip, data: PairDataset, meter: Meter) -> tuple[Clip, dict[str, Any] | None]:
+    """On every rank, and the same there; with a receipt if the strategy changes the model."""
+    strategy = plan.strategy
+    if type(strategy).init_dense is Strategy.init_dense:
+        return replace(dense, model=copy.deepcopy(dense.model)), None
+    with meter.phase("upcycle", count=True):
+        model = make_dense(strategy, dense.model, plan.moe, plan.init_seed)
+    receipt = diagnose(model, dense.model, _sample(dense, data, meter.device)) if distributed.is_main() else None
+    return replace(dense, model=model), receipt
+
+
 def train_model(
     plan: Plan, model: Clip, data: PairDataset, work: Path, meter: Meter, reporter: Reporter
 ) -> Progress | None:
@@ -141,7 +152,7 @@ def train_model(
         peak_lr=plan.protocol.peak_lr,
         stop_step=settings.schedule.steps,
         seed=plan.train_seed,
-        load_balance=plan.protocol.moe.load_balance,
+        load_balance=plan.moe.load_balance,
         zero_stage=settings.zero_stage,
         log_every=settings.log_every,
         metrics=work / "metrics.jsonl",
@@ -204,7 +215,7 @@ def _inputs(clip: Clip, batches: Iterable[Any], device: torch.device) -> Iterato
 
 def whole_model(plan: Plan, model: Clip, digest: str) -> Clip:
     """The trained model with all its experts on rank 0: itself, or read back where they were spread over ranks."""
-    if plan.protocol.moe.ep_size == 1 or not distributed.is_main():
+    if plan.moe.ep_size == 1 or not distributed.is_main():
         return model
     return weights.load(cache_root() / "weights" / f"{digest}.safetensors")
 
@@ -250,12 +261,12 @@ def check_input(plan: Plan, results: Path) -> None:
     if plan.missing:
         raise UserError(f"protocol {plan.protocol.name} needs {', '.join(plan.missing)}.")
     require_writable(results, "--results")
-    engine.check_world(plan.protocol.train.schedule.batch_size, plan.protocol.moe.ep_size)
+    engine.check_world(plan.protocol.train.schedule.batch_size, plan.moe.ep_size)
 
 
 def check_strategy(plan: Plan) -> None:
     """UserError for what this strategy cannot do, or lacks on this machine."""
-    if plan.strategy.shares_parameters and plan.protocol.moe.ep_size > 1:
+    if plan.strategy.shares_parameters and plan.moe.ep_size > 1:
         raise UserError(
             f"{plan.label}: its experts share parameters, which expert parallelism would spread over processes; "
             "run it with --set moe.ep_size=1."
@@ -336,6 +347,7 @@ def _record(state: _State, **parts: Any) -> record.Record:
             "name": info.name,
             "label": plan.label,
             "config": plan.strategy.config(),
+            "moe": plan.moe.model_dump(mode="json") if plan.moe != protocol.moe else None,
             "status": info.status,
             "reconstructed": info.reconstructed,
             "paper": info.paper,
@@ -344,8 +356,9 @@ def _record(state: _State, **parts: Any) -> record.Record:
         },
         "protocol": {
             "name": protocol.name,
-            "division": protocol.division,
+            "division": plan.division,
             "overrides": protocol.overrides,
+            "unequal": plan.unequal,
             "training_fingerprint": plan.training_fingerprint,
             "suite_fingerprints": plan.suite_fingerprints,
             "resolved": protocol.model_dump(mode="json"),

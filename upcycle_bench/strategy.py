@@ -25,16 +25,19 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, get_args
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from upcycle_bench.errors import PluginError, UserError, first_problem, unknown
 from upcycle_bench.rng import Stream
 
 if TYPE_CHECKING:
+    from upcycle_bench import protocol
     from upcycle_bench.moe import MoEFFN
 
 Status = Literal["published", "reconstructed", "control", "unpublished"]
 RouterInit = Literal["deepspeed", "normal", "lecun"]
+SHAPE = ("experts", "top_k")  # the MoE settings that a strategy may change
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +89,24 @@ class FFN:
     def hidden(self) -> int:
         """H."""
         return self.w1_HD.shape[0]
+
+    def resized(self, hidden: int) -> FFN:
+        """Its first `hidden` neurons, or, where it has fewer, neurons of zeros behind its own: the same function."""
+        if hidden == self.hidden:
+            return self
+        more = max(0, hidden - self.hidden)
+        return FFN(
+            F.pad(self.w1_HD, (0, 0, 0, more))[:hidden],
+            F.pad(self.b1_H, (0, more))[:hidden],
+            F.pad(self.w2_DH, (0, more))[:, :hidden],
+            self.b2_D,
+            self.act,
+        )
+
+    def put_into(self, mlp: Any) -> None:
+        """Give open_clip's `mlp` copies of these tensors, whatever its hidden width was."""
+        made: Any = self.expert()
+        mlp.c_fc, mlp.c_proj = made.c_fc, made.c_proj
 
     def expert(
         self,
@@ -191,6 +212,23 @@ class Strategy(ABC):
         """How many training pairs `calibrator` wants to see; 0 for a strategy without calibration."""
         return 0
 
+    def moe_settings(self, moe: protocol.MoE) -> protocol.MoE:
+        """The MoE that this strategy makes in place of the protocol's; only `experts` and `top_k` may differ."""
+        return moe
+
+    def ffn_hidden(self, hidden: int, moe: protocol.MoE) -> int:
+        """Hidden width in the blocks of `moe_settings`, of each expert or of the dense FFN; `hidden` is the dense one.
+
+        UserError for a width that cannot be.
+        """
+        return hidden
+
+    def init_dense(self, model: Any, layers: Sequence[Layer], rng: Stream) -> None:  # noqa: B027  (optional)
+        """Change this copy of the dense model in place (`replaces_ffn` False): its weights, and `ffn_hidden` widths.
+
+        A pure function of its arguments: every rank calls it. `FFN.of` and `FFN.put_into` read and write an `mlp`.
+        """
+
     def calibrator(self, ffn: FFN, layer: Layer, rng: Stream) -> Calibrator:
         """A collector for this layer, handed back to `init_layer` when the stream has ended."""
         raise NotImplementedError(f"{self.info.name} asks for calibration pairs but has no calibrator")
@@ -236,6 +274,22 @@ def configure(strategy: type[Strategy], options: Mapping[str, Any]) -> Strategy:
     except ValidationError as error:
         where, what = first_problem(error)
         raise UserError(f"{strategy.info.name}: {where or 'configuration'}: {what}.") from None
+
+
+def resolve_moe(strategy: Strategy, moe: protocol.MoE) -> protocol.MoE:
+    """`Strategy.moe_settings`, checked. Raises PluginError for settings that cannot be, or are the protocol's alone."""
+    own = strategy.moe_settings(moe)
+    if own == moe:
+        return moe
+    values = own.model_dump()
+    other = [key for key, value in moe.model_dump().items() if value != values[key] and key not in SHAPE]
+    if other:
+        raise PluginError(f"{strategy.info.name}: moe_settings changes {', '.join(other)}, which are the protocol's")
+    try:
+        return type(moe).model_validate(values)  # model_copy(update=...) checks nothing
+    except ValueError as error:
+        reason = " ".join(str(error).split())
+        raise PluginError(f"{strategy.info.name}: moe_settings is not a mixture of experts: {reason}") from None
 
 
 def random_router(ffn: FFN, layer: Layer, rng: Stream, init: RouterInit = "deepspeed") -> Tensor:

@@ -85,6 +85,18 @@ def merge(model: nn.Module) -> None:
         layer.merge()
 
 
+def hidden_widths(model: Any) -> dict[str, int]:
+    """Hidden width of every plain FFN of a CLIP, or of an MoE layer's first expert, by the `mlp`'s path."""
+    widths = {}
+    for path, module in model.named_modules():
+        if path.endswith(".mlp"):
+            plain = next(iter(module.experts)) if isinstance(module, MoEFFN) else module
+            c_fc = getattr(plain, "c_fc", None)
+            if isinstance(c_fc, nn.Linear):
+                widths[path] = c_fc.out_features
+    return widths
+
+
 def _check(layer: Layer, init: LayerInit, ffn: FFN, ep_size: int) -> None:
     if len(init.experts) != layer.num_experts:
         raise PluginError(

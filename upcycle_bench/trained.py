@@ -11,6 +11,7 @@ damaged since is not found, which costs a training and is never an error.
 from __future__ import annotations
 
 import contextlib
+import copy
 import os
 import shutil
 from collections.abc import Iterator
@@ -29,6 +30,7 @@ from upcycle_bench.moe import moe_layers
 from upcycle_bench.plan import fingerprint
 from upcycle_bench.record import Part, Phase, PhaseCost, Timestamp
 from upcycle_bench.strategy import FFN
+from upcycle_bench.surgery import hidden_widths
 from upcycle_bench.train import Progress
 
 
@@ -104,14 +106,24 @@ def work_folder(key: str, resumable: bool, fresh: bool = False) -> Iterator[Path
 def can_be_rebuilt(model: nn.Module, dense: Any) -> bool:
     """Whether `weights.load` makes this very model: each expert, on every rank, is what `FFN.expert` makes.
 
-    A plugin's own expert modules are not: the file has their tensors, but not what they compute.
+    A plugin's own expert modules are not: the file has their tensors, but not what they compute. Hidden widths may be
+    others than the dense model's, the same for all experts of a layer; nothing else may.
     """
-    strange = 0
-    for layer in moe_layers(model).values():
-        plain = FFN.of(dense.get_submodule(layer.layer.mlp_path)).expert()
+    strange, layers, widths = 0, moe_layers(model), hidden_widths(model)
+    for layer in layers.values():
+        ffn = FFN.of(dense.get_submodule(layer.layer.mlp_path))
+        plain = ffn.resized(widths.get(layer.layer.mlp_path, ffn.hidden)).expert()
         strange += sum(_form(expert) != _form(plain) for expert in layer.experts)
         # Experts that share a tensor would come back with one each.
         strange += len(list(layer.experts.parameters())) != len(layer.experts) * len(list(plain.parameters()))
+    if not layers:
+        memo = {id(value): nn.Parameter(value.to("meta")) for value in dense.parameters()}
+        rebuilt = copy.deepcopy(dense, memo)
+        for path, width in widths.items():
+            mlp = rebuilt.get_submodule(path)
+            if FFN.of(mlp).hidden != width:
+                FFN.of(mlp).resized(width).put_into(mlp)
+        strange += _form(model) != _form(rebuilt)
     return distributed.sum_over_ranks(strange) == 0
 
 

@@ -1,10 +1,11 @@
 """Final weights: one safetensors file for the whole model, named by its content, that loads without the run.
 
-    digest = save(clip, protocol.moe, folder)        # on every rank; rank 0 writes folder/<sha256>.safetensors
+    digest = save(clip, plan.moe, folder)            # on every rank; rank 0 writes folder/<sha256>.safetensors
     clip = load(folder / f"{digest}.safetensors")    # one process, all experts, any machine
 
 Experts that expert parallelism spread over ranks are gathered under their global numbers. The file's metadata holds
-the open_clip model name and the MoE configuration, which is all that is needed to build the module again.
+the open_clip model name, the MoE configuration and the hidden widths that are not that model's, which is all that is
+needed to build the module again.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import os
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -25,7 +27,7 @@ from upcycle_bench.dense import Clip, create_clip
 from upcycle_bench.errors import UserError
 from upcycle_bench.moe import moe_layers
 from upcycle_bench.strategy import FFN, LayerInit
-from upcycle_bench.surgery import find_layers, upcycle
+from upcycle_bench.surgery import find_layers, hidden_widths, upcycle
 
 FORMAT = "upcycle-bench/1"  # the metadata's one key: safetensors writes several in a random order
 EXPERT_KEY = re.compile(r"(.*\.deepspeed_experts\.)(\d+)(\..*)")
@@ -58,7 +60,11 @@ def save(clip: Clip, moe: protocol.MoE, folder: Path) -> str:
     state = consolidate(clip)
     if not distributed.is_main():
         return ""
-    settings = {"model": clip.name, "moe": moe.model_dump() if moe_layers(clip.model) else None}
+    settings: dict[str, Any] = {"model": clip.name, "moe": moe.model_dump() if moe_layers(clip.model) else None}
+    with torch.device("meta"):
+        usual = hidden_widths(create_clip(clip.name).model)
+    if hidden := {path: width for path, width in hidden_widths(clip.model).items() if width != usual.get(path)}:
+        settings["hidden"] = hidden  # else left out: the same model has the same file
     folder.mkdir(parents=True, exist_ok=True)
     temporary = folder / f".{os.getpid()}.safetensors"
     try:
@@ -88,6 +94,9 @@ def load(path: Path) -> Clip:
     try:
         settings = json.loads(text)
         clip = create_clip(settings["model"])
+        for mlp_path, hidden in settings.get("hidden", {}).items():
+            mlp = clip.model.get_submodule(mlp_path)
+            FFN.of(mlp).resized(hidden).put_into(mlp)
         if settings["moe"] is not None:
             moe = protocol.MoE.model_validate(settings["moe"] | {"ep_size": 1})
             inits = {}
@@ -97,7 +106,13 @@ def load(path: Path) -> Clip:
                 inits[layer.name] = LayerInit([ffn.expert() for _ in range(layer.num_experts)], router_ND)
             clip = replace(clip, model=upcycle(clip.model, inits, moe))
         clip.model.load_state_dict(load_file(path), strict=True)
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:  # of json, pydantic, load_state_dict
+    except (
+        KeyError,
+        TypeError,
+        ValueError,
+        RuntimeError,
+        AttributeError,
+    ) as error:  # of json, pydantic, load_state_dict
         reason = " ".join(str(error).split())[:400]
         raise UserError(f"{path}: does not fit its own metadata ({reason}).") from None
     clip.model.eval()
