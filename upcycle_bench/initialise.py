@@ -2,12 +2,14 @@
 
 inits = make_experts(strategy, dense_model, protocol.moe, init_seed, inputs)
 model = upcycle(dense_model, inits, protocol.moe)                                  # upcycle_bench.surgery
+
+A strategy that trains first (`upcycle_bench.workshop`) brings the model for both calls, and branches for the first.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -25,16 +27,27 @@ CalibrationSource = Callable[[int], Iterable[tuple[Tensor, Tensor]]]
 
 
 def make_experts(
-    strategy: Strategy, dense: Any, moe: protocol.MoE, init_seed: int, calibration: CalibrationSource
+    strategy: Strategy,
+    dense: Any,
+    moe: protocol.MoE,
+    init_seed: int,
+    calibration: CalibrationSource,
+    branches: Sequence[Any] | None = None,
 ) -> dict[str, LayerInit]:
     """The strategy's experts and router for every layer of `dense` (an open_clip CLIP), by layer name.
 
+    `branches` are the dense CLIPs of a `Preparation`: `init_layer` gets their FFNs as `calibration`.
     Raises PluginError when the strategy changes the dense FFN or notes a number that is not finite.
     """
+    if branches is not None and strategy.calibration_pairs:
+        raise PluginError(f"{strategy.info.name} both prepares and calibrates; a strategy may do one of them")
     root = Stream(("strategy", strategy.info.name, init_seed))
     layers = find_layers(dense, moe)
     ffns = {layer.name: FFN.of(dense.get_submodule(layer.mlp_path)) for layer in layers}
-    calibrators = {}
+    calibrators: dict[str, Any] = {}
+    if branches is not None:
+        for layer in layers:
+            calibrators[layer.name] = [FFN.of(branch.get_submodule(layer.mlp_path)) for branch in branches]
     if strategy.calibration_pairs:
         for layer in layers:
             calibrators[layer.name] = strategy.calibrator(
