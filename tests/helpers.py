@@ -9,7 +9,7 @@ import contextlib
 import copy
 import functools
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,13 +23,16 @@ from upcycle_bench.data import Batch
 from upcycle_bench.dense import Clip, create_clip
 from upcycle_bench.initialise import make_dense
 from upcycle_bench.moe import MoEFFN
-from upcycle_bench.protocol import MoE
+from upcycle_bench.protocol import MoE, load_protocol
+from upcycle_bench.registry import load_registry
 from upcycle_bench.rng import Stream
 from upcycle_bench.strategy import FFN, Layer, LayerInit, Strategy, resolve_moe
 from upcycle_bench.surgery import find_layers, upcycle
+from upcycle_bench.workshop import Workshop
 
 START_OF_TEXT, END_OF_TEXT = 49406, 49407  # CLIP's tokenizer
 MODEL = "smoke-vit"
+SMOKE = load_registry().protocols["smoke"].target
 
 
 def tiny_moe(**changes: Any) -> MoE:
@@ -81,6 +84,14 @@ class TinyPairs:
     def __init__(self, clip: Clip, limit: int = 128) -> None:
         self.clip, self.limit = clip, limit
 
+    def __len__(self) -> int:
+        return self.limit
+
+    def pick(self, index: Tensor, rng: Stream) -> Batch:
+        """Eight pairs, again and again, so that clusters are large."""
+        (eight,) = self.calibration(Stream(("eight",)), 8, 8)
+        return Batch(eight.images[index % 8], eight.texts[index % 8], index)
+
     def calibration(self, rng: Stream, pairs: int, batch_size: int) -> Iterator[Batch]:
         """At most `limit` pairs, in batches, whose size changes nothing."""
         generator = rng.child("pairs").generator()
@@ -94,6 +105,27 @@ class TinyPairs:
             yield Batch(images[index], texts[index], index)
 
 
+class TinyWorkshop(Workshop):
+    """A workshop without an engine: training is noise on the chosen parameters, drawn for the name and the rows."""
+
+    def __init__(self, clip: Clip, moe: MoE, rng: Stream) -> None:
+        protocol = load_protocol(SMOKE, [f"moe.experts={moe.experts}", "train.schedule.batch_size=4"])
+        groups = [f"group {sample % 8}" for sample in range(64)]
+        super().__init__(clip, TinyPairs(clip, len(groups)), protocol, rng, groups, label="tiny")  # type: ignore[arg-type]
+
+    def steps_per_branch(self, branches: int, ceiling: int, **_: Any) -> int:
+        return ceiling
+
+    @torch.no_grad()
+    def _fit(self, model: Any, rows_SB: Tensor, name: str, trainable: Callable[[str], bool], *_: Any) -> int:
+        rng = self.rng.child("fit", name, *rows_SB.flatten().tolist())
+        for key, parameter in model.named_parameters():
+            if trainable(key):
+                noise = torch.randn(parameter.shape, generator=rng.child(key).generator())
+                parameter.add_(0.02 * noise)
+        return 0
+
+
 def tiny_batches(clip: Clip, seed: int = 0, pairs: int = 128, batch_size: int = 64) -> list[tuple[Tensor, Tensor]]:
     """(images in the model's dtype, texts), the same for the same seed."""
     dtype = next(clip.model.parameters()).dtype
@@ -103,13 +135,18 @@ def tiny_batches(clip: Clip, seed: int = 0, pairs: int = 128, batch_size: int = 
 
 @dataclass(frozen=True)
 class Initialised:
-    """What a strategy made of a CLIP, and what it was made from; `calibrators` and `streams` go by layer name."""
+    """What a strategy made of a CLIP, and what it was made from; `calibrators` and `streams` go by layer name.
+
+    `model` is the CLIP whose FFNs were replaced, `branches` what a strategy that prepares has trained.
+    """
 
     layers: list[Layer]
     ffns: dict[str, FFN]
     calibrators: dict[str, Any]
     streams: dict[str, Stream]
     inits: dict[str, LayerInit]
+    model: Any
+    branches: Sequence[Any] | None
 
 
 def initialise(
@@ -121,10 +158,16 @@ def initialise(
     arrange: Callable[[list[Layer]], list[Layer]] = list,
 ) -> Initialised:
     """`make_experts` on tiny data; `arrange` changes the order in which layers are visited, not the result's."""
-    layers = find_layers(clip.model, resolve_moe(strategy, moe or tiny_moe()))
+    own = resolve_moe(strategy, moe or tiny_moe())
+    layers = find_layers(clip.model, own)
     root = Stream(("strategy", strategy.info.name, seed))
-    ffns = {layer.name: FFN.of(clip.model.get_submodule(layer.mlp_path)) for layer in layers}
-    calibrators = {}
+    preparation = strategy.prepare(TinyWorkshop(clip, own, root.child("preparation")))
+    model, branches = (preparation.model, preparation.branches) if preparation else (clip.model, None)
+    ffns = {layer.name: FFN.of(model.get_submodule(layer.mlp_path)) for layer in layers}
+    calibrators: dict[str, Any] = {}
+    if branches is not None:
+        for layer in layers:
+            calibrators[layer.name] = [FFN.of(branch.get_submodule(layer.mlp_path)) for branch in branches]
     if strategy.calibration_pairs:
         for layer in arrange(layers):
             stream = root.child(layer.name, "calibration")
@@ -138,7 +181,8 @@ def initialise(
         layer.name: strategy.init_layer(ffns[layer.name], layer, calibrators.get(layer.name), root.child(layer.name))
         for layer in arrange(layers)
     }
-    return Initialised(layers, ffns, calibrators, streams, {layer.name: made[layer.name] for layer in layers})
+    inits = {layer.name: made[layer.name] for layer in layers}
+    return Initialised(layers, ffns, calibrators, streams, inits, model, branches)
 
 
 def changes_model(strategy: Strategy) -> bool:
@@ -156,7 +200,8 @@ def upcycled(strategy: Strategy, clip: Clip, seed: int, moe: MoE | None = None) 
     own = resolve_moe(strategy, moe or tiny_moe())
     if not strategy.replaces_ffn:
         return replace(clip, model=make_dense(strategy, clip.model, own, seed))
-    return replace(clip, model=upcycle(clip.model, initialise(strategy, clip, seed, moe=moe).inits, own))
+    made = initialise(strategy, clip, seed, moe=moe)
+    return replace(clip, model=upcycle(made.model, made.inits, own))
 
 
 def features(model: nn.Module, images: Tensor, texts: Tensor) -> Tensor:

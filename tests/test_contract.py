@@ -116,6 +116,7 @@ def test_facts_are_consistent(strategy: Strategy) -> None:
         assert type(strategy).init_layer is not Strategy.init_layer
         assert (strategy.calibration_pairs > 0) == (type(strategy).calibrator is not Strategy.calibrator)
         assert type(strategy).init_dense is Strategy.init_dense
+        assert strategy.calibration_pairs == 0 or type(strategy).prepare is Strategy.prepare  # not both
     else:
         assert strategy.preserves_function
         assert strategy.calibration_pairs == 0
@@ -190,8 +191,8 @@ def test_helper_walks_the_path_of_a_run(strategy: Strategy) -> None:
         for batch in TinyPairs(clip).calibration(Stream(("calibration", 0)), pairs, 256):
             yield clip.normalise(batch.images), batch.texts
 
-    inits = make_experts(strategy, clip.model, resolve_moe(strategy, tiny_moe()), 0, inputs)
     ours = initialise(strategy, clip, seed=0)
+    inits = make_experts(strategy, ours.model, resolve_moe(strategy, tiny_moe()), 0, inputs, ours.branches)
     assert list(inits) == list(ours.inits)
     assert equal(tensors(ours), tensors(replace(ours, inits=inits)))
 
@@ -318,9 +319,10 @@ def test_shapes_and_notes(strategy: Strategy, dtype: torch.dtype) -> None:
 
 def test_every_parameter_is_accounted_for(strategy: Strategy) -> None:
     clip = tiny_clip()
-    dense = dict(clip.model.named_parameters())
     model = upcycled(strategy, clip, seed=0).model
     ours = dict(model.named_parameters())
+    base = initialise(strategy, clip, seed=0).model if strategy.replaces_ffn else clip.model
+    dense = dict(base.named_parameters())
     if not strategy.replaces_ffn:
         assert ours.keys() == dense.keys()
         assert all((ours[key] is dense[key]) != changes_model(strategy) for key in dense)

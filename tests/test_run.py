@@ -107,6 +107,21 @@ def test_seeds_are_apart(tmp_path: Path, quick: list[str]) -> None:
     assert len({made.hashes.dense for made in (base, trained, initialised)}) == 1
 
 
+def test_preparation_is_charged_and_leaves_the_training_seed_alone(tmp_path: Path, quick: list[str]) -> None:
+    settings = [*quick, "moe.capacity_factor=8.0"]  # the budget is reckoned without dropped tokens
+    made = []
+    for seed in (0, 1):
+        planned = plan("btx", settings, options={"branches": "1"}, train_seed=seed)
+        made.append(record.read(run(planned, tmp_path / str(seed), Reporter())))
+    phases = made[0].cost.phases
+    assert 0.5 * phases["train"].flops < phases["prepare"].flops <= 1.01 * phases["train"].flops
+    assert phases["prepare"].seconds > 0
+    assert made[0].receipt["preparation"]["branch 1 samples"] == 1079
+    assert 2 <= made[0].receipt["preparation"]["branch 1 steps"] <= 4
+    assert made[0].receipt == made[1].receipt
+    assert made[0].hashes.weights != made[1].hashes.weights
+
+
 def test_sparse_upcycling_starts_from_the_dense_function(tmp_path: Path, quick: list[str]) -> None:
     made = record.read(run(plan("sparse-upcycling", quick), tmp_path, Reporter()))
     for layer in made.receipt["layers"].values():

@@ -1,5 +1,7 @@
 """Spherical k-means of token activations: normalise, uncentred PCA, faiss, and centroids mapped back to full width.
 
+Beside it the ordinary k-means of sample features, without faiss.
+
 Shape suffixes: T tokens, D width, P PCA dimensions, N clusters.
 """
 
@@ -71,6 +73,34 @@ def spherical_kmeans(
     assigned_T = (points_TP.cpu() @ centroids_NP.T).argmax(1)
     routed_T = (sample_TD.float().cpu() @ centroid_ND.T).argmax(1)
     return Clusters(centroid_ND, float((assigned_T == routed_T).float().mean()))
+
+
+def minibatch_kmeans(points_TD: Tensor, num_clusters: int, rng: Stream) -> Tensor:
+    """Centroids [N, D] of float32 points, Euclidean, by scikit-learn's MiniBatchKMeans as CLIP-MoE's code calls it.
+
+    On one thread, so that the result does not depend on the machine's cores. UserError for fewer points than clusters.
+    """
+    from sklearn.cluster import MiniBatchKMeans
+    from threadpoolctl import threadpool_limits
+
+    if len(points_TD) < num_clusters:
+        raise UserError(f"{len(points_TD)} samples cannot make {num_clusters} clusters; use more.")
+    kmeans = MiniBatchKMeans(
+        num_clusters,
+        batch_size=min(1_000_000, len(points_TD)),
+        max_iter=500,
+        tol=1e-5,
+        n_init="auto",
+        random_state=rng.child("kmeans").seed(bits=31),
+    )
+    with threadpool_limits(1):
+        kmeans.fit(points_TD.numpy())
+    return torch.from_numpy(kmeans.cluster_centers_).to(points_TD.dtype)
+
+
+def nearest(points_TD: Tensor, centroid_ND: Tensor) -> Tensor:
+    """The closest centroid of every point, int64 [T]."""
+    return ((centroid_ND**2).sum(1) - 2 * points_TD @ centroid_ND.T).argmin(1)
 
 
 def principal_directions(unit_TD: Tensor, pca_dim: int) -> Tensor:

@@ -178,6 +178,10 @@ class PairDataset:
         steps = _Steps(self, seed, batch_size, rank, world)
         yield from DataLoader(steps, batch_size=None, sampler=range(start, stop), num_workers=workers)
 
+    def shard_numbers(self) -> Tensor:
+        """The shard that every sample stands in, int64 [samples]; reads the shards' tables of contents."""
+        return torch.tensor([shard for shard, _, _ in self._indexed().images])
+
     def calibration(self, rng: Stream, pairs: int, batch_size: int) -> Iterator[Batch]:
         """`pairs` distinct random pairs (at most all), in batches; the same for every rank and world size."""
         order = torch.randperm(len(self), generator=rng.child("pairs").generator())[:pairs]
@@ -190,10 +194,33 @@ def _choice(rng: Stream, sample: int, number: int) -> int:
     return rng.child("caption", sample).seed() % number if number > 1 else 0
 
 
+class PickedBatches:
+    """Batches whose samples somebody chose, each in the place of `PairDataset`'s own: rows [steps, batch size]."""
+
+    def __init__(self, pairs: PairDataset, rows: Tensor) -> None:
+        self.pairs, self.rows = pairs, rows
+
+    def batch(self, seed: int | str, step: int, batch_size: int, rank: int = 0, world: int = 1) -> Batch:
+        """This rank's slice of the row of `step`."""
+        share = batch_size // world
+        index = self.rows[step, rank * share : (rank + 1) * share]
+        return self.pairs.pick(index, Stream(("augmentation", seed, step)))
+
+    def batches(
+        self, seed: int | str, start: int, stop: int, batch_size: int, rank: int = 0, world: int = 1, workers: int = 0
+    ) -> Iterator[Batch]:
+        """Batches of the steps [start, stop), read ahead by `workers` processes."""
+        steps = _Steps(self, seed, batch_size, rank, world)
+        yield from DataLoader(steps, batch_size=None, sampler=range(start, stop), num_workers=workers)
+
+
+BatchSource = PairDataset | PickedBatches
+
+
 class _Steps(Dataset[Batch]):
     """Step number -> batch, for the data loader's workers."""
 
-    def __init__(self, pairs: PairDataset, seed: int | str, batch_size: int, rank: int, world: int) -> None:
+    def __init__(self, pairs: BatchSource, seed: int | str, batch_size: int, rank: int, world: int) -> None:
         self.pairs, self.arguments = pairs, (seed, batch_size, rank, world)
 
     def __getitem__(self, step: int) -> Batch:

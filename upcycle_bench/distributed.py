@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor, nn
 
 
 def rank() -> int:
@@ -39,6 +40,22 @@ def from_main(value: Any) -> Any:
     box = [value]
     dist.broadcast_object_list(box)
     return box[0]
+
+
+def send_from_main(module: nn.Module) -> None:
+    """Give every rank rank 0's parameters and buffers, in place."""
+    if dist.is_initialized() and world_size() > 1:
+        for tensor in module.state_dict().values():
+            dist.broadcast(tensor, 0)
+
+
+def gather(local: Tensor) -> Tensor:
+    """The ranks' tensors, of one shape, one after the other along the first dimension, on every rank."""
+    if not dist.is_initialized() or world_size() == 1:
+        return local
+    parts = [torch.empty_like(local) for _ in range(world_size())]
+    dist.all_gather(parts, local.contiguous())
+    return torch.cat(parts)
 
 
 def barrier() -> None:

@@ -5,13 +5,15 @@ inits = make_experts(strategy, dense_model, moe, init_seed, inputs)
 model = upcycle(dense_model, inits, moe)                                           # upcycle_bench.surgery
 
 model = make_dense(strategy, dense_model, moe, init_seed)                          # where no FFN is replaced
+
+A strategy that trains first (`upcycle_bench.workshop`) brings the model for both calls, and branches for the first.
 """
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -30,17 +32,28 @@ CalibrationSource = Callable[[int], Iterable[tuple[Tensor, Tensor]]]
 
 
 def make_experts(
-    strategy: Strategy, dense: Any, moe: protocol.MoE, init_seed: int, calibration: CalibrationSource
+    strategy: Strategy,
+    dense: Any,
+    moe: protocol.MoE,
+    init_seed: int,
+    calibration: CalibrationSource,
+    branches: Sequence[Any] | None = None,
 ) -> dict[str, LayerInit]:
     """The strategy's experts and router for every layer of `dense` (an open_clip CLIP), by layer name.
 
-    `moe` are the strategy's settings. Raises PluginError when it changes the dense FFN, makes plain experts of another
-    width than it said, or notes a number that is not finite.
+    `moe` are the strategy's settings; `branches` the dense CLIPs of a `Preparation`, whose FFNs `init_layer` gets as
+    `calibration`. Raises PluginError when it changes the dense FFN, makes plain experts of another width than it said,
+    or notes a number that is not finite.
     """
+    if branches is not None and strategy.calibration_pairs:
+        raise PluginError(f"{strategy.info.name} both prepares and calibrates; a strategy may do one of them")
     root = Stream(("strategy", strategy.info.name, init_seed))
     layers = find_layers(dense, moe)
     ffns = {layer.name: FFN.of(dense.get_submodule(layer.mlp_path)) for layer in layers}
-    calibrators = {}
+    calibrators: dict[str, Any] = {}
+    if branches is not None:
+        for layer in layers:
+            calibrators[layer.name] = [FFN.of(branch.get_submodule(layer.mlp_path)) for branch in branches]
     if strategy.calibration_pairs:
         for layer in layers:
             calibrators[layer.name] = strategy.calibrator(

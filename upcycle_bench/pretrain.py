@@ -53,10 +53,10 @@ def load_dense(plan: Plan, device: torch.device, reporter: Reporter) -> tuple[Cl
                 assert plan.world is not None
                 pretrain(plan.protocol, plan.world, path, device, reporter)
     digest = distributed.from_main(file_sha256(path) if distributed.is_main() else "")
-    # Other ranks may not see the file: DeepSpeed broadcasts rank 0's weights when training starts.
+    # Other ranks may not see the file; they get the weights from rank 0.
     patch_dropout = plan.protocol.train.schedule.patch_dropout
     clip = create_clip(plan.protocol.model, path if distributed.is_main() else None, patch_dropout=patch_dropout)
-    clip.model.to(device)
+    distributed.send_from_main(clip.model.to(device))
     return clip, digest
 
 

@@ -35,6 +35,7 @@ from upcycle_bench.strategy import LayerInit, Strategy
 from upcycle_bench.suite import EvalContext, SuiteResult
 from upcycle_bench.surgery import merge, upcycle
 from upcycle_bench.train import COUNTING_RULE, Job, Progress, train
+from upcycle_bench.workshop import prepare
 
 DIAGNOSED_PAIRS = 256
 CALIBRATION_BATCH = 256
@@ -99,22 +100,26 @@ class _State:
 def initialise(
     plan: Plan, dense: Clip, data: PairDataset, meter: Meter, reporter: Reporter
 ) -> tuple[Clip, dict[str, Any] | None]:
-    """Calibrate, make experts and routers, put them in; with the step-0 receipt (on rank 0).
+    """Prepare or calibrate, make experts and routers, put them in; with the step-0 receipt (on rank 0).
 
-    Rank 0 does it and the others get the result, so that weights do not depend on the number of ranks.
+    All ranks prepare, which is training. Rank 0 does the rest and the others get the result, so that weights do not
+    depend on the number of ranks.
     """
     strategy, moe = plan.strategy, plan.moe
     if not strategy.replaces_ffn:  # a copy: the dense model stays what diagnostics compare with
         return _initialise_dense(plan, dense, data, meter)
+    preparation = prepare(plan, dense, data, meter, reporter)
+    base, branches = (preparation.model, preparation.branches) if preparation else (dense.model, None)
     inits: dict[str, LayerInit] = {}
     receipt = None
     if distributed.is_main():
         with meter.phase("upcycle", count=True), reporter.task(f"initialising {plan.label}"):
-            inits = make_experts(
-                plan.strategy, dense.model, moe, plan.init_seed, _calibration(plan, dense, data, meter.device)
-            )
-        whole = upcycle(dense.model, inits, moe.model_copy(update={"ep_size": 1}))
+            calibration = _calibration(plan, dense, data, meter.device)
+            inits = make_experts(strategy, base, moe, plan.init_seed, calibration, branches)
+        whole = upcycle(base, inits, moe.model_copy(update={"ep_size": 1}))
         receipt = diagnose(whole, dense.model, _sample(dense, data, meter.device))
+        if preparation:
+            receipt["preparation"] = {name: float(value) for name, value in preparation.notes.items()}
         for name, init in inits.items():
             receipt["layers"][name] |= dict(init.notes)
     if distributed.world_size() > 1:  # by way of the CPU: a tensor would come back on rank 0's device
@@ -125,7 +130,7 @@ def initialise(
             }
         ]
         inits = distributed.from_main(box[0])
-    model = upcycle(dense.model, inits, moe)
+    model = upcycle(base, inits, moe)
     return replace(dense, model=model.to(meter.device)), receipt
 
 

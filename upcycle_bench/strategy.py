@@ -34,6 +34,7 @@ from upcycle_bench.rng import Stream
 if TYPE_CHECKING:
     from upcycle_bench import protocol
     from upcycle_bench.moe import MoEFFN
+    from upcycle_bench.workshop import Workshop
 
 Status = Literal["published", "reconstructed", "control", "unpublished"]
 RouterInit = Literal["deepspeed", "normal", "lecun"]
@@ -164,6 +165,19 @@ class LayerInit:
     notes: Mapping[str, float] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Preparation:
+    """What a strategy trained before the surgery.
+
+    model: the open_clip CLIP whose FFNs are replaced and whose other parameters are kept; branches: dense CLIPs, whose
+    FFNs `init_layer` gets; notes: numbers for the receipt (steps per branch, share of the data lost, ...).
+    """
+
+    model: Any
+    branches: Sequence[Any]
+    notes: Mapping[str, float] = field(default_factory=dict)
+
+
 class Calibrator(Protocol):
     """Collects statistics of one layer's FFN inputs as data streams by once; memory must not grow with the data."""
 
@@ -232,6 +246,13 @@ class Strategy(ABC):
     def calibrator(self, ffn: FFN, layer: Layer, rng: Stream) -> Calibrator:
         """A collector for this layer, handed back to `init_layer` when the stream has ended."""
         raise NotImplementedError(f"{self.info.name} asks for calibration pairs but has no calibrator")
+
+    def prepare(self, workshop: Workshop) -> Preparation | None:
+        """Train before the experts are made; called once, on every rank, instead of a calibration.
+
+        `init_layer` gets the FFNs of the branches in that layer, a list of `FFN`, as `calibration`.
+        """
+        return None
 
     def init_layer(self, ffn: FFN, layer: Layer, calibration: Any, rng: Stream) -> LayerInit:
         """Experts and router of one layer: a pure function of its arguments, which must not change `ffn`."""

@@ -31,7 +31,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from upcycle_bench import distributed, packed
-from upcycle_bench.data import Batch, PairDataset
+from upcycle_bench.data import Batch, BatchSource
 from upcycle_bench.dense import Clip
 from upcycle_bench.errors import PluginError
 from upcycle_bench.moe import MoEFFN, moe_layers
@@ -40,8 +40,9 @@ from upcycle_bench.rng import Stream
 from upcycle_bench.strategy import ExtraLoss
 
 COUNTING_RULE = (
-    "matrix multiplications, convolutions and attention at 2 FLOPs per multiply-add; training: at most five evenly "
-    "spaced steps are counted and extrapolated, other phases are counted whole; clustering and decompositions are not"
+    "matrix multiplications, convolutions and attention at 2 FLOPs per multiply-add; training, also in preparation: at "
+    "most five evenly spaced steps are counted and extrapolated, all else is counted whole; clustering and "
+    "decompositions are not"
 )
 
 
@@ -58,6 +59,7 @@ class Job:
     stop_step: int
     seed: int
     load_balance: float = 0.0
+    label_smoothing: float = 0.0
     zero_stage: int = 0
     log_every: int = 10
     metrics: Path | None = None
@@ -176,7 +178,7 @@ def create_engine(model: nn.Module, job: Job) -> Any:
 
 def train(
     clip: Clip,
-    data: PairDataset,
+    data: BatchSource,
     job: Job,
     *,
     make_loss: Callable[[Mapping[str, MoEFFN]], ExtraLoss | None] = lambda layers: None,
@@ -272,7 +274,10 @@ def compute_losses(
     image_BD, text_BD, scale = engine(images, texts)
     rank, world = distributed.rank(), distributed.world_size()
     contrastive = ClipLoss(local_loss=True, gather_with_grad=True, rank=rank, world_size=world)
-    losses = {"contrastive": contrastive(image_BD, text_BD, scale)}
+    logits = contrastive.get_logits(image_BD, text_BD, scale)
+    target_B = contrastive.get_ground_truth(device, len(image_BD))
+    per_tower = [F.cross_entropy(each, target_B, label_smoothing=job.label_smoothing) for each in logits]
+    losses = {"contrastive": (per_tower[0] + per_tower[1]) / 2}
     if layers:
         balance = torch.stack([layer.l_aux for layer in layers.values() if layer.l_aux is not None])
         losses["load_balance"] = job.load_balance * balance.sum().float()
@@ -319,6 +324,8 @@ def _patch_dropout_stream(key: str, step: int, rank: int, device: torch.device) 
 @torch.no_grad()
 def _clamp_logit_scale(model: nn.Module, job: Job) -> None:
     parameter: Any = model.logit_scale
+    if not parameter.requires_grad:
+        return
     if job.zero_stage:  # ZeRO keeps a master copy that would undo a clamp of the parameter alone
         from deepspeed.utils import safe_get_full_fp32_param, safe_set_full_fp32_param
 

@@ -43,6 +43,17 @@ def load_world(name: str, seed: int, reporter: Reporter | None = None) -> World:
     return built[name](seed, reporter or Reporter())
 
 
+def training_groups(world: World) -> list[str] | None:
+    """What every training pair belongs to, in the order of the shards: the lab's groups, the digits' classes.
+
+    None for local data, of which nobody told us.
+    """
+    from upcycle_bench.worlds import digits, lab
+
+    built = {"digits": digits.groups, "lab": lab.groups}
+    return built[world.name](world.eval_root.parent) if world.name in built else None
+
+
 def write_manifest(folder: Path, facts: Mapping[str, Any]) -> None:
     """Seal a folder just built: `facts` (name, version, seed, counts) and the hash of every file."""
     files = {p.relative_to(folder).as_posix(): file_sha256(p) for p in folder.rglob("*") if p.is_file()}

@@ -13,6 +13,7 @@ Source: E. Alpaydin and C. Kaynak, Optical Recognition of Handwritten Digits, UC
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -74,6 +75,13 @@ def build(folder: Path, seed: int) -> None:
     )
     counts["digits-retrieval"] = write_retrieval(folder / "eval" / "digits-retrieval", gallery)
     write_manifest(folder, {"name": "digits", "version": VERSION, "seed": seed, "counts": counts})
+
+
+def groups(folder: Path) -> list[str]:
+    """The class of every training pair, in the order of the shards."""
+    _, labels_N = _images_and_labels()
+    rows = split_rows(labels_N, json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["seed"])["train"]
+    return [WORDS[labels_N[row]] for shard in range(SHARDS) for row in rows[shard::SHARDS]]
 
 
 def split_rows(labels_N: np.ndarray, seed: int) -> dict[str, np.ndarray]:

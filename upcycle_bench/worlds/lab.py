@@ -274,6 +274,13 @@ def write_index(path: Path, table: Table, classes: set[str]) -> None:
             file.write("\t".join([*fields, base if base in classes else ""]) + "\n")
 
 
+def groups(folder: Path) -> list[str]:
+    """The group of every training pair, in the order of the shards."""
+    with (folder / "index.tsv").open(encoding="utf-8") as file:
+        rows = (line.split("\t", 2) for line in file)
+        return [group for split, group, _ in rows if split == "train"]
+
+
 def write_attribution(path: Path, icons: Icons) -> None:
     """Who drew the icons, and under which licence."""
     lines = [

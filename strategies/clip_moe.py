@@ -1,0 +1,168 @@
+"""CLIP-MoE, Diversified Multiplet Upcycling (Zhang et al., EMNLP 2025, arXiv:2409.19291), as a baseline trained as all.
+
+Experts are FFNs of CLIPs that were trained to see different things (multistage contrastive learning, MCL, Zhang et al.,
+ECCV 2024, arXiv:2402.11816). Before each stage the model of the stage before sorts the data into clusters; the stage
+starts from the dense model again and trains its FFNs alone, on batches from one cluster each: what was seen so far does
+not tell such pairs apart, so something new must be learned.
+
+    c_s = K c_text + c_image          stage s: k-means with K = 3 of each modality's features under theta_{s-1}
+    a_s = (K^2 a_{s-1} + c_s) mod K^(2 A)          the labels of the last A = max_accumulated_stages stages; a_0 = 0
+    theta_s: from theta_0, batches homogeneous in a_s, clusters visited in turn, those smaller than a batch skipped
+
+Expert 0 is the dense FFN, expert s that of theta_s; all other weights are the dense model's; the router is random. With
+8 experts the 7 stages are a training of their own; they are charged to the phase `prepare` and may cost `budget` of the
+training that follows. The published recipe gives each stage an epoch of all data. What the budget pays is n <= that
+steps for each stage: then the same n batches' worth of random samples is clustered and trained on in all stages.
+
+Where we differ: batch size, schedule and optimiser are the protocol's (the code: batches of 800, cosine, warm-up 200);
+the learning rate is the protocol's peak, `lr_factor` times, since 1e-5 is for a CLIP at the end of its training and the
+protocol's peak is the dense model's own rate where it was stopped; k-means is fitted on at most 1,000,000 samples, as
+many as the code's batches of it have. Router tuning (the code's last step, gates only) is left out: the comparison
+trains all parameters instead. No dropout inside experts.
+
+Shape suffixes: S samples, B batch, E embedding, K clusters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+from torch import Tensor
+
+from upcycle_bench import distributed
+from upcycle_bench.clustering import minibatch_kmeans, nearest
+from upcycle_bench.errors import UserError
+from upcycle_bench.hookspecs import hookimpl
+from upcycle_bench.rng import Stream
+from upcycle_bench.strategy import (
+    FFN,
+    Layer,
+    LayerInit,
+    Preparation,
+    RouterInit,
+    Strategy,
+    StrategyInfo,
+    random_router,
+)
+from upcycle_bench.workshop import Workshop
+
+FITTED_SAMPLES = 1_000_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClipMoE(Strategy):
+    """The dense FFN and those of multistage contrastive learning, a random router."""
+
+    info: ClassVar[StrategyInfo] = StrategyInfo(
+        name="clip-moe",
+        summary="the FFN and those of stages of contrastive learning within clusters, random router",
+        paper="Zhang et al., CLIP-MoE, EMNLP 2025, arXiv:2409.19291",
+        url="https://arxiv.org/abs/2409.19291",
+        status="published",
+        reconstructed=(
+            "as a baseline of arXiv:2604.13508: 8 experts, every other block, then the training that all have",
+            "labels of at most the last 3 stages are accumulated (option max_accumulated_stages)",
+            "stages shortened to a budget of training FLOPs (option budget)",
+            "learning rate of the stages: the protocol's peak (option lr_factor; published: 1e-5)",
+        ),
+    )
+
+    clusters: int = Field(default=3, ge=1, description="k-means clusters of each modality in each stage")
+    max_accumulated_stages: int = Field(default=3, ge=1, description="a batch shares the labels of so many last stages")
+    label_smoothing: float = Field(default=0.1, ge=0, lt=1)
+    lr_factor: float = Field(
+        default=1.0, gt=0, allow_inf_nan=False, description="stages' peak learning rate, times the protocol's"
+    )
+    budget: float = Field(
+        default=1.0, gt=0, allow_inf_nan=False, description="what all stages may cost, times the training's FLOPs"
+    )
+    router_init: RouterInit = "deepspeed"
+
+    def prepare(self, workshop: Workshop) -> Preparation:
+        stages, batch_size = workshop.experts - 1, workshop.batch_size
+        epoch = len(workshop) // batch_size
+        steps = workshop.steps_per_branch(
+            stages, epoch, budget=self.budget, encoded_per_step=batch_size, trainable=in_ffn
+        )
+        samples = len(workshop) if steps == epoch else steps * batch_size
+        order = torch.randperm(len(workshop), generator=workshop.rng.child("samples").generator())
+        index_S = order[:samples]
+        label_S = torch.zeros(samples, dtype=torch.long)
+        notes: dict[str, float] = {"samples": samples}
+        branches = [workshop.dense()]
+        for stage in range(1, stages + 1):
+            rng, name = workshop.rng.child("stage", stage), f"stage {stage} of {stages}"
+            stage_label_S = self._stage_labels(workshop, branches[-1], index_S, rng)
+            label_S = accumulate(label_S, stage_label_S, self.clusters, self.max_accumulated_stages)
+            rows_SB, lost = cluster_batches(label_S, batch_size, rng.child("batches"))
+            if not len(rows_SB):
+                raise UserError(
+                    f"{self.info.name}: {name}: all {len(label_S.unique())} clusters of {samples} samples are smaller "
+                    f"than a batch of {batch_size}; lower max_accumulated_stages or clusters, or raise budget."
+                )
+            branch = workshop.dense()
+            workshop.train(
+                branch,
+                index_S[rows_SB],
+                name,
+                trainable=in_ffn,
+                lr_factor=self.lr_factor,
+                label_smoothing=self.label_smoothing,
+            )
+            branches.append(branch)
+            notes |= {f"stage {stage} steps": len(rows_SB), f"stage {stage} share in skipped clusters": lost}
+        return Preparation(branches[0], branches[1:], notes)
+
+    def _stage_labels(self, workshop: Workshop, model: Any, index_S: Tensor, rng: Stream) -> Tensor:
+        """c_s of those samples, int64 [S]."""
+        fitted, rest = index_S[:FITTED_SAMPLES], index_S[FITTED_SAMPLES:]
+        image_SE, text_SE = (torch.cat(parts) for parts in zip(*workshop.encode(model, fitted), strict=True))
+        image_KE = minibatch_kmeans(image_SE, self.clusters, rng.child("image"))
+        text_KE = minibatch_kmeans(text_SE, self.clusters, rng.child("text"))
+        labels = [self.clusters * nearest(text_SE, text_KE) + nearest(image_SE, image_KE)]
+        for image_BE, text_BE in workshop.encode(model, rest):
+            labels.append(self.clusters * nearest(text_BE, text_KE) + nearest(image_BE, image_KE))
+        label_S: Tensor = distributed.from_main(torch.cat(labels))  # ranks must not differ in a rounding
+        return label_S
+
+    def init_layer(self, ffn: FFN, layer: Layer, calibration: Sequence[FFN], rng: Stream) -> LayerInit:
+        return LayerInit(
+            [ffn.expert(), *(stage.expert() for stage in calibration)],
+            random_router(ffn, layer, rng, self.router_init),
+        )
+
+
+def in_ffn(name: str) -> bool:
+    """Which parameters a stage trains: those with `mlp` in their name, in both towers."""
+    return "mlp" in name
+
+
+def accumulate(before_S: Tensor, stage_S: Tensor, clusters: int, stages: int) -> Tensor:
+    """a_s of a_{s-1} and c_s: the last `stages` labels as the digits of one number, the newest last."""
+    radix = clusters**2
+    return (radix * before_S + stage_S) % radix**stages
+
+
+def cluster_batches(label_S: Tensor, batch_size: int, rng: Stream) -> tuple[Tensor, float]:
+    """One epoch of batches from one cluster each, int64 [steps, B] into the samples, and the share in skipped clusters.
+
+    Within a cluster the order is random and the incomplete end left out; clusters take turns, in the order of labels.
+    """
+    order_S = torch.randperm(len(label_S), generator=rng.generator())
+    order_S = order_S[label_S[order_S].argsort(stable=True)]
+    sizes = label_S.unique(return_counts=True)[1]
+    kept = [members for members in order_S.split(sizes.tolist()) if len(members) >= batch_size]
+    queues = [members[: len(members) // batch_size * batch_size].view(-1, batch_size) for members in kept]
+    turns = range(max(map(len, queues), default=0))
+    rows = [queue[turn] for turn in turns for queue in queues if turn < len(queue)]
+    lost = 1 - sum(map(len, kept)) / len(label_S)
+    return torch.stack(rows) if rows else torch.empty(0, batch_size, dtype=torch.long), lost
+
+
+@hookimpl
+def register_strategies() -> list[type[Strategy]]:
+    return [ClipMoE]
