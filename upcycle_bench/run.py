@@ -14,6 +14,7 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,7 @@ def run(plan: Plan, results: Path, reporter: Reporter, *, fresh: bool = False) -
                 if distributed.is_main():
                     assert state.final is not None
                     outcome = evaluate(plan, state.final, state.meter, reporter)
-                    state.diagnostics = diagnostics(state.final, dense, data, device)
+                    state.diagnostics = diagnostics(state, dense, data)
                     path = write_record(state, outcome, state.final, results)
                     _keep_metrics(state.metrics, path)
                 distributed.barrier()  # the folder goes when rank 0 needs it no more
@@ -103,14 +104,15 @@ def initialise(
     """
     strategy, moe = plan.strategy, plan.protocol.moe
     if not strategy.replaces_ffn:  # a copy: the dense model stays what diagnostics compare with
-        return replace(dense, model=copy.deepcopy(dense.model)), None
+        model = copy.deepcopy(dense.model)
+        receipt = diagnose(model, dense.model, _sample(dense, data, meter.device)) if distributed.is_main() else None
+        return replace(dense, model=model), receipt
     inits: dict[str, LayerInit] = {}
     receipt = None
     if distributed.is_main():
-        with meter.phase("upcycle", count=True), reporter.task(f"initialising {plan.label}"):
-            inits = make_experts(
-                plan.strategy, dense.model, moe, plan.init_seed, _calibration(plan, dense, data, meter.device)
-            )
+        calibration, phase = _calibration(plan, dense, data, meter.device), partial(meter.phase, count=True)
+        with reporter.task(f"initialising {plan.label}"):
+            inits = make_experts(strategy, dense.model, moe, plan.init_seed, calibration, phase)
         whole = upcycle(dense.model, inits, moe.model_copy(update={"ep_size": 1}))
         receipt = diagnose(whole, dense.model, _sample(dense, data, meter.device))
         for name, init in inits.items():
@@ -170,9 +172,14 @@ def evaluate(plan: Plan, final: Clip, meter: Meter, reporter: Reporter) -> dict[
         return {name: suite.evaluate(context) for name, suite in plan.suites.items()}
 
 
-def diagnostics(final: Clip, dense: Clip, data: PairDataset, device: torch.device) -> dict[str, Any]:
-    """The receipt's numbers again, after training."""
-    return diagnose(final.model, dense.model, _sample(dense, data, device))
+def diagnostics(state: _State, dense: Clip, data: PairDataset) -> dict[str, Any]:
+    """The receipt's numbers again, after training, and what each term was of the loss when it began."""
+    assert state.final is not None
+    found = diagnose(state.final.model, dense.model, _sample(dense, data, state.meter.device))
+    progress = state.progress
+    if progress is None or not progress.share_steps:
+        return found
+    return found | {"loss_shares_at_start": {"steps": progress.share_steps, **progress.mean_loss_shares}}
 
 
 def _calibration(plan: Plan, dense: Clip, data: PairDataset, device: torch.device) -> CalibrationSource:
@@ -235,9 +242,14 @@ def reuse(state: _State, key: str) -> bool:
 
 def check_input(plan: Plan, results: Path) -> None:
     """UserError for what is wrong with any strategy: paths not given, a folder that cannot be written, ranks."""
+    check_ready(plan)
+    _check_writable(results)
+
+
+def check_ready(plan: Plan) -> None:
+    """The part of `check_input` that does not write."""
     if plan.missing:
         raise UserError(f"protocol {plan.protocol.name} needs {', '.join(plan.missing)}.")
-    _check_writable(results)
     engine.check_world(plan.protocol.train.schedule.batch_size, plan.protocol.moe.ep_size)
 
 
