@@ -135,6 +135,11 @@ class ClusterOnly(Clustered):
         reconstructed=(FORMULAS, *CHOSEN),
     )
 
+    def calibrator(self, ffn: FFN, layer: Layer, rng: Stream) -> ClusterStatistics:
+        # cluster-aware's own stream: at one seed both start from the same experts, and only distillation differs.
+        key = tuple(ClusterAware.info.name if part == self.info.name else part for part in rng.key)
+        return super().calibrator(ffn, layer, Stream(key))
+
 
 @dataclass(frozen=True, kw_only=True)
 class EESDOnly(Distilled):

@@ -236,7 +236,9 @@ def test_cluster_only_is_cluster_aware_without_its_loss() -> None:
     both, only = (make(strategy(pca_divisor=4), ffn, x_TD, 4)[0] for strategy in (ClusterAware, ClusterOnly))
     assert torch.equal(both.router_ND, only.router_ND)
     assert all(torch.equal(w1(a), w1(b)) for a, b in zip(both.experts, only.experts, strict=True))
-    layers = moe_layers(upcycle(tiny_clip().model, initialise(ClusterOnly(), tiny_clip(), 0).inits, tiny_moe()))
+    made, other = (initialise(strategy(), tiny_clip(), 0).inits for strategy in (ClusterOnly, ClusterAware))
+    assert all(torch.equal(made[name].router_ND, other[name].router_ND) for name in made)  # in a run as well
+    layers = moe_layers(upcycle(tiny_clip().model, made, tiny_moe()))
     assert ClusterOnly().loss(layers, STREAM) is None
     assert ClusterAware().loss(layers, STREAM) is not None
     own = {field.name for field in fields(ClusterOnly)}
