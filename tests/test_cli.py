@@ -41,7 +41,7 @@ def test_version() -> None:
 
 
 def test_every_command_answers_help() -> None:
-    for name in ("run", "list", "leaderboard", "schema", "doctor", "pretrain", "data build"):
+    for name in ("run", "receipt", "list", "leaderboard", "schema", "doctor", "pretrain", "data build"):
         done = command(*name.split(), "--help")
         assert done.returncode == 0
         assert "--json" in done.stdout

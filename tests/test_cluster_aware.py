@@ -6,6 +6,7 @@ Shape suffixes: B batch, L sequence, T tokens, D width, H hidden, N experts.
 import copy
 import sys
 from collections.abc import Iterator
+from dataclasses import fields
 from typing import Any
 
 import numpy as np
@@ -13,10 +14,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.cluster_data import STREAM, ClusterAware, fast, make, relative, two_paddings, w1
+from tests.cluster_data import STREAM, ClusterAware, fast, layer_of, make, relative, two_paddings, w1
 from tests.helpers import cones, features, initialise, orthonormal, random_ffn, threads, tiny_clip, tiny_moe
 from tests.literal import cluster_aware as literal
 from upcycle_bench.errors import UserError
+from upcycle_bench.moe import moe_layers
+from upcycle_bench.registry import load_registry
 from upcycle_bench.strategy import FFN, configure
 from upcycle_bench.surgery import upcycle
 
@@ -184,6 +187,14 @@ def test_missing_faiss_is_one_line_that_names_the_extras(monkeypatch: pytest.Mon
         ("eesd_ema", "1.01"),
         ("eesd_feature_reduction", "max"),
         ("eesd_layer_reduction", ""),
+        ("eesd_tokens", "0"),
+        ("eesd_tokens", "1.5"),
+        ("eesd_mask_dropped", "perhaps"),
+        ("rank_fraction", "1.1"),
+        ("method", "qr"),
+        ("pca", "2"),
+        ("pca_center", "maybe"),
+        ("centroid_map", "mean"),
     ],
 )
 def test_a_bad_value_is_one_line_that_names_the_option(option: str, value: str) -> None:
@@ -210,3 +221,39 @@ def test_defaults_are_the_papers_or_methods() -> None:
     assert (strategy.calibration_pairs, strategy.kmeans_iterations) == (131072, 25)
     assert (strategy.eesd_weight, strategy.eesd_ema) == (1.0, 0.999)
     assert (strategy.eesd_feature_reduction, strategy.eesd_layer_reduction) == ("sum", "mean")
+    assert (strategy.eesd_tokens, strategy.eesd_mask_dropped) == (1.0, False)
+    assert (strategy.pca, strategy.pca_center, strategy.centroid_map) == (True, False, "backproject")
+    assert (strategy.method, strategy.rank_fraction) == ("projection", 0.0)
+
+
+# ---- The paper's ablations by name ----------------------------------------------------------------------------------
+
+
+def test_cluster_only_is_cluster_aware_without_its_loss() -> None:
+    ClusterOnly = load_registry().strategies["cluster-only"].target
+    ffn = random_ffn(32, 16)
+    x_TD, _ = cones(400, orthonormal(4, 16), seed=6)
+    both, only = (make(strategy(pca_divisor=4), ffn, x_TD, 4)[0] for strategy in (ClusterAware, ClusterOnly))
+    assert torch.equal(both.router_ND, only.router_ND)
+    assert all(torch.equal(w1(a), w1(b)) for a, b in zip(both.experts, only.experts, strict=True))
+    made, other = (initialise(strategy(), tiny_clip(), 0).inits for strategy in (ClusterOnly, ClusterAware))
+    assert all(torch.equal(made[name].router_ND, other[name].router_ND) for name in made)  # in a run as well
+    layers = moe_layers(upcycle(tiny_clip().model, made, tiny_moe()))
+    assert ClusterOnly().loss(layers, STREAM) is None
+    assert ClusterAware().loss(layers, STREAM) is not None
+    own = {field.name for field in fields(ClusterOnly)}
+    assert own == {field.name for field in fields(ClusterAware) if not field.name.startswith("eesd_")}
+
+
+def test_eesd_only_is_sparse_upcycling_with_cluster_awares_loss() -> None:
+    registry = load_registry().strategies
+    EESDOnly, sparse = registry["eesd-only"].target, registry["sparse-upcycling"].target()
+    ffn = random_ffn(32, 16)
+    made, copies = (s.init_layer(ffn, layer_of(4), None, STREAM) for s in (EESDOnly(), sparse))
+    assert torch.equal(made.router_ND, copies.router_ND)
+    for a, b in zip(made.experts, copies.experts, strict=True):
+        assert all(map(torch.equal, a.state_dict().values(), b.state_dict().values()))
+    layers = moe_layers(upcycle(tiny_clip().model, initialise(EESDOnly(), tiny_clip(), 0).inits, tiny_moe()))
+    assert type(EESDOnly().loss(layers, STREAM)) is type(ClusterAware().loss(layers, STREAM))
+    loss_options = {field.name for field in fields(ClusterAware) if field.name.startswith("eesd_")}
+    assert {field.name for field in fields(EESDOnly)} == loss_options | {"router_init"}

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.testing import assert_close
 
@@ -93,6 +94,82 @@ def recalibrate(clip: Any, made: Initialised, collectors: dict[str, Any], pairs:
     """Stream the data of `initialise(..., seed=0)` past other collectors."""
     batches = TinyPairs(clip).calibration(Stream(("calibration", 0)), pairs, 256)
     calibrate(clip.model, made.layers, collectors, [(clip.normalise(batch.images), batch.texts) for batch in batches])
+
+
+@pytest.mark.parametrize("options", [{"pca": False}, {"pca_divisor": 1}, {"pca": False, "pca_center": True}])
+def test_k7_without_pca_the_router_is_exact(options: dict[str, Any]) -> None:
+    ffn, x_TD = random_ffn(32, 24), loose_tokens()
+    init, calibrator = make(ClusterAware(**options), ffn, x_TD, 6)
+    assert init.notes["router_agreement"] == 1
+    plain, _ = make(ClusterAware(pca_divisor=1), ffn, x_TD, 6)
+    assert torch.equal(init.router_ND, plain.router_ND)
+    assert calibrator.offset_N is None
+
+
+def loose_tokens() -> Tensor:
+    """Wide cones with a mean, so that neither a centred PCA nor member means give the clusters exactly."""
+    x_TD, _ = cones(3000, orthonormal(6, 24), seed=7, noise=0.4)
+    unit_TD = F.normalize(x_TD, dim=1)
+    return unit_TD + 0.5 * F.normalize(torch.randn(24, generator=torch.Generator().manual_seed(1)), dim=0)
+
+
+@pytest.mark.parametrize("center", [False, True])
+def test_k7_recomputed_rows_are_unit_means_of_members_and_their_agreement_is_noted(center: bool) -> None:
+    ffn, x_TD = random_ffn(32, 24), loose_tokens()
+    options = {"pca_divisor": 4, "pca_center": center}
+    init, calibrator = make(ClusterAware(centroid_map="recompute", **options), ffn, x_TD, 6, chunk=500)
+    by_hand_N = torch.zeros(6, 24, dtype=torch.float64)
+    label_T = assigned(calibrator, x_TD)
+    for unit_D, label in zip(F.normalize(x_TD.double(), dim=1), label_T, strict=True):
+        by_hand_N[label] += unit_D
+    assert_close(init.router_ND, F.normalize(by_hand_N, dim=1), rtol=0, atol=1e-4)
+    assert_close(init.router_ND.norm(dim=1), torch.ones(6, dtype=torch.float64), rtol=0, atol=1e-6)
+    # The note is the share of tokens that the router sends to their cluster; clusters are those of `backproject`.
+    routed_T = (x_TD.double() @ init.router_ND.T).argmax(1)
+    share = float((routed_T == label_T).double().mean())
+    assert init.notes["router_agreement"] == pytest.approx(share, abs=2e-3)
+    assert 0.5 < share < 1
+    mapped, other = make(ClusterAware(**options), ffn, x_TD, 6)
+    assert torch.equal(other.count_N, calibrator.count_N)
+    assert all(torch.equal(w1(a), w1(b)) for a, b in zip(init.experts, mapped.experts, strict=True))
+    assert torch.equal(torch.bincount(label_T, minlength=6), calibrator.count_N)
+
+
+def assigned(calibrator: Any, x_TD: Tensor) -> Tensor:
+    """The cluster of each token, in float64 from the calibrator's centroids and offsets."""
+    offset_N = torch.zeros(1) if calibrator.offset_N is None else calibrator.offset_N
+    return (F.normalize(x_TD.double(), dim=1) @ calibrator.centroid_ND.double().T - offset_N.double()).argmax(1)
+
+
+def test_k7_a_centred_pca_is_worse_and_recomputing_helps_it() -> None:
+    ffn, x_TD = random_ffn(32, 24), loose_tokens()
+    agreement = {
+        (center, how): make(ClusterAware(pca_divisor=4, pca_center=center, centroid_map=how), ffn, x_TD, 6)[0].notes[
+            "router_agreement"
+        ]
+        for center in (False, True)
+        for how in ("backproject", "recompute")
+    }
+    assert agreement[False, "backproject"] > 0.999
+    assert agreement[True, "backproject"] < 0.95
+    assert agreement[True, "recompute"] > agreement[True, "backproject"]
+
+
+def test_a_centred_pca_is_that_of_the_literal_formula() -> None:
+    """Axes from an SVD of unit tokens less their mean; each token belongs to the most similar centroid there."""
+    ffn, x_TD = random_ffn(32, 24), loose_tokens()
+    _, calibrator = make(ClusterAware(pca_divisor=4, pca_center=True), ffn, x_TD, 6)
+    unit_TD = F.normalize(x_TD.double(), dim=1)
+    mean_D = unit_TD.mean(0)
+    axes_PD = torch.linalg.svd(unit_TD - mean_D, full_matrices=False).Vh[:6]
+    centroid_NP = calibrator.centroid_ND.double() @ axes_PD.T
+    assert_close(centroid_NP @ axes_PD, calibrator.centroid_ND.double(), rtol=0, atol=1e-5)  # rows lie in the plane
+    points_TP = F.normalize((unit_TD - mean_D) @ axes_PD.T, dim=1)
+    label_T = (points_TP @ centroid_NP.T).argmax(1)
+    assert float((label_T == assigned(calibrator, x_TD)).double().mean()) > 0.999  # but for rounding to float32
+    for number in range(6):  # a fixed point of spherical k-means there, up to its last iterations
+        mean_P = F.normalize(points_TP[label_T == number].sum(0), dim=0)
+        assert float(mean_P @ centroid_NP[number]) > 0.999
 
 
 # ---- K9: padding ----------------------------------------------------------------------------------------------------
@@ -199,7 +276,8 @@ def test_memory_does_not_grow_with_the_stream() -> None:
         sizes.append(held(calibrator))
     moments, centroids, counts = 4 * 16 * 16 * 8, 4 * 16 * 4, 4 * 8
     assert sizes[2] == moments + counts + 750 * 16 * 4  # three updates: the buffer
-    assert set(sizes[3:]) == {moments + centroids + counts}  # the fourth fits and releases it
+    # The fourth fits and releases it; the router's rows are the centroids, counted twice.
+    assert set(sizes[3:]) == {moments + 2 * centroids + counts}
     assert calibrator.buffer == []
 
 

@@ -11,7 +11,7 @@ from torch.testing import assert_close
 
 from tests.helpers import threads
 from tests.moe_helpers import MOE, create_dense, inputs_for, upcycled
-from upcycle_bench.diagnostics import diagnose, expert_cosine
+from upcycle_bench.diagnostics import diagnose, expert_cosine, expert_distance, pair_retrieval
 from upcycle_bench.moe import moe_layers
 from upcycle_bench.surgery import find_layers
 
@@ -38,9 +38,15 @@ def test_sparse_upcycling_at_step_0() -> None:
     assert list(report["feature_cosine_with_dense"]) == ["vision", "text"]
     for cosine in report["feature_cosine_with_dense"].values():
         assert cosine == pytest.approx(1, abs=1e-6)
+    assert all(0 <= drift < 1e-5 for drift in report["feature_drift"].values())
+    pairs = report["training_pair_retrieval"]
+    assert pairs["pairs"] == len(inputs_for(dense)[0]) + 4
+    assert pairs["chance_log_likelihood"] == -math.log(pairs["pairs"])
+    assert pairs["model"] == pytest.approx(pairs["dense"], abs=1e-5)
     for layer in report["layers"].values():
         assert layer["function_drift"] < 1e-6
         assert layer["expert_cosine"] == pytest.approx(1, abs=1e-12)
+        assert layer["expert_distance"] == 0
         assert 0 < layer["router_entropy"] < math.log(8)
         assert len(layer["load"]) == 8
         assert sum(layer["load"]) == pytest.approx(1, abs=8e-6)  # shares are rounded to six decimals
@@ -132,3 +138,34 @@ def test_expert_cosine_by_hand() -> None:
     assert expert_cosine(experts_of([1.0, 2.0, 2.0], [2.0, 4.0, 4.0])) == pytest.approx(1)
     # pairs: (3, 4).(1, 0) / 5 = 0.6, (3, 4).(0, 1) / 5 = 0.8, (1, 0).(0, 1) = 0; mean 1.4 / 3
     assert expert_cosine(experts_of([3.0, 4.0], [1.0, 0.0], [0.0, 2.0])) == pytest.approx(1.4 / 3)
+
+
+def test_expert_distance_by_hand() -> None:
+    assert expert_distance(experts_of([1.0, 2.0], [1.0, 2.0])) == 0
+    assert expert_distance(experts_of([3.0, 0.0], [0.0, 3.0])) == pytest.approx(2**0.5)
+    assert expert_distance(experts_of([1.0, 2.0], [-1.0, -2.0])) == pytest.approx(2)
+    # pairs: |(3, 4) - (0, 4)| = 3 over sqrt((25 + 16) / 2); (3, 4) twice: 0; so two of three pairs differ
+    assert expert_distance(experts_of([3.0, 4.0], [0.0, 4.0], [3.0, 4.0])) == pytest.approx(2 * 3 / 20.5**0.5 / 3)
+
+
+def test_pair_retrieval_by_hand() -> None:
+    """Images (1, 0), (0, 1) and texts (2, 0), (3, 0) at scale ln 3: logits ln 3 for the first image's row, else 0."""
+    image_BE, text_BE = torch.eye(2), torch.tensor([[2.0, 0.0], [3.0, 0.0]])
+    found = pair_retrieval(image_BE, text_BE, torch.tensor(3.0).log())
+    # image to text: both rows are ties, ln 1/2; text to image: right with 3/4, wrong with 1/4
+    images, texts = math.log(0.5), (math.log(0.75) + math.log(0.25)) / 2
+    assert found["log_likelihood"] == pytest.approx((images + texts) / 2)
+    assert found["recall@1"] == pytest.approx(0.5)  # the first of a tie
+
+
+def test_feature_drift_by_hand() -> None:
+    """A text projection 1.5 times as large: off by half, at cosine 1; retrieval normalises and sees nothing."""
+    dense = create_dense()
+    model = upcycled(dense)
+    with torch.no_grad():
+        model.text_projection.mul_(1.5)
+    report = diagnose(model, dense, [inputs_for(dense)])
+    assert report["feature_drift"] == {"vision": pytest.approx(0, abs=1e-5), "text": pytest.approx(0.5, abs=1e-5)}
+    assert report["feature_cosine_with_dense"]["text"] == pytest.approx(1, abs=1e-6)
+    pairs = report["training_pair_retrieval"]
+    assert pairs["model"]["log_likelihood"] == pytest.approx(pairs["dense"]["log_likelihood"], abs=1e-4)

@@ -165,6 +165,69 @@ def test_eesd_weights_and_reductions() -> None:
     assert ClusterAware(eesd_weight=0.0).loss({"a": student(random_init(4))}, STREAM) is None
 
 
+@pytest.mark.parametrize("capacity_factor", [50.0, 0.4])
+def test_k8_masked_tokens_are_those_that_lost_a_choice(capacity_factor: float) -> None:
+    layer = student(random_init(4), capacity_factor=capacity_factor)
+    every, masked = distil({"vision.1": layer}), distil({"vision.1": layer}, eesd_mask_dropped=True)
+    router_ND = layer.gate.wg.weight.detach().clone()
+    teacher = [tuple(p.detach().clone() for p in expert) for expert in weights_of(layer.experts)]
+    layer(tokens()[None])
+    slots = literal_moe.capacity(40, 4, capacity_factor, 2, 0)
+    moe = literal_moe.moe_forward(tokens(), layer.gate.wg.weight, weights_of(layer.experts), nn.GELU(), capacity=slots)
+    whole_T = moe.kept_TK.all(1)
+    expected = literal_moe.eesd_loss(
+        tokens()[whole_T], moe.y_TD[whole_T], router_ND, teacher, nn.GELU(), feature_reduction="sum"
+    )
+    assert masked.compute().item() == pytest.approx(expected.item(), rel=1e-6)
+    assert bool(whole_T.all()) == (capacity_factor > 1)
+    assert (every.compute().item() == pytest.approx(expected.item(), rel=1e-6)) == (capacity_factor > 1)
+    before = len(layer.gate._forward_hooks)
+    masked.close()
+    assert len(layer.gate._forward_hooks) == before - 1
+
+
+def test_k8_nothing_left_by_the_mask_is_zero() -> None:
+    layer = student(random_init(4))
+    loss = distil({"vision.1": layer}, eesd_mask_dropped=True)
+    layer(tokens()[None])
+    loss.whole["vision.1"] = torch.zeros(40, dtype=torch.bool)
+    assert loss.compute().item() == 0
+
+
+def test_k8_a_draw_of_tokens_is_an_unbiased_estimate_from_its_own_stream() -> None:
+    layer = student(random_init(4))
+    whole, drawn = distil({"vision.1": layer}), distil({"vision.1": layer}, eesd_tokens=0.25)
+    torch_state = torch.get_rng_state()
+    values = []
+    for _ in range(400):
+        layer(tokens()[None])
+        values.append(drawn.compute().item())
+        drawn.after_step()
+    assert torch.equal(torch_state, torch.get_rng_state())
+    target_TD = whole.teacher["vision.1"].ensemble(tokens())
+    error_T = (layer(tokens()[None])[0].detach() - target_TD).square().sum(1)
+    assert whole.compute().item() == pytest.approx(float(error_T.mean()), rel=1e-6)
+    # A mean of 10 of 40 without replacement has variance s^2/10 * 30/40; 400 draws, five standard errors.
+    bound = 5 * float(error_T.var()) ** 0.5 * (0.1 * 0.75 / 400) ** 0.5
+    mean = sum(values) / 400
+    assert abs(mean - float(error_T.mean())) < bound
+    spread = float(torch.tensor(values).var() / (error_T.var() * 0.1 * 0.75))
+    assert 0.5 < spread < 1.6  # chi^2 of 399 would allow 0.7 to 1.35 at five sigma, were the values normal
+
+
+def test_eesd_draws_the_same_tokens_after_a_resumption() -> None:
+    layer = student(random_init(4))
+    first = distil({"vision.1": layer}, eesd_tokens=0.2)
+    for _ in range(3):
+        first.after_step()
+    second = distil({"vision.1": layer}, eesd_tokens=0.2)
+    layer(tokens()[None])
+    assert first.compute().item() != second.compute().item()  # another step, other tokens
+    second.load_state_dict(first.state_dict())
+    layer(tokens()[None])
+    assert first.compute().item() == second.compute().item()
+
+
 # ---- K8: the teacher and its state ----------------------------------------------------------------------------------
 
 

@@ -289,3 +289,67 @@ def test_k6_a_layer_with_few_tokens_is_nearly_exact_on_them() -> None:
     for i, expert in enumerate(init.experts):
         x_iTD = x_TD[label_T == i].double()
         assert relative(x_iTD @ w1(expert).T, x_iTD @ ffn.w1_HD.T) < 1e-3
+
+
+# ---- Options: the Cholesky path and a fixed rank --------------------------------------------------------------------
+
+
+@SEEDS
+@TAUS
+def test_k6_cholesky_as_printed_equals_the_projection(seed: int, tau: float) -> None:
+    w1_HD, _, c_DD = problem(seed)
+    projection, cholesky = (
+        fast.truncate(w1_HD, c_DD, tau=tau, rank_floor=0.5, method=method) for method in ("projection", "cholesky")
+    )
+    assert (cholesky.rank, cholesky.floor_binds) == (projection.rank, projection.floor_binds)
+    assert_close(cholesky.energy_R, projection.energy_R, rtol=1e-8, atol=1e-12 * float(projection.energy_R[0]))
+    assert relative(cholesky.w1_HD, projection.w1_HD) < 1e-9
+    assert not torch.equal(cholesky.w1_HD, projection.w1_HD)  # another computation
+
+
+@SEEDS
+def test_k6_cholesky_of_few_tokens_equals_the_literal_one(seed: int) -> None:
+    w1_HD, x_TD, _ = problem(seed)
+    few_TD = x_TD[:4]  # C is singular: both add the ridge
+    ours = fast.truncate(w1_HD, few_TD.T @ few_TD, tau=0.5, rank_floor=0.5, method="cholesky")
+    c_DD = (few_TD.T @ few_TD).numpy()
+    expected_HD, rank, _ = literal.truncate(w1_HD.numpy(), c_DD, tau=0.5, rank_floor_fraction=0.5)
+    assert ours.rank == rank
+    assert relative(ours.w1_HD, torch.from_numpy(expected_HD)) < 1e-6  # the ridge's directions, condition 1e6
+
+
+def test_cholesky_makes_the_same_layer() -> None:
+    ffn = random_ffn(32, 16)
+    x_TD, _ = cones(800, orthonormal(4, 16), seed=3, noise=0.3)
+    first, second = (make(ClusterAware(pca_divisor=4, method=m), ffn, x_TD, 4)[0] for m in ("projection", "cholesky"))
+    assert torch.equal(first.router_ND, second.router_ND)
+    assert first.notes == second.notes
+    for a, b in zip(first.experts, second.experts, strict=True):
+        assert relative(w1(b), w1(a)) < 1e-9
+
+
+@pytest.mark.parametrize("fraction", [0.5, 0.75, 0.9, 1.0])
+@pytest.mark.parametrize("method", ["projection", "cholesky"])
+def test_k2_a_fixed_fraction_of_the_rank_is_kept_whatever_tau_says(fraction: float, method: str) -> None:
+    ffn = random_ffn(32, 16)
+    x_TD, _ = cones(800, orthonormal(4, 16), seed=3, noise=0.3)
+    options = {"pca_divisor": 4, "method": method, "rank_fraction": fraction}
+    init, calibrator = make(ClusterAware(**options), ffn, x_TD, 4)
+    again, _ = make(ClusterAware(tau=0.1, rank_floor=0.9, **options), ffn, x_TD, 4)
+    rank = {0.5: 8, 0.75: 12, 0.9: 14, 1.0: 16}[fraction]  # of 16; 14.4 is rounded
+    assert init.notes["mean_rank"] == rank
+    assert init.notes["rank_floor_binds_share"] == 0
+    for number, (expert, same) in enumerate(zip(init.experts, again.experts, strict=True)):
+        assert torch.equal(w1(expert), w1(same))
+        assert int(torch.linalg.matrix_rank(w1(expert), rtol=1e-9)) == rank
+        moment_DD = calibrator.moment_NDD[number]
+        sigma2_R = fast.truncate(ffn.w1_HD, moment_DD, tau=1.0, rank_floor=0.0).energy_R
+        rest_HD = ffn.w1_HD - w1(expert)  # K1: the loss is the energy left out
+        loss = float((rest_HD @ moment_DD @ rest_HD.T).trace())
+        assert loss == pytest.approx(float(sigma2_R[rank:].sum()), rel=1e-8, abs=1e-9 * float(sigma2_R[0]))
+
+
+def test_k2_kept_rank_of_a_fraction_by_hand() -> None:
+    energies = torch.tensor([8.0, 1.0, 0.5, 0.5])
+    assert [fast.kept_rank(energies, 0.9, 0.5, share)[0] for share in (0.01, 0.25, 0.6, 0.7, 1.0)] == [1, 1, 2, 3, 4]
+    assert fast.kept_rank(energies, 0.9, 0.5, 0.0) == fast.kept_rank(energies, 0.9, 0.5) == (3, True)

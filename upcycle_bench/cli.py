@@ -20,6 +20,7 @@ import typer
 
 from upcycle_bench import display
 from upcycle_bench.errors import UserError
+from upcycle_bench.options import Checkpoint, Data, EvalData, Json, Options, Overrides, ProtocolName, Strategies
 
 if TYPE_CHECKING:
     from upcycle_bench.matrix import Cell
@@ -37,8 +38,6 @@ app = typer.Typer(
 
 data_app = typer.Typer(help="Build the data sets that ship as a recipe.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
-
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else there.")]
 
 
 class Kind(str, Enum):
@@ -84,17 +83,10 @@ def _root(
 
 @app.command()
 def run(
-    strategy: Annotated[
-        str, typer.Option("--strategy", "-s", help="Which strategies: one, a,b,c or all; see `list strategies`.")
-    ],
-    protocol: Annotated[str, typer.Option("--protocol", "-p", help="Which protocol; see `list protocols`.")] = "lab",
-    option: Annotated[
-        list[str] | None, typer.Option("--option", "-o", metavar="KEY=VALUE", help="A strategy's option, tau=0.8.")
-    ] = None,
-    overrides: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Override the protocol, moe.experts=4: open division."),
-    ] = None,
+    strategy: Strategies,
+    protocol: ProtocolName = "lab",
+    option: Options = None,
+    overrides: Overrides = None,
     seed: Annotated[int, typer.Option(min=0, help="Both seeds.")] = 0,
     seeds: Annotated[int, typer.Option(min=1, help="How many seeds, from --seed on.")] = 1,
     init_seed: Annotated[int | None, typer.Option(min=0, help="The strategy's own randomness.")] = None,
@@ -102,34 +94,21 @@ def run(
     jobs: Annotated[int, typer.Option("--jobs", "-j", min=1, help="Of several runs, how many at once.")] = 1,
     fresh: Annotated[bool, typer.Option("--fresh", help="Train again what was trained before.")] = False,
     results: Annotated[Path, typer.Option(help="Where the record goes.")] = Path("results"),
-    data: Annotated[
-        str | None, typer.Option(help="Training shards (clip-*): a folder, or train/{000..127}.tar.")
-    ] = None,
-    checkpoint: Annotated[Path | None, typer.Option(help="The dense open_clip model (clip-*).")] = None,
-    eval_data: Annotated[Path | None, typer.Option(help="Folder with the evaluation sets (clip-*).")] = None,
+    data: Data = None,
+    checkpoint: Checkpoint = None,
+    eval_data: EvalData = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would run and what it costs.")] = False,
     as_json: Json = False,
 ) -> None:
     """Upcycle, train, score and record strategies under one protocol: one run, or what is missing of many."""
     from upcycle_bench import matrix
-    from upcycle_bench.plan import Paths, make_plan
-    from upcycle_bench.protocol import load_protocol
-    from upcycle_bench.registry import load_registry
 
-    registry = load_registry()
-    _warn_broken(registry.broken)
     pairs = matrix.seed_pairs(seed, seeds, init_seed, train_seed)
-    names = matrix.strategy_names(registry, strategy)
-    if option and len(names) > 1:
-        raise UserError("--option belongs to one strategy; run strategies with options one by one.")
     if jobs > 1 and "RANK" in os.environ:
         raise UserError("--jobs starts processes of its own and does not go with torchrun; leave one of them out.")
-    paths = Paths(data=data, checkpoint=checkpoint, eval_data=eval_data)
-    options = dict(_key_value(text) for text in option or [])
-    settings = load_protocol(registry.get("protocol", protocol).target, overrides)
     reporter = _reporter()
-    with _interruptible("nothing was written"):  # the data are built here if the cache lacks them
-        plans = [make_plan(registry, name, settings, options=options, paths=paths, reporter=reporter) for name in names]
+    plans = _plans(strategy, protocol, option, overrides, data, checkpoint, eval_data, reporter)
+    settings = plans[0].protocol
     cells = list(matrix.enumerate_cells(plans, pairs))
     if not plans[0].missing:
         _warn_emulated(settings)
@@ -158,6 +137,59 @@ def run(
         display.show_outcomes(outcomes, as_json)
     if any(outcome.reason for outcome in outcomes):
         raise typer.Exit(1)
+
+
+@app.command()
+def receipt(
+    strategy: Strategies,
+    protocol: ProtocolName = "lab",
+    option: Options = None,
+    overrides: Overrides = None,
+    init_seed: Annotated[int, typer.Option(min=0, help="The strategy's own randomness.")] = 0,
+    data: Data = None,
+    checkpoint: Checkpoint = None,
+    eval_data: EvalData = None,
+    as_json: Json = False,
+) -> None:
+    """Show what strategies make of the dense model at step 0, without training."""
+    from dataclasses import replace
+
+    from upcycle_bench.receipt import receipts, show
+
+    reporter = _reporter()
+    plans = _plans(strategy, protocol, option, overrides, data, checkpoint, eval_data, reporter)
+    with _interruptible("nothing was written"):
+        made = receipts([replace(plan, init_seed=init_seed) for plan in plans], reporter)
+    if _is_main():
+        show(made, as_json)
+
+
+def _plans(
+    strategy: str,
+    protocol: str,
+    option: list[str] | None,
+    overrides: list[str] | None,
+    data: str | None,
+    checkpoint: Path | None,
+    eval_data: Path | None,
+    reporter: Reporter,
+) -> list[Plan]:
+    """A plan for each strategy that is named, with the first seeds."""
+    from upcycle_bench import matrix
+    from upcycle_bench.plan import Paths, make_plan
+    from upcycle_bench.protocol import load_protocol
+    from upcycle_bench.registry import load_registry
+
+    registry = load_registry()
+    _warn_broken(registry.broken)
+    names = matrix.strategy_names(registry, strategy)
+    if option and len(names) > 1:
+        raise UserError("--option belongs to one strategy; run strategies with options one by one.")
+    paths = Paths(data=data, checkpoint=checkpoint, eval_data=eval_data)
+    options = dict(_key_value(text) for text in option or [])
+    settings = load_protocol(registry.get("protocol", protocol).target, overrides)
+    with _interruptible("nothing was written"):  # the data are built here if the cache lacks them
+        return [make_plan(registry, name, settings, options=options, paths=paths, reporter=reporter) for name in names]
 
 
 def _show_dry_run(cells: list[Cell], results: Path, fresh: bool, as_json: bool) -> None:
@@ -191,9 +223,7 @@ def pretrain(
     overrides: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override the protocol, dense.seed=1.")
     ] = None,
-    data: Annotated[
-        str | None, typer.Option(help="Training shards (clip-*): a folder, or train/{000..127}.tar.")
-    ] = None,
+    data: Data = None,
     output: Annotated[
         Path | None, typer.Option(metavar="FILE.safetensors", help="Write it there too, in half precision.")
     ] = None,

@@ -1,4 +1,4 @@
-"""Spherical k-means of token activations: normalise, uncentred PCA, faiss, and centroids mapped back to full width.
+"""Spherical k-means of token activations: normalise, PCA, faiss, and centroids mapped back to full width.
 
 Beside it the ordinary k-means of sample features, without faiss.
 
@@ -8,7 +8,7 @@ Shape suffixes: T tokens, D width, P PCA dimensions, N clusters.
 from __future__ import annotations
 
 from types import ModuleType
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,8 @@ from torch import Tensor
 
 from upcycle_bench.errors import UserError
 from upcycle_bench.rng import Stream
+
+CentroidMap = Literal["backproject", "recompute"]
 
 
 def import_faiss() -> ModuleType:
@@ -30,21 +32,38 @@ def import_faiss() -> ModuleType:
 
 
 class Clusters(NamedTuple):
-    """Unit centroids in full width [N, D] float32, and the share of the sample's tokens whose most similar centroid
-    there is the one k-means assigned them to among the PCA's coordinates (1 but for rounding)."""
+    """Clusters of the directions of tokens x, and the router that stands for them; float32 on the CPU.
+
+    centroid_ND: unit centroids of the PCA's coordinates, mapped back to full width;
+    agreement: share of the sample's tokens whose most similar row of `router_ND` is their cluster;
+    router_ND: `centroid_ND`, or with `recompute` the directions of the members' mean direction;
+    offset_N: the cluster of x is argmax_i of x / |x| . centroid_i - offset_i; None without centring, where it is 0.
+    """
 
     centroid_ND: Tensor
     agreement: float
+    router_ND: Tensor
+    offset_N: Tensor | None
 
 
 def spherical_kmeans(
-    sample_TD: Tensor, num_clusters: int, pca_dim: int, rng: Stream, *, niter: int, nredo: int
+    sample_TD: Tensor,
+    num_clusters: int,
+    pca_dim: int,
+    rng: Stream,
+    *,
+    niter: int,
+    nredo: int,
+    center: bool = False,
+    centroid_map: CentroidMap = "backproject",
 ) -> Clusters:
     """Clusters of the directions of float32 tokens of any length.
 
-    PCA is uncentred (top right-singular vectors of the normalised tokens), so that argmax_i of x . centroid_i is the
-    cluster of x for every token, inside or outside the subspace; a centred PCA would leave a constant per centroid
-    that a router without bias cannot express. `pca_dim` = D means no PCA.
+    By default the PCA is uncentred (top right-singular vectors of the normalised tokens), so that argmax_i of
+    x . centroid_i is the cluster of x for every token, inside or outside the subspace (`agreement` 1 but for rounding);
+    a centred one (`center`) leaves a constant per centroid that a router without bias cannot express.
+    `recompute` makes each router row the normalised sum of the sample's unit tokens in its cluster. `pca_dim` = D means
+    no PCA.
 
     Raises UserError when faiss is missing or there are fewer tokens than clusters.
     """
@@ -54,8 +73,10 @@ def spherical_kmeans(
             f"calibration gave {len(sample_TD)} tokens for {num_clusters} clusters: raise pairs or cluster_tokens."
         )
     unit_TD = F.normalize(sample_TD.float(), dim=1)
-    basis_PD = principal_directions(unit_TD, pca_dim)
-    points_TP = F.normalize(unit_TD @ basis_PD.T, dim=1)
+    mean_D = unit_TD.double().mean(0).to(unit_TD.dtype) if center else None
+    fitted_TD = unit_TD if mean_D is None else unit_TD - mean_D
+    basis_PD = principal_directions(fitted_TD, pca_dim)
+    points_TP = F.normalize(fitted_TD @ basis_PD.T, dim=1)
     kmeans = faiss.Kmeans(
         points_TP.shape[1],
         num_clusters,
@@ -71,8 +92,15 @@ def spherical_kmeans(
     centroids_NP = torch.from_numpy(kmeans.centroids.copy())
     centroid_ND = F.normalize(centroids_NP @ basis_PD.cpu(), dim=1)
     assigned_T = (points_TP.cpu() @ centroids_NP.T).argmax(1)
-    routed_T = (sample_TD.float().cpu() @ centroid_ND.T).argmax(1)
-    return Clusters(centroid_ND, float((assigned_T == routed_T).float().mean()))
+    router_ND = centroid_ND
+    if centroid_map == "recompute":
+        sums_ND = torch.zeros(centroid_ND.shape, dtype=torch.float64)
+        sums_ND.index_add_(0, assigned_T, unit_TD.cpu().double())
+        empty_N1 = sums_ND.norm(dim=1, keepdim=True) == 0
+        router_ND = torch.where(empty_N1, centroid_ND, F.normalize(sums_ND, dim=1).float())
+    routed_T = (sample_TD.float().cpu() @ router_ND.T).argmax(1)
+    offset_N = None if mean_D is None else centroid_ND @ mean_D.cpu()
+    return Clusters(centroid_ND, float((assigned_T == routed_T).float().mean()), router_ND, offset_N)
 
 
 def minibatch_kmeans(points_TD: Tensor, num_clusters: int, rng: Stream) -> Tensor:
@@ -104,7 +132,7 @@ def nearest(points_TD: Tensor, centroid_ND: Tensor) -> Tensor:
 
 
 def principal_directions(unit_TD: Tensor, pca_dim: int) -> Tensor:
-    """Orthonormal rows [P, D]: the top eigenvectors of the uncentred second moment, by float64 `eigh`."""
+    """Orthonormal rows [P, D]: the top eigenvectors of the second moment about zero, by float64 `eigh`."""
     width = unit_TD.shape[1]
     if pca_dim >= width:
         return torch.eye(width, dtype=unit_TD.dtype, device=unit_TD.device)

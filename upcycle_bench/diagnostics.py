@@ -1,15 +1,20 @@
-"""What the experts and the router of a model do on a few batches: the step-0 receipt and the diagnostics of a record.
+"""What the experts and the router of a model do on a few pairs: the step-0 receipt and the diagnostics of a record.
 
 Per MoE layer: function drift (relative L2 error of the layer's output against the dense FFN on the same input), mean
-pairwise cosine of the experts' flattened parameters, entropy of the full softmax of the router in nats (ln N is
-uniform), and the load, the share of (token, choice) pairs per expert. Per tower: mean cosine of the features with the
-dense model's. Sources: metrics of arXiv:2604.13508, section 4.5.
+pairwise cosine and relative distance of the experts' flattened parameters, entropy of the full softmax of the router
+in nats (ln N is uniform), and the load, the share of (token, choice) pairs per expert. Per tower: mean cosine of the
+features with the dense model's, and their relative L2 error. Retrieval among these very pairs, for the model and the
+dense one: they are training pairs, seen before, so it says what initialisation or training changed and is no
+zero-shot score; it costs no evaluation and looks at no evaluation data. Sources: metrics of arXiv:2604.13508, section
+4.5.
 
-Shape suffixes: B batch, T tokens, D width, N experts, K choices per token, P parameters of an expert.
+Shape suffixes: B batch, T tokens, D width, E embedding, N experts, K choices per token, P parameters of an expert.
 """
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections import defaultdict
 from collections.abc import Iterable
 from typing import Any
@@ -22,7 +27,7 @@ from upcycle_bench.moe import MoEFFN, merged, moe_layers
 
 
 @torch.no_grad()
-def diagnose(model: nn.Module, dense: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> dict[str, Any]:
+def diagnose(model: Any, dense: Any, batches: Iterable[tuple[Tensor, Tensor]]) -> dict[str, Any]:
     """Compare `model` with `dense` on (images [B, 3, H, W], texts [B, L]); both are put into eval mode."""
     model.eval()
     dense.eval()
@@ -31,18 +36,46 @@ def diagnose(model: nn.Module, dense: nn.Module, batches: Iterable[tuple[Tensor,
         name: _Layer(layer, dense.get_submodule(layer.layer.mlp_path)) for name, layer in layers.items()
     }
     handles = [layers[name].moe.register_forward_hook(statistics.observe) for name, statistics in seen.items()]
-    cosines: dict[str, list[Tensor]] = defaultdict(list)
+    ours: dict[str, list[Tensor]] = defaultdict(list)
+    theirs: dict[str, list[Tensor]] = defaultdict(list)
     try:
         for images, texts in batches:
             for tower, encode, inputs in (("vision", "encode_image", images), ("text", "encode_text", texts)):
-                ours, theirs = getattr(model, encode)(inputs), getattr(dense, encode)(inputs)
-                cosines[tower].append(F.cosine_similarity(ours, theirs, dim=-1))
+                ours[tower].append(getattr(model, encode)(inputs).float())
+                theirs[tower].append(getattr(dense, encode)(inputs).float())
     finally:
         for handle in handles:
             handle.remove()
+    model_BE, dense_BE = ({tower: torch.cat(parts) for tower, parts in each.items()} for each in (ours, theirs))
     return {
-        "feature_cosine_with_dense": {tower: float(torch.cat(values).mean()) for tower, values in cosines.items()},
+        "feature_cosine_with_dense": {
+            tower: float(F.cosine_similarity(model_BE[tower], dense_BE[tower], dim=-1).mean()) for tower in model_BE
+        },
+        "feature_drift": {
+            tower: float((model_BE[tower] - dense_BE[tower]).norm() / dense_BE[tower].norm()) for tower in model_BE
+        },
+        "training_pair_retrieval": {
+            "pairs": len(model_BE["vision"]),
+            "chance_log_likelihood": -math.log(len(model_BE["vision"])),
+            "model": pair_retrieval(model_BE["vision"], model_BE["text"], model.logit_scale.exp()),
+            "dense": pair_retrieval(dense_BE["vision"], dense_BE["text"], dense.logit_scale.exp()),
+        },
         "layers": {name: statistics.summary() for name, statistics in seen.items()},
+    }
+
+
+def pair_retrieval(image_BE: Tensor, text_BE: Tensor, scale: Tensor) -> dict[str, float]:
+    """Each image among all texts and each text among all images, at the model's own logit scale; mean of both ways.
+
+    log_likelihood: of the right partner, under the softmax; recall@1. A caption that occurs twice counts as wrong
+    where it is another pair's.
+    """
+    logits_BB = scale * F.normalize(image_BE, dim=1) @ F.normalize(text_BE, dim=1).T
+    right_B = torch.arange(len(logits_BB), device=logits_BB.device)
+    ways = (logits_BB, logits_BB.T)
+    return {
+        "log_likelihood": -float(sum(F.cross_entropy(way, right_B) for way in ways)) / 2,
+        "recall@1": float(sum((way.argmax(1) == right_B).float().mean() for way in ways)) / 2,
     }
 
 
@@ -69,6 +102,7 @@ class _Layer:
         return {
             "function_drift": (self.error / self.energy) ** 0.5,
             "expert_cosine": expert_cosine(self.layer.experts),
+            "expert_distance": expert_distance(self.layer.experts),
             "router_entropy": self.entropy / self.tokens,
             "load": [round(share, 6) for share in share_N.tolist()],
         }
@@ -76,8 +110,20 @@ class _Layer:
 
 def expert_cosine(experts: Iterable[nn.Module]) -> float:
     """Mean pairwise cosine of flattened (merged) expert parameters; 1 for identical experts."""
-    plain = [merged(expert) for expert in experts]
-    flat_NP = torch.stack([torch.cat([p.detach().flatten() for p in expert.parameters()]) for expert in plain])
-    unit_NP = F.normalize(flat_NP.double(), dim=1)
+    unit_NP = F.normalize(torch.stack(_flat(experts)).double(), dim=1)
     count = len(unit_NP)
     return float((unit_NP.sum(0).square().sum() - count) / (count * (count - 1)))
+
+
+def expert_distance(experts: Iterable[nn.Module]) -> float:
+    """Mean over pairs of |a - b| / sqrt((|a|^2 + |b|^2) / 2); 0 for identical experts, sqrt(2) for unrelated ones."""
+    distances = [
+        (a_P - b_P).double().norm() / ((a_P.double().square().sum() + b_P.double().square().sum()) / 2).sqrt()
+        for a_P, b_P in itertools.combinations(_flat(experts), 2)
+    ]
+    return float(torch.stack(distances).mean())
+
+
+def _flat(experts: Iterable[nn.Module]) -> list[Tensor]:
+    plain = [merged(expert) for expert in experts]
+    return [torch.cat([p.detach().flatten() for p in expert.parameters()]) for expert in plain]

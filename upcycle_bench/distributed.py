@@ -76,4 +76,4 @@ def sum_over_ranks(value: int) -> int:
 
 def mean_weight(local_count: int) -> float:
     """What to multiply a local sum by, so that its mean over ranks is the mean over all ranks' items together."""
-    return world_size() / sum_over_ranks(local_count)
+    return world_size() / max(1, sum_over_ranks(local_count))  # nobody has an item: the sum is 0

@@ -11,9 +11,10 @@ A strategy that trains first (`upcycle_bench.workshop`) brings the model for bot
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -24,11 +25,13 @@ from upcycle_bench import protocol
 from upcycle_bench.calibration import calibrate
 from upcycle_bench.errors import PluginError
 from upcycle_bench.rng import Stream
-from upcycle_bench.strategy import FFN, LayerInit, Strategy
+from upcycle_bench.strategy import FFN, Layer, LayerInit, Strategy
 from upcycle_bench.surgery import find_layers
 
 # Number of pairs wanted -> batches of (images [B, 3, H, W] as the model takes them, texts [B, L]), on its device.
 CalibrationSource = Callable[[int], Iterable[tuple[Tensor, Tensor]]]
+# Measures the part of the work of that name (`costs.Meter.phase`).
+Phases = Callable[[str], contextlib.AbstractContextManager[Any]]
 
 
 def make_experts(
@@ -38,12 +41,14 @@ def make_experts(
     init_seed: int,
     calibration: CalibrationSource,
     branches: Sequence[Any] | None = None,
+    phase: Phases = contextlib.nullcontext,
 ) -> dict[str, LayerInit]:
     """The strategy's experts and router for every layer of `dense` (an open_clip CLIP), by layer name.
 
     `moe` are the strategy's settings; `branches` the dense CLIPs of a `Preparation`, whose FFNs `init_layer` gets as
-    `calibration`. Raises PluginError when it changes the dense FFN, makes plain experts of another width than it said,
-    or notes a number that is not finite.
+    `calibration`. Done in `phase("calibrate")`, if the strategy asks for calibration, and `phase("upcycle")`. Raises
+    PluginError when it changes the dense FFN, makes plain experts of another width than it said, or notes a number
+    that is not finite.
     """
     if branches is not None and strategy.calibration_pairs:
         raise PluginError(f"{strategy.info.name} both prepares and calibrates; a strategy may do one of them")
@@ -59,22 +64,27 @@ def make_experts(
             calibrators[layer.name] = strategy.calibrator(
                 ffns[layer.name], layer, root.child(layer.name, "calibration")
             )
-        calibrate(dense, layers, calibrators, calibration(strategy.calibration_pairs))
-    inits = {}
-    for layer in layers:
-        ffn, where = ffns[layer.name], f"{strategy.info.name}: {layer.name}"
-        versions = [tensor._version for tensor in (ffn.w1_HD, ffn.b1_H, ffn.w2_DH, ffn.b2_D)]
-        init = strategy.init_layer(ffn, layer, calibrators.get(layer.name), root.child(layer.name))
-        if versions != [tensor._version for tensor in (ffn.w1_HD, ffn.b1_H, ffn.w2_DH, ffn.b2_D)]:
-            raise PluginError(f"{where}: init_layer changed the dense FFN in place; work on copies")
-        notes = {name: float(value) for name, value in init.notes.items()}
-        if not all(map(math.isfinite, notes.values())):
-            raise PluginError(f"{where}: a note is not a finite number: {notes}")
-        hidden = strategy.ffn_hidden(ffn.hidden, moe)
-        for number, expert in enumerate(init.experts):
-            _check_hidden(expert, hidden, f"{where}: expert {number}", plain=hidden != ffn.hidden)
-        inits[layer.name] = replace(init, notes=notes)
-    return inits
+        with phase("calibrate"):
+            calibrate(dense, layers, calibrators, calibration(strategy.calibration_pairs))
+    with phase("upcycle"):
+        return {layer.name: _init_layer(strategy, ffns[layer.name], layer, moe, calibrators, root) for layer in layers}
+
+
+def _init_layer(
+    strategy: Strategy, ffn: FFN, layer: Layer, moe: protocol.MoE, calibrators: Mapping[str, Any], root: Stream
+) -> LayerInit:
+    where = f"{strategy.info.name}: {layer.name}"
+    versions = [tensor._version for tensor in (ffn.w1_HD, ffn.b1_H, ffn.w2_DH, ffn.b2_D)]
+    init = strategy.init_layer(ffn, layer, calibrators.get(layer.name), root.child(layer.name))
+    if versions != [tensor._version for tensor in (ffn.w1_HD, ffn.b1_H, ffn.w2_DH, ffn.b2_D)]:
+        raise PluginError(f"{where}: init_layer changed the dense FFN in place; work on copies")
+    notes = {name: float(value) for name, value in init.notes.items()}
+    if not all(map(math.isfinite, notes.values())):
+        raise PluginError(f"{where}: a note is not a finite number: {notes}")
+    hidden = strategy.ffn_hidden(ffn.hidden, moe)
+    for number, expert in enumerate(init.experts):
+        _check_hidden(expert, hidden, f"{where}: expert {number}", plain=hidden != ffn.hidden)
+    return replace(init, notes=notes)
 
 
 def make_dense(strategy: Strategy, dense: Any, moe: protocol.MoE, init_seed: int) -> Any:

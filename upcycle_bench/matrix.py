@@ -190,7 +190,7 @@ def run_here(todo: Sequence[Cell], results: Path, reporter: Reporter, fresh: boo
         say = print if distributed.is_main() else _silent
         say(f"run {number} of {len(todo)}: {cell.strategy}, seed {cell.seed}", file=sys.stderr)
         known = set(results.rglob("*.json"))
-        _forget_peak_memory()
+        costs.forget_peak_memory()
         try:
             check_strategy(cell.plan)
         except UserError as error:
@@ -208,12 +208,6 @@ def run_here(todo: Sequence[Cell], results: Path, reporter: Reporter, fresh: boo
             reason = f"{type(error).__name__}: {error}"
         outcomes.append(_outcome(cell, results, known, reason))
     return outcomes
-
-
-def _forget_peak_memory() -> None:
-    """Let Linux begin a new high-water mark: a run's peak must not be that of the run before."""
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
 
 
 def _silent(*_: object, **__: object) -> None:

@@ -149,11 +149,16 @@ class Record(Part):
     protocol: ProtocolPart
     seeds: Seeds
     receipt: dict[str, JsonValue] | None = Field(
-        default=None, description="the model at step 0: function drift, expert similarity, router entropy, load"
+        default=None,
+        description="the model at step 0: drift from the dense one, expert similarity, router entropy, load, and what "
+        "the strategy notes",
     )
     scores: list[ScoreRecord] = Field(default_factory=list)
     primary: float | None = Field(default=None, description="mean of the primary scores")
-    diagnostics: dict[str, JsonValue] = Field(default_factory=dict, description="per layer")
+    diagnostics: dict[str, JsonValue] = Field(
+        default_factory=dict,
+        description="the receipt's numbers after training, and each term's share of the loss at its start",
+    )
     cost: Cost | None = None
     environment: dict[str, JsonValue]
     hashes: Hashes

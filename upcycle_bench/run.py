@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,7 @@ def run(plan: Plan, results: Path, reporter: Reporter, *, fresh: bool = False) -
                 if distributed.is_main():
                     assert state.final is not None
                     outcome = evaluate(plan, state.final, state.meter, reporter)
-                    state.diagnostics = diagnostics(state.final, dense, data, device)
+                    state.diagnostics = diagnostics(state, dense, data)
                     path = write_record(state, outcome, state.final, results)
                     _keep_metrics(state.metrics, path)
                 distributed.barrier()  # the folder goes when rank 0 needs it no more
@@ -113,9 +114,9 @@ def initialise(
     inits: dict[str, LayerInit] = {}
     receipt = None
     if distributed.is_main():
-        with meter.phase("upcycle", count=True), reporter.task(f"initialising {plan.label}"):
-            calibration = _calibration(plan, dense, data, meter.device)
-            inits = make_experts(strategy, base, moe, plan.init_seed, calibration, branches)
+        calibration, phase = _calibration(plan, dense, data, meter.device), partial(meter.phase, count=True)
+        with reporter.task(f"initialising {plan.label}"):
+            inits = make_experts(strategy, base, moe, plan.init_seed, calibration, branches, phase)
         whole = upcycle(base, inits, moe.model_copy(update={"ep_size": 1}))
         receipt = diagnose(whole, dense.model, _sample(dense, data, meter.device))
         if preparation:
@@ -135,12 +136,13 @@ def initialise(
 
 
 def _initialise_dense(plan: Plan, dense: Clip, data: PairDataset, meter: Meter) -> tuple[Clip, dict[str, Any] | None]:
-    """On every rank, and the same there; with a receipt if the strategy changes the model."""
+    """The dense model, or what the strategy makes of it: on every rank, and the same there; with the receipt."""
     strategy = plan.strategy
     if type(strategy).init_dense is Strategy.init_dense:
-        return replace(dense, model=copy.deepcopy(dense.model)), None
-    with meter.phase("upcycle", count=True):
-        model = make_dense(strategy, dense.model, plan.moe, plan.init_seed)
+        model = copy.deepcopy(dense.model)
+    else:
+        with meter.phase("upcycle", count=True):
+            model = make_dense(strategy, dense.model, plan.moe, plan.init_seed)
     receipt = diagnose(model, dense.model, _sample(dense, data, meter.device)) if distributed.is_main() else None
     return replace(dense, model=model), receipt
 
@@ -196,9 +198,14 @@ def evaluate(plan: Plan, final: Clip, meter: Meter, reporter: Reporter) -> dict[
         return {name: suite.evaluate(context) for name, suite in plan.suites.items()}
 
 
-def diagnostics(final: Clip, dense: Clip, data: PairDataset, device: torch.device) -> dict[str, Any]:
-    """The receipt's numbers again, after training."""
-    return diagnose(final.model, dense.model, _sample(dense, data, device))
+def diagnostics(state: _State, dense: Clip, data: PairDataset) -> dict[str, Any]:
+    """The receipt's numbers again, after training, and what each term was of the loss when it began."""
+    assert state.final is not None
+    found = diagnose(state.final.model, dense.model, _sample(dense, data, state.meter.device))
+    progress = state.progress
+    if progress is None or not progress.share_steps:
+        return found
+    return found | {"loss_shares_at_start": {"steps": progress.share_steps, **progress.mean_loss_shares}}
 
 
 def _calibration(plan: Plan, dense: Clip, data: PairDataset, device: torch.device) -> CalibrationSource:
@@ -263,9 +270,14 @@ def reuse(state: _State, key: str) -> bool:
 
 def check_input(plan: Plan, results: Path) -> None:
     """UserError for what is wrong with any strategy: paths not given, a folder that cannot be written, ranks."""
+    check_ready(plan)
+    require_writable(results, "--results")
+
+
+def check_ready(plan: Plan) -> None:
+    """The part of `check_input` that does not write."""
     if plan.missing:
         raise UserError(f"protocol {plan.protocol.name} needs {', '.join(plan.missing)}.")
-    require_writable(results, "--results")
     engine.check_world(plan.protocol.train.schedule.batch_size, plan.moe.ep_size)
 
 

@@ -46,6 +46,9 @@ COUNTING_RULE = (
 )
 
 
+SHARE_STEPS = 50  # over the first so many steps the record says what share of the loss each term had
+
+
 @dataclass(frozen=True, kw_only=True)
 class Job:
     """What to train, beside the model and the data. `stop_step` < schedule.steps stops inside the schedule.
@@ -84,6 +87,13 @@ class Progress:
     routed: int = 0
     dropped: int = 0
     last: dict[str, float] = field(default_factory=dict)
+    share_steps: int = 0
+    loss_shares: dict[str, float] = field(default_factory=dict)  # summed over those steps
+
+    @property
+    def mean_loss_shares(self) -> dict[str, float]:
+        """Each term's mean share of the loss over the first SHARE_STEPS steps."""
+        return {name: total / self.share_steps for name, total in self.loss_shares.items()}
 
     def samples_per_second(self, batch_size: int) -> float:
         """Throughput over the steps whose FLOPs were not counted, since counting is slow; over all where all were."""
@@ -209,6 +219,7 @@ def train(
         job.stream, progress.step, job.stop_step, job.schedule.batch_size, rank, world, workers=_workers(device)
     )
     log = _MetricsFile(job.metrics if rank == 0 else None, progress.step)
+    first: list[dict[str, Tensor]] = []  # terms of the loss at the first steps that `progress` has not yet
     began = time.perf_counter() - progress.seconds
     with log, attention_kernel(device, longest_sequence(model)):
         for step, batch in enumerate(batches, start=progress.step):
@@ -231,6 +242,8 @@ def train(
             _clamp_logit_scale(model, job)
             if extra is not None:
                 extra.after_step()
+            if step < SHARE_STEPS:  # kept on the device: reading them would make it wait
+                first.append({name: term.detach() for name, term in losses.items()})
             before, progress.seconds = progress.seconds, time.perf_counter() - began
             progress.step = step + 1
             if isinstance(counter, FlopCounterMode):
@@ -239,6 +252,7 @@ def train(
                 progress.counted_steps += 1
             if logged:
                 _collect_drops(layers, progress)
+                _collect_shares(first, progress)
                 progress.last = _metrics(loss, losses, rate, scale, job, progress)
                 log.write(progress.last)
                 if not math.isfinite(progress.last["loss"]):
@@ -247,6 +261,7 @@ def train(
             due = job.checkpoint_every and progress.step % job.checkpoint_every == 0
             if due or (job.checkpoint_every and progress.step == job.stop_step):  # the last one: evaluation may fail
                 _collect_drops(layers, progress)
+                _collect_shares(first, progress)
                 _save(engine, extra, job, progress)
     if extra is not None:
         extra.close()
@@ -311,6 +326,20 @@ def _collect_drops(layers: Mapping[str, MoEFFN], progress: Progress) -> None:
         dropped, routed = layer.gate.take_dropped()
         progress.dropped += distributed.sum_over_ranks(dropped)
         progress.routed += distributed.sum_over_ranks(routed)
+
+
+def _collect_shares(first: list[dict[str, Tensor]], progress: Progress) -> None:
+    """Add each term's share of the loss, over all ranks, at the steps of `first`, and empty it."""
+    if not first:
+        return
+    terms_SL = torch.stack([torch.stack([term.float() for term in terms.values()]) for terms in first])
+    if distributed.world_size() > 1:
+        torch.distributed.all_reduce(terms_SL)
+    shares_L = (terms_SL / terms_SL.sum(1, keepdim=True)).sum(0)
+    for name, share in zip(first[0], shares_L.tolist(), strict=True):
+        progress.loss_shares[name] = progress.loss_shares.get(name, 0.0) + share
+    progress.share_steps += len(first)
+    first.clear()
 
 
 @contextlib.contextmanager
