@@ -9,16 +9,15 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import signal
 import sys
-from collections.abc import Iterator
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from upcycle_bench import display
+from upcycle_bench import display, upcycle_command
+from upcycle_bench.command import Json, check_output, interruptible, is_main, key_value, terminal_reporter, warn_broken
 from upcycle_bench.errors import UserError
 
 if TYPE_CHECKING:
@@ -37,8 +36,6 @@ app = typer.Typer(
 
 data_app = typer.Typer(help="Build the data sets that ship as a recipe.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
-
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else there.")]
 
 
 class Kind(str, Enum):
@@ -110,7 +107,7 @@ def run(
     from upcycle_bench.registry import load_registry
 
     registry = load_registry()
-    _warn_broken(registry.broken)
+    warn_broken(registry.broken)
     pairs = matrix.seed_pairs(seed, seeds, init_seed, train_seed)
     names = matrix.strategy_names(registry, strategy)
     if option and len(names) > 1:
@@ -118,16 +115,16 @@ def run(
     if jobs > 1 and "RANK" in os.environ:
         raise UserError("--jobs starts processes of its own and does not go with torchrun; leave one of them out.")
     paths = Paths(data=data, checkpoint=checkpoint, eval_data=eval_data)
-    options = dict(_key_value(text) for text in option or [])
+    options = dict(key_value(text) for text in option or [])
     settings = load_protocol(registry.get("protocol", protocol).target, overrides)
-    reporter = _reporter()
-    with _interruptible("nothing was written"):  # the data are built here if the cache lacks them
+    reporter = terminal_reporter()
+    with interruptible("nothing was written"):  # the data are built here if the cache lacks them
         plans = [make_plan(registry, name, settings, options=options, paths=paths, reporter=reporter) for name in names]
     cells = list(matrix.enumerate_cells(plans, pairs))
     if not plans[0].missing:
         _warn_emulated(settings)
     if dry_run:
-        if _is_main():
+        if is_main():
             _show_dry_run(cells, results, fresh, as_json)
         return
     if len(cells) == 1:
@@ -145,9 +142,9 @@ def run(
     shared = [str(part) for name, values in given.items() for value in values or [] for part in (name, value)]
     shared += ["--fresh"] if fresh else []
     again = "the same command without --fresh" if fresh else "the same command"
-    with _interruptible(f"{again} goes on with what is missing"):
+    with interruptible(f"{again} goes on with what is missing"):
         outcomes = matrix.run_all(cells, results, reporter, jobs=jobs, fresh=fresh, shared=shared)
-    if _is_main():
+    if is_main():
         display.show_outcomes(outcomes, as_json)
     if any(outcome.reason for outcome in outcomes):
         raise typer.Exit(1)
@@ -168,7 +165,7 @@ def _run_one(plan: Plan, results: Path, reporter: Reporter, fresh: bool, as_json
     from upcycle_bench import record
     from upcycle_bench.run import run as execute
 
-    with _interruptible(_resumption(plan.protocol)):
+    with interruptible(_resumption(plan.protocol)):
         path = execute(plan, results, reporter, fresh=fresh)
     if path is None:  # not rank 0
         return
@@ -202,15 +199,15 @@ def pretrain(
     from upcycle_bench.registry import load_registry
 
     registry = load_registry()
-    _warn_broken(registry.broken)
+    warn_broken(registry.broken)
     settings = load_protocol(registry.get("protocol", protocol).target, overrides)
     if settings.data.world == "local" and data is None:
         raise UserError(f"protocol {settings.name} has no data of its own; give --data, webdataset shards to train on.")
     if output is not None:
-        _check_output(output)
+        check_output(output)
     engine.check_world(settings.dense.schedule.batch_size, ep_size=1)
-    reporter = _reporter()
-    with _interruptible(_resumption(settings)):
+    reporter = terminal_reporter()
+    with interruptible(_resumption(settings)):
         world = find_world(settings, Paths(data=data), reporter)
         with engine.session(settings.threads) as device:
             path = recipe_path(dense_recipe(settings, world))
@@ -219,9 +216,12 @@ def pretrain(
                 there = distributed.from_main(path.is_file() and path.with_suffix(".jsonl").is_file())
                 if not there:
                     execute(settings, world, path, device, reporter)
-    if _is_main():
+    if is_main():
         half = export(path, output) if output else None
         display.show_dense(path, not there, output, half, as_json)
+
+
+app.command("upcycle")(upcycle_command.upcycle)
 
 
 @data_app.command("build")
@@ -234,8 +234,8 @@ def data_build(
     from upcycle_bench.worlds import load_world
 
     before = set((cache_root() / "worlds").glob("*"))
-    reporter = _reporter()
-    with _interruptible("nothing half-built was left"):
+    reporter = terminal_reporter()
+    with interruptible("nothing half-built was left"):
         made = load_world(world, 0, reporter)
     display.show_world(made, made.eval_root.parent not in before, as_json)
 
@@ -250,7 +250,7 @@ def list_(
     from upcycle_bench.registry import load_registry
 
     registry = load_registry()
-    _warn_broken(registry.broken)
+    warn_broken(registry.broken)
     kinds = [kind.value] if kind else [each.value for each in Kind]
     listing = {each: rows(registry, each) for each in kinds}
     if as_json:
@@ -297,27 +297,9 @@ def doctor(as_json: Json = False) -> None:
         raise typer.Exit(1)
 
 
-@contextlib.contextmanager
-def _interruptible(then: str) -> Iterator[None]:
-    """A Ctrl-C, or what a cluster sends, ends the command with 130; `then` says what becomes of its work."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    except KeyboardInterrupt:
-        if _is_main():
-            print(f"interrupted: {then}", file=sys.stderr)
-        raise typer.Exit(130) from None
-
-
 def _resumption(protocol: Protocol) -> str:
     resumes = protocol.train.checkpoint_every > 0
     return "the same command goes on from the last checkpoint" if resumes else "nothing was written"
-
-
-def _reporter() -> Reporter:
-    from upcycle_bench.progress import Reporter, TerminalReporter
-
-    return TerminalReporter() if _is_main() else Reporter()
 
 
 def _warn_emulated(protocol: Protocol) -> None:
@@ -326,7 +308,7 @@ def _warn_emulated(protocol: Protocol) -> None:
     from upcycle_bench.engine import choose_device
 
     wanted = protocol.train.schedule.precision == "bf16"
-    if wanted and _is_main() and choose_device().type == "cpu" and not cpu_bf16():
+    if wanted and is_main() and choose_device().type == "cpu" and not cpu_bf16():
         print(
             "warning: this CPU has no bf16 instructions, so torch emulates them, slowly; the protocol lab-fp32 does "
             "without.",
@@ -334,36 +316,10 @@ def _warn_emulated(protocol: Protocol) -> None:
         )
 
 
-def _check_output(output: Path) -> None:
-    """UserError now rather than after the training."""
-    if output.suffix != ".safetensors":
-        raise UserError(f"--output {output}: give a file name that ends in .safetensors.")
-    if not os.access(output.absolute().parent, os.W_OK):
-        raise UserError(f"--output {output}: {output.absolute().parent} is not a folder that can be written.")
-
-
-def _is_main() -> bool:
-    """The rank that writes and prints, by what torchrun says; without importing torch."""
-    return os.environ.get("RANK", "0") == "0"
-
-
-def _key_value(text: str) -> tuple[str, str]:
-    key, equals, value = text.partition("=")
-    if not equals:
-        raise UserError(f"--option {text!r}: write it as KEY=VALUE, for example --option tau=0.8")
-    return key, value
-
-
-def _warn_broken(broken: dict[str, str]) -> None:
-    if _is_main():
-        for plugin, reason in broken.items():
-            print(f"warning: plugin {plugin} did not load: {reason}", file=sys.stderr)
-
-
 def main() -> None:
     """Entry point: one line for bad input, no traceback."""
     try:
         app()
     except UserError as error:
-        print(f"error: {error}" if _is_main() else f"error (rank {os.environ['RANK']}): {error}", file=sys.stderr)
+        print(f"error: {error}" if is_main() else f"error (rank {os.environ['RANK']}): {error}", file=sys.stderr)
         sys.exit(2)
