@@ -134,7 +134,7 @@ def find_pretrained(name: str, source: str) -> tuple[Path, Mapping[str, Any]]:
         tags = open_clip.list_pretrained_tags_by_model(name)
         raise unknown(f"pretrained weights of {name}", source, tags, "Or give a file: there is none of that name.")
     if pretrained.get("quick_gelu", False) != config.get("quick_gelu", False):
-        other = name.removesuffix("-quickgelu") if name.endswith("-quickgelu") else f"{name}-quickgelu"
+        other = f"{name}-quickgelu" if pretrained.get("quick_gelu", False) else name.removesuffix("-quickgelu")
         raise UserError(f"{source} weights were trained with another activation than that of {name}: choose {other}.")
     try:
         path = Path(open_clip.download_pretrained(pretrained))
