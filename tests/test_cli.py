@@ -12,6 +12,7 @@ import pytest
 from tests.test_distributed import launch
 from upcycle_bench import __version__, cli, display
 from upcycle_bench.cache import file_sha256
+from upcycle_bench.command import warn_broken
 from upcycle_bench.errors import UserError
 from upcycle_bench.progress import Reporter, TerminalReporter
 from upcycle_bench.worlds import World, load_world
@@ -23,7 +24,9 @@ def command(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedPro
     )
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["--version"], ["leaderboard", "--help"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["run", "--help"], ["upcycle", "--help"], ["--version"], ["leaderboard", "--help"]]
+)
 def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
     code = (
         "import sys\nfrom upcycle_bench.cli import app\n"
@@ -41,7 +44,18 @@ def test_version() -> None:
 
 
 def test_every_command_answers_help() -> None:
-    for name in ("run", "receipt", "list", "leaderboard", "schema", "doctor", "pretrain", "data build"):
+    for name in (
+        "run",
+        "receipt",
+        "list",
+        "leaderboard",
+        "schema",
+        "doctor",
+        "pretrain",
+        "compress",
+        "upcycle",
+        "data build",
+    ):
         done = command(*name.split(), "--help")
         assert done.returncode == 0
         assert "--json" in done.stdout
@@ -272,7 +286,7 @@ def test_the_installed_packages_do_not_claim_common_names() -> None:
 
 def test_rank_one_says_nothing(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("RANK", "1")
-    cli._warn_broken({"outsider:bad": "ImportError: no"})
+    warn_broken({"outsider:bad": "ImportError: no"})
     assert capsys.readouterr().err == ""
 
 

@@ -6,6 +6,7 @@ import types
 from pathlib import Path
 
 import pytest
+import torch
 import typer
 
 from tests.generate_docs import MARK, PARTS, ROOT, generate
@@ -42,6 +43,22 @@ def test_the_readmes_example_strategy_works() -> None:
     inits = initialise(entry.target(spread=0.1), tiny_clip(), seed=0).inits
     first, second = (inits["vision.1"].experts[n].c_fc.weight for n in (0, 1))
     assert not first.equal(second)
+
+
+def test_the_api_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its code blocks, one after the other, with the smallest model of ours in the place of ViT-B-32."""
+    from tests.helpers import MODEL, threads, tiny_batches, tiny_clip
+
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "api.md").read_text(), re.DOTALL)
+    images, texts = tiny_batches(tiny_clip(), pairs=16)[0]
+    names = {"images": images, "texts": texts, "torch": torch, "F": torch.nn.functional}
+    with threads(1):
+        for block in blocks:
+            exec(block.replace("ViT-B-32", MODEL), names)
+    assert len(blocks) == 3
+    assert names["clip"].name == MODEL  # type: ignore[attr-defined]
+    assert all(p.grad is not None for p in names["model"].parameters())  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)

@@ -29,7 +29,7 @@ def calibrate(
     The hooks are gone and the model's mode is restored afterwards, whatever happens.
     """
     padding = Padding.of(model)
-    was_training = model.training
+    modes = [(module, module.training) for module in model.modules()]  # a part may be frozen in eval mode
     handles = []
     try:
         if padding is not None:
@@ -44,7 +44,8 @@ def calibrate(
     finally:
         for handle in handles:
             handle.remove()
-        model.train(was_training)
+        for module, training in modes:
+            module.training = training
 
 
 def _see(calibrator: Calibrator, padding: Padding | None, _module: nn.Module, args: tuple[Any, ...]) -> None:

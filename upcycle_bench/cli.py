@@ -9,16 +9,15 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import signal
 import sys
-from collections.abc import Iterator
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from upcycle_bench import display
+from upcycle_bench import display, upcycle_command
+from upcycle_bench.command import check_output, interruptible, is_main, key_value, terminal_reporter, warn_broken
 from upcycle_bench.errors import UserError
 from upcycle_bench.options import Checkpoint, Data, EvalData, Json, Options, Overrides, ProtocolName, Strategies
 
@@ -106,14 +105,14 @@ def run(
     pairs = matrix.seed_pairs(seed, seeds, init_seed, train_seed)
     if jobs > 1 and "RANK" in os.environ:
         raise UserError("--jobs starts processes of its own and does not go with torchrun; leave one of them out.")
-    reporter = _reporter()
+    reporter = terminal_reporter()
     plans = _plans(strategy, protocol, option, overrides, data, checkpoint, eval_data, reporter)
     settings = plans[0].protocol
     cells = list(matrix.enumerate_cells(plans, pairs))
     if not plans[0].missing:
         _warn_emulated(settings)
     if dry_run:
-        if _is_main():
+        if is_main():
             _show_dry_run(cells, results, fresh, as_json)
         return
     if len(cells) == 1:
@@ -131,9 +130,9 @@ def run(
     shared = [str(part) for name, values in given.items() for value in values or [] for part in (name, value)]
     shared += ["--fresh"] if fresh else []
     again = "the same command without --fresh" if fresh else "the same command"
-    with _interruptible(f"{again} goes on with what is missing"):
+    with interruptible(f"{again} goes on with what is missing"):
         outcomes = matrix.run_all(cells, results, reporter, jobs=jobs, fresh=fresh, shared=shared)
-    if _is_main():
+    if is_main():
         display.show_outcomes(outcomes, as_json)
     if any(outcome.reason for outcome in outcomes):
         raise typer.Exit(1)
@@ -156,11 +155,11 @@ def receipt(
 
     from upcycle_bench.receipt import receipts, show
 
-    reporter = _reporter()
+    reporter = terminal_reporter()
     plans = _plans(strategy, protocol, option, overrides, data, checkpoint, eval_data, reporter)
-    with _interruptible("nothing was written"):
+    with interruptible("nothing was written"):
         made = receipts([replace(plan, init_seed=init_seed) for plan in plans], reporter)
-    if _is_main():
+    if is_main():
         show(made, as_json)
 
 
@@ -181,14 +180,14 @@ def _plans(
     from upcycle_bench.registry import load_registry
 
     registry = load_registry()
-    _warn_broken(registry.broken)
+    warn_broken(registry.broken)
     names = matrix.strategy_names(registry, strategy)
     if option and len(names) > 1:
         raise UserError("--option belongs to one strategy; run strategies with options one by one.")
     paths = Paths(data=data, checkpoint=checkpoint, eval_data=eval_data)
-    options = dict(_key_value(text) for text in option or [])
+    options = dict(key_value(text) for text in option or [])
     settings = load_protocol(registry.get("protocol", protocol).target, overrides)
-    with _interruptible("nothing was written"):  # the data are built here if the cache lacks them
+    with interruptible("nothing was written"):  # the data are built here if the cache lacks them
         return [make_plan(registry, name, settings, options=options, paths=paths, reporter=reporter) for name in names]
 
 
@@ -207,7 +206,7 @@ def _run_one(plan: Plan, results: Path, reporter: Reporter, fresh: bool, as_json
     from upcycle_bench import record
     from upcycle_bench.run import run as execute
 
-    with _interruptible(_resumption(plan.protocol)):
+    with interruptible(_resumption(plan.protocol)):
         path = execute(plan, results, reporter, fresh=fresh)
     if path is None:  # not rank 0
         return
@@ -239,15 +238,15 @@ def pretrain(
     from upcycle_bench.registry import load_registry
 
     registry = load_registry()
-    _warn_broken(registry.broken)
+    warn_broken(registry.broken)
     settings = load_protocol(registry.get("protocol", protocol).target, overrides)
     if settings.data.world == "local" and data is None:
         raise UserError(f"protocol {settings.name} has no data of its own; give --data, webdataset shards to train on.")
     if output is not None:
-        _check_output(output)
+        check_output(output)
     engine.check_world(settings.dense.schedule.batch_size, ep_size=1)
-    reporter = _reporter()
-    with _interruptible(_resumption(settings)):
+    reporter = terminal_reporter()
+    with interruptible(_resumption(settings)):
         world = find_world(settings, Paths(data=data), reporter)
         with engine.session(settings.threads) as device:
             path = recipe_path(dense_recipe(settings, world))
@@ -256,7 +255,7 @@ def pretrain(
                 there = distributed.from_main(path.is_file() and path.with_suffix(".jsonl").is_file())
                 if not there:
                     execute(settings, world, path, device, reporter)
-    if _is_main():
+    if is_main():
         half = export(path, output) if output else None
         display.show_dense(path, not there, output, half, as_json)
 
@@ -276,7 +275,7 @@ def compress(
     from upcycle_bench.compress import Quantise, Sparsify
     from upcycle_bench.compress import compress as execute
 
-    _check_output(output)
+    check_output(output)
     chosen = Sparsify(rate) if method is Compression.sparsify else Quantise(bits)
     report = execute(checkpoint, base, chosen, output, seed)
     if as_json:
@@ -286,6 +285,9 @@ def compress(
     print(f"experts' matrices: {before:,.2f} MB -> {after:,.2f} MB, {report['ratio']:.2f} times smaller")
     print(f"relative error of the differences: {report['relative_error_of_deltas']:.3g}")
     print(f"decompressed weights: {output}")
+
+
+app.command("upcycle")(upcycle_command.upcycle)
 
 
 @data_app.command("build")
@@ -298,8 +300,8 @@ def data_build(
     from upcycle_bench.worlds import load_world
 
     before = set((cache_root() / "worlds").glob("*"))
-    reporter = _reporter()
-    with _interruptible("nothing half-built was left"):
+    reporter = terminal_reporter()
+    with interruptible("nothing half-built was left"):
         made = load_world(world, 0, reporter)
     display.show_world(made, made.eval_root.parent not in before, as_json)
 
@@ -314,7 +316,7 @@ def list_(
     from upcycle_bench.registry import load_registry
 
     registry = load_registry()
-    _warn_broken(registry.broken)
+    warn_broken(registry.broken)
     kinds = [kind.value] if kind else [each.value for each in Kind]
     listing = {each: rows(registry, each) for each in kinds}
     if as_json:
@@ -361,27 +363,9 @@ def doctor(as_json: Json = False) -> None:
         raise typer.Exit(1)
 
 
-@contextlib.contextmanager
-def _interruptible(then: str) -> Iterator[None]:
-    """A Ctrl-C, or what a cluster sends, ends the command with 130; `then` says what becomes of its work."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    except KeyboardInterrupt:
-        if _is_main():
-            print(f"interrupted: {then}", file=sys.stderr)
-        raise typer.Exit(130) from None
-
-
 def _resumption(protocol: Protocol) -> str:
     resumes = protocol.train.checkpoint_every > 0
     return "the same command goes on from the last checkpoint" if resumes else "no record was written"
-
-
-def _reporter() -> Reporter:
-    from upcycle_bench.progress import Reporter, TerminalReporter
-
-    return TerminalReporter() if _is_main() else Reporter()
 
 
 def _warn_emulated(protocol: Protocol) -> None:
@@ -390,7 +374,7 @@ def _warn_emulated(protocol: Protocol) -> None:
     from upcycle_bench.engine import choose_device
 
     wanted = protocol.train.schedule.precision == "bf16"
-    if wanted and _is_main() and choose_device().type == "cpu" and not cpu_bf16():
+    if wanted and is_main() and choose_device().type == "cpu" and not cpu_bf16():
         print(
             "warning: this CPU has no bf16 instructions, so torch emulates them, slowly; the protocol lab-fp32 does "
             "without.",
@@ -398,39 +382,10 @@ def _warn_emulated(protocol: Protocol) -> None:
         )
 
 
-def _check_output(output: Path) -> None:
-    """UserError now rather than after the training."""
-    if output.suffix != ".safetensors":
-        raise UserError(f"--output {output}: give a file name that ends in .safetensors.")
-    if not output.absolute().parent.is_dir():
-        raise UserError(f"--output {output}: {output.absolute().parent} is not a folder; make it, or choose another.")
-    from upcycle_bench.cache import require_writable
-
-    require_writable(output.absolute().parent, "--output")
-
-
-def _is_main() -> bool:
-    """The rank that writes and prints, by what torchrun says; without importing torch."""
-    return os.environ.get("RANK", "0") == "0"
-
-
-def _key_value(text: str) -> tuple[str, str]:
-    key, equals, value = text.partition("=")
-    if not equals:
-        raise UserError(f"--option {text!r}: write it as KEY=VALUE, for example --option tau=0.8")
-    return key, value
-
-
-def _warn_broken(broken: dict[str, str]) -> None:
-    if _is_main():
-        for plugin, reason in broken.items():
-            print(f"warning: plugin {plugin} did not load: {reason}", file=sys.stderr)
-
-
 def main() -> None:
     """Entry point: one line for bad input, no traceback."""
     try:
         app()
     except UserError as error:
-        print(f"error: {error}" if _is_main() else f"error (rank {os.environ['RANK']}): {error}", file=sys.stderr)
+        print(f"error: {error}" if is_main() else f"error (rank {os.environ['RANK']}): {error}", file=sys.stderr)
         sys.exit(2)

@@ -31,7 +31,7 @@ IMAGE_SUFFIXES = ("png", "jpg", "jpeg", "webp")
 TOKENISED_LIMIT = 1 << 20  # captions whose tokens we keep
 
 
-def expand_shards(text: str) -> tuple[Path, ...]:
+def expand_shards(text: str, option: str = "--data") -> tuple[Path, ...]:
     """Shards named by a folder (all its .tar files) or a path with one range, `train/{000..127}.tar`."""
     braces = re.fullmatch(r"(.*)\{(\d+)\.\.(\d+)\}(.*)", text)
     if braces:
@@ -42,7 +42,7 @@ def expand_shards(text: str) -> tuple[Path, ...]:
     missing = [path for path in paths if not path.is_file()]
     if missing or not paths:
         what = f"no such file: {missing[0]}" if missing else "the folder holds no .tar file"
-        raise UserError(f"--data {text}: {what}; give webdataset shards, for example 'train/{{000..127}}.tar'.")
+        raise UserError(f"{option} {text}: {what}; give webdataset shards, for example 'train/{{000..127}}.tar'.")
     return tuple(paths)
 
 
@@ -69,9 +69,14 @@ class Batch:
 
 
 class PairDataset:
-    """All training pairs of some shards; see the module docstring. Raises UserError for unusable shards."""
+    """All training pairs of some shards; see the module docstring. Raises UserError for unusable shards.
 
-    def __init__(self, shards: Sequence[Path], clip: Clip, augmentation: str = "none") -> None:
+    `keep_decoded` False: the pairs are read once, so their pixels are not kept in the cache.
+    """
+
+    def __init__(
+        self, shards: Sequence[Path], clip: Clip, augmentation: str = "none", *, keep_decoded: bool = True
+    ) -> None:
         self.clip, self.augmentation = clip, augmentation
         self.shards = list(shards)
         self.images: list[tuple[int, int, int]] = []  # shard, offset, bytes
@@ -79,7 +84,7 @@ class PairDataset:
         self._tokens: dict[str, Tensor] = {}
         self._order: tuple[tuple[int | str, int], Tensor] | None = None  # of the epoch last asked for
         self._decoded = None
-        if augmentation == "none":
+        if augmentation == "none" and keep_decoded:
             self._decoded = decoded(shards_digest(self.shards), clip.name, self._indexed)
         if self._decoded is None:
             self._indexed()

@@ -206,7 +206,7 @@ class MoEFFN(nn.Module):
         padding: Padding | None,
     ) -> None:
         super().__init__()
-        self.layer = layer
+        self.layer, self.settings = layer, moe
         self.padding = padding
         self.l_aux: Tensor | None = None
         width = router_ND.shape[1]

@@ -4,8 +4,8 @@
     clip = load(folder / f"{digest}.safetensors")    # one process, all experts, any machine
 
 Experts that expert parallelism spread over ranks are gathered under their global numbers. The file's metadata holds
-the open_clip model name, the MoE configuration and the hidden widths that are not that model's, which is all that is
-needed to build the module again.
+the open_clip model name and the MoE configuration, which is all that is needed to build the module again, and where
+they are not the name's own, the settings of the transforms and the hidden widths.
 """
 
 from __future__ import annotations
@@ -13,17 +13,18 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from upcycle_bench import distributed, protocol
 from upcycle_bench.cache import file_sha256
-from upcycle_bench.dense import Clip, create_clip
+from upcycle_bench.dense import Clip, Precision, create_clip
 from upcycle_bench.errors import UserError
 from upcycle_bench.moe import moe_layers
 from upcycle_bench.strategy import FFN, LayerInit
@@ -65,6 +66,8 @@ def save(clip: Clip, moe: protocol.MoE, folder: Path) -> str:
         usual = hidden_widths(create_clip(clip.name).model)
     if hidden := {path: width for path, width in hidden_widths(clip.model).items() if width != usual.get(path)}:
         settings["hidden"] = hidden  # else left out: the same model has the same file
+    if clip.preprocess:
+        settings["preprocess"] = dict(clip.preprocess)
     folder.mkdir(parents=True, exist_ok=True)
     temporary = folder / f".{os.getpid()}.safetensors"
     try:
@@ -77,7 +80,7 @@ def save(clip: Clip, moe: protocol.MoE, folder: Path) -> str:
 
 
 def load(path: Path) -> Clip:
-    """The model of a file that `save` wrote, in eval mode, all experts in this process.
+    """The model of a file that `save` wrote, in eval mode, all experts in this process, in the file's dtypes.
 
     Raises UserError for a file that is not one of ours or does not fit its own metadata.
     """
@@ -93,7 +96,8 @@ def load(path: Path) -> Clip:
         raise UserError(f"{path}: not written by upcycle-bench ({FORMAT}); dense models load with --checkpoint.")
     try:
         settings = json.loads(text)
-        clip = create_clip(settings["model"])
+        state = load_file(path)
+        clip = create_clip(settings["model"], precision=_precision(state), preprocess=settings.get("preprocess"))
         for mlp_path, hidden in settings.get("hidden", {}).items():
             mlp = clip.model.get_submodule(mlp_path)
             FFN.of(mlp).resized(hidden).put_into(mlp)
@@ -105,15 +109,28 @@ def load(path: Path) -> Clip:
                 router_ND = torch.zeros(layer.num_experts, ffn.width)
                 inits[layer.name] = LayerInit([ffn.expert() for _ in range(layer.num_experts)], router_ND)
             clip = replace(clip, model=upcycle(clip.model, inits, moe))
-        clip.model.load_state_dict(load_file(path), strict=True)
-    except (
-        KeyError,
-        TypeError,
-        ValueError,
-        RuntimeError,
-        AttributeError,
-    ) as error:  # of json, pydantic, load_state_dict
+        _follow(clip.model, state)
+        clip.model.load_state_dict(state, strict=True)
+    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
         reason = " ".join(str(error).split())[:400]
         raise UserError(f"{path}: does not fit its own metadata ({reason}).") from None
     clip.model.eval()
     return clip
+
+
+def _precision(state: Mapping[str, Tensor]) -> Precision:
+    """open_clip's mixed precision needs LayerNorms of another class; where all dtypes are one, they only follow."""
+    weight, norm = state.get("visual.conv1.weight"), state.get("ln_final.weight")
+    if weight is None or norm is None or weight.dtype == norm.dtype:
+        return "fp32"
+    return "bf16" if weight.dtype == torch.bfloat16 else "fp16"
+
+
+def _follow(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Give the tensors of `model` the dtypes of `state`, and the logit scale its number of dimensions."""
+    for key, value in model.state_dict(keep_vars=True).items():
+        if key in state:
+            value.data = value.data.to(state[key].dtype)
+    scale = state.get("logit_scale")
+    if isinstance(model.logit_scale, nn.Parameter) and scale is not None and scale.numel() == 1:
+        model.logit_scale.data = model.logit_scale.data.reshape(scale.shape)

@@ -1,0 +1,355 @@
+"""The Python API: `upcycle`, `save`, `load` in any precision, without a process group, and without a trace.
+
+Shape suffixes: B batch, L sequence.
+"""
+
+import copy
+import gc
+import json
+import os
+import subprocess
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+import upcycle_bench
+from tests.helpers import MODEL, equal, threads, tiny_batches, tiny_clip
+from tests.moe_helpers import create_dense, inputs_for
+from upcycle_bench import api, weights
+from upcycle_bench.dense import create_clip
+from upcycle_bench.errors import UserError
+from upcycle_bench.moe import moe_layers
+from upcycle_bench.registry import load_registry
+from upcycle_bench.surgery import find_layers
+
+STRATEGIES = sorted(name for name, entry in load_registry().strategies.items() if entry.target.replaces_ffn)
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+FEW = "ignore:.*calibration pairs and saw:UserWarning"
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    with threads(1):
+        yield
+
+
+def outputs(model: Any, inputs: tuple[Tensor, Tensor]) -> list[Tensor]:
+    with torch.no_grad():
+        return [model.encode_image(inputs[0]), model.encode_text(inputs[1]), *model(*inputs)]
+
+
+def same(first: list[Tensor], second: list[Tensor]) -> bool:
+    return all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_the_package_imports_nothing_heavy() -> None:
+    code = (
+        "import sys, upcycle_bench\n"
+        "assert {'upcycle', 'load', 'save', 'moe_layers'} <= set(dir(upcycle_bench))\n"
+        "heavy = {'torch', 'deepspeed', 'open_clip', 'numpy', 'pydantic'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+        "try: upcycle_bench.nothing\n"
+        "except AttributeError as error: print(error)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "module 'upcycle_bench' has no attribute 'nothing'\n"
+
+
+@pytest.mark.filterwarnings(FEW)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_every_strategy_in_every_precision(strategy: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    """It works in evaluation and in training, trains every parameter, and comes back from its file bit for bit."""
+    dense = tiny_clip(dtype)
+    before = copy.deepcopy(dense.model.state_dict())
+    random = torch.get_rng_state()
+    model = upcycle_bench.upcycle(dense.model, strategy, calibration=tiny_batches(dense, pairs=32))
+    assert torch.equal(torch.get_rng_state(), random)
+    assert equal(dense.model.state_dict(), before)
+    layers = [layer.name for layer in find_layers(dense.model, api.settings())]
+    assert list(upcycle_bench.moe_layers(model)) == layers and len(layers) >= 2
+    assert {parameter.dtype for parameter in model.parameters()} == {dtype}
+
+    inputs = tiny_batches(dense, pairs=6)[0]
+    assert not model.training
+    evaluated = outputs(model, inputs)
+    assert all(value.dtype == dtype and torch.isfinite(value).all() for value in evaluated)
+
+    image_BE, text_BE, _ = model.train()(*inputs)
+    balance = sum(layer.l_aux for layer in moe_layers(model).values())
+    ((image_BE.float() @ text_BE.float().T).logsumexp(1).sum() + balance).backward()
+    gradients = {name: p.grad for name, p in model.named_parameters() if name != "logit_scale"}
+    assert all(gradient is not None and torch.isfinite(gradient).all() for gradient in gradients.values())
+
+    assert upcycle_bench.save(model, tmp_path / "moe.safetensors", MODEL)
+    loaded = upcycle_bench.load(tmp_path / "moe.safetensors")
+    assert equal(loaded.model.state_dict(), model.state_dict())
+    assert same(outputs(loaded.model, inputs), evaluated)
+    assert os.listdir(tmp_path) == ["moe.safetensors"]
+
+
+def test_nothing_distributed_is_started() -> None:
+    """In a process of its own, since other tests start process groups."""
+    code = (
+        "import torch, torch.distributed as dist, upcycle_bench\n"
+        "from tests.helpers import tiny_batches, tiny_clip\n"
+        "torch.set_num_threads(1)\n"
+        "clip = tiny_clip()\n"
+        "model = upcycle_bench.upcycle(clip.model, 'cluster-aware', calibration=tiny_batches(clip), pairs=128)\n"
+        "inputs = tiny_batches(clip, pairs=4)[0]\n"
+        "for k in (1, 2, 3):\n"
+        "    model = upcycle_bench.upcycle(clip.model, 'sparse-upcycling', top_k=k)\n"
+        "    for training in (False, True):\n"
+        "        model.train(training)(*inputs)[0].sum().backward()\n"
+        "from deepspeed.comm import comm\n"
+        "from deepspeed.utils import groups\n"
+        "assert not dist.is_initialized() and comm.cdb is None\n"
+        "made = {name: value for name, value in vars(groups).items() if 'GROUP' in name and value}\n"
+        "assert not made, made\n"
+    )
+    done = subprocess.run([sys.executable, "-W", "error::UserWarning:upcycle_bench", "-c", code], capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()
+
+
+def test_open_clips_mixed_precision(tmp_path: Path) -> None:
+    """bf16 weights, float32 LayerNorms: another class of LayerNorm, which the file's dtypes ask for."""
+    dense = create_clip(MODEL, precision="bf16", seed=1).model.eval()
+    model = upcycle_bench.upcycle(dense, "sparse-upcycling")
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32, torch.bfloat16}
+    images, texts = tiny_batches(tiny_clip(), pairs=4)[0]
+    inputs = (images.bfloat16(), texts)
+    upcycle_bench.save(model, tmp_path / "moe.safetensors", MODEL)
+    loaded = upcycle_bench.load(tmp_path / "moe.safetensors").model
+    assert same(outputs(loaded, inputs), outputs(model, inputs))
+
+
+def test_a_model_as_open_clip_makes_it(tmp_path: Path) -> None:
+    """Its logit scale has no dimension, its transform may be that of a pretrained tag; both come back."""
+    create_clip(MODEL)  # makes the name known
+    changes = {"image_mean": (0.5, 0.5, 0.5), "image_interpolation": "bilinear"}
+    dense = open_clip.create_model_and_transforms(MODEL, **changes)[0].eval()
+    assert dense.logit_scale.dim() == 0
+    model = upcycle_bench.upcycle(dense, "drop-upcycling", experts=4, ratio=0.25, seed=3)
+    digest = upcycle_bench.save(model, tmp_path / "moe.safetensors", MODEL)
+    clip = upcycle_bench.load(str(tmp_path / "moe.safetensors"))
+    inputs = tiny_batches(tiny_clip(), pairs=4)[0]
+    assert same(outputs(clip.model, inputs), outputs(model, inputs))
+    assert clip.model.logit_scale.dim() == 0
+    assert clip.mean == (0.5, 0.5, 0.5) and "bilinear" in str(clip.transform) and clip.name == MODEL
+    assert upcycle_bench.save(clip.model, tmp_path / "again.safetensors", clip.name) == digest
+    mode = (tmp_path / "moe.safetensors").stat().st_mode
+    (tmp_path / "other").touch()
+    assert mode == (tmp_path / "other").stat().st_mode
+
+
+def test_a_round_trip_keeps_the_moe_settings(tmp_path: Path) -> None:
+    changes: dict[str, Any] = {"experts": 5, "top_k": 3, "every": 1, "offset": 0, "capacity_factor": 1.25}
+    model = upcycle_bench.upcycle(tiny_clip().model, "sparse-upcycling", **changes, min_capacity=0)
+    upcycle_bench.save(model, tmp_path / "moe.safetensors", MODEL)
+    for layer in moe_layers(upcycle_bench.load(tmp_path / "moe.safetensors").model).values():
+        assert layer.settings == api.settings(**changes, min_capacity=0)
+        assert layer.gate.own_factor == 1.25 and layer.gate.own_minimum == 0
+    blocks = [*tiny_clip().model.visual.transformer.resblocks, *tiny_clip().model.transformer.resblocks]
+    assert len(moe_layers(model)) == len(blocks)
+
+
+def test_a_seed_gives_one_model_and_a_dense_one_round_trips(tmp_path: Path) -> None:
+    dense = tiny_clip()
+    batches = tiny_batches(dense)
+    made = [
+        upcycle_bench.upcycle(dense.model, calibration=iter(batches), seed=seed, pairs=100).state_dict()
+        for seed in (1, 1, 2)
+    ]
+    assert equal(made[0], made[1]) and not equal(made[0], made[2])
+    upcycle_bench.save(dense.model, tmp_path / "dense.safetensors", MODEL)
+    assert equal(upcycle_bench.load(tmp_path / "dense.safetensors").model.state_dict(), dense.model.state_dict())
+
+
+def test_modes_are_kept_part_by_part() -> None:
+    """A user may hold one tower in eval mode; calibration must not wake it."""
+    dense = tiny_clip().model.train()
+    dense.visual.eval()
+    modes = [module.training for module in dense.modules()]
+    model = upcycle_bench.upcycle(dense, calibration=tiny_batches(tiny_clip()), pairs=64)
+    assert [module.training for module in dense.modules()] == modes
+    layers = moe_layers(model)
+    assert not layers["vision.1"].training and layers["text.1"].training
+
+
+# ---- calibration -----------------------------------------------------------------------------------------------------
+
+
+def test_as_many_pairs_are_taken_as_the_strategy_wants() -> None:
+    """The last batch is cut, an endless loader is left, and fewer pairs are a warning that counts them."""
+    dense = tiny_clip()
+    batch = tiny_batches(dense, pairs=64)[0]
+    taken = 0
+
+    def endless() -> Iterator[tuple[Tensor, Tensor]]:
+        nonlocal taken
+        while True:
+            taken += 1
+            yield batch
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = upcycle_bench.upcycle(dense.model, calibration=endless(), pairs=100)
+        parts = [batch, (batch[0][:36], batch[1][:36])]
+        exact = upcycle_bench.upcycle(dense.model, calibration=parts, pairs=100)
+    assert taken == 2
+    assert equal(model.state_dict(), exact.state_dict())
+    with pytest.warns(UserWarning, match="cluster-aware asks for 131,072 calibration pairs and saw 100;"):
+        upcycle_bench.upcycle(dense.model, calibration=parts)
+
+
+def test_calibration_is_cast_to_the_model() -> None:
+    """float32 images, as a transform makes them, for a model in bf16."""
+    dense = tiny_clip(torch.bfloat16)
+    images, texts = tiny_batches(tiny_clip(), pairs=64)[0]
+    first = upcycle_bench.upcycle(dense.model, calibration=[(images, texts)], pairs=64)
+    second = upcycle_bench.upcycle(dense.model, calibration=[(images.bfloat16(), texts)], pairs=64)
+    assert equal(first.state_dict(), second.state_dict())
+
+
+IMAGES, TEXTS = torch.zeros(2, 3, 16, 16), torch.zeros(2, 16, dtype=torch.long)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({}, "cluster-aware calibrates on 131,072 image-text pairs: give calibration="),
+        ({"calibration": []}, "cluster-aware: the calibration data are empty; it asks for 131,072 image-text pairs"),
+        ({"calibration": [IMAGES]}, "a batch must be two tensors"),
+        ({"calibration": [(IMAGES, ["a", "b"])]}, "a batch must be two tensors"),
+        ({"calibration": [(IMAGES, TEXTS[:1])]}, r"their shapes are \(2, 3, 16, 16\) and \(1, 16\)"),
+        ({"calibration": [(IMAGES.byte(), TEXTS)]}, "images are torch.uint8"),
+        ({"strategy": "cluster-awre"}, "unknown strategy 'cluster-awre': did you mean 'cluster-aware'"),
+        ({"strategy": "dense"}, "dense leaves the model dense"),
+        ({"tau": 2}, "cluster-aware: tau: Input should be less than or equal to 1"),
+        ({"taau": 2}, "unknown option of cluster-aware 'taau': did you mean 'tau'"),
+        ({"experts": 1}, r"experts: Input should be greater than or equal to 2 \(got 1\)"),
+        ({"top_k": 9}, r"top_k \(9\) exceeds experts \(8\)"),
+        ({"strategy": "sparse-upcycling", "offset": 7}, "moe.offset=7 leaves no block to replace"),
+    ],
+)
+def test_bad_input_is_one_line(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message) as raised:
+        upcycle_bench.upcycle(tiny_clip().model, **changes)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("model", ["ViT-B-16-SigLIP", "RN50"])
+def test_other_architectures_are_refused(model: str) -> None:
+    """A custom text tower, a ResNet."""
+    config = open_clip.get_model_config(model)
+    with torch.device("meta"):
+        kind = open_clip.CustomTextCLIP if "SigLIP" in model else open_clip.CLIP
+        config.pop("custom_text", None)
+        config["text_cfg"].pop("hf_tokenizer_name", None)
+        dense = kind(**{key: config[key] for key in ("embed_dim", "vision_cfg", "text_cfg")})
+    with pytest.raises(UserError, match=r"transformer.resblocks: only open_clip's ViT CLIP models"):
+        upcycle_bench.upcycle(dense, "sparse-upcycling")
+
+
+def alive() -> int:
+    """Bytes of all tensors made since `gc.freeze()` that still live, storages counted once."""
+    found = (thing for thing in gc.get_objects() if isinstance(thing, Tensor) and not thing.is_meta)
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in found}
+    return sum(storages.values())
+
+
+def test_cluster_aware_keeps_no_activations() -> None:
+    """What is held while the data stream by is the same for four times the data, to the byte."""
+    dense = tiny_clip()
+
+    def held(batches: int) -> list[int]:
+        measured = []
+        images, texts = tiny_batches(dense, pairs=16)[0]
+
+        def stream() -> Iterator[tuple[Tensor, Tensor]]:
+            for number in range(batches):
+                measured.append(alive())
+                yield images + number / 100, texts
+
+        upcycle_bench.upcycle(dense.model, calibration=stream(), pairs=16 * batches, cluster_tokens=200)
+        return measured
+
+    held(2)  # whatever is made once is made now
+    gc.collect()
+    gc.freeze()
+    try:
+        once, fourfold = held(6), held(24)
+    finally:
+        gc.unfreeze()
+    assert max(fourfold) == max(once)
+    assert fourfold[-1] == once[-1]
+    assert once[1] > once[0]  # the buffer of the first batches shows, so activations would
+
+
+# ---- save and load ---------------------------------------------------------------------------------------------------
+
+
+def test_quickgelu_needs_its_own_name(tmp_path: Path) -> None:
+    """Its tensors are those of ViT-B-32; the activation is not. Without memory: nothing but the form is compared."""
+    with torch.device("meta"):
+        dense = create_clip("ViT-B-32-quickgelu").model
+    with pytest.raises(UserError, match=r"the model is no ViT-B-32: its activation is QuickGELU\(\), not GELU"):
+        upcycle_bench.save(dense, tmp_path / "moe.safetensors", "ViT-B-32")
+    with pytest.raises(UserError, match=r"the model is no ViT-B-16-quickgelu: .* differs"):
+        upcycle_bench.save(dense, tmp_path / "moe.safetensors", "ViT-B-16-quickgelu")
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_file_under_a_quickgelu_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = json.loads((Path(weights.__file__).parent / "models" / f"{MODEL}.json").read_text())
+    folder = tmp_path / "configs"
+    folder.mkdir()
+    (folder / "small-quickgelu.json").write_text(json.dumps(config | {"quick_gelu": True}))
+    open_clip.add_model_config(folder)
+    dense = create_clip("small-quickgelu").model.eval()
+    model = upcycle_bench.upcycle(dense, "sparse-upcycling")
+    upcycle_bench.save(model, tmp_path / "moe.safetensors", "small-quickgelu")
+    inputs = tiny_batches(tiny_clip(), pairs=4)[0]
+    assert same(outputs(upcycle_bench.load(tmp_path / "moe.safetensors").model, inputs), outputs(model, inputs))
+    with pytest.raises(UserError, match="the model is no smoke-vit: its activation"):
+        upcycle_bench.save(model, tmp_path / "other.safetensors", MODEL)
+
+
+def test_a_failed_save_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "moe.safetensors"
+    upcycle_bench.save(tiny_clip().model, path, MODEL)
+    before = path.read_bytes()
+
+    def fail(*arguments: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(weights, "file_sha256", fail)
+    with pytest.raises(UserError, match=r"moe\.safetensors: cannot be written \(No space left on device\)"):
+        upcycle_bench.save(upcycle_bench.upcycle(tiny_clip().model, "sparse-upcycling"), path, MODEL)
+    assert path.read_bytes() == before and os.listdir(tmp_path) == [path.name]
+    with pytest.raises(UserError, match="is not a folder; make it first"):
+        upcycle_bench.save(tiny_clip().model, tmp_path / "no" / "moe.safetensors", MODEL)
+    with pytest.raises(UserError, match="unknown open_clip model 'smoke-vat'"):
+        upcycle_bench.save(tiny_clip().model, path, "smoke-vat")
+
+
+def test_a_process_group_of_the_user_changes_nothing() -> None:
+    """A model in a training script that has one: routing and outputs are those without it."""
+    dense = create_dense()
+    model = upcycle_bench.upcycle(dense, "sparse-upcycling").train()
+    inputs = inputs_for(dense)
+    alone = outputs(model, inputs)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        assert same(outputs(model, inputs), alone)
+    finally:
+        dist.destroy_process_group()

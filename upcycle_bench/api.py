@@ -1,0 +1,231 @@
+"""The Python API: upcycle an open_clip CLIP, save it, load it. Needs no process group and starts none.
+
+    model = upcycle(dense, "cluster-aware", calibration=loader, tau=0.8)
+    save(model, "moe.safetensors", "ViT-B-32")
+    clip = load("moe.safetensors")
+
+Shape suffixes: B batch, L sequence.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import shutil
+import tempfile
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from torch import Tensor, nn
+
+from upcycle_bench import protocol, surgery, weights
+from upcycle_bench.dense import PREPROCESS, Clip, create_clip
+from upcycle_bench.errors import UserError, first_problem
+from upcycle_bench.initialise import make_experts
+from upcycle_bench.moe import moe_layers
+from upcycle_bench.registry import load_registry
+from upcycle_bench.strategy import Strategy, configure, resolve_moe
+
+
+def upcycle(
+    model: Any,
+    strategy: str = "cluster-aware",
+    *,
+    calibration: Iterable[tuple[Tensor, Tensor]] | None = None,
+    seed: int = 0,
+    experts: int = 8,
+    top_k: int = 2,
+    every: int = 2,
+    offset: int = 1,
+    capacity_factor: float = 2.0,
+    min_capacity: int = 4,
+    second_expert_sampling: bool = False,
+    **options: Any,
+) -> Any:
+    """A copy of `model` in which every `every`-th FFN from `offset` on is a mixture of experts; `model` is not changed.
+
+    model: an open_clip CLIP with ViT towers, of any dtype, on any device; the copy is alike, down to its mode.
+    strategy: one of `upcycle-bench list strategies`; `options` are its options, `seed` is its randomness.
+    calibration: batches of (images [B, 3, H, W] as the model takes them, texts [B, L]), needed by strategies that
+    calibrate. As many pairs are taken as the strategy asks for; fewer are a warning that says how many there were.
+    The MoE settings have the values of arXiv:2604.13508; capacity counts in training only.
+
+    Raises UserError, one line, for a model, strategy, option or calibration that does not do.
+    """
+    chosen = choose(strategy, options)
+    moe = settings(
+        experts=experts,
+        top_k=top_k,
+        every=every,
+        offset=offset,
+        capacity_factor=capacity_factor,
+        min_capacity=min_capacity,
+        second_expert_sampling=second_expert_sampling,
+    )
+    if chosen.calibration_pairs and calibration is None:
+        raise UserError(
+            f"{strategy} calibrates on {chosen.calibration_pairs:,} image-text pairs: give calibration=, an iterable "
+            "of (images, texts) batches, or choose a strategy that needs none, such as sparse-upcycling."
+        )
+    moe = resolve_moe(chosen, moe)
+    inits = make_experts(chosen, model, moe, seed, CalibrationPairs(strategy, model, calibration or ()))
+    with torch.random.fork_rng(devices=[]):  # DeepSpeed's gate draws weights, which are then replaced
+        return surgery.upcycle(model, inits, moe)
+
+
+def save(model: Any, path: str | os.PathLike[str], name: str) -> str:
+    """Write `model` (upcycled, or dense) as one safetensors file that `load` reads; returns its sha256.
+
+    `name` is open_clip's name of the dense model; it goes into the file. An existing file is replaced, in one go.
+    Raises UserError when the model does not have the form of that name, or the file cannot be written.
+    """
+    path = Path(path)
+    if not path.absolute().parent.is_dir():
+        raise UserError(f"{path}: {path.absolute().parent} is not a folder; make it first.")
+    with torch.device("meta"):
+        form = create_clip(name)
+    _compare(model, form.model, name)
+    experts = [expert for layer in moe_layers(model).values() for expert in layer.experts]
+    if any(hasattr(expert, "merged") for expert in experts):  # the file has plain ones
+        model = copy.deepcopy(model)
+        surgery.merge(model)
+    moe = next((layer.settings for layer in moe_layers(model).values()), None) or settings()
+    clip = replace(form, model=model, preprocess=_preprocess(model, form.model))
+    try:
+        # Beside its place, so that the rename is atomic.
+        folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.absolute().parent))
+        try:
+            digest = weights.save(clip, moe, folder)
+            if digest:  # rank 0 writes
+                (folder / "usual").touch()  # safetensors' own files are the owner's alone
+                (folder / f"{digest}.safetensors").chmod((folder / "usual").stat().st_mode)
+                os.replace(folder / f"{digest}.safetensors", path)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror or error}).") from None
+    return digest
+
+
+def load(path: str | os.PathLike[str]) -> Clip:
+    """The model of a file of `save` or `upcycle-bench upcycle`, or of a run's weights, with what its inputs go through.
+
+    `clip.model` (on the CPU, in eval mode, in the file's dtypes), `clip.tokenize(["a cat"])` -> [B, L],
+    `clip.transform(pil_image)` -> [3, H, W], `clip.name`. Raises UserError for a file that is not one of ours.
+    """
+    return weights.load(Path(path))
+
+
+def choose(name: str, options: Mapping[str, Any]) -> Strategy:
+    """The strategy of that name with those options, able to run here; UserError otherwise."""
+    strategy = configure(load_registry().get("strategy", name).target, options)
+    if not strategy.replaces_ffn:
+        raise UserError(f"{name} leaves the model dense; choose a strategy that makes experts.")
+    if type(strategy).prepare is not Strategy.prepare:
+        raise UserError(f"{name} trains before it upcycles, which takes a protocol: use `upcycle-bench run`.")
+    strategy.check()
+    return strategy
+
+
+def settings(**values: Any) -> protocol.MoE:
+    """The published MoE settings (arXiv:2604.13508, section 4.1) with `values` instead; UserError for bad ones."""
+    usual: dict[str, Any] = {
+        "experts": 8,
+        "top_k": 2,
+        "every": 2,
+        "offset": 1,
+        "capacity_factor": 2.0,
+        "min_capacity": 4,
+        "load_balance": 0.001,
+        "second_expert_sampling": False,
+        "ep_size": 1,
+    }
+    try:
+        return protocol.MoE(**usual | values)
+    except ValidationError as error:
+        where, what = first_problem(error)
+        raise UserError(f"{where or 'MoE settings'}: {what}.") from None
+
+
+class CalibrationPairs:
+    """A loader as `make_experts` wants it: as many pairs as asked for, on the model's device, images in its dtype."""
+
+    def __init__(self, strategy: str, model: Any, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
+        self.strategy, self.model, self.batches = strategy, model, batches
+        self.seen = 0
+
+    def __call__(self, pairs: int) -> Iterator[tuple[Tensor, Tensor]]:
+        weight = self.model.visual.conv1.weight
+        for batch in self.batches:
+            images, texts = _checked(batch)
+            images, texts = images[: pairs - self.seen], texts[: pairs - self.seen]
+            self.seen += len(images)
+            yield images.to(weight), texts.to(weight.device)
+            if self.seen >= pairs:
+                return
+        if not self.seen:
+            raise UserError(f"{self.strategy}: the calibration data are empty; it asks for {pairs:,} image-text pairs.")
+        warnings.warn(
+            f"{self.strategy} asks for {pairs:,} calibration pairs and saw {self.seen:,}; its statistics rest on "
+            "these.",
+            stacklevel=2,
+        )
+
+
+def _checked(batch: Any) -> tuple[Tensor, Tensor]:
+    if not (isinstance(batch, tuple | list) and len(batch) == 2 and all(isinstance(x, Tensor) for x in batch)):
+        raise UserError("calibration: a batch must be two tensors, images [B, 3, H, W] and tokenised texts [B, L].")
+    images, texts = batch
+    if images.dim() != 4 or texts.dim() != 2 or len(images) != len(texts):
+        shapes = f"{tuple(images.shape)} and {tuple(texts.shape)}"
+        raise UserError(f"calibration: images [B, 3, H, W] and texts [B, L] are wanted, but their shapes are {shapes}.")
+    if not images.is_floating_point() or texts.is_floating_point():
+        raise UserError(
+            f"calibration: images are {images.dtype} and texts {texts.dtype}; give images as the model takes them "
+            "(floats, after its transform) and token numbers."
+        )
+    return images, texts
+
+
+def _compare(model: Any, form: nn.Module, name: str) -> None:
+    """UserError unless `model` is `form`, apart from FFNs that became experts: a file under another name is useless."""
+    replaced = tuple(f"{layer.layer.mlp_path}." for layer in moe_layers(model).values())
+    ours, theirs = _shapes(model), _shapes(form)
+    differ = [key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key)]
+    activations = [{repr(part) for part in module.modules() if _is_activation(part)} for module in (model, form)]
+    if wrong := sorted(key for key in differ if not key.startswith(replaced)):
+        raise UserError(f"the model is no {name}: {wrong[0]} differs; give the open_clip name it was made by.")
+    if activations[0] != activations[1]:
+        ours_text, theirs_text = (", ".join(sorted(each)) for each in activations)
+        raise UserError(
+            f"the model is no {name}: its activation is {ours_text}, not {theirs_text}; give the open_clip name it was "
+            "made by."
+        )
+
+
+def _shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
+    """By name; the logit scale may have a dimension or none."""
+    shapes = {key: tuple(value.shape) for key, value in module.state_dict().items()}
+    return shapes | ({"logit_scale": ()} if shapes.get("logit_scale") == (1,) else {})
+
+
+def _is_activation(module: nn.Module) -> bool:
+    return type(module).__name__ in ("GELU", "QuickGELU")
+
+
+def _preprocess(model: Any, form: Any) -> dict[str, Any] | None:
+    """open_clip's settings of the transforms, where the model's are not those of its name."""
+    usual = form.visual.preprocess_cfg
+    own = getattr(model.visual, "preprocess_cfg", usual)
+    changed = {key: own[key] for key in PREPROCESS if _listed(own[key]) != _listed(usual[key])}
+    return changed or None
+
+
+def _listed(value: Any) -> Any:
+    """Equal for a tuple and the list that JSON makes of it."""
+    return list(value) if isinstance(value, tuple) else value

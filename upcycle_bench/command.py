@@ -1,0 +1,68 @@
+"""What the commands share: checks of what was given, how a command ends. Imports nothing heavy."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+
+from upcycle_bench.errors import UserError
+
+if TYPE_CHECKING:
+    from upcycle_bench.progress import Reporter
+
+
+@contextlib.contextmanager
+def interruptible(then: str) -> Iterator[None]:
+    """A Ctrl-C, or what a cluster sends, ends the command with 130; `then` says what becomes of its work."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    except KeyboardInterrupt:
+        if is_main():
+            print(f"interrupted: {then}", file=sys.stderr)
+        raise typer.Exit(130) from None
+
+
+def terminal_reporter() -> Reporter:
+    """Progress on this rank's terminal; silence on the others."""
+    from upcycle_bench.progress import Reporter, TerminalReporter
+
+    return TerminalReporter() if is_main() else Reporter()
+
+
+def check_output(output: Path) -> None:
+    """UserError now rather than after the training."""
+    if output.suffix != ".safetensors":
+        raise UserError(f"--output {output}: give a file name that ends in .safetensors.")
+    if not output.absolute().parent.is_dir():
+        raise UserError(f"--output {output}: {output.absolute().parent} is not a folder; make it, or choose another.")
+    from upcycle_bench.cache import require_writable
+
+    require_writable(output.absolute().parent, "--output")
+
+
+def is_main() -> bool:
+    """The rank that writes and prints, by what torchrun says; without importing torch."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def key_value(text: str) -> tuple[str, str]:
+    """The two parts of a strategy's option, tau=0.8."""
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise UserError(f"--option {text!r}: write it as KEY=VALUE, for example --option tau=0.8")
+    return key, value
+
+
+def warn_broken(broken: dict[str, str]) -> None:
+    """Name the plugins that did not load."""
+    if is_main():
+        for plugin, reason in broken.items():
+            print(f"warning: plugin {plugin} did not load: {reason}", file=sys.stderr)
