@@ -18,8 +18,6 @@ Shape suffixes: O outputs, I inputs, R components (min(O, I)), t those of them t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass as plain_dataclass
 from typing import Any, ClassVar, Literal
 
@@ -33,6 +31,7 @@ from upcycle_bench.errors import UserError
 from upcycle_bench.hookspecs import hookimpl
 from upcycle_bench.rng import Stream
 from upcycle_bench.strategy import FFN, Layer, LayerInit, RouterInit, Strategy, StrategyInfo, random_router
+from upcycle_bench.threads import one_thread
 
 Vectors = Literal["orthonormal", "gaussian"]
 DEFAULT_FRACTION = 0.25
@@ -81,7 +80,7 @@ class DropSVD(Strategy):
             raise UserError("drop-svd: fraction and energy_fraction exclude each other; give one of them.")
 
     def init_layer(self, ffn: FFN, layer: Layer, calibration: Any, rng: Stream) -> LayerInit:
-        with _one_thread():
+        with one_thread():
             first, second = self._split(ffn.w1_HD), self._split(ffn.w2_DH)
             experts = []
             for number in range(layer.num_experts):
@@ -169,17 +168,6 @@ def _alike(block: Tensor, rng: Stream) -> Tensor:
     numbers = block.numpy()
     mean, std = float(numbers.mean()), float(numbers.std(ddof=1))
     return mean + std * torch.randn(block.shape, generator=rng.generator(), dtype=torch.float64)
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """LAPACK and matrix products add up in another order with another number of threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 @hookimpl

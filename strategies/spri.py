@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from upcycle_bench.hookspecs import hookimpl
 from upcycle_bench.rng import Stream
 from upcycle_bench.strategy import FFN, Layer, LayerInit, RouterInit, Strategy, StrategyInfo, random_router
+from upcycle_bench.threads import one_thread
 
 if TYPE_CHECKING:
     from upcycle_bench.moe import MoEFFN
@@ -162,12 +163,8 @@ class Expert(nn.Module):
 
 def _svd(w_OI: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """U [O, K], s [K] (descending), V^T [K, I]; signs such that the largest entry of each column of U is positive."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # so that weights do not depend on their number
-    try:
+    with one_thread():
         u_OK, s_K, vt_KI = torch.linalg.svd(w_OI, full_matrices=False)
-    finally:
-        torch.set_num_threads(threads)
     sign_K = u_OK.gather(0, u_OK.abs().argmax(0)[None])[0].sign()
     return u_OK * sign_K, s_K, vt_KI * sign_K[:, None]
 

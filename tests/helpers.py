@@ -250,8 +250,9 @@ def moe_layer(init: LayerInit, *, moe: MoE | None = None, tower: str = "vision")
 def threads(number: int) -> Iterator[None]:
     """That many threads for torch, one for faiss. Tiny work on a busy machine is 100 times slower with two."""
     before = torch.get_num_threads()
+    faiss.omp_set_num_threads(1)  # first, since it sets torch's number too where they share an OpenMP
     torch.set_num_threads(number)
-    faiss.omp_set_num_threads(1)
+    assert torch.get_num_threads() == number
     try:
         yield
     finally:

@@ -33,8 +33,9 @@ from tests.helpers import (
     tiny_moe,
     upcycled,
 )
+from upcycle_bench.dense import Clip
 from upcycle_bench.errors import UserError
-from upcycle_bench.initialise import make_dense, make_experts
+from upcycle_bench.initialise import CalibrationSource, make_dense, make_experts
 from upcycle_bench.moe import moe_layers
 from upcycle_bench.registry import load_registry
 from upcycle_bench.rng import Stream
@@ -73,6 +74,16 @@ def tensors(made: Initialised) -> dict[str, Tensor]:
         for number, expert in enumerate(init.experts):
             named |= {f"{layer}.{number}.{key}": value for key, value in expert.state_dict().items()}
     return named
+
+
+def calibration_inputs(clip: Clip) -> CalibrationSource:
+    """Pairs for `make_experts`: those that `helpers.initialise` takes with seed 0."""
+
+    def inputs(pairs: int) -> Iterator[tuple[Tensor, Tensor]]:
+        for batch in TinyPairs(clip).calibration(Stream(("calibration", 0)), pairs, 256):
+            yield clip.normalise(batch.images), batch.texts
+
+    return inputs
 
 
 def snapshot(module: nn.Module) -> dict[str, Tensor]:
@@ -186,13 +197,10 @@ def test_helper_walks_the_path_of_a_run(strategy: Strategy) -> None:
         assert (model is clip.model) != changes_model(strategy)
         assert equal(make_dense(strategy, clip.model, tiny_moe(), 0).state_dict(), model.state_dict())
         return
-
-    def inputs(pairs: int) -> Iterator[tuple[Tensor, Tensor]]:
-        for batch in TinyPairs(clip).calibration(Stream(("calibration", 0)), pairs, 256):
-            yield clip.normalise(batch.images), batch.texts
-
     ours = initialise(strategy, clip, seed=0)
-    inits = make_experts(strategy, ours.model, resolve_moe(strategy, tiny_moe()), 0, inputs, ours.branches)
+    inits = make_experts(
+        strategy, ours.model, resolve_moe(strategy, tiny_moe()), 0, calibration_inputs(clip), ours.branches
+    )
     assert list(inits) == list(ours.inits)
     assert equal(tensors(ours), tensors(replace(ours, inits=inits)))
 
@@ -262,10 +270,13 @@ def test_number_of_threads_does_not_matter(strategy: Strategy) -> None:
     clip = tiny_clip()
     few = {"every": 4}  # two threads crawl on a busy machine: one layer per tower will do
     made = []
+    base = initialise(strategy, clip, 0, moe=tiny_moe(**few)) if strategy.replaces_ffn else None
     for number in (1, 2):
         with threads(number):
-            if strategy.replaces_ffn:
-                made.append(tensors(initialise(strategy, clip, 0, moe=tiny_moe(**few))))
+            if base is not None:  # as a run makes them
+                moe = resolve_moe(strategy, tiny_moe(**few))
+                inits = make_experts(strategy, base.model, moe, 0, calibration_inputs(clip), base.branches)
+                made.append(tensors(replace(base, inits=inits)))
             else:
                 made.append(model_tensors(strategy, 0, **few))
     assert equal(*made)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from upcycle_bench.moe import Padding
 from upcycle_bench.strategy import Calibrator, Layer
+from upcycle_bench.threads import one_thread
 
 
 @torch.no_grad()
@@ -50,4 +51,5 @@ def calibrate(
 
 def _see(calibrator: Calibrator, padding: Padding | None, _module: nn.Module, args: tuple[Any, ...]) -> None:
     x_TD = args[0].flatten(0, -2)
-    calibrator.update((padding.compact(x_TD) if padding is not None else x_TD).float())
+    with one_thread():
+        calibrator.update((padding.compact(x_TD) if padding is not None else x_TD).float())

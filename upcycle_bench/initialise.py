@@ -27,6 +27,7 @@ from upcycle_bench.errors import PluginError
 from upcycle_bench.rng import Stream
 from upcycle_bench.strategy import FFN, Layer, LayerInit, Strategy
 from upcycle_bench.surgery import find_layers
+from upcycle_bench.threads import one_thread
 
 # Number of pairs wanted -> batches of (images [B, 3, H, W] as the model takes them, texts [B, L]), on its device.
 CalibrationSource = Callable[[int], Iterable[tuple[Tensor, Tensor]]]
@@ -75,7 +76,8 @@ def _init_layer(
 ) -> LayerInit:
     where = f"{strategy.info.name}: {layer.name}"
     versions = [tensor._version for tensor in (ffn.w1_HD, ffn.b1_H, ffn.w2_DH, ffn.b2_D)]
-    init = strategy.init_layer(ffn, layer, calibrators.get(layer.name), root.child(layer.name))
+    with one_thread():
+        init = strategy.init_layer(ffn, layer, calibrators.get(layer.name), root.child(layer.name))
     if versions != [tensor._version for tensor in (ffn.w1_HD, ffn.b1_H, ffn.w2_DH, ffn.b2_D)]:
         raise PluginError(f"{where}: init_layer changed the dense FFN in place; work on copies")
     notes = {name: float(value) for name, value in init.notes.items()}
