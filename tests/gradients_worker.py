@@ -11,14 +11,16 @@ import torch.distributed as dist
 from upcycle_bench import distributed, engine
 from upcycle_bench.costs import Meter
 from upcycle_bench.dense import create_clip
+from upcycle_bench.job import Job
 from upcycle_bench.moe import moe_layers
 from upcycle_bench.plan import make_plan
+from upcycle_bench.pretrain import training_data
 from upcycle_bench.progress import Reporter
 from upcycle_bench.protocol import load_protocol
 from upcycle_bench.registry import load_registry
 from upcycle_bench.rng import Stream
-from upcycle_bench.run import initialise, training_data
-from upcycle_bench.train import Job, _Features, compute_losses, create_engine
+from upcycle_bench.step0 import initialise
+from upcycle_bench.train import _Features, compute_losses, create_engine
 from upcycle_bench.weights import EXPERT_KEY
 
 

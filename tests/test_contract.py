@@ -192,7 +192,7 @@ def test_file_imports_only_what_strategies_may(name: str) -> None:
 
 def test_helper_walks_the_path_of_a_run(strategy: Strategy) -> None:
     clip = tiny_clip()
-    if not strategy.replaces_ffn:  # run.initialise hands on the dense model, or what init_dense makes of a copy
+    if not strategy.replaces_ffn:  # step0.initialise hands on the dense model, or what init_dense makes of a copy
         model = upcycled(strategy, clip, 0).model
         assert (model is clip.model) != changes_model(strategy)
         assert equal(make_dense(strategy, clip.model, tiny_moe(), 0).state_dict(), model.state_dict())

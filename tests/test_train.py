@@ -13,13 +13,14 @@ import torch.nn.functional as F
 from upcycle_bench import engine
 from upcycle_bench.data import Batch, PairDataset
 from upcycle_bench.dense import Clip, create_clip
+from upcycle_bench.job import Job
 from upcycle_bench.moe import moe_layers
 from upcycle_bench.protocol import Schedule, learning_rate, load_protocol
 from upcycle_bench.registry import load_registry
 from upcycle_bench.rng import Stream
 from upcycle_bench.strategy import FFN
 from upcycle_bench.surgery import find_layers, upcycle
-from upcycle_bench.train import Job, parameter_groups, train
+from upcycle_bench.train import parameter_groups, train
 from upcycle_bench.worlds import load_world
 
 REGISTRY = load_registry()

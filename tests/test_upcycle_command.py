@@ -165,7 +165,7 @@ def test_too_few_pairs_are_a_warning_that_counts_them(
         (["-s", "sparse-upcycling", "--pretrained", "no.pt"], "unknown pretrained weights of smoke-vit 'no.pt'"),
         (["-s", "sparse-upcycling", "--pretrained", "text"], "checkpoint text does not fit smoke-vit"),
         (["--output", "model.pt"], "give a file name that ends in .safetensors"),
-        (["--output", "no/moe.safetensors"], "no is not a folder that can be written"),
+        (["--output", "no/moe.safetensors"], "no is not a folder; make it"),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(

@@ -16,12 +16,13 @@ from upcycle_bench import clustering, engine
 from upcycle_bench.data import PairDataset, PickedBatches
 from upcycle_bench.dense import create_clip
 from upcycle_bench.errors import UserError
+from upcycle_bench.job import Job
 from upcycle_bench.moe import moe_layers
 from upcycle_bench.protocol import load_protocol
 from upcycle_bench.registry import load_registry
 from upcycle_bench.rng import Stream
 from upcycle_bench.surgery import upcycle
-from upcycle_bench.train import Job, compute_losses, train
+from upcycle_bench.train import compute_losses, train
 from upcycle_bench.workshop import Groups, Workshop
 from upcycle_bench.worlds import World, lab, load_world, training_groups
 

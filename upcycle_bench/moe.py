@@ -143,6 +143,10 @@ class RaggedMOELayer(MOELayer):
         out_RD = torch.cat([expert(rows) for expert, rows in zip(experts, rows_RD.split(counts[1:]), strict=True)])
         return combine_rows(out_RD, gates_KT, slots_KT, source_R)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the last loss, which carries a graph: a model can be copied between forward and backward."""
+        return self.__dict__ | {"l_aux": None}
+
 
 class Padding:
     """Which text positions carry a token: known when the token embedding is called, used by every text MoE layer.
@@ -235,6 +239,10 @@ class MoEFFN(nn.Module):
             if plain is not expert:
                 self._mark(plain)
                 self.experts[number] = plain.train(expert.training)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """As `RaggedMOELayer`'s."""
+        return self.__dict__ | {"l_aux": None}
 
     @property
     def gate(self) -> Gate:

@@ -27,10 +27,11 @@ from upcycle_bench.cache import cache_root, file_sha256, locked
 from upcycle_bench.costs import Meter
 from upcycle_bench.data import PairDataset
 from upcycle_bench.dense import Clip, create_clip
+from upcycle_bench.job import Job
 from upcycle_bench.plan import Plan, dense_recipe
 from upcycle_bench.progress import Reporter
 from upcycle_bench.protocol import Protocol, Schedule
-from upcycle_bench.train import Job, train
+from upcycle_bench.train import train
 from upcycle_bench.worlds import World
 
 

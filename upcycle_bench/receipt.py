@@ -19,7 +19,8 @@ from upcycle_bench.costs import Meter, Phase, forget_peak_memory
 from upcycle_bench.plan import Plan
 from upcycle_bench.pretrain import load_dense, training_data
 from upcycle_bench.progress import Reporter
-from upcycle_bench.run import check_ready, check_strategy, initialise
+from upcycle_bench.run import check_ready, check_strategy
+from upcycle_bench.step0 import initialise
 
 
 @dataclass(frozen=True, kw_only=True)

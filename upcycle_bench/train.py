@@ -12,16 +12,11 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 import math
-import os
-import shutil
 import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,8 +29,9 @@ from upcycle_bench import distributed, packed
 from upcycle_bench.data import Batch, BatchSource
 from upcycle_bench.dense import Clip
 from upcycle_bench.errors import PluginError
+from upcycle_bench.job import SHARE_STEPS, Job, MetricsFile, Progress, last_checkpoint, resume, save
 from upcycle_bench.moe import MoEFFN, moe_layers
-from upcycle_bench.protocol import Schedule, learning_rate
+from upcycle_bench.protocol import learning_rate
 from upcycle_bench.rng import Stream
 from upcycle_bench.strategy import ExtraLoss
 
@@ -44,66 +40,6 @@ COUNTING_RULE = (
     "most five evenly spaced steps are counted and extrapolated, all else is counted whole; clustering and "
     "decompositions are not"
 )
-
-
-SHARE_STEPS = 50  # over the first so many steps the record says what share of the loss each term had
-
-
-@dataclass(frozen=True, kw_only=True)
-class Job:
-    """What to train, beside the model and the data. `stop_step` < schedule.steps stops inside the schedule.
-
-    `purpose` keys the random streams with the seed, so that upcycling never replays the dense model's batches.
-    """
-
-    purpose: str = "upcycling"
-    schedule: Schedule
-    peak_lr: float
-    stop_step: int
-    seed: int
-    load_balance: float = 0.0
-    label_smoothing: float = 0.0
-    zero_stage: int = 0
-    log_every: int = 10
-    metrics: Path | None = None
-    checkpoints: Path | None = None
-    checkpoint_every: int = 0
-
-    @property
-    def stream(self) -> str:
-        """Key of all random streams of this training."""
-        return f"{self.purpose} {self.seed}"
-
-
-@dataclass
-class Progress:
-    """What a finished (or resumed) training has done so far; saved with every checkpoint."""
-
-    step: int = 0
-    seconds: float = 0.0
-    counted_flops: int = 0
-    counted_steps: int = 0
-    counted_seconds: float = 0.0
-    routed: int = 0
-    dropped: int = 0
-    last: dict[str, float] = field(default_factory=dict)
-    share_steps: int = 0
-    loss_shares: dict[str, float] = field(default_factory=dict)  # summed over those steps
-
-    @property
-    def mean_loss_shares(self) -> dict[str, float]:
-        """Each term's mean share of the loss over the first SHARE_STEPS steps."""
-        return {name: total / self.share_steps for name, total in self.loss_shares.items()}
-
-    def samples_per_second(self, batch_size: int) -> float:
-        """Throughput over the steps whose FLOPs were not counted, since counting is slow; over all where all were."""
-        steps, seconds = self.step - self.counted_steps, self.seconds - self.counted_seconds
-        return steps * batch_size / seconds if steps else self.step * batch_size / self.seconds
-
-    @property
-    def dropped_fraction(self) -> float | None:
-        """Share of (token, choice) pairs that capacity dropped; None without MoE layers."""
-        return self.dropped / self.routed if self.routed else None
 
 
 class _Features(nn.Module):
@@ -207,18 +143,18 @@ def train(
     layers = moe_layers(model)
     if list(stages) != sorted({step for step in stages if 0 < step < job.stop_step}):
         raise PluginError(f"stages {list(stages)} must ascend and begin after step 0 and before {job.stop_step}")
-    for _ in [step for step in stages if step < _last_checkpoint(job)]:
+    for _ in [step for step in stages if step < last_checkpoint(job)]:
         next_stage(layers)
     engine = create_engine(_Features(model, job.schedule.precision), job)
     extra = make_loss(layers)
     rank, world = distributed.rank(), distributed.world_size()
     # open_clip's gather is deprecated by PyTorch, but is the one with a gradient on gloo and nccl alike
     warnings.filterwarnings("ignore", message="torch.distributed.nn.functional.all_gather is deprecated")
-    progress = _resume(engine, extra, job)
+    progress = resume(engine, extra, job)
     batches = data.batches(
         job.stream, progress.step, job.stop_step, job.schedule.batch_size, rank, world, workers=_workers(device)
     )
-    log = _MetricsFile(job.metrics if rank == 0 else None, progress.step)
+    log = MetricsFile(job.metrics if rank == 0 else None, progress.step)
     first: list[dict[str, Tensor]] = []  # terms of the loss at the first steps that `progress` has not yet
     began = time.perf_counter() - progress.seconds
     with log, attention_kernel(device, longest_sequence(model)):
@@ -262,7 +198,7 @@ def train(
             if due or (job.checkpoint_every and progress.step == job.stop_step):  # the last one: evaluation may fail
                 _collect_drops(layers, progress)
                 _collect_shares(first, progress)
-                _save(engine, extra, job, progress)
+                save(engine, extra, job, progress)
     if extra is not None:
         extra.close()
     return progress
@@ -365,68 +301,3 @@ def _clamp_logit_scale(model: nn.Module, job: Job) -> None:
 def _workers(device: torch.device) -> int:
     """Loader processes: a GPU is fed by four; a CPU's cores all train."""
     return 4 if device.type == "cuda" else 0
-
-
-class _MetricsFile:
-    """Appends JSON lines; on resuming, drops the lines that stand past the checkpoint."""
-
-    def __init__(self, path: Path | None, step: int) -> None:
-        self.path = path
-        if path is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            before = path.read_text().splitlines() if path.is_file() and step else []
-            kept = path.with_name(f".{path.name}")
-            kept.write_text("".join(line + "\n" for line in before if json.loads(line)["step"] <= step))
-            os.replace(kept, path)
-
-    def __enter__(self) -> _MetricsFile:
-        if self.path is not None:
-            self.file = self.path.open("a")
-        return self
-
-    def write(self, metrics: Mapping[str, float]) -> None:
-        if self.path is not None:
-            self.file.write(json.dumps(metrics) + "\n")
-            self.file.flush()
-
-    def __exit__(self, *_: object) -> None:
-        if self.path is not None:
-            self.file.close()
-
-
-def _save(engine: Any, extra: ExtraLoss | None, job: Job, progress: Progress) -> None:
-    """A checkpoint of this step; DeepSpeed's `latest` is written last, then older ones go."""
-    assert job.checkpoints is not None, "checkpoint_every needs a folder"
-    tag = f"step{progress.step}"
-    state = {"progress": vars(progress)}
-    if extra is not None:  # with expert parallelism every rank has teachers of its own
-        folder = job.checkpoints / tag
-        folder.mkdir(parents=True, exist_ok=True)
-        torch.save(extra.state_dict(), folder / f"loss_rank{distributed.rank()}.pt")
-    with contextlib.redirect_stdout(sys.stderr):
-        engine.save_checkpoint(str(job.checkpoints), tag=tag, client_state=state)
-    distributed.barrier()
-    if distributed.is_main():
-        for old in job.checkpoints.glob("step*"):
-            if old.name != tag:
-                shutil.rmtree(old)
-
-
-def _last_checkpoint(job: Job) -> int:
-    """The step of the checkpoint that training goes on from; 0 without one."""
-    latest = job.checkpoints / "latest" if job.checkpoints else None
-    return int(latest.read_text().strip().removeprefix("step")) if latest and latest.is_file() else 0
-
-
-def _resume(engine: Any, extra: ExtraLoss | None, job: Job) -> Progress:
-    if job.checkpoints is None or not _last_checkpoint(job):
-        return Progress()
-    with contextlib.redirect_stdout(sys.stderr):
-        _, state = engine.load_checkpoint(str(job.checkpoints))
-    if extra is not None:
-        path = job.checkpoints / (job.checkpoints / "latest").read_text().strip()
-        extra.load_state_dict(torch.load(path / f"loss_rank{distributed.rank()}.pt", weights_only=True))
-    progress = Progress(**state["progress"])
-    if distributed.is_main():
-        print(f"an interrupted training goes on from step {progress.step}", file=sys.stderr)
-    return progress

@@ -26,12 +26,12 @@ from upcycle_bench import distributed, environment, weights
 from upcycle_bench.cache import cache_root, file_sha256, locked
 from upcycle_bench.dense import Clip
 from upcycle_bench.errors import UserError
+from upcycle_bench.job import Progress
 from upcycle_bench.moe import moe_layers
 from upcycle_bench.plan import fingerprint
 from upcycle_bench.record import Part, Phase, PhaseCost, Timestamp
 from upcycle_bench.strategy import FFN
 from upcycle_bench.surgery import hidden_widths
-from upcycle_bench.train import Progress
 
 
 class Trained(Part):

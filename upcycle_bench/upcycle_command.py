@@ -166,14 +166,14 @@ class _Calibration:
     wanted: int
 
     def __len__(self) -> int:
-        from upcycle_bench.run import CALIBRATION_BATCH
+        from upcycle_bench.step0 import CALIBRATION_BATCH
 
         return -(-min(self.wanted, len(self.pairs)) // CALIBRATION_BATCH)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         from upcycle_bench.api import CalibrationPairs
         from upcycle_bench.rng import Stream
-        from upcycle_bench.run import CALIBRATION_BATCH
+        from upcycle_bench.step0 import CALIBRATION_BATCH
 
         sample = Stream(("calibration", self.job.seed))
         read = self.pairs.calibration(sample, self.wanted, CALIBRATION_BATCH)

@@ -28,13 +28,14 @@ from upcycle_bench.costs import Meter
 from upcycle_bench.data import PairDataset, PickedBatches
 from upcycle_bench.dense import Clip
 from upcycle_bench.errors import UserError
+from upcycle_bench.job import Job
 from upcycle_bench.plan import Plan
 from upcycle_bench.progress import OnStep, Reporter
 from upcycle_bench.protocol import Protocol
 from upcycle_bench.rng import Stream
 from upcycle_bench.strategy import Preparation, Strategy
 from upcycle_bench.surgery import find_layers
-from upcycle_bench.train import Job, train
+from upcycle_bench.train import train
 from upcycle_bench.worlds import training_groups
 
 ENCODING_BATCH = 256  # pairs on each rank

@@ -1,0 +1,99 @@
+"""The model that a run starts to train, with the step-0 receipt.
+
+model, receipt = initialise(plan, dense, data, meter, reporter)      # on every rank; the receipt on rank 0
+batches = diagnosed(dense, data, device)                             # what receipts and diagnostics look at
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from upcycle_bench import distributed
+from upcycle_bench.costs import Meter
+from upcycle_bench.data import PairDataset
+from upcycle_bench.dense import Clip
+from upcycle_bench.diagnostics import diagnose
+from upcycle_bench.initialise import CalibrationSource, make_dense, make_experts
+from upcycle_bench.plan import Plan
+from upcycle_bench.progress import Reporter
+from upcycle_bench.rng import Stream
+from upcycle_bench.strategy import LayerInit, Strategy
+from upcycle_bench.surgery import upcycle
+from upcycle_bench.workshop import prepare
+
+DIAGNOSED_PAIRS = 256
+CALIBRATION_BATCH = 256
+
+
+def initialise(
+    plan: Plan, dense: Clip, data: PairDataset, meter: Meter, reporter: Reporter
+) -> tuple[Clip, dict[str, Any] | None]:
+    """Prepare or calibrate, make experts and routers, put them in; with the step-0 receipt (on rank 0).
+
+    All ranks prepare, which is training. Rank 0 does the rest and the others get the result, so that weights do not
+    depend on the number of ranks.
+    """
+    strategy, moe = plan.strategy, plan.moe
+    if not strategy.replaces_ffn:  # a copy: the dense model stays what diagnostics compare with
+        return _initialise_dense(plan, dense, data, meter)
+    preparation = prepare(plan, dense, data, meter, reporter)
+    base, branches = (preparation.model, preparation.branches) if preparation else (dense.model, None)
+    inits: dict[str, LayerInit] = {}
+    receipt = None
+    if distributed.is_main():
+        calibration, phase = _calibration(plan, dense, data, meter.device), partial(meter.phase, count=True)
+        with reporter.task(f"initialising {plan.label}"):
+            inits = make_experts(strategy, base, moe, plan.init_seed, calibration, branches, phase)
+        whole = upcycle(base, inits, moe.model_copy(update={"ep_size": 1}))
+        receipt = diagnose(whole, dense.model, diagnosed(dense, data, meter.device))
+        if preparation:
+            receipt["preparation"] = {name: float(value) for name, value in preparation.notes.items()}
+        for name, init in inits.items():
+            receipt["layers"][name] |= dict(init.notes)
+    if distributed.world_size() > 1:  # by way of the CPU: a tensor would come back on rank 0's device
+        box = [
+            {
+                name: replace(init, experts=[e.cpu() for e in init.experts], router_ND=init.router_ND.cpu())
+                for name, init in inits.items()
+            }
+        ]
+        inits = distributed.from_main(box[0])
+    model = upcycle(base, inits, moe)
+    return replace(dense, model=model.to(meter.device)), receipt
+
+
+def _initialise_dense(plan: Plan, dense: Clip, data: PairDataset, meter: Meter) -> tuple[Clip, dict[str, Any] | None]:
+    """The dense model, or what the strategy makes of it: on every rank, and the same there; with the receipt."""
+    strategy = plan.strategy
+    if type(strategy).init_dense is Strategy.init_dense:
+        model = copy.deepcopy(dense.model)
+    else:
+        with meter.phase("upcycle", count=True):
+            model = make_dense(strategy, dense.model, plan.moe, plan.init_seed)
+    receipt = diagnose(model, dense.model, diagnosed(dense, data, meter.device)) if distributed.is_main() else None
+    return replace(dense, model=model), receipt
+
+
+def _calibration(plan: Plan, dense: Clip, data: PairDataset, device: torch.device) -> CalibrationSource:
+    def inputs(pairs: int) -> Iterator[tuple[Tensor, Tensor]]:
+        sample = Stream(("calibration", plan.init_seed))
+        return _inputs(dense, data.calibration(sample, pairs, CALIBRATION_BATCH), device)
+
+    return inputs
+
+
+def diagnosed(dense: Clip, data: PairDataset, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+    """The same few training pairs for every model: (images [B, 3, H, W], texts [B, L])."""
+    return _inputs(dense, data.calibration(Stream(("diagnostics", 0)), DIAGNOSED_PAIRS, CALIBRATION_BATCH), device)
+
+
+def _inputs(clip: Clip, batches: Iterable[Any], device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+    for batch in batches:
+        yield clip.normalise(batch.images.to(device)), batch.texts.to(device)
