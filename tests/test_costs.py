@@ -161,3 +161,16 @@ def test_what_costs_more_than_the_protocols_moe_does_not_compare() -> None:
     reason = unequal_shape(smoke, strategy("virtual-group", granularity=16))
     assert reason == "13,214,720 forward FLOPs per pair, the protocol's own MoE has 12,508,160"
     assert unequal_shape(PROTOCOLS["clip-b32"], strategy("virtual-group", granularity=16)) is None
+
+
+def test_evaluation_is_counted_with_its_attention() -> None:
+    clip = create_clip("smoke-vit")
+    expected = dense_forward_flops(clip)
+    meter = Meter(torch.device("cpu"))
+    height, width = clip.model.visual.image_size
+    images, texts = torch.zeros(1, 3, height, width), torch.zeros(1, clip.model.context_length, dtype=torch.long)
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    with torch.no_grad(), meter.phase("evaluate", count=True) as phase:
+        clip.model.eval()(images, texts)
+    assert phase.flops == expected
+    assert torch.backends.mha.get_fastpath_enabled() == enabled

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from upcycle_bench.dense import Clip, create_clip
 from upcycle_bench.moe import moe_layers
@@ -48,18 +48,43 @@ class Meter:
     @contextlib.contextmanager
     def phase(self, name: str, count: bool = False) -> Iterator[Phase]:
         phase = self.phases[name] = Phase()
-        counter = FlopCounterMode(display=False) if count else contextlib.nullcontext()
+        counter: Any = counted_flops() if count else contextlib.nullcontext()
+        flops = None
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         began = time.perf_counter()
         try:
-            with counter:
+            with counter as flops:
                 yield phase
         finally:
             phase.seconds = time.perf_counter() - began
-            if isinstance(counter, FlopCounterMode):
-                phase.flops = counter.get_total_flops()
+            if flops is not None:
+                phase.flops = flops.get_total_flops()
             phase.peak_memory_bytes = peak_memory(self.device)
+
+
+def flop_counter() -> FlopCounterMode:
+    """PyTorch's counter, which by itself does not know the CPU's attention kernel (formulas as for the others')."""
+    aten = torch.ops.aten
+    formulas = {
+        aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *rest, **more: sdpa_flop_count(q, k, v),
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: (
+            lambda out, q, k, v, *rest, **more: sdpa_backward_flop_count(out, q, k, v)
+        ),
+    }
+    return FlopCounterMode(display=False, custom_mapping=formulas)
+
+
+@contextlib.contextmanager
+def counted_flops() -> Iterator[FlopCounterMode]:
+    """The counter, without the fused attention module of evaluation, in which it sees nothing."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with flop_counter() as counter:
+            yield counter
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
 
 
 def peak_memory(device: torch.device) -> int:
@@ -185,7 +210,7 @@ def dense_forward_flops(clip: Clip) -> int:
     """FLOPs of one image-text pair through the dense model in training mode; nothing is computed."""
     model = copy.deepcopy(clip.model).to("meta").train()
     height, width = model.visual.image_size
-    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+    with torch.device("meta"), flop_counter() as counter:
         model(torch.empty(1, 3, height, width), torch.zeros(1, model.context_length, dtype=torch.long))
     return counter.get_total_flops()
 
@@ -205,7 +230,7 @@ def estimate_seconds(protocol: Protocol, train_flops: int, device: torch.device)
     images = torch.rand(pairs, 3, height, width, device=device)
     texts = torch.ones(pairs, model.context_length, dtype=torch.long, device=device)
     with attention_kernel(device, longest_sequence(model)):
-        with FlopCounterMode(display=False) as counter:  # it slows the step, so this one only warms up
+        with flop_counter() as counter:  # it slows the step, so this one only warms up
             _probe_step(model, images, texts, autocast(device, schedule.precision))
         seconds = min(_probe_step(model, images, texts, autocast(device, schedule.precision)) for _ in range(2))
     return seconds / counter.get_total_flops() * train_flops

@@ -26,6 +26,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from upcycle_bench import distributed, packed
+from upcycle_bench.costs import flop_counter
 from upcycle_bench.data import Batch, BatchSource
 from upcycle_bench.dense import Clip
 from upcycle_bench.errors import PluginError
@@ -169,7 +170,7 @@ def train(
             for group in engine.optimizer.param_groups:
                 group["lr"] = rate
             counted = step % max(1, job.stop_step // 4) == 0  # counting slows a step down, so only a few are counted
-            counter = FlopCounterMode(display=False) if counted else contextlib.nullcontext()
+            counter = flop_counter() if counted else contextlib.nullcontext()
             with counter, _patch_dropout_stream(job.stream, step, rank, device):
                 losses, scale = compute_losses(engine, clip, batch, job, layers, extra)
                 loss = torch.stack(list(losses.values())).sum()

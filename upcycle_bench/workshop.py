@@ -11,7 +11,6 @@ Shape suffixes: S samples, B batch, E embedding.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import gc
 from collections.abc import Callable, Iterator
@@ -21,10 +20,9 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 from upcycle_bench import distributed, packed
-from upcycle_bench.costs import Meter
+from upcycle_bench.costs import Meter, counted_flops
 from upcycle_bench.data import PairDataset, PickedBatches
 from upcycle_bench.dense import Clip
 from upcycle_bench.errors import UserError
@@ -147,7 +145,7 @@ class Workshop:
             batch = self._data.pick(padded[rank * share : (rank + 1) * share], self.rng.child("encoding"))
             images, texts = self._clip.normalise(batch.images.to(device)).to(parameter.dtype), batch.texts.to(device)
             model.eval()
-            with _countable_attention(), FlopCounterMode(display=False) as counter:
+            with counted_flops() as counter:
                 image_BE = model.encode_image(images)
                 text_BE = packed.encode_text(model, texts) if packed.packs(model) else model.encode_text(texts)
             model.train(was_training)
@@ -238,14 +236,3 @@ class Workshop:
         if len(order_S) < self.batch_size:
             raise UserError(f"the training set has {len(self)} pairs, fewer than one batch of {self.batch_size}.")
         return order_S[: self.batch_size]
-
-
-@contextlib.contextmanager
-def _countable_attention() -> Iterator[None]:
-    """Without the fused kernel that torch takes in evaluation: PyTorch's counter sees no FLOPs in it."""
-    before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(before)
