@@ -1,4 +1,4 @@
-"""The generated parts of README.md: `make docs` writes them, tests/test_docs.py fails while they are stale.
+"""The generated parts of README.md and docs/strategies.md: `make docs` writes them, tests/test_docs.py keeps them fresh.
 
 A part stands between `<!-- generated: NAME -->` and `<!-- end -->`; NAME is a function of `PARTS`.
 """
@@ -16,6 +16,7 @@ from upcycle_bench.protocol import load_protocol
 from upcycle_bench.registry import load_registry
 
 ROOT = Path(__file__).parent.parent
+DOCUMENTS = [ROOT / "README.md", ROOT / "docs" / "strategies.md"]
 MARK = re.compile(r"<!-- generated: (\S+) -->\n.*?<!-- end -->", re.DOTALL)
 
 
@@ -32,6 +33,26 @@ def strategies() -> str:
         ["strategy", "what it does", "paper", "status"],
         [[f"`{row['name']}`", row["summary"], row["paper"], row["status"]] for row in own],
     )
+
+
+def details() -> str:
+    """A section for every strategy: where its paper leaves something open, and its options."""
+    sections = []
+    for row in rows(load_registry(), "strategies"):
+        if not row["from"].startswith("upcycle-bench "):
+            continue
+        summary = row["summary"][:1].upper() + row["summary"][1:]
+        link = f"[{row['paper']}]({row['url']})" if row["url"] else row["paper"]
+        source = "Control" if row["status"] == "control" else f"{row['status'].capitalize()}: {link}"
+        parts = [f"## `{row['name']}`", f"{summary}. {source}."]
+        if row["reconstructed"]:
+            parts.append("Not in the paper, chosen here:\n" + "\n".join(f"- {text}" for text in row["reconstructed"]))
+        options = [
+            [f"`{option['name']}`", f"`{option['default']}`", option["description"] or ""] for option in row["options"]
+        ]
+        parts += [table(["option", "default", "what it is"], options)] if options else []
+        sections.append("\n\n".join(parts))
+    return "\n\n".join(sections)
 
 
 def protocols() -> str:
@@ -65,6 +86,7 @@ def commands() -> str:
 PARTS: dict[str, Callable[[], str]] = {
     "leaderboard": board,
     "strategies": strategies,
+    "details": details,
     "protocols": protocols,
     "help": commands,
 }
@@ -76,5 +98,5 @@ def generate(text: str) -> str:
 
 
 if __name__ == "__main__":
-    readme = ROOT / "README.md"
-    readme.write_text(generate(readme.read_text()))
+    for document in DOCUMENTS:
+        document.write_text(generate(document.read_text()))
