@@ -1,4 +1,4 @@
-"""The generated parts of README.md and docs/strategies.md: `make docs` writes them, tests/test_docs.py keeps them fresh.
+"""The generated parts of README.md and docs/strategies.md: `make docs` writes them, a test keeps them fresh.
 
 A part stands between `<!-- generated: NAME -->` and `<!-- end -->`; NAME is a function of `PARTS`.
 """
