@@ -67,7 +67,9 @@ class ClipMoE(Strategy):
             "as a baseline of arXiv:2604.13508: 8 experts, every other block, then the training that all have",
             "labels of at most the last 3 stages are accumulated (option max_accumulated_stages)",
             "stages shortened to a budget of training FLOPs (option budget)",
-            "learning rate of the stages: the protocol's peak (option lr_factor; published: 1e-5)",
+            "learning rate of the stages: the protocol's peak (option lr_factor; published: 1e-5); batch, schedule and "
+            "optimiser are the protocol's",
+            "no router tuning (all parameters are trained instead), no dropout inside experts",
         ),
     )
 

@@ -55,7 +55,9 @@ class Clustered(Strategy):
     pca: bool = Field(default=True, description="off: clusters are fitted in all D dimensions")
     pca_divisor: int = Field(default=8, ge=1, description="clusters are fitted in D / this many dimensions")
     pca_center: bool = Field(default=False, description="subtract the mean, which no bias-free router can express")
-    centroid_map: CentroidMap = Field(default="backproject", description="recompute: means of the members in full D")
+    centroid_map: CentroidMap = Field(
+        default="backproject", description="recompute: means in full D over the first cluster_tokens"
+    )
     router_scale: float = Field(default=1.0, gt=0, allow_inf_nan=False, description="length of the router's rows")
     pairs: int = Field(default=131072, ge=1, description="calibration pairs, at most the training set")
     cluster_tokens: int = Field(default=32768, ge=1, description="tokens per layer on which clusters are fitted")
@@ -136,9 +138,7 @@ class ClusterOnly(Clustered):
     )
 
     def calibrator(self, ffn: FFN, layer: Layer, rng: Stream) -> ClusterStatistics:
-        # cluster-aware's own stream: at one seed both start from the same experts, and only distillation differs.
-        key = tuple(ClusterAware.info.name if part == self.info.name else part for part in rng.key)
-        return super().calibrator(ffn, layer, Stream(key))
+        return super().calibrator(ffn, layer, _stream_of("cluster-aware", self, rng))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,9 +158,15 @@ class EESDOnly(Distilled):
     router_init: RouterInit = "deepspeed"
 
     def init_layer(self, ffn: FFN, layer: Layer, calibration: Any, rng: Stream) -> LayerInit:
+        rng = _stream_of("sparse-upcycling", self, rng)
         return LayerInit(
             [ffn.expert() for _ in range(layer.num_experts)], random_router(ffn, layer, rng, self.router_init)
         )
+
+
+def _stream_of(name: str, ablation: Strategy, rng: Stream) -> Stream:
+    """The other strategy's own stream: at one seed both start from the same model, and only distillation differs."""
+    return Stream(tuple(name if part == ablation.info.name else part for part in rng.key))
 
 
 class ClusterStatistics:

@@ -92,6 +92,8 @@ class Spri(Strategy):
     def stages(self, steps: int) -> Sequence[int]:
         """Stage 2 begins after `stage1_fraction` of the steps, at least one."""
         begin = max(1, round(self.stage1_fraction * steps))
+        if self.rank_fraction == 1:  # nothing is left to train apart: sparse upcycling
+            return ()
         return (begin,) if self.stage1_fraction > 0 and begin < steps else ()
 
     def next_stage(self, layers: Mapping[str, MoEFFN]) -> None:

@@ -43,6 +43,7 @@ class VirtualGroup(Strategy):
         reconstructed=(
             "weight scale: all of it on W2, exact for GELU (option `scaling`: the paper's split over W1 and W2)",
             "biases: b1 cut with W1, b2 copied",
+            "with more than two choices DeepSpeed drops over capacity by probability, not by position",
         ),
     )
     preserves_function: ClassVar[bool] = True  # with scaling="exact"

@@ -257,3 +257,14 @@ def test_eesd_only_is_sparse_upcycling_with_cluster_awares_loss() -> None:
     assert type(EESDOnly().loss(layers, STREAM)) is type(ClusterAware().loss(layers, STREAM))
     loss_options = {field.name for field in fields(ClusterAware) if field.name.startswith("eesd_")}
     assert {field.name for field in fields(EESDOnly)} == loss_options | {"router_init"}
+
+
+def test_each_ablation_starts_from_the_model_of_the_strategy_that_it_is_to_be_compared_with() -> None:
+    registry = load_registry().strategies
+    for ablation, whole in (("cluster-only", "cluster-aware"), ("eesd-only", "sparse-upcycling")):
+        made = [initialise(configure(registry[name].target, {}), tiny_clip(), 3).inits for name in (ablation, whole)]
+        first, second = made
+        for name, init in first.items():
+            assert torch.equal(init.router_ND, second[name].router_ND)
+            for ours, theirs in zip(init.experts, second[name].experts, strict=True):
+                assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))

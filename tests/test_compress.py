@@ -137,13 +137,19 @@ def test_bad_input_is_one_line(files: tuple[Path, Path], tmp_path: Path) -> None
         compress(dense, files[1], Sparsify(0.5), output)
     with pytest.raises(UserError, match="does not fit smoke-vit"):
         compress(files[0], files[0], Sparsify(0.5), output)
+    small = upcycled(load_registry().strategies["virtual-group"].target(), tiny_clip(), 0, tiny_moe(experts=2))
+    moe = tiny_moe(experts=4, top_k=4)
+    small_experts = tmp_path / f"{weights.save(small, moe, tmp_path)}.safetensors"
+    with pytest.raises(UserError, match="only experts of the dense FFN's size"):
+        compress(small_experts, files[1], Sparsify(0.5), output)
+    assert not output.exists()
     for rate in (-0.1, 1.0, math.nan):
         with pytest.raises(UserError, match="--rate"):
             Sparsify(rate)
     for bits in (0, 17, 33):
         with pytest.raises(UserError, match="--bits"):
             Quantise(bits)
-    assert list(tmp_path.iterdir()) == [dense]
+    assert set(tmp_path.iterdir()) == {dense, small_experts}
 
 
 def test_the_command(files: tuple[Path, Path], tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.helpers import threads
+from tests.helpers import random_ffn, threads
 from tests.moe_helpers import MOE, SIX_LAYERS, captions, create_dense, inputs_for, sparse_inits, upcycled
 from upcycle_bench.costs import parameter_counts
 from upcycle_bench.dense import model_config
@@ -275,3 +275,10 @@ def test_upcycling_twice_is_a_user_error() -> None:
 def test_offset_behind_the_last_block_is_a_user_error() -> None:
     with pytest.raises(UserError, match=r"moe\.offset=6 leaves no block to replace; lower it"):
         find_layers(create_dense(), MOE.model_copy(update={"offset": 6}))
+
+
+def test_an_expert_stands_where_the_ffn_does_wherever_its_tensors_were_made() -> None:
+    ffn = random_ffn(8, 4, dtype=torch.float32)
+    there = FFN(*(tensor.to("meta") for tensor in (ffn.w1_HD, ffn.b1_H, ffn.w2_DH, ffn.b2_D)), ffn.act)
+    expert = there.expert(w1_HD=ffn.w1_HD.double(), b2_D=ffn.b2_D)
+    assert {(p.device.type, p.dtype) for p in expert.parameters()} == {("meta", torch.float32)}

@@ -1,5 +1,6 @@
 """Trained once: a second run of the same plan trains nothing and records the same, unless what was kept is damaged."""
 
+import importlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -223,3 +224,14 @@ def test_only_plain_experts_can_be_rebuilt(make: Any, can: bool) -> None:
 
 def test_a_dense_model_can_be_rebuilt() -> None:
     assert trained.can_be_rebuilt(tiny_clip().model, tiny_clip().model)
+
+
+def test_files_of_a_strategys_bases_belong_to_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "its_base.py").write_text("from upcycle_bench.strategy import Strategy\nclass Base(Strategy): pass\n")
+    (tmp_path / "its_leaf.py").write_text("from its_base import Base\nclass Leaf(Base): pass\n")
+    leaf = importlib.import_module("its_leaf").Leaf
+    before = module._source(leaf)
+    assert module._source(leaf) == before
+    (tmp_path / "its_base.py").write_text((tmp_path / "its_base.py").read_text() + "# changed\n")
+    assert module._source(leaf) != before

@@ -118,6 +118,11 @@ def compress(checkpoint: Path, base: Path, method: Method, output: Path, seed: i
             base_OI = dense[f"{path}.{part}"].double().numpy()
             for number in range(experts):
                 key = f"{path}.moe.deepspeed_moe.experts.deepspeed_experts.{number}.{part}"
+                if tuple(state[key].shape) != base_OI.shape:
+                    raise UserError(
+                        f"{checkpoint}: experts of {tuple(state[key].shape)} at {name} are no versions of the dense "
+                        f"{base_OI.shape}; only experts of the dense FFN's size have a difference to compress."
+                    )
                 delta_OI = state[key].double().numpy() - base_OI
                 cheap_OI = method.apply(delta_OI, Stream(("compress", seed, name, number, part)))
                 state[key] = torch.from_numpy(base_OI + cheap_OI).to(state[key].dtype)

@@ -2,7 +2,8 @@
 
     class MyIdea(Distilled): ...          # adds the options eesd_* and the training term
 
-An EMA ensemble of all experts teaches the top-k mixture (Eqs. 11 and 12, reconstructed: METHODS 6.1 and 6.4).
+An EMA ensemble of all experts teaches the top-k mixture (Eqs. 11 and 12, in the form that fits the paper's
+sentences: its formulas were lost in the text we hold).
 
 Shape suffixes: T tokens, D width, N experts, K choices per token.
 """

@@ -26,6 +26,7 @@ PACKAGES = (
     "clip_benchmark",
     "numpy",
     "scipy",
+    "scikit-learn",
     "pillow",
     "webdataset",
     "resvg-py",

@@ -67,10 +67,9 @@ def show(made: Sequence[Receipt], as_json: bool) -> None:
     )
     rows = [{"strategy": each.plan.label} | _experts(each) for each in made if each.receipt["layers"]]
     if rows:
-        uniform = math.log(made[0].plan.protocol.moe.experts)
         display.table(
-            f"experts: cosine and distance of pairs; router: entropy (at most {uniform:.3f}), share of the busiest "
-            "expert, how often the first choice is the cluster; how often the rank floor binds",
+            "experts: cosine and distance of pairs; router: entropy (1: uniform), share of the busiest expert, how "
+            "often the first choice is the cluster; how often the rank floor binds",
             rows,
         )
     display.table("cost of initialisation", [{"strategy": each.plan.label} | _cost(each) for each in made])
@@ -105,10 +104,11 @@ def _retrieval(scores: Mapping[str, float]) -> dict[str, str]:
 
 def _experts(made: Receipt) -> dict[str, str]:
     loads = [layer["load"] for layer in made.receipt["layers"].values()]
+    entropy = _mean(made, "router_entropy")
     return {
         "cosine": _number(_mean(made, "expert_cosine")),
         "dist": _number(_mean(made, "expert_distance")),
-        "entropy": _number(_mean(made, "router_entropy")),
+        "entropy": _number(entropy and entropy / math.log(made.plan.moe.experts)),
         "most load": _number(sum(map(max, loads)) / len(loads)),
         "cluster": _number(_mean(made, "router_agreement")),
         "floor": _number(_mean(made, "rank_floor_binds_share")),

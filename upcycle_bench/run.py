@@ -28,6 +28,7 @@ from upcycle_bench.pretrain import load_dense, training_data
 from upcycle_bench.progress import Reporter
 from upcycle_bench.rng import Stream
 from upcycle_bench.step0 import diagnosed, initialise
+from upcycle_bench.strategy import Strategy
 from upcycle_bench.suite import EvalContext, SuiteResult
 from upcycle_bench.surgery import merge
 from upcycle_bench.train import COUNTING_RULE, train
@@ -231,10 +232,14 @@ def run_id(plan: Plan, dense_digest: str) -> str:
     return fingerprint([*what, distributed.world_size()])
 
 
-def _source(strategy: type) -> str:
-    """Hash of the file a strategy stands in: an edited plugin must not go on from its old checkpoint."""
-    file = inspect.getsourcefile(strategy)
-    return file_sha256(Path(file)) if file else ""
+def _source(strategy: type[Strategy]) -> str:
+    """Hash of the files of a strategy and its bases: an edited plugin must not go on from its old checkpoint.
+
+    What strategies share beside a base class (clustering, the workshop) is covered by `plan.NUMERICS`.
+    """
+    bases = [base for base in strategy.__mro__ if issubclass(base, Strategy) and base is not Strategy]
+    files = sorted({file for base in bases if (file := inspect.getsourcefile(base))})
+    return ",".join(file_sha256(Path(file)) for file in files)
 
 
 def write_record(state: _State, outcome: Mapping[str, SuiteResult], final: Clip, results: Path) -> Path:
@@ -252,9 +257,7 @@ def write_record(state: _State, outcome: Mapping[str, SuiteResult], final: Clip,
         "parameters_active": active,
         "tokens_dropped": progress.dropped_fraction if progress else None,
         "samples": samples,
-        "samples_per_second": progress.samples_per_second(plan.protocol.train.schedule.batch_size)
-        if progress
-        else None,
+        "samples_per_second": progress.samples_per_second(batch_size) if progress else None,
         "world_size": distributed.world_size(),
     }
     arrays = {

@@ -122,7 +122,7 @@ class FFN:
             own if given is None else given
             for own, given in ((self.w1_HD, w1_HD), (self.b1_H, b1_H), (self.w2_DH, w2_DH), (self.b2_D, b2_D))
         ]
-        w1, b1, w2, b2 = (nn.Parameter(part.detach().to(self.w1_HD.dtype, copy=True)) for part in parts)
+        w1, b1, w2, b2 = (nn.Parameter(part.detach().to(self.w1_HD, copy=True)) for part in parts)
         c_fc, c_proj = (nn.Linear(w.shape[1], w.shape[0], device="meta") for w in (w1, w2))
         c_fc.weight, c_fc.bias, c_proj.weight, c_proj.bias = w1, b1, w2, b2
         return nn.Sequential(OrderedDict(c_fc=c_fc, gelu=copy.deepcopy(self.act), c_proj=c_proj))

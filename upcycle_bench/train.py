@@ -38,7 +38,7 @@ from upcycle_bench.strategy import ExtraLoss
 
 COUNTING_RULE = (
     "matrix multiplications, convolutions and attention at 2 FLOPs per multiply-add; training, also in preparation: at "
-    "most five evenly spaced steps are counted and extrapolated, all else is counted whole; clustering and "
+    "most seven evenly spaced steps are counted and extrapolated, all else is counted whole; clustering and "
     "decompositions are not"
 )
 
@@ -158,9 +158,11 @@ def train(
     log = MetricsFile(job.metrics if rank == 0 else None, progress.step)
     first: list[dict[str, Tensor]] = []  # terms of the loss at the first steps that `progress` has not yet
     began = time.perf_counter() - progress.seconds
-    with log, attention_kernel(device, longest_sequence(model)):
+    with log, attention_kernel(device, longest_sequence(model)), contextlib.ExitStack() as ending:
+        ending.callback(lambda: extra.close() if extra is not None else None)
         for step, batch in enumerate(batches, start=progress.step):
             if step in stages:
+                _collect_shares(first, progress)  # the next stage's loss may have other terms
                 _end_stage(engine, extra)
                 next_stage(layers)
                 engine = create_engine(_Features(model, job.schedule.precision), job)
@@ -200,8 +202,6 @@ def train(
                 _collect_drops(layers, progress)
                 _collect_shares(first, progress)
                 save(engine, extra, job, progress)
-    if extra is not None:
-        extra.close()
     return progress
 
 

@@ -1,6 +1,7 @@
 """`upcycle-bench upcycle`: from the weights of an open_clip CLIP to one safetensors file, in one process.
 
-What it makes is what `run` with the same model, data, options and seed would start to train. Heavy imports stand inside
+What it makes is what `run` with the same model, data, options and seed would start to train, experts of other forms
+(DeRS, SPRI) as the plain FFNs of the same function. Heavy imports stand inside
 the functions, since `--help` imports this module.
 """
 
@@ -135,6 +136,7 @@ def _execute(job: _Job, reporter: Reporter) -> dict[str, Any]:
     with meter.phase("write"), reporter.task(f"writing {job.output}"):
         _refuse_existing(job.output, job.force)
         digest = api.save(model, job.output, job.model)
+    surgery.merge(model)  # as in the file
     total, active = parameter_counts(model)
     return {
         "model": job.model,
