@@ -5,9 +5,6 @@ Experts are drawn as open_clip draws the blocks of that tower when it builds a m
 tower: open_clip leaves torch's default for `nn.Linear`, W ~ U(-1/sqrt(I), 1/sqrt(I)) with I inputs. Biases of both
 towers: torch's default, U(-1/sqrt(I), 1/sqrt(I)).
 
-A strategy sees one FFN and where it stands, not how many blocks there are, so L is the option `text_depth`. Its default
-is the 12 of CLIP's base and large models.
-
 Shape suffixes: D width, H hidden.
 """
 
@@ -17,11 +14,9 @@ import math
 from typing import Any, ClassVar
 
 import torch
-from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
-from upcycle_bench.errors import UserError
 from upcycle_bench.hookspecs import hookimpl
 from upcycle_bench.rng import Stream
 from upcycle_bench.strategy import FFN, Layer, LayerInit, RouterInit, Strategy, StrategyInfo, random_router
@@ -39,17 +34,9 @@ class Scratch(Strategy):
     )
     preserves_function: ClassVar[bool] = False
 
-    text_depth: int = Field(
-        default=12, ge=1, description="blocks of the text tower, by which open_clip scales W2 of its FFNs"
-    )
     router_init: RouterInit = "deepspeed"
 
     def init_layer(self, ffn: FFN, layer: Layer, calibration: Any, rng: Stream) -> LayerInit:
-        if layer.tower == "text" and layer.block >= self.text_depth:
-            raise UserError(
-                f"scratch: there is a block {layer.name}, but text_depth is {self.text_depth}; "
-                "set it to the number of blocks of the text tower."
-            )
         return LayerInit(
             [self._expert(ffn, layer, rng.child("expert", number)) for number in range(layer.num_experts)],
             random_router(ffn, layer, rng, self.router_init),
@@ -59,7 +46,7 @@ class Scratch(Strategy):
         first, second = 1 / math.sqrt(ffn.width), 1 / math.sqrt(ffn.hidden)
         if layer.tower == "text":
             w1_HD = _normal(ffn.w1_HD, (2 * ffn.width) ** -0.5, rng.child("w1"))
-            w2_DH = _normal(ffn.w2_DH, ffn.width**-0.5 * (2 * self.text_depth) ** -0.5, rng.child("w2"))
+            w2_DH = _normal(ffn.w2_DH, ffn.width**-0.5 * (2 * layer.depth) ** -0.5, rng.child("w2"))
         else:
             w1_HD = _uniform(ffn.w1_HD, first, rng.child("w1"))
             w2_DH = _uniform(ffn.w2_DH, second, rng.child("w2"))

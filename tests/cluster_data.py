@@ -24,7 +24,7 @@ def relative(actual: Tensor, expected: Tensor) -> float:
 
 
 def layer_of(num_experts: int) -> Layer:
-    return Layer("vision", 1, num_experts, 2)
+    return Layer("vision", 1, 2, num_experts, 2)
 
 
 def make(strategy: Any, ffn: FFN, x_TD: Tensor, num_experts: int, chunk: int | None = None) -> tuple[LayerInit, Any]:

@@ -113,7 +113,7 @@ def create_layer(
     ffns = [dense or random_ffn(width, hidden, dtype) for _ in range(moe.experts)]
     if router_ND is None:
         router_ND = torch.randn(moe.experts, width, dtype=dtype)
-    layer = Layer("text" if padding else "vision", 1, moe.experts, moe.top_k)
+    layer = Layer("text" if padding else "vision", 1, 2, moe.experts, moe.top_k)
     return MoEFFN(layer, [ffn.expert() for ffn in ffns], router_ND, moe, padding)
 
 

@@ -214,7 +214,7 @@ def test_c5_stages_equal_to_the_dense_model_are_sparse_upcycling(monkeypatch: py
         dense = clip.model.get_submodule(layer.mlp_path).state_dict()
         assert all(equal(expert.state_dict(), dense) for expert in made.inits[layer.name].experts)
     ffn = random_ffn(32, 16)
-    init = ClipMoE().init_layer(ffn, Layer("vision", 1, 4, 2), [ffn] * 3, Stream(("test",)))
+    init = ClipMoE().init_layer(ffn, Layer("vision", 1, 2, 4, 2), [ffn] * 3, Stream(("test",)))
     x_TD = torch.randn(50, 16, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     assert_close(moe_layer(init).eval()(x_TD), dense_forward(ffn, x_TD), rtol=1e-10, atol=1e-12)
 

@@ -32,7 +32,7 @@ def one_thread() -> Iterator[None]:
 
 def make(name: str, ffn: FFN | None = None, num_experts: int = 4, **options: Any) -> LayerInit:
     options = ({"rate": 0.9} if name == "ders-sm" else {}) | options
-    layer = Layer("vision", 1, num_experts, 2)
+    layer = Layer("vision", 1, 2, num_experts, 2)
     return STRATEGIES[name](**options).init_layer(ffn or random_ffn(HIDDEN, WIDTH), layer, None, Stream(("test", 0)))
 
 

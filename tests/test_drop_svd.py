@@ -36,7 +36,7 @@ def one_thread() -> Iterator[None]:
 
 
 def make(ffn: FFN, num_experts: int = 4, **options: Any) -> LayerInit:
-    return DropSVD(**options).init_layer(ffn, Layer("vision", 1, num_experts, 2), None, STREAM)
+    return DropSVD(**options).init_layer(ffn, Layer("vision", 1, 2, num_experts, 2), None, STREAM)
 
 
 def matrices(init: LayerInit, ffn: FFN) -> Iterator[tuple[Tensor, list[Tensor]]]:

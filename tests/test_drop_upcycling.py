@@ -37,7 +37,7 @@ def one_thread() -> Iterator[None]:
 
 
 def make(ffn: FFN, num_experts: int = 4, seed: int = 0, **options: Any) -> LayerInit:
-    layer = Layer("vision", 1, num_experts, 2)
+    layer = Layer("vision", 1, 2, num_experts, 2)
     return DropUpcycling(**options).init_layer(ffn, layer, None, Stream(("test", seed)))
 
 

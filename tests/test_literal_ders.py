@@ -43,7 +43,7 @@ def test_fast_experts_equal_the_literal_ones(name: str, options: dict[str, Any],
     """Outputs, merged weights, and the gradients of everything that trains and of the input."""
     ffn = random_ffn(9, 5)
     strategy = STRATEGIES[name](bias_deltas=bias_deltas, **options)
-    experts: list[Any] = strategy.init_layer(ffn, Layer("vision", 1, 2, 2), None, Stream(("test", 0))).experts
+    experts: list[Any] = strategy.init_layer(ffn, Layer("vision", 1, 2, 2, 2), None, Stream(("test", 0))).experts
     generator = torch.Generator().manual_seed(0)
     for expert in experts:
         with torch.no_grad():  # as training would leave it

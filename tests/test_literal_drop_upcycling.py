@@ -102,7 +102,7 @@ def test_fast_strategy_equals_the_literal_one(
     """Weights, outputs, and the gradients of weights and input."""
     strategy = DropUpcycling(ratio=ratio, shared_indices=shared_indices, bias=bias)
     ffn = random_ffn(24, 7, dtype=dtype)
-    init = strategy.init_layer(ffn, Layer("vision", 1, 3, 2), None, STREAM)
+    init = strategy.init_layer(ffn, Layer("vision", 1, 2, 3, 2), None, STREAM)
     # The draws' one rounding (6e-8 in float32) and sums in another order.
     tolerance = {"rtol": 1e-11, "atol": 1e-12} if dtype == torch.float64 else {"rtol": 1e-5, "atol": 1e-6}
     for number, expert in enumerate(init.experts):

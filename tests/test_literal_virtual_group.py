@@ -64,7 +64,7 @@ def test_fast_strategy_and_layer_equal_the_literal_ones(
     strategy = VirtualGroup(granularity=granularity, scaling=scaling)
     moe = strategy.moe_settings(tiny_moe(experts=3, top_k=top_k))
     ffn = random_ffn(24, 7, dtype=dtype)
-    layer = Layer("vision", 1, moe.experts, moe.top_k)
+    layer = Layer("vision", 1, 2, moe.experts, moe.top_k)
     init = strategy.init_layer(ffn, layer, None, STREAM)
     dense = (ffn.w1_HD, ffn.b1_H, ffn.w2_DH, ffn.b2_D)
     made, rows_ND = literal.upcycle(dense, random_router(ffn, layer, STREAM), granularity, scaling)

@@ -34,7 +34,7 @@ def one_thread() -> Iterator[None]:
 
 
 def make(ffn: FFN, num_experts: int = 4, **options: Any) -> LayerInit:
-    return NoiseUpcycling(**options).init_layer(ffn, Layer("vision", 1, num_experts, 2), None, STREAM)
+    return NoiseUpcycling(**options).init_layer(ffn, Layer("vision", 1, 2, num_experts, 2), None, STREAM)
 
 
 def order_of(expert: nn.Module, ffn: FFN) -> Tensor:

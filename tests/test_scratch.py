@@ -13,9 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.helpers import random_ffn, threads
-from upcycle_bench.dense import create_clip, model_config
-from upcycle_bench.errors import UserError
-from upcycle_bench.protocol import load_protocol
+from upcycle_bench.dense import create_clip
 from upcycle_bench.registry import load_registry
 from upcycle_bench.rng import Stream
 from upcycle_bench.strategy import FFN, Layer
@@ -38,8 +36,8 @@ def untrained() -> Any:
 
 
 def experts(ffn: FFN, tower: str, depth: int, number: int = 4) -> list[nn.Module]:
-    layer = Layer(tower, 1, number, 2)  # type: ignore[arg-type]
-    return list(Scratch(text_depth=depth).init_layer(ffn, layer, None, Stream(("test", 0))).experts)
+    layer = Layer(tower, 1, depth, number, 2)  # type: ignore[arg-type]
+    return list(Scratch().init_layer(ffn, layer, None, Stream(("test", 0))).experts)
 
 
 def moments(tensors: list[Tensor]) -> tuple[int, float, float, float]:
@@ -88,17 +86,3 @@ def test_depth_scales_w2_of_the_text_tower_only() -> None:
         shallow, deep = experts(ffn, tower, depth=3)[0], experts(ffn, tower, depth=12)[0]
         assert torch.equal(shallow.c_fc.weight, deep.c_fc.weight)
         torch.testing.assert_close(shallow.c_proj.weight, factor * deep.c_proj.weight)
-
-
-def test_a_depth_that_cannot_be_is_a_user_error() -> None:
-    with pytest.raises(UserError, match=r"^scratch: there is a block text\.1, but text_depth is 1; set it") as error:
-        experts(random_ffn(8, 4), "text", depth=1)
-    assert "\n" not in str(error.value)
-    assert len(experts(random_ffn(8, 4), "vision", depth=1)) == 4
-
-
-def test_protocols_know_the_depth_of_their_models() -> None:
-    for name in ("smoke", "lab", "clip-b32", "clip-b16"):
-        protocol = load_protocol(REGISTRY.protocols[name].target)
-        depth = Scratch(**protocol.strategies.get("scratch", {})).text_depth
-        assert depth == model_config(protocol.model)["text_cfg"]["layers"]

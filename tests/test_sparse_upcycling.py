@@ -22,7 +22,7 @@ from upcycle_bench.strategy import FFN, Layer, LayerInit, configure, random_rout
 
 SparseUpcycling = load_registry().strategies["sparse-upcycling"].target
 STREAM = Stream(("test", 0))
-LAYER = Layer("vision", 1, 4, 2)
+LAYER = Layer("vision", 1, 2, 4, 2)
 HIDDEN, WIDTH = 256, 64
 SIGMAS = 5
 

@@ -46,7 +46,7 @@ def ffn() -> FFN:
 
 
 def make(ffn: FFN, num_experts: int = EXPERTS, **options: Any) -> LayerInit:
-    return Spri(**options).init_layer(ffn, Layer("vision", 1, num_experts, 2), None, Stream(("test", 0)))
+    return Spri(**options).init_layer(ffn, Layer("vision", 1, 2, num_experts, 2), None, Stream(("test", 0)))
 
 
 def matrices(ffn: FFN, **options: Any) -> list[tuple[Tensor, list[Tensor]]]:

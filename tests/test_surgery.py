@@ -59,6 +59,8 @@ def test_parameter_counts_of_the_published_models(name: str, dense_total: int, m
 def test_layers_are_every_second_block_of_both_towers() -> None:
     layers = find_layers(create_dense(), MOE)
     assert [layer.name for layer in layers] == [f"{tower}.{i}" for tower in ("vision", "text") for i in (1, 3, 5)]
+    unequal = find_layers(on_meta("smoke-vit"), MOE)
+    assert {(layer.tower, layer.depth) for layer in unequal} == {("vision", 4), ("text", 2)}
     moe = MOE.model_copy(update={"every": 3, "offset": 0})
     assert [layer.block for layer in find_layers(create_dense(), moe)] == [0, 3, 0, 3]
 

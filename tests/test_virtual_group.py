@@ -36,7 +36,7 @@ def settings(granularity: int, **changes: Any) -> MoE:
 
 def make(ffn: FFN, granularity: int, seed: int = 0, experts: int = 4, **options: Any) -> LayerInit:
     moe = settings(granularity, experts=experts)
-    layer = Layer("vision", 1, moe.experts, moe.top_k)
+    layer = Layer("vision", 1, 2, moe.experts, moe.top_k)
     return VirtualGroup(granularity=granularity, **options).init_layer(ffn, layer, None, Stream(("test", seed)))
 
 

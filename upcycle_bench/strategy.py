@@ -130,10 +130,11 @@ class FFN:
 
 @dataclass(frozen=True)
 class Layer:
-    """Where an MoE layer stands and what the protocol wants of it."""
+    """Where an MoE layer stands and what the protocol wants of it; `depth` is the number of blocks of its tower."""
 
     tower: Literal["vision", "text"]
     block: int
+    depth: int
     num_experts: int
     top_k: int
 

@@ -30,14 +30,14 @@ def find_layers(model: Any, moe: protocol.MoE) -> list[Layer]:
     towers: tuple[tuple[Literal["vision", "text"], str], ...] = (("vision", "visual."), ("text", ""))
     for tower, prefix in towers:
         try:
-            blocks = model.get_submodule(f"{prefix}transformer.resblocks")
+            depth = len(list(model.get_submodule(f"{prefix}transformer.resblocks").children()))
         except AttributeError:
             raise UserError(
                 f"{type(model).__name__} has no {prefix}transformer.resblocks: only open_clip's ViT CLIP models "
                 "(class CLIP) can be upcycled; choose a model such as ViT-B-32."
             ) from None
-        for block in range(moe.offset, len(list(blocks.children())), moe.every):
-            layers.append(Layer(tower, block, moe.experts, moe.top_k))
+        for block in range(moe.offset, depth, moe.every):
+            layers.append(Layer(tower, block, depth, moe.experts, moe.top_k))
     if not layers:
         raise UserError(f"moe.offset={moe.offset} leaves no block to replace; lower it.")
     for layer in layers:
