@@ -71,6 +71,9 @@ class BTX(Strategy):
     )
     router_init: RouterInit = "deepspeed"
 
+    def preparation_budget(self) -> float:
+        return self.budget
+
     def prepare(self, workshop: Workshop) -> Preparation:
         number, batch_size = self.branches or workshop.experts, workshop.batch_size
         if number > workshop.experts:

@@ -84,6 +84,9 @@ class ClipMoE(Strategy):
     )
     router_init: RouterInit = "deepspeed"
 
+    def preparation_budget(self) -> float:
+        return self.budget
+
     def prepare(self, workshop: Workshop) -> Preparation:
         stages, batch_size = workshop.experts - 1, workshop.batch_size
         epoch = len(workshop) // batch_size

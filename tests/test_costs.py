@@ -64,6 +64,15 @@ def test_experts_add_one_ffn_per_token_for_top_2() -> None:
     assert moe.train_flops == 3 * moe.forward_flops * 100 * 64
 
 
+def test_a_preparation_is_reckoned_with_at_its_budget() -> None:
+    smoke = PROTOCOLS["smoke"]
+    sparse, whole = (estimate(smoke, strategy(name)) for name in ("sparse-upcycling", "clip-moe"))
+    assert sparse.prepare_flops_at_most == 0
+    assert whole.prepare_flops_at_most == whole.train_flops == sparse.train_flops
+    half = estimate(smoke, strategy("btx", budget=0.5))
+    assert half.prepare_flops_at_most == sparse.train_flops // 2
+
+
 def test_an_untrained_control_costs_no_training() -> None:
     assert estimate(PROTOCOLS["smoke"], strategy("dense-frozen")).train_flops == 0
 

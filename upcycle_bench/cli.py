@@ -323,8 +323,7 @@ def list_(
         print(json.dumps({**listing, "broken": registry.broken}, indent=2))
         return
     for each, entries in listing.items():
-        hidden = ("url", "reconstructed", "options", "sources")
-        display.table(each, [{k: v for k, v in entry.items() if k not in hidden} for entry in entries])
+        display.show_listing(each, entries)
 
 
 @app.command()

@@ -126,6 +126,7 @@ class Estimate:
     samples: int
     forward_flops: int
     train_flops: int
+    prepare_flops_at_most: int
 
 
 def estimate(protocol: Protocol, strategy: Strategy) -> Estimate:
@@ -139,9 +140,10 @@ def estimate(protocol: Protocol, strategy: Strategy) -> Estimate:
     )
     steps = schedule.steps if strategy.trains else 0
     samples = steps * schedule.batch_size
-    return Estimate(
-        names if strategy.replaces_ffn else (), total, active, steps, samples, forward, 3 * forward * samples
-    )
+    train_flops = 3 * forward * samples
+    prepare_flops = int(strategy.preparation_budget() * train_flops)
+    replaced = names if strategy.replaces_ffn else ()
+    return Estimate(replaced, total, active, steps, samples, forward, train_flops, prepare_flops)
 
 
 def unequal_shape(protocol: Protocol, strategy: Strategy) -> str | None:

@@ -25,7 +25,8 @@ def show_plan(plan: Plan, as_json: bool) -> None:
 
     device = choose_device()
     costs = estimate(plan.protocol, plan.strategy)
-    seconds = estimate_seconds(plan.protocol, costs.train_flops, device) if costs.train_flops else 0.0
+    flops = costs.train_flops + costs.prepare_flops_at_most
+    seconds = estimate_seconds(plan.protocol, flops, device) if flops else 0.0
     facts: dict[str, Any] = {
         "strategy": plan.label,
         "protocol": plan.protocol.name,
@@ -45,6 +46,7 @@ def show_plan(plan: Plan, as_json: bool) -> None:
         "calibration_pairs": plan.strategy.calibration_pairs,
         "forward_flops_per_pair": costs.forward_flops,
         "training_flops_without_strategy_loss": costs.train_flops,
+        **({"preparation_flops_at_most": costs.prepare_flops_at_most} if costs.prepare_flops_at_most else {}),
         "estimated_training_seconds_on_one_such_device": round(seconds, 1),
         "missing": list(plan.missing),
     }
@@ -159,7 +161,7 @@ def show_preview(cells: Sequence[Cell], done: Sequence[Path | None], flops: int,
     facts = {
         "runs": len(cells),
         "to_do": sum(path is None for path in done),
-        "training_flops_without_strategy_losses": flops,
+        "flops_without_strategy_losses": flops,
         "estimated_training_seconds_on_one_such_device": round(seconds, 1),
         "missing": list(cells[0].plan.missing),
     }
@@ -242,6 +244,16 @@ def runs_bar(total: int) -> Iterator[RunsBar]:
     times = [progress.TimeElapsedColumn(), progress.TimeRemainingColumn()]
     with progress.Progress(*columns, *times, console=stderr, transient=True, disable=not stderr.is_terminal) as bar:
         yield RunsBar(bar, total)
+
+
+def show_listing(kind: str, entries: Sequence[dict[str, Any]]) -> None:
+    """What `list` prints: papers without their arXiv numbers, and who brings them in the title if it is one for all."""
+    hidden = {"url", "reconstructed", "options", "sources"}
+    owners = {entry["from"] for entry in entries}
+    if len(owners) == 1:
+        kind, hidden = f"{kind} from {owners.pop()}", hidden | {"from"}
+    rows = [{key: value for key, value in entry.items() if key not in hidden} for entry in entries]
+    table(kind, [{key: value.split(", arXiv")[0] for key, value in row.items()} for row in rows])
 
 
 def table(title: str, rows: Sequence[dict[str, str]], *, stderr: bool = False) -> None:

@@ -141,12 +141,13 @@ def preview(cells: Sequence[Cell], results: Path, fresh: bool) -> list[Path | No
 
 
 def estimate(cells: Sequence[Cell]) -> tuple[int, float]:
-    """Training FLOPs of all cells without what strategies add, and roughly the seconds of one device like this."""
+    """FLOPs of preparation (at most) and training without what losses of strategies add; seconds on one such device."""
     if not cells:
         return 0, 0.0
     protocol = cells[0].plan.protocol
     strategies = {cell.plan.label: cell.plan.strategy for cell in cells}
-    each = {label: costs.estimate(protocol, strategy).train_flops for label, strategy in strategies.items()}
+    estimates = {label: costs.estimate(protocol, strategy) for label, strategy in strategies.items()}
+    each = {label: made.prepare_flops_at_most + made.train_flops for label, made in estimates.items()}
     flops = sum(each[cell.plan.label] for cell in cells)
     return flops, costs.estimate_seconds(protocol, flops, engine.choose_device()) if flops else 0.0
 

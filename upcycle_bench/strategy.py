@@ -255,6 +255,10 @@ class Strategy(ABC):
         """
         return None
 
+    def preparation_budget(self) -> float:
+        """What `prepare` spends at most, as a share of the training's FLOPs: for the estimate of a dry run."""
+        return 0.0
+
     def init_layer(self, ffn: FFN, layer: Layer, calibration: Any, rng: Stream) -> LayerInit:
         """Experts and router of one layer: a pure function of its arguments, which must not change `ffn`."""
         raise NotImplementedError(f"{self.info.name} replaces FFNs but has no init_layer")
