@@ -181,7 +181,11 @@ def test_interrupted_and_resumed_is_bit_equal(pairs: PairDataset, tmp_path: Path
 def test_metrics_hold_every_term(pairs: PairDataset, tmp_path: Path) -> None:
     progress = train(upcycled(), pairs, job(metrics=tmp_path / "m.jsonl", load_balance=0.01), make_loss=eesd)
     row = json.loads((tmp_path / "m.jsonl").read_text().splitlines()[-1])
+    layers = row.pop("layers")
     assert row == progress.last
+    assert list(layers) == ["vision.1", "vision.3", "text.1"]
+    assert all(sum(layer["load"]) == pytest.approx(1, abs=1e-4) for layer in layers.values())
+    assert all(layer["relative_compactness"] > 0 for layer in layers.values())
     assert row["loss"] == pytest.approx(row["contrastive"] + row["load_balance"] + row["eesd"], rel=1e-6)
     assert 0.01 * 3 * 0.9 < row["load_balance"] < 0.01 * 3 * 2  # three layers, each near 1
     assert row["learning_rate"] == pytest.approx(1e-3 * 1 / 6)

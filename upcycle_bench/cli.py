@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from upcycle_bench import display, upcycle_command
+from upcycle_bench import display, plot_command, upcycle_command
 from upcycle_bench.command import check_output, interruptible, is_main, key_value, terminal_reporter, warn_broken
 from upcycle_bench.errors import UserError
 from upcycle_bench.options import Checkpoint, Data, EvalData, Json, Options, Overrides, ProtocolName, Strategies
@@ -288,6 +288,7 @@ def compress(
 
 
 app.command("upcycle")(upcycle_command.upcycle)
+app.command("plot")(plot_command.plot)
 
 
 @data_app.command("build")

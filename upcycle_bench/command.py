@@ -41,6 +41,11 @@ def check_output(output: Path) -> None:
     """UserError now rather than after the training."""
     if output.suffix != ".safetensors":
         raise UserError(f"--output {output}: give a file name that ends in .safetensors.")
+    writable_file(output)
+
+
+def writable_file(output: Path) -> None:
+    """UserError if its folder is missing or read-only."""
     if not output.absolute().parent.is_dir():
         raise UserError(f"--output {output}: {output.absolute().parent} is not a folder; make it, or choose another.")
     from upcycle_bench.cache import require_writable

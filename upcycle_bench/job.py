@@ -100,7 +100,7 @@ class MetricsFile:
             self.file = self.path.open("a")
         return self
 
-    def write(self, metrics: Mapping[str, float]) -> None:
+    def write(self, metrics: Mapping[str, Any]) -> None:
         """One line."""
         if self.path is not None:
             self.file.write(json.dumps(metrics) + "\n")

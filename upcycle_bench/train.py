@@ -2,7 +2,8 @@
 
 loss = contrastive (gathered over ranks) + load_balance * sum over MoE layers of L_lb + what the strategy adds (Eq. 13).
 AdamW with fresh state, linear warm-up and decay, logit scale clamped. One line of metrics per `log_every` steps goes to
-a JSONL file; with `checkpoint_every` an interrupted run continues, bit for bit, where its last checkpoint stands.
+a JSONL file, with what the routers did (`upcycle_bench.routing`); with `checkpoint_every` an interrupted run continues,
+bit for bit, where its last checkpoint stands.
 
 A strategy may divide the training into stages: where one begins it changes the layers, and the engine is built anew.
 A checkpoint at step s has the form of the stage that made step s; the next stage begins after it is loaded.
@@ -34,6 +35,7 @@ from upcycle_bench.job import SHARE_STEPS, Job, MetricsFile, Progress, last_chec
 from upcycle_bench.moe import MoEFFN, moe_layers
 from upcycle_bench.protocol import learning_rate
 from upcycle_bench.rng import Stream
+from upcycle_bench.routing import watch
 from upcycle_bench.strategy import ExtraLoss
 
 COUNTING_RULE = (
@@ -174,7 +176,8 @@ def train(
             counted = step % max(1, job.stop_step // 4) == 0  # counting slows a step down, so only a few are counted
             counter = flop_counter() if counted else contextlib.nullcontext()
             with counter, _patch_dropout_stream(job.stream, step, rank, device):
-                losses, scale = compute_losses(engine, clip, batch, job, layers, extra)
+                with watch(layers if logged else {}) as seen:
+                    losses, scale = compute_losses(engine, clip, batch, job, layers, extra)
                 loss = torch.stack(list(losses.values())).sum()
                 engine.backward(loss)
                 engine.step()
@@ -193,7 +196,7 @@ def train(
                 _collect_drops(layers, progress)
                 _collect_shares(first, progress)
                 progress.last = _metrics(loss, losses, rate, scale, job, progress)
-                log.write(progress.last)
+                log.write({**progress.last, **({"layers": seen.summary()} if layers else {})})
                 if not math.isfinite(progress.last["loss"]):
                     raise FloatingPointError(f"the loss is {progress.last['loss']} at step {step}: {losses}")
             on_step(progress.step, progress.last)

@@ -1,0 +1,43 @@
+"""`upcycle-bench plot`: figures of runs. Imports nothing heavy."""
+
+from __future__ import annotations
+
+import json
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from upcycle_bench.command import writable_file
+
+
+class Figure(str, Enum):
+    """What can be drawn."""
+
+    loss = "loss"
+    similarity = "similarity"
+    entropy = "entropy"
+    compactness = "compactness"
+    utilisation = "utilisation"
+    probability = "probability"
+    drift = "drift"
+
+
+def plot(
+    runs: Annotated[list[Path], typer.Argument(help="Records: files or folders.")],
+    figure: Annotated[Figure, typer.Option("--figure", "-f", help="What to draw.")],
+    output: Annotated[Path, typer.Option(metavar="FILE", help="Where to: FILE.png, FILE.svg or FILE.pdf.")],
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else there.")
+    ] = False,
+) -> None:
+    """Draw what routers and experts did in training: entropy, similarity, utilisation, drift, loss."""
+    writable_file(output)
+    from upcycle_bench.plot import draw, read_runs
+
+    drawn = draw(read_runs(runs), figure.value, output)
+    if as_json:
+        print(json.dumps({"figure": figure.value, "output": str(output), "records": [str(path) for path in drawn]}))
+    else:
+        print(f"{output}: {figure.value} of {len(drawn)} runs")

@@ -1,0 +1,120 @@
+"""What the routers do while they train: a line of numbers per MoE layer beside the loss, every `log_every` steps.
+
+    with watch(layers) as seen:          # around one forward pass in training
+        loss = ...
+    seen.summary()                       # {"vision.1": {"load": [...], "router_entropy": 1.9, ...}, ...}
+
+Per layer, over the tokens of this rank's batch: `load`, the share of the (token, choice) pairs per expert, before
+capacity; `router_entropy`, the mean over tokens of the full softmax's entropy in nats; `routing_probability`, the mean
+probability of an expert over the tokens that chose it (None: no token); `expert_cosine`, the mean pairwise cosine of
+the experts' parameters after the step; `relative_compactness`, below. These are the quantities of figures 4, 5 and B.1
+to B.4 of arXiv:2604.13508. Watching draws nothing and changes no number of the training.
+
+Shape suffixes: T tokens, D width, N experts, R rows routed to one expert.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from upcycle_bench.diagnostics import expert_cosine
+from upcycle_bench.moe import MoEFFN
+
+
+@contextlib.contextmanager
+def watch(layers: Mapping[str, MoEFFN]) -> Iterator[Watched]:
+    """Observe the next forward pass of each layer, until the block ends."""
+    watched = Watched({name: _Seen(layer) for name, layer in layers.items()})
+    try:
+        yield watched
+    finally:
+        for seen in watched.seen.values():
+            seen.close()
+
+
+class Watched:
+    """What was seen of every layer."""
+
+    def __init__(self, seen: dict[str, _Seen]) -> None:
+        self.seen = seen
+
+    def summary(self) -> dict[str, dict[str, Any]]:
+        """Numbers by layer name, with five digits."""
+        return {name: seen.summary() for name, seen in self.seen.items() if seen.input_TD is not None}
+
+
+class _Seen:
+    def __init__(self, layer: MoEFFN) -> None:
+        self.layer = layer
+        self.input_TD: Tensor | None = None
+        self.router_ND = self.counts_N = torch.empty(0)
+        self.out_RD: list[Tensor] = []
+        self.inside = False  # a loss may call the experts again, outside the layer
+        self.handles = [
+            layer.moe.register_forward_pre_hook(self._enter),
+            layer.moe.register_forward_hook(self._leave),
+            *(expert.register_forward_hook(self._expert) for expert in layer.experts),
+        ]
+
+    def close(self) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+    def _enter(self, *_: Any) -> None:
+        self.inside = True
+        self.out_RD.clear()
+
+    def _expert(self, _module: nn.Module, _args: Any, output: Any) -> None:
+        if self.inside and isinstance(output, Tensor) and output.dim() == 2:
+            self.out_RD.append(output.detach())
+
+    def _leave(self, _module: nn.Module, args: tuple[Tensor, ...], output: tuple[Any, ...]) -> None:
+        # Only kept here: what is computed inside the step would count as FLOPs of the training.
+        self.inside = False
+        self.input_TD, self.counts_N = args[0].detach(), output[2]
+        self.router_ND = self.layer.gate.wg.weight.detach().clone()
+
+    @torch.no_grad()
+    def summary(self) -> dict[str, Any]:
+        assert self.input_TD is not None
+        dtype = torch.promote_types(self.input_TD.dtype, torch.float32)
+        probs_TN = torch.softmax(self.input_TD.to(dtype) @ self.router_ND.to(dtype).T, dim=1)
+        entropy = -torch.special.xlogy(probs_TN, probs_TN).sum(1).mean()
+        routed_TN = torch.zeros_like(probs_TN).scatter_(1, probs_TN.topk(self.layer.gate.k, dim=1).indices, 1)
+        chance_N = (probs_TN * routed_TN).sum(0) / routed_TN.sum(0)  # nan: no token
+        load_N = self.counts_N.double() / self.counts_N.sum()
+        whole = len(self.out_RD) == self.layer.layer.num_experts  # not under expert parallelism: others' rows are apart
+        compactness = relative_compactness(self.out_RD) if whole else None
+        return {
+            "load": [round(share, 5) for share in load_N.tolist()],
+            "router_entropy": round(float(entropy), 5),
+            "routing_probability": [None if p != p else round(p, 5) for p in chance_N.tolist()],
+            "expert_cosine": round(expert_cosine(self.layer.experts), 5) if self.layer.settings.ep_size == 1 else None,
+            "relative_compactness": None if compactness is None else float(f"{compactness:.5g}"),
+        }
+
+
+@torch.no_grad()
+def relative_compactness(out_RD: Sequence[Tensor]) -> float | None:
+    """Tr(S_W pinv(S_B)) / N of the experts' outputs, one [R, D] each; None where the means of experts coincide.
+
+    S_W is the covariance within experts, pooled over all rows; S_B that of the N experts' mean outputs, of rank at most
+    N - 1. Lower: the variance inside experts lies in other directions than their means. The paper's formula is not
+    printed; this reading of its text is neural collapse's NC1 (reconstructed). Experts without rows are left out.
+    """
+    rows = [rows_RD.double() for rows_RD in out_RD if len(rows_RD)]
+    means_ND = torch.stack([rows_RD.mean(0) for rows_RD in rows])
+    apart_ND = means_ND - means_ND.mean(0)
+    _, s_N, axes_ND = torch.linalg.svd(apart_ND, full_matrices=False)  # S_B = axes^T diag(s^2 / N) axes
+    kept = s_N > max(float(s_N[0]) * 1e-6, float(means_ND.norm()) * 1e-12)
+    kept[len(rows) - 1 :] = False  # centred means: one direction fewer than experts
+    if not kept.any():
+        return None
+    along = torch.cat([(own_RD - mean_D) @ axes_ND[kept].T for own_RD, mean_D in zip(rows, means_ND, strict=True)])
+    variance = along.square().mean(0)  # of S_W along each axis
+    return float((variance / (s_N[kept].square() / len(rows))).sum() / len(rows))
