@@ -1,4 +1,4 @@
-"""The least time that a piece of work can take on this machine: its FLOPs and bytes over rates measured in the same run.
+"""The least time that a piece of work can take here: its FLOPs and bytes over rates measured in the same run.
 
 seconds = floor(step, "bf16", settings, parameters=8_000_000)
 """

@@ -29,13 +29,14 @@ from upcycle_bench.strategy import FFN, Layer, configure
 from upcycle_bench.surgery import upcycle
 from upcycle_bench.threads import one_thread
 
-WIDTH, EXPERTS = 512, 8  # of the single layer of row 8; a hidden width of 2,048
+WIDTH, EXPERTS = 768, 8  # of the single layer of row 8: ViT-B's
+MEMORY_WIDTH = 256  # where its memory is measured, which is not a matter of width
 CLUSTER_TOKENS, CHUNK = 8192, 4096
 RNG = Stream(("bench", "clusters"))
 
 
 def token_stream(count: int, width: int, device: torch.device, chunk: int = CHUNK) -> Iterator[Tensor]:
-    """Normal tokens with a falling spectrum, made as they are asked for: clusters of about equal size, all full rank."""
+    """Normal tokens with a falling spectrum, made as they are asked for: clusters of about equal size, of full rank."""
     generator = torch.Generator().manual_seed(0)
     scale_D = torch.linspace(1, 0.1, width)
     for start in range(0, count, chunk):
@@ -101,10 +102,10 @@ def cluster_aware_total(settings: Settings) -> Iterator[Row]:
 
 @measures(8)
 def naive_ratio(settings: Settings) -> Iterator[Row]:
-    """Naive / ours for one layer of width 512 with 8 experts, clusters fitted on 8,192 tokens; at most three rounds.
+    """Naive / ours for one layer of ViT-B's width with 8 experts, clusters fitted on 8,192 of 32,768 tokens.
 
-    A narrower layer than ViT-B's 768, which would take several times as long. Time on 32,768 tokens; memory beyond
-    that of the process, in processes of their own, on 65,536 / on 16,384 tokens.
+    Then memory beyond that of the process before, each in a process of its own, on 65,536 / on 16,384 tokens of width
+    256. At most three rounds, of the naive memory one.
     """
     ffn = random_ffn(WIDTH, torch.Generator().manual_seed(0))
     ffn = replace(ffn, **{name: getattr(ffn, name).to(settings.device) for name in ("w1_HD", "b1_H", "w2_DH", "b2_D")})
@@ -117,10 +118,8 @@ def naive_ratio(settings: Settings) -> Iterator[Row]:
         rounds=settings.few_rounds,
         warm=False,
     )
-    for kind, goal in (("ours", "<= 1.05"), ("naive", "")):
-        ratios = sorted(
-            peak_bytes(kind, 65536, settings) / peak_bytes(kind, 16384, settings) for _ in range(settings.few_rounds)
-        )
+    for kind, goal, rounds in (("ours", "<= 1.05", settings.few_rounds), ("naive", "", 1)):
+        ratios = sorted(peak_bytes(kind, 65536, settings) / peak_bytes(kind, 16384, settings) for _ in range(rounds))
         yield Row(
             name=f"peak memory at 4 times the data / at once the data, {kind}",
             goal=goal,
@@ -162,12 +161,12 @@ def child(kind: str, tokens: int, threads: int) -> int:
 
     torch.set_num_threads(threads)
     work = {"ours": our_experts, "naive": stored_experts}[kind]
-    cpu, small = torch.device("cpu"), random_ffn(WIDTH, torch.Generator().manual_seed(0))
-    work(small, CLUSTER_TOKENS)  # libraries load and allocate their buffers
+    work(random_ffn(32, torch.Generator().manual_seed(0)), CLUSTER_TOKENS)  # libraries load and allocate their buffers
+    ffn = random_ffn(MEMORY_WIDTH, torch.Generator().manual_seed(0))
     forget_peak_memory()
-    before = peak_memory(cpu)
-    work(small, tokens)
-    return peak_memory(cpu) - before
+    before = peak_memory(torch.device("cpu"))
+    work(ffn, tokens)
+    return peak_memory(torch.device("cpu")) - before
 
 
 if __name__ == "__main__":

@@ -44,7 +44,8 @@ def settings_of(capacity_factor: float) -> protocol.MoE:
 def random_ffn(width: int, generator: torch.Generator) -> FFN:
     """A dense FFN of hidden width 4 D, weights of an ordinary size."""
     shapes = ((4 * width, width), (4 * width,), (width, 4 * width), (width,))
-    return FFN(*(torch.randn(shape, generator=generator) / width**0.5 for shape in shapes), nn.GELU())
+    w1_HD, b1_H, w2_DH, b2_D = (torch.randn(shape, generator=generator) / width**0.5 for shape in shapes)
+    return FFN(w1_HD, b1_H, w2_DH, b2_D, nn.GELU())
 
 
 def create_layer(width: int, capacity_factor: float, seed: int = 0) -> MoEFFN:

@@ -7,7 +7,7 @@ def moe_layer(settings: Settings) -> Iterator[Row]: ...      # one or more rows 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -18,7 +18,7 @@ class Settings:
 
     threads: int = 2
     rounds: int = 5
-    device: torch.device = torch.device("cpu")
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     @property
     def few_rounds(self) -> int:
