@@ -26,7 +26,8 @@ ROUNDS = 7
 
 def ratio(step: Callable[[], Any]) -> tuple[float, float, float]:
     """(default seconds, plain seconds, default / plain): medians over alternating rounds; the ratio of each pair."""
-    default, plain = [], []
+    default: list[float] = []
+    plain: list[float] = []
     for number in range(ROUNDS + 1):
         for seconds, kernel in ((default, contextlib.nullcontext()), (plain, sdpa_kernel(SDPBackend.MATH))):
             with kernel:

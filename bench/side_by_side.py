@@ -31,7 +31,7 @@ class MadeUpPairs:
         """Batches of the steps [start, stop)."""
         from upcycle_bench.data import Batch
 
-        for _ in range(start, stop):
+        for _step in range(start, stop):
             images = torch.randint(256, (size, 3, 32, 32), dtype=torch.uint8, generator=self.generator)
             length = torch.randint(3, 9, (size, 1), generator=self.generator)
             place = torch.arange(self.context)

@@ -1,0 +1,7 @@
+"""`make bench`: how fast it is, as ratios of two things measured in turns in one run.
+
+    python -m bench [--only moe_layer] [--rounds 5] [--threads 2] [--device cpu] [--markdown docs/performance.md]
+
+Rows are numbered as their goals are. Each stands in `layers.py`, `steps.py`, `initialisation.py` or `pipeline.py`, and
+what it compares with beside it (`training.py`, `naive.py`). `attention.py` and `side_by_side.py` are scripts apart.
+"""

@@ -1,0 +1,91 @@
+"""Rows as JSON and as a table, and the machine they were measured on.
+
+write_json(rows, Path("bench/latest.json")); put_into(Path("docs/performance.md"), markdown(results, machine(settings)))
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from bench.floor import Rates
+from bench.rows import Row, Settings
+from upcycle_bench import environment
+
+KEYS = ("name", "goal", "value", "min", "max", "unit")
+HEADER = ("#", "measured", "goal", "median", "least to greatest", "CPU time", "seconds", "floor of ours", "reached")
+MARK = re.compile(r"(<!-- measured: bench -->\n).*?(<!-- end -->)", re.DOTALL)
+Results = Mapping[int, Sequence[Row] | str]  # by goal number; a text says why there is nothing
+
+
+def write_json(results: Results, path: Path) -> None:
+    """A list of {name, goal, value, min, max, unit}."""
+    rows = [row for part in results.values() if not isinstance(part, str) for row in part]
+    tree = [{key: asdict(row)[key] for key in KEYS} for row in rows]
+    path.write_text(json.dumps(tree, indent=1, allow_nan=False) + "\n")
+
+
+def cells(number: int, row: Row) -> list[str]:
+    """One line of the table, as texts in the order of HEADER."""
+    seconds = row.unit == "s"
+    shown = "{:.2f} s" if seconds else "{:.2f}"
+    reached = {True: "yes", False: "no", None: ""}[row.reached]
+    return [
+        str(number),
+        row.name,
+        row.goal + (" s" if seconds and row.goal else ""),
+        shown.format(row.value),
+        f"{row.min:.2f} to {row.max:.2f}",
+        "" if row.cpu is None else shown.format(row.cpu),
+        "" if row.sides is None else (" - " if seconds else " / ").join(map(_significant, row.sides)),
+        "" if row.floor is None else _significant(row.floor),
+        reached,
+    ]
+
+
+def _significant(seconds: float) -> str:
+    return f"{seconds:.3g}"
+
+
+def lines(results: Results) -> list[list[str]]:
+    """All lines of the table."""
+    found = []
+    for number, part in results.items():
+        if isinstance(part, str):
+            found.append([str(number), part, *[""] * (len(HEADER) - 2)])
+        else:
+            found.extend(cells(number, row) for row in part)
+    return found
+
+
+def markdown(results: Results, about: str) -> str:
+    """What stands in docs/performance.md."""
+    table = [HEADER, ["---"] * len(HEADER), *lines(results)]
+    return about + "\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in table) + "\n"
+
+
+def machine(settings: Settings, rates: Rates) -> str:
+    """The machine, its measured rates, and the versions that matter, as one paragraph."""
+    facts: dict[str, Any] = environment.capture(settings.device.type)
+    names = ("torch", "deepspeed", "open_clip_torch", "faiss-cpu", "faiss-gpu", "numpy")
+    versions = ", ".join(f"{name} {facts['packages'][name]}" for name in names if facts["packages"][name])
+    speed = ", ".join(f"{rate / 1e9:.0f} GFLOP/s in {precision}" for precision, rate in rates.flops.items())
+    memory = facts["memory_bytes"] / 2**30
+    text = (
+        f"{facts['device']}, {facts['cores']} cores, {settings.threads} threads, {memory:.0f} GiB; {speed}, "
+        f"{rates.bandwidth / 1e9:.1f} GB/s (measured in the same run). Python {facts['python']}, {versions}. "
+        f"{settings.rounds} rounds."
+    )
+    return text
+
+
+def put_into(document: Path, text: str) -> None:
+    """Replace what stands between the marks in that file."""
+    before = document.read_text(encoding="utf-8")
+    assert MARK.search(before), f"{document} has no place for the table"
+    after = MARK.sub(lambda match: match[1] + text + match[2], before)
+    document.write_text(after, encoding="utf-8", newline="\n")
