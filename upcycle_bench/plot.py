@@ -144,6 +144,7 @@ def _depth(figure: Figure, runs: Sequence[Run], key: str, title: str) -> None:
             ]
             panels[1, column].plot(*zip(*points, strict=True), "o-", color=colours[run.label], label=run.label)
         panels[1, column].set(xlabel="block, at the end of training")
+        panels[1, column].xaxis.get_major_locator().set_params(integer=True)
     figure.supylabel(title)
 
 
