@@ -49,6 +49,7 @@ from torch import Tensor
 from upcycle_bench import evalsets, packed
 from upcycle_bench.errors import UserError, unknown
 from upcycle_bench.evalsets import EvalSet
+from upcycle_bench.features import embed, encode_images, finite
 from upcycle_bench.hookspecs import hookimpl
 from upcycle_bench.scoring import Judged, Task, chance_at_k, fit_scale, judge
 from upcycle_bench.suite import AVERAGE, EvalContext, Score, Suite, SuiteInfo, SuiteResult
@@ -245,15 +246,6 @@ def classification_task(evalset: EvalSet, context: EvalContext, known: dict[str,
     return Task(images_QD, classes_CD, torch.as_tensor(labels), torch.arange(len(classes_CD)))
 
 
-def encode_images(evalset: EvalSet, context: EvalContext) -> tuple[Tensor, list[Any]]:
-    """Normalised image embeddings [Q, D] and what stands beside each image: its label or its captions."""
-    embeddings, beside = [], []
-    for images_B3HW, labels_or_captions in context.track(evalset.batches, f"{evalset.name}: images"):
-        embeddings.append(_embed(context.model.encode_image, images_B3HW, context))
-        beside.extend(labels_or_captions)
-    return _finite(torch.cat(embeddings), evalset.name), beside
-
-
 def encode_texts(texts: list[str], name: str, context: EvalContext, known: dict[str, Tensor]) -> Tensor:
     """Normalised text embeddings [len(texts), D]; a text is encoded once, into `known`, so equal ones tie exactly."""
     unknown_texts = [text for text in dict.fromkeys(texts) if text not in known]
@@ -263,22 +255,9 @@ def encode_texts(texts: list[str], name: str, context: EvalContext, known: dict[
     encode = partial(packed.encode_text, model) if packed.packs(model) else model.encode_text
     for start in context.track(starts, f"{name}: texts"):
         batch = unknown_texts[start : start + context.batch_size]
-        text_BD = _embed(encode, context.tokenizer(batch), context)
+        text_BD = embed(encode, context.tokenizer(batch), context)
         known.update(zip(batch, text_BD, strict=True))
-    return _finite(torch.stack([known[text] for text in texts]), name)
-
-
-@torch.no_grad()
-def _embed(encode: Any, inputs: Tensor, context: EvalContext) -> Tensor:
-    with torch.autocast(context.device.type, enabled=False):
-        return F.normalize(encode(inputs.to(context.device)).float(), dim=-1).cpu()
-
-
-def _finite(embeddings: Tensor, name: str) -> Tensor:
-    # NaN compares as "not ahead of me": a diverged model would rank every right answer first.
-    if not embeddings.isfinite().all():
-        raise UserError(f"zero-shot: the model's embeddings of {name} are not finite; the run has diverged.")
-    return embeddings
+    return finite(torch.stack([known[text] for text in texts]), name)
 
 
 @hookimpl

@@ -17,9 +17,17 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from upcycle_bench import display, plot_command, upcycle_command
-from upcycle_bench.command import check_output, interruptible, is_main, key_value, terminal_reporter, warn_broken
+from upcycle_bench.command import (
+    check_output,
+    interruptible,
+    is_main,
+    key_value,
+    names_of,
+    terminal_reporter,
+    warn_broken,
+)
 from upcycle_bench.errors import UserError
-from upcycle_bench.options import Checkpoint, Data, EvalData, Json, Options, Overrides, ProtocolName, Strategies
+from upcycle_bench.options import Checkpoint, Data, EvalData, Json, Options, Overrides, ProtocolName, Strategies, Suites
 
 if TYPE_CHECKING:
     from upcycle_bench.matrix import Cell
@@ -96,6 +104,7 @@ def run(
     data: Data = None,
     checkpoint: Checkpoint = None,
     eval_data: EvalData = None,
+    suite: Suites = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would run and what it costs.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -106,7 +115,7 @@ def run(
     if jobs > 1 and "RANK" in os.environ:
         raise UserError("--jobs starts processes of its own and does not go with torchrun; leave one of them out.")
     reporter = terminal_reporter()
-    plans = _plans(strategy, protocol, option, overrides, data, checkpoint, eval_data, reporter)
+    plans = _plans(strategy, protocol, option, overrides, data, checkpoint, eval_data, reporter, suite)
     settings = plans[0].protocol
     cells = list(matrix.enumerate_cells(plans, pairs))
     if not plans[0].missing:
@@ -126,6 +135,7 @@ def run(
         "--data": data and [data],
         "--checkpoint": checkpoint and [checkpoint],
         "--eval-data": eval_data and [eval_data],
+        "--suite": suite and [suite],
     }
     shared = [str(part) for name, values in given.items() for value in values or [] for part in (name, value)]
     shared += ["--fresh"] if fresh else []
@@ -172,6 +182,7 @@ def _plans(
     checkpoint: Path | None,
     eval_data: Path | None,
     reporter: Reporter,
+    suite: str | None = None,
 ) -> list[Plan]:
     """A plan for each strategy that is named, with the first seeds."""
     from upcycle_bench import matrix
@@ -188,7 +199,18 @@ def _plans(
     options = dict(key_value(text) for text in option or [])
     settings = load_protocol(registry.get("protocol", protocol).target, overrides)
     with interruptible("nothing was written"):  # the data are built here if the cache lacks them
-        return [make_plan(registry, name, settings, options=options, paths=paths, reporter=reporter) for name in names]
+        return [
+            make_plan(
+                registry,
+                name,
+                settings,
+                options=options,
+                paths=paths,
+                suites=names_of(suite),
+                reporter=reporter,
+            )
+            for name in names
+        ]
 
 
 def _show_dry_run(cells: list[Cell], results: Path, fresh: bool, as_json: bool) -> None:

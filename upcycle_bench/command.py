@@ -66,6 +66,11 @@ def key_value(text: str) -> tuple[str, str]:
     return key, value
 
 
+def names_of(text: str | None) -> list[str]:
+    """The names of a,b,c; none of nothing."""
+    return [name.strip() for name in text.split(",")] if text else []
+
+
 def warn_broken(broken: dict[str, str]) -> None:
     """Name the plugins that did not load."""
     if is_main():

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +36,7 @@ def show_plan(plan: Plan, as_json: bool) -> None:
         "seeds": {"init": plan.init_seed, "train": plan.train_seed},
         "training_fingerprint": plan.training_fingerprint,
         "suite_fingerprints": plan.suite_fingerprints,
+        **({"skipped": plan.skipped} if plan.skipped else {}),
         "blocks_replaced": list(costs.layers),
         **({"experts": plan.moe.experts, "top_k": plan.moe.top_k} if costs.layers else {}),
         "parameters_total": costs.parameters_total,
@@ -89,6 +90,7 @@ def show_record(made: Record, path: Path) -> None:
     ]
     seeds = made.seeds
     table(f"{made.strategy.label}, protocol {made.protocol.name}, seeds {seeds.init} and {seeds.train}", scores)
+    show_skipped(made.skipped)
     primaries = sum(score.primary for score in made.scores)
     rest = f"; all {len(made.scores)} scores, strata included, stand in the record" if averaged else ""
     print(f"primary: {made.primary:.4f}" + (f", the mean of {primaries} scores" if primaries > 1 else "") + rest)
@@ -104,6 +106,12 @@ def show_record(made: Record, path: Path) -> None:
 
     print(f"weights: {cache_root() / 'weights' / f'{made.hashes.weights}.safetensors'}")
     print(f"record: {path}")
+
+
+def show_skipped(skipped: Mapping[str, str]) -> None:
+    """What did not run, and why."""
+    for name, reason in skipped.items():
+        print(f"skipped: {name}: {reason}")
 
 
 def show_world(world: World, built: bool, as_json: bool) -> None:

@@ -79,8 +79,9 @@ def write_classification(
     classnames: Sequence[str],
     templates: Sequence[str],
     strata: Sequence[str] | None = None,
+    split: str = "test",
 ) -> int:
-    """Write (image, class index) samples as a zero-shot classification set; returns how many.
+    """Write (image, class index) samples as one split of a zero-shot classification set; returns how many.
 
     `strata` holds one label for each sample: letters, digits, `_`, `.` and `-`.
     """
@@ -93,7 +94,7 @@ def write_classification(
                 raise ValueError(f"{folder.name}: label {label} is not one of {len(classnames)} classes")
             yield {"png": png(image), "cls": str(label).encode()}
 
-    count = _write(folder, "classification", encoded(), strata)
+    count = _write(folder, "classification", encoded(), strata, split)
     _write_lines(folder / CLASSNAMES, classnames)
     _write_lines(folder / TEMPLATES, templates)
     return count
@@ -113,13 +114,19 @@ def write_retrieval(
     return _write(folder, "retrieval", encoded(), strata)
 
 
-def _write(folder: Path, kind: Kind, samples: Iterable[Mapping[str, bytes]], strata: Sequence[str] | None) -> int:
-    count = write_shard(folder / "test" / "0.tar", samples)
+def _write(
+    folder: Path,
+    kind: Kind,
+    samples: Iterable[Mapping[str, bytes]],
+    strata: Sequence[str] | None,
+    split: str = "test",
+) -> int:
+    count = write_shard(folder / split / "0.tar", samples)
     if strata is not None:
         if len(strata) != count or not all(map(STRATUM.fullmatch, strata)):
             raise ValueError(f"{folder.name}: {count} samples need a stratum each, of letters, digits, _ . and -")
         _write_lines(folder / STRATA, strata)
-    _write_lines(folder / "test" / "nshards.txt", ["1"])
+    _write_lines(folder / split / "nshards.txt", ["1"])
     _write_lines(folder / TYPE, [kind])
     return count
 
@@ -162,6 +169,14 @@ def read(folder: Path, transform: Callable[[Any], Any], batch_size: int, split: 
     classnames, templates = tuple(dataset.classes or ()), tuple(dataset.templates or ())
     strata = _strata(folder, files) if folder / STRATA in files else ()
     return EvalSet(folder.name, kind, classnames, templates, dataset.batched(batch_size), strata)
+
+
+def classnames(folder: Path) -> tuple[str, ...]:
+    """The classes of a classification set, as CLIP_benchmark reads them."""
+    path = folder / CLASSNAMES
+    if not path.is_file():
+        raise UserError(f"evaluation set {folder.name}: {CLASSNAMES} missing in {folder}; copy the set again.")
+    return tuple(line.strip() for line in path.read_text(encoding="utf-8").splitlines())
 
 
 def digest(folder: Path, split: str = "test") -> str:

@@ -99,7 +99,7 @@ def finished(cell: Cell, run_id: str, records: Records) -> Path | None:
     fitting = [
         (made.created_at, path)
         for path, made in records.items()
-        if made.status == "ok" and made.run_id == run_id and _describes(made, cell)
+        if made.status == "ok" and made.run_id == run_id and _describes(made, cell) and _complete(made, cell)
     ]
     return max(fitting)[1] if fitting else None
 
@@ -111,9 +111,15 @@ def _describes(made: record.Record, cell: Cell) -> bool:
         made.strategy.label == plan.label
         and (protocol.name, protocol.division) == (plan.protocol.name, plan.division)
         and protocol.training_fingerprint == plan.training_fingerprint
-        and protocol.suite_fingerprints == plan.suite_fingerprints
+        and protocol.suite_fingerprints.items() <= plan.suite_fingerprints.items()
+        and plan.suite_fingerprints.keys() - protocol.suite_fingerprints.keys() <= made.skipped.keys()
         and (made.seeds.init, made.seeds.train) == (plan.init_seed, plan.train_seed)
     )
+
+
+def _complete(made: record.Record, cell: Cell) -> bool:
+    """Whether no suite that this cell wants was skipped."""
+    return made.protocol.suite_fingerprints == cell.plan.suite_fingerprints
 
 
 def read_records(results: Path, known: Collection[Path] = ()) -> dict[Path, record.Record]:

@@ -23,3 +23,7 @@ Overrides = Annotated[
 Data = Annotated[str | None, typer.Option(help="Training shards (clip-*): a folder, or train/{000..127}.tar.")]
 Checkpoint = Annotated[Path | None, typer.Option(help="The dense open_clip model (clip-*).")]
 EvalData = Annotated[Path | None, typer.Option(help="Folder with the evaluation sets (clip-*).")]
+Suites = Annotated[
+    str | None,
+    typer.Option("--suite", help="Which of the protocol's suites: a,b or all; else those that are not optional."),
+]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -14,7 +15,7 @@ from typing import Any, Literal
 import torch
 from pydantic import ValidationError
 
-from upcycle_bench import costs, distributed, engine, evalsets
+from upcycle_bench import costs, distributed, engine
 from upcycle_bench.cache import file_sha256
 from upcycle_bench.data import expand_shards, shards_digest
 from upcycle_bench.dense import model_config
@@ -46,6 +47,7 @@ class Paths:
 class Plan:
     """One run, resolved. `missing` names what must still be given before it can run; fingerprints are then None.
 
+    `suites` are those that are wanted and can run, `skipped` says why the others cannot.
     `moe` is what the strategy makes of the protocol's; `unequal` says why that does not compare, if it does not.
     """
 
@@ -63,6 +65,7 @@ class Plan:
     dense_identity: str | None
     training_fingerprint: str | None
     suite_fingerprints: dict[str, str | None]
+    skipped: dict[str, str]
     missing: tuple[str, ...]
 
     @property
@@ -86,9 +89,12 @@ def make_plan(
     init_seed: int = 0,
     train_seed: int = 0,
     paths: Paths | None = None,
+    suites: Sequence[str] = (),
     reporter: Reporter | None = None,
 ) -> Plan:
     """Resolve names, options, data and checkpoint; a world that the cache lacks is built, which `reporter` shows.
+
+    `suites`: names of the protocol's suites, optional ones included, or "all"; nothing: those that are not optional.
 
     Raises UserError, one line, for anything that is wrong.
     """
@@ -97,7 +103,7 @@ def make_plan(
     usual = configure(entry.target, protocol.strategies.get(strategy_name, {}))
     strategy = configure(entry.target, protocol.strategies.get(strategy_name, {}) | (options or {}))
     moe, unequal = resolve_moe(strategy, protocol.moe), costs.unequal_shape(protocol, strategy)
-    suites = {name: _suite(registry, name, settings) for name, settings in protocol.suites.items()}
+    wanted = make_suites(registry, protocol, suites)
     missing = []
     dense_identity, checkpoint = None, paths.checkpoint
     if protocol.data.world == "local":
@@ -121,9 +127,7 @@ def make_plan(
         checkpoint, dense_identity = shipped_checkpoint(protocol), protocol.dense.shipped
     elif world is not None:
         dense_identity = dense_recipe(protocol, world)
-    if world is not None:
-        for suite in suites.values():
-            evalsets.require(world.eval_root, suite.datasets())
+    fingerprints, skipped = suite_fingerprints(wanted, world.eval_root) if world else (dict.fromkeys(wanted), {})
     resolved = world is not None and dense_identity is not None
     return Plan(
         protocol=protocol,
@@ -132,16 +136,15 @@ def make_plan(
         moe=moe,
         unequal=unequal,
         label=_label(strategy, usual),
-        suites=suites,
+        suites={name: suite for name, suite in wanted.items() if name not in skipped},
         init_seed=init_seed,
         train_seed=train_seed,
         world=world,
         checkpoint=checkpoint,
         dense_identity=dense_identity,
         training_fingerprint=_training_fingerprint(protocol, world, dense_identity, unequal) if resolved else None,
-        suite_fingerprints={
-            name: suite_fingerprint(suite, world.eval_root) if world else None for name, suite in suites.items()
-        },
+        suite_fingerprints=fingerprints,
+        skipped=skipped,
         missing=tuple(missing),
     )
 
@@ -196,10 +199,34 @@ def _training_fingerprint(
 
 def suite_fingerprint(suite: Suite, eval_root: Path) -> str:
     """Everything that can change a suite's scores of given weights: its version, settings and data."""
-    data = {name: evalsets.digest(eval_root / name) for name in suite.datasets()}
-    return fingerprint(
-        {"suite": suite.info.name, "version": suite.info.version, "config": suite.config(), "data": data}
-    )
+    facts = {"suite": suite.info.name, "version": suite.info.version, "config": suite.config()}
+    return fingerprint({**facts, "data": suite.sources(eval_root)})
+
+
+def suite_fingerprints(suites: Mapping[str, Suite], eval_root: Path) -> tuple[dict[str, str | None], dict[str, str]]:
+    """Fingerprints of the suites that can run, and why the others cannot; UserError if that is none."""
+    found: dict[str, str | None] = {}
+    skipped: dict[str, str] = {}
+    for name, suite in suites.items():
+        try:
+            found[name] = suite_fingerprint(suite, eval_root)
+        except UserError as error:
+            skipped[name] = str(error)
+    if not found:
+        raise UserError(" ".join(skipped.values()))
+    return found, skipped
+
+
+def make_suites(registry: Registry, protocol: Protocol, names: Sequence[str] = ()) -> dict[str, Suite]:
+    """The suites of those names as the protocol sets them, in its order; see `make_plan`."""
+    every = protocol.suites | protocol.optional_suites
+    if "all" in names and len(names) > 1:
+        raise UserError("--suite: 'all' stands alone; it names every suite of the protocol.")
+    for name in names:
+        if name != "all" and name not in every:
+            raise unknown(f"suite of protocol {protocol.name}", name, every)
+    chosen = every if "all" in names else names or protocol.suites
+    return {name: _suite(registry, name, settings) for name, settings in every.items() if name in chosen}
 
 
 def _suite(registry: Registry, name: str, settings: dict[str, Any]) -> Suite:

@@ -117,6 +117,9 @@ class Protocol(Frozen):
     moe: MoE
     train: Train
     suites: dict[str, dict[str, Any]]
+    optional_suites: dict[str, dict[str, Any]] = Field(
+        default_factory=dict, description="suites that only run when --suite names them: expensive, or new"
+    )
     strategies: dict[str, dict[str, Any]] = Field(
         default_factory=dict, description="options of a strategy that depend on the scale, where not its defaults"
     )
@@ -132,6 +135,12 @@ class Protocol(Frozen):
     def division(self) -> Literal["closed", "open"]:
         """Only closed runs compare; any override makes a run open."""
         return "open" if self.overrides else "closed"
+
+    @model_validator(mode="after")
+    def _each_suite_once(self) -> Protocol:
+        if twice := self.suites.keys() & self.optional_suites.keys():
+            raise ValueError(f"suites and optional_suites both have {', '.join(sorted(twice))}")
+        return self
 
     @model_validator(mode="after")
     def _sources_exist(self) -> Protocol:

@@ -105,6 +105,8 @@ class ScoreRecord(Part):
     chance: float | None
     samples: int = Field(ge=1)
     primary: bool
+    standard_error: float | None = Field(default=None, ge=0)
+    interval: tuple[float, float] | None = Field(default=None, description="95 %")
 
 
 class PhaseCost(Part):
@@ -154,7 +156,11 @@ class Record(Part):
         "the strategy notes",
     )
     scores: list[ScoreRecord] = Field(default_factory=list)
-    primary: float | None = Field(default=None, description="mean of the primary scores")
+    primary: float | None = Field(default=None, description="mean of the primary scores, those of one suite")
+    skipped: dict[str, str] = Field(default_factory=dict, description="suite, or suite/part -> why it did not run")
+    suite_notes: dict[str, JsonValue] = Field(
+        default_factory=dict, description="suite -> what it says of its data: classes, hashes of few-shot manifests"
+    )
     diagnostics: dict[str, JsonValue] = Field(
         default_factory=dict,
         description="the receipt's numbers after training, and each term's share of the loss at its start",

@@ -29,7 +29,7 @@ from upcycle_bench.progress import Reporter
 from upcycle_bench.rng import Stream
 from upcycle_bench.step0 import diagnosed, initialise
 from upcycle_bench.strategy import Strategy
-from upcycle_bench.suite import EvalContext, SuiteResult
+from upcycle_bench.suite import EvalContext, Suite, SuiteResult
 from upcycle_bench.surgery import merge
 from upcycle_bench.train import COUNTING_RULE, train
 
@@ -60,7 +60,7 @@ def run(plan: Plan, results: Path, reporter: Reporter, *, fresh: bool = False) -
                     keep(state, key, model, dense, work)
                 if distributed.is_main():
                     assert state.final is not None
-                    outcome = evaluate(plan, state.final, state.meter, reporter)
+                    outcome = evaluate(plan, state.final, state.meter, reporter, state.weights or "")
                     state.diagnostics = diagnostics(state, dense, data)
                     path = write_record(state, outcome, state.final, results)
                     _keep_metrics(state.metrics, path)
@@ -126,19 +126,54 @@ def train_model(
     return progress
 
 
-def evaluate(plan: Plan, final: Clip, meter: Meter, reporter: Reporter) -> dict[str, SuiteResult]:
-    """All suites of the protocol on the final weights, on this rank alone."""
+def evaluate(plan: Plan, final: Clip, meter: Meter, reporter: Reporter, digest: str = "") -> dict[str, SuiteResult]:
+    """All suites of the plan on the final weights, whose sha256 `digest` is, on this rank alone."""
     assert plan.world is not None
+    return score(plan.suites, plan.world.eval_root, final, meter, reporter, digest)
+
+
+def score(
+    suites: Mapping[str, Suite], root: Path, final: Clip, meter: Meter, reporter: Reporter, digest: str
+) -> dict[str, SuiteResult]:
+    """What each suite says of the model. One that fails is skipped, with its reason, unless none goes through."""
     context = EvalContext(
         model=final.model.to(meter.device).eval(),
         tokenizer=final.tokenize,
         transform=final.transform,
-        root=plan.world.eval_root,
+        root=root,
         device=meter.device,
+        weights=digest,
         track=reporter.track,
     )
+    results: dict[str, SuiteResult] = {}
+    errors = []
     with meter.phase("evaluate", count=True):
-        return {name: suite.evaluate(context) for name, suite in plan.suites.items()}
+        for name, suite in suites.items():
+            try:
+                results[name] = suite.evaluate(context)
+            except Exception as error:  # whatever a suite does, it must not take the others down
+                errors.append(error)
+                reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+                results[name] = SuiteResult([], {}, skipped={"": reason})
+    if len(errors) == len(suites):
+        raise errors[0]
+    return results
+
+
+def scores_of(outcome: Mapping[str, SuiteResult]) -> list[dict[str, Any]]:
+    """All scores, as in a record; primary are those of the first suite that has some: suites do not average."""
+    first = next((name for name, result in outcome.items() if any(score.primary for score in result.scores)), "")
+    return [
+        {"suite": name, **asdict(score), "primary": score.primary and name == first}
+        for name, result in outcome.items()
+        for score in result.scores
+    ]
+
+
+def skips_of(outcome: Mapping[str, SuiteResult]) -> dict[str, str]:
+    """Suite, or suite/part -> why it did not run."""
+    parts = ((name, part, why) for name, result in outcome.items() for part, why in result.skipped.items())
+    return {f"{name}/{part}" if part else name: " ".join(why.split()) for name, part, why in parts}
 
 
 def diagnostics(state: _State, dense: Clip, data: PairDataset) -> dict[str, Any]:
@@ -245,7 +280,7 @@ def _source(strategy: type[Strategy]) -> str:
 def write_record(state: _State, outcome: Mapping[str, SuiteResult], final: Clip, results: Path) -> Path:
     """The record of a run that went through, with its per-sample outcomes beside it."""
     plan, progress = state.plan, state.progress
-    scores = [{"suite": name, **asdict(score)} for name, result in outcome.items() for score in result.scores]
+    scores, skipped = scores_of(outcome), skips_of(outcome)
     primary = [score["value"] for score in scores if score["primary"]]
     total, active = state.parameters or parameter_counts(final.model)
     batch_size = plan.protocol.train.schedule.batch_size
@@ -267,6 +302,8 @@ def write_record(state: _State, outcome: Mapping[str, SuiteResult], final: Clip,
         state,
         status="ok",
         scores=scores,
+        skipped=plan.skipped | skipped,
+        suite_notes={name: result.notes for name, result in outcome.items() if result.notes},
         primary=sum(primary) / len(primary) if primary else None,
         cost=cost,
         diagnostics=state.diagnostics or {},
@@ -305,7 +342,10 @@ def _record(state: _State, **parts: Any) -> record.Record:
             "overrides": protocol.overrides,
             "unequal": plan.unequal,
             "training_fingerprint": plan.training_fingerprint,
-            "suite_fingerprints": plan.suite_fingerprints,
+            # What was skipped shares no table with what was not.
+            "suite_fingerprints": {
+                name: value for name, value in plan.suite_fingerprints.items() if name not in parts.get("skipped", {})
+            },
             "resolved": protocol.model_dump(mode="json"),
         },
         "seeds": {"init": plan.init_seed, "train": plan.train_seed},

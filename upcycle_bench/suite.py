@@ -34,7 +34,10 @@ class SuiteInfo:
 
 @dataclass(frozen=True, kw_only=True)
 class Score:
-    """One number of a table. `chance` is the value of uniform guessing; None where there is none."""
+    """One number of a table. `chance` is the value of uniform guessing; None where there is none.
+
+    `standard_error` and `interval` (95 %) say how sure it is, where the suite knows.
+    """
 
     dataset: str
     metric: str
@@ -43,14 +46,21 @@ class Score:
     chance: float | None
     samples: int
     primary: bool = False
+    standard_error: float | None = None
+    interval: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)
 class SuiteResult:
-    """Scores, and per-sample outcomes by name (`digits-test/log_likelihood` -> float32 [samples])."""
+    """Scores, and per-sample outcomes by name (`digits-test/log_likelihood` -> float32 [samples]).
+
+    `notes` (JSON) is what else the record should say; `skipped` names the parts that could not run, and why.
+    """
 
     scores: list[Score]
     outcomes: dict[str, np.ndarray]
+    notes: dict[str, Any] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +68,8 @@ class EvalContext:
     """What a suite may use.
 
     model: an open_clip CLIP (dense or upcycled) in eval mode, float32, on `device`; `tokenizer`: list of strings ->
-    int64 [B, L]; `transform`: PIL image -> float32 [3, H, W]; `root`: the folder that holds the evaluation sets.
+    int64 [B, L]; `transform`: PIL image -> float32 [3, H, W]; `root`: the folder that holds the evaluation sets;
+    `weights`: sha256 of the model's file, under which features are cached, or "" if it has none.
     """
 
     model: nn.Module
@@ -67,6 +78,7 @@ class EvalContext:
     root: Path
     device: torch.device
     batch_size: int = 256
+    weights: str = ""
     track: Callable[[Iterable[Any], str], Iterable[Any]] = field(default=lambda items, what: items)
 
 
@@ -78,6 +90,13 @@ class Suite(ABC):
     @abstractmethod
     def datasets(self) -> list[str]:
         """Names of the evaluation sets this suite reads below `root`; their content is part of its fingerprint."""
+
+    def sources(self, root: Path) -> dict[str, str]:
+        """Content hashes of all data it reads, for its fingerprint; UserError, which names them, for missing sets."""
+        from upcycle_bench import evalsets
+
+        evalsets.require(root, self.datasets())
+        return {name: evalsets.digest(root / name) for name in self.datasets()}
 
     @abstractmethod
     def evaluate(self, context: EvalContext) -> SuiteResult:

@@ -35,9 +35,9 @@ class World:
 
 def load_world(name: str, seed: int, reporter: Reporter | None = None) -> World:
     """The world of that name, built first if it is not in the cache; `seed` draws its splits."""
-    from upcycle_bench.worlds import digits, lab
+    from upcycle_bench.worlds import digits, fashion, lab
 
-    built = {"digits": digits.load, "lab": lab.load}
+    built = {"digits": digits.load, "lab": lab.load, "fashion-mnist": fashion.load}
     if name not in built:
         raise unknown("world", name, built)
     return built[name](seed, reporter or Reporter())

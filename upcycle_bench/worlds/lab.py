@@ -335,3 +335,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of a built lab."""
     manifest: dict[str, Any] = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
     return manifest
+
+
+def categories(folder: Path, split: str) -> list[str]:
+    """The family's own category of each sample of a split's classification set, in its order; "" where it has none."""
+    with (folder / "index.tsv").open(encoding="utf-8") as file:
+        rows = (line.rstrip("\n").split("\t") for line in file)
+        return [category for name, *_, category, concept in rows if name == split and concept]

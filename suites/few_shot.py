@@ -1,0 +1,122 @@
+"""Few-shot classification: a linear probe on frozen image features, k samples of each class.
+
+    [suites.few-shot]
+    draws = 5                                  # of the shots; their mean and 95 % interval are the score
+    solver = "adamw"                           # or "lbfgs"; see upcycle_bench/probe.py
+
+    [suites.few-shot.tasks.digits]
+    shots = [5, 10, 16]
+    validation = 10                            # samples of each class that choose the weight decay
+    pool = ["digits-validation"]               # and what upcycle_bench/probe_tasks.py says of tasks
+    test = ["digits-test"]
+
+The probe, its weight-decay search and its defaults are CLIP_benchmark's (tested). Two things are not: shots are chosen
+by (task, k, draw) alone, through a manifest whose hash stands in the record (CLIP_benchmark draws them from torch's
+global generator), and too few samples of a class are an error (CLIP_benchmark scores nothing, in silence).
+
+Scores of TASK/K-shot: acc1 (primary), acc5 where there are five classes, mean_per_class_recall; means over draws,
+standard errors and t-intervals of these means. Outcomes: TASK/K-shot/correct@1, bool [draws * test samples].
+A task whose data are not on this machine is skipped, with the reason in the record.
+
+Sources: A. Radford et al., arXiv:2103.00020, A.3; clip_benchmark.metrics.linear_probe (1.6.2).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import ClassVar
+
+from pydantic import Field, model_validator
+from pydantic.dataclasses import dataclass
+
+from upcycle_bench import probe_tasks
+from upcycle_bench.errors import UserError
+from upcycle_bench.hookspecs import hookimpl
+from upcycle_bench.probe import Examples, Recipe, Solver, fit
+from upcycle_bench.probe_scores import add_scores, classified
+from upcycle_bench.probe_tasks import Data, ProbeTask
+from upcycle_bench.shots import Sizes, choose
+from upcycle_bench.suite import EvalContext, Suite, SuiteInfo, SuiteResult
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShotTask(ProbeTask):
+    """A probe's task, and how many samples of each class it may see."""
+
+    shots: tuple[int, ...] = Field(min_length=1)
+    validation: int = Field(ge=1)
+
+    @model_validator(mode="after")
+    def _positive(self) -> ShotTask:
+        if min(self.shots) < 1 or len(set(self.shots)) < len(self.shots):
+            raise ValueError("shots are different numbers from 1 on")
+        return self
+
+
+@dataclass(frozen=True, kw_only=True)
+class FewShot(Suite):
+    """See the module docstring."""
+
+    info: ClassVar[SuiteInfo] = SuiteInfo(
+        name="few-shot",
+        summary="Few-shot linear probe on frozen image features: accuracy over several draws of the shots",
+        paper="Radford et al. 2021, arXiv:2103.00020; protocol of CLIP_benchmark",
+        version=1,
+    )
+
+    tasks: dict[str, ShotTask] = Field(min_length=1)
+    draws: int = Field(default=5, ge=1)
+    solver: Solver = "adamw"
+
+    def datasets(self) -> list[str]:
+        """Sets below `root`, with the split where it is not `test`; tasks of other worlds bring theirs."""
+        texts = (text for task in self.tasks.values() if not task.world for text in (*task.pool, *task.test))
+        return list(dict.fromkeys(texts))
+
+    def sources(self, root: Path) -> dict[str, str]:
+        """Of all tasks that can run here."""
+        return probe_tasks.sources(self.tasks, root)
+
+    def evaluate(self, context: EvalContext) -> SuiteResult:
+        """Every task, number of shots and draw."""
+        result = SuiteResult([], {})
+        for name, task in self.tasks.items():
+            try:
+                task.sources(context.root)
+            except UserError as error:
+                result.skipped[name] = str(error)
+                continue
+            data = probe_tasks.load(task, context)
+            result.notes[name] = {"classes": len(data.classnames), "classes_left_out": data.left_out}
+            for shots in task.shots:
+                self._score(f"{name}/{shots}-shot", name, task, shots, data, context, result)
+        if not result.scores:
+            raise UserError(f"few-shot: {'; '.join(result.skipped.values())}")
+        return result
+
+    def _score(
+        self, title: str, name: str, task: ShotTask, shots: int, data: Data, context: EvalContext, result: SuiteResult
+    ) -> None:
+        sizes = Sizes(max(task.shots), task.validation, test=data.test is None)
+        label_N, classes = data.pool.label_N.cpu().numpy(), len(data.classnames)
+        rows, hashes = [], []
+        for draw in context.track(range(self.draws), f"few-shot, {title}"):
+            manifest = choose(name, label_N, data.classnames, shots=shots, draw=draw, sizes=sizes)
+            train, validation = data.pool.take(manifest.train_K), data.pool.take(manifest.validation_V)
+            test: Examples = data.pool.take(manifest.test_T) if data.test is None else data.test
+            fitted = fit(train, validation, classes, Recipe(solver=self.solver, seed=draw))
+            rows.append(classified(fitted, test))
+            hashes.append([manifest.sha256, fitted.weight_decay])
+        result.notes[title] = {
+            "manifests": [digest for digest, _ in hashes],
+            "weight_decays": [decay for _, decay in hashes],
+            "test_samples": len(rows[0].label_N),
+        }
+        add_scores(title, rows, classes, result)
+
+
+@hookimpl
+def register_suites() -> Iterable[type[Suite]]:
+    """This file's suite."""
+    return [FewShot]

@@ -1,0 +1,159 @@
+"""The few-shot suite: every model sees the same shots, none of the test's; what is missing is skipped or said."""
+
+import gzip
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from upcycle_bench import evalsets
+from upcycle_bench.errors import UserError
+from upcycle_bench.progress import Reporter
+from upcycle_bench.shots import Sizes, choose
+from upcycle_bench.suite import EvalContext
+from upcycle_bench.suites.few_shot import FewShot
+from upcycle_bench.worlds import fashion
+
+NAMES = ("red", "green", "blue")
+
+
+class Colours(torch.nn.Module):
+    """A model that sees nothing but the mean colour; it counts the images it sees."""
+
+    seen = 0
+
+    def encode_image(self, images_B3HW):
+        self.seen += len(images_B3HW)
+        return images_B3HW.mean(dim=(2, 3))
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """Two sets of 30 coloured squares, the second darker; its first class has two samples fewer."""
+    root, rng = tmp_path_factory.mktemp("sets"), np.random.default_rng(0)
+    for name, light, labels in (("light", 200, [0, 1, 2] * 10), ("dark", 90, [1, 2] * 11 + [0] * 8)):
+        pictures = []
+        for label in labels:
+            pixels = rng.integers(0, 60, (4, 4, 3), dtype=np.uint8)
+            pixels[..., label] += np.uint8(light // 2)
+            pictures.append(Image.fromarray(pixels))
+        evalsets.write_classification(root / name, zip(pictures, labels, strict=True), NAMES, ("{c}",))
+    return root
+
+
+def context(root, weights="") -> EvalContext:
+    def transform(image):
+        return torch.from_numpy(np.asarray(image).astype(np.float32).transpose(2, 0, 1))
+
+    return EvalContext(
+        model=Colours(), tokenizer=None, transform=transform, root=root, device=torch.device("cpu"), weights=weights
+    )  # type: ignore[arg-type]
+
+
+def suite(draws=3, **task) -> FewShot:
+    settings = {"pool": ("light",), "test": ("dark",), "shots": (1, 3), "validation": 3} | task
+    return FewShot(tasks={"colours": settings}, draws=draws)
+
+
+def test_shots_are_nested_disjoint_and_the_same_for_everyone():
+    label_N = np.array([0, 1] * 10)
+    chosen = {
+        (shots, draw): choose("d", label_N, "ab", shots=shots, draw=draw, sizes=Sizes(3, 2, test=True))
+        for shots in (1, 3)
+        for draw in (0, 1)
+    }
+    for (shots, draw), manifest in chosen.items():
+        parts = [manifest.train_K, manifest.validation_V, manifest.test_T]
+        assert [len(part) for part in parts] == [2 * shots, 4, 10]
+        assert len(np.unique(np.concatenate(parts))) == 2 * shots + 14
+        assert np.bincount(label_N[manifest.train_K]).tolist() == [shots, shots]
+        assert set(chosen[1, draw].train_K) <= set(manifest.train_K)
+        assert (manifest.test_T == chosen[1, draw].test_T).all()
+    assert len({manifest.sha256 for manifest in chosen.values()}) == 4
+    # Neither torch's global state nor the day moves them: hashes as of version 1.
+    torch.manual_seed(1)
+    again = choose("d", label_N, "ab", shots=1, draw=0, sizes=Sizes(3, 2, test=True))
+    assert again.sha256 == chosen[1, 0].sha256
+    assert again.sha256.startswith("3029971d0dead04c")
+
+
+def test_too_few_samples_name_the_class(root):
+    with pytest.raises(UserError, match=r"colours: class 'red' has 8 samples, but 6 shots, 3 for validation") as caught:
+        suite(pool=("dark",), test=("light",), shots=(6,)).evaluate(context(root))
+    assert "\n" not in str(caught.value)
+    kept = suite(pool=("dark",), test=("light",), shots=(6,), at_least=9).evaluate(context(root))
+    assert kept.notes["colours"] == {"classes": 2, "classes_left_out": 1}
+    assert kept.notes["colours/6-shot"]["test_samples"] == 20  # without the images of that class
+
+
+def test_scores_are_means_over_draws_with_their_interval(root):
+    result = suite().evaluate(context(root))
+    score = next(s for s in result.scores if (s.dataset, s.metric) == ("colours/1-shot", "acc1"))
+    correct_RN = result.outcomes["colours/1-shot/correct@1"].reshape(3, 30)
+    means = correct_RN.mean(axis=1)
+    assert score.value == pytest.approx(means.mean()) and score.value > 0.5
+    assert score.standard_error == pytest.approx(means.std(ddof=1) / 3**0.5)
+    low, high = score.interval
+    assert (high - low) / 2 == pytest.approx(4.3027 * score.standard_error, rel=1e-4)  # t of two degrees of freedom
+    assert (score.samples, score.chance, score.primary) == (90, 1 / 3, True)
+    assert {s.metric for s in result.scores} == {"acc1", "mean_per_class_recall"}  # three classes have no acc5
+
+
+def test_which_set_and_which_category(root, tmp_path):
+    result = suite(pool=("light", "dark"), test=(), label="set", shots=(8,), draws=2).evaluate(context(root))
+    assert result.notes["colours"]["classes"] == 2
+    assert result.notes["colours/8-shot"]["test_samples"] == 60 - 2 * 11
+    with pytest.raises(UserError, match=r"index\.tsv is missing; only the lab"):
+        suite(label="category", test=()).evaluate(context(root))
+    (root.parent / "index.tsv").write_text(
+        "split\tgroup\tfamily\tname\tdrawing\tcaption\tcategory\tclass\n"
+        + "".join(f"light\tg\tf\tn\td\tc\t{('warm', 'cold', '')[i % 3]}\tx\n" for i in range(30))
+        + "light\tg\tf\tn\td\tc\twarm\t\ndark\tg\tf\tn\td\tc\twarm\tx\n"
+    )
+    try:
+        result = suite(label="category", test=()).evaluate(context(root))
+    finally:
+        (root.parent / "index.tsv").unlink()
+    assert result.notes["colours"] == {"classes": 2, "classes_left_out": 0}
+    assert result.notes["colours/1-shot"]["test_samples"] == 20 - 2 * 6
+
+
+def test_features_are_cached_by_weights(root):
+    first = context(root, weights="a" * 64)
+    once = suite().evaluate(first)
+    again = replace(first, model=Colours())
+    twice = suite().evaluate(again)
+    other = replace(first, model=Colours(), weights="b" * 64)
+    suite().evaluate(other)
+    assert (first.model.seen, again.model.seen, other.model.seen) == (60, 0, 60)
+    assert [s.value for s in twice.scores] == [s.value for s in once.scores]
+
+
+def test_a_task_without_its_data_is_skipped_with_the_reason(root, tmp_path, monkeypatch):
+    monkeypatch.setattr(fashion, "FOLDER", tmp_path / "nowhere")
+    colours = {"pool": ("light",), "test": ("dark",), "shots": (1,), "validation": 1}
+    clothes = {"world": "fashion-mnist", "pool": ("fashion-mnist:train",), "shots": (1,), "validation": 1}
+    result = FewShot(tasks={"colours": colours, "clothes": clothes}, draws=1).evaluate(context(root))
+    assert "install Debian's package" in result.skipped["clothes"]
+    assert {score.dataset for score in result.scores} == {"colours/1-shot"}
+    with pytest.raises(UserError, match="Debian"):
+        FewShot(tasks={"clothes": clothes}).sources(root)
+
+
+def test_fashion_mnist_is_read_from_the_packages_files(tmp_path, monkeypatch):
+    monkeypatch.setenv("UPCYCLE_BENCH_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(fashion, "FOLDER", tmp_path)
+    for prefix, count in (("train", 20), ("t10k", 10)):
+        images = np.arange(count, dtype=np.uint8)[:, None, None] * np.ones((28, 28), np.uint8)
+        for kind, array in (("images-idx3", images), ("labels-idx1", np.arange(count, dtype=np.uint8) % 10)):
+            header = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">i4").tobytes()
+            (tmp_path / f"{prefix}-{kind}-ubyte.gz").write_bytes(gzip.compress(header + array.tobytes()))
+    world = fashion.load(0, Reporter())
+    evalset = evalsets.read(world.eval_root / "fashion-mnist", np.asarray, 100, "train")
+    ((images, labels),) = evalset.batches
+    assert list(labels) == [i % 10 for i in range(20)]
+    assert [int(image.max()) for image in images] == list(range(20))
+    assert json.loads((world.eval_root.parent / "manifest.json").read_text())["counts"] == {"train": 20, "test": 10}

@@ -1,0 +1,85 @@
+"""Which suites a run takes, and what becomes of one that cannot run."""
+
+from pathlib import Path
+
+import pytest
+
+from upcycle_bench import display, matrix, record
+from upcycle_bench.errors import UserError
+from upcycle_bench.plan import Plan, make_plan
+from upcycle_bench.progress import Reporter
+from upcycle_bench.protocol import load_protocol
+from upcycle_bench.registry import load_registry
+from upcycle_bench.run import run, run_id
+from upcycle_bench.suites.few_shot import FewShot
+from upcycle_bench.suites.zero_shot import ZeroShot
+
+REGISTRY = load_registry()
+
+
+def plan(quick: list[str], *suites: str, strategy: str = "dense-frozen") -> Plan:
+    return make_plan(REGISTRY, strategy, load_protocol(REGISTRY.protocols["smoke"].target, quick), suites=suites)
+
+
+def test_optional_suites_run_only_when_asked_and_move_no_other_fingerprint(quick: list[str]) -> None:
+    usual, every, one = plan(quick), plan(quick, "all"), plan(quick, "few-shot")
+    assert list(usual.suites) == ["zero-shot"] and list(every.suites)[:2] == ["zero-shot", "few-shot"]
+    assert list(one.suites) == ["few-shot"]
+    assert every.suite_fingerprints["zero-shot"] == usual.suite_fingerprints["zero-shot"]
+    assert every.training_fingerprint == usual.training_fingerprint
+    with pytest.raises(UserError, match="unknown suite of protocol smoke 'few-shots': did you mean 'few-shot'"):
+        plan(quick, "few-shots")
+    with pytest.raises(UserError, match="'all' stands alone"):
+        plan(quick, "all", "few-shot")
+
+
+def test_the_first_suite_has_the_primary_score(quick: list[str], tmp_path: Path) -> None:
+    both = record.read(run(plan(quick, "zero-shot", "few-shot"), tmp_path, Reporter()))
+    assert {score.suite for score in both.scores} == {"zero-shot", "few-shot"}
+    assert {score.suite for score in both.scores if score.primary} == {"zero-shot"}
+    assert len(both.suite_notes["few-shot"]["digits/5-shot"]["manifests"]) == 3
+    alone = record.read(run(plan(quick, "few-shot"), tmp_path, Reporter()))
+    mine = [score for score in both.scores if score.suite == "few-shot"]
+    assert [score.value for score in alone.scores] == [score.value for score in mine]
+    assert {score.dataset for score in alone.scores if score.primary} == {"digits/1-shot", "digits/5-shot"}
+    assert all(score.interval[0] <= score.value <= score.interval[1] for score in alone.scores)
+
+
+def test_a_suite_that_fails_is_skipped_and_its_run_is_not_done(
+    quick: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(self: FewShot, context: object) -> None:
+        raise ZeroDivisionError("on a\nbad day")
+
+    monkeypatch.setattr(FewShot, "evaluate", broken)
+    planned = plan(quick, "few-shot", "zero-shot")
+    path = run(planned, tmp_path, Reporter())
+    made = record.read(path)
+    assert (made.status, made.skipped) == ("ok", {"few-shot": "ZeroDivisionError: on a bad day"})
+    assert made.primary is not None and {score.suite for score in made.scores} == {"zero-shot"}
+    assert made.protocol.suite_fingerprints == plan(quick).suite_fingerprints
+    display.show_record(made, path)
+    assert "skipped: few-shot: ZeroDivisionError: on a bad day" in capsys.readouterr().out
+    # The matrix knows the record as this cell's, but as one that lacks something.
+    cell, records = matrix.Cell(plan=planned), matrix.read_records(tmp_path)
+    assert matrix._describes(made, cell)
+    assert matrix.finished(cell, run_id(planned, made.hashes.dense), records) is None
+    usual = matrix.Cell(plan=plan(quick))
+    assert matrix.finished(usual, run_id(planned, made.hashes.dense), records) == path
+    with pytest.raises(ZeroDivisionError):
+        run(plan(quick, "few-shot"), tmp_path / "alone", Reporter())
+
+
+def test_a_suite_without_its_sets_is_skipped_before_anything_runs(quick: list[str]) -> None:
+    lost = 'optional_suites.few-shot.tasks.digits.pool=["elsewhere"]'
+    planned = plan([*quick, lost], "all")
+    assert "evaluation set not found: elsewhere" in planned.skipped["few-shot"]
+    assert "zero-shot" in planned.suites and "few-shot" not in planned.suites
+    with pytest.raises(UserError, match="not found: elsewhere"):
+        plan([*quick, lost], "few-shot")
+
+
+def test_suites_say_what_they_read(quick: list[str]) -> None:
+    suite = plan(quick).suites["zero-shot"]
+    assert isinstance(suite, ZeroShot)
+    assert list(suite.sources(plan(quick).world.eval_root)) == suite.datasets()

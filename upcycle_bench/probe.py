@@ -1,0 +1,203 @@
+"""A linear probe on frozen features: CLIP_benchmark's protocol, many weight decays trained at once.
+
+    fitted = fit(train, validation, classes=10)                          # Examples: features [N, D], labels [N]
+    predicted_N = fitted.logits(test.features_ND).argmax(dim=1)
+
+AdamW at a learning rate of 0.1 without warm-up, then cosine to zero, 10 epochs in batches of 64, cross-entropy, from
+`nn.Linear`'s own initial weights. The weight decay (AdamW's, on weights and bias) is the one of 97 from 1e-6 to 100
+that `find_peak` ends at: 7 first, then the neighbours of the best at half the distance each time. CLIP_benchmark
+trains 20 times for that, one after the other. Here those that are trained together are one tensor [W, D, C], with the
+same weights to rounding: on a GPU all 97 in one optimisation; on a CPU, where arithmetic costs, the 15 that the
+search looks at, in five.
+
+`lbfgs`: scikit-learn's logistic regression instead, with an L2 penalty of weight_decay / 2, chosen likewise.
+
+Source: clip_benchmark.metrics.linear_probe (1.6.2), which follows A.3 of Radford et al. 2021, arXiv:2103.00020.
+Shape suffixes: N samples, D features, C classes, W weight decays, B batch.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+Solver = Literal["adamw", "lbfgs"]
+WEIGHT_DECAYS: tuple[float, ...] = tuple(np.logspace(-6, 2, num=97).tolist())
+FIRST, SPANS = range(0, 97, 16), (8, 4, 2, 1)  # where find_peak looks first, and how far from the best it looks then
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Features [N, D] float32 and their labels [N] int64, on one device."""
+
+    features_ND: Tensor
+    label_N: Tensor
+
+    def __len__(self) -> int:
+        return len(self.label_N)
+
+    def take(self, rows: np.ndarray) -> Examples:
+        """Those rows."""
+        chosen = torch.as_tensor(rows, device=self.label_N.device)
+        return Examples(self.features_ND[chosen], self.label_N[chosen])
+
+    def and_also(self, other: Examples) -> Examples:
+        """Both, one after the other."""
+        return Examples(torch.cat([self.features_ND, other.features_ND]), torch.cat([self.label_N, other.label_N]))
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a probe is trained; the defaults are CLIP_benchmark's."""
+
+    lr: float = 0.1
+    epochs: int = 10
+    batch_size: int = 64
+    seed: int = 0
+    solver: Solver = "adamw"
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Linear classifiers, one for each weight decay: weights [W, D, C], biases [W, C]."""
+
+    weight_WDC: Tensor
+    bias_WC: Tensor
+
+    def logits(self, features_ND: Tensor) -> Tensor:
+        """[W, N, C]."""
+        x_WND = features_ND.expand(len(self.bias_WC), -1, -1)
+        return torch.baddbmm(self.bias_WC[:, None], x_WND, self.weight_WDC)
+
+    def each(self) -> list[Probe]:
+        """One by one."""
+        return [Probe(*pair) for pair in zip(self.weight_WDC.split(1), self.bias_WC.split(1), strict=True)]
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """One classifier, and the weight decay that validation chose for it."""
+
+    probe: Probe
+    weight_decay: float
+
+    def logits(self, features_ND: Tensor) -> Tensor:
+        """[N, C]."""
+        return self.probe.logits(features_ND)[0]
+
+
+def fit(
+    train: Examples, validation: Examples, classes: int, recipe: Recipe | None = None, *, refit: bool = False
+) -> Fitted:
+    """The classifier with the weight decay that does best on `validation`; `refit` trains it anew on both."""
+    recipe = recipe or Recipe()
+    solve = train_all if recipe.solver == "adamw" else _lbfgs
+    known: dict[int, tuple[float, Probe]] = {}
+    at_once = train.features_ND.is_cuda and recipe.solver == "adamw"
+
+    def accuracies(indices: Sequence[int]) -> list[float]:
+        if missing := [i for i in (range(len(WEIGHT_DECAYS)) if at_once else indices) if i not in known]:
+            probes = solve(train, classes, [WEIGHT_DECAYS[i] for i in missing], recipe)
+            for index, accuracy, probe in zip(missing, _accuracies(probes, validation), probes.each(), strict=True):
+                known[index] = accuracy, probe
+        return [known[i][0] for i in indices]
+
+    best = find_peak(accuracies)
+    decay = WEIGHT_DECAYS[best]
+    probe = solve(train.and_also(validation), classes, [decay], recipe) if refit else known[best][1]
+    return Fitted(probe, decay)
+
+
+def find_peak(accuracies: Callable[[Sequence[int]], list[float]]) -> int:
+    """The index of the weight decay that CLIP_benchmark's search ends at; it asks for those of each round at once."""
+    peak = _first_best(FIRST, accuracies)
+    for span in SPANS:
+        peak = _first_best((max(peak - span, 0), peak, min(peak + span, len(WEIGHT_DECAYS) - 1)), accuracies)
+    return peak
+
+
+def train_all(train: Examples, classes: int, weight_decays: Sequence[float], recipe: Recipe) -> Probe:
+    """One AdamW training for each weight decay, all in the same tensors.
+
+    Each has its own loss and AdamW works element by element, so none sees the others: not even one that diverges,
+    as CLIP_benchmark's own do where lr * weight_decay is above 2.
+    """
+    device = train.features_ND.device
+    with torch.random.fork_rng(devices=[]):  # on the CPU: the same initial weights and batches on every device
+        torch.manual_seed(recipe.seed)
+        linear = nn.Linear(train.features_ND.shape[1], classes)
+        number = len(weight_decays)
+        weight_WDC = linear.weight.detach().T.to(device).repeat(number, 1, 1).requires_grad_()
+        bias_WC = linear.bias.detach().to(device).repeat(number, 1).requires_grad_()
+        probe = Probe(weight_WDC, bias_WC)
+        decay_W = torch.tensor(weight_decays, dtype=torch.float64, device=device)
+        optimizer = torch.optim.Adam([weight_WDC, bias_WC], lr=recipe.lr)
+        steps = recipe.epochs * -(-len(train) // recipe.batch_size)
+        for step, index_B in enumerate(_batches(len(train), recipe)):
+            lr = 0.5 * (1 + math.cos(math.pi * step / steps)) * recipe.lr
+            optimizer.param_groups[0]["lr"] = lr
+            batch = Examples(train.features_ND[index_B.to(device)], train.label_N[index_B.to(device)])
+            loss = F.cross_entropy(
+                probe.logits(batch.features_ND).flatten(0, 1), batch.label_N.repeat(number), reduction="sum"
+            )
+            optimizer.zero_grad()
+            (loss / len(batch)).backward()
+            with torch.no_grad():  # AdamW is this, then Adam
+                keep_W = (1 - lr * decay_W).float()
+                weight_WDC.mul_(keep_W[:, None, None])
+                bias_WC.mul_(keep_W[:, None])
+            optimizer.step()
+    return Probe(weight_WDC.detach(), bias_WC.detach())
+
+
+def _batches(samples: int, recipe: Recipe) -> Iterator[Tensor]:
+    """The indices of every batch of every epoch, as a shuffling DataLoader of CLIP_benchmark draws them."""
+    order: Any = range(samples)  # anything with a length and items is a data set
+    loader = DataLoader(order, batch_size=recipe.batch_size, shuffle=True, collate_fn=torch.tensor)
+    for _ in range(recipe.epochs):
+        yield from loader
+
+
+def _lbfgs(train: Examples, classes: int, weight_decays: Sequence[float], recipe: Recipe) -> Probe:
+    """scikit-learn's, one after the other; a class that training lacks is never predicted."""
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.linear_model import LogisticRegression
+
+    x_ND, y_N = train.features_ND.cpu().numpy(), train.label_N.cpu().numpy()
+    weight_WDC = torch.zeros(len(weight_decays), x_ND.shape[1], classes)
+    bias_WC = torch.full((len(weight_decays), classes), -torch.inf)
+    for row, decay in enumerate(weight_decays):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)  # nearly without a penalty there is no optimum
+            found = LogisticRegression(C=1 / decay, max_iter=1000).fit(x_ND, y_N)
+        weight_CD, bias_C = torch.tensor(found.coef_).float(), torch.tensor(found.intercept_).float()
+        if len(found.classes_) == 2:  # one row, for the second
+            weight_CD, bias_C = torch.cat([-weight_CD, weight_CD]) / 2, torch.cat([-bias_C, bias_C]) / 2
+        weight_WDC[row, :, found.classes_] = weight_CD.T
+        bias_WC[row, found.classes_] = bias_C
+    return Probe(weight_WDC.to(train.label_N.device), bias_WC.to(train.label_N.device))
+
+
+def _accuracies(probes: Probe, examples: Examples) -> list[float]:
+    """Of each classifier, [W]."""
+    right_WN = probes.logits(examples.features_ND).argmax(dim=2) == examples.label_N
+    accuracies: list[float] = right_WN.double().mean(dim=1).tolist()
+    return accuracies
+
+
+def _first_best(indices: Sequence[int], accuracies: Callable[[Sequence[int]], list[float]]) -> int:
+    """The first index of the greatest accuracy; index 0 where all are zero, as in CLIP_benchmark."""
+    best, most = 0, 0.0
+    for index, accuracy in zip(indices, accuracies(indices), strict=True):
+        if accuracy > most:
+            best, most = index, accuracy
+    return best

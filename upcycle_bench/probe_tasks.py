@@ -1,0 +1,141 @@
+"""What a linear probe is trained and tested on: evaluation sets pooled, with labels of one of three kinds.
+
+    [suites.NAME.tasks.concepts]
+    pool = ["test-carbon", "photos:train"]     # SET, or SET:SPLIT where not its test split; training and validation
+    test = []                                  # likewise; []: what shots and validation leave of the pool
+    label = "class"                            # "class", "set" (which set is an image from?) or "category" (lab)
+    at_least = 10                              # classes with fewer samples in the pool are left out; 0: all must do
+    world = ""                                 # "digits", "fashion-mnist": the sets are that world's, not the run's
+
+`category` is what the icon's own family files it under, as the lab's index tells; an icon without one is left out.
+
+Shape suffixes: N samples, D features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass as plain_dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+from upcycle_bench import evalsets
+from upcycle_bench.cache import file_sha256
+from upcycle_bench.errors import UserError
+from upcycle_bench.features import image_features
+from upcycle_bench.probe import Examples
+from upcycle_bench.suite import EvalContext
+from upcycle_bench.worlds import lab, load_world
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbeTask:
+    """See the module docstring."""
+
+    pool: tuple[str, ...] = Field(min_length=1)
+    test: tuple[str, ...] = ()
+    label: Literal["class", "set", "category"] = "class"
+    at_least: int = Field(default=0, ge=0)
+    world: Literal["", "digits", "fashion-mnist"] = ""
+
+    def root(self, root: Path) -> Path:
+        """Where its sets are. Raises UserError, the reason to skip it, for a world that cannot be had."""
+        return load_world(self.world, 0).eval_root if self.world else root
+
+    def sources(self, root: Path) -> dict[str, str]:
+        """Content hashes of all that it reads; UserError for what is missing."""
+        found = {}
+        for text in (*self.pool, *self.test):
+            name, split = _split(text)
+            evalsets.require(self.root(root), [name], split)
+            found[f"{self.world}/{text}"] = evalsets.digest(self.root(root) / name, split)
+        if self.label == "category":
+            found["index"] = file_sha256(_index(root))
+        return found
+
+
+def sources(tasks: Mapping[str, ProbeTask], root: Path) -> dict[str, str]:
+    """Content hashes of all tasks that can run here; UserError, the first one's reason, if none can."""
+    found: dict[str, str] = {}
+    reasons = []
+    for task in tasks.values():
+        try:
+            found |= task.sources(root)
+        except UserError as error:
+            reasons.append(error)
+    if not found:
+        raise reasons[0]
+    return found
+
+
+@plain_dataclass(frozen=True)
+class Data:
+    """Pool and test set of a task with labels into `classnames`; `test` is None where the pool has it."""
+
+    pool: Examples
+    test: Examples | None
+    classnames: tuple[str, ...]
+    left_out: int
+
+
+def load(task: ProbeTask, context: EvalContext) -> Data:
+    """Features and labels, without the classes that have too few samples; new labels count from 0.
+
+    Raises UserError for sets that are missing, of another kind, or with other classes than each other.
+    """
+    root = task.root(context.root)
+    parts = {text: image_features(root / _split(text)[0], _split(text)[1], context) for text in task.pool + task.test}
+    names, label_of = _labels(task, root, parts)
+    pool_label_N = np.concatenate([label_of[text] for text in task.pool])
+    samples = np.bincount(pool_label_N[pool_label_N >= 0], minlength=len(names))
+    kept = np.flatnonzero(samples >= task.at_least)
+    if len(kept) < 2:
+        raise UserError(f"{', '.join(task.pool)}: fewer than two classes have {task.at_least} samples; lower at_least.")
+    renumbered = np.full(len(names) + 1, -1)  # the last: no label
+    renumbered[kept] = np.arange(len(kept))
+
+    def joined(sets: Sequence[str]) -> Examples:
+        label_N = torch.from_numpy(renumbered[np.concatenate([label_of[text] for text in sets])])
+        features_ND = torch.cat([parts[text].features_ND for text in sets])
+        chosen_N = label_N >= 0
+        return Examples(features_ND[chosen_N].to(context.device), label_N[chosen_N].to(context.device))
+
+    left_out = len(names) - len(kept)
+    test = joined(task.test) if task.test else None
+    return Data(joined(task.pool), test, tuple(names[label] for label in kept), left_out)
+
+
+def _labels(task: ProbeTask, root: Path, parts: dict[str, Examples]) -> tuple[list[str], dict[str, np.ndarray]]:
+    """The classes, and for each set the labels of its samples; -1 where a sample has none."""
+    if task.label == "class":
+        names = {text: evalsets.classnames(root / _split(text)[0]) for text in parts}
+        first = task.pool[0]
+        if other := [text for text in names if names[text] != names[first]]:
+            raise UserError(f"{first} and {other[0]} do not have the same classes; a task needs sets that do.")
+        return list(names[first]), {text: part.label_N.numpy() for text, part in parts.items()}
+    if task.label == "set":
+        if task.test:
+            raise UserError('label = "set" asks which set of the pool an image is from; leave `test` empty.')
+        return list(parts), {text: np.full(len(part), row) for row, (text, part) in enumerate(parts.items())}
+    of_set = {text: lab.categories(_index(root).parent, text) for text in parts}
+    classes = sorted({name for names in of_set.values() for name in names if name})
+    place = {name: row for row, name in enumerate(classes)} | {"": -1}
+    return classes, {text: np.array([place[name] for name in names]) for text, names in of_set.items()}
+
+
+def _split(text: str) -> tuple[str, str]:
+    """Set and split of "SET" or "SET:SPLIT"."""
+    name, _, split = text.partition(":")
+    return name, split or "test"
+
+
+def _index(root: Path) -> Path:
+    path = root.parent / "index.tsv"
+    if not path.is_file():
+        raise UserError(f'label = "category": {path} is missing; only the lab knows categories.')
+    return path

@@ -1,0 +1,78 @@
+"""Which samples a few-shot probe sees: chosen by dataset, shots and draw alone, so every model sees the same ones.
+
+    manifest = choose("digits", label_N, classnames, shots=5, draw=0, sizes=Sizes(largest=16, validation=10))
+    manifest.train_K, manifest.validation_V, manifest.sha256
+
+Each class is put into an order of its own for each draw. The first `shots` are for training, so 1, 2 and 5 shots are
+nested; validation begins behind the `largest` number of shots, and is the same for all of them. What is left behind
+it is the test set, for a dataset without one of its own.
+
+Shape suffixes: N samples of the pool, K chosen for training, V for validation, T left for the test.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from upcycle_bench.errors import UserError
+from upcycle_bench.rng import Stream
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Samples of each class: the most shots, those for validation; `test`: one at least must be left."""
+
+    largest: int
+    validation: int
+    test: bool = False
+
+    @property
+    def needed(self) -> int:
+        """So many samples a class must have."""
+        return self.largest + self.validation + self.test
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Positions in the pool, ascending; they are disjoint."""
+
+    dataset: str
+    shots: int
+    draw: int
+    train_K: np.ndarray
+    validation_V: np.ndarray
+    test_T: np.ndarray
+
+    @property
+    def sha256(self) -> str:
+        """Over what it is for and all positions."""
+        parts = [part.tolist() for part in (self.train_K, self.validation_V, self.test_T)]
+        return hashlib.sha256(json.dumps([self.dataset, self.shots, self.draw, *parts]).encode()).hexdigest()
+
+
+def choose(
+    dataset: str, label_N: np.ndarray, classnames: Sequence[str], *, shots: int, draw: int, sizes: Sizes
+) -> Manifest:
+    """The manifest; raises UserError, which names the class, where one has too few samples."""
+    train, validation, test = [], [], []
+    for label, name in enumerate(classnames):
+        rows = np.flatnonzero(label_N == label)
+        if len(rows) < sizes.needed:
+            raise UserError(
+                f"few-shot dataset {dataset}: class {name!r} has {len(rows)} samples, but {sizes.largest} shots, "
+                f"{sizes.validation} for validation{' and 1 for the test' if sizes.test else ''} are wanted; lower "
+                f"them, or set at_least = {sizes.needed} to leave such classes out."
+            )
+        generator = Stream(("shots", dataset, draw)).child(label).generator()
+        rows = rows[torch.randperm(len(rows), generator=generator).numpy()]
+        train.append(rows[:shots])
+        validation.append(rows[sizes.largest : sizes.largest + sizes.validation])
+        test.append(rows[sizes.largest + sizes.validation :])
+    chosen = (np.sort(np.concatenate(part)) for part in (train, validation, test))
+    return Manifest(dataset, shots, draw, *chosen)
