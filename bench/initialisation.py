@@ -48,7 +48,7 @@ def our_experts(ffn: FFN, tokens: int, cluster_tokens: int = CLUSTER_TOKENS) -> 
     """One layer's experts by `cluster-aware`, as `calibrate` and `make_experts` call it."""
     target = load_registry().get("strategy", "cluster-aware").target
     strategy = configure(target, {"cluster_tokens": cluster_tokens})
-    layer = Layer("vision", 1, EXPERTS, 2)
+    layer = Layer("vision", 1, 2, EXPERTS, 2)
     calibrator = strategy.calibrator(ffn, layer, RNG)
     for x_TD in token_stream(tokens, ffn.width, ffn.w1_HD.device):
         with one_thread():

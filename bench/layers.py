@@ -53,7 +53,7 @@ def create_layer(width: int, capacity_factor: float, seed: int = 0) -> MoEFFN:
     generator = torch.Generator().manual_seed(seed)
     experts = [random_ffn(width, generator).expert() for _ in range(EXPERTS)]
     router_ND = torch.randn(EXPERTS, width, generator=generator) / width**0.5
-    return MoEFFN(Layer("vision", 1, EXPERTS, TOP_K), experts, router_ND, settings_of(capacity_factor), None).train()
+    return MoEFFN(Layer("vision", 1, 2, EXPERTS, TOP_K), experts, router_ND, settings_of(capacity_factor), None).train()
 
 
 def with_stock_layer(layer: MoEFFN) -> MoEFFN:

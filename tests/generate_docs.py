@@ -68,10 +68,10 @@ def protocols() -> str:
 
 
 def board() -> str:
-    """The leaderboard of the records in results/smoke, as the command prints it."""
-    folder = ROOT / "results" / "smoke"
+    """The leaderboard of the records in results/lab, as the command prints it."""
+    folder = ROOT / "results" / "lab"
     shown = leaderboard.render(leaderboard.build([record.read(path) for path in record.find(folder)]), "md")
-    return f"```console\n$ upcycle-bench leaderboard results/smoke --format md\n```\n\n{shown.strip()}"
+    return f"```console\n$ upcycle-bench leaderboard results/lab --format md\n```\n\n{shown.strip()}"
 
 
 def commands() -> str:
