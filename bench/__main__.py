@@ -42,7 +42,7 @@ def main(
         names = ", ".join(f"{number} {measure.__name__}" for number, measure in sorted(MEASURES.items()))
         raise typer.BadParameter(f"no such row; there are {names}")
     results: dict[int, Any] = {}
-    failed = False
+    failures: dict[int, str] = {}
     with engine.session(threads) as found:
         if found.type != device:
             raise typer.BadParameter(f"--device {device}: this machine has only {found.type}")
@@ -60,17 +60,16 @@ def main(
             except SkippedError as reason:
                 results[number] = f"skipped: {reason}"
             except Exception as error:
-                failed = True
                 traceback.print_exc()
-                results[number] = rows or f"failed: {type(error).__name__}"
-        text = as_markdown(results, machine(settings, rates))
+                failures[number] = f"failed: {type(error).__name__}"
+        text = as_markdown(results, machine(settings, rates), failures)
     print(text)
     path = json_path or (None if only else LATEST)
     if path is not None:
         write_json(results, path)
     if markdown is not None:
         put_into(markdown, text)
-    raise typer.Exit(1 if failed else 0)
+    raise typer.Exit(1 if failures else 0)
 
 
 if __name__ == "__main__":

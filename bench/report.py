@@ -10,6 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from bench.floor import Rates
@@ -51,20 +52,21 @@ def _significant(seconds: float) -> str:
     return f"{seconds:.3g}"
 
 
-def lines(results: Results) -> list[list[str]]:
+def lines(results: Results, failures: Mapping[int, str]) -> list[list[str]]:
     """All lines of the table."""
-    found = []
+    found: list[list[str]] = []
     for number, part in results.items():
-        if isinstance(part, str):
-            found.append([str(number), part, *[""] * (len(HEADER) - 2)])
-        else:
+        if not isinstance(part, str):
             found.extend(cells(number, row) for row in part)
+        for text in (part if isinstance(part, str) else "", failures.get(number, "")):
+            if text:
+                found.append([str(number), text, *[""] * (len(HEADER) - 2)])
     return found
 
 
-def markdown(results: Results, about: str) -> str:
-    """What stands in docs/performance.md."""
-    table = [HEADER, ["---"] * len(HEADER), *lines(results)]
+def markdown(results: Results, about: str, failures: Mapping[int, str] = MappingProxyType({})) -> str:
+    """What stands in docs/performance.md; `failures` by goal number, after the rows that were made before."""
+    table = [HEADER, ["---"] * len(HEADER), *lines(results, failures)]
     return about + "\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in table) + "\n"
 
 

@@ -166,3 +166,8 @@ def test_without_the_lab_its_rows_are_skipped(tmp_path: Path, monkeypatch: pytes
         with pytest.raises(pipeline.SkippedError, match="data build lab"):
             next(MEASURES[number](Settings(rounds=1, threads=1)))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failure_stands_after_the_rows_before_it() -> None:
+    table = markdown({8: [ROW]}, "A machine.", {8: "failed: OSError"}).splitlines()
+    assert [line.split(" | ")[1] for line in table[4:]] == ["a / b", "failed: OSError"]
