@@ -31,7 +31,6 @@ from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
 
 from upcycle_bench import probe_tasks
-from upcycle_bench.errors import UserError
 from upcycle_bench.hookspecs import hookimpl
 from upcycle_bench.probe import Examples, Recipe, Solver, fit
 from upcycle_bench.probe_scores import add_scores, classified
@@ -71,8 +70,7 @@ class FewShot(Suite):
 
     def datasets(self) -> list[str]:
         """Sets below `root`, with the split where it is not `test`; tasks of other worlds bring theirs."""
-        texts = (text for task in self.tasks.values() if not task.world for text in (*task.pool, *task.test))
-        return list(dict.fromkeys(texts))
+        return probe_tasks.datasets(self.tasks)
 
     def sources(self, root: Path) -> dict[str, str]:
         """Of all tasks that can run here."""
@@ -81,18 +79,11 @@ class FewShot(Suite):
     def evaluate(self, context: EvalContext) -> SuiteResult:
         """Every task, number of shots and draw."""
         result = SuiteResult([], {})
-        for name, task in self.tasks.items():
-            try:
-                task.sources(context.root)
-            except UserError as error:
-                result.skipped[name] = str(error)
-                continue
+        for name, task in probe_tasks.runnable(self.tasks, context.root, result.skipped).items():
             data = probe_tasks.load(task, context)
             result.notes[name] = {"classes": len(data.classnames), "classes_left_out": data.left_out}
             for shots in task.shots:
                 self._score(f"{name}/{shots}-shot", name, task, shots, data, context, result)
-        if not result.scores:
-            raise UserError(f"few-shot: {'; '.join(result.skipped.values())}")
         return result
 
     def _score(

@@ -1,4 +1,4 @@
-"""The few-shot suite: every model sees the same shots, none of the test's; what is missing is skipped or said."""
+"""The probing suites: every model sees the same shots, none of the test's; what is missing is skipped or said."""
 
 import gzip
 import json
@@ -15,6 +15,7 @@ from upcycle_bench.progress import Reporter
 from upcycle_bench.shots import Sizes, choose
 from upcycle_bench.suite import EvalContext
 from upcycle_bench.suites.few_shot import FewShot
+from upcycle_bench.suites.linear_probe import LinearProbe
 from upcycle_bench.worlds import fashion
 
 NAMES = ("red", "green", "blue")
@@ -157,3 +158,18 @@ def test_fashion_mnist_is_read_from_the_packages_files(tmp_path, monkeypatch):
     assert list(labels) == [i % 10 for i in range(20)]
     assert [int(image.max()) for image in images] == list(range(20))
     assert json.loads((world.eval_root.parent / "manifest.json").read_text())["counts"] == {"train": 20, "test": 10}
+
+
+@pytest.mark.parametrize("solver", ["adamw", "lbfgs"])
+def test_the_linear_probe_learns_from_the_whole_pool(root, solver):
+    tasks = {"colours": {"pool": ("light",), "test": ("dark",)}}
+    results = [LinearProbe(tasks=tasks, solver=solver).evaluate(context(root)) for _ in range(2)]
+    acc1, recall = results[0].scores
+    assert (acc1.dataset, acc1.metric, acc1.samples, acc1.primary) == ("colours", "acc1", 30, True)
+    assert acc1.value == results[0].outcomes["colours/correct@1"].mean() > 0.8
+    assert acc1.standard_error == pytest.approx((acc1.value * (1 - acc1.value) / 30) ** 0.5)
+    assert (recall.metric, recall.standard_error) == ("mean_per_class_recall", None)
+    assert results[0].notes["colours"]["training_samples"] == 30
+    assert [s.value for s in results[1].scores] == [acc1.value, recall.value]
+    with pytest.raises(ValueError, match="needs a test set of its own: colours"):
+        LinearProbe(tasks={"colours": {"pool": ("light",)}})

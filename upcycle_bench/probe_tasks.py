@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass as plain_dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 import torch
@@ -59,17 +59,34 @@ class ProbeTask:
         return found
 
 
+Task = TypeVar("Task", bound=ProbeTask)
+
+
 def sources(tasks: Mapping[str, ProbeTask], root: Path) -> dict[str, str]:
     """Content hashes of all tasks that can run here; UserError, the first one's reason, if none can."""
     found: dict[str, str] = {}
-    reasons = []
-    for task in tasks.values():
+    for task in runnable(tasks, root, {}).values():
+        found |= task.sources(root)
+    return found
+
+
+def datasets(tasks: Mapping[str, ProbeTask]) -> list[str]:
+    """What the tasks read below the folder of evaluation sets, as they name it."""
+    texts = (text for task in tasks.values() if not task.world for text in (*task.pool, *task.test))
+    return list(dict.fromkeys(texts))
+
+
+def runnable(tasks: Mapping[str, Task], root: Path, skipped: dict[str, str]) -> dict[str, Task]:
+    """The tasks whose data are here; why the others are not goes into `skipped`. UserError if none is."""
+    found = {}
+    for name, task in tasks.items():
         try:
-            found |= task.sources(root)
+            task.sources(root)
+            found[name] = task
         except UserError as error:
-            reasons.append(error)
+            skipped[name] = str(error)
     if not found:
-        raise reasons[0]
+        raise UserError(" ".join(skipped.values()))
     return found
 
 

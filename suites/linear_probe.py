@@ -1,0 +1,97 @@
+"""A linear probe on frozen image features, trained on everything.
+
+    [suites.linear-probe]
+    validation = 0.2                           # the share of the pool that chooses the weight decay
+    solver = "adamw"                           # or "lbfgs"; see upcycle_bench/probe.py
+
+    [suites.linear-probe.tasks.digits]
+    pool = ["digits-validation"]               # see upcycle_bench/probe_tasks.py
+    test = ["digits-test"]
+
+The probe, its weight-decay search, and that it is then trained anew on all of the pool, are CLIP_benchmark's (tested).
+The validation split is drawn by the task's name alone.
+
+Scores of TASK: acc1 (primary), acc5 where there are five classes, mean_per_class_recall; errors and intervals are those
+of a mean over test samples. Outcomes: TASK/correct@1, bool [test samples]. A task whose data are not on this machine is
+skipped, with the reason in the record.
+
+Sources: A. Radford et al., arXiv:2103.00020, A.3; clip_benchmark.metrics.linear_probe (1.6.2).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from pydantic import Field, model_validator
+from pydantic.dataclasses import dataclass
+
+from upcycle_bench import probe_tasks
+from upcycle_bench.errors import UserError
+from upcycle_bench.hookspecs import hookimpl
+from upcycle_bench.probe import Recipe, Solver, fit
+from upcycle_bench.probe_scores import add_scores, classified
+from upcycle_bench.probe_tasks import ProbeTask
+from upcycle_bench.rng import Stream
+from upcycle_bench.suite import EvalContext, Suite, SuiteInfo, SuiteResult
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearProbe(Suite):
+    """See the module docstring."""
+
+    info: ClassVar[SuiteInfo] = SuiteInfo(
+        name="linear-probe",
+        summary="Linear probe on frozen image features, trained on the whole training split",
+        paper="Radford et al. 2021, arXiv:2103.00020; protocol of CLIP_benchmark",
+        version=1,
+    )
+
+    tasks: dict[str, ProbeTask] = Field(min_length=1)
+    validation: float = Field(default=0.2, gt=0, lt=1)
+    solver: Solver = "adamw"
+
+    @model_validator(mode="after")
+    def _tested(self) -> LinearProbe:
+        if without := [name for name, task in self.tasks.items() if not task.test]:
+            raise ValueError(f"a task needs a test set of its own: {', '.join(without)}")
+        return self
+
+    def datasets(self) -> list[str]:
+        """Sets below `root`, with the split where it is not `test`; tasks of other worlds bring theirs."""
+        return probe_tasks.datasets(self.tasks)
+
+    def sources(self, root: Path) -> dict[str, str]:
+        """Of all tasks that can run here."""
+        return probe_tasks.sources(self.tasks, root)
+
+    def evaluate(self, context: EvalContext) -> SuiteResult:
+        """Every task."""
+        result = SuiteResult([], {})
+        for name, task in probe_tasks.runnable(self.tasks, context.root, result.skipped).items():
+            data = probe_tasks.load(task, context)
+            samples, classes = len(data.pool), len(data.classnames)
+            held = round(self.validation * samples)
+            if not 0 < held < samples:
+                raise UserError(f"linear-probe: {name}: {samples} samples cannot be split; raise or lower validation.")
+            order_N = torch.randperm(samples, generator=Stream(("linear-probe", name)).generator()).numpy()
+            train, validation = data.pool.take(order_N[held:]), data.pool.take(order_N[:held])
+            for _ in context.track(range(1), f"linear-probe, {name}"):
+                fitted = fit(train, validation, classes, Recipe(solver=self.solver), refit=True)
+            assert data.test is not None
+            result.notes[name] = {
+                "classes": classes,
+                "classes_left_out": data.left_out,
+                "training_samples": samples,
+                "weight_decay": fitted.weight_decay,
+            }
+            add_scores(name, [classified(fitted, data.test)], classes, result)
+        return result
+
+
+@hookimpl
+def register_suites() -> Iterable[type[Suite]]:
+    """This file's suite."""
+    return [LinearProbe]
