@@ -158,7 +158,9 @@ def test_the_command(files: tuple[Path, Path], tmp_path: Path) -> None:
     report = json.loads(CliRunner().invoke(app, [*arguments, "--json"], catch_exceptions=False).stdout)
     assert report["method"] == {"name": "quantise", "bits_per_weight": 2}
     assert report["output"] == output
-    printed = CliRunner().invoke(app, arguments, catch_exceptions=False).stdout
+    with pytest.raises(UserError, match=r"--output .*there is such a file; --force replaces it"):
+        CliRunner().invoke(app, arguments, catch_exceptions=False)
+    printed = CliRunner().invoke(app, [*arguments, "--force"], catch_exceptions=False).stdout
     # 24 matrices of 65,536 bytes; 40 of 128 bits remain.
     assert printed.splitlines()[0] == "experts' matrices: 1.57 MB -> 0.49 MB, 3.20 times smaller"
     assert weights.load(tmp_path / "out.safetensors").name == "smoke-vit"

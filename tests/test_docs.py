@@ -6,7 +6,6 @@ import types
 from pathlib import Path
 
 import pytest
-import torch
 import typer
 
 from tests.generate_docs import DOCUMENTS as GENERATED
@@ -52,11 +51,11 @@ def test_the_api_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "api.md").read_text(), re.DOTALL)
-    images, texts = tiny_batches(tiny_clip(), pairs=16)[0]
-    names = {"images": images, "texts": texts, "torch": torch, "F": torch.nn.functional}
+    names: dict[str, object] = {}
+    size = tiny_batches(tiny_clip(), pairs=16)[0][0].shape[-1]
     with threads(1):
         for block in blocks:
-            exec(block.replace("ViT-B-32", MODEL), names)
+            exec(block.replace("ViT-B-32", MODEL).replace("224", str(size)), names)
     assert len(blocks) == 3
     assert names["clip"].name == MODEL  # type: ignore[attr-defined]
     assert all(p.grad is not None for p in names["model"].parameters())  # type: ignore[attr-defined]

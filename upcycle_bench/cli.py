@@ -23,6 +23,7 @@ from upcycle_bench.command import (
     is_main,
     key_value,
     names_of,
+    refuse_existing,
     terminal_reporter,
     warn_broken,
 )
@@ -291,6 +292,7 @@ def compress(
     rate: Annotated[float, typer.Option(help="sparsify: the share of entries to drop.")] = 0.9,
     bits: Annotated[int, typer.Option(help="quantise: bits per entry, 1 to 16; 32 keeps all.")] = 2,
     seed: Annotated[int, typer.Option(min=0, help="sparsify: which entries go.")] = 0,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
     as_json: Json = False,
 ) -> None:
     """Compress trained experts as DeRS does, and say how small they are."""
@@ -298,6 +300,7 @@ def compress(
     from upcycle_bench.compress import compress as execute
 
     check_output(output)
+    refuse_existing(output, force)
     chosen = Sparsify(rate) if method is Compression.sparsify else Quantise(bits)
     report = execute(checkpoint, base, chosen, output, seed)
     if as_json:

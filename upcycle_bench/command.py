@@ -53,6 +53,12 @@ def writable_file(output: Path) -> None:
     require_writable(output.absolute().parent, "--output")
 
 
+def refuse_existing(output: Path, force: bool) -> None:
+    """UserError if the file is there and was not to be replaced."""
+    if output.exists() and not force:
+        raise UserError(f"--output {output}: there is such a file; --force replaces it.")
+
+
 def is_main() -> bool:
     """The rank that writes and prints, by what torchrun says; without importing torch."""
     return os.environ.get("RANK", "0") == "0"

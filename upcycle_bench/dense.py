@@ -68,7 +68,7 @@ def create_clip(
 
     model_config(name)
     if checkpoint is not None and not checkpoint.is_file():
-        raise UserError(f"checkpoint {checkpoint}: no such file; give --checkpoint an open_clip state dict.")
+        raise UserError(f"checkpoint {checkpoint}: no such file; give an open_clip state dict.")
     level = logging.getLogger().level
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -20,7 +20,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from upcycle_bench import display
-from upcycle_bench.command import check_output, interruptible, key_value, terminal_reporter, warn_broken
+from upcycle_bench.command import (
+    check_output,
+    interruptible,
+    key_value,
+    refuse_existing,
+    terminal_reporter,
+    warn_broken,
+)
 from upcycle_bench.errors import UserError
 from upcycle_bench.options import Json, Options
 
@@ -71,7 +78,7 @@ def upcycle(
         raise UserError("upcycle is the work of one process; start it without torchrun.")
     warn_broken(load_registry().broken)
     check_output(output)
-    _refuse_existing(output, force)
+    refuse_existing(output, force)
     chosen = api.choose(strategy, dict(key_value(text) for text in option or []))
     settings = api.settings(experts=experts, top_k=top_k, every=every, offset=offset, capacity_factor=capacity_factor)
     moe = resolve_moe(chosen, settings)
@@ -134,7 +141,7 @@ def _execute(job: _Job, reporter: Reporter) -> dict[str, Any]:
     with meter.phase("compare"), reporter.task("comparing with the dense model"):
         found = diagnose(model, dense.model, _sample(dense, pairs, device))
     with meter.phase("write"), reporter.task(f"writing {job.output}"):
-        _refuse_existing(job.output, job.force)
+        refuse_existing(job.output, job.force)
         digest = api.save(model, job.output, job.model)
     surgery.merge(model)  # as in the file
     total, active = parameter_counts(model)
@@ -199,11 +206,6 @@ def _sample(clip: Clip, pairs: PairDataset | None, device: torch.device) -> Iter
     images = torch.randn(COMPARED_PAIRS, 3, *size, generator=generator)
     texts = torch.randint(1, model.vocab_size, (COMPARED_PAIRS, model.context_length), generator=generator)
     yield images.to(device), texts.to(device)
-
-
-def _refuse_existing(output: Path, force: bool) -> None:
-    if output.exists() and not force:
-        raise UserError(f"--output {output}: there is such a file; --force replaces it.")
 
 
 @contextlib.contextmanager
