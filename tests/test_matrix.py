@@ -53,6 +53,7 @@ def planned(label: str) -> Plan:
         dense_identity="dense",
         training_fingerprint="train-fingerprint",
         suite_fingerprints={"zero-shot": "suite-fingerprint"},
+        skipped={},
         missing=(),
     )
 
