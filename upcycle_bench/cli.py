@@ -16,14 +16,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from upcycle_bench import display, plot_command, upcycle_command
+from upcycle_bench import compress_command, display, plot_command, upcycle_command
 from upcycle_bench.command import (
     check_output,
     interruptible,
     is_main,
     key_value,
     names_of,
-    refuse_existing,
     terminal_reporter,
     warn_broken,
 )
@@ -54,13 +53,6 @@ class Kind(str, Enum):
     strategies = "strategies"
     suites = "suites"
     protocols = "protocols"
-
-
-class Compression(str, Enum):
-    """How `compress` makes experts smaller."""
-
-    sparsify = "sparsify"
-    quantise = "quantise"
 
 
 class Format(str, Enum):
@@ -283,35 +275,7 @@ def pretrain(
         display.show_dense(path, not there, output, half, as_json)
 
 
-@app.command()
-def compress(
-    checkpoint: Annotated[Path, typer.Argument(help="Trained weights of ours, FILE.safetensors.")],
-    base: Annotated[Path, typer.Option(help="The dense open_clip model that they were made of.")],
-    output: Annotated[Path, typer.Option(metavar="FILE.safetensors", help="Where the decompressed weights go.")],
-    method: Annotated[Compression, typer.Option(help="What becomes of each expert's difference to the base.")],
-    rate: Annotated[float, typer.Option(help="sparsify: the share of entries to drop.")] = 0.9,
-    bits: Annotated[int, typer.Option(help="quantise: bits per entry, 1 to 16; 32 keeps all.")] = 2,
-    seed: Annotated[int, typer.Option(min=0, help="sparsify: which entries go.")] = 0,
-    force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
-    as_json: Json = False,
-) -> None:
-    """Compress trained experts as DeRS does, and say how small they are."""
-    from upcycle_bench.compress import Quantise, Sparsify
-    from upcycle_bench.compress import compress as execute
-
-    check_output(output)
-    refuse_existing(output, force)
-    chosen = Sparsify(rate) if method is Compression.sparsify else Quantise(bits)
-    report = execute(checkpoint, base, chosen, output, seed)
-    if as_json:
-        print(json.dumps(report, indent=2))
-        return
-    before, after = (report[key] / 1e6 for key in ("expert_matrix_bytes", "compressed_bytes"))
-    print(f"experts' matrices: {before:,.2f} MB -> {after:,.2f} MB, {report['ratio']:.2f} times smaller")
-    print(f"relative error of the differences: {report['relative_error_of_deltas']:.3g}")
-    print(f"decompressed weights: {output}")
-
-
+app.command("compress")(compress_command.compress)
 app.command("upcycle")(upcycle_command.upcycle)
 app.command("plot")(plot_command.plot)
 

@@ -7,7 +7,9 @@ A run is a record and the training metrics beside it. Runs of one label share a 
 
 from __future__ import annotations
 
+import io
 import json
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,7 +100,12 @@ def draw(runs: Sequence[Run], name: Name, output: Path) -> list[Path]:
     first = figure.axes[0]
     handles = dict(zip(*reversed(first.get_legend_handles_labels()), strict=True))  # one entry for all seeds
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=2, fontsize="small")
-    figure.savefig(output, dpi=150, metadata={"Date": None} if output.suffix == ".svg" else None)
+    drawing = io.BytesIO()  # an interruption while it is drawn leaves the old file
+    kind = output.suffix.removeprefix(".")
+    figure.savefig(drawing, format=kind, dpi=150, metadata={"Date": None} if kind == "svg" else None)
+    part = output.with_name(f".{output.name}.part")
+    part.write_bytes(drawing.getvalue())
+    os.replace(part, output)
     return [run.path for run in shown]
 
 

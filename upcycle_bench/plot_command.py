@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from upcycle_bench.command import writable_file
+from upcycle_bench.options import Json
 
 
 class Figure(str, Enum):
@@ -28,9 +29,7 @@ def plot(
     runs: Annotated[list[Path], typer.Argument(help="Records: files or folders.")],
     figure: Annotated[Figure, typer.Option("--figure", "-f", help="What to draw.")],
     output: Annotated[Path, typer.Option(metavar="FILE", help="Where to: FILE.png, FILE.svg or FILE.pdf.")],
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else there.")
-    ] = False,
+    as_json: Json = False,
 ) -> None:
     """Draw what routers and experts did in training: entropy, similarity, utilisation, drift, loss."""
     writable_file(output)
