@@ -17,8 +17,9 @@ $(VENV)/.installed: pyproject.toml
 run: $(VENV)/.installed
 	$(BIN)/upcycle-bench run --strategy cluster-aware $(ARGS)
 
+# As many processes as cores, at most 4 (each takes up to 3 GB); a file stays in one of them, with what it shares.
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile $(ARGS)
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -88,6 +88,7 @@ def test_list_as_json_is_one_document() -> None:
         (["run", "-s", "dense", "--seeds", "2", "--init-seed", "0", "--train-seed", "0"], "leaves nothing to vary"),
         (["run", "-s", "all", "-p", "clip-b32"], "protocol clip-b32 needs --data"),
         (["leaderboard", "nowhere"], "nowhere"),
+        (["leaderboard", "."], "no records below .; make one with: upcycle-bench run --strategy cluster-aware"),
         (["data", "build", "digit"], "unknown world 'digit': did you mean 'digits'?"),
         (["pretrain", "-p", "clip-b32"], "protocol clip-b32 has no data of its own; give --data"),
         (["pretrain", "-p", "smoke", "--data", "x"], "protocol smoke brings its own data"),

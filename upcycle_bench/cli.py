@@ -326,6 +326,8 @@ def leaderboard(
     from upcycle_bench import leaderboard, record
 
     records = [record.read(each) for each in record.find(path)]
+    if not records:
+        raise UserError(f"no records below {path}; make one with: upcycle-bench run --strategy cluster-aware")
     chosen = "json" if as_json else format.value
     print(leaderboard.render(leaderboard.build(records), chosen), end="")
 

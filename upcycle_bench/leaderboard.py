@@ -110,7 +110,7 @@ class Board:
 def build(records: list[Record]) -> list[Board]:
     """Boards, sorted by protocol, closed division first. Raises UserError without records."""
     if not records:
-        raise UserError("there are no records here; make one with: upcycle-bench run --strategy cluster-aware")
+        raise UserError("a leaderboard needs records: there are none.")
     groups: dict[tuple[Any, ...], list[Record]] = defaultdict(list)
     for record in sorted(records, key=lambda r: (r.created_at, r.run_id)):  # so the last of every list is the newest
         protocol = record.protocol
