@@ -76,6 +76,11 @@ class FewShot(Suite):
         """Of all tasks that can run here."""
         return probe_tasks.sources(self.tasks, root)
 
+    @classmethod
+    def of_set(cls, folder: Path) -> FewShot:
+        """1 and 5 shots of the train split, and 5 samples of each class to choose the weight decay."""
+        return cls(tasks={folder.name: ShotTask(**probe_tasks.of_set(folder), shots=(1, 5), validation=5)})
+
     def evaluate(self, context: EvalContext) -> SuiteResult:
         """Every task, number of shots and draw."""
         result = SuiteResult([], {})

@@ -67,6 +67,11 @@ class LinearProbe(Suite):
         """Of all tasks that can run here."""
         return probe_tasks.sources(self.tasks, root)
 
+    @classmethod
+    def of_set(cls, folder: Path) -> LinearProbe:
+        """From the train split to the test split."""
+        return cls(tasks={folder.name: ProbeTask(**probe_tasks.of_set(folder))})
+
     def evaluate(self, context: EvalContext) -> SuiteResult:
         """Every task."""
         result = SuiteResult([], {})

@@ -37,6 +37,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass as plain_dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -102,6 +103,11 @@ class ZeroShot(Suite):
     def datasets(self) -> list[str]:
         """The scored sets, then the temperature sets."""
         return [*self.sets, *self.temperature_sets]
+
+    @classmethod
+    def of_set(cls, folder: Path) -> ZeroShot:
+        """At the model's own logit scale."""
+        return cls(sets=(folder.name,), primary=(folder.name,))
 
     def evaluate(self, context: EvalContext) -> SuiteResult:
         """Score the model on every set; all that can be wrong with the sets is found before the first encoding."""

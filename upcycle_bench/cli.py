@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from upcycle_bench import compress_command, display, plot_command, upcycle_command
+from upcycle_bench import compress_command, data_command, display, evaluate_command, plot_command, upcycle_command
 from upcycle_bench.command import (
     check_output,
     interruptible,
@@ -43,8 +43,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-data_app = typer.Typer(help="Build the data sets that ship as a recipe.", no_args_is_help=True)
-app.add_typer(data_app, name="data")
+app.add_typer(data_command.app, name="data")
 
 
 class Kind(str, Enum):
@@ -277,23 +276,8 @@ def pretrain(
 
 app.command("compress")(compress_command.compress)
 app.command("upcycle")(upcycle_command.upcycle)
+app.command("evaluate")(evaluate_command.evaluate)
 app.command("plot")(plot_command.plot)
-
-
-@data_app.command("build")
-def data_build(
-    world: Annotated[str, typer.Argument(help="lab or digits.")],
-    as_json: Json = False,
-) -> None:
-    """Build a data set into the cache and say what is in it."""
-    from upcycle_bench.cache import cache_root
-    from upcycle_bench.worlds import load_world
-
-    before = set((cache_root() / "worlds").glob("*"))
-    reporter = terminal_reporter()
-    with interruptible("nothing half-built was left"):
-        made = load_world(world, 0, reporter)
-    display.show_world(made, made.eval_root.parent not in before, as_json)
 
 
 @app.command("list")

@@ -74,20 +74,8 @@ def show_record(made: Record, path: Path) -> None:
     from upcycle_bench.suite import AVERAGE
 
     assert made.cost is not None
-    several = len({score.suite for score in made.scores}) > 1
-    averaged = {score.suite for score in made.scores if score.dataset == AVERAGE}
-    scores = [
-        {
-            **({"suite": score.suite} if several else {}),
-            "dataset": score.dataset,
-            "metric": score.metric + (" (primary)" if score.primary else ""),
-            "value": f"{score.value:.4f}",
-            "chance": "" if score.chance is None else f"{score.chance:.4f}",
-            "n": f"{score.samples:,}",
-        }
-        for score in made.scores
-        if score.suite not in averaged or (score.dataset == AVERAGE and "[" not in score.metric)
-    ]
+    scores = score_rows([score.model_dump() for score in made.scores])
+    averaged = any(score.dataset == AVERAGE for score in made.scores)
     seeds = made.seeds
     table(f"{made.strategy.label}, protocol {made.protocol.name}, seeds {seeds.init} and {seeds.train}", scores)
     show_skipped(made.skipped)
@@ -106,6 +94,26 @@ def show_record(made: Record, path: Path) -> None:
 
     print(f"weights: {cache_root() / 'weights' / f'{made.hashes.weights}.safetensors'}")
     print(f"record: {path}")
+
+
+def score_rows(scores: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
+    """The lines of a table of scores; of a suite with averages these only, without strata."""
+    from upcycle_bench.suite import AVERAGE
+
+    several = len({score["suite"] for score in scores}) > 1
+    averaged = {score["suite"] for score in scores if score["dataset"] == AVERAGE}
+    return [
+        {
+            **({"suite": score["suite"]} if several else {}),
+            "dataset": score["dataset"],
+            "metric": score["metric"] + (" (primary)" if score["primary"] else ""),
+            "value": f"{score['value']:.4f}",
+            "chance": "" if score["chance"] is None else f"{score['chance']:.4f}",
+            "n": f"{score['samples']:,}",
+        }
+        for score in scores
+        if score["suite"] not in averaged or (score["dataset"] == AVERAGE and "[" not in score["metric"])
+    ]
 
 
 def show_skipped(skipped: Mapping[str, str]) -> None:
@@ -270,7 +278,8 @@ def table(title: str, rows: Sequence[dict[str, str]], *, stderr: bool = False) -
     from rich.markup import escape  # `cluster-aware[tau=0.8]` is no markup
     from rich.table import Table
 
-    wide = ("summary", "paper", "is", "from", "record or reason")
+    # On a narrow terminal these are folded, so that no digit of the others is cut off.
+    wide = ("summary", "paper", "is", "from", "holds", "record or reason", "suite", "dataset", "metric")
     made = Table(title=escape(title), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     for column in rows[0] if rows else ["none"]:
         made.add_column(column, overflow="fold", no_wrap=column not in wide)

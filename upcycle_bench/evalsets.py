@@ -152,7 +152,7 @@ def read(folder: Path, transform: Callable[[Any], Any], batch_size: int, split: 
     Raises UserError, one line, for a set that is missing, incomplete or of a kind we do not score.
     """
     files = _files(folder, split)
-    kind = _kind(folder)
+    kind = kind_of(folder)
     if kind == "classification" and (
         absent := [name for name in (CLASSNAMES, TEMPLATES) if folder / name not in files]
     ):
@@ -167,7 +167,7 @@ def read(folder: Path, transform: Callable[[Any], Any], batch_size: int, split: 
         warnings.filterwarnings("ignore", message="WebDataset.shardshuffle")
         dataset = build_wds_dataset(folder.name, transform, split=split, data_dir=str(folder.absolute()))
     classnames, templates = tuple(dataset.classes or ()), tuple(dataset.templates or ())
-    strata = _strata(folder, files) if folder / STRATA in files else ()
+    strata = strata_of(folder) if folder / STRATA in files else ()
     return EvalSet(folder.name, kind, classnames, templates, dataset.batched(batch_size), strata)
 
 
@@ -187,7 +187,13 @@ def digest(folder: Path, split: str = "test") -> str:
     return whole.hexdigest()
 
 
-def _kind(folder: Path) -> Kind:
+def shards_of(folder: Path, split: str = "test") -> list[Path]:
+    """The shards of a split, in their order; UserError if one is missing."""
+    return [path for path in _files(folder, split) if path.suffix == ".tar"]
+
+
+def kind_of(folder: Path) -> Kind:
+    """What its dataset_type.txt says; UserError for a kind that is not scored."""
     path = folder / TYPE
     kind = path.read_text(encoding="utf-8").strip().lower() if path.exists() else "classification"
     if kind not in ("classification", "retrieval"):
@@ -197,15 +203,14 @@ def _kind(folder: Path) -> Kind:
     return cast(Kind, kind)
 
 
-def _strata(folder: Path, files: Iterable[Path]) -> tuple[str, ...]:
-    """The labels of a set's strata.txt, one for each sample in its shards."""
+def strata_of(folder: Path) -> tuple[str, ...]:
+    """The labels of a set's strata.txt, one for each sample in the shards of its test split."""
     path = folder / STRATA
     strata, samples = path.read_text(encoding="utf-8").splitlines(), 0
-    for shard in files:
-        if shard.suffix == ".tar":
-            with tarfile.open(shard) as tar:
-                # Members of one sample share their name up to its first dot, as in webdataset.
-                samples += len({re.sub(r"\.[^/]*$", "", member.name) for member in tar if member.isfile()})
+    for shard in shards_of(folder):
+        with tarfile.open(shard) as tar:
+            # Members of one sample share their name up to its first dot, as in webdataset.
+            samples += len({re.sub(r"\.[^/]*$", "", member.name) for member in tar if member.isfile()})
     if len(strata) != samples or not all(map(STRATUM.fullmatch, strata)):
         raise UserError(
             f"evaluation set {folder.name}: {path} must hold a stratum (letters, digits, _ . and -) for each of "

@@ -47,10 +47,18 @@ def image_features(folder: Path, split: str, context: EvalContext) -> Examples:
 
 def encode_images(evalset: EvalSet, context: EvalContext) -> tuple[Tensor, list[Any]]:
     """Normalised image embeddings [N, D] and what stands beside each image: its label or its captions."""
+    from webdataset.autodecode import DecodingError
+
     embeddings, beside = [], []
-    for images_B3HW, labels_or_captions in context.track(evalset.batches, f"{evalset.name}: images"):
-        embeddings.append(embed(context.model.encode_image, images_B3HW, context))
-        beside.extend(labels_or_captions)
+    try:
+        for images_B3HW, labels_or_captions in context.track(evalset.batches, f"{evalset.name}: images"):
+            embeddings.append(embed(context.model.encode_image, images_B3HW, context))
+            beside.extend(labels_or_captions)
+    except DecodingError as error:  # it has no words of its own
+        raise UserError(
+            f"evaluation set {evalset.name}: the .{error.k} of sample {error.key} cannot be read; `upcycle-bench data "
+            "check` says what else is wrong."
+        ) from error
     return finite(torch.cat(embeddings), evalset.name), beside
 
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass as plain_dataclass
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -68,6 +68,15 @@ def sources(tasks: Mapping[str, ProbeTask], root: Path) -> dict[str, str]:
     for task in runnable(tasks, root, {}).values():
         found |= task.sources(root)
     return found
+
+
+def of_set(folder: Path) -> dict[str, Any]:
+    """Settings of the task from a set's train split to its test split; UserError, why not, where it has no such."""
+    if evalsets.kind_of(folder) != "classification":
+        raise UserError("it has captions, not labels.")
+    if not (folder / "train" / "nshards.txt").is_file():
+        raise UserError("it has no train split.")
+    return {"pool": (f"{folder.name}:train",), "test": (folder.name,)}
 
 
 def datasets(tasks: Mapping[str, ProbeTask]) -> list[str]:

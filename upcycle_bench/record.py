@@ -305,15 +305,15 @@ def _write_pair(path: Path, text: bytes, arrays: bytes | None) -> None:
     beside = path.with_suffix(".npz")
     try:
         if arrays is not None:
-            _write_atomically(beside, arrays)
-        _write_atomically(path, text)
+            write_atomically(beside, arrays)
+        write_atomically(path, text)
     except BaseException:
         if not path.exists():
             beside.unlink(missing_ok=True)
         raise
 
 
-def _write_atomically(path: Path, data: bytes) -> None:
+def write_atomically(path: Path, data: bytes) -> None:
     """All of `data` at `path`, or nothing: whatever stops us, KeyboardInterrupt included, the temporary file goes."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

@@ -13,6 +13,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from upcycle_bench.errors import UserError
+
 if TYPE_CHECKING:
     import numpy as np
     import torch
@@ -101,6 +103,11 @@ class Suite(ABC):
     @abstractmethod
     def evaluate(self, context: EvalContext) -> SuiteResult:
         """Score the model. Must not depend on the batch size or on any global random state."""
+
+    @classmethod
+    def of_set(cls, folder: Path) -> Suite:
+        """The suite with its usual settings on one set of a user's; UserError, why it is skipped, where it cannot."""
+        raise UserError(f"suite {cls.info.name} scores only what a protocol names; give --protocol.")
 
     def config(self) -> dict[str, Any]:
         """The resolved settings, for fingerprints and records."""

@@ -79,6 +79,17 @@ def save(clip: Clip, moe: protocol.MoE, folder: Path) -> str:
     return digest
 
 
+def is_ours(path: Path) -> bool:
+    """Whether `save` wrote that file, by its metadata."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            return FORMAT in (file.metadata() or {})
+    except (OSError, SafetensorError):
+        return False
+
+
 def load(path: Path) -> Clip:
     """The model of a file that `save` wrote, in eval mode, all experts in this process, in the file's dtypes.
 

@@ -1,0 +1,187 @@
+"""`data check` counts valid sets, and says of the others everything that is wrong, a line for each thing."""
+
+import json
+import re
+import tarfile
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from torchvision.transforms.functional import pil_to_tensor
+from typer.testing import CliRunner
+
+from upcycle_bench import evalcheck, evalsets
+from upcycle_bench.cli import app
+from upcycle_bench.errors import UserError
+
+
+def pictures(count: int) -> list[Image.Image]:
+    pixels = np.random.default_rng(0).integers(0, 256, (count, 6, 6, 3), dtype=np.uint8)
+    return [Image.fromarray(each) for each in pixels]
+
+
+PNG = evalsets.png(pictures(1)[0])
+
+
+@pytest.fixture
+def sets(tmp_path: Path) -> Path:
+    """A classification set with both splits, and a retrieval set."""
+    root = tmp_path / "sets"
+    for split, labels in (("train", [0, 1] * 4), ("test", [0, 1, 1, 1])):
+        samples = zip(pictures(len(labels)), labels, strict=True)
+        evalsets.write_classification(root / "ab", samples, ("a", "b"), ("{c}", "a {c}"), split=split)
+    evalsets.write_retrieval(root / "words", [(picture, ["one", "two"]) for picture in pictures(3)])
+    return root
+
+
+def shard(path: Path, members: dict[str, bytes]) -> None:
+    with tarfile.open(path, "w") as tar:
+        for name, data in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, BytesIO(data))
+
+
+def test_valid_sets_are_counted(sets: Path) -> None:
+    (sets / ".hidden").mkdir()
+    result = CliRunner().invoke(app, ["data", "check", str(sets)], catch_exceptions=False)
+    assert result.exit_code == 0
+    text = " ".join(result.stdout.split())
+    assert "ab classification yes 4 samples in test; 8 samples in train; 2 classes, the rarest with" in text
+    assert "words retrieval yes 3 samples in test; 6 captions" in text
+    result = CliRunner().invoke(app, ["data", "check", str(sets / "ab"), "--json"], catch_exceptions=False)
+    (facts,) = json.loads(result.stdout)["sets"]
+    assert facts == {
+        "name": "ab",
+        "kind": "classification",
+        "samples": {"test": 4, "train": 8},
+        "classes": 2,
+        "templates": 2,
+        "rarest": {"test": 1, "train": 4},
+        "captions": 0,
+        "problems": [],
+    }
+
+
+def test_one_bad_set_is_status_1_and_named(sets: Path) -> None:
+    (sets / "ab" / "classnames.txt").unlink()
+    (sets / "empty").mkdir()
+    result = CliRunner().invoke(app, ["data", "check", str(sets)], catch_exceptions=False)
+    assert result.exit_code == 1
+    assert [line for line in result.stdout.splitlines() if re.match(r"\w+: ", line)] == [
+        "ab: classnames.txt is missing.",
+        "empty: it has no test split (test/nshards.txt, test/0.tar, ...), which is what is scored.",
+    ]
+
+
+def test_a_folder_without_sets_is_no_input(sets: Path, tmp_path: Path) -> None:
+    for folder, message in ((sets / "ab" / "test", "holds none"), (tmp_path / "nowhere", "no such folder")):
+        with pytest.raises(UserError, match=message):
+            evalcheck.find(folder)
+
+
+@pytest.mark.parametrize(
+    ("members", "problems"),
+    [
+        ({"x.png": PNG}, ["test/0.tar: x: no .cls, which holds the class index."]),
+        ({"x.cls": b"0"}, ["test/0.tar: x: no image (webp, png, jpg, jpeg)."]),
+        (
+            {"x.png": PNG, "x.cls": b"2"},
+            ["test/0.tar: x: its class index is not one of 0 ... 1, which classnames.txt names."],
+        ),
+        (
+            {"x.png": PNG, "x.cls": b"-1"},
+            ["test/0.tar: x: its class index is not one of 0 ... 1, which classnames.txt names."],
+        ),
+        ({"x.png": PNG, "x.cls": b"cat"}, ["test/0.tar: x: .cls is no class index."]),
+        ({"x.jpg": PNG[:90], "x.cls": b"0"}, ["test/0.tar: x: its .jpg is no image that can be read."]),
+        (
+            {"x.png": PNG, "y.cls": b"0", "d/z.png": PNG},  # neighbours, but no pair
+            [
+                "test/0.tar: x: no .cls, which holds the class index (2 samples alike).",
+                "test/0.tar: y: no image (webp, png, jpg, jpeg).",
+            ],
+        ),
+        ({}, ["test holds no samples."]),
+        ({"x.JPG": PNG, "x.cls": b" 1\n", "x.json": b"{}", ".DS_Store": b""}, []),
+    ],
+)
+def test_bad_samples(sets: Path, members: dict[str, bytes], problems: list[str]) -> None:
+    shard(sets / "ab" / "test" / "0.tar", members)
+    assert evalcheck.check(sets / "ab").problems == problems
+    if not problems:  # and so it is read
+        ((images, labels),) = evalsets.read(sets / "ab", pil_to_tensor, batch_size=4).batches
+        assert (images.shape, list(labels)) == ((1, 3, 6, 6), [1])
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        (None, "no .txt, which holds captions, one a line"),
+        (b"", "an empty caption, or none"),
+        (b"one\n\ntwo", "an empty caption, or none"),
+        (b"\xff", ".txt is not UTF-8"),
+    ],
+)
+def test_bad_captions(sets: Path, text: bytes | None, problem: str) -> None:
+    shard(sets / "words" / "test" / "0.tar", {"x.png": PNG} | ({} if text is None else {"x.txt": text}))
+    assert evalcheck.check(sets / "words").problems == [f"test/0.tar: x: {problem}."]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "problem"),
+    [
+        ("classnames.txt", None, r"classnames\.txt is missing"),
+        ("classnames.txt", "a\n\nb\n", r"classnames\.txt has empty lines"),
+        ("classnames.txt", b"\xff", r"classnames\.txt is not UTF-8"),
+        ("zeroshot_classification_templates.txt", "", r"templates\.txt is empty"),
+        ("zeroshot_classification_templates.txt", "{c}\na photo", r"'a photo' does not hold \{c\}"),
+        ("zeroshot_classification_templates.txt", "{c} {d}", r"'\{c\} \{d\}' does not hold \{c\}"),
+        ("dataset_type.txt", "multilabel", "only classification and retrieval"),
+        ("strata.txt", "x\n", r"must hold a stratum .* 4 samples"),
+        ("train/nshards.txt", None, r"train/nshards\.txt is missing"),
+        ("test/nshards.txt", "two", "must hold the number of shards"),
+        ("test/nshards.txt", "2", r"1\.tar missing"),
+        ("test/1.tar", "", r"test holds 1\.tar, but its nshards\.txt counts 1"),
+        ("test/0.tar", "no tar", r"test/0\.tar cannot be read to its end"),
+    ],
+)
+def test_bad_files(sets: Path, name: str, text: str | bytes | None, problem: str) -> None:
+    path = sets / "ab" / name
+    path.unlink() if text is None else path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    first, *others = evalcheck.check(sets / "ab").problems
+    assert re.search(problem, first)
+    assert all(re.fullmatch(r"(test|train) holds no samples\.", other) for other in others)
+    assert "\n" not in first
+
+
+def test_a_shard_that_breaks_off(sets: Path) -> None:
+    path = sets / "ab" / "test" / "0.tar"
+    path.write_bytes(path.read_bytes()[:2000])
+    problems = evalcheck.check(sets / "ab").problems
+    assert any(problem.startswith("test/0.tar cannot be read to its end") for problem in problems)
+
+
+def test_what_is_scored_is_all_that_must_be_valid(sets: Path) -> None:
+    (sets / "ab" / "train" / "nshards.txt").write_text("3")
+    evalcheck.require_valid(sets / "ab", {"test"})
+    with pytest.raises(UserError, match=r"no valid set, .* 1\.tar, 2\.tar missing"):
+        evalcheck.require_valid(sets / "ab", {"test", "train"})
+
+
+def test_without_decoding_all_but_images_is_checked(sets: Path) -> None:
+    shard(sets / "ab" / "test" / "0.tar", {"x.png": b"", "x.cls": b"0", "y.png": b""})
+    assert evalcheck.check(sets / "ab", decode=False).problems == [
+        "test/0.tar: y: no .cls, which holds the class index."
+    ]
+
+
+def test_everything_that_is_wrong_is_said_at_once(sets: Path) -> None:
+    folder = sets / "ab"
+    (folder / "classnames.txt").unlink()
+    (folder / "zeroshot_classification_templates.txt").write_text("a\nb\n")
+    shard(folder / "test" / "0.tar", {"x.png": b"no", "x.cls": b"one"})
+    (folder / "train" / "nshards.txt").write_text("3")
+    assert len(evalcheck.check(folder).problems) == 7

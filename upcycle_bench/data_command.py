@@ -1,0 +1,66 @@
+"""`upcycle-bench data`: build the data sets that ship as a recipe, check one's own. Imports nothing heavy."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from upcycle_bench import display
+from upcycle_bench.command import interruptible, terminal_reporter
+from upcycle_bench.options import Json
+
+if TYPE_CHECKING:
+    from upcycle_bench.evalcheck import Report
+
+app = typer.Typer(help="Build the data sets that ship as a recipe; check your own.", no_args_is_help=True)
+
+
+@app.command()
+def build(
+    world: Annotated[str, typer.Argument(help="lab or digits.")],
+    as_json: Json = False,
+) -> None:
+    """Build a data set into the cache and say what is in it."""
+    from upcycle_bench.cache import cache_root
+    from upcycle_bench.worlds import load_world
+
+    before = set((cache_root() / "worlds").glob("*"))
+    reporter = terminal_reporter()
+    with interruptible("nothing half-built was left"):
+        made = load_world(world, 0, reporter)
+    display.show_world(made, made.eval_root.parent not in before, as_json)
+
+
+@app.command()
+def check(
+    folder: Annotated[Path, typer.Argument(help="An evaluation set, or a folder that holds some.")],
+    as_json: Json = False,
+) -> None:
+    """Tell whether evaluation sets are valid CLIP_benchmark webdatasets, count them, say what is wrong."""
+    from upcycle_bench import evalcheck
+
+    reports = [evalcheck.check(path) for path in evalcheck.find(folder)]
+    if as_json:
+        print(json.dumps({"folder": str(folder), "sets": [asdict(report) for report in reports]}, indent=2))
+    else:
+        display.table(str(folder), [_counts(report) for report in reports])
+        for report in reports:
+            for problem in report.problems:
+                print(f"{report.name}: {problem}")
+    if any(report.problems for report in reports):
+        raise typer.Exit(1)
+
+
+def _counts(report: Report) -> dict[str, str]:
+    parts = [f"{count:,} samples in {split}" for split, count in report.samples.items()]
+    if report.classes:
+        rarest = ", ".join(f"{count:,} in {split}" for split, count in report.rarest.items())
+        parts += [f"{report.classes:,} classes, the rarest with {rarest}", f"templates: {report.templates:,}"]
+    if report.captions:
+        parts.append(f"{report.captions:,} captions")
+    valid = "no" if report.problems else "yes"
+    return {"set": report.name, "kind": report.kind, "valid": valid, "holds": "; ".join(parts) or "nothing"}
