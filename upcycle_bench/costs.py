@@ -64,14 +64,19 @@ class Meter:
 
 
 def flop_counter() -> FlopCounterMode:
-    """PyTorch's counter, which by itself does not know the CPU's attention kernel (formulas as for the others')."""
+    """PyTorch's counter, which by itself does not know the CPU's attention kernel (formulas as for the others').
+
+    Nor grouped products: whichever operand is cut into groups, all its parts together make one whole product.
+    """
     aten = torch.ops.aten
-    formulas = {
+    formulas: dict[Any, Callable[..., int]] = {
         aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *rest, **more: sdpa_flop_count(q, k, v),
         aten._scaled_dot_product_flash_attention_for_cpu_backward: (
             lambda out, q, k, v, *rest, **more: sdpa_backward_flop_count(out, q, k, v)
         ),
     }
+    if hasattr(aten, "_grouped_mm"):
+        formulas[aten._grouped_mm] = lambda a, b, *rest, **more: 2 * a[-2] * a[-1] * b[-1]
     return FlopCounterMode(display=False, custom_mapping=formulas)
 
 
