@@ -177,7 +177,7 @@ def _counts(
 ) -> tuple[tuple[str, ...], int, int, int]:
     """Layers of `moe`, parameters in all and active, and FLOPs of a pair; without `experts` one wide FFN a layer."""
     patch_dropout = protocol.train.schedule.patch_dropout
-    clip = _meta_clip(protocol.model, patch_dropout)
+    clip = meta_clip(protocol.model, patch_dropout)
     forward = _meta_flops(protocol.model, patch_dropout)
     total = sum(p.numel() for p in clip.model.parameters())
     active = total
@@ -195,14 +195,15 @@ def _counts(
 
 
 @functools.cache
-def _meta_clip(model: str, patch_dropout: float) -> Clip:
+def meta_clip(model: str, patch_dropout: float) -> Clip:
+    """That CLIP without memory for its tensors; not to be changed."""
     with torch.device("meta"):
         return create_clip(model, patch_dropout=patch_dropout)
 
 
 @functools.cache
 def _meta_flops(model: str, patch_dropout: float) -> int:
-    return dense_forward_flops(_meta_clip(model, patch_dropout))
+    return dense_forward_flops(meta_clip(model, patch_dropout))
 
 
 def tokens(clip: Clip, layer: Layer, patch_dropout: float) -> int:
