@@ -58,7 +58,7 @@ def create_layer(width: int, capacity_factor: float, seed: int = 0, experts: int
 
 
 def with_stock_layer(layer: MoEFFN) -> MoEFFN:
-    """A copy whose dispatch and compute are DeepSpeed's, with the same gate, so that the routing is the same."""
+    """A copy with the backend `deepspeed`, whatever is forced: its own dispatch and compute behind the same gate."""
     stock = copy.deepcopy(layer)
     ours = stock.moe.deepspeed_moe
     stock.moe.deepspeed_moe = MOELayer(

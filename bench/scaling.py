@@ -66,11 +66,12 @@ class Curve:
         return a * x**b if self.growth == "power" else a + b * x
 
     def statement(self) -> str:
-        """The growth in words: `time ~ D^1.93`, or `0.12 s + 1.4 ms for each of 1,000 tokens`."""
+        """The growth in words: `time ~ D^1.93`, or `time ~ 0.12 s + 1.4 s * E / 32`."""
         a, b = self.fit()
         if self.growth == "power":
             return f"time ~ {self.variable}^{b:.2f}"
-        return f"time ~ {a:.3g} s + {b * self.x[-1]:.3g} s * {self.variable} / {self.x[-1]:,.0f}"
+        last = self.x[-1]
+        return f"time ~ {a:.3g} s {'-' if b < 0 else '+'} {abs(b) * last:.3g} s * {self.variable} / {last:,.0f}"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -28,6 +28,7 @@ def test_laws_are_recovered() -> None:
     line = curve("linear", tuple(0.5 + 0.25 * x for x in X))
     assert line.fit() == pytest.approx((0.5, 0.25))
     assert line.statement() == "time ~ 0.5 s + 2 s * S / 8"  # 2 s: what S adds at the last point
+    assert curve("linear", tuple(9 - x for x in X)).statement() == "time ~ 9 s - 8 s * S / 8"
     for each in (power, line):
         assert each.fitted(torch.tensor(X).double().numpy()) == pytest.approx(each.wall)
 
