@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 EXTRAS ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo gpu,dev || echo cpu,dev)$(shell command -v npm >/dev/null 2>&1 || echo ,npm)
 ARGS ?=
 
-.PHONY: run test lint bench docs clean
+.PHONY: run test lint bench scaling docs clean
 
 # A GPU machine gets faiss-gpu, any other faiss-cpu; one without npm gets PyPI's (EXTRAS overrides).
 $(VENV)/.installed: pyproject.toml
@@ -29,6 +29,10 @@ lint: $(VENV)/.installed
 # Under 12 minutes on two quiet cores; writes bench/latest.json and the table in docs/performance.md.
 bench: $(VENV)/.installed
 	$(BIN)/python -m bench --markdown docs/performance.md $(ARGS)
+
+# Under four minutes on a quiet machine; writes bench/scaling.json, docs/figures/ and a part of docs/performance.md.
+scaling: $(VENV)/.installed
+	$(BIN)/python -m bench.scaling $(ARGS)
 
 # Writes the generated parts of README.md and docs/ anew (tests/test_docs.py fails while they are stale).
 docs: $(VENV)/.installed

@@ -15,7 +15,7 @@ from bench.rows import Settings
 from bench.timing import Step, clock
 from upcycle_bench.costs import flop_counter
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 ADAMW_BYTES = 28  # of each float32 parameter: weight, gradient and two moments read; weight and moments written
 
 

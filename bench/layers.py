@@ -26,10 +26,10 @@ TOKENS, EXPERTS, TOP_K = 2048, 8, 2
 PRECISIONS = ("fp32", "bf16")
 
 
-def settings_of(capacity_factor: float) -> protocol.MoE:
-    """The lab's MoE with another capacity factor."""
+def settings_of(capacity_factor: float, experts: int = EXPERTS) -> protocol.MoE:
+    """The lab's MoE with another capacity factor, and number of experts."""
     return protocol.MoE(
-        experts=EXPERTS,
+        experts=experts,
         top_k=TOP_K,
         every=2,
         offset=1,
@@ -48,16 +48,17 @@ def random_ffn(width: int, generator: torch.Generator) -> FFN:
     return FFN(w1_HD, b1_H, w2_DH, b2_D, nn.GELU())
 
 
-def create_layer(width: int, capacity_factor: float, seed: int = 0) -> MoEFFN:
+def create_layer(width: int, capacity_factor: float, seed: int = 0, experts: int = EXPERTS) -> MoEFFN:
     """Our layer with different random experts and a router that spreads random tokens almost evenly."""
     generator = torch.Generator().manual_seed(seed)
-    experts = [random_ffn(width, generator).expert() for _ in range(EXPERTS)]
-    router_ND = torch.randn(EXPERTS, width, generator=generator) / width**0.5
-    return MoEFFN(Layer("vision", 1, 2, EXPERTS, TOP_K), experts, router_ND, settings_of(capacity_factor), None).train()
+    ffns = [random_ffn(width, generator).expert() for _ in range(experts)]
+    router_ND = torch.randn(experts, width, generator=generator) / width**0.5
+    settings = settings_of(capacity_factor, experts)
+    return MoEFFN(Layer("vision", 1, 2, experts, TOP_K), ffns, router_ND, settings, None).train()
 
 
 def with_stock_layer(layer: MoEFFN) -> MoEFFN:
-    """A copy whose dispatch and compute are DeepSpeed's, with the same gate, so that the routing is the same."""
+    """A copy with the backend `deepspeed`, whatever is forced: its own dispatch and compute behind the same gate."""
     stock = copy.deepcopy(layer)
     ours = stock.moe.deepspeed_moe
     stock.moe.deepspeed_moe = MOELayer(

@@ -1,4 +1,4 @@
-"""Rows 10 to 13: everything around the training step: data, start, evaluation. The lab's world must be in the cache."""
+"""Rows 10 to 14: all around the training step: data, start, evaluation (the lab must be in the cache), inference."""
 
 from __future__ import annotations
 
@@ -18,10 +18,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from bench.floor import floor
 from bench.rows import Row, Settings, SkippedError, measures
 from bench.timing import Sample, compare, interleave, ratio_row, seconds_row
-from bench.training import lab_clip, lab_job, lab_protocol, made_up_batches, our_step
-from upcycle_bench import evalsets, packed, run
+from bench.training import lab_clip, lab_job, lab_protocol, made_up_batches, our_step, upcycled
+from upcycle_bench import evalsets, latency, packed, run
 from upcycle_bench.cache import cache_root
 from upcycle_bench.costs import Meter
 from upcycle_bench.data import PairDataset
@@ -160,3 +161,19 @@ def encode_once(plan: Plan, clip: Any, device: torch.device, size: int = 256) ->
         text_BL = clip.tokenize(every[start : start + size]).to(device)
         F.normalize(packed.encode_text(clip.model, text_BL), dim=-1).cpu()
     return images + len(every)
+
+
+@measures(14)
+def inference(settings: Settings) -> Iterator[Row]:
+    """Encoding with the lab's upcycled model / with the dense one, fp32, each tower: one input alone, and a batch.
+
+    One input is latency, a batch throughput. `upcycle-bench latency` measures the same of any models.
+    """
+    dense = lab_clip(settings.device)
+    sparse = upcycled(dense, lab_protocol().moe)
+    models = [clip.model.eval() for clip in (sparse, dense)]
+    for what, encoder in (("images", latency.image_encoder), ("texts", latency.text_encoder)):
+        for size in (1, latency.BATCH):
+            ours, theirs = (encoder(dense, model, size) for model in models)
+            least = floor(ours, "fp32", settings)
+            yield compare(f"inference: MoE / dense, lab, {what}, batch {size}", "", ours, theirs, settings, floor=least)

@@ -19,7 +19,6 @@ from upcycle_bench import environment
 
 KEYS = ("name", "goal", "value", "min", "max", "unit")
 HEADER = ("#", "measured", "goal", "median", "least to greatest", "CPU time", "seconds", "floor of ours", "reached")
-MARK = re.compile(r"(<!-- measured: bench -->\n).*?(<!-- end -->)", re.DOTALL)
 Results = Mapping[int, Sequence[Row] | str]  # by goal number; a text says why there is nothing
 
 
@@ -85,9 +84,10 @@ def machine(settings: Settings, rates: Rates) -> str:
     return text
 
 
-def put_into(document: Path, text: str) -> None:
-    """Replace what stands between the marks in that file."""
+def put_into(document: Path, text: str, name: str = "bench") -> None:
+    """Replace what stands between the marks of that name in that file."""
+    mark = re.compile(rf"(<!-- measured: {name} -->\n).*?(<!-- end -->)", re.DOTALL)
     before = document.read_text(encoding="utf-8")
-    assert MARK.search(before), f"{document} has no place for the table"
-    after = MARK.sub(lambda match: match[1] + text + match[2], before)
+    assert mark.search(before), f"{document} has no place for {name}"
+    after = mark.sub(lambda match: match[1] + text + match[2], before)
     document.write_text(after, encoding="utf-8", newline="\n")

@@ -1,4 +1,4 @@
-"""The generated parts of README.md and docs/strategies.md: `make docs` writes them, a test keeps them fresh.
+"""The generated parts of README.md and two files of docs/: `make docs` writes them, a test keeps them fresh.
 
 A part stands between `<!-- generated: NAME -->` and `<!-- end -->`; NAME is a function of `PARTS`.
 """
@@ -11,12 +11,13 @@ import typer
 
 from upcycle_bench import leaderboard, record
 from upcycle_bench.cli import app
+from upcycle_bench.cluster import bills
 from upcycle_bench.listing import rows
 from upcycle_bench.protocol import load_protocol
 from upcycle_bench.registry import load_registry
 
 ROOT = Path(__file__).parent.parent
-DOCUMENTS = [ROOT / "README.md", ROOT / "docs" / "strategies.md"]
+DOCUMENTS = [ROOT / "README.md", *(ROOT / "docs" / name for name in ("strategies.md", "performance.md"))]
 MARK = re.compile(r"<!-- generated: (\S+) -->\n.*?<!-- end -->", re.DOTALL)
 
 
@@ -74,6 +75,30 @@ def board() -> str:
     return f"```console\n$ upcycle-bench leaderboard results/lab --format md\n```\n\n{shown.strip()}"
 
 
+def cluster() -> str:
+    """What the published protocols would take on 64 GPUs, by `upcycle_bench.cluster`."""
+    registry = load_registry()
+    dense, sparse = (registry.get("strategy", name).target() for name in ("dense", "sparse-upcycling"))
+    lines = []
+    for name in ("clip-b32", "clip-b16"):
+        for bill in bills(load_protocol(registry.get("protocol", name).target), dense, sparse):
+            sizes = (bill.gradient_bytes, bill.feature_bytes, bill.exchange_bytes)
+            cells = {
+                "protocol": f"`{name}`",
+                "training": bill.training,
+                "ep_size": str(bill.ep_size),
+                "samples": f"{bill.samples:.2e}",
+                "FLOPs": f"{bill.flops:.2e}",
+                "GPU-hours": f"{bill.gpu_hours:,.0f}",
+                f"hours on {bill.cluster.gpus}": f"{bill.seconds / 3600:,.1f}",
+                "a step computes, ms": f"{1e3 * bill.seconds / bill.steps:,.0f}",
+                "gradients, features, all-to-all, GB": " + ".join(f"{size / 1e9:.2f}" for size in sizes),
+                "a step sends, ms": f"{1e3 * bill.communication_seconds:,.0f}",
+            }
+            lines.append(list(cells.values()))
+    return table(list(cells), lines)
+
+
 def commands() -> str:
     """Every command, and every option of `run`."""
     group = typer.main.get_command(app)
@@ -89,6 +114,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "details": details,
     "protocols": protocols,
     "help": commands,
+    "cluster": cluster,
 }
 
 

@@ -54,6 +54,7 @@ def test_every_command_answers_help() -> None:
         "pretrain",
         "compress",
         "upcycle",
+        "latency",
         "data build",
     ):
         done = command(*name.split(), "--help")

@@ -84,7 +84,7 @@ def test_named_files_commands_and_options_exist(document: Path) -> None:
 def test_make_targets_of_the_documents_exist() -> None:
     targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     for document in DOCUMENTS:
-        assert set(re.findall(r"make (run|test|lint|docs|clean|bench)\b", document.read_text())) <= targets
+        assert set(re.findall(r"make (run|test|lint|docs|clean|bench|scaling)\b", document.read_text())) <= targets
 
 
 def test_the_version_is_the_same_everywhere() -> None:

@@ -16,7 +16,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from upcycle_bench import compress_command, data_command, display, evaluate_command, plot_command, upcycle_command
+from upcycle_bench import (
+    compress_command,
+    data_command,
+    display,
+    evaluate_command,
+    latency_command,
+    plot_command,
+    upcycle_command,
+)
 from upcycle_bench.command import (
     check_output,
     interruptible,
@@ -278,6 +286,7 @@ app.command("compress")(compress_command.compress)
 app.command("upcycle")(upcycle_command.upcycle)
 app.command("evaluate")(evaluate_command.evaluate)
 app.command("plot")(plot_command.plot)
+app.command("latency")(latency_command.latency)
 
 
 @app.command("list")

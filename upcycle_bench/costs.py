@@ -64,14 +64,19 @@ class Meter:
 
 
 def flop_counter() -> FlopCounterMode:
-    """PyTorch's counter, which by itself does not know the CPU's attention kernel (formulas as for the others')."""
+    """PyTorch's counter, which by itself does not know the CPU's attention kernel (formulas as for the others').
+
+    Nor grouped products: whichever operand is cut into groups, all its parts together make one whole product.
+    """
     aten = torch.ops.aten
-    formulas = {
+    formulas: dict[Any, Callable[..., int]] = {
         aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *rest, **more: sdpa_flop_count(q, k, v),
         aten._scaled_dot_product_flash_attention_for_cpu_backward: (
             lambda out, q, k, v, *rest, **more: sdpa_backward_flop_count(out, q, k, v)
         ),
     }
+    if hasattr(aten, "_grouped_mm"):
+        formulas[aten._grouped_mm] = lambda a, b, *rest, **more: 2 * a[-2] * a[-1] * b[-1]
     return FlopCounterMode(display=False, custom_mapping=formulas)
 
 
@@ -172,7 +177,7 @@ def _counts(
 ) -> tuple[tuple[str, ...], int, int, int]:
     """Layers of `moe`, parameters in all and active, and FLOPs of a pair; without `experts` one wide FFN a layer."""
     patch_dropout = protocol.train.schedule.patch_dropout
-    clip = _meta_clip(protocol.model, patch_dropout)
+    clip = meta_clip(protocol.model, patch_dropout)
     forward = _meta_flops(protocol.model, patch_dropout)
     total = sum(p.numel() for p in clip.model.parameters())
     active = total
@@ -190,14 +195,15 @@ def _counts(
 
 
 @functools.cache
-def _meta_clip(model: str, patch_dropout: float) -> Clip:
+def meta_clip(model: str, patch_dropout: float) -> Clip:
+    """That CLIP without memory for its tensors; not to be changed."""
     with torch.device("meta"):
         return create_clip(model, patch_dropout=patch_dropout)
 
 
 @functools.cache
 def _meta_flops(model: str, patch_dropout: float) -> int:
-    return dense_forward_flops(_meta_clip(model, patch_dropout))
+    return dense_forward_flops(meta_clip(model, patch_dropout))
 
 
 def tokens(clip: Clip, layer: Layer, patch_dropout: float) -> int:

@@ -44,7 +44,7 @@ def checks() -> list[Check]:
     if not _importable("torch"):  # whatever else is asked needs it; DeepSpeed must not be imported before it
         devices = []
     else:
-        devices = [_device(), _bf16()]
+        devices = [_device(), _bf16(), _experts()]
         _quiet_deepspeed()
     return [
         _python(),
@@ -160,6 +160,22 @@ def _bf16() -> Check:
         "upcycle-bench run --strategy cluster-aware --protocol lab-fp32",
         required=False,
     )
+
+
+def _experts() -> Check:
+    """Which backend computes the experts in training in bf16."""
+    import torch
+
+    from upcycle_bench import expert_backends
+
+    try:
+        forced = expert_backends.forced()
+    except UserError as error:
+        return _check("experts", False, str(error), f"unset {expert_backends.VARIABLE}")
+    if forced:
+        return _check("experts", True, f"{forced}, forced by {expert_backends.VARIABLE}", "")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return _check("experts", True, f"{expert_backends.default(device)} (bf16 training on {device.type})", "")
 
 
 def cpu_bf16() -> list[str]:

@@ -16,7 +16,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from upcycle_bench import distributed
+from upcycle_bench import distributed, expert_backends
 from upcycle_bench.errors import UserError
 
 
@@ -37,6 +37,7 @@ def session(threads: int) -> Iterator[torch.device]:
     """A process group and `threads` CPU threads shared by this machine's processes; both undone at the end."""
     from upcycle_bench.ds import deepspeed
 
+    expert_backends.forced()  # a wrong name is said before anything is made
     device = choose_device()
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32
     before = torch.get_num_threads()

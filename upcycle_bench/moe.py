@@ -1,8 +1,8 @@
 """The MoE layer: DeepSpeed's gate, parameter groups and expert parallelism, with a ragged compute on one rank.
 
 DeepSpeed pads every expert to its capacity: at capacity factor 2 it computes twice the rows that were routed. With
-`ep_size` 1 we sort the routed rows by expert and run each expert on its own slice; under expert parallelism we use
-DeepSpeed's forward. Routing is DeepSpeed's own, to the bit; outputs and gradients agree to rounding.
+`ep_size` 1 we sort the routed rows by expert and compute just these (`expert_backends`); under expert parallelism we
+use DeepSpeed's forward. Routing is DeepSpeed's own, to the bit; outputs and gradients agree to rounding.
 
 In evaluation capacity is unlimited and nothing is sampled, so that an output never depends on the rest of the batch.
 
@@ -20,7 +20,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from upcycle_bench import protocol
+from upcycle_bench import expert_backends, protocol
 from upcycle_bench.ds import MoE, MOELayer, TopKGate
 from upcycle_bench.ds import capacity as deepspeed_capacity
 from upcycle_bench.rows import combine_rows, select_rows
@@ -126,9 +126,13 @@ def _renormalised(probs_TN: Tensor, index_KT: Tensor) -> Tensor:
 class RaggedMOELayer(MOELayer):
     """DeepSpeed's MOELayer with each expert run on exactly the rows routed to it (one rank per expert group)."""
 
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.compute = expert_backends.Compute()
+
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """[T, D] -> [T, D]; sets `l_aux` and `exp_counts` as the parent does."""
-        if self.ep_size > 1:
+        if self.ep_size > 1 or expert_backends.forced() == "deepspeed":
             return super().forward(*args, **kwargs)
         x_TD = args[0]
         self.l_aux, _, num_experts, index_KT, _, gates_KT, self.exp_counts = self.gate(x_TD, None, True, False)
@@ -139,8 +143,7 @@ class RaggedMOELayer(MOELayer):
         slots_KT = torch.full_like(index_KT, len(source_R), dtype=torch.long)
         slots_KT.view(-1).index_copy_(0, source_R, torch.arange(len(source_R), device=x_TD.device))
         rows_RD = select_rows(x_TD, source_R % num_tokens, slots_KT, inverse_holes=counts[0] > 0)
-        experts = self.experts.deepspeed_experts
-        out_RD = torch.cat([expert(rows) for expert, rows in zip(experts, rows_RD.split(counts[1:]), strict=True)])
+        out_RD = self.compute(self.experts.deepspeed_experts, rows_RD, counts[1:])
         return combine_rows(out_RD, gates_KT, slots_KT, source_R)
 
     def __getstate__(self) -> dict[str, Any]:

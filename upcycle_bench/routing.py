@@ -53,29 +53,21 @@ class _Seen:
         self.layer = layer
         self.input_TD: Tensor | None = None
         self.router_ND = self.counts_N = torch.empty(0)
-        self.out_RD: list[Tensor] = []
-        self.inside = False  # a loss may call the experts again, outside the layer
+        self.out_RD: tuple[Tensor, ...] = ()  # by expert; none where DeepSpeed's layer computes them
         self.handles = [
-            layer.moe.register_forward_pre_hook(self._enter),
+            layer.moe.deepspeed_moe.compute.register_forward_hook(self._rows),
             layer.moe.register_forward_hook(self._leave),
-            *(expert.register_forward_hook(self._expert) for expert in layer.experts),
         ]
 
     def close(self) -> None:
         for handle in self.handles:
             handle.remove()
 
-    def _enter(self, *_: Any) -> None:
-        self.inside = True
-        self.out_RD.clear()
-
-    def _expert(self, _module: nn.Module, _args: Any, output: Any) -> None:
-        if self.inside and isinstance(output, Tensor) and output.dim() == 2:
-            self.out_RD.append(output.detach())
+    def _rows(self, _module: nn.Module, args: tuple[Any, ...], out_RD: Tensor) -> None:
+        self.out_RD = out_RD.detach().split(args[2])
 
     def _leave(self, _module: nn.Module, args: tuple[Tensor, ...], output: tuple[Any, ...]) -> None:
         # Only kept here: what is computed inside the step would count as FLOPs of the training.
-        self.inside = False
         self.input_TD, self.counts_N = args[0].detach(), output[2]
         self.router_ND = self.layer.gate.wg.weight.detach().clone()
 
@@ -88,8 +80,7 @@ class _Seen:
         routed_TN = torch.zeros_like(probs_TN).scatter_(1, probs_TN.topk(self.layer.gate.k, dim=1).indices, 1)
         chance_N = (probs_TN * routed_TN).sum(0) / routed_TN.sum(0)  # nan: no token
         load_N = self.counts_N.double() / self.counts_N.sum()
-        whole = len(self.out_RD) == self.layer.layer.num_experts  # not under expert parallelism: others' rows are apart
-        compactness = relative_compactness(self.out_RD) if whole else None
+        compactness = relative_compactness(self.out_RD) if self.out_RD else None
         return {
             "load": [round(share, 5) for share in load_N.tolist()],
             "router_entropy": round(float(entropy), 5),

@@ -22,7 +22,7 @@ import torch
 from pydantic import JsonValue
 from torch import nn
 
-from upcycle_bench import distributed, environment, weights
+from upcycle_bench import distributed, environment, expert_backends, weights
 from upcycle_bench.cache import cache_root, file_sha256, locked
 from upcycle_bench.dense import Clip
 from upcycle_bench.errors import UserError
@@ -47,9 +47,13 @@ class Trained(Part):
 
 
 def key(run_id: str, device: torch.device) -> str:
-    """Name of a training: other libraries or other hardware would round otherwise, so they have keys of their own."""
+    """Name of a training: other libraries or other hardware would round otherwise, so they have keys of their own.
+
+    So does a forced backend of the experts.
+    """
     versions = [environment.installed_version(name) for name in environment.PACKAGES if name != "upcycle-bench"]
-    return fingerprint([run_id, versions, device.type, environment.device_name(device.type)])
+    forced = [name] if (name := expert_backends.forced()) else []
+    return fingerprint([run_id, versions, device.type, environment.device_name(device.type), *forced])
 
 
 def metrics_of(key: str) -> Path:

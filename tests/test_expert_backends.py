@@ -1,0 +1,225 @@
+"""Backends of the experts' compute against a reference that goes token by token; which one is chosen, and why not.
+
+Shape suffixes: T tokens, D width, N experts, K choices per token.
+"""
+
+import copy
+import warnings
+from collections import OrderedDict
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from open_clip.transformer import QuickGELU
+from torch import Tensor, nn
+
+from tests.helpers import threads
+from tests.moe_helpers import assert_gradients, create_layer, relative_error, settings_of
+from upcycle_bench import engine, environment, expert_backends, trained
+from upcycle_bench.costs import flop_counter
+from upcycle_bench.doctor import checks
+from upcycle_bench.errors import UserError
+from upcycle_bench.expert_backends import BACKENDS, VARIABLE, Compute, default, refusal
+from upcycle_bench.moe import MoEFFN
+from upcycle_bench.routing import watch
+
+WIDTH, HIDDEN, EXPERTS, TOKENS = 16, 24, 5, 40
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def _alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.delenv(VARIABLE, raising=False)
+    expert_backends._say_once.cache_clear()
+    with threads(1), warnings.catch_warnings():
+        warnings.simplefilter("error")  # no backend falls back unless a test expects it
+        yield
+
+
+def layer_of(top_k: int, factor: float, *, hidden: int = HIDDEN, act: type[nn.Module] = nn.GELU) -> MoEFFN:
+    layer = create_layer(WIDTH, settings_of(EXPERTS, top_k, factor), torch.float32, hidden=hidden)
+    for expert in layer.experts:
+        expert.gelu = act()
+    return layer.train()
+
+
+def tokens_of(kind: str) -> Tensor:
+    x_TD = torch.randn(TOKENS, WIDTH)
+    return (x_TD[:1].repeat(TOKENS, 1) if kind == "equal" else x_TD).requires_grad_()
+
+
+def token_by_token(layer: MoEFFN, x_TD: Tensor) -> Tensor:
+    """y_t = sum over its surviving choices of gate * expert(x_t), one token at a time."""
+    _, _, _, index_KT, _, gates_KT, _ = layer.gate(x_TD)
+    rows = []
+    for t, x_D in enumerate(x_TD):
+        y_D = torch.zeros(WIDTH)
+        for k in range(len(index_KT)):
+            if (number := int(index_KT[k, t])) >= 0:
+                y_D = y_D + gates_KT[k, t] * layer.experts[number](x_D)
+        rows.append(y_D)
+    return torch.stack(rows)
+
+
+def gradients(layer: MoEFFN, y_TD: Tensor, x_TD: Tensor) -> list[Tensor]:
+    weight_TD = torch.randn(y_TD.shape, generator=torch.Generator().manual_seed(9))
+    leaves = [x_TD, *layer.parameters()]
+    found = torch.autograd.grad((y_TD.float() * weight_TD).sum(), leaves, allow_unused=True)
+    # The reference never calls an idle expert; a backend must give it zeros all the same, for the optimiser's sake.
+    return [torch.zeros_like(leaf) if grad is None else grad for leaf, grad in zip(leaves, found, strict=True)]
+
+
+@pytest.mark.parametrize(("top_k", "act"), [(1, nn.GELU), (2, QuickGELU), (3, nn.GELU)])
+@pytest.mark.parametrize(("tokens", "factor"), [("random", 0.4), ("random", 8.0), ("equal", 8.0), ("equal", 0.3)])
+def test_outputs_and_gradients_are_those_token_by_token(
+    act: type[nn.Module], top_k: int, tokens: str, factor: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With drops (small factors) and experts without rows (equal tokens), in float32 and under bf16 autocast."""
+    torch.manual_seed(top_k)
+    layer, x_TD = layer_of(top_k, factor, act=act), tokens_of(tokens)
+    index_KT = layer.gate(x_TD)[3]
+    assert bool((index_KT < 0).any()) == (factor < 1)
+    assert (len(index_KT.unique()) < EXPERTS) == (tokens == "equal")
+    expected_TD = token_by_token(layer, x_TD)
+    expected = gradients(layer, expected_TD, x_TD)
+
+    for name in BACKENDS:
+        monkeypatch.setenv(VARIABLE, name)
+        y_TD = layer(x_TD[None])[0]
+        assert relative_error(y_TD, expected_TD) <= 1e-5
+        assert_gradients(gradients(layer, y_TD, x_TD), expected, 1e-5)
+        idle = torch.autograd.grad(layer(x_TD[None]).sum(), list(layer.experts.parameters()), allow_unused=True)
+        assert all(grad is not None for grad in idle)
+
+        with torch.autocast("cpu", torch.bfloat16):
+            y_TD = layer(x_TD[None])[0]
+        assert relative_error(y_TD.float(), expected_TD) <= 2e-2
+        assert_gradients(gradients(layer, y_TD, x_TD), expected, 5e-2)
+
+
+@pytest.fixture
+def used(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the backends called, in order."""
+    calls: list[str] = []
+
+    def spy(name: str, backend: Any) -> Any:
+        def call(*args: Any) -> Tensor:
+            calls.append(name)
+            return backend(*args)
+
+        return call
+
+    for name in ("loop", "grouped_mm"):
+        monkeypatch.setattr(expert_backends, name, spy(name, getattr(expert_backends, name)))
+    return calls
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_a_forced_backend_is_the_one_that_computes(name: str, used: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(VARIABLE, name)
+    layer_of(2, 2.0)(tokens_of("random")[None])
+    assert used == ([] if name == "deepspeed" else [name])  # DeepSpeed's layer calls neither
+
+
+def test_a_cpu_loops_as_it_always_did(used: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """To the bit: each expert on its slice, one after the other."""
+
+    def as_before(_self: Compute, experts: Any, rows_RD: Tensor, counts: list[int]) -> Tensor:
+        return torch.cat([expert(rows) for expert, rows in zip(experts, rows_RD.split(counts), strict=True)])
+
+    torch.manual_seed(0)
+    layer, x_TD = layer_of(2, 0.7), tokens_of("random")
+    for precision in (torch.float32, torch.bfloat16):
+        results = []
+        for forward in (Compute.forward, as_before):
+            with monkeypatch.context() as patch, torch.autocast("cpu", torch.bfloat16, enabled=precision != x_TD.dtype):
+                patch.setattr(Compute, "forward", forward)
+                y_TD = layer(x_TD[None])[0]
+            assert y_TD.dtype == precision
+            results.append([y_TD, *gradients(layer, y_TD, x_TD)])
+        assert all(torch.equal(ours, before) for ours, before in zip(*results, strict=True))
+    assert used == ["loop"] * 2
+
+
+def test_the_default_goes_by_device_and_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = torch.device("cuda", 0)
+    assert default(CPU) == default(CPU, torch.float32) == "loop"
+    for capability, expected in (((8, 0), "loop"), ((9, 0), "grouped_mm"), ((12, 0), "grouped_mm")):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
+        assert default(cuda) == expected
+        assert default(cuda, torch.float32) == "loop"
+    monkeypatch.delattr(torch.nn.functional, "grouped_mm")  # an older torch
+    assert default(cuda) == "loop"
+
+
+def test_what_grouped_mm_cannot_take_is_looped_over_and_said_once(
+    used: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer = layer_of(2, 2.0, hidden=6)  # 24 bytes in float32
+    x_TD = tokens_of("random")
+    expected_TD = layer(x_TD[None])
+    monkeypatch.setenv(VARIABLE, "grouped_mm")
+    with pytest.warns(UserWarning, match="a width of 16 or 6 in torch.float32 is no multiple of 16 bytes") as said:
+        found = [layer(x_TD[None]) for _ in range(3)]
+    assert len(said) == 1 and used == ["loop"] * 4
+    assert all(torch.equal(y_TD, expected_TD) for y_TD in found)
+
+
+def test_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
+    experts, rows_RD = layer_of(2, 2.0).experts, torch.randn(6, WIDTH)
+    assert refusal(experts, rows_RD) is None
+    assert refusal(experts, rows_RD[:0]) == "no row is routed"
+    assert refusal(copy.deepcopy(experts).double(), rows_RD.double()) == "it does not compute in torch.float64"
+
+    class Own(nn.Sequential):
+        """As a strategy's own expert: the same children, but who knows what it computes."""
+
+    not_plain = "the experts are not plain FFNs with one activation"
+    for change in (
+        lambda expert: Own(OrderedDict(expert.named_children())),
+        lambda expert: nn.Sequential(expert.c_fc, expert.gelu, expert.c_proj),
+        lambda expert: expert.__setattr__("gelu", nn.GELU(approximate="tanh")) or expert,
+        lambda expert: expert.c_fc.__setattr__("bias", None) or expert,
+        lambda expert: expert.register_forward_hook(lambda *_: None) and expert,
+    ):
+        changed = copy.deepcopy(experts)
+        changed[2] = change(changed[2])
+        assert refusal(changed, rows_RD) == not_plain
+    changed = copy.deepcopy(experts)
+    changed[2] = layer_of(2, 2.0, hidden=32).experts[0]
+    assert refusal(changed, rows_RD) == "the experts differ in size"
+    monkeypatch.delattr(torch.nn.functional, "grouped_mm")
+    assert refusal(experts, rows_RD) == f"torch {torch.__version__} has no grouped_mm"
+
+
+def test_what_is_watched_and_counted_does_not_depend_on_the_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    layer, x_TD = layer_of(2, 0.7), tokens_of("random")
+    summaries, flops = {}, {}
+    for name in ("loop", "grouped_mm"):
+        monkeypatch.setenv(VARIABLE, name)
+        with flop_counter() as counter, watch({"vision.1": layer}) as seen:
+            (layer(x_TD[None]).square().sum() + layer.l_aux).backward()
+        summaries[name], flops[name] = seen.summary()["vision.1"], counter.get_total_flops()
+    assert flops["loop"] == flops["grouped_mm"] > 0
+    compactness = [summary.pop("relative_compactness") for summary in summaries.values()]
+    assert compactness[0] == pytest.approx(compactness[1], rel=1e-4)
+    assert summaries["loop"] == summaries["grouped_mm"]
+
+
+def test_an_unknown_name_is_said_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(VARIABLE, "groupedmm")
+    with pytest.raises(UserError, match=r"'groupedmm': did you mean 'grouped_mm'.*Or unset it"), engine.session(1):
+        pass
+    found = next(check for check in checks() if check.name == "experts")
+    assert not found.ok and found.remedy == f"unset {VARIABLE}"
+
+
+def test_doctor_and_record_name_the_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    usual = trained.key("run", CPU)
+    assert environment.capture("cpu")["experts"] == "loop"
+    monkeypatch.setenv(VARIABLE, "grouped_mm")
+    assert environment.capture("cpu")["experts"] == "grouped_mm"
+    assert next(check.found for check in checks() if check.name == "experts") == f"grouped_mm, forced by {VARIABLE}"
+    assert trained.key("run", CPU) != usual  # what another backend trained is not taken for it

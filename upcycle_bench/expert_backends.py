@@ -1,0 +1,142 @@
+"""Backends of the experts' compute, chosen by device; tests hold their outputs and gradients together.
+
+    loop         each expert on its own slice of the rows: any device, precision and expert; what a CPU takes
+    grouped_mm   one grouped product for all experts' W1 and one for all W2: what CUDA takes for bf16, from Hopper on
+    deepspeed    DeepSpeed's own layer, every expert padded to its capacity: the reference, and expert parallelism
+
+UPCYCLE_BENCH_EXPERTS=NAME forces one, for measurements and comparisons; records say which it was. Experts that
+`grouped_mm` does not know (DeRS, a plugin's) or cannot align are looped over, and that is said once.
+
+torch.nn.functional.grouped_mm, as documented and as tried on a CPU (torch 2.14): operands of one dtype, float32 or of
+16 bits; strides of whole 16 bytes; int32 offsets; no bias; autocast does not see it. Below Hopper and in float32 it is
+itself a loop over groups (pytorch#161407). Its kernel once hung in the backward pass where a group had no rows
+(pytorch#152668), so experts without rows are left out.
+
+Shape suffixes: R routed rows, sorted by expert; D width, H hidden width, N experts.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from upcycle_bench.errors import unknown
+
+VARIABLE = "UPCYCLE_BENCH_EXPERTS"
+HOPPER = (9, 0)  # the first compute capability with a kernel of its own
+ALIGNMENT = 16  # bytes
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+Backend = Callable[[Sequence[Any], Tensor, Sequence[int]], Tensor]
+
+
+def loop(experts: Sequence[Any], rows_RD: Tensor, counts: Sequence[int]) -> Tensor:
+    """Each expert on its `counts[i]` rows, [R, D] -> [R, D]."""
+    return torch.cat([expert(rows) for expert, rows in zip(experts, rows_RD.split(counts), strict=True)])
+
+
+def grouped_mm(experts: Sequence[Any], rows_RD: Tensor, counts: Sequence[int]) -> Tensor:
+    """The same for plain FFNs, all experts at once; see `refusal` for what it cannot take."""
+    dtype = compute_dtype(rows_RD)
+    busy = [number for number, count in enumerate(counts) if count]
+    ends = torch.tensor(counts)[busy].cumsum(0).to(rows_RD.device, torch.int32)
+
+    def linear(x_RK: Tensor, layers: Sequence[Any]) -> Tensor:
+        weight_NMK = torch.stack([layer.weight.to(dtype) for layer in layers])  # all: the idle get a gradient of zeros
+        if len(busy) < len(layers):
+            weight_NMK = weight_NMK[busy]
+        y_RM = F.grouped_mm(x_RK, weight_NMK.transpose(1, 2), offs=ends)
+        biases = [layer.bias.to(dtype).expand(count, -1) for layer, count in zip(layers, counts, strict=True)]
+        return y_RM.add_(torch.cat(biases))
+
+    hidden_RH = linear(rows_RD.to(dtype), [expert.c_fc for expert in experts])
+    return linear(experts[0].gelu(hidden_RH), [expert.c_proj for expert in experts])
+
+
+# DeepSpeed's backend is a whole layer (gate, slots, all-to-all), so `moe.RaggedMOELayer` calls it, not `Compute`.
+BACKENDS: dict[str, Backend | None] = {"loop": loop, "grouped_mm": grouped_mm, "deepspeed": None}
+
+
+class Compute(nn.Module):
+    """The rows of all experts by the right backend; a module, so that a hook sees them, without parameters."""
+
+    def forward(self, experts: Sequence[Any], rows_RD: Tensor, counts: Sequence[int]) -> Tensor:
+        """[R, D] rows sorted by expert, `counts[i]` of expert i -> its outputs, [R, D]."""
+        name = forced() or default(rows_RD.device, compute_dtype(rows_RD))
+        if name == "grouped_mm":
+            reason = refusal(experts, rows_RD)
+            if reason is None:
+                return grouped_mm(experts, rows_RD, counts)
+            _say_once(reason)
+        return loop(experts, rows_RD, counts)
+
+
+def forced() -> str | None:
+    """The backend that UPCYCLE_BENCH_EXPERTS names, if it is set; UserError for one that there is not."""
+    name = os.environ.get(VARIABLE)
+    if not name:
+        return None
+    if name not in BACKENDS:
+        raise unknown(f"{VARIABLE}:", name, BACKENDS, "Or unset it.")
+    return name
+
+
+def default(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> str:
+    """The backend for that device and precision where nothing is forced."""
+    fast = (
+        device.type == "cuda"
+        and dtype == torch.bfloat16
+        and hasattr(F, "grouped_mm")  # since torch 2.10
+        and torch.cuda.get_device_capability(device) >= HOPPER
+    )
+    return "grouped_mm" if fast else "loop"
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """What a matrix product with `x` is computed in: autocast's dtype where it is on."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
+def refusal(experts: Sequence[Any], rows_RD: Tensor) -> str | None:
+    """Why `grouped_mm` cannot compute these experts on these rows; None if it can."""
+    if not hasattr(F, "grouped_mm"):
+        return f"torch {torch.__version__} has no grouped_mm"
+    if len(rows_RD) == 0:
+        return "no row is routed"
+    first = experts[0]
+    if not all(_plain(expert) and _act(expert) == _act(first) for expert in experts):
+        return "the experts are not plain FFNs with one activation"
+    shapes = {(expert.c_fc.weight.shape, expert.c_proj.weight.shape) for expert in experts}
+    if len(shapes) > 1:
+        return "the experts differ in size"
+    dtype = compute_dtype(rows_RD)
+    if dtype not in DTYPES:
+        return f"it does not compute in {dtype}"
+    if any(size * dtype.itemsize % ALIGNMENT for size in first.c_fc.weight.shape):
+        hidden, width = first.c_fc.weight.shape
+        return f"a width of {width} or {hidden} in {dtype} is no multiple of {ALIGNMENT} bytes"
+    return None
+
+
+def _plain(expert: Any) -> bool:
+    """What `FFN.expert` makes, and no hook that wants to see it run."""
+    parts = dict(expert.named_children()) if type(expert) is nn.Sequential else {}
+    linear = all(type(parts.get(name)) is nn.Linear and parts[name].bias is not None for name in ("c_fc", "c_proj"))
+    hooked = any(part._forward_hooks or part._forward_pre_hooks for part in expert.modules())
+    return list(parts) == ["c_fc", "gelu", "c_proj"] and linear and not hooked and not list(parts["gelu"].parameters())
+
+
+def _act(expert: Any) -> tuple[type, str]:
+    return type(expert.gelu), expert.gelu.extra_repr()
+
+
+@functools.cache
+def _say_once(reason: str) -> None:
+    warnings.warn(f"experts are computed one by one, not by grouped_mm: {reason}", stacklevel=2)

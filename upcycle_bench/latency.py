@@ -1,0 +1,92 @@
+"""How fast models serve: seconds of one input alone, and inputs per second in batches, of either tower.
+
+    fast, slow = measure([load(a), load(b)], torch.device("cpu"))
+    fast.image_ms, fast.texts_per_second
+
+All models take turns (A B A B ...) after a warm-up, on the same random pixels and the same short prompts; each number
+is a median over the turns. As in evaluation: float32 (or the file's own precision), no gradient, text without padding.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+
+from upcycle_bench import packed
+from upcycle_bench.dense import Clip
+
+BATCH = 256
+WARM_UP = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Speed:
+    """Latency of one image and of one text in milliseconds, throughput in batches of `BATCH`."""
+
+    image_ms: float
+    text_ms: float
+    images_per_second: float
+    texts_per_second: float
+
+
+def measure(clips: Sequence[Clip], device: torch.device, repeats: int = 20) -> list[Speed]:
+    """One `Speed` for each model; single inputs are timed `repeats` times, batches a quarter as often."""
+    models = [(clip, clip.model.to(device).eval()) for clip in clips]
+    seconds: dict[tuple[str, int], list[float]] = {}
+    for size, rounds in ((1, repeats), (BATCH, max(1, repeats // 4))):
+        for tower, encoder in (("image", image_encoder), ("text", text_encoder)):
+            seconds[tower, size] = in_turns([encoder(*model, size) for model in models], rounds, device)
+    return [
+        Speed(
+            image_ms=1e3 * seconds["image", 1][number],
+            text_ms=1e3 * seconds["text", 1][number],
+            images_per_second=BATCH / seconds["image", BATCH][number],
+            texts_per_second=BATCH / seconds["text", BATCH][number],
+        )
+        for number in range(len(models))
+    ]
+
+
+def image_encoder(clip: Clip, model: Any, size: int) -> Callable[[], Any]:
+    """A call that encodes `size` random images, on the model's device."""
+    weight = model.visual.conv1.weight
+    shape = (size, 3, *model.visual.image_size)
+    pixels = torch.randint(256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    return partial(_without_gradient, model.encode_image, clip.normalise(pixels).to(weight.device, weight.dtype))
+
+
+def text_encoder(clip: Clip, model: Any, size: int) -> Callable[[], Any]:
+    """A call that encodes `size` different short prompts, on the model's device."""
+    texts = clip.tokenize([f"a picture of thing number {number}" for number in range(size)])
+    encode = partial(packed.encode_text, model) if packed.packs(model) else model.encode_text
+    return partial(_without_gradient, encode, texts.to(model.visual.conv1.weight.device))
+
+
+def in_turns(calls: Sequence[Callable[[], Any]], rounds: int, device: torch.device) -> list[float]:
+    """Median seconds of each call, from an idle device to an idle one."""
+    taken: list[list[float]] = [[] for _ in calls]
+    for number in range(WARM_UP + rounds):
+        for call, seconds in zip(calls, taken, strict=True):
+            _wait(device)
+            began = time.perf_counter()
+            call()
+            _wait(device)
+            if number >= WARM_UP:
+                seconds.append(time.perf_counter() - began)
+    return [statistics.median(seconds) for seconds in taken]
+
+
+@torch.no_grad()
+def _without_gradient(encode: Callable[[Any], Any], inputs: Any) -> Any:
+    return encode(inputs)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
