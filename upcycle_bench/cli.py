@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from upcycle_bench import compress_command, display, plot_command, upcycle_command
+from upcycle_bench import compress_command, display, experts_command, plot_command, upcycle_command
 from upcycle_bench.command import (
     check_output,
     interruptible,
@@ -278,6 +278,7 @@ def pretrain(
 app.command("compress")(compress_command.compress)
 app.command("upcycle")(upcycle_command.upcycle)
 app.command("plot")(plot_command.plot)
+app.command("experts")(experts_command.experts)
 
 
 @data_app.command("build")
