@@ -21,6 +21,7 @@ from upcycle_bench import (
     data_command,
     display,
     evaluate_command,
+    experts_command,
     latency_command,
     plot_command,
     upcycle_command,
@@ -287,6 +288,7 @@ app.command("upcycle")(upcycle_command.upcycle)
 app.command("evaluate")(evaluate_command.evaluate)
 app.command("plot")(plot_command.plot)
 app.command("latency")(latency_command.latency)
+app.command("experts")(experts_command.experts)
 
 
 @app.command("list")

@@ -204,7 +204,7 @@ def suite_fingerprint(suite: Suite, eval_root: Path) -> str:
 
 
 def suite_fingerprints(suites: Mapping[str, Suite], eval_root: Path) -> tuple[dict[str, str | None], dict[str, str]]:
-    """Fingerprints of the suites that can run, and why the others cannot; UserError if that is none."""
+    """Fingerprints of the suites that can run, and why the others cannot; UserError if none has a primary score."""
     found: dict[str, str | None] = {}
     skipped: dict[str, str] = {}
     for name, suite in suites.items():
@@ -212,8 +212,9 @@ def suite_fingerprints(suites: Mapping[str, Suite], eval_root: Path) -> tuple[di
             found[name] = suite_fingerprint(suite, eval_root)
         except UserError as error:
             skipped[name] = str(error)
-    if not found:
-        raise UserError(" ".join(skipped.values()))
+    if not any(suites[name].info.primary for name in found):
+        alone = f"--suite {','.join(found)} has no primary score, which a record needs; name a suite that has one, too."
+        raise UserError(" ".join(skipped.values()) or alone)
     return found, skipped
 
 

@@ -101,7 +101,7 @@ class ScoreRecord(Part):
     dataset: Name
     metric: Name
     value: float
-    higher_is_better: bool
+    higher_is_better: bool | None = Field(description="None: it describes the model and does not judge it")
     chance: float | None
     samples: int = Field(ge=1)
     primary: bool

@@ -10,7 +10,8 @@ probability of an expert over the tokens that chose it (None: no token); `expert
 the experts' parameters after the step; `relative_compactness`, below. These are the quantities of figures 4, 5 and B.1
 to B.4 of arXiv:2604.13508. Watching draws nothing and changes no number of the training.
 
-Shape suffixes: T tokens, D width, N experts, R rows routed to one expert.
+Shape suffixes: T tokens, D width, N experts, R rows routed to one expert,
+A axes between experts.
 """
 
 from __future__ import annotations
@@ -100,12 +101,28 @@ def relative_compactness(out_RD: Sequence[Tensor]) -> float | None:
     """
     rows = [rows_RD.double() for rows_RD in out_RD if len(rows_RD)]
     means_ND = torch.stack([rows_RD.mean(0) for rows_RD in rows])
+    if (between := _between(means_ND)) is None:
+        return None
+    axes_AD, spread_A = between
+    along_RA = torch.cat([(own_RD - mean_D) @ axes_AD.T for own_RD, mean_D in zip(rows, means_ND, strict=True)])
+    return float((along_RA.square().mean(0) / spread_A).sum() / len(rows))
+
+
+def compactness_of_moments(rows_N: Tensor, sum_ND: Tensor, second_DD: Tensor) -> float | None:
+    """The same from what adds up batch by batch, in float64: rows and sums per expert, sum of x x^T over all rows."""
+    used = rows_N > 0
+    means_ND = sum_ND[used] / rows_N[used, None]
+    if (between := _between(means_ND)) is None:
+        return None
+    axes_AD, spread_A = between
+    within_DD = (second_DD - (means_ND * rows_N[used, None]).T @ means_ND) / rows_N.sum()
+    return float(((axes_AD @ within_DD * axes_AD).sum(1) / spread_A).sum() / len(means_ND))
+
+
+def _between(means_ND: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Eigenvectors [A, D] and eigenvalues [A] of S_B, those that are not zero; None if there is none."""
     apart_ND = means_ND - means_ND.mean(0)
     _, s_N, axes_ND = torch.linalg.svd(apart_ND, full_matrices=False)  # S_B = axes^T diag(s^2 / N) axes
     kept = s_N > max(float(s_N[0]) * 1e-6, float(means_ND.norm()) * 1e-12)
-    kept[len(rows) - 1 :] = False  # centred means: one direction fewer than experts
-    if not kept.any():
-        return None
-    along = torch.cat([(own_RD - mean_D) @ axes_ND[kept].T for own_RD, mean_D in zip(rows, means_ND, strict=True)])
-    variance = along.square().mean(0)  # of S_W along each axis
-    return float((variance / (s_N[kept].square() / len(rows))).sum() / len(rows))
+    kept[len(means_ND) - 1 :] = False  # centred means: one direction fewer than experts
+    return (axes_ND[kept], s_N[kept].square() / len(means_ND)) if kept.any() else None

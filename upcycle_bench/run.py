@@ -135,7 +135,7 @@ def evaluate(plan: Plan, final: Clip, meter: Meter, reporter: Reporter, digest: 
 def score(
     suites: Mapping[str, Suite], root: Path, final: Clip, meter: Meter, reporter: Reporter, digest: str
 ) -> dict[str, SuiteResult]:
-    """What each suite says of the model. One that fails is skipped, with its reason, unless none goes through."""
+    """What each suite says of the model. One that fails is skipped, with its reason, if a primary score is left."""
     context = EvalContext(
         model=final.model.to(meter.device).eval(),
         tokenizer=final.tokenize,
@@ -155,7 +155,7 @@ def score(
                 errors.append(error)
                 reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
                 results[name] = SuiteResult([], {}, skipped={"": reason})
-    if len(errors) == len(suites):
+    if errors and not any(made.primary for result in results.values() for made in result.scores):
         raise errors[0]
     return results
 

@@ -26,25 +26,30 @@ AVERAGE = "average"  # the dataset of a suite's means over sets: where it is, ta
 
 @dataclass(frozen=True, kw_only=True)
 class SuiteInfo:
-    """What a suite is. `version` is part of its fingerprint: raise it when the same weights would score otherwise."""
+    """What a suite is. `version` is part of its fingerprint: raise it when the same weights would score otherwise.
+
+    `primary`: whether it has a primary score; a suite that only describes has none, and does not make a run by itself.
+    """
 
     name: str
     summary: str
     paper: str
     version: int
+    primary: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
 class Score:
     """One number of a table. `chance` is the value of uniform guessing; None where there is none.
 
+    `higher_is_better` is None for what describes a model and does not judge it; it is never primary.
     `standard_error` and `interval` (95 %) say how sure it is, where the suite knows.
     """
 
     dataset: str
     metric: str
     value: float
-    higher_is_better: bool
+    higher_is_better: bool | None
     chance: float | None
     samples: int
     primary: bool = False

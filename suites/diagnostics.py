@@ -1,0 +1,128 @@
+"""What routers and experts of the final model do, and whether they specialise. It describes; no number is a judgement.
+
+    [suites.diagnostics]
+    images = ["digits-test"]                  # evaluation sets whose images are routed
+    texts = ["digits-retrieval"]              # likewise texts: captions, or the prompts of a classification set
+
+Each MoE layer is a dataset (`vision.3`), and so is each tower (`vision`: the mean over its layers). All sets are routed
+as one, in evaluation mode. Over their tokens:
+
+- expert_cosine: mean pairwise cosine of the experts' parameters; router_entropy: of the full softmax, nats;
+- utilisation_min, utilisation_max: the least and the largest share of the (token, choice) pairs of an expert;
+  load_variation: standard deviation of these shares over their mean; dead_experts: how many get none;
+- tokens_dropped: choices over capacity, of which evaluation has no limit (training's share is in the record's cost);
+- relative_compactness: as upcycle_bench/routing.py defines it (reconstructed); none where the experts' means coincide.
+
+Specialisation (upcycle_bench/agreement.py), with `class` and with `set`, which an image is from, a style or group:
+
+- nmi_WHAT: normalised mutual information with an image's main expert, the one that most of its tokens have as their
+  most probable expert; its chance is the mean over shuffled labels, which many labels lift far above 0;
+- ami_WHAT: the same adjusted for chance (scikit-learn): 0 by chance, whatever the number of labels;
+- token_nmi_WHAT: normalised mutual information with the most probable expert of each token.
+
+Notes: per layer the load and the routing probability of every expert (mean over the tokens routed to it).
+Outcomes: LAYER/main_expert (int16), per image or text. A dense model has no experts: skipped, with the reason.
+
+Sources: section 4.5 of arXiv:2604.13508; Vinh et al., JMLR 11, 2010 (AMI).
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar
+
+import numpy as np
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+from upcycle_bench import evalsets
+from upcycle_bench.agreement import agreements, main_expert
+from upcycle_bench.hookspecs import hookimpl
+from upcycle_bench.moe import moe_layers
+from upcycle_bench.routes import LayerRoutes, Routed, route_images, route_texts
+from upcycle_bench.suite import EvalContext, Score, Suite, SuiteInfo, SuiteResult
+
+
+@dataclass(frozen=True, kw_only=True)
+class Diagnostics(Suite):
+    """See the module docstring."""
+
+    info: ClassVar[SuiteInfo] = SuiteInfo(
+        name="diagnostics",
+        summary="What routers and experts do: entropy, load, similarity, agreement with classes and styles",
+        paper="section 4.5 of Chu et al. 2026, arXiv:2604.13508",
+        version=1,
+        primary=False,
+    )
+
+    images: tuple[str, ...] = Field(min_length=1)
+    texts: tuple[str, ...] = ()
+
+    def datasets(self) -> list[str]:
+        """The sets, each once."""
+        return list(dict.fromkeys(self.images + self.texts))
+
+    def evaluate(self, context: EvalContext) -> SuiteResult:
+        """Route all images, then all texts."""
+        result = SuiteResult([], {})
+        if not moe_layers(context.model):
+            result.skipped["experts"] = "a dense model has no experts and no routers"
+            return result
+        images, texts = (
+            [evalsets.read(context.root / name, transform, context.batch_size) for name in names]
+            for names, transform in ((self.images, context.transform), (self.texts, _no_pixels))
+        )
+        _add("vision", route_images(images, context), result)
+        if texts:
+            _add("text", route_texts(texts, context), result)
+        return result
+
+
+def _no_pixels(_image: Any) -> int:
+    """A transform for sets of which only the captions are wanted."""
+    return 0
+
+
+def _add(tower: str, routed: Routed, result: SuiteResult) -> None:
+    """The scores, notes and outcomes of one tower."""
+    scores = [score for name, layer in routed.layers.items() for score in _scores(name, layer, routed.labels)]
+    result.scores.extend([*scores, *_means(tower, scores, len(routed.layers))])
+    result.notes[tower] = {
+        "items": len(routed.labels["set"]),
+        "classes": int(routed.labels["class"].max(initial=-1)) + 1,
+    }
+    for name, layer in routed.layers.items():
+        result.notes[name] = {"load": layer.load_N.tolist(), "routing_probability": layer.routing_probability}
+        result.outcomes[f"{name}/main_expert"] = main_expert(layer.first_IN).astype(np.int16)
+
+
+def _scores(name: str, layer: LayerRoutes, labels: Mapping[str, np.ndarray]) -> Iterable[Score]:
+    for metric, value in layer.numbers().items():
+        yield _score(name, metric, value, None, layer.tokens)
+    for metric, found in agreements(layer.first_IN, labels).items():
+        yield _score(name, metric, found.value, found.chance, found.samples)
+
+
+def _means(tower: str, scores: Iterable[Score], layers: int) -> Iterable[Score]:
+    """The mean over the tower's layers of each metric that all of them have."""
+    of_metric: dict[str, list[Score]] = {}
+    for score in scores:
+        of_metric.setdefault(score.metric, []).append(score)
+    for metric, parts in of_metric.items():
+        if len(parts) == layers:
+            chances = [part.chance for part in parts if part.chance is not None]
+            mean = statistics.fmean(part.value for part in parts)
+            yield _score(tower, metric, mean, statistics.fmean(chances) if chances else None, parts[0].samples)
+
+
+def _score(dataset: str, metric: str, value: float, chance: float | None, samples: int) -> Score:
+    return Score(
+        dataset=dataset, metric=metric, value=value, higher_is_better=None, chance=chance, samples=samples
+    )  # fmt: skip
+
+
+@hookimpl
+def register_suites() -> Iterable[type[Suite]]:
+    """This file's suite."""
+    return [Diagnostics]
