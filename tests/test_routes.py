@@ -312,12 +312,12 @@ def test_the_command_and_its_errors(
     dense_digest = weights.save(tiny_clip(), tiny_moe(), dense)
     stored.write_bytes(b"no")
     for given, words in (
-        (path, "is damaged"),
+        (path, "is not what its name says"),
         (tmp_path, "is a folder"),
         (dense / f"{dense_digest}.safetensors", "a dense model has no experts"),
     ):
         code, _, err = call(str(given), "--output", str(sheets))
         assert code == 2 and words in err and err.count("\n") == 1
     stored.unlink()
-    with pytest.raises(UserError, match=r"are not in .*weights; copy them"):
+    with pytest.raises(UserError, match=r"are not in this machine's cache \(.*weights.*copy them"):
         find_model(path)

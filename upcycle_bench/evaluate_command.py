@@ -215,7 +215,7 @@ def _of_folder(registry: Registry, folder: Path, names: list[str]) -> _Suites:
 def _load(path: Path) -> _Model:
     """A file of ours, or the weights of a record, which are in the cache."""
     from upcycle_bench import weights
-    from upcycle_bench.cache import cache_root, file_sha256
+    from upcycle_bench.cache import file_sha256
     from upcycle_bench.record import read
 
     if path.suffix != ".json":
@@ -226,18 +226,8 @@ def _load(path: Path) -> _Model:
         digest = file_sha256(path)
         return _Model(weights.load(path), digest, digest)
     made = read(path)
-    digest = made.hashes.weights or ""
-    if not digest:
-        raise UserError(f"{path}: the record of a run that failed before it had weights; give one of a run that is ok.")
-    kept = cache_root() / "weights" / f"{digest}.safetensors"
-    if not kept.is_file():
-        raise UserError(
-            f"{path}: its weights are not in this machine's cache ({kept}); copy them from where the run was made, or "
-            "run it again."
-        )
-    if file_sha256(kept) != digest:
-        raise UserError(f"{kept} is not what its name says; delete it, and copy it again or run again.")
-    return _Model(weights.load(kept), digest, digest, made.protocol.name, made.protocol.overrides)
+    kept = weights.of_record(path, made.hashes.weights)
+    return _Model(weights.load(kept), kept.stem, kept.stem, made.protocol.name, made.protocol.overrides)
 
 
 def _load_open_clip(checkpoint: str, name: str) -> _Model:

@@ -21,7 +21,6 @@ import numpy as np
 
 from upcycle_bench import evalsets, record, weights
 from upcycle_bench.agreement import Agreement, agreements
-from upcycle_bench.cache import cache_root, file_sha256
 from upcycle_bench.dense import Clip
 from upcycle_bench.errors import UserError
 from upcycle_bench.moe import moe_layers
@@ -54,24 +53,10 @@ def find_model(path: Path) -> tuple[Clip, record.Record | None]:
         raise UserError(f"{path}: is a folder; give one record (.json) or a file of weights (.safetensors).")
     else:
         made = record.read(path)
-        clip = weights.load(_weights_of(path, made.hashes.weights))
+        clip = weights.load(weights.of_record(path, made.hashes.weights))
     if not any(layer.layer.tower == "vision" for layer in moe_layers(clip.model).values()):
         raise UserError(f"{path}: a dense model has no experts; give a run of a strategy that makes some.")
     return clip, made
-
-
-def _weights_of(path: Path, digest: str | None) -> Path:
-    if digest is None:
-        raise UserError(f"{path}: the record names no weights; give one of a run that went through.")
-    file = cache_root() / "weights" / f"{digest}.safetensors"
-    if not file.is_file():
-        raise UserError(
-            f"{path}: its weights, {digest[:12]}.safetensors, are not in {file.parent}; copy them from where it ran, "
-            "or train again with `run --fresh`."
-        )
-    if file_sha256(file) != digest:
-        raise UserError(f"{file}: is damaged (its sha256 is not its name); delete it and train with `run --fresh`.")
-    return file
 
 
 def draw(clip: Clip, context: EvalContext, names: Sequence[str], *, columns: int, title: str) -> dict[str, Sheet]:

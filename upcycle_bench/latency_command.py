@@ -17,7 +17,7 @@ from upcycle_bench.options import Json
 def latency(
     files: Annotated[list[Path], typer.Argument(help="Weights of ours, FILE.safetensors: dense or upcycled.")],
     repeats: Annotated[int, typer.Option(min=1, help="How often one input is timed; batches a quarter as often.")] = 20,
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads [all].")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; else all.")] = None,
     as_json: Json = False,
 ) -> None:
     """Time inference of models in turns: one image or text alone, and batches of 256."""
@@ -50,7 +50,7 @@ def latency(
         [
             {
                 "file": path.stem[:16],  # ours are called by their sha256
-                "active parameters": f"{active / 1e6:,.2f}M of {total / 1e6:,.2f}M",
+                "M active / all": f"{active / 1e6:,.2f} / {total / 1e6:,.2f}",
                 "one image": f"{speed.image_ms:.3g} ms",
                 "one text": f"{speed.text_ms:.3g} ms",
                 "images/s": f"{speed.images_per_second:,.0f}",

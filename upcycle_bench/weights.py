@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from upcycle_bench import distributed, protocol
-from upcycle_bench.cache import file_sha256
+from upcycle_bench.cache import cache_root, file_sha256
 from upcycle_bench.dense import Clip, Precision, create_clip
 from upcycle_bench.errors import UserError
 from upcycle_bench.moe import moe_layers
@@ -88,6 +88,21 @@ def is_ours(path: Path) -> bool:
             return FORMAT in (file.metadata() or {})
     except (OSError, SafetensorError):
         return False
+
+
+def of_record(record: Path, digest: str | None) -> Path:
+    """The file in the cache with the weights of that record, whose sha256 `digest` is; UserError if it is not whole."""
+    if digest is None:
+        raise UserError(f"{record}: the record of a run that failed before it had weights; give one that went through.")
+    file = cache_root() / "weights" / f"{digest}.safetensors"
+    if not file.is_file():
+        raise UserError(
+            f"{record}: its weights are not in this machine's cache ({file}); copy them from where the run was made, "
+            "or run it again with `run --fresh`."
+        )
+    if file_sha256(file) != digest:
+        raise UserError(f"{file}: is not what its name says; delete it, and copy it again or train with `run --fresh`.")
+    return file
 
 
 def load(path: Path) -> Clip:
