@@ -76,8 +76,8 @@ def test_a_set_worked_by_hand(root: Path) -> None:
     """Cosines: box left with red 1, with lime 0; box right the other way round: all four right.
 
     Yellow is (1, 1, 0) / sqrt 2. "bell", green: with blue 0, with yellow 0.71. "bell off", red: with blue 0, with
-    yellow 0.71. So blue has a tie, yellow too: no text score; "bell" prefers yellow, which is wrong, "bell off" prefers yellow,
-    which is right: no image score; one comparison of four is right.
+    yellow 0.71. So blue has a tie, yellow too: no text score; "bell" prefers yellow, which is wrong, "bell off" prefers
+    yellow, which is right: no image score; one comparison of four is right.
     """
     result = Compositional(sets=("squares", "lonely")).evaluate(context(root, model()))
     found = values(result)
@@ -143,7 +143,7 @@ def test_a_shuffled_control_is_at_chance(shuffled: bool) -> None:
 
 
 def test_captions_exchanged_by_a_coin_are_right_half_the_time() -> None:
-    """Whatever a model knows. Here its images are alike, as a real one's are, which the other chances do not allow for."""
+    """Whatever a model knows; here its images are alike, as a real one's are, so other scores are not at chance."""
     count = 8000
     texts_PTD = embeddings(count, 32, 0)
     images_PID = F.normalize(texts_PTD + embeddings(1, 32, 1) + 0.5 * embeddings(count, 32, 2), dim=-1)
@@ -168,8 +168,8 @@ def test_errors_count_clusters() -> None:
     assert interval is not None and interval[1] - mean == pytest.approx(2.0227 * error, rel=1e-4)  # t of 39
     # The same values twice, known to be the same, are worth no more.
     assert clustered_mean([np.repeat(values, 2)], [np.repeat(alone, 2)])[1] == pytest.approx(error)
-    # By hand: means 1/2 and 1, mean 3/4; residuals over (2 values * 2 sets): a 1/8, b -1/8; the other set has none left.
-    # sum of squares 1/32, times 2 clusters / 1: 1/16.
+    # By hand: means 1/2 and 1, mean 3/4. Residuals over (2 values * 2 sets): a 1/8, b -1/8, of the other set none.
+    # Sum of squares 1/32, times 2 clusters / 1: 1/16.
     two = clustered_mean([np.array([1.0, 0.0]), np.array([1.0, 1.0])], [np.array(["a", "b"]), np.array(["a", "a"])])
     assert two[:2] == pytest.approx((0.75, 0.25))
     assert clustered_mean([np.array([1.0, 0.0])], [np.array(["a", "a"])]) == (0.5, None, None)
