@@ -1,15 +1,17 @@
-"""Image features of evaluation sets, encoded once for each model: the cache knows them by the hash of the weights.
+"""Embeddings of evaluation sets. Image features are encoded once for each model: the cache knows them by its weights.
 
     features_ND, beside = encode_images(evalset, context)                   # beside: labels, or captions
     examples = image_features(root / "digits-test", "test", context)       # cached if the weights have a hash
+    task = classification_task(evalset, context, known := {})              # images against the means of prompts
 
-Shape suffixes: N samples, D embedding, B batch.
+Shape suffixes: N samples, Q queries, C classes, T templates, D embedding, B batch.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +20,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from upcycle_bench import evalsets
+from upcycle_bench import evalsets, packed
 from upcycle_bench.cache import build_once, cache_root
 from upcycle_bench.errors import UserError
 from upcycle_bench.evalsets import EvalSet
 from upcycle_bench.probe import Examples
+from upcycle_bench.scoring import Task
 from upcycle_bench.suite import EvalContext
 
 VERSION = 1  # raise it when the same weights and images would give other features
@@ -60,6 +63,29 @@ def encode_images(evalset: EvalSet, context: EvalContext) -> tuple[Tensor, list[
             "check` says what else is wrong."
         ) from error
     return finite(torch.cat(embeddings), evalset.name), beside
+
+
+def classification_task(evalset: EvalSet, context: EvalContext, known: dict[str, Tensor]) -> Task:
+    """Images against class embeddings: the mean over templates, as in CLIP_benchmark's zero_shot_classifier."""
+    prompts = [template.format(c=name) for name in evalset.classnames for template in evalset.templates]
+    text_CTD = encode_texts(prompts, evalset.name, context, known).unflatten(0, (len(evalset.classnames), -1))
+    classes_CD = F.normalize(text_CTD.mean(dim=1), dim=1)
+    images_QD, labels = encode_images(evalset, context)
+    return Task(images_QD, classes_CD, torch.as_tensor(labels), torch.arange(len(classes_CD)))
+
+
+def encode_texts(texts: list[str], name: str, context: EvalContext, known: dict[str, Tensor]) -> Tensor:
+    """Normalised text embeddings [len(texts), D]; a text is encoded once, into `known`, so equal ones tie exactly."""
+    unknown_texts = [text for text in dict.fromkeys(texts) if text not in known]
+    starts = range(0, len(unknown_texts), context.batch_size)
+    # without padding where we can: most prompts are far shorter than the context
+    model: Any = context.model
+    encode = partial(packed.encode_text, model) if packed.packs(model) else model.encode_text
+    for start in context.track(starts, f"{name}: texts"):
+        batch = unknown_texts[start : start + context.batch_size]
+        text_BD = embed(encode, context.tokenizer(batch), context)
+        known.update(zip(batch, text_BD, strict=True))
+    return finite(torch.stack([known[text] for text in texts]), name)
 
 
 @torch.no_grad()
