@@ -69,10 +69,7 @@ def finite(embeddings: Tensor, name: str) -> Tensor:
 def _encode(folder: Path, split: str, context: EvalContext) -> Examples:
     evalset = evalsets.read(folder, context.transform, context.batch_size, split)
     if evalset.kind != "classification":
-        raise UserError(
-            f"evaluation set {folder.name}: a {evalset.kind} set; a probe needs a classification set, which has a label for "
-            "each image."
-        )
+        raise UserError(f"evaluation set {folder.name}: a {evalset.kind} set; a probe needs a classification set.")
     context.model.eval()
     features_ND, labels = encode_images(evalset, context)
     return Examples(features_ND, torch.as_tensor(labels, dtype=torch.int64))
