@@ -42,9 +42,10 @@ from torch import Tensor
 from upcycle_bench import evalsets
 from upcycle_bench.errors import UserError
 from upcycle_bench.evalsets import EvalSet
-from upcycle_bench.features import encode_images, encode_texts
+from upcycle_bench.features import encode_images
 from upcycle_bench.hookspecs import hookimpl
 from upcycle_bench.suite import AVERAGE, EvalContext, Score, Suite, SuiteInfo, SuiteResult
+from upcycle_bench.texts import encode_texts
 from upcycle_bench.word_pairs import Chosen, choose, most_frequent
 
 CHANCE = {"text_score": 1 / 4, "image_score": 1 / 4, "group_score": 1 / 6, "pairwise_accuracy": 1 / 2}

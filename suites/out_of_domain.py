@@ -31,10 +31,10 @@ from torch import Tensor
 
 from upcycle_bench import evalsets
 from upcycle_bench.errors import UserError
-from upcycle_bench.features import classification_task
 from upcycle_bench.hookspecs import hookimpl
 from upcycle_bench.scoring import Task, fit_scale, judge
 from upcycle_bench.suite import EvalContext, Score, Suite, SuiteInfo, SuiteResult
+from upcycle_bench.texts import classification_task
 from upcycle_bench.worlds import load_world
 
 

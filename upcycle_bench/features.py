@@ -2,50 +2,37 @@
 
     features_ND, beside = encode_images(evalset, context)                   # beside: labels, or captions
     examples = image_features(root / "digits-test", "test", context)       # cached if the weights have a hash
-    task = classification_task(evalset, context, known := {})              # images against the means of prompts
 
 Shape suffixes: N samples, Q queries, C classes, T templates, D embedding, B batch.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from upcycle_bench import evalsets, packed
-from upcycle_bench.cache import build_once, cache_root
+from upcycle_bench import evalsets
+from upcycle_bench.embedding_cache import Arrays, remembered
 from upcycle_bench.errors import UserError
 from upcycle_bench.evalsets import EvalSet
 from upcycle_bench.probe import Examples
-from upcycle_bench.scoring import Task
 from upcycle_bench.suite import EvalContext
-
-VERSION = 1  # raise it when the same weights and images would give other features
 
 
 def image_features(folder: Path, split: str, context: EvalContext) -> Examples:
     """Normalised image embeddings and labels of a classification set, on the CPU, from the cache if they are there."""
-    if not context.weights:  # nobody knows what these are
-        return _encode(folder, split, context)
-    digest = evalsets.digest(folder, split)
-    key = json.dumps([VERSION, context.weights, digest, split, context.device.type, torch.__version__])
-    path = cache_root() / "features" / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.npz"
 
-    def build(staging: Path) -> None:
+    def make() -> Arrays:
         made = _encode(folder, split, context)
-        with staging.open("wb") as file:
-            np.savez(file, features=made.features_ND.numpy(), labels=made.label_N.numpy())
+        return {"features": made.features_ND.numpy(), "labels": made.label_N.numpy()}
 
-    with np.load(build_once(path, build)) as arrays:
-        return Examples(torch.from_numpy(arrays["features"]), torch.from_numpy(arrays["labels"]))
+    what = ["images", evalsets.digest(folder, split), split] if context.weights else []
+    arrays = remembered(what, context, make)
+    return Examples(torch.from_numpy(arrays["features"]), torch.from_numpy(arrays["labels"]))
 
 
 def encode_images(evalset: EvalSet, context: EvalContext) -> tuple[Tensor, list[Any]]:
@@ -65,29 +52,6 @@ def encode_images(evalset: EvalSet, context: EvalContext) -> tuple[Tensor, list[
     return finite(torch.cat(embeddings), evalset.name), beside
 
 
-def classification_task(evalset: EvalSet, context: EvalContext, known: dict[str, Tensor]) -> Task:
-    """Images against class embeddings: the mean over templates, as in CLIP_benchmark's zero_shot_classifier."""
-    prompts = [template.format(c=name) for name in evalset.classnames for template in evalset.templates]
-    text_CTD = encode_texts(prompts, evalset.name, context, known).unflatten(0, (len(evalset.classnames), -1))
-    classes_CD = F.normalize(text_CTD.mean(dim=1), dim=1)
-    images_QD, labels = encode_images(evalset, context)
-    return Task(images_QD, classes_CD, torch.as_tensor(labels), torch.arange(len(classes_CD)))
-
-
-def encode_texts(texts: list[str], name: str, context: EvalContext, known: dict[str, Tensor]) -> Tensor:
-    """Normalised text embeddings [len(texts), D]; a text is encoded once, into `known`, so equal ones tie exactly."""
-    unknown_texts = [text for text in dict.fromkeys(texts) if text not in known]
-    starts = range(0, len(unknown_texts), context.batch_size)
-    # without padding where we can: most prompts are far shorter than the context
-    model: Any = context.model
-    encode = partial(packed.encode_text, model) if packed.packs(model) else model.encode_text
-    for start in context.track(starts, f"{name}: texts"):
-        batch = unknown_texts[start : start + context.batch_size]
-        text_BD = embed(encode, context.tokenizer(batch), context)
-        known.update(zip(batch, text_BD, strict=True))
-    return finite(torch.stack([known[text] for text in texts]), name)
-
-
 @torch.no_grad()
 def embed(encode: Any, inputs: Tensor, context: EvalContext) -> Tensor:
     """One batch, normalised, float32, on the CPU."""
@@ -105,9 +69,7 @@ def finite(embeddings: Tensor, name: str) -> Tensor:
 def _encode(folder: Path, split: str, context: EvalContext) -> Examples:
     evalset = evalsets.read(folder, context.transform, context.batch_size, split)
     if evalset.kind != "classification":
-        raise UserError(
-            f"evaluation set {folder.name}: it has captions, not labels; a probe needs a classification set."
-        )
+        raise UserError(f"evaluation set {folder.name}: a {evalset.kind} set; a probe needs a classification set.")
     context.model.eval()
     features_ND, labels = encode_images(evalset, context)
     return Examples(features_ND, torch.as_tensor(labels, dtype=torch.int64))
