@@ -8,41 +8,31 @@ Shape suffixes: N samples, D embedding, B batch.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from upcycle_bench import evalsets
-from upcycle_bench.cache import build_once, cache_root
+from upcycle_bench.embedding_cache import Arrays, remembered
 from upcycle_bench.errors import UserError
 from upcycle_bench.evalsets import EvalSet
 from upcycle_bench.probe import Examples
 from upcycle_bench.suite import EvalContext
 
-VERSION = 1  # raise it when the same weights and images would give other features
-
 
 def image_features(folder: Path, split: str, context: EvalContext) -> Examples:
     """Normalised image embeddings and labels of a classification set, on the CPU, from the cache if they are there."""
-    if not context.weights:  # nobody knows what these are
-        return _encode(folder, split, context)
-    digest = evalsets.digest(folder, split)
-    key = json.dumps([VERSION, context.weights, digest, split, context.device.type, torch.__version__])
-    path = cache_root() / "features" / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.npz"
 
-    def build(staging: Path) -> None:
+    def make() -> Arrays:
         made = _encode(folder, split, context)
-        with staging.open("wb") as file:
-            np.savez(file, features=made.features_ND.numpy(), labels=made.label_N.numpy())
+        return {"features": made.features_ND.numpy(), "labels": made.label_N.numpy()}
 
-    with np.load(build_once(path, build)) as arrays:
-        return Examples(torch.from_numpy(arrays["features"]), torch.from_numpy(arrays["labels"]))
+    what = ["images", evalsets.digest(folder, split), split] if context.weights else []
+    arrays = remembered(what, context, make)
+    return Examples(torch.from_numpy(arrays["features"]), torch.from_numpy(arrays["labels"]))
 
 
 def encode_images(evalset: EvalSet, context: EvalContext) -> tuple[Tensor, list[Any]]:
@@ -79,9 +69,7 @@ def finite(embeddings: Tensor, name: str) -> Tensor:
 def _encode(folder: Path, split: str, context: EvalContext) -> Examples:
     evalset = evalsets.read(folder, context.transform, context.batch_size, split)
     if evalset.kind != "classification":
-        raise UserError(
-            f"evaluation set {folder.name}: it has captions, not labels; a probe needs a classification set."
-        )
+        raise UserError(f"evaluation set {folder.name}: a {evalset.kind} set; a probe needs a classification set.")
     context.model.eval()
     features_ND, labels = encode_images(evalset, context)
     return Examples(features_ND, torch.as_tensor(labels, dtype=torch.int64))

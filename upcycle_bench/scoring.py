@@ -68,6 +68,11 @@ def judge(task: Task, scale: float, name: str, block: int = BLOCK) -> Judged:
     return Judged(rank_Q, log_likelihood_Q, count_Q.numpy())
 
 
+def exact_cosines(queries_QD: Tensor, gallery_GD: Tensor) -> Tensor:
+    """Cosines of normalised embeddings, float64 [Q, G], the same in whatever order they are summed."""
+    return _on_grid(queries_QD) @ _on_grid(gallery_GD).T
+
+
 def fit_scale(tasks: Sequence[Task], name: str) -> float:
     """The logit scale with the greatest log-likelihood: mean over a task's queries, mean over tasks.
 
@@ -83,7 +88,7 @@ def fit_scale(tasks: Sequence[Task], name: str) -> float:
     blocks_of_tasks = []
     for task in map(_thinned, tasks):
         right_QR, count_Q = _right_answers(task, name)
-        cosines = (_on_grid(task.queries_QD) @ _on_grid(task.gallery_GD).T).split(BLOCK)
+        cosines = exact_cosines(task.queries_QD, task.gallery_GD).split(BLOCK)
         parts = zip(cosines, right_QR.split(BLOCK), count_Q.split(BLOCK), strict=True)
         blocks_of_tasks.append([(cosine_QG, _right_cosines(cosine_QG, *right)) for cosine_QG, *right in parts])
 
