@@ -43,7 +43,8 @@ class Score:
     """One number of a table. `chance` is the value of uniform guessing; None where there is none.
 
     `higher_is_better` is None for what describes a model and does not judge it; it is never primary.
-    `standard_error` and `interval` (95 %) say how sure it is, where the suite knows.
+    `standard_error` and `interval` (95 %) say how sure it is, over samples (upcycle_bench/uncertainty.py) or draws, where
+    the suite knows.
     """
 
     dataset: str
