@@ -21,7 +21,7 @@ stratum, with the whole gallery, as acc1[STRATUM]; a caption's stratum is that o
 Averages: where `primary` names several sets of a kind, the dataset `average` holds the unweighted mean over them of
 every score that they all have, with the sum of their samples and the mean of their chances.
 
-Standard errors and 95 % intervals are over samples (upcycle_bench/uncertainty.py); captions of one image are one sample.
+Standard errors and 95 % intervals are over samples (upcycle_bench/uncertainty.py); captions of one image are one.
 
 Outcomes, one value per query, after SET/ (for retrieval: SET/text_retrieval_ and SET/image_retrieval_):
 log_likelihood (float32), rank (int32, 0: first), correct@1 and correct@5 (bool, rank < k).

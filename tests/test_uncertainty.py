@@ -83,7 +83,7 @@ def test_classes_of_one_sample_are_not_certain():
 
 @pytest.mark.parametrize(("per_class", "chance"), [(2, 0.9), (5, 0.97), (30, 0.99)])
 def test_intervals_of_recalls_hold_the_truth(per_class, chance):
-    """95 % of them, where classes differ and are near 1; simulated. A plain interval of 1.96 errors holds about 89 %."""
+    """95 % of them, where classes differ and are near 1; simulated. 1.96 standard errors hold about 89 %."""
     rng = np.random.default_rng(per_class)
     truth_C = np.clip(rng.normal(chance, 0.05, 12), 0, 1)
     label_N = np.repeat(np.arange(12), per_class)

@@ -138,7 +138,7 @@ def _execute(
         meter = Meter(device)
         suites = {key: suite for key, suite in found.suites.items() if key not in missing}
         try:
-            outcome = score(suites, found.root, model.clip, meter, reporter, model.identity)
+            outcome, certificate = score(suites, found.root, model.clip, meter, reporter, model.identity)
         except UserError:
             raise
         except Exception as error:  # what a suite may raise skips it; here no other one is left
@@ -160,6 +160,7 @@ def _execute(
         "scores": scores,
         "skipped": found.skipped | missing | failed,
         "suite_notes": {key: result.notes for key, result in outcome.items() if result.notes},
+        "certificate": certificate.model_dump(mode="json") if certificate else None,
         "seconds": meter.phases["evaluate"].seconds,
         "environment": surroundings,
     }

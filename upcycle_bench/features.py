@@ -41,8 +41,13 @@ def image_features(folder: Path, split: str, context: EvalContext) -> Examples:
         with staging.open("wb") as file:
             np.savez(file, features=made.features_ND.numpy(), labels=made.label_N.numpy())
 
+    known = path.exists()
     with np.load(build_once(path, build)) as arrays:
-        return Examples(torch.from_numpy(arrays["features"]), torch.from_numpy(arrays["labels"]))
+        found = Examples(torch.from_numpy(arrays["features"]), torch.from_numpy(arrays["labels"]))
+    if known:  # the certificate looks at what was made before, too
+        images_B3HW, _ = next(iter(evalsets.read(folder, context.transform, context.batch_size, split).batches))
+        context.saw(context.model, context.model.encode_image, images_B3HW, found.features_ND[: len(images_B3HW)])
+    return found
 
 
 def encode_images(evalset: EvalSet, context: EvalContext) -> tuple[Tensor, list[Any]]:
@@ -64,9 +69,11 @@ def encode_images(evalset: EvalSet, context: EvalContext) -> tuple[Tensor, list[
 
 @torch.no_grad()
 def embed(encode: Any, inputs: Tensor, context: EvalContext) -> Tensor:
-    """One batch, normalised, float32, on the CPU."""
+    """One batch, normalised, float32, on the CPU. `encode` must be of `context.model`: see EvalContext.saw."""
     with torch.autocast(context.device.type, enabled=False):
-        return F.normalize(encode(inputs.to(context.device)).float(), dim=-1).cpu()
+        embedded = F.normalize(encode(inputs.to(context.device)).float(), dim=-1).cpu()
+    context.saw(context.model, encode, inputs, embedded)
+    return embedded
 
 
 def finite(embeddings: Tensor, name: str) -> Tensor:

@@ -5,8 +5,8 @@
     known = of_recalls(correct_N, label_N)         # mean per-class recall
     known = of_mean([(score.value, score.standard_error, score.interval), ...])      # an average over sets
 
-The usual interval of a share, p +- 1.96 sqrt(p (1 - p) / n), is empty at 0 and 1. Wilson's is not, nor are those made of
-it. The standard error of a share of 0 or 1 stays 0, as its formula says: look at the interval.
+The usual interval of a share, p +- 1.96 sqrt(p (1 - p) / n), is empty at 0 and 1. Wilson's is not, nor are those made
+of it. The standard error of a share of 0 or 1 stays 0, as its formula says: look at the interval.
 
 Sources: E. B. Wilson, JASA 22, 1927 (interval); G. Y. Zou and A. Donner, Stat. Med. 27, 2008 (MOVER: the interval of a
 sum from the intervals of its parts). Shape suffixes: N samples, G clusters, C classes.
@@ -33,7 +33,7 @@ class Uncertainty:
 
 
 def of_outcomes(outcome_N: np.ndarray, cluster_N: np.ndarray | None = None) -> Uncertainty:
-    """Of the mean of outcomes: bool are shares. Samples with the same number in `cluster_N` may depend on each other."""
+    """Of the mean of outcomes: bool are shares. Samples with one number in `cluster_N` may depend on each other."""
     value_N = outcome_N.astype(np.float64)
     mean, samples = float(value_N.mean()), len(value_N)
     is_share = outcome_N.dtype == np.bool_
