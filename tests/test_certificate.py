@@ -81,7 +81,7 @@ def test_a_sound_evaluation_has_its_certificate(root: Path, experts: bool) -> No
     ]
     assert all(0 < each.largest_distance < 1e-5 for each in proof.repeats)
     assert (proof.choices_routed > 0) == experts
-    assert {(each.dataset, each.samples) for each in proof.controls} == {("colours", 180), ("pairs", 200)}
+    assert {(each.dataset, each.samples) for each in proof.controls} == {("colours", 120), ("pairs", 200)}
     assert all(each.z < 4 for each in proof.controls) and proof.uncontrolled is None
     assert not any(
         layer.gate._forward_hooks or layer.gate._forward_pre_hooks for layer in moe_layers(clip.model).values()
@@ -92,7 +92,8 @@ def test_a_sound_evaluation_has_its_certificate(root: Path, experts: bool) -> No
             model=clip.model, tokenizer=clip.tokenize, transform=clip.transform, root=root, device=torch.device("cpu")
         )
     )
-    assert [each.value for each in alone.scores] == [each.value for each in results["zero-shot"].scores]
+    values = [each.value for each in alone.scores]
+    assert [each.value for each in results["zero-shot"].scores] == pytest.approx(values, rel=1e-7)
     _, again = evaluate(root, clip)
     assert again == proof.model_copy(update={"seconds": again.seconds})
 
@@ -148,7 +149,8 @@ def test_dropped_tokens_are_refused(root: Path, monkeypatch: pytest.MonkeyPatch)
     clip = moe()
     for layer in moe_layers(clip.model).values():
         layer.gate.own_factor = 0.5
-        monkeypatch.setattr(layer.gate, "training", True)
+        monkeypatch.setattr(layer.gate, "train", lambda mode, gate=layer.gate: gate)  # it does not hear of evaluation
+        layer.gate.training = True
     text = refused(root, clip)
     assert "choices of tokens were dropped in vision.1; in evaluation capacity has no limit." in text
 
@@ -181,7 +183,8 @@ def test_leaking_labels_are_refused(root: Path, monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr("upcycle_bench.suites.zero_shot.encode_images", leaking)
     text = refused(root, tiny_clip())
-    assert "with shuffled labels zero-shot gives acc1 1.0000 on 180 samples of colours, where chance is 0.3333" in text
+    assert text.count("standard errors above") == 1
+    assert "with shuffled labels zero-shot gives acc1 1.0000 on 120 samples of colours, where chance is 0.3333" in text
     assert text.endswith("standard errors above); labels leak into the answers.")
 
 
@@ -242,16 +245,12 @@ def _probabilities(seen: list[Tensor], layer: Any, _gate: nn.Module, args: Any, 
     seen.append(torch.softmax(args[0] @ layer.gate.wg.weight.T, dim=1).detach())
 
 
-@pytest.mark.parametrize(("gap", "sound"), [(1e-7, True), (1e-2, False)])
-def test_one_difference_may_be_traced_to_a_routing_margin(root: Path, gap: float, sound: bool) -> None:
-    """One image comes out otherwise in small batches; sound only where two experts are as good as equal."""
+@pytest.mark.parametrize(("scale", "sound"), [(1e-6, True), (1.0, False)])
+def test_one_difference_may_be_traced_to_a_routing_margin(root: Path, scale: float, sound: bool) -> None:
+    """One image comes out otherwise in small batches; sound only where all experts are as good as equal."""
     clip = moe()
-    for layer in moe_layers(clip.model).values():  # the second and third expert almost tie, for every token
-        weight_ND = torch.zeros_like(layer.gate.wg.weight)
-        x_D = torch.randn(weight_ND.shape[1], generator=torch.Generator().manual_seed(1))
-        weight_ND[1] = weight_ND[2] = 0.1 * x_D
-        weight_ND[2] += gap * torch.sign(x_D)
-        layer.gate.wg.weight.data.copy_(weight_ND)
+    for layer in moe_layers(clip.model).values():
+        layer.gate.wg.weight.data.mul_(scale)
     odd: list[Tensor] = []
 
     def change(pooled_BD: Tensor) -> Tensor:
@@ -289,20 +288,21 @@ def test_differences_against_a_slow_reference() -> None:
     expected = []
     for query, gallery in ((0, 1), (1, 0)):
         for q in range(len(before[query])):
-            old, new = (nearest(parts[query][q], parts[gallery]) for parts in (before, again))
+            old, new = (nearest(parts[query][q], before[gallery]) for parts in (before, again))
             if old != new:
-                expected.append((30 * query + q, 30 * gallery + old, 30 * gallery + new))
+                expected.append(30 * query + q)
     assert len(expected) > 2
     assert list(differences(before, again)) == expected
-    alone = [
-        (q, old, new)
-        for q in range(30)
-        if (old := nearest(before[0][q], before[0], q)) != (new := nearest(again[0][q], again[0], q))
-    ]
+    alone = [q for q in range(30) if nearest(before[0][q], before[0], q) != nearest(again[0][q], before[0], q)]
     assert list(differences(before[:1], again[:1])) == alone != []
-    tie = torch.tensor([[1.0, 0.0], [0.8, 0.6], [0.8, -0.6]])
-    turned = tie + torch.tensor([[0.0, 4e-6], [0, 0], [0, 0]])  # the cosines differ by 4.8e-6
-    assert list(differences([tie[:1], tie[1:]], [turned[:1] * torch.tensor([1, -1.0]), tie[1:]])) == []
+
+
+@pytest.mark.parametrize(("shift", "found"), [(6e-6, []), (1e-5, [0])])
+def test_answers_as_near_as_rounding_are_the_same(shift: float, found: list[int]) -> None:
+    """cos((1, -s), (0.8, +-0.6)) = 0.8 -+ 0.6 s: the answers are 1.2 s apart, and MARGIN is 1e-5."""
+    answers_GD = torch.tensor([[0.8, 0.6], [0.8, -0.6]], dtype=torch.float64)
+    before, again = torch.tensor([[[1, 1e-9]], [[1, -shift]]], dtype=torch.float64)
+    assert list(differences([before, answers_GD], [again, answers_GD])) == found
 
 
 def test_the_reservoir_is_a_fair_sample() -> None:
@@ -319,7 +319,7 @@ def test_the_reservoir_is_a_fair_sample() -> None:
 
 
 def test_labels_are_shuffled_and_balanced(root: Path, tmp_path: Path) -> None:
-    assert control.shuffled(root / "colours", tmp_path / "colours") == 180  # 60 of each of the first two, or 3 x 40
+    assert control.shuffled(root / "colours", tmp_path / "colours") == 120  # 40 of the first three
     made = evalsets.read(tmp_path / "colours", np.asarray, 200)
     ((images, labels),) = made.batches
     counts = np.bincount(labels)

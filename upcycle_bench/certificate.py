@@ -8,10 +8,10 @@
 While suites encode, the witness keeps a random sample of inputs with their embeddings: a tenth of all, at least 128 and
 at most 512 images and as many texts. Afterwards it encodes them again, in smaller batches, then in other ones in
 another order. A prediction is the nearest kept text of a kept image, or the nearest kept image of a kept text (where
-only one kind was encoded, the nearest other one). It must stay the same. Answers whose cosines are within 1e-5 of each
-other are the same to the rounding of float32. Any other difference must be traced to a routing margin: a token of one
-of the inputs in question whose k-th and next expert have router probabilities within 1e-5, so that rounding picks. Of
-these there may be 1 in 10,000 predictions, and one where there are fewer.
+only one kind was encoded, the nearest other one), as the evaluation encoded those. It must stay the same. Answers whose
+cosines are within 1e-5 of each other are the same to the rounding of float32. Any other difference must be traced to a
+routing margin: a token of that input whose k-th and next expert have router probabilities within 1e-5, so that rounding
+picks. Of these there may be 1 in 10,000 predictions, and one where there are fewer.
 
 Besides, over the whole evaluation: no (token, choice) pair is dropped; the tensors of the model are the same before and
 after; and the suites' own pipeline with shuffled labels is at chance (upcycle_bench/control.py).
@@ -163,11 +163,11 @@ class Witness:
         if len(differing) > max(1, predictions // ALLOWED):
             raise Unsound(
                 f"{len(differing):,} of {predictions:,} predictions come out otherwise when the same inputs are "
-                f"encoded again {how}; at most 1 in {ALLOWED:,} may. What the model puts out depends on the batch or on order."
+                f"encoded again {how}; at most 1 in {ALLOWED:,} may. The model's answers depend on the batch or on order."
             )
         margins = []
-        for places in differing:
-            margin = min(routing_margin(self.model, encoders[p], rows[p], context) for p in places)
+        for place in differing:
+            margin = routing_margin(self.model, encoders[place], rows[place], context)
             if not margin < MARGIN:
                 what = f"the least routing margin is {margin:.1e}" if math.isfinite(margin) else "there is no router"
                 raise Unsound(
@@ -186,25 +186,25 @@ class Witness:
         )
 
 
-def differences(before: Sequence[Tensor], again: Sequence[Tensor]) -> Iterable[tuple[int, int, int]]:
-    """(query, its answer before, its answer now) of the predictions that differ, counted through all kinds of inputs.
+def differences(before: Sequence[Tensor], again: Sequence[Tensor]) -> Iterable[int]:
+    """The queries, counted through all kinds of inputs, whose prediction differs.
 
-    before, again: embeddings of one kind [N, D], or of two, [I, D] and [T, D]. Answers within MARGIN of each other, in
-    both encodings, are no difference.
+    before, again: embeddings of one kind [N, D], or of two, [I, D] and [T, D]. The gallery is always that of `before`,
+    so that a difference is the query's own. Answers within MARGIN of each other for the query are no difference.
     """
-    starts = [0, len(before[0])]
-    # a kind's gallery is the other kind; of one kind all others
-    ways = [(0, 0)] if len(before) == 1 else [(0, 1), (1, 0)]
-    for query, gallery in ways:
-        old_QG, new_QG = (parts[query].double() @ parts[gallery].double().T for parts in (before, again))
+    start = 0
+    # the gallery of a kind is the other kind; where there is one kind only, all others of it
+    for query, gallery in [(0, 0)] if len(before) == 1 else [(0, 1), (1, 0)]:
+        old_QG, new_QG = (parts[query].double() @ before[gallery].double().T for parts in (before, again))
         if query == gallery:
             old_QG.fill_diagonal_(-1)
             new_QG.fill_diagonal_(-1)
-        old_Q, new_Q = old_QG.argmax(1), new_QG.argmax(1)
-        for place in (old_Q != new_Q).nonzero().flatten().tolist():
-            old, new = int(old_Q[place]), int(new_Q[place])
-            if max(old_QG[place, old] - old_QG[place, new], new_QG[place, new] - new_QG[place, old]) >= MARGIN:
-                yield starts[query] + place, starts[gallery] + old, starts[gallery] + new
+        old_Q1, new_Q1 = old_QG.argmax(1, keepdim=True), new_QG.argmax(1, keepdim=True)
+        old_lead_Q1 = old_QG.gather(1, old_Q1) - old_QG.gather(1, new_Q1)
+        new_lead_Q1 = new_QG.gather(1, new_Q1) - new_QG.gather(1, old_Q1)
+        differ_Q = (torch.maximum(old_lead_Q1, new_lead_Q1) >= MARGIN).flatten()
+        yield from (start + place for place in differ_Q.nonzero().flatten().tolist())
+        start += len(old_QG)
 
 
 def routing_margin(model: nn.Module, encode: Any, row: Tensor, context: EvalContext) -> float:

@@ -68,28 +68,31 @@ def _control(name: str, suite: Suite, folder: Path, context: EvalContext) -> Con
         target = Path(temporary) / folder.name
         samples = shuffled(folder, target)
         result = type(suite).of_set(target).evaluate(replace(context, root=target.parent))
-    judged = [(z_of(score), score) for score in result.scores if score.higher_is_better and score.chance is not None]
+    judged = [(z, score) for score in result.scores if score.higher_is_better and (z := z_of(score)) is not None]
     if not judged:
-        raise UserError(f"suite {name} gives no score with a chance level on {folder.name}.")
+        raise UserError(f"suite {name} gives no score with a chance level and a standard error on {folder.name}.")
     z, score = max(judged, key=lambda pair: pair[0])
-    assert score.chance is not None
     if z >= LIMIT:
         raise Unsound(
             f"with shuffled labels {name} gives {score.metric} {score.value:.4f} on {samples} samples of "
-            f"{folder.name}, where chance is {score.chance:.4f} ({z:.1f} standard errors above); labels leak into the answers."
+            f"{folder.name}, where chance is {score.chance:.4f} ({z:,.0f} standard errors above); "
+            "labels leak into the answers."
         )
+    assert score.chance is not None
     return ControlPart(
         suite=name.partition("/")[0], dataset=folder.name, samples=samples, metric=score.metric, value=score.value,
         chance=score.chance, z=z,
     )  # fmt: skip
 
 
-def z_of(score: Score) -> float:
-    """How many of its standard errors a score stands above chance; 1000 at most, for all right have an error of 0."""
-    assert score.chance is not None
-    above = score.value - score.chance
-    error = score.standard_error or 1e-9
-    return max(-1000.0, min(1000.0, above / error))
+def z_of(score: Score) -> float | None:
+    """How many of its standard errors a score stands above chance; None if it has not got both.
+
+    Where all samples are right, or all alike, that error is 0; 1e-6 is then what rounding may do.
+    """
+    if score.chance is None or score.standard_error is None:
+        return None
+    return (score.value - score.chance) / max(score.standard_error, 1e-6)
 
 
 def shuffled(folder: Path, target: Path) -> int:
