@@ -186,18 +186,18 @@ def add_scores(
         if evalset.kind == "classification":
             correct_Q = judged.rank_Q == 0
             recalls = [np.mean(correct_Q[label_Q == label]) for label in np.unique(label_Q)]
-            known = uncertainty.of_recalls(correct_Q, label_Q)
-            rows.append(("mean_per_class_recall", float(np.mean(recalls)), known, 1 / gallery, len(label_Q)))
+            sure = uncertainty.of_recalls(correct_Q, label_Q)
+            rows.append(("mean_per_class_recall", float(np.mean(recalls)), sure, 1 / gallery, len(label_Q)))
         for stratum in np.unique(question.strata_Q):
             chosen_Q = question.strata_Q == stratum
             chosen = None if sample_Q is None else sample_Q[chosen_Q]
             rows.extend(metrics(judged.only(chosen_Q), gallery, names, chosen, f"[{stratum}]"))
-        for metric, value, known, chance, samples in rows:
+        for metric, value, sure, chance, samples in rows:
             metric = question.prefix + metric
             result.scores.append(
                 Score(
                     dataset=evalset.name, metric=metric, value=value, higher_is_better=True, chance=chance,
-                    samples=samples, primary=metric == primary, **asdict(known),
+                    samples=samples, primary=metric == primary, **asdict(sure),
                 )
             )  # fmt: skip
 

@@ -163,7 +163,7 @@ class Witness:
         if len(differing) > max(1, predictions // ALLOWED):
             raise Unsound(
                 f"{len(differing):,} of {predictions:,} predictions come out otherwise when the same inputs are "
-                f"encoded again {how}; at most 1 in {ALLOWED:,} may. The model's answers depend on the batch or on order."
+                f"encoded again {how}; at most 1 in {ALLOWED:,} may. Its answers depend on the batch or on order."
             )
         margins = []
         for place in differing:
