@@ -68,6 +68,12 @@ def protocols() -> str:
     return table(["protocol", "model", "training", "what it is"], lines)
 
 
+def suites() -> str:
+    """Name, what it scores, paper."""
+    own = [row for row in rows(load_registry(), "suites") if row["from"].startswith("upcycle-bench ")]
+    return table(["suite", "what it scores", "after"], [[f"`{r['name']}`", r["summary"], r["paper"]] for r in own])
+
+
 def board() -> str:
     """The leaderboard of the records in results/lab, as the command prints it."""
     folder = ROOT / "results" / "lab"
@@ -113,6 +119,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "strategies": strategies,
     "details": details,
     "protocols": protocols,
+    "suites": suites,
     "help": commands,
     "cluster": cluster,
 }

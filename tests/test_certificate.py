@@ -194,8 +194,7 @@ def test_features_of_another_model_in_the_cache_are_refused(root: Path, tmp_path
     task = {"pool": ("colours:train",), "test": ("colours",), "shots": (1,), "validation": 2}
     suites = {"few-shot": FewShot(tasks={"colours": task}, draws=1)}
     clip, meter = tiny_clip(), Meter(torch.device("cpu"))
-    (cache_root() / "features").mkdir(parents=True, exist_ok=True)
-    others = set((cache_root() / "features").iterdir())
+    others = set((cache_root() / "features").glob("*"))
     first, proof = score(suites, root, clip, meter, Reporter(), "a hash")
     again, cached = score(suites, root, clip, meter, Reporter(), "a hash")
     assert proof is not None and cached is not None
@@ -205,8 +204,27 @@ def test_features_of_another_model_in_the_cache_are_refused(root: Path, tmp_path
         with np.load(path) as arrays:
             changed = {"features": np.roll(arrays["features"], 1, axis=1), "labels": arrays["labels"]}
         np.savez(path, **changed)
-    with pytest.raises(Unsound, match="predictions come out otherwise when the same inputs are encoded again"):
+    with pytest.raises(Unsound, match=r"\.npz holds embeddings that its model does not give; delete it\.$"):
         score(suites, root, clip, meter, Reporter(), "a hash")
+
+
+@pytest.mark.parametrize("part", ["classes", "texts"])
+def test_texts_of_another_model_in_the_cache_are_refused(root: Path, part: str) -> None:
+    from upcycle_bench.cache import cache_root
+
+    clip, meter, digest = tiny_clip(), Meter(torch.device("cpu")), f"{part} of"
+    others, changed = set((cache_root() / "features").glob("*")), {}
+    score(SUITES, root, clip, meter, Reporter(), digest)
+    score(SUITES, root, clip, meter, Reporter(), digest)  # cached, and right
+    for path in set((cache_root() / "features").iterdir()) - others:
+        with np.load(path) as arrays:
+            if part in arrays:
+                changed = {part: np.roll(arrays[part], 1, axis=1)}
+        if changed:
+            np.savez(path, **changed)
+            changed = {}
+    with pytest.raises(Unsound, match="holds embeddings that its model does not give"):
+        score(SUITES, root, clip, meter, Reporter(), digest)
 
 
 def test_who_encodes_unseen_has_no_certificate(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:

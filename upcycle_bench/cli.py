@@ -371,7 +371,14 @@ def _warn_emulated(protocol: Protocol) -> None:
 def main() -> None:
     """Entry point: one line for bad input, no traceback."""
     try:
-        app()
+        sys.exit(app(prog_name="upcycle-bench", standalone_mode=False) or 0)
     except UserError as error:
         print(f"error: {error}" if is_main() else f"error (rank {os.environ['RANK']}): {error}", file=sys.stderr)
+        sys.exit(2)
+    except typer.Abort:
+        sys.exit(130)
+    except typer.TyperException as error:  # a missing or bad option, an unknown command
+        context = getattr(error, "ctx", None)
+        path = context.command_path if context else "upcycle-bench"
+        print(f"error: {path}: {error.format_message().rstrip('.')}. See: {path} --help", file=sys.stderr)
         sys.exit(2)

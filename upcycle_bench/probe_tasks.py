@@ -72,8 +72,9 @@ def sources(tasks: Mapping[str, ProbeTask], root: Path) -> dict[str, str]:
 
 def of_set(folder: Path) -> dict[str, Any]:
     """Settings of the task from a set's train split to its test split; UserError, why not, where it has no such."""
-    if evalsets.kind_of(folder) != "classification":
-        raise UserError("it has captions, not labels.")
+    if (kind := evalsets.kind_of(folder)) != "classification":
+        what = "captions, not labels" if kind == "retrieval" else "several labels an image; a probe needs one"
+        raise UserError(f"it has {what}.")
     if not (folder / "train" / "nshards.txt").is_file():
         raise UserError("it has no train split.")
     return {"pool": (f"{folder.name}:train",), "test": (folder.name,)}

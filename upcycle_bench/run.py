@@ -22,7 +22,7 @@ from upcycle_bench.costs import Meter, Phase, parameter_counts
 from upcycle_bench.data import PairDataset
 from upcycle_bench.dense import Clip
 from upcycle_bench.diagnostics import diagnose
-from upcycle_bench.errors import UserError
+from upcycle_bench.errors import Unsound, UserError
 from upcycle_bench.job import Job, Progress
 from upcycle_bench.plan import Plan, fingerprint
 from upcycle_bench.pretrain import load_dense, training_data
@@ -160,6 +160,8 @@ def score(
         for name, suite in suites.items():
             try:
                 results[name] = suite.evaluate(context)
+            except Unsound:
+                raise
             except Exception as error:  # whatever a suite does, it must not take the others down
                 errors.append(error)
                 reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"

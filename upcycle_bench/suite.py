@@ -78,7 +78,7 @@ class EvalContext:
     model: an open_clip CLIP (dense or upcycled) in eval mode, float32, on `device`; `tokenizer`: list of strings ->
     int64 [B, L]; `transform`: PIL image -> float32 [3, H, W]; `root`: the folder that holds the evaluation sets;
     `weights`: sha256 of the model's file, under which features are cached, or "" if it has none; `saw(model, encode,
-    inputs, embeddings)`: told of every batch by `features.embed`, so that the certificate can encode some of it again.
+    inputs, embeddings)`: a witness, told of every batch by `features.embed`, so that it can encode some of it again.
     """
 
     model: nn.Module
@@ -89,7 +89,7 @@ class EvalContext:
     batch_size: int = 256
     weights: str = ""
     track: Callable[[Iterable[Any], str], Iterable[Any]] = field(default=lambda items, what: items)
-    saw: Callable[[nn.Module, Any, torch.Tensor, torch.Tensor], None] = field(default=lambda *batch: None)
+    saw: Callable[[nn.Module, Any, torch.Tensor, torch.Tensor], None] | None = None
 
 
 class Suite(ABC):
