@@ -181,7 +181,7 @@ def test_leaking_labels_are_refused(root: Path, monkeypatch: pytest.MonkeyPatch)
                 embeddings_ND = context.model.encode_text(texts, normalize=True)[torch.as_tensor(labels)]  # type: ignore[operator]
         return embeddings_ND, labels
 
-    monkeypatch.setattr("upcycle_bench.suites.zero_shot.encode_images", leaking)
+    monkeypatch.setattr("upcycle_bench.texts.encode_images", leaking)
     text = refused(root, tiny_clip())
     assert text.count("standard errors above") == 1
     assert "with shuffled labels zero-shot gives acc1 1.0000 on 120 samples of colours, where chance is 0.3333" in text

@@ -6,7 +6,8 @@
     task = classification_task(evalset, context, known)                   # its images against its classes
 
 The cache knows classifiers by weights, class names, templates and tokenizer, captions likewise: a second evaluation of
-the same weights encodes no text, or some where a witness watches. A batch is as long as its longest text where the model lets padding be left out.
+the same weights encodes no text, or some where a witness watches. A batch is as long as its longest text where the
+model lets padding be left out.
 
 Shape suffixes: B batch, L tokens, Q queries, C classes, T templates, N texts, D embedding.
 """
