@@ -83,8 +83,9 @@ def show_record(made: Record, path: Path) -> None:
     show_skipped(made.skipped)
     primaries = sum(score.primary for score in made.scores)
     rest = f"; all {len(made.scores)} scores, strata included, stand in the record" if averaged else ""
-    parts = [(score.metric, score.standard_error) for score in made.scores if score.primary]
-    print(f"primary: {_value(made.primary, of_scores(parts))}" + (f", the mean of {primaries} scores" if primaries > 1 else "") + rest)
+    error = of_scores((score.metric, score.standard_error) for score in made.scores if score.primary)
+    mean_of = f", the mean of {primaries} scores" if primaries > 1 else ""
+    print(f"primary: {_value(made.primary, error)}{mean_of}{rest}")
     cost = made.cost
     parts = [f"{name} {phase.seconds:.1f} s" for name, phase in cost.phases.items()]
     parts.append(f"{cost.parameters_total:,} parameters, {cost.parameters_active:,} active")
