@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -29,7 +29,7 @@ from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from upcycle_bench import evalsets
+from upcycle_bench import evalsets, uncertainty
 from upcycle_bench.errors import UserError
 from upcycle_bench.hookspecs import hookimpl
 from upcycle_bench.scoring import Task, fit_scale, judge
@@ -112,7 +112,7 @@ def _add(name: str, task: Task, scale: float, result: SuiteResult) -> None:
         result.scores.append(
             Score(
                 dataset=name, metric=metric, value=float(value_Q.mean()), higher_is_better=True, chance=chance,
-                samples=samples, primary=metric == "acc1", standard_error=_standard_error(value_Q),
+                samples=samples, primary=metric == "acc1", **asdict(uncertainty.of_outcomes(value_Q)),
             )
         )  # fmt: skip
     outcomes = {
@@ -121,10 +121,6 @@ def _add(name: str, task: Task, scale: float, result: SuiteResult) -> None:
         "correct@1": judged.rank_Q < 1,
     }
     result.outcomes.update({f"{name}/{key}": value_Q for key, value_Q in outcomes.items()})
-
-
-def _standard_error(value_Q: np.ndarray) -> float | None:
-    return float(value_Q.std(ddof=1)) / math.sqrt(len(value_Q)) if len(value_Q) > 1 else None
 
 
 @hookimpl

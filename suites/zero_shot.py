@@ -22,6 +22,8 @@ stratum, with the whole gallery, as acc1[STRATUM]; a caption's stratum is that o
 Averages: where `primary` names several sets of a kind, the dataset `average` holds the unweighted mean over them of
 every score that they all have, with the sum of their samples and the mean of their chances.
 
+Standard errors and 95 % intervals are over samples (upcycle_bench/uncertainty.py); captions of one image are one.
+
 Texts are encoded in batches as long as their longest, and once for each file of weights (texts.py).
 
 Outcomes, one value per query, after SET/ (for retrieval: SET/text_retrieval_ and SET/image_retrieval_):
@@ -39,6 +41,7 @@ import math
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable
+from dataclasses import asdict
 from dataclasses import dataclass as plain_dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -49,8 +52,8 @@ from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from upcycle_bench import evalsets
-from upcycle_bench.average_precision import average_precisions, chance_average_precisions
+from upcycle_bench import evalsets, uncertainty
+from upcycle_bench.average_precision import average_precisions, chance_average_precisions, precision_uncertainty
 from upcycle_bench.errors import UserError, unknown
 from upcycle_bench.evalsets import EvalSet
 from upcycle_bench.features import encode_images
@@ -58,6 +61,7 @@ from upcycle_bench.hookspecs import hookimpl
 from upcycle_bench.scoring import Judged, Task, chance_at_k, exact_cosines, fit_scale, judge
 from upcycle_bench.suite import AVERAGE, EvalContext, Score, Suite, SuiteInfo, SuiteResult
 from upcycle_bench.texts import class_embeddings, classification_task, encode_texts
+from upcycle_bench.uncertainty import Uncertainty
 
 TOP_K = {
     "classification": {1: "acc1", 5: "acc5"},
@@ -197,19 +201,24 @@ def add_scores(
         for name, values in outcomes.items():
             result.outcomes[f"{evalset.name}/{question.prefix}{name}"] = values
 
-        rows = list(metrics(judged, gallery, names))
+        label_Q = task.query_id_Q.numpy()
+        sample_Q = None if evalset.kind == "classification" else label_Q  # captions of one image are one sample
+        rows = list(metrics(judged, gallery, names, sample_Q))
         if evalset.kind == "classification":
-            label_Q = task.query_id_Q.numpy()
-            recalls = [np.mean(judged.rank_Q[label_Q == label] == 0) for label in np.unique(label_Q)]
-            rows.append(("mean_per_class_recall", float(np.mean(recalls)), 1 / gallery, len(label_Q)))
+            correct_Q = judged.rank_Q == 0
+            recalls = [np.mean(correct_Q[label_Q == label]) for label in np.unique(label_Q)]
+            sure = uncertainty.of_recalls(correct_Q, label_Q)
+            rows.append(("mean_per_class_recall", float(np.mean(recalls)), sure, 1 / gallery, len(label_Q)))
         for stratum in np.unique(question.strata_Q):
-            rows.extend(metrics(judged.only(question.strata_Q == stratum), gallery, names, f"[{stratum}]"))
-        for metric, value, chance, samples in rows:
+            chosen_Q = question.strata_Q == stratum
+            chosen = None if sample_Q is None else sample_Q[chosen_Q]
+            rows.extend(metrics(judged.only(chosen_Q), gallery, names, chosen, f"[{stratum}]"))
+        for metric, value, sure, chance, samples in rows:
             metric = question.prefix + metric
             result.scores.append(
                 Score(
-                    dataset=evalset.name, metric=metric, value=value, higher_is_better=True,
-                    chance=chance, samples=samples, primary=metric == primary,
+                    dataset=evalset.name, metric=metric, value=value, higher_is_better=True, chance=chance,
+                    samples=samples, primary=metric == primary, **asdict(sure),
                 )
             )  # fmt: skip
 
@@ -225,29 +234,33 @@ def add_average_precision(
             f"evaluation set {evalset.name}: an image has not a 0 or 1 for each of {len(classes_CD)} classes; "
             "`upcycle-bench data check` says which."
         )
-    label_NC = np.stack(labels)
-    precision_C = average_precisions(exact_cosines(images_ND, classes_CD).numpy(), label_NC)
+    cosine_NC, label_NC = exact_cosines(images_ND, classes_CD).numpy(), np.stack(labels)
+    precision_C = average_precisions(cosine_NC, label_NC)
     result.outcomes[f"{evalset.name}/average_precision"] = precision_C
     result.scores.append(
         Score(
             dataset=evalset.name, metric=MAP, value=float(precision_C.mean()), higher_is_better=True,
             chance=float(chance_average_precisions(label_NC).mean()), samples=len(label_NC), primary=primary == MAP,
+            **asdict(precision_uncertainty(cosine_NC, label_NC)),
         )
     )  # fmt: skip
 
 
 def metrics(
-    judged: Judged, gallery: int, names: dict[int, str], suffix: str = ""
-) -> Iterable[tuple[str, float, float, int]]:
-    """(metric, value, chance, samples); `names` says what a right answer among the first k is called."""
-    samples = len(judged.rank_Q)
+    judged: Judged, gallery: int, names: dict[int, str], sample_Q: np.ndarray | None = None, suffix: str = ""
+) -> Iterable[tuple[str, float, Uncertainty, float, int]]:
+    """(metric, value, its uncertainty, chance, samples); `names`: what a right answer among the first k is called.
+
+    Queries with the same number in `sample_Q` are one sample.
+    """
     # Uniform guessing gives each of p right answers the probability 1/gallery.
-    chance = float(np.log(judged.right_Q / gallery).mean())
-    yield f"log_likelihood{suffix}", float(judged.log_likelihood_Q.mean()), chance, samples
+    rows = [("log_likelihood", judged.log_likelihood_Q, float(np.log(judged.right_Q / gallery).mean()))]
     for k, name in names.items():
         if k <= gallery:
-            chance = chance_at_k(judged.right_Q, gallery, k)
-            yield f"{name}{suffix}", float((judged.rank_Q < k).mean()), chance, samples
+            rows.append((name, judged.rank_Q < k, chance_at_k(judged.right_Q, gallery, k)))
+    for name, outcome_Q, chance in rows:
+        known = uncertainty.of_outcomes(outcome_Q, sample_Q)
+        yield f"{name}{suffix}", float(outcome_Q.mean()), known, chance, len(outcome_Q)
 
 
 def averages(scores: Iterable[Score], sets: list[str]) -> list[Score]:
@@ -261,6 +274,7 @@ def averages(scores: Iterable[Score], sets: list[str]) -> list[Score]:
             dataset=AVERAGE, metric=metric, value=statistics.fmean(part.value for part in parts),
             higher_is_better=True, chance=statistics.fmean(part.chance for part in parts if part.chance is not None),
             samples=sum(part.samples for part in parts),
+            **asdict(uncertainty.of_mean([(part.value, part.standard_error, part.interval) for part in parts])),
         )
         for metric, parts in of_metric.items()
         if len(parts) == len(sets) > 1

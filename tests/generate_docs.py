@@ -9,7 +9,7 @@ from pathlib import Path
 
 import typer
 
-from upcycle_bench import leaderboard, record
+from upcycle_bench import board_formats, leaderboard, record
 from upcycle_bench.cli import app
 from upcycle_bench.cluster import bills
 from upcycle_bench.listing import rows
@@ -77,7 +77,7 @@ def suites() -> str:
 def board() -> str:
     """The leaderboard of the records in results/lab, as the command prints it."""
     folder = ROOT / "results" / "lab"
-    shown = leaderboard.render(leaderboard.build([record.read(path) for path in record.find(folder)]), "md")
+    shown = board_formats.render(leaderboard.build([record.read(path) for path in record.find(folder)]), "md")
     return f"```console\n$ upcycle-bench leaderboard results/lab --format md\n```\n\n{shown.strip()}"
 
 

@@ -13,7 +13,7 @@ from PIL import Image
 
 from tests.helpers import tiny_clip
 from upcycle_bench import evalsets
-from upcycle_bench.average_precision import average_precisions, chance_average_precisions
+from upcycle_bench.average_precision import average_precisions, chance_average_precisions, precision_uncertainty
 from upcycle_bench.errors import UserError
 from upcycle_bench.suite import EvalContext
 from upcycle_bench.suites.few_shot import FewShot
@@ -55,6 +55,21 @@ def test_average_precision_by_hand() -> None:
     score_NC = np.array([[0.5, 1.0, 0.3], [0.9, 1.0, 0.2], [0.1, 0.0, 0.1]])
     label_NC = np.array([[0, 0, 0], [1, 1, 0], [1, 0, 0]])
     assert average_precisions(score_NC, label_NC).tolist() == pytest.approx([5 / 6, 1 / 2, 0])
+
+
+def test_its_uncertainty_against_resamples_sorted_anew() -> None:
+    rng = np.random.default_rng(0)
+    label_NC = rng.random((80, 4)) < 0.3
+    score_NC = label_NC + rng.normal(size=(80, 4))
+    known = precision_uncertainty(score_NC, label_NC, draws=400)
+    drawn = [rng.integers(0, 80, 80) for _ in range(400)]
+    slow = np.std([average_precisions(score_NC[rows], label_NC[rows]).mean() for rows in drawn], ddof=1)
+    assert known.standard_error == pytest.approx(slow, rel=0.2) and slow > 0.02
+    mean = average_precisions(score_NC, label_NC).mean()
+    assert known.interval == pytest.approx(
+        (mean - 1.96 * known.standard_error, mean + 1.96 * known.standard_error), rel=1e-4
+    )
+    assert precision_uncertainty(label_NC.astype(float), label_NC).interval == (1, 1)
 
 
 def test_chance_is_the_mean_over_all_orders() -> None:

@@ -181,5 +181,5 @@ def test_a_build_that_fails_leaves_nothing(towers: Towers, features: Path) -> No
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
-        remembered(["x"], towers.context(), broken)
+        remembered(["x"], towers.context(), broken, broken)
     assert list(features.iterdir()) == []

@@ -84,6 +84,20 @@ def result(model, root):
     return suite.evaluate(context(model, root))
 
 
+def test_every_score_says_how_sure_it_is(result):
+    found = {(score.dataset, score.metric): score for score in result.scores}
+    for score in found.values():
+        assert score.interval[0] <= score.value <= score.interval[1] and score.standard_error >= 0
+    outcomes = result.outcomes["digits-test/log_likelihood"].astype(float)
+    error = outcomes.std(ddof=1) / len(outcomes) ** 0.5
+    assert found["digits-test", "log_likelihood"].standard_error == pytest.approx(error, rel=1e-5)
+    # Images have 1, 2 or 3 captions here, which are not independent of each other.
+    text, image = (found["captions", f"{way}_retrieval_recall@5"] for way in ("text", "image"))
+    assert (text.samples, image.samples) == (40, 79)
+    assert text.standard_error == pytest.approx((text.value * (1 - text.value) / 40) ** 0.5)
+    assert image.standard_error != pytest.approx((image.value * (1 - image.value) / 79) ** 0.5)
+
+
 class Loader:
     """What clip_benchmark asks of a DataLoader."""
 

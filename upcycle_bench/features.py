@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from upcycle_bench import evalsets
-from upcycle_bench.embedding_cache import Arrays, remembered
+from upcycle_bench.embedding_cache import SPOT, Arrays, remembered
 from upcycle_bench.errors import UserError
 from upcycle_bench.evalsets import EvalSet
 from upcycle_bench.probe import Examples
@@ -30,8 +30,12 @@ def image_features(folder: Path, split: str, context: EvalContext) -> Examples:
         made = _encode(folder, split, context)
         return {"features": made.features_ND.numpy(), "labels": made.label_N.numpy()}
 
+    def first() -> Arrays:
+        images_B3HW, _ = next(iter(evalsets.read(folder, context.transform, SPOT, split).batches))
+        return {"features": embed(context.model.encode_image, images_B3HW, context).numpy()}
+
     what = ["images", evalsets.digest(folder, split), split] if context.weights else []
-    arrays = remembered(what, context, make)
+    arrays = remembered(what, context, make, first)
     return Examples(torch.from_numpy(arrays["features"]), torch.from_numpy(arrays["labels"]))
 
 
@@ -54,9 +58,12 @@ def encode_images(evalset: EvalSet, context: EvalContext) -> tuple[Tensor, list[
 
 @torch.no_grad()
 def embed(encode: Any, inputs: Tensor, context: EvalContext) -> Tensor:
-    """One batch, normalised, float32, on the CPU."""
+    """One batch, normalised, float32, on the CPU. `encode` must be of `context.model`: see EvalContext.saw."""
     with torch.autocast(context.device.type, enabled=False):
-        return F.normalize(encode(inputs.to(context.device)).float(), dim=-1).cpu()
+        embedded = F.normalize(encode(inputs.to(context.device)).float(), dim=-1).cpu()
+    if context.saw is not None:
+        context.saw(context.model, encode, inputs, embedded)
+    return embedded
 
 
 def finite(embeddings: Tensor, name: str) -> Tensor:

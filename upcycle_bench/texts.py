@@ -6,7 +6,8 @@
     task = classification_task(evalset, context, known)                   # its images against its classes
 
 The cache knows classifiers by weights, class names, templates and tokenizer, captions likewise: a second evaluation of
-the same weights encodes no text. A batch is as long as its longest text where the model lets padding be left out.
+the same weights encodes no text, or some where a witness watches. A batch is as long as its longest text where the
+model lets padding be left out.
 
 Shape suffixes: B batch, L tokens, Q queries, C classes, T templates, N texts, D embedding.
 """
@@ -25,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from upcycle_bench import packed
-from upcycle_bench.embedding_cache import Arrays, remembered
+from upcycle_bench.embedding_cache import SPOT, Arrays, remembered
 from upcycle_bench.evalsets import EvalSet
 from upcycle_bench.features import embed, encode_images, finite
 from upcycle_bench.scoring import Task
@@ -38,12 +39,15 @@ def class_embeddings(evalset: EvalSet, context: EvalContext, known: dict[str, Te
     """[C, D]: of each class the mean over templates, normalised, as in CLIP_benchmark's zero_shot_classifier."""
     prompts = [template.format(c=name) for name in evalset.classnames for template in evalset.templates]
 
-    def make() -> Arrays:
-        text_CTD = _encode(prompts, evalset.name, context, known).unflatten(0, (len(evalset.classnames), -1))
+    def make(classes: int, known: dict[str, Tensor]) -> Arrays:
+        chosen = prompts[: classes * len(evalset.templates)]
+        text_CTD = _encode(chosen, evalset.name, context, known).unflatten(0, (classes, -1))
         return {"classes": F.normalize(text_CTD.mean(dim=1), dim=1).numpy()}
 
     what = ["classes", evalset.classnames, evalset.templates, _tokens_of(prompts, context)]
-    return torch.from_numpy(remembered(what, context, make)["classes"])
+    classes = len(evalset.classnames)
+    arrays = remembered(what, context, partial(make, classes, known), partial(make, min(SPOT, classes), {}))
+    return torch.from_numpy(arrays["classes"])
 
 
 def classification_task(evalset: EvalSet, context: EvalContext, known: dict[str, Tensor]) -> Task:
@@ -57,7 +61,11 @@ def encode_texts(texts: Sequence[str], name: str, context: EvalContext, known: d
     """Normalised text embeddings [N, D] of the set `name`; a text is encoded once, so that equal ones tie exactly."""
     different = list(dict.fromkeys(texts))
     what = ["texts", hashlib.sha256(json.dumps(different).encode()).hexdigest(), _tokens_of(different, context)]
-    arrays = remembered(what, context, lambda: {"texts": _encode(different, name, context, known).numpy()})
+
+    def make(number: int, known: dict[str, Tensor]) -> Arrays:
+        return {"texts": _encode(different[:number], name, context, known).numpy()}
+
+    arrays = remembered(what, context, partial(make, len(different), known), partial(make, SPOT, {}))
     known.update(zip(different, torch.from_numpy(arrays["texts"]), strict=True))
     return torch.stack([known[text] for text in texts])
 
