@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @contextlib.contextmanager
 def uncollected() -> Iterator[None]:
-    """For imports: they make a million objects and no garbage, and looking for some would take a fifth of their time."""
+    """For imports: a million objects and no garbage, and looking for some would take a fifth of their time."""
     enabled = gc.isenabled()
     gc.disable()
     try:
