@@ -1,9 +1,16 @@
-"""Row 15: the linear probe of `few-shot` and `linear-probe` against CLIP_benchmark's own."""
+"""Row 15: the linear probe of `few-shot` and `linear-probe` against CLIP_benchmark's own.
+
+`python -m bench.probing WORKERS ROUNDS THREADS` prints the samples of both sides, and (weight decay, accuracy), as JSON.
+"""
 
 from __future__ import annotations
 
+import json
 import resource
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -67,20 +74,33 @@ def clock_with_workers(step: Callable[[], None], calls: int, device: torch.devic
     return sample._replace(cpu=sample.cpu + children / calls)
 
 
+def measured(workers: int, rounds: int) -> tuple[list[list[Sample]], dict[str, tuple[float, float]]]:
+    """Samples of theirs and ours, in turns, and what both found."""
+    found: dict[str, tuple[float, float]] = {}
+    theirs, ours = sides(problem(), workers, found)
+    ours()  # what is slow only once is not their side's gain
+    return interleave([theirs, ours], rounds, warm=False, clock=clock_with_workers), found
+
+
 @measures(15)
 def linear_probes(settings: Settings) -> Iterator[Row]:
     """CLIP_benchmark's linear probe / ours, with its default of four workers (one round) and without (three at most).
 
     Same features, epochs, batches, precision, threads and weight-decay search, and equal accuracy, which is checked.
+    In a process of their own: workers are forks, which cost the more, the more their parent holds.
     """
     if settings.device.type != "cpu":
         raise SkippedError("the port of CLIP_benchmark's probe is for the CPU")
     for workers, goal, rounds in ((WORKERS, ">= 15", 1), (0, ">= 4", settings.few_rounds)):
-        found: dict[str, tuple[float, float]] = {}
-        theirs, ours = sides(problem(), workers, found)
-        ours()  # what is slow only once is not their side's gain
-        above, below = interleave([theirs, ours], rounds, settings.device, warm=False, clock=clock_with_workers)
+        command = [sys.executable, "-m", "bench.probing", *map(str, (workers, rounds, settings.threads))]
+        child = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parent.parent)
+        samples, found = json.loads(child.stdout)
         if abs(found["theirs"][1] - found["ours"][1]) > TOLERANCE:
             raise RuntimeError(f"accuracies differ, (weight decay, accuracy): {found}")
         name = f"CLIP_benchmark's linear probe / ours, {CLASSES} classes, {SHOTS} shots, {workers or 'no'} workers"
-        yield ratio_row(name, goal, above, below)
+        yield ratio_row(name, goal, *([Sample(*sample) for sample in side] for side in samples))
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(int(sys.argv[3]))
+    print(json.dumps(measured(int(sys.argv[1]), int(sys.argv[2]))))

@@ -109,6 +109,13 @@ class Loader:
             yield images, torch.as_tensor(beside) if isinstance(beside, np.ndarray) else beside
 
 
+def print_parity(name: str, theirs: dict[str, float], result) -> None:
+    """For `pytest -s`, as docs/protocols.md says."""
+    for metric, value in theirs.items():
+        ours = scores(result)[f"{name}/{metric}"]
+        print(f"{name}/{metric}: ours {ours:.6f}, CLIP_benchmark's {value:.6f}, difference {abs(ours - value):.1e}")
+
+
 @pytest.mark.parametrize("name", ["digits-test", "three"])
 def test_classification_equals_clip_benchmark(model, root, result, name):
     evalset = evalsets.read(root / name, TRANSFORM, 64)
@@ -119,6 +126,7 @@ def test_classification_equals_clip_benchmark(model, root, result, name):
         assert math.isnan(theirs.pop("acc5"))
         assert "three/acc5" not in scores(result)
         assert "three/correct@5" not in result.outcomes
+    print_parity(name, theirs, result)
     for metric, value in theirs.items():
         assert scores(result)[f"{name}/{metric}"] == pytest.approx(value, abs=1e-12), metric
 
@@ -128,6 +136,7 @@ def test_retrieval_equals_clip_benchmark(model, root, result, name):
     loader = Loader(evalsets.read(root / name, TRANSFORM, 64))
     theirs = zeroshot_retrieval.evaluate(model, loader, TOKENIZER, "cpu", amp=False, recall_k_list=[1, 5, 10])
     assert len(theirs) == 6
+    print_parity(name, theirs, result)
     for metric, value in theirs.items():
         assert scores(result)[f"{name}/{metric}"] == pytest.approx(value, abs=1e-6), metric  # theirs is a float32 mean
 
