@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from tests.helpers import threads
 from tests.moe_helpers import assert_gradients, create_layer, relative_error, settings_of
 from upcycle_bench import engine, environment, expert_backends, trained
-from upcycle_bench.flops import FlopCounter
 from upcycle_bench.doctor import checks
 from upcycle_bench.errors import UserError
 from upcycle_bench.expert_backends import BACKENDS, VARIABLE, Compute, default, refusal
+from upcycle_bench.flops import FlopCounter
 from upcycle_bench.moe import MoEFFN
 from upcycle_bench.routing import watch
 

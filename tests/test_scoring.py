@@ -116,7 +116,9 @@ def test_equal_answers_tie_whatever_the_block(width):
         np.testing.assert_array_equal(judge(task, 30.0, "x", block).rank_Q, first.rank_Q)
 
 
-@pytest.mark.parametrize(("queries", "gallery", "grid"), [(257, 33, 2**20), (130, 9000, 2**20), (3, 70000, 4), (1, 70000, 4)])
+@pytest.mark.parametrize(
+    ("queries", "gallery", "grid"), [(257, 33, 2**20), (130, 9000, 2**20), (3, 70000, 4), (1, 70000, 4)]
+)
 @pytest.mark.parametrize("threads", [1, 2])
 def test_log_likelihoods_are_those_of_logsumexp_to_the_bit(queries, gallery, grid, threads):
     cosine_QG = unit(queries, 3, 0, grid) @ unit(gallery, 3, 1, grid).T
