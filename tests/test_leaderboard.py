@@ -132,9 +132,9 @@ def test_an_unknown_cost_is_not_a_small_one() -> None:
 
 CERTIFICATE = {
     "predictions": 256,
-    "repeats": [{"batch_size": 32, "shuffled": False, "differing": 0, "margins": [], "largest_distance": 1e-7}],
+    "repeats": ({"batch_size": 32, "shuffled": False, "differing": 0, "margins": (), "largest_distance": 1e-7},),
     "choices_routed": 0,
-    "controls": [],
+    "controls": (),
     "uncontrolled": "too few samples",
     "weights": "w",
     "seconds": 1.0,
