@@ -33,6 +33,7 @@ from upcycle_bench.command import (
     key_value,
     names_of,
     terminal_reporter,
+    uncollected,
     warn_broken,
 )
 from upcycle_bench.errors import UserError
@@ -110,7 +111,8 @@ def run(
     as_json: Json = False,
 ) -> None:
     """Upcycle, train, score and record strategies under one protocol: one run, or what is missing of many."""
-    from upcycle_bench import matrix
+    with uncollected():
+        from upcycle_bench import matrix
 
     pairs = matrix.seed_pairs(seed, seeds, init_seed, train_seed)
     if jobs > 1 and "RANK" in os.environ:
@@ -186,12 +188,13 @@ def _plans(
     suite: str | None = None,
 ) -> list[Plan]:
     """A plan for each strategy that is named, with the first seeds."""
-    from upcycle_bench import matrix
-    from upcycle_bench.plan import Paths, make_plan
-    from upcycle_bench.protocol import load_protocol
-    from upcycle_bench.registry import load_registry
+    with uncollected():
+        from upcycle_bench import matrix
+        from upcycle_bench.plan import Paths, make_plan
+        from upcycle_bench.protocol import load_protocol
+        from upcycle_bench.registry import load_registry
 
-    registry = load_registry()
+        registry = load_registry()
     warn_broken(registry.broken)
     names = matrix.strategy_names(registry, strategy)
     if option and len(names) > 1:
@@ -199,6 +202,8 @@ def _plans(
     paths = Paths(data=data, checkpoint=checkpoint, eval_data=eval_data)
     options = dict(key_value(text) for text in option or [])
     settings = load_protocol(registry.get("protocol", protocol).target, overrides)
+    with uncollected():
+        import open_clip  # noqa: F401  (the longest import of all; a plan needs its configurations)
     with interruptible("nothing was written"):  # the data are built here if the cache lacks them
         return [
             make_plan(
@@ -297,10 +302,11 @@ def list_(
     as_json: Json = False,
 ) -> None:
     """List strategies, suites and protocols, and who brings them."""
-    from upcycle_bench.listing import rows
-    from upcycle_bench.registry import load_registry
+    with uncollected():
+        from upcycle_bench.listing import rows
+        from upcycle_bench.registry import load_registry
 
-    registry = load_registry()
+        registry = load_registry()
     warn_broken(registry.broken)
     kinds = [kind.value] if kind else [each.value for each in Kind]
     listing = {each: rows(registry, each) for each in kinds}

@@ -10,6 +10,7 @@ import contextlib
 import copy
 import functools
 import resource
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -67,7 +68,21 @@ def peak_memory(device: torch.device) -> int:
     """High-water mark in bytes: of the device's memory on CUDA, of this process elsewhere."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts KiB
+    return high_water(Path("/proc/self/status"))
+
+
+def high_water(status: Path) -> int:
+    """This program's most memory in bytes, by Linux's status file, else by getrusage.
+
+    The latter begins with what the process held before it became this program, which a large parent makes much, and
+    nothing makes it less (`forget_peak_memory`).
+    """
+    with contextlib.suppress(OSError):
+        for line in status.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else most * 1024  # bytes there, KiB elsewhere
 
 
 def forget_peak_memory() -> None:

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
-from upcycle_bench.cache import file_sha256
+from upcycle_bench.cache import files_sha256
 from upcycle_bench.errors import UserError
 
 if TYPE_CHECKING:
@@ -213,8 +213,9 @@ def classnames(folder: Path) -> tuple[str, ...]:
 def digest(folder: Path, split: str = "test") -> str:
     """sha256 over the names and contents of the files that `read` uses, for fingerprints."""
     whole = hashlib.sha256()
-    for path in _files(folder, split):
-        whole.update(f"{path.relative_to(folder).as_posix()}\0{file_sha256(path)}\n".encode())
+    paths = _files(folder, split)
+    for path, sha256 in zip(paths, files_sha256(paths), strict=True):
+        whole.update(f"{path.relative_to(folder).as_posix()}\0{sha256}\n".encode())
     return whole.hexdigest()
 
 
