@@ -130,6 +130,56 @@ def test_an_unknown_cost_is_not_a_small_one() -> None:
     assert (untrained.train_seconds, untrained.train_flops, untrained.charged_flops) == (0, 0, 0)
 
 
+CERTIFICATE = {
+    "predictions": 256,
+    "repeats": ({"batch_size": 32, "shuffled": False, "differing": 0, "margins": (), "largest_distance": 1e-7},),
+    "choices_routed": 0,
+    "controls": (),
+    "uncontrolled": "too few samples",
+    "weights": "w",
+    "seconds": 1.0,
+}
+
+
+def test_standard_errors_over_samples_stand_beside_the_metrics() -> None:
+    def parts(error: float | None) -> list[dict[str, Any]]:
+        return [
+            score("a", "log_likelihood", 0.5, primary=True) | {"standard_error": error},
+            score("a", "acc1", 0.6) | {"standard_error": error, "interval": (0.4, 0.8)},
+        ]
+
+    new = [make_record("new", train=seed, scores=parts(error)) for seed, error in enumerate((0.02, 0.04))]
+    old = make_record("old", scores=parts(None))
+    boards = build([*new, old])
+    row = only(boards)["new"]
+    # (0.02 + 0.04) / 2: seeds share the samples, so two of them are not surer
+    assert row.primary_standard_error == pytest.approx(0.03)
+    assert row.standard_errors == pytest.approx(dict.fromkeys(row.scores, 0.03))
+    assert only(boards)["old"].standard_errors == {} and only(boards)["old"].primary_standard_error is None
+    for format in ("terminal", "md"):
+        text = " ".join(render(boards, format, 250).split())
+        assert "0.6000 (0.0300)" in text
+        assert "the standard error of the primary is 0.0300 at most" in text
+    lines = {line["label"]: line for line in csv.DictReader(io.StringIO(render(boards, "csv")))}
+    assert float(lines["new"]["zero-shot/a/acc1 standard error"]) == pytest.approx(0.03)
+    assert lines["old"]["zero-shot/a/acc1 standard error"] == ""
+    rows = json.loads(render(boards, "json"))["boards"][0]["rows"]
+    assert {line["label"]: line["standard_errors"].get("zero-shot/a/acc1") for line in rows} == {
+        "new": pytest.approx(0.03),
+        "old": None,
+    }
+
+
+def test_runs_without_a_certificate_are_counted() -> None:
+    certified = [make_record("new", train=seed, certificate=CERTIFICATE) for seed in range(2)]
+    older = make_record("dense", train=0)
+    boards = build([*certified, older])
+    assert {label: (row.runs, row.certified) for label, row in only(boards).items()} == {"new": (2, 2), "dense": (1, 0)}
+    for format in ("terminal", "md", "json"):
+        assert "1 of 3 runs without a certificate of their evaluation" in " ".join(render(boards, format, 250).split())
+        assert "without a certificate" not in render(build(certified), format, 250)
+
+
 # ---- which runs count ------------------------------------------------------------------------------------------
 
 

@@ -66,9 +66,8 @@ def test_its_uncertainty_against_resamples_sorted_anew() -> None:
     slow = np.std([average_precisions(score_NC[rows], label_NC[rows]).mean() for rows in drawn], ddof=1)
     assert known.standard_error == pytest.approx(slow, rel=0.2) and slow > 0.02
     mean = average_precisions(score_NC, label_NC).mean()
-    assert known.interval == pytest.approx(
-        (mean - 1.96 * known.standard_error, mean + 1.96 * known.standard_error), rel=1e-4
-    )
+    half = 1.96 * known.standard_error
+    assert known.interval == pytest.approx((mean - half, mean + half), rel=1e-4)
     assert precision_uncertainty(label_NC.astype(float), label_NC).interval == (1, 1)
 
 

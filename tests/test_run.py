@@ -78,6 +78,11 @@ def test_a_run_is_recorded_whole(tmp_path: Path, quick: list[str], strategy: str
         assert path.with_suffix(".jsonl").is_file()
     if moe:
         assert set(made.receipt["layers"]) == set(made.diagnostics["layers"]) == {"vision.1", "vision.3", "text.1"}
+    assert made.certificate is not None and made.certificate.predictions > 128
+    assert sum(repeat.differing for repeat in made.certificate.repeats) == 0
+    assert (made.certificate.choices_routed > 0) == moe
+    assert [(each.dataset, each.samples) for each in made.certificate.controls] == [("digits-test", 256)]
+    assert all(score.standard_error is not None and score.interval is not None for score in made.scores)
     outcomes = record.read_outcomes(path)
     right = outcomes["zero-shot/digits-test/correct@1"]
     assert len(right) == 359

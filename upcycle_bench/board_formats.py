@@ -64,7 +64,7 @@ def _caption(board: Board) -> list[str]:
     runs = sum(row.runs for row in board.rows)
     if without := runs - sum(row.certified for row in board.rows):
         lines.append(
-            f"{without} of {runs} runs without a certificate of their evaluation (made before there were any)."
+            f"There are {without} of {runs} runs without a certificate of their evaluation (docs/protocols.md)."
         )
     return lines
 
