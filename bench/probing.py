@@ -1,6 +1,6 @@
 """Row 15: the linear probe of `few-shot` and `linear-probe` against CLIP_benchmark's own.
 
-`python -m bench.probing WORKERS ROUNDS THREADS` prints the samples of both sides, and (weight decay, accuracy), as JSON.
+`python -m bench.probing WORKERS ROUNDS THREADS` prints as JSON both sides' samples and (weight decay, accuracy).
 """
 
 from __future__ import annotations
