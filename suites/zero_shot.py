@@ -26,7 +26,7 @@ log_likelihood (float32), rank (int32, 0: first), correct@1 and correct@5 (bool,
 Once for each kind of the scored sets: temperature/KIND/logit_scale (float64 [1]), the scale used.
 
 Sources: A. Radford et al., Learning Transferable Visual Models From Natural Language Supervision, arXiv:2103.00020;
-clip_benchmark.metrics (1.6.2). Shape suffixes: Q queries, G gallery, C classes, T templates, D embedding.
+clip_benchmark.metrics (1.6.2). Shape suffixes: Q queries, G gallery, D embedding.
 """
 
 from __future__ import annotations
@@ -36,21 +36,19 @@ import statistics
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass as plain_dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from upcycle_bench import evalsets, packed
+from upcycle_bench import evalsets
 from upcycle_bench.errors import UserError, unknown
 from upcycle_bench.evalsets import EvalSet
-from upcycle_bench.features import embed, encode_images, finite
+from upcycle_bench.features import encode_classes, encode_images, encode_texts
 from upcycle_bench.hookspecs import hookimpl
 from upcycle_bench.scoring import Judged, Task, chance_at_k, fit_scale, judge
 from upcycle_bench.suite import AVERAGE, EvalContext, Score, Suite, SuiteInfo, SuiteResult
@@ -244,26 +242,10 @@ def questions(evalset: EvalSet, context: EvalContext, known: dict[str, Tensor]) 
 
 
 def classification_task(evalset: EvalSet, context: EvalContext, known: dict[str, Tensor]) -> Task:
-    """Images against class embeddings: the mean over templates, as in CLIP_benchmark's zero_shot_classifier."""
-    prompts = [template.format(c=name) for name in evalset.classnames for template in evalset.templates]
-    text_CTD = encode_texts(prompts, evalset.name, context, known).unflatten(0, (len(evalset.classnames), -1))
-    classes_CD = F.normalize(text_CTD.mean(dim=1), dim=1)
+    """Images against class embeddings."""
+    classes_CD = encode_classes(evalset.classnames, evalset.templates, evalset.name, context, known)
     images_QD, labels = encode_images(evalset, context)
     return Task(images_QD, classes_CD, torch.as_tensor(labels), torch.arange(len(classes_CD)))
-
-
-def encode_texts(texts: list[str], name: str, context: EvalContext, known: dict[str, Tensor]) -> Tensor:
-    """Normalised text embeddings [len(texts), D]; a text is encoded once, into `known`, so equal ones tie exactly."""
-    unknown_texts = [text for text in dict.fromkeys(texts) if text not in known]
-    starts = range(0, len(unknown_texts), context.batch_size)
-    # without padding where we can: most prompts are far shorter than the context
-    model: Any = context.model
-    encode = partial(packed.encode_text, model) if packed.packs(model) else model.encode_text
-    for start in context.track(starts, f"{name}: texts"):
-        batch = unknown_texts[start : start + context.batch_size]
-        text_BD = embed(encode, context.tokenizer(batch), context)
-        known.update(zip(batch, text_BD, strict=True))
-    return finite(torch.stack([known[text] for text in texts]), name)
 
 
 @hookimpl

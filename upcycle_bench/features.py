@@ -1,15 +1,18 @@
-"""Image features of evaluation sets, encoded once for each model: the cache knows them by the hash of the weights.
+"""Features of evaluation sets. Those of images are encoded once for each model: cached by the hash of the weights.
 
     features_ND, beside = encode_images(evalset, context)                   # beside: labels, or captions
     examples = image_features(root / "digits-test", "test", context)       # cached if the weights have a hash
+    classes_CD = encode_classes(evalset.classnames, evalset.templates, evalset.name, context, known={})
 
-Shape suffixes: N samples, D embedding, B batch.
+Shape suffixes: N samples, C classes, T templates, D embedding, B batch.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +63,31 @@ def encode_images(evalset: EvalSet, context: EvalContext) -> tuple[Tensor, list[
             "check` says what else is wrong."
         ) from error
     return finite(torch.cat(embeddings), evalset.name), beside
+
+
+def encode_classes(
+    classnames: Sequence[str], templates: Sequence[str], name: str, context: EvalContext, known: dict[str, Tensor]
+) -> Tensor:
+    """The zero-shot classifier [C, D]: the mean over templates, as in CLIP_benchmark's zero_shot_classifier."""
+    prompts = [template.format(c=classname) for classname in classnames for template in templates]
+    text_CTD = encode_texts(prompts, name, context, known).unflatten(0, (len(classnames), -1))
+    return F.normalize(text_CTD.mean(dim=1), dim=1)
+
+
+def encode_texts(texts: Sequence[str], name: str, context: EvalContext, known: dict[str, Tensor]) -> Tensor:
+    """Normalised text embeddings [len(texts), D]; a text is encoded once, into `known`, so equal ones tie exactly."""
+    from upcycle_bench import packed  # DeepSpeed is behind it, and `list` imports the suites
+
+    unknown_texts = [text for text in dict.fromkeys(texts) if text not in known]
+    starts = range(0, len(unknown_texts), context.batch_size)
+    # without padding where we can: most prompts are far shorter than the context
+    model: Any = context.model
+    encode = partial(packed.encode_text, model) if packed.packs(model) else model.encode_text
+    for start in context.track(starts, f"{name}: texts"):
+        batch = unknown_texts[start : start + context.batch_size]
+        text_BD = embed(encode, context.tokenizer(batch), context)
+        known.update(zip(batch, text_BD, strict=True))
+    return finite(torch.stack([known[text] for text in texts]), name)
 
 
 @torch.no_grad()
