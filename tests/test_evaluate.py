@@ -94,11 +94,15 @@ def test_real_photos_go_through_everything(models: dict[str, Path], sets: Path, 
     # Even random features of photos tell these photos apart, which random prompts do not.
     assert found["few-shot", "photos/5-shot", "acc1"] > 0.6 > 1 / 9
     assert found["linear-probe", "photos", "acc1"] > 0.6 > found["zero-shot", "photos", "acc1"]
-    why = "suite diagnostics scores only what a protocol names; give --protocol."
+    why = "suite {} scores only what a protocol names; give --protocol."
     assert facts["skipped"] == {
         "few-shot/photos-captions": "it has captions, not labels.",
         "linear-probe/photos-captions": "it has captions, not labels.",
-        **{f"diagnostics/{name}": why for name in ("photos", "photos-captions")},
+        **{
+            f"{suite}/{name}": why.format(suite)
+            for suite in ("diagnostics", "fine-tune")
+            for name in ("photos", "photos-captions")
+        },
     }
     assert facts["parameters_active"] < facts["parameters_total"]
     assert "photos/5-shot" in table and "skipped: few-shot/photos-captions: it has captions" in table
