@@ -1,7 +1,7 @@
 """End-to-end fine-tuning of the image tower, from a zero-shot-initialised head: on k shots, or on all of a pool.
 
     [suites.fine-tune]
-    rates = [1e-5, 1e-4, 1e-3]                 # the grid of peak learning rates, the same for every model
+    rates = [1e-4, 3e-4, 1e-3, 3e-3]           # the grid of peak learning rates, the same for every model
     steps = 50
     batch_size = 64
     draws = 1                                  # of the shots
@@ -34,6 +34,7 @@ from dataclasses import dataclass as plain_dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
 
+import torch
 from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
 from torch import Tensor
@@ -106,6 +107,8 @@ class FineTune(Suite):
 
     def evaluate(self, context: EvalContext) -> SuiteResult:
         """Every task and number of shots; the text tower makes the heads and is done."""
+        from upcycle_bench import engine  # DeepSpeed is behind it, and `list` imports the suites
+
         result = SuiteResult([], {})
         context.model.eval()
         known: dict[str, Tensor] = {}
@@ -114,17 +117,20 @@ class FineTune(Suite):
             templates = probe_tasks.templates(task, context.root)
             classes_CD = encode_classes(data.classnames, templates, name, context, known)
             result.notes[name] = {"classes": len(data.classnames), "classes_left_out": data.left_out}
-            for shots in task.shots:
-                splits = [_of_shots(name, task, data, shots, draw) for draw in range(self.draws)]
-                self._score(f"{name}/{shots}-shot", splits, classes_CD, context, result)
+            splits = {
+                f"{name}/{shots}-shot": [_of_shots(name, task, data, shots, draw) for draw in range(self.draws)]
+                for shots in task.shots
+            }
             if task.all:
-                self._score(f"{name}/all", [_of_all(name, task, data)], classes_CD, context, result)
+                splits[f"{name}/all"] = [_of_all(name, task, data)]
+            with engine.session(torch.get_num_threads()):
+                for title, draws in splits.items():
+                    self._score(title, draws, classes_CD, context, result)
         return result
 
     def _score(
         self, title: str, splits: Sequence[Split], classes_CD: Tensor, context: EvalContext, result: SuiteResult
     ) -> None:
-        from upcycle_bench.costs import counted_flops  # DeepSpeed is behind these, and `list` imports the suites
         from upcycle_bench.fine_tuning import Recipe, predict, tune
 
         recipe = Recipe(
@@ -137,12 +143,11 @@ class FineTune(Suite):
         )
         rows, chosen = [], []
         began = time.perf_counter()
-        with counted_flops() as counter:
-            for draw, split in enumerate(splits):
-                rng = Stream(("fine-tune", title, draw))
-                tuned = tune(context.model, classes_CD, split.train, split.validation, recipe, rng, context, title)
-                rows.append(classified(*predict(tuned.classifier, split.test, context)))
-                chosen.append(tuned)
+        for draw, split in enumerate(splits):
+            rng = Stream(("fine-tune", title, draw))
+            tuned = tune(context.model, classes_CD, split.train, split.validation, recipe, rng, context, title)
+            rows.append(classified(*predict(tuned.classifier, split.test, context)))
+            chosen.append(tuned)
         edges = [tuned.rate for tuned in chosen if tuned.rate in (self.rates[0], self.rates[-1])]
         result.notes[title] = {
             "manifests": [split.sha256 for split in splits],
@@ -153,7 +158,7 @@ class FineTune(Suite):
             "rates_at_the_edge": len(edges),
             "trainings": len(self.rates) * len(splits),
             "seconds": time.perf_counter() - began,
-            "flops": counter.get_total_flops(),
+            "training_flops": sum(tuned.flops for tuned in chosen),
         }
         if edges:
             print(
