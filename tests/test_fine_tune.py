@@ -114,7 +114,7 @@ def test_it_learns_charges_the_grid_and_leaves_the_model_alone(root, models, kin
     # What is counted around it all is that and the predictions: 3 + 1 times 9 images, and the test's 30.
     whole, one = counter.get_total_flops(), one_image.get_total_flops()
     assert 0.8 * 3 * 3 * 20 * 8 * one < notes["training_flops"] <= 3 * 3 * 20 * 8 * one
-    assert whole - notes["training_flops"] == pytest.approx((4 * 9 + 30) * one, rel=0.1 if kind == "dense" else 5.0)
+    assert whole == pytest.approx(notes["training_flops"] + (4 * 9 + 30) * one, rel=0.03)
 
 
 @pytest.mark.parametrize("kind", ["dense", "moe"])
@@ -190,7 +190,7 @@ def test_the_load_balancing_loss_reaches_the_routers(models):
     assert list(layers) == ["vision.1", "vision.3"]
     images, label_N = torch.randn(6, 3, 8, 8), torch.tensor([0, 1, 2] * 2)
     terms = losses(classifier(images), label_N, layers, load_balance=0.5)
-    assert terms["load_balance"].item() == pytest.approx(0.5 * sum(float(x.l_aux) for x in layers.values()), rel=1e-6)
+    assert terms["load_balance"].item() == pytest.approx(0.5 * sum(x.l_aux.item() for x in layers.values()), rel=1e-6)
     terms["load_balance"].backward()
     assert all(layer.gate.wg.weight.grad.abs().max() > 0 for layer in layers.values())
     assert classifier.head.weight.grad is None
