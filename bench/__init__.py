@@ -2,7 +2,7 @@
 
     python -m bench [--only moe_layer] [--rounds 5] [--threads 2] [--device cpu] [--markdown docs/performance.md]
 
-Rows are numbered as their goals are. Each stands in `layers.py`, `steps.py`, `initialisation.py` or `pipeline.py`, and
-what it compares with beside it (`training.py`, `naive.py`). `attention.py` and `side_by_side.py` are scripts apart, and
-`python -m bench.scaling` draws how time grows with size.
+Rows are numbered as their goals are. Each stands in `layers.py`, `steps.py`, `initialisation.py`, `pipeline.py` or
+`probing.py`, and what it compares with beside it (`training.py`, `naive.py`, `clip_benchmark_probe.py`).
+`attention.py` and `side_by_side.py` are scripts apart, and `python -m bench.scaling` draws how time grows with size.
 """

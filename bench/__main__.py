@@ -26,7 +26,7 @@ def main(
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a session takes a GPU where it sees one
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
 
-    from bench import initialisation, layers, pipeline, steps  # noqa: F401  (they register their rows)
+    from bench import initialisation, layers, pipeline, probing, steps  # noqa: F401  (they register their rows)
     from bench.floor import measure_rates
     from bench.report import machine, put_into, write_json
     from bench.report import markdown as as_markdown

@@ -13,7 +13,7 @@ import torch
 
 from bench.rows import Settings
 from bench.timing import Step, clock
-from upcycle_bench.costs import flop_counter
+from upcycle_bench.flops import FlopCounter
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 ADAMW_BYTES = 28  # of each float32 parameter: weight, gradient and two moments read; weight and moments written
@@ -58,6 +58,6 @@ def _best(step: Step, device: torch.device, seconds: float = 0.7) -> float:
 def floor(step: Step, precision: str, settings: Settings, parameters: int = 0) -> float:
     """Seconds of `step`'s matrix products, and of AdamW passing once over so many parameters. Calls `step` once."""
     rates = measure_rates(settings)
-    with flop_counter() as counter:
+    with FlopCounter() as counter:
         step()
     return counter.get_total_flops() / rates.flops[precision] + ADAMW_BYTES * parameters / rates.bandwidth

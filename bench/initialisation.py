@@ -158,24 +158,19 @@ def surgery(settings: Settings) -> Iterator[Row]:
     )
 
 
-def _high_water() -> int:
-    """Of this program alone: what getrusage says begins with the memory of the process that started it."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
-
-
 def child(kind: str, tokens: int, threads: int) -> int:
     """Peak memory in bytes beyond that before the work."""
-    from upcycle_bench.costs import forget_peak_memory
+    from upcycle_bench.costs import forget_peak_memory, peak_memory
 
     torch.set_num_threads(threads)
     work = {"ours": our_experts, "naive": stored_experts}[kind]
     work(random_ffn(32, torch.Generator().manual_seed(0)), CLUSTER_TOKENS)  # libraries load and allocate their buffers
     ffn = random_ffn(MEMORY_WIDTH, torch.Generator().manual_seed(0))
     forget_peak_memory()
-    before = _high_water()
+    cpu = torch.device("cpu")
+    before = peak_memory(cpu)
     work(ffn, tokens)
-    return _high_water() - before
+    return peak_memory(cpu) - before
 
 
 if __name__ == "__main__":

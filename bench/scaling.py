@@ -162,7 +162,7 @@ def evaluation(images: int, classes: int) -> Step:
 
 def measure(experiment: Experiment, settings: Settings, rates: Rates) -> Curve:
     """Time all its points in turns and count their FLOPs."""
-    from upcycle_bench.costs import counted_flops
+    from upcycle_bench.flops import counted_flops
 
     steps = [experiment.step(x) for x in experiment.x]
     floors = []

@@ -31,6 +31,7 @@ import sys
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass as plain_dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -40,7 +41,6 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from upcycle_bench import probe_tasks
-from upcycle_bench.features import encode_classes
 from upcycle_bench.hookspecs import hookimpl
 from upcycle_bench.labelled import Labelled
 from upcycle_bench.probe_scores import add_scores, classified
@@ -48,6 +48,7 @@ from upcycle_bench.probe_tasks import Data, ProbeTask
 from upcycle_bench.rng import Stream
 from upcycle_bench.shots import Sizes, choose
 from upcycle_bench.suite import EvalContext, Suite, SuiteInfo, SuiteResult
+from upcycle_bench.texts import class_embeddings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,8 +115,8 @@ class FineTune(Suite):
         known: dict[str, Tensor] = {}
         for name, task in probe_tasks.runnable(self.tasks, context.root, result.skipped).items():
             data = probe_tasks.load_images(task, context.root)
-            templates = probe_tasks.templates(task, context.root)
-            classes_CD = encode_classes(data.classnames, templates, name, context, known)
+            prompted = replace(probe_tasks.first_set(task, context.root), classnames=data.classnames)
+            classes_CD = class_embeddings(prompted, context, known)
             result.notes[name] = {"classes": len(data.classnames), "classes_left_out": data.left_out}
             splits = {
                 f"{name}/{shots}-shot": [_of_shots(name, task, data, shots, draw) for draw in range(self.draws)]

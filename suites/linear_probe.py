@@ -11,9 +11,9 @@
 The probe, its weight-decay search, and that it is then trained anew on all of the pool, are CLIP_benchmark's (tested).
 The validation split is drawn by the task's name alone.
 
-Scores of TASK: acc1 (primary), acc5 where there are five classes, mean_per_class_recall; errors and intervals are those
-of a mean over test samples. Outcomes: TASK/correct@1, bool [test samples]. A task whose data are not on this machine is
-skipped, with the reason in the record.
+Scores of TASK: acc1 (primary), acc5 where there are five classes, mean_per_class_recall; errors and intervals are
+over test samples (upcycle_bench/uncertainty.py). Outcomes: TASK/correct@1, bool [test samples]. A task whose data are
+not on this machine is skipped, with the reason in the record.
 
 Sources: A. Radford et al., arXiv:2103.00020, A.3; clip_benchmark.metrics.linear_probe (1.6.2).
 """

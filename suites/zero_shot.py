@@ -1,16 +1,17 @@
 """Zero-shot classification and retrieval, with CLIP_benchmark's metrics and per-sample log-likelihoods.
 
     [suites.zero-shot]
-    sets = ["digits-test", "digits-retrieval"]      # classification or retrieval, in CLIP_benchmark's layout
+    sets = ["digits-test", "digits-retrieval"]      # of any kind, in CLIP_benchmark's layout
     temperature_sets = ["digits-validation"]        # the logit scale is refitted here; []: the model's own
     primary = ["digits-test"]
     primary_metric = "log_likelihood"               # for a retrieval set: its text_retrieval_log_likelihood
 
-Classification: acc1, acc5, mean_per_class_recall. Retrieval, each way: recall@1 and recall@5 (text retrieval asks with
+Classification: acc1, acc5, mean_per_class_recall. Retrieval, each way: recall@1, @5 and @10 (text retrieval asks with
 an image for its captions, image retrieval with a caption for its image). Beside them log_likelihood: the mean log
-softmax of the right answers at one logit scale. All sets are one question: each query has its right answers in a
-gallery of classes, captions or images. A metric at 5 is left out of galleries below 5. Accuracies and recalls equal
-CLIP_benchmark's (tested); what ours adds is the outcome of each sample.
+softmax of the right answers at one logit scale. All these sets are one question: each query has its right answers in a
+gallery of classes, captions or images. A metric at k is left out of galleries below k. Multilabel (dataset_type.txt
+says so): mean_average_precision alone, the mean over classes of how well each ranks its images (average_precision.py).
+All equal CLIP_benchmark's (tested); what ours adds is the outcome of each sample.
 
 Logit scales: at most one temperature set of each kind, classification and retrieval. Sets of a kind use the scale
 fitted to the temperature set of that kind, or else of the other kind (retrieval: to both ways at once).
@@ -21,12 +22,17 @@ stratum, with the whole gallery, as acc1[STRATUM]; a caption's stratum is that o
 Averages: where `primary` names several sets of a kind, the dataset `average` holds the unweighted mean over them of
 every score that they all have, with the sum of their samples and the mean of their chances.
 
+Standard errors and 95 % intervals are over samples (upcycle_bench/uncertainty.py); captions of one image are one.
+
+Texts are encoded in batches as long as their longest, and once for each file of weights (texts.py).
+
 Outcomes, one value per query, after SET/ (for retrieval: SET/text_retrieval_ and SET/image_retrieval_):
-log_likelihood (float32), rank (int32, 0: first), correct@1 and correct@5 (bool, rank < k).
+log_likelihood (float32), rank (int32, 0: first), correct@k for the k above (bool, rank < k).
+Of a multilabel set: average_precision, one value per class (float64).
 Once for each kind of the scored sets: temperature/KIND/logit_scale (float64 [1]), the scale used.
 
 Sources: A. Radford et al., Learning Transferable Visual Models From Natural Language Supervision, arXiv:2103.00020;
-clip_benchmark.metrics (1.6.2). Shape suffixes: Q queries, G gallery, D embedding.
+clip_benchmark.metrics (1.6.2). Shape suffixes: Q queries, G gallery, C classes, T templates, D embedding.
 """
 
 from __future__ import annotations
@@ -35,6 +41,7 @@ import math
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable
+from dataclasses import asdict
 from dataclasses import dataclass as plain_dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -45,19 +52,31 @@ from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from upcycle_bench import evalsets
+from upcycle_bench import evalsets, uncertainty
+from upcycle_bench.average_precision import average_precisions, chance_average_precisions, precision_uncertainty
 from upcycle_bench.errors import UserError, unknown
 from upcycle_bench.evalsets import EvalSet
-from upcycle_bench.features import encode_classes, encode_images, encode_texts
+from upcycle_bench.features import encode_images
 from upcycle_bench.hookspecs import hookimpl
-from upcycle_bench.scoring import Judged, Task, chance_at_k, fit_scale, judge
+from upcycle_bench.scoring import Judged, Task, chance_at_k, exact_cosines, fit_scale, judge
 from upcycle_bench.suite import AVERAGE, EvalContext, Score, Suite, SuiteInfo, SuiteResult
+from upcycle_bench.texts import class_embeddings, classification_task, encode_texts
+from upcycle_bench.uncertainty import Uncertainty
 
-TOP_K = {"classification": {1: "acc1", 5: "acc5"}, "retrieval": {1: "recall@1", 5: "recall@5"}}
-CLASSIFICATION = ("log_likelihood", "acc1", "acc5", "mean_per_class_recall")
-RETRIEVAL = tuple(
-    f"{way}_retrieval_{metric}" for way in ("text", "image") for metric in ("log_likelihood", "recall@1", "recall@5")
-)
+TOP_K = {
+    "classification": {1: "acc1", 5: "acc5"},
+    "retrieval": {1: "recall@1", 5: "recall@5", 10: "recall@10"},
+}
+MAP = "mean_average_precision"
+METRICS = {
+    "classification": ("log_likelihood", *TOP_K["classification"].values(), "mean_per_class_recall"),
+    "multilabel": (MAP,),
+    "retrieval": tuple(
+        f"{way}_retrieval_{metric}"
+        for way in ("text", "image")
+        for metric in ("log_likelihood", *TOP_K["retrieval"].values())
+    ),
+}
 
 
 @plain_dataclass(frozen=True)
@@ -75,7 +94,7 @@ class ZeroShot(Suite):
 
     info: ClassVar[SuiteInfo] = SuiteInfo(
         name="zero-shot",
-        summary="Zero-shot classification and retrieval: accuracy, recall, log-likelihood",
+        summary="Zero-shot classification and retrieval: accuracy, recall, log-likelihood, average precision",
         paper="Radford et al. 2021, arXiv:2103.00020; metrics of CLIP_benchmark",
         version=2,
     )
@@ -105,7 +124,8 @@ class ZeroShot(Suite):
     @classmethod
     def of_set(cls, folder: Path) -> ZeroShot:
         """At the model's own logit scale."""
-        return cls(sets=(folder.name,), primary=(folder.name,))
+        metric = MAP if evalsets.kind_of(folder) == "multilabel" else "log_likelihood"
+        return cls(sets=(folder.name,), primary=(folder.name,), primary_metric=metric)
 
     def evaluate(self, context: EvalContext) -> SuiteResult:
         """Score the model on every set; all that can be wrong with the sets is found before the first encoding."""
@@ -128,16 +148,22 @@ class ZeroShot(Suite):
 
         result = SuiteResult([], {f"temperature/{kind}/logit_scale": np.array([scales[kind]]) for kind in scales})
         for name in self.sets:
-            add_scores(opened[name], context, known, scales[opened[name].kind], primary.get(name, ""), result)
-        for kind in scales:
+            evalset, metric = opened[name], primary.get(name, "")
+            if evalset.kind == "multilabel":
+                add_average_precision(evalset, context, known, metric, result)
+            else:
+                add_scores(evalset, context, known, scales[evalset.kind], metric, result)
+        for kind in METRICS:
             result.scores.extend(averages(result.scores, [name for name in self.primary if opened[name].kind == kind]))
         return result
 
     def _temperature_sets(self, opened: dict[str, EvalSet]) -> dict[str, str]:
-        """For each kind of the scored sets the set that its logit scale is fitted to; "": the model's own scale."""
+        """For each kind of the scored sets that uses a scale the set that it is fitted to; "": the model's own."""
         of_kind: dict[str, str] = {}
         for name in self.temperature_sets:
             kind = opened[name].kind
+            if kind not in TOP_K:
+                raise UserError(f"zero-shot: temperature_sets: no logit scale can be fitted to the {kind} set {name}.")
             if kind in of_kind:
                 both = f"{of_kind[kind]} and {name}"
                 raise UserError(
@@ -145,10 +171,11 @@ class ZeroShot(Suite):
                 )
             of_kind[kind] = name
         either = next(iter(of_kind.values()), "")
-        return {kind: of_kind.get(kind, either) for kind in sorted({opened[name].kind for name in self.sets})}
+        scored = {opened[name].kind for name in self.sets}
+        return {kind: of_kind.get(kind, either) for kind in TOP_K if kind in scored}
 
     def _primary_metric(self, evalset: EvalSet) -> str:
-        known = CLASSIFICATION if evalset.kind == "classification" else RETRIEVAL
+        known = METRICS[evalset.kind]
         if evalset.kind == "classification" and len(evalset.classnames) < 5:
             known = tuple(metric for metric in known if metric != "acc5")
         for metric in (self.primary_metric, f"text_retrieval_{self.primary_metric}"):
@@ -174,35 +201,66 @@ def add_scores(
         for name, values in outcomes.items():
             result.outcomes[f"{evalset.name}/{question.prefix}{name}"] = values
 
-        rows = list(metrics(judged, gallery, names))
+        label_Q = task.query_id_Q.numpy()
+        sample_Q = None if evalset.kind == "classification" else label_Q  # captions of one image are one sample
+        rows = list(metrics(judged, gallery, names, sample_Q))
         if evalset.kind == "classification":
-            label_Q = task.query_id_Q.numpy()
-            recalls = [np.mean(judged.rank_Q[label_Q == label] == 0) for label in np.unique(label_Q)]
-            rows.append(("mean_per_class_recall", float(np.mean(recalls)), 1 / gallery, len(label_Q)))
+            correct_Q = judged.rank_Q == 0
+            recalls = [np.mean(correct_Q[label_Q == label]) for label in np.unique(label_Q)]
+            sure = uncertainty.of_recalls(correct_Q, label_Q)
+            rows.append(("mean_per_class_recall", float(np.mean(recalls)), sure, 1 / gallery, len(label_Q)))
         for stratum in np.unique(question.strata_Q):
-            rows.extend(metrics(judged.only(question.strata_Q == stratum), gallery, names, f"[{stratum}]"))
-        for metric, value, chance, samples in rows:
+            chosen_Q = question.strata_Q == stratum
+            chosen = None if sample_Q is None else sample_Q[chosen_Q]
+            rows.extend(metrics(judged.only(chosen_Q), gallery, names, chosen, f"[{stratum}]"))
+        for metric, value, sure, chance, samples in rows:
             metric = question.prefix + metric
             result.scores.append(
                 Score(
-                    dataset=evalset.name, metric=metric, value=value, higher_is_better=True,
-                    chance=chance, samples=samples, primary=metric == primary,
+                    dataset=evalset.name, metric=metric, value=value, higher_is_better=True, chance=chance,
+                    samples=samples, primary=metric == primary, **asdict(sure),
                 )
             )  # fmt: skip
 
 
+def add_average_precision(
+    evalset: EvalSet, context: EvalContext, known: dict[str, Tensor], primary: str, result: SuiteResult
+) -> None:
+    """Add the score of a multilabel set, and the average precision of each class, to `result`."""
+    classes_CD = class_embeddings(evalset, context, known)
+    images_ND, labels = encode_images(evalset, context)
+    if any(np.shape(label_C) != (len(classes_CD),) for label_C in labels):
+        raise UserError(
+            f"evaluation set {evalset.name}: an image has not a 0 or 1 for each of {len(classes_CD)} classes; "
+            "`upcycle-bench data check` says which."
+        )
+    cosine_NC, label_NC = exact_cosines(images_ND, classes_CD).numpy(), np.stack(labels)
+    precision_C = average_precisions(cosine_NC, label_NC)
+    result.outcomes[f"{evalset.name}/average_precision"] = precision_C
+    result.scores.append(
+        Score(
+            dataset=evalset.name, metric=MAP, value=float(precision_C.mean()), higher_is_better=True,
+            chance=float(chance_average_precisions(label_NC).mean()), samples=len(label_NC), primary=primary == MAP,
+            **asdict(precision_uncertainty(cosine_NC, label_NC)),
+        )
+    )  # fmt: skip
+
+
 def metrics(
-    judged: Judged, gallery: int, names: dict[int, str], suffix: str = ""
-) -> Iterable[tuple[str, float, float, int]]:
-    """(metric, value, chance, samples); `names` says what a right answer among the first k is called."""
-    samples = len(judged.rank_Q)
+    judged: Judged, gallery: int, names: dict[int, str], sample_Q: np.ndarray | None = None, suffix: str = ""
+) -> Iterable[tuple[str, float, Uncertainty, float, int]]:
+    """(metric, value, its uncertainty, chance, samples); `names`: what a right answer among the first k is called.
+
+    Queries with the same number in `sample_Q` are one sample.
+    """
     # Uniform guessing gives each of p right answers the probability 1/gallery.
-    chance = float(np.log(judged.right_Q / gallery).mean())
-    yield f"log_likelihood{suffix}", float(judged.log_likelihood_Q.mean()), chance, samples
+    rows = [("log_likelihood", judged.log_likelihood_Q, float(np.log(judged.right_Q / gallery).mean()))]
     for k, name in names.items():
         if k <= gallery:
-            chance = chance_at_k(judged.right_Q, gallery, k)
-            yield f"{name}{suffix}", float((judged.rank_Q < k).mean()), chance, samples
+            rows.append((name, judged.rank_Q < k, chance_at_k(judged.right_Q, gallery, k)))
+    for name, outcome_Q, chance in rows:
+        known = uncertainty.of_outcomes(outcome_Q, sample_Q)
+        yield f"{name}{suffix}", float(outcome_Q.mean()), known, chance, len(outcome_Q)
 
 
 def averages(scores: Iterable[Score], sets: list[str]) -> list[Score]:
@@ -216,6 +274,7 @@ def averages(scores: Iterable[Score], sets: list[str]) -> list[Score]:
             dataset=AVERAGE, metric=metric, value=statistics.fmean(part.value for part in parts),
             higher_is_better=True, chance=statistics.fmean(part.chance for part in parts if part.chance is not None),
             samples=sum(part.samples for part in parts),
+            **asdict(uncertainty.of_mean([(part.value, part.standard_error, part.interval) for part in parts])),
         )
         for metric, parts in of_metric.items()
         if len(parts) == len(sets) > 1
@@ -223,7 +282,7 @@ def averages(scores: Iterable[Score], sets: list[str]) -> list[Score]:
 
 
 def questions(evalset: EvalSet, context: EvalContext, known: dict[str, Tensor]) -> list[Question]:
-    """Encode a set: one question for classification, for retrieval one each way. `known`: see `encode_texts`."""
+    """Encode a set: one question for classification, for retrieval one each way. `known`: see texts.py."""
     strata = np.array(evalset.strata)
     if evalset.kind == "classification":
         return [Question("", classification_task(evalset, context, known), strata)]
@@ -239,13 +298,6 @@ def questions(evalset: EvalSet, context: EvalContext, known: dict[str, Tensor]) 
             strata[text_image_id.numpy()] if evalset.strata else strata,
         ),
     ]
-
-
-def classification_task(evalset: EvalSet, context: EvalContext, known: dict[str, Tensor]) -> Task:
-    """Images against class embeddings."""
-    classes_CD = encode_classes(evalset.classnames, evalset.templates, evalset.name, context, known)
-    images_QD, labels = encode_images(evalset, context)
-    return Task(images_QD, classes_CD, torch.as_tensor(labels), torch.arange(len(classes_CD)))
 
 
 @hookimpl

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import typer
 
-from upcycle_bench import leaderboard, record
+from upcycle_bench import board_formats, leaderboard, record
 from upcycle_bench.cli import app
 from upcycle_bench.cluster import bills
 from upcycle_bench.listing import rows
@@ -68,10 +68,16 @@ def protocols() -> str:
     return table(["protocol", "model", "training", "what it is"], lines)
 
 
+def suites() -> str:
+    """Name, what it scores, paper."""
+    own = [row for row in rows(load_registry(), "suites") if row["from"].startswith("upcycle-bench ")]
+    return table(["suite", "what it scores", "after"], [[f"`{r['name']}`", r["summary"], r["paper"]] for r in own])
+
+
 def board() -> str:
     """The leaderboard of the records in results/lab, as the command prints it."""
     folder = ROOT / "results" / "lab"
-    shown = leaderboard.render(leaderboard.build([record.read(path) for path in record.find(folder)]), "md")
+    shown = board_formats.render(leaderboard.build([record.read(path) for path in record.find(folder)]), "md")
     return f"```console\n$ upcycle-bench leaderboard results/lab --format md\n```\n\n{shown.strip()}"
 
 
@@ -113,6 +119,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "strategies": strategies,
     "details": details,
     "protocols": protocols,
+    "suites": suites,
     "help": commands,
     "cluster": cluster,
 }

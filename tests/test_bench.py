@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench import initialisation, layers, pipeline, steps, training
+from bench import initialisation, layers, pipeline, probing, steps, training
 from bench.report import KEYS, markdown, put_into, write_json
 from bench.rows import MEASURES, Row, Settings
 from bench.timing import Sample, interleave, ratio_row, seconds_row
@@ -22,9 +22,9 @@ ROW = Row(name="a / b", goal="<= 1.1", value=1.05, min=1.0, max=1.2, cpu=1.0, si
 
 
 def test_every_goal_is_measured() -> None:
-    assert sorted(MEASURES) == list(range(1, 15))
+    assert sorted(MEASURES) == list(range(1, 16))
     assert {measure.__module__ for measure in MEASURES.values()} == {
-        part.__name__ for part in (layers, steps, initialisation, pipeline)
+        part.__name__ for part in (layers, steps, initialisation, pipeline, probing)
     }
     assert all(measure.__doc__ for measure in MEASURES.values())
 
@@ -171,3 +171,13 @@ def test_without_the_lab_its_rows_are_skipped(tmp_path: Path, monkeypatch: pytes
 def test_a_failure_stands_after_the_rows_before_it() -> None:
     table = markdown({8: [ROW]}, "A machine.", {8: "failed: OSError"}).splitlines()
     assert [line.split(" | ")[1] for line in table[4:]] == ["a / b", "failed: OSError"]
+
+
+def test_both_probes_find_the_same_classifier() -> None:
+    given = probing.problem()
+    given = given._replace(test=given.test.take(torch.arange(100).numpy()))
+    found: dict[str, tuple[float, float]] = {}
+    for side in probing.sides(given, 0, found):
+        side()
+    assert found["theirs"] == found["ours"]
+    assert 0.3 < found["ours"][1] < 0.95  # neither hopeless nor trivial

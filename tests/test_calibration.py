@@ -183,3 +183,26 @@ def test_patch_dropout_is_off() -> None:
     layers = find_layers(dense, MOE)
     seen = record(dense, layers, [inputs_for(dense, 3)])
     assert len(seen["vision.1"][0]) == 3 * (1 + 16)
+
+
+@pytest.mark.parametrize("towers", [("vision", "text"), ("vision",), ("text",)])
+def test_nothing_is_computed_behind_the_last_layer(towers: tuple[str, ...]) -> None:
+    dense = create_dense()
+    layers = [layer for layer in find_layers(dense, MOE) if layer.tower in towers]
+    last = [max(layer.block for layer in layers if layer.tower == tower) for tower in towers]
+    ran: set[str] = set()
+    handles = [
+        module.register_forward_pre_hook(lambda m, a, name=name: ran.add(name))
+        for name, module in dense.named_modules()
+        if name
+    ]
+    batches = [inputs_for(dense, 3), inputs_for(dense, 2)]
+    seen = record(dense, layers[::-1], batches)  # in whatever order they come
+    for handle in handles:
+        handle.remove()
+    assert all(len(tensors) == 2 for tensors in seen.values())
+    for tower, prefix, norm in (("vision", "visual.", "visual.ln_post"), ("text", "", "ln_final")):
+        block = f"{prefix}transformer.resblocks.{max(last)}"
+        assert (f"{block}.attn" in ran) == (f"{block}.ln_2" in ran) == (tower in towers)
+        assert f"{block}.mlp.c_fc" not in ran
+        assert norm not in ran

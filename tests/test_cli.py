@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -149,6 +150,24 @@ def test_the_default_protocol_is_lab(
     monkeypatch.setattr("upcycle_bench.plan.load_world", load_world)
     assert call(monkeypatch, name, *(["-s", "dense"] if name == "run" else [])) == 2
     assert capsys.readouterr().err == "error: asked for lab\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["experts"], "upcycle-bench experts: Missing argument 'RUN'. See: upcycle-bench experts --help"),
+        (["run", "--seed", "x"], "upcycle-bench run: Invalid value for '--seed': .*"),
+        (["run", "--bogus"], "upcycle-bench run: No such option: --bogus.*"),
+        (["runn"], "upcycle-bench: No such command 'runn'. Did you mean 'run'.*"),
+    ],
+)
+def test_misuse_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: list[str], says: str
+) -> None:
+    """What typer finds wrong looks like what we find wrong."""
+    assert call(monkeypatch, *arguments) == 2
+    captured = capsys.readouterr()
+    assert re.fullmatch(f"error: {says}\n", captured.err) and not captured.out
 
 
 def test_bf16_that_is_emulated_is_not_silent(

@@ -1,6 +1,7 @@
 """Costs: counted FLOPs against hand-worked ones, the estimate against what a run measures."""
 
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +12,9 @@ from upcycle_bench.costs import (
     dense_forward_flops,
     estimate,
     estimate_seconds,
+    high_water,
     parameter_counts,
+    peak_memory,
     unequal_shape,
 )
 from upcycle_bench.dense import create_clip
@@ -93,6 +96,16 @@ def test_the_meter() -> None:
     assert meter.phases["train"].seconds >= 0.01
     assert meter.phases["evaluate"].flops is None
     assert meter.phases["evaluate"].peak_memory_bytes > 10**7
+
+
+def test_peak_memory_of_this_program(tmp_path: Path) -> None:
+    status = tmp_path / "status"
+    status.write_text("Name:\tpython\nVmPeak:\t  900 kB\nVmHWM:\t  123 kB\nVmRSS:\t  100 kB\n")
+    assert high_water(status) == 123 * 1024
+    ours = peak_memory(torch.device("cpu"))
+    by_usage = high_water(tmp_path / "no such file")
+    status.write_text("Name:\tpython\n")  # a kernel that does not say
+    assert high_water(status) >= by_usage >= ours > 10**7  # usage includes what was before this program
 
 
 # ---- shapes of a strategy's own ------------------------------------------------------------------------------------

@@ -116,6 +116,36 @@ def test_bad_samples(sets: Path, members: dict[str, bytes], problems: list[str])
         assert (images.shape, list(labels)) == ((1, 3, 6, 6), [1])
 
 
+def npy(values: object) -> bytes:
+    buffer = BytesIO()
+    np.save(buffer, np.asarray(values))
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("vector", "problem"),
+    [
+        (npy([0, 1, 1]), ""),
+        (npy([0.0, 0.0, 0.0]), ""),  # none of the classes: as in CLIP_benchmark, which writes floats
+        (None, "no .npy, which holds a 0 or 1 for each class"),
+        (b"1", ".npy is no NumPy array"),
+        (npy([0, 1]), "its .npy does not hold a 0 or 1 for each of the 3 classes of classnames.txt"),
+        (npy([[0, 1, 1]]), "its .npy does not hold a 0 or 1 for each of the 3 classes of classnames.txt"),
+        (npy([0, 2, 1]), "its .npy does not hold a 0 or 1 for each of the 3 classes of classnames.txt"),
+        (npy(["a", "b", "c"]), "its .npy does not hold a 0 or 1 for each of the 3 classes of classnames.txt"),
+    ],
+)
+def test_multilabel_vectors(tmp_path: Path, vector: bytes | None, problem: str) -> None:
+    samples = zip(pictures(3), [(0, 1), (1, 2), ()], strict=True)
+    evalsets.write_multilabel(tmp_path / "many", samples, ("a", "b", "c"), ("{c}",))
+    report = evalcheck.check(tmp_path / "many")
+    assert (report.kind, report.samples, report.classes, report.rarest) == ("multilabel", {"test": 3}, 3, {"test": 1})
+    assert report.problems == []
+    members = {"x.png": PNG} | ({} if vector is None else {"x.npy": vector})
+    shard(tmp_path / "many" / "test" / "0.tar", members)
+    assert evalcheck.check(tmp_path / "many").problems == ([f"test/0.tar: x: {problem}."] if problem else [])
+
+
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
@@ -139,7 +169,7 @@ def test_bad_captions(sets: Path, text: bytes | None, problem: str) -> None:
         ("zeroshot_classification_templates.txt", "", r"templates\.txt is empty"),
         ("zeroshot_classification_templates.txt", "{c}\na photo", r"'a photo' does not hold \{c\}"),
         ("zeroshot_classification_templates.txt", "{c} {d}", r"'\{c\} \{d\}' does not hold \{c\}"),
-        ("dataset_type.txt", "multilabel", "only classification and retrieval"),
+        ("dataset_type.txt", "video", "'video'; it must say one of classification, multilabel, retrieval"),
         ("strata.txt", "x\n", r"must hold a stratum .* 4 samples"),
         ("train/nshards.txt", None, r"train/nshards\.txt is missing"),
         ("test/nshards.txt", "two", "must hold the number of shards"),

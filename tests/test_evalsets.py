@@ -154,7 +154,7 @@ def test_missing_sets_are_named_together(classification):
     [
         ("test/nshards.txt", "3", r"1\.tar, 2\.tar missing .* counts 3 shards"),
         ("test/nshards.txt", "many", "must hold the number of shards, not 'many'"),
-        ("dataset_type.txt", "multilabel", "'multilabel'; only classification and retrieval"),
+        ("dataset_type.txt", "video", "'video'; it must say one of classification, multilabel, retrieval"),
         ("classnames.txt", None, "classnames.txt missing"),
     ],
 )

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from tests.helpers import threads
 from tests.moe_helpers import assert_gradients, create_layer, relative_error, settings_of
 from upcycle_bench import engine, environment, expert_backends, trained
-from upcycle_bench.costs import flop_counter
 from upcycle_bench.doctor import checks
 from upcycle_bench.errors import UserError
 from upcycle_bench.expert_backends import BACKENDS, VARIABLE, Compute, default, refusal
+from upcycle_bench.flops import FlopCounter
 from upcycle_bench.moe import MoEFFN
 from upcycle_bench.routing import watch
 
@@ -199,7 +199,7 @@ def test_what_is_watched_and_counted_does_not_depend_on_the_backend(monkeypatch:
     summaries, flops = {}, {}
     for name in ("loop", "grouped_mm"):
         monkeypatch.setenv(VARIABLE, name)
-        with flop_counter() as counter, watch({"vision.1": layer}) as seen:
+        with FlopCounter() as counter, watch({"vision.1": layer}) as seen:
             (layer(x_TD[None]).square().sum() + layer.l_aux).backward()
         summaries[name], flops[name] = seen.summary()["vision.1"], counter.get_total_flops()
     assert flops["loop"] == flops["grouped_mm"] > 0

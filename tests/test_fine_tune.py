@@ -20,7 +20,6 @@ from upcycle_bench.costs import counted_flops
 from upcycle_bench.dense import create_clip
 from upcycle_bench.ds import deepspeed
 from upcycle_bench.errors import UserError
-from upcycle_bench.features import encode_classes
 from upcycle_bench.fine_tuning import batch_rows, losses, predict, zero_shot_classifier
 from upcycle_bench.moe import moe_layers
 from upcycle_bench.rng import Stream
@@ -28,6 +27,7 @@ from upcycle_bench.suite import EvalContext
 from upcycle_bench.suites.few_shot import FewShot
 from upcycle_bench.suites.fine_tune import FineTune
 from upcycle_bench.suites.zero_shot import ZeroShot
+from upcycle_bench.texts import class_embeddings
 from upcycle_bench.train import parameter_groups
 
 NAMES = ("red", "green", "blue")
@@ -121,8 +121,7 @@ def test_it_learns_charges_the_grid_and_leaves_the_model_alone(root, models, kin
 def test_at_step_0_it_is_the_zero_shot_classifier(root, models, kind):
     """The same answers for every sample as the zero-shot suite's, and its likelihoods at the model's own scale."""
     model, here = models[kind], context(root, models[kind])
-    templates = probe_tasks.templates(suite().tasks["colours"], root)
-    classes_CD = encode_classes(NAMES, templates, "x", here, {})
+    classes_CD = class_embeddings(probe_tasks.first_set(suite().tasks["colours"], root), here, {})
     logits_NC, label_N = predict(zero_shot_classifier(model, classes_CD), labelled.index(root / "dark", "test"), here)
     expected = ZeroShot(sets=("dark",), primary=("dark",)).evaluate(here)
     correct_N = (logits_NC.argmax(1) == label_N).numpy()

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from tests.test_record import make_record, score
+from upcycle_bench.board_formats import NOTES, render
 from upcycle_bench.errors import UserError
-from upcycle_bench.leaderboard import NOTES, Board, Estimate, Row, build, render
+from upcycle_bench.leaderboard import Board, Estimate, Row, build
 from upcycle_bench.record import Record, find, read, write
 
 # Student's t, 97.5 % quantile: 1 degree of freedom 12.706205, 2: 4.302653 (any printed table)

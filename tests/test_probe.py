@@ -5,6 +5,7 @@ import torch
 from clip_benchmark.metrics import linear_probe
 from torch import nn
 
+from bench import clip_benchmark_probe
 from upcycle_bench.probe import WEIGHT_DECAYS, Examples, Recipe, find_peak, fit, train_all
 
 CLASSES, WIDTH = 7, 12
@@ -62,6 +63,12 @@ def test_equals_clip_benchmark(ported, tmp_path, shots):
     accuracy = (fitted.logits(test.features_ND).argmax(dim=1) == test.label_N).double().mean().item()
     assert (fitted.weight_decay, accuracy) == (theirs["weight_decay"], pytest.approx(theirs["lp_acc1"], abs=1e-6))
     assert 0.3 < accuracy < 0.95  # neither hopeless nor trivial
+    if shots < 0:  # the baseline of `make bench`
+        decay, logits_NC = clip_benchmark_probe.linear_probe(
+            train.take(order.numpy()), validation, test, CLASSES, workers=0, seed=3, batch_size=16
+        )
+        found = (logits_NC.argmax(dim=1) == test.label_N).double().mean().item()
+        assert (decay, found) == (theirs["weight_decay"], pytest.approx(theirs["lp_acc1"], abs=1e-12))
 
 
 def test_weights_equal_clip_benchmarks_and_do_not_depend_on_company(ported):

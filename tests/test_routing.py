@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tests.moe_helpers import create_layer, settings_of
-from upcycle_bench.costs import flop_counter
+from upcycle_bench.flops import FlopCounter
 from upcycle_bench.routing import relative_compactness, watch
 
 WIDTH, EXPERTS, TOP_K, TOKENS = 6, 4, 2, 40
@@ -88,7 +88,7 @@ def test_watching_changes_nothing_and_leaves_nothing_behind(layer: Any) -> None:
     results, flops = [], []
     for watched in ({}, {"vision.1": layer}, {}):
         layer.zero_grad()
-        with flop_counter() as counter, watch(watched):
+        with FlopCounter() as counter, watch(watched):
             y_BLD = layer(tokens())
             (y_BLD.square().sum() + layer.l_aux).backward()
         flops.append(counter.get_total_flops())

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tests import helpers
 from upcycle_bench import scoring
 from upcycle_bench.errors import UserError
 from upcycle_bench.scoring import Judged, Task, chance_at_k, fit_scale, judge
@@ -113,6 +114,33 @@ def test_equal_answers_tie_whatever_the_block(width):
     assert set(np.abs(first.rank_Q - second.rank_Q)[:250]) == {1}
     for block in (1, 7, 299):
         np.testing.assert_array_equal(judge(task, 30.0, "x", block).rank_Q, first.rank_Q)
+
+
+@pytest.mark.parametrize(
+    ("queries", "gallery", "grid"), [(257, 33, 2**20), (130, 9000, 2**20), (3, 70000, 4), (1, 70000, 4)]
+)
+@pytest.mark.parametrize("threads", [1, 2])
+def test_log_likelihoods_are_those_of_logsumexp_to_the_bit(queries, gallery, grid, threads):
+    cosine_QG = unit(queries, 3, 0, grid) @ unit(gallery, 3, 1, grid).T
+    cosine_QG = cosine_QG.double()
+    right_QR = cosine_QG[:, :2]
+    with helpers.threads(threads):
+        for scale in (0.01, 7.3, 100.0, 1000.0):
+            ours = scoring._log_likelihoods(cosine_QG, right_QR, cosine_QG.amax(1), scale)
+            plain = (scale * right_QR).logsumexp(1) - (scale * cosine_QG).logsumexp(1)
+            assert torch.equal(ours, plain)
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_chunks_change_nothing(name, monkeypatch):
+    task = TASKS[name]
+    before, scale = judge(task, 30.0, "x"), fit_scale([task], "x")
+    for chunk in (1, 1000):
+        monkeypatch.setattr(scoring, "CHUNK", chunk)
+        after = judge(task, 30.0, "x")
+        np.testing.assert_array_equal(after.rank_Q, before.rank_Q)
+        np.testing.assert_array_equal(after.log_likelihood_Q, before.log_likelihood_Q)
+        assert fit_scale([task], "x") == scale
 
 
 def test_only_chooses_queries():

@@ -34,10 +34,12 @@ def test_optional_suites_run_only_when_asked_and_move_no_other_fingerprint(quick
 
 
 def test_the_first_suite_has_the_primary_score(quick: list[str], tmp_path: Path) -> None:
-    both = record.read(run(plan(quick, "zero-shot", "few-shot"), tmp_path, Reporter()))
-    assert {score.suite for score in both.scores} == {"zero-shot", "few-shot"}
+    both = record.read(run(plan(quick, "zero-shot", "few-shot", "compositional"), tmp_path, Reporter()))
+    assert {score.suite for score in both.scores} == {"zero-shot", "few-shot", "compositional"}
     assert {score.suite for score in both.scores if score.primary} == {"zero-shot"}
     assert len(both.suite_notes["few-shot"]["digits/5-shot"]["manifests"]) == 3
+    notes = both.suite_notes["compositional"]["digits-retrieval"]
+    assert (notes["images"], notes["pairs"], len(notes["manifest"])) == (30, 14, 64)
     alone = record.read(run(plan(quick, "few-shot"), tmp_path, Reporter()))
     mine = [score for score in both.scores if score.suite == "few-shot"]
     assert [score.value for score in alone.scores] == [score.value for score in mine]

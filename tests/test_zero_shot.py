@@ -84,6 +84,20 @@ def result(model, root):
     return suite.evaluate(context(model, root))
 
 
+def test_every_score_says_how_sure_it_is(result):
+    found = {(score.dataset, score.metric): score for score in result.scores}
+    for score in found.values():
+        assert score.interval[0] <= score.value <= score.interval[1] and score.standard_error >= 0
+    outcomes = result.outcomes["digits-test/log_likelihood"].astype(float)
+    error = outcomes.std(ddof=1) / len(outcomes) ** 0.5
+    assert found["digits-test", "log_likelihood"].standard_error == pytest.approx(error, rel=1e-5)
+    # Images have 1, 2 or 3 captions here, which are not independent of each other.
+    text, image = (found["captions", f"{way}_retrieval_recall@5"] for way in ("text", "image"))
+    assert (text.samples, image.samples) == (40, 79)
+    assert text.standard_error == pytest.approx((text.value * (1 - text.value) / 40) ** 0.5)
+    assert image.standard_error != pytest.approx((image.value * (1 - image.value) / 79) ** 0.5)
+
+
 class Loader:
     """What clip_benchmark asks of a DataLoader."""
 
@@ -112,8 +126,8 @@ def test_classification_equals_clip_benchmark(model, root, result, name):
 @pytest.mark.parametrize("name", ["digits-retrieval", "captions"])
 def test_retrieval_equals_clip_benchmark(model, root, result, name):
     loader = Loader(evalsets.read(root / name, TRANSFORM, 64))
-    theirs = zeroshot_retrieval.evaluate(model, loader, TOKENIZER, "cpu", amp=False, recall_k_list=[1, 5])
-    assert len(theirs) == 4
+    theirs = zeroshot_retrieval.evaluate(model, loader, TOKENIZER, "cpu", amp=False, recall_k_list=[1, 5, 10])
+    assert len(theirs) == 6
     for metric, value in theirs.items():
         assert scores(result)[f"{name}/{metric}"] == pytest.approx(value, abs=1e-6), metric  # theirs is a float32 mean
 
@@ -133,7 +147,7 @@ def test_scores_do_not_depend_on_the_batch_size(model, root, result):
     for key, value in scores(other).items():
         assert value == pytest.approx(scores(result)[key], abs=1e-5), key
     for key, values in other.outcomes.items():
-        if key.endswith(("rank", "correct@1", "correct@5")):
+        if key.endswith(("rank", "correct@1", "correct@5", "correct@10")):
             np.testing.assert_array_equal(values, result.outcomes[key])
         else:
             np.testing.assert_allclose(values, result.outcomes[key], rtol=1e-4, atol=1e-5)
@@ -141,7 +155,7 @@ def test_scores_do_not_depend_on_the_batch_size(model, root, result):
 
 def test_scores_are_means_of_outcomes_with_direction_chance_and_samples(result):
     by_name = {f"{s.dataset}/{s.metric}": s for s in result.scores}
-    assert len(by_name) == len(result.scores) == 4 + 6 + 6 + 3
+    assert len(by_name) == len(result.scores) == 4 + 8 + 8 + 3
     for s in result.scores:
         assert s.higher_is_better
         assert math.isfinite(s.value)
@@ -151,7 +165,7 @@ def test_scores_are_means_of_outcomes_with_direction_chance_and_samples(result):
         "digits-test/acc1": "digits-test/correct@1",
         "digits-test/acc5": "digits-test/correct@5",
         "captions/text_retrieval_log_likelihood": "captions/text_retrieval_log_likelihood",
-        "captions/image_retrieval_recall@5": "captions/image_retrieval_correct@5",
+        "captions/image_retrieval_recall@10": "captions/image_retrieval_correct@10",
     }.items():
         assert by_name[metric].value == pytest.approx(result.outcomes[outcome].mean(dtype=np.float64), abs=1e-6)
         assert by_name[metric].samples == len(result.outcomes[outcome])
@@ -284,8 +298,8 @@ def test_strata_are_means_over_their_queries_in_the_whole_gallery(model, divided
     }
     assert not any(name.startswith("one/mean_per_class_recall[") for name in found)
     assert "pairs/text_retrieval_rank[seen]" not in result.outcomes
-    # 3 metrics of 3 strata beside 4 of the whole; each way 3 of 3 beside 3
-    assert len(result.scores) == 4 + 9 + 2 * (3 + 9)
+    # 3 metrics of 3 strata beside 4 of the whole; each way 4 of 3 beside 4
+    assert len(result.scores) == 4 + 9 + 2 * (4 + 12)
 
 
 def test_the_chance_of_a_stratum_is_that_of_its_queries(model, divided):
@@ -302,7 +316,7 @@ def test_strata_change_nothing_else(model, divided):
     result = suite.evaluate(context(model, divided))
     found = by_name(result)
     plain = {name.partition("/")[2]: s.value for name, s in found.items() if name.startswith("plain/")}
-    assert len(plain) == 6 and not any("[" in metric for metric in plain)
+    assert len(plain) == 8 and not any("[" in metric for metric in plain)
     assert plain == {metric: found[f"pairs/{metric}"].value for metric in plain}
 
 
@@ -313,7 +327,8 @@ def test_averages_of_several_primary_sets_of_a_kind(model, divided):
     found = by_name(suite.evaluate(context(model, divided)))
     average = {name.partition("/")[2]: s for name, s in found.items() if name.startswith("average/")}
     # `two` has no stratum "unseen" and `plain` has none at all, so that the means over retrieval sets are of the whole
-    ways = [f"{way}_retrieval_{m}" for way in ("text", "image") for m in ("log_likelihood", "recall@1", "recall@5")]
+    recalls = [f"recall@{k}" for k in (1, 5, 10)]
+    ways = [f"{way}_retrieval_{m}" for way in ("text", "image") for m in ("log_likelihood", *recalls)]
     whole = ["log_likelihood", "acc1", "acc5"]
     assert set(average) == {*whole, "mean_per_class_recall", *(f"{m}[seen]" for m in whole), *ways}
     for metric, score in average.items():

@@ -16,9 +16,11 @@ import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from upcycle_bench.environment import cores
 from upcycle_bench.errors import UserError
 
 
@@ -40,6 +42,12 @@ def file_sha256(path: Path) -> str:
         while piece := file.read(1 << 20):
             sha.update(piece)
     return sha.hexdigest()
+
+
+def files_sha256(paths: Iterable[Path]) -> list[str]:
+    """`file_sha256` of each, by as many threads as there are cores: reading and hashing let others run."""
+    with ThreadPoolExecutor(cores()) as pool:
+        return list(pool.map(file_sha256, paths))
 
 
 def cache_root() -> Path:

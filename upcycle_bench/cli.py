@@ -33,6 +33,7 @@ from upcycle_bench.command import (
     key_value,
     names_of,
     terminal_reporter,
+    uncollected,
     warn_broken,
 )
 from upcycle_bench.errors import UserError
@@ -110,7 +111,8 @@ def run(
     as_json: Json = False,
 ) -> None:
     """Upcycle, train, score and record strategies under one protocol: one run, or what is missing of many."""
-    from upcycle_bench import matrix
+    with uncollected():
+        from upcycle_bench import matrix
 
     pairs = matrix.seed_pairs(seed, seeds, init_seed, train_seed)
     if jobs > 1 and "RANK" in os.environ:
@@ -186,12 +188,13 @@ def _plans(
     suite: str | None = None,
 ) -> list[Plan]:
     """A plan for each strategy that is named, with the first seeds."""
-    from upcycle_bench import matrix
-    from upcycle_bench.plan import Paths, make_plan
-    from upcycle_bench.protocol import load_protocol
-    from upcycle_bench.registry import load_registry
+    with uncollected():
+        from upcycle_bench import matrix
+        from upcycle_bench.plan import Paths, make_plan
+        from upcycle_bench.protocol import load_protocol
+        from upcycle_bench.registry import load_registry
 
-    registry = load_registry()
+        registry = load_registry()
     warn_broken(registry.broken)
     names = matrix.strategy_names(registry, strategy)
     if option and len(names) > 1:
@@ -199,6 +202,8 @@ def _plans(
     paths = Paths(data=data, checkpoint=checkpoint, eval_data=eval_data)
     options = dict(key_value(text) for text in option or [])
     settings = load_protocol(registry.get("protocol", protocol).target, overrides)
+    with uncollected():
+        import open_clip  # noqa: F401  (the longest import of all; a plan needs its configurations)
     with interruptible("nothing was written"):  # the data are built here if the cache lacks them
         return [
             make_plan(
@@ -297,10 +302,11 @@ def list_(
     as_json: Json = False,
 ) -> None:
     """List strategies, suites and protocols, and who brings them."""
-    from upcycle_bench.listing import rows
-    from upcycle_bench.registry import load_registry
+    with uncollected():
+        from upcycle_bench.listing import rows
+        from upcycle_bench.registry import load_registry
 
-    registry = load_registry()
+        registry = load_registry()
     warn_broken(registry.broken)
     kinds = [kind.value] if kind else [each.value for each in Kind]
     listing = {each: rows(registry, each) for each in kinds}
@@ -318,13 +324,13 @@ def leaderboard(
     as_json: Json = False,
 ) -> None:
     """Turn records into tables: only runs with equal fingerprints share one."""
-    from upcycle_bench import leaderboard, record
+    from upcycle_bench import board_formats, leaderboard, record
 
     records = [record.read(each) for each in record.find(path)]
     if not records:
         raise UserError(f"no records below {path}; make one with: upcycle-bench run --strategy cluster-aware")
     chosen = "json" if as_json else format.value
-    print(leaderboard.render(leaderboard.build(records), chosen), end="")
+    print(board_formats.render(leaderboard.build(records), chosen), end="")
 
 
 @app.command()
@@ -371,7 +377,14 @@ def _warn_emulated(protocol: Protocol) -> None:
 def main() -> None:
     """Entry point: one line for bad input, no traceback."""
     try:
-        app()
+        sys.exit(app(prog_name="upcycle-bench", standalone_mode=False) or 0)
     except UserError as error:
         print(f"error: {error}" if is_main() else f"error (rank {os.environ['RANK']}): {error}", file=sys.stderr)
+        sys.exit(2)
+    except typer.Abort:
+        sys.exit(130)
+    except typer.TyperException as error:  # a missing or bad option, an unknown command
+        context = getattr(error, "ctx", None)
+        path = context.command_path if context else "upcycle-bench"
+        print(f"error: {path}: {error.format_message().rstrip('.')}. See: {path} --help", file=sys.stderr)
         sys.exit(2)

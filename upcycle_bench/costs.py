@@ -1,7 +1,7 @@
 """What things cost: phases measured while they run, parameters counted, and the estimate that `--dry-run` prints.
 
-FLOPs are those of matrix multiplications and attention, 2 per multiply-add. Measured ones come from PyTorch's
-FlopCounterMode; the estimate counts the dense model on the meta device and adds the experts by formula.
+FLOPs are those of matrix multiplications and attention, 2 per multiply-add (`upcycle_bench.flops`); the estimate counts
+the dense model on the meta device and adds the experts by formula.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import contextlib
 import copy
 import functools
 import resource
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -18,9 +19,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from upcycle_bench.dense import Clip, create_clip
+from upcycle_bench.flops import FlopCounter, counted_flops
 from upcycle_bench.moe import moe_layers
 from upcycle_bench.protocol import MoE, Protocol
 from upcycle_bench.strategy import FFN, Layer, Strategy, resolve_moe
@@ -63,40 +64,25 @@ class Meter:
             phase.peak_memory_bytes = peak_memory(self.device)
 
 
-def flop_counter() -> FlopCounterMode:
-    """PyTorch's counter, which by itself does not know the CPU's attention kernel (formulas as for the others').
-
-    Nor grouped products: whichever operand is cut into groups, all its parts together make one whole product.
-    """
-    aten = torch.ops.aten
-    formulas: dict[Any, Callable[..., int]] = {
-        aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *rest, **more: sdpa_flop_count(q, k, v),
-        aten._scaled_dot_product_flash_attention_for_cpu_backward: (
-            lambda out, q, k, v, *rest, **more: sdpa_backward_flop_count(out, q, k, v)
-        ),
-    }
-    if hasattr(aten, "_grouped_mm"):
-        formulas[aten._grouped_mm] = lambda a, b, *rest, **more: 2 * a[-2] * a[-1] * b[-1]
-    return FlopCounterMode(display=False, custom_mapping=formulas)
-
-
-@contextlib.contextmanager
-def counted_flops() -> Iterator[FlopCounterMode]:
-    """The counter, without the fused attention module of evaluation, in which it sees nothing."""
-    before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with flop_counter() as counter:
-            yield counter
-    finally:
-        torch.backends.mha.set_fastpath_enabled(before)
-
-
 def peak_memory(device: torch.device) -> int:
     """High-water mark in bytes: of the device's memory on CUDA, of this process elsewhere."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts KiB
+    return high_water(Path("/proc/self/status"))
+
+
+def high_water(status: Path) -> int:
+    """This program's most memory in bytes, by Linux's status file, else by getrusage.
+
+    The latter begins with what the process held before it became this program, which a large parent makes much, and
+    nothing makes it less (`forget_peak_memory`).
+    """
+    with contextlib.suppress(OSError):
+        for line in status.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else most * 1024  # bytes there, KiB elsewhere
 
 
 def forget_peak_memory() -> None:
@@ -218,7 +204,7 @@ def dense_forward_flops(clip: Clip) -> int:
     """FLOPs of one image-text pair through the dense model in training mode; nothing is computed."""
     model = copy.deepcopy(clip.model).to("meta").train()
     height, width = model.visual.image_size
-    with torch.device("meta"), flop_counter() as counter:
+    with torch.device("meta"), FlopCounter() as counter:
         model(torch.empty(1, 3, height, width), torch.zeros(1, model.context_length, dtype=torch.long))
     return counter.get_total_flops()
 
@@ -238,7 +224,7 @@ def estimate_seconds(protocol: Protocol, train_flops: int, device: torch.device)
     images = torch.rand(pairs, 3, height, width, device=device)
     texts = torch.ones(pairs, model.context_length, dtype=torch.long, device=device)
     with attention_kernel(device, longest_sequence(model)):
-        with flop_counter() as counter:  # it slows the step, so this one only warms up
+        with FlopCounter() as counter:  # it slows the step, so this one only warms up
             _probe_step(model, images, texts, autocast(device, schedule.precision))
         seconds = min(_probe_step(model, images, texts, autocast(device, schedule.precision)) for _ in range(2))
     return seconds / counter.get_total_flops() * train_flops

@@ -72,16 +72,20 @@ def _plain(value: Any) -> str:
 def show_record(made: Record, path: Path) -> None:
     """Scores and cost of a run, and where its files are; of a suite with averages these only, without strata."""
     from upcycle_bench.suite import AVERAGE
+    from upcycle_bench.uncertainty import of_scores
 
-    assert made.cost is not None
+    assert made.cost is not None and made.primary is not None
     scores = score_rows([score.model_dump() for score in made.scores])
     averaged = any(score.dataset == AVERAGE for score in made.scores)
     seeds = made.seeds
     table(f"{made.strategy.label}, protocol {made.protocol.name}, seeds {seeds.init} and {seeds.train}", scores)
+    show_key(scores)
     show_skipped(made.skipped)
     primaries = sum(score.primary for score in made.scores)
     rest = f"; all {len(made.scores)} scores, strata included, stand in the record" if averaged else ""
-    print(f"primary: {made.primary:.4f}" + (f", the mean of {primaries} scores" if primaries > 1 else "") + rest)
+    error = of_scores((score.metric, score.standard_error) for score in made.scores if score.primary)
+    mean_of = f", the mean of {primaries} scores" if primaries > 1 else ""
+    print(f"primary: {_value(made.primary, error)}{mean_of}{rest}")
     cost = made.cost
     parts = [f"{name} {phase.seconds:.1f} s" for name, phase in cost.phases.items()]
     parts.append(f"{cost.parameters_total:,} parameters, {cost.parameters_active:,} active")
@@ -90,6 +94,7 @@ def show_record(made: Record, path: Path) -> None:
     if cost.tokens_dropped is not None:
         parts.append(f"{cost.tokens_dropped:.1%} of choices dropped")
     print("; ".join(parts))
+    show_certificate(made.certificate.model_dump() if made.certificate else None)
     from upcycle_bench.cache import cache_root
 
     print(f"weights: {cache_root() / 'weights' / f'{made.hashes.weights}.safetensors'}")
@@ -107,13 +112,45 @@ def score_rows(scores: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
             **({"suite": score["suite"]} if several else {}),
             "dataset": score["dataset"],
             "metric": score["metric"] + (" (primary)" if score["primary"] else ""),
-            "value": f"{score['value']:.4f}",
+            "value": _value(score["value"], score.get("standard_error")),
             "chance": "" if score["chance"] is None else f"{score['chance']:.4f}",
             "n": f"{score['samples']:,}",
         }
         for score in scores
         if score["suite"] not in averaged or (score["dataset"] == AVERAGE and "[" not in score["metric"])
     ]
+
+
+def _value(value: float, error: float | None) -> str:
+    return f"{value:.4f}" + ("" if error is None else f" ± {error:.4f}")
+
+
+def show_key(rows: Sequence[Mapping[str, str]]) -> None:
+    """What the signs in a table of scores mean."""
+    if any("±" in row["value"] for row in rows):
+        print("±: one standard error, over evaluation samples (where a suite draws several times, over its draws)")
+
+
+def show_certificate(proof: Mapping[str, Any] | None) -> None:
+    """What an evaluation's certificate says, in a line."""
+    if proof is None:
+        print("certificate: none; no suite let the model be watched")
+        return
+    sizes = " and ".join(str(repeat["batch_size"]) for repeat in proof["repeats"])
+    differing = sum(repeat["differing"] for repeat in proof["repeats"])
+    parts = [
+        f"{proof['predictions']:,} predictions again in batches of {sizes}, the last in another order: "
+        + (f"{differing} differ, by a tie of experts" if differing else "the same"),
+        *([f"0 of {proof['choices_routed']:,} choices of tokens dropped"] if proof["choices_routed"] else []),
+        *(
+            f"labels of {control['dataset']} shuffled: {control['metric']} {control['value']:.4f}, chance "
+            f"{control['chance']:.4f}"
+            for control in proof["controls"]
+        ),
+        *([f"labels not shuffled: {proof['uncontrolled'].rstrip('.')}"] if proof["uncontrolled"] else []),
+        "weights unchanged",
+    ]
+    print(f"certificate: {'; '.join(parts)}; {proof['seconds']:.1f} s")
 
 
 def show_skipped(skipped: Mapping[str, str]) -> None:

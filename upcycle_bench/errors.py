@@ -13,6 +13,13 @@ class PluginError(UserError, ValueError):
     """A plugin broke its contract; one line for its author."""
 
 
+class Unsound(UserError):
+    """An evaluation whose scores cannot be believed (upcycle_bench/certificate.py)."""
+
+    def __init__(self, why: str) -> None:
+        super().__init__(f"the evaluation is not sound: {why}")
+
+
 def unknown(kind: str, name: str, known: Iterable[str], hint: str = "") -> UserError:
     """Error for an unknown name: near matches first, then all that exists, then what to do."""
     known = sorted(known)

@@ -19,6 +19,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from upcycle_bench import evalsets
 from upcycle_bench.errors import UserError
 
@@ -80,7 +82,7 @@ def check(folder: Path, *, only: Collection[str] | None = None, decode: bool = T
     if not there:  # no set at all
         return report
     report.kind = report.attempt(evalsets.kind_of, folder) or "unknown"
-    if report.kind == "classification":
+    if report.kind in ("classification", "multilabel"):
         report.classes = len(_lines(folder, evalsets.CLASSNAMES, report))
         report.templates = len(templates := _lines(folder, evalsets.TEMPLATES, report))
         report.problems += [
@@ -165,6 +167,8 @@ def _faults(sample: dict[str, Any], report: Report, labels: Counter[int], decode
         yield f"its .{extension} is no image that can be read"
     if report.kind == "classification":
         yield from _label_faults(sample, report, labels)
+    elif report.kind == "multilabel":
+        yield from _vector_faults(sample, report, labels)
     elif report.kind == "retrieval":
         yield from _caption_faults(sample, report)
 
@@ -181,6 +185,21 @@ def _label_faults(sample: dict[str, Any], report: Report, labels: Counter[int]) 
     labels[label] += 1
     if report.classes and not 0 <= label < report.classes:
         yield f"its class index is not one of 0 ... {report.classes - 1}, which {evalsets.CLASSNAMES} names"
+
+
+def _vector_faults(sample: dict[str, Any], report: Report, labels: Counter[int]) -> Iterator[str]:
+    if "npy" not in sample:
+        yield "no .npy, which holds a 0 or 1 for each class"
+        return
+    try:
+        shown_C = np.load(io.BytesIO(sample["npy"]), allow_pickle=False)
+    except (ValueError, EOFError, OSError):
+        yield ".npy is no NumPy array"
+        return
+    if report.classes and (shown_C.shape != (report.classes,) or not np.isin(shown_C, (0, 1)).all()):
+        yield f"its .npy does not hold a 0 or 1 for each of the {report.classes} classes of {evalsets.CLASSNAMES}"
+        return
+    labels.update(np.flatnonzero(shown_C).tolist())
 
 
 def _caption_faults(sample: dict[str, Any], report: Report) -> Iterator[str]:

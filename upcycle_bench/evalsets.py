@@ -1,7 +1,8 @@
 """Evaluation sets on disk, in the webdataset layout of CLIP_benchmark, which also reads them.
 
-    ROOT/NAME/test/{nshards.txt,0.tar,...}                  samples: png with cls (a class index) or txt (captions)
-    ROOT/NAME/dataset_type.txt                              classification (also when absent) or retrieval
+    ROOT/NAME/test/{nshards.txt,0.tar,...}                  samples: png with cls (a class index), npy (a 0 or 1 for
+                                                            each class) or txt (captions)
+    ROOT/NAME/dataset_type.txt                              classification (also when absent), multilabel or retrieval
     ROOT/NAME/{classnames,zeroshot_classification_templates}.txt      one a line; templates hold {c}
     ROOT/NAME/strata.txt                                    ours, optional: the stratum of each test sample, one a line
 
@@ -18,18 +19,18 @@ import io
 import re
 import tarfile
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
-from upcycle_bench.cache import file_sha256
+from upcycle_bench.cache import files_sha256
 from upcycle_bench.errors import UserError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-Kind = Literal["classification", "retrieval"]
+Kind = Literal["classification", "multilabel", "retrieval"]
 CLASSNAMES, TEMPLATES, TYPE = "classnames.txt", "zeroshot_classification_templates.txt", "dataset_type.txt"
 STRATA = "strata.txt"  # CLIP_benchmark ignores it
 STRATUM = re.compile(r"[\w.-]+")  # it becomes part of the names of metrics
@@ -39,7 +40,8 @@ STRATUM = re.compile(r"[\w.-]+")  # it becomes part of the names of metrics
 class EvalSet:
     """One evaluation set. `batches` can be iterated again and again, always in the order of the shards.
 
-    It yields (images float32 [B, 3, H, W], labels int [B]), or for retrieval (images, list of B lists of captions).
+    It yields (images float32 [B, 3, H, W], labels int [B]); for multilabel (images, [B, classes], not 0 where an image
+    shows the class); for retrieval (images, list of B lists of captions).
     `strata` holds one label for each sample in that order, or nothing if the set is not divided.
     """
 
@@ -85,19 +87,36 @@ def write_classification(
 
     `strata` holds one label for each sample: letters, digits, `_`, `.` and `-`.
     """
-    if not all("{c}" in template for template in templates):
-        raise ValueError(f"{folder.name}: every template must hold {{c}}")
 
     def encoded() -> Iterable[dict[str, bytes]]:
         for image, label in samples:
-            if not 0 <= label < len(classnames):
-                raise ValueError(f"{folder.name}: label {label} is not one of {len(classnames)} classes")
+            _require_labels(folder, [label], classnames)
             yield {"png": png(image), "cls": str(label).encode()}
 
-    count = _write(folder, "classification", encoded(), strata, split)
-    _write_lines(folder / CLASSNAMES, classnames)
-    _write_lines(folder / TEMPLATES, templates)
-    return count
+    _write_classes(folder, classnames, templates)
+    return _write(folder, "classification", encoded(), strata, split)
+
+
+def write_multilabel(
+    folder: Path,
+    samples: Iterable[tuple[Image, Collection[int]]],
+    classnames: Sequence[str],
+    templates: Sequence[str],
+    split: str = "test",
+) -> int:
+    """Write (image, indices of the classes that it shows) samples as a split of a multilabel set; returns how many."""
+    import numpy as np
+
+    def encoded() -> Iterable[dict[str, bytes]]:
+        for image, labels in samples:
+            _require_labels(folder, labels, classnames)
+            shown_C, buffer = np.zeros(len(classnames), dtype=np.uint8), io.BytesIO()
+            shown_C[list(labels)] = 1
+            np.save(buffer, shown_C)
+            yield {"png": png(image), "npy": buffer.getvalue()}
+
+    _write_classes(folder, classnames, templates)
+    return _write(folder, "multilabel", encoded(), None, split)
 
 
 def write_retrieval(
@@ -112,6 +131,20 @@ def write_retrieval(
             yield {"png": png(image), "txt": "\n".join(captions).encode()}
 
     return _write(folder, "retrieval", encoded(), strata)
+
+
+def _require_labels(folder: Path, labels: Iterable[int], classnames: Sequence[str]) -> None:
+    for label in labels:
+        if not 0 <= label < len(classnames):
+            raise ValueError(f"{folder.name}: label {label} is not one of {len(classnames)} classes")
+
+
+def _write_classes(folder: Path, classnames: Sequence[str], templates: Sequence[str]) -> None:
+    if not all("{c}" in template for template in templates):
+        raise ValueError(f"{folder.name}: every template must hold {{c}}")
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_lines(folder / CLASSNAMES, classnames)
+    _write_lines(folder / TEMPLATES, templates)
 
 
 def _write(
@@ -153,9 +186,7 @@ def read(folder: Path, transform: Callable[[Any], Any], batch_size: int, split: 
     """
     files = _files(folder, split)
     kind = kind_of(folder)
-    if kind == "classification" and (
-        absent := [name for name in (CLASSNAMES, TEMPLATES) if folder / name not in files]
-    ):
+    if kind != "retrieval" and (absent := [name for name in (CLASSNAMES, TEMPLATES) if folder / name not in files]):
         raise UserError(
             f"evaluation set {folder.name}: {' and '.join(absent)} missing in {folder}; copy the set again."
         )
@@ -172,7 +203,7 @@ def read(folder: Path, transform: Callable[[Any], Any], batch_size: int, split: 
 
 
 def classnames(folder: Path) -> tuple[str, ...]:
-    """The classes of a classification set, as CLIP_benchmark reads them."""
+    """The classes of a set that is not for retrieval, as CLIP_benchmark reads them."""
     path = folder / CLASSNAMES
     if not path.is_file():
         raise UserError(f"evaluation set {folder.name}: {CLASSNAMES} missing in {folder}; copy the set again.")
@@ -182,8 +213,9 @@ def classnames(folder: Path) -> tuple[str, ...]:
 def digest(folder: Path, split: str = "test") -> str:
     """sha256 over the names and contents of the files that `read` uses, for fingerprints."""
     whole = hashlib.sha256()
-    for path in _files(folder, split):
-        whole.update(f"{path.relative_to(folder).as_posix()}\0{file_sha256(path)}\n".encode())
+    paths = _files(folder, split)
+    for path, sha256 in zip(paths, files_sha256(paths), strict=True):
+        whole.update(f"{path.relative_to(folder).as_posix()}\0{sha256}\n".encode())
     return whole.hexdigest()
 
 
@@ -196,10 +228,8 @@ def kind_of(folder: Path) -> Kind:
     """What its dataset_type.txt says; UserError for a kind that is not scored."""
     path = folder / TYPE
     kind = path.read_text(encoding="utf-8").strip().lower() if path.exists() else "classification"
-    if kind not in ("classification", "retrieval"):
-        raise UserError(
-            f"evaluation set {folder.name}: {path} says {kind!r}; only classification and retrieval are scored."
-        )
+    if kind not in (known := get_args(Kind)):
+        raise UserError(f"evaluation set {folder.name}: {path} says {kind!r}; it must say one of {', '.join(known)}.")
     return cast(Kind, kind)
 
 

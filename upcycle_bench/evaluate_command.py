@@ -75,12 +75,15 @@ def _show(facts: Mapping[str, Any], output: Path | None) -> None:
     from upcycle_bench.suite import AVERAGE
 
     scored = f"protocol {facts['protocol']}" if facts["protocol"] else facts["data"]
-    display.table(f"{facts['checkpoint']} ({facts['model']}), {scored}", display.score_rows(facts["scores"]))
+    rows = display.score_rows(facts["scores"])
+    display.table(f"{facts['checkpoint']} ({facts['model']}), {scored}", rows)
+    display.show_key(rows)
     display.show_skipped(facts["skipped"])
     if any(score["dataset"] == AVERAGE for score in facts["scores"]):
         print(f"all {len(facts['scores'])} scores, of each set and stratum, are what --output or --json has")
     total, active = facts["parameters_total"], facts["parameters_active"]
     print(f"{total:,} parameters, {active:,} active; {facts['seconds']:.1f} s; sha256 {facts['sha256']}")
+    display.show_certificate(facts["certificate"])
     if output is not None:
         print(f"scores: {output}")
 
@@ -138,7 +141,7 @@ def _execute(
         meter = Meter(device)
         suites = {key: suite for key, suite in found.suites.items() if key not in missing}
         try:
-            outcome = score(suites, found.root, model.clip, meter, reporter, model.identity)
+            outcome, certificate = score(suites, found.root, model.clip, meter, reporter, model.identity)
         except UserError:
             raise
         except Exception as error:  # what a suite may raise skips it; here no other one is left
@@ -160,6 +163,7 @@ def _execute(
         "scores": scores,
         "skipped": found.skipped | missing | failed,
         "suite_notes": {key: result.notes for key, result in outcome.items() if result.notes},
+        "certificate": certificate.model_dump(mode="json") if certificate else None,
         "seconds": meter.phases["evaluate"].seconds,
         "environment": surroundings,
     }

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import numpy as np
 from torch import Tensor
 
+from upcycle_bench import uncertainty
 from upcycle_bench.suite import Score, SuiteResult
+from upcycle_bench.uncertainty import Uncertainty
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ def classified(logits_NC: Tensor, label_N: Tensor) -> Classified:
 
 
 def add_scores(title: str, draws: Sequence[Classified], classes: int, result: SuiteResult) -> None:
-    """Add the scores and outcomes of a dataset to `result`; of one draw, errors are those of a mean over samples."""
+    """Add the scores and outcomes of a dataset to `result`; of one draw, errors are over test samples."""
     rows = [("acc1", [draw.first_N.mean() for draw in draws], 1 / classes)]
     if classes >= 5:
         rows.append(("acc5", [draw.five_N.mean() for draw in draws], 5 / classes))
@@ -43,11 +45,7 @@ def add_scores(title: str, draws: Sequence[Classified], classes: int, result: Su
     ]
     rows.append(("mean_per_class_recall", recalls, 1 / classes))
     for metric, values, chance in rows:
-        error, interval = _uncertainty(values)
-        if len(draws) == 1 and metric != "mean_per_class_recall":
-            share, samples = float(values[0]), len(draws[0].label_N)
-            error = math.sqrt(share * (1 - share) / samples)
-            interval = (share - 1.96 * error, share + 1.96 * error)
+        known = _over_draws(values) if len(draws) > 1 else _over_samples(draws[0], metric)
         result.scores.append(
             Score(
                 dataset=title,
@@ -57,19 +55,22 @@ def add_scores(title: str, draws: Sequence[Classified], classes: int, result: Su
                 chance=chance,
                 samples=sum(len(draw.label_N) for draw in draws),
                 primary=metric == "acc1",
-                standard_error=error,
-                interval=interval,
+                **asdict(known),
             )
         )
     result.outcomes[f"{title}/correct@1"] = np.concatenate([draw.first_N for draw in draws])
 
 
-def _uncertainty(values: Sequence[float]) -> tuple[float | None, tuple[float, float] | None]:
-    """Standard error of the mean and its 95 % t-interval; None for a single value."""
+def _over_draws(values: Sequence[float]) -> Uncertainty:
+    """Standard error of the mean and its 95 % t-interval."""
     from scipy.stats import t
 
-    if len(values) < 2:
-        return None, None
     mean, error = float(np.mean(values)), float(np.std(values, ddof=1) / math.sqrt(len(values)))
     half = float(t.ppf(0.975, len(values) - 1)) * error
-    return error, (mean - half, mean + half)
+    return Uncertainty(error, (mean - half, mean + half))
+
+
+def _over_samples(draw: Classified, metric: str) -> Uncertainty:
+    if metric == "mean_per_class_recall":
+        return uncertainty.of_recalls(draw.first_N, draw.label_N)
+    return uncertainty.of_outcomes(draw.first_N if metric == "acc1" else draw.five_N)

@@ -27,6 +27,7 @@ from pydantic.dataclasses import dataclass
 from upcycle_bench import evalsets, labelled
 from upcycle_bench.cache import file_sha256
 from upcycle_bench.errors import UserError
+from upcycle_bench.evalsets import EvalSet
 from upcycle_bench.features import image_features
 from upcycle_bench.labelled import Labelled
 from upcycle_bench.probe import Examples
@@ -73,8 +74,9 @@ def sources(tasks: Mapping[str, ProbeTask], root: Path) -> dict[str, str]:
 
 def of_set(folder: Path) -> dict[str, Any]:
     """Settings of the task from a set's train split to its test split; UserError, why not, where it has no such."""
-    if evalsets.kind_of(folder) != "classification":
-        raise UserError("it has captions, not labels.")
+    if (kind := evalsets.kind_of(folder)) != "classification":
+        what = "captions, not labels" if kind == "retrieval" else "several labels an image; a probe needs one"
+        raise UserError(f"it has {what}.")
     if not (folder / "train" / "nshards.txt").is_file():
         raise UserError("it has no train split.")
     return {"pool": (f"{folder.name}:train",), "test": (folder.name,)}
@@ -144,10 +146,10 @@ def load_images(task: ProbeTask, root: Path) -> Data[Labelled]:
     return _data(task, kept, joined)
 
 
-def templates(task: ProbeTask, root: Path) -> tuple[str, ...]:
-    """The prompts of the pool's first set."""
+def first_set(task: ProbeTask, root: Path) -> EvalSet:
+    """The pool's first set, whose templates are the task's prompts; its images are not decoded."""
     name, split = _split(task.pool[0])
-    return evalsets.read(task.root(root) / name, lambda image: image, 1, split).templates
+    return evalsets.read(task.root(root) / name, lambda image: image, 1, split)
 
 
 @plain_dataclass(frozen=True)

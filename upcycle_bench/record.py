@@ -109,6 +109,40 @@ class ScoreRecord(Part):
     interval: tuple[float, float] | None = Field(default=None, description="95 %")
 
 
+class RepeatPart(Part):
+    """A sample of what was encoded, encoded again: in other batches, and maybe in another order."""
+
+    batch_size: int = Field(ge=1)
+    shuffled: bool
+    differing: int = Field(ge=0, description="predictions that came out otherwise, each with a margin in `margins`")
+    margins: tuple[float, ...] = Field(description="the routing margins, below 1e-5, that differing ones are traced to")
+    largest_distance: float = Field(ge=0, description="between the two embeddings of anything, of unit length")
+
+
+class ControlPart(Part):
+    """A suite's scores with shuffled labels: the metric furthest above chance, z of its own standard errors."""
+
+    suite: Name
+    dataset: Name
+    samples: int = Field(ge=1)
+    metric: Name
+    value: float
+    chance: float
+    z: float
+
+
+class CertificatePart(Part):
+    """Why the scores can be believed (upcycle_bench/certificate.py). An evaluation that is not sound has no record."""
+
+    predictions: int = Field(ge=1, description="that each of `repeats` compares with the evaluation's own")
+    repeats: tuple[RepeatPart, ...] = Field(min_length=1)
+    choices_routed: int = Field(ge=0, description="(token, choice) pairs in the whole evaluation; none was dropped")
+    controls: tuple[ControlPart, ...]
+    uncontrolled: str | None = Field(default=None, description="why there is no control with shuffled labels")
+    weights: Name = Field(description="sha256 of the model's tensors, the same before and after")
+    seconds: float = Field(ge=0, description="that all this took, the evaluation left out")
+
+
 class PhaseCost(Part):
     """What one phase took; `flops` is None where they were not counted."""
 
@@ -165,6 +199,7 @@ class Record(Part):
         default_factory=dict,
         description="the receipt's numbers after training, and each term's share of the loss at its start",
     )
+    certificate: CertificatePart | None = Field(default=None, description="None: made before there were any")
     cost: Cost | None = None
     environment: dict[str, JsonValue]
     hashes: Hashes

@@ -17,11 +17,12 @@ from typing import Any
 
 from upcycle_bench import distributed, engine, environment, record, trained, weights
 from upcycle_bench.cache import cache_root, file_sha256, require_writable
+from upcycle_bench.certificate import Witness
 from upcycle_bench.costs import Meter, Phase, parameter_counts
 from upcycle_bench.data import PairDataset
 from upcycle_bench.dense import Clip
 from upcycle_bench.diagnostics import diagnose
-from upcycle_bench.errors import UserError
+from upcycle_bench.errors import Unsound, UserError
 from upcycle_bench.job import Job, Progress
 from upcycle_bench.plan import Plan, fingerprint
 from upcycle_bench.pretrain import load_dense, training_data
@@ -32,6 +33,8 @@ from upcycle_bench.strategy import Strategy
 from upcycle_bench.suite import EvalContext, Suite, SuiteResult
 from upcycle_bench.surgery import merge
 from upcycle_bench.train import COUNTING_RULE, train
+
+Scored = tuple[dict[str, SuiteResult], record.CertificatePart | None]
 
 
 def run(plan: Plan, results: Path, reporter: Reporter, *, fresh: bool = False) -> Path | None:
@@ -60,7 +63,7 @@ def run(plan: Plan, results: Path, reporter: Reporter, *, fresh: bool = False) -
                     keep(state, key, model, dense, work)
                 if distributed.is_main():
                     assert state.final is not None
-                    outcome = evaluate(plan, state.final, state.meter, reporter, state.weights or "")
+                    outcome, state.certificate = evaluate(plan, state.final, state.meter, reporter, state.weights or "")
                     state.diagnostics = diagnostics(state, dense, data)
                     path = write_record(state, outcome, state.final, results)
                     _keep_metrics(state.metrics, path)
@@ -88,6 +91,7 @@ class _State:
     metrics: Path | None = None
     training: dict[str, Any] | None = None  # where and when the weights were trained, if not in this run
     diagnostics: dict[str, Any] | None = None
+    certificate: record.CertificatePart | None = None
 
 
 def train_model(
@@ -126,7 +130,7 @@ def train_model(
     return progress
 
 
-def evaluate(plan: Plan, final: Clip, meter: Meter, reporter: Reporter, digest: str = "") -> dict[str, SuiteResult]:
+def evaluate(plan: Plan, final: Clip, meter: Meter, reporter: Reporter, digest: str = "") -> Scored:
     """All suites of the plan on the final weights, whose sha256 `digest` is, on this rank alone."""
     assert plan.world is not None
     return score(plan.suites, plan.world.eval_root, final, meter, reporter, digest)
@@ -134,30 +138,39 @@ def evaluate(plan: Plan, final: Clip, meter: Meter, reporter: Reporter, digest: 
 
 def score(
     suites: Mapping[str, Suite], root: Path, final: Clip, meter: Meter, reporter: Reporter, digest: str
-) -> dict[str, SuiteResult]:
-    """What each suite says of the model. One that fails is skipped, with its reason, if a primary score is left."""
+) -> Scored:
+    """What each suite says of the model, and why that can be believed; Unsound (a UserError) if it cannot.
+
+    A suite that fails is skipped, with its reason, if a primary score is left.
+    """
+    witness = Witness(final.model.to(meter.device).eval())
     context = EvalContext(
-        model=final.model.to(meter.device).eval(),
+        model=witness.model,
         tokenizer=final.tokenize,
         transform=final.transform,
         root=root,
         device=meter.device,
         weights=digest,
         track=reporter.track,
+        saw=witness.saw,
     )
     results: dict[str, SuiteResult] = {}
     errors = []
-    with meter.phase("evaluate", count=True):
+    with witness, meter.phase("evaluate", count=True):
         for name, suite in suites.items():
             try:
                 results[name] = suite.evaluate(context)
+            except Unsound:
+                raise
             except Exception as error:  # whatever a suite does, it must not take the others down
                 errors.append(error)
                 reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
                 results[name] = SuiteResult([], {}, skipped={"": reason})
     if errors and not any(made.primary for result in results.values() for made in result.scores):
         raise errors[0]
-    return results
+    with reporter.task("certificate"):
+        scored = {name: suite for name, suite in suites.items() if results[name].scores}
+        return results, witness.testify(scored, context)
 
 
 def scores_of(outcome: Mapping[str, SuiteResult]) -> list[dict[str, Any]]:
@@ -307,6 +320,7 @@ def write_record(state: _State, outcome: Mapping[str, SuiteResult], final: Clip,
         primary=sum(primary) / len(primary) if primary else None,
         cost=cost,
         diagnostics=state.diagnostics or {},
+        certificate=state.certificate.model_dump(mode="json") if state.certificate else None,
     )
     return record.write(made, arrays, results)
 

@@ -24,7 +24,8 @@ from upcycle_bench.errors import UserError
 
 SCALE_BOUNDS = (1e-2, 1e3)  # of the fitted logit scale; CLIP trains in 1 to 100
 FIT_QUERIES = 2048  # that a logit scale is fitted to, at most, for each task
-BLOCK = 256  # queries at once: with fewer the matrix products are slow, with more their results leave the cache
+BLOCK = 256  # queries at once: with fewer the matrix products are slow
+CHUNK = 1 << 17  # cosines, 1 MB, whose softmax is taken at once: they stay in a core's cache through all its steps
 
 
 @dataclass(frozen=True)
@@ -59,13 +60,20 @@ def judge(task: Task, scale: float, name: str, block: int = BLOCK) -> Judged:
     queries_QD, gallery_DG = _on_grid(task.queries_QD), _on_grid(task.gallery_GD).T
     rank_Q = np.empty(len(count_Q), dtype=np.int64)
     log_likelihood_Q = np.empty(len(count_Q))
+    # One place for all products: pages of fresh memory would cost half as much as they do.
+    cosines = torch.empty(min(block, len(count_Q)), gallery_DG.shape[1], dtype=torch.float64)
     for start in range(0, len(count_Q), block):
         rows = slice(start, start + block)
-        cosine_QG = queries_QD[rows] @ gallery_DG
+        cosine_QG = torch.mm(queries_QD[rows], gallery_DG, out=cosines[: len(count_Q[rows])])
         right_cosine_QR = _right_cosines(cosine_QG, right_QR[rows], count_Q[rows])
         rank_Q[rows] = _ranks(cosine_QG.numpy(), right_QR[rows].numpy(), right_cosine_QR.numpy())
-        log_likelihood_Q[rows] = _log_likelihoods(cosine_QG, right_cosine_QR, scale).numpy()
+        log_likelihood_Q[rows] = _log_likelihoods(cosine_QG, right_cosine_QR, cosine_QG.amax(1), scale).numpy()
     return Judged(rank_Q, log_likelihood_Q, count_Q.numpy())
+
+
+def exact_cosines(queries_QD: Tensor, gallery_GD: Tensor) -> Tensor:
+    """Cosines of normalised embeddings, float64 [Q, G], the same in whatever order they are summed."""
+    return _on_grid(queries_QD) @ _on_grid(gallery_GD).T
 
 
 def fit_scale(tasks: Sequence[Task], name: str) -> float:
@@ -83,9 +91,11 @@ def fit_scale(tasks: Sequence[Task], name: str) -> float:
     blocks_of_tasks = []
     for task in map(_thinned, tasks):
         right_QR, count_Q = _right_answers(task, name)
-        cosines = (_on_grid(task.queries_QD) @ _on_grid(task.gallery_GD).T).split(BLOCK)
+        cosines = exact_cosines(task.queries_QD, task.gallery_GD).split(BLOCK)
         parts = zip(cosines, right_QR.split(BLOCK), count_Q.split(BLOCK), strict=True)
-        blocks_of_tasks.append([(cosine_QG, _right_cosines(cosine_QG, *right)) for cosine_QG, *right in parts])
+        blocks_of_tasks.append(
+            [(cosine_QG, _right_cosines(cosine_QG, *right), cosine_QG.amax(1)) for cosine_QG, *right in parts]
+        )
 
     def loss(log_scale: float) -> float:
         scale = math.exp(log_scale)
@@ -159,6 +169,22 @@ def _ranks(cosine_QG: np.ndarray, right_QR: np.ndarray, right_cosine_QR: np.ndar
     return ranks
 
 
-def _log_likelihoods(cosine_QG: Tensor, right_cosine_QR: Tensor, scale: float) -> Tensor:
-    """log of the softmax's mass on the right answers [Q]."""
-    return (scale * right_cosine_QR).logsumexp(dim=1) - (scale * cosine_QG).logsumexp(dim=1)
+def _log_likelihoods(cosine_QG: Tensor, right_cosine_QR: Tensor, best_Q: Tensor, scale: float) -> Tensor:
+    """log of the softmax's mass on the right answers [Q]; `best_Q` is each row's greatest cosine."""
+    return (scale * right_cosine_QR).logsumexp(dim=1) - _log_sum_exp(cosine_QG, best_Q, scale)
+
+
+def _log_sum_exp(cosine_QG: Tensor, best_Q: Tensor, scale: float) -> Tensor:
+    """`(scale * cosine_QG).logsumexp(dim=1)`, to the bit: its steps, a few rows at once, in place.
+
+    Rounding keeps order, so the greatest product is that of the greatest cosine, at every scale > 0.
+    """
+    shift_Q = scale * best_Q
+    sum_Q = torch.empty_like(best_Q)
+    chunks = max(1, cosine_QG.numel() // CHUNK)
+    # At least two rows in each, where there are two: PyTorch adds up a row that stands alone in another order.
+    chunks = min(chunks, max(1, len(cosine_QG) // 2))
+    parts = (tensor.tensor_split(chunks) for tensor in (cosine_QG, shift_Q, sum_Q))
+    for part_QG, part_shift_Q, part_sum_Q in zip(*parts, strict=True):
+        torch.sum((scale * part_QG).sub_(part_shift_Q[:, None]).exp_(), dim=1, out=part_sum_Q)
+    return sum_Q.log_().add_(shift_Q)

@@ -43,7 +43,8 @@ class Score:
     """One number of a table. `chance` is the value of uniform guessing; None where there is none.
 
     `higher_is_better` is None for what describes a model and does not judge it; it is never primary.
-    `standard_error` and `interval` (95 %) say how sure it is, where the suite knows.
+    `standard_error` and `interval` (95 %) say how sure it is, over samples (upcycle_bench/uncertainty.py) or draws,
+    where the suite knows.
     """
 
     dataset: str
@@ -76,7 +77,8 @@ class EvalContext:
 
     model: an open_clip CLIP (dense or upcycled) in eval mode, float32, on `device`; `tokenizer`: list of strings ->
     int64 [B, L]; `transform`: PIL image -> float32 [3, H, W]; `root`: the folder that holds the evaluation sets;
-    `weights`: sha256 of the model's file, under which features are cached, or "" if it has none.
+    `weights`: sha256 of the model's file, under which features are cached, or "" if it has none; `saw(model, encode,
+    inputs, embeddings)`: a witness, told of every batch by `features.embed`, so that it can encode some of it again.
     """
 
     model: nn.Module
@@ -87,6 +89,7 @@ class EvalContext:
     batch_size: int = 256
     weights: str = ""
     track: Callable[[Iterable[Any], str], Iterable[Any]] = field(default=lambda items, what: items)
+    saw: Callable[[nn.Module, Any, torch.Tensor, torch.Tensor], None] | None = None
 
 
 class Suite(ABC):

@@ -24,13 +24,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from upcycle_bench import distributed, packed
-from upcycle_bench.costs import flop_counter
 from upcycle_bench.data import Batch, BatchSource
 from upcycle_bench.dense import Clip
 from upcycle_bench.errors import PluginError
+from upcycle_bench.flops import FlopCounter
 from upcycle_bench.job import SHARE_STEPS, Job, MetricsFile, Progress, last_checkpoint, resume, save
 from upcycle_bench.moe import MoEFFN, moe_layers
 from upcycle_bench.protocol import learning_rate
@@ -174,7 +173,7 @@ def train(
             for group in engine.optimizer.param_groups:
                 group["lr"] = rate
             counted = step % max(1, job.stop_step // 4) == 0  # counting slows a step down, so only a few are counted
-            counter = flop_counter() if counted else contextlib.nullcontext()
+            counter = FlopCounter() if counted else contextlib.nullcontext()
             with counter, _patch_dropout_stream(job.stream, step, rank, device):
                 with watch(layers if logged else {}) as seen:
                     losses, scale = compute_losses(engine, clip, batch, job, layers, extra)
@@ -188,7 +187,7 @@ def train(
                 first.append({name: term.detach() for name, term in losses.items()})
             before, progress.seconds = progress.seconds, time.perf_counter() - began
             progress.step = step + 1
-            if isinstance(counter, FlopCounterMode):
+            if isinstance(counter, FlopCounter):
                 progress.counted_seconds += progress.seconds - before
                 progress.counted_flops += counter.get_total_flops()
                 progress.counted_steps += 1

@@ -22,10 +22,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from upcycle_bench import distributed, packed
-from upcycle_bench.costs import Meter, counted_flops
+from upcycle_bench.costs import Meter
 from upcycle_bench.data import PairDataset, PickedBatches
 from upcycle_bench.dense import Clip
 from upcycle_bench.errors import UserError
+from upcycle_bench.flops import counted_flops
 from upcycle_bench.job import Job
 from upcycle_bench.plan import Plan
 from upcycle_bench.progress import OnStep, Reporter

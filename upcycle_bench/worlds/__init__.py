@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from upcycle_bench.cache import file_sha256
+from upcycle_bench.cache import files_sha256
 from upcycle_bench.errors import UserError, unknown
 from upcycle_bench.progress import Reporter
 
@@ -56,7 +56,9 @@ def training_groups(world: World) -> list[str] | None:
 
 def write_manifest(folder: Path, facts: Mapping[str, Any]) -> None:
     """Seal a folder just built: `facts` (name, version, seed, counts) and the hash of every file."""
-    files = {p.relative_to(folder).as_posix(): file_sha256(p) for p in folder.rglob("*") if p.is_file()}
+    paths = [path for path in folder.rglob("*") if path.is_file()]
+    names = (path.relative_to(folder).as_posix() for path in paths)
+    files = dict(zip(names, files_sha256(paths), strict=True))
     text = json.dumps({**facts, "files": files}, indent=1, sort_keys=True)
     (folder / MANIFEST).write_text(text + "\n", encoding="utf-8", newline="\n")
 
@@ -68,9 +70,11 @@ def open_world(name: str, folder: Path) -> World:
     if not manifest.is_file():
         raise UserError(f"world {name}: {manifest} is missing; {again}")
     files: dict[str, str] = json.loads(manifest.read_text(encoding="utf-8"))["files"]
-    for relative, sha256 in files.items():
-        path = folder / relative
-        if not path.is_file() or file_sha256(path) != sha256:
+    paths = [folder / relative for relative in files]
+    there = [path for path in paths if path.is_file()]
+    found = dict(zip(there, files_sha256(there), strict=True))
+    for path, sha256 in zip(paths, files.values(), strict=True):
+        if found.get(path) != sha256:
             raise UserError(f"world {name}: {path} is missing or was changed; {again}")
     shards = sorted(folder / relative for relative in files if relative.startswith("train/"))
     return World(name, tuple(shards), folder / "eval", hashlib.sha256(manifest.read_bytes()).hexdigest())

@@ -1,0 +1,205 @@
+"""Hard negatives that differ by one word, in pairs: "arrow left" and "arrow right", "bell" and "bell off".
+
+    [suites.compositional]
+    sets = ["test-carbon-retrieval"]          # retrieval sets; each should be of one drawing style
+
+Pairs are chosen from the captions of a set alone (upcycle_bench/word_pairs.py): two images of that set whose captions
+differ by exactly one word, each image at most once. The record holds the hash of each set's pairs. Of a pair (i, a),
+(j, b), with s(image, caption) the cosine of the embeddings; a tie is wrong, as in Winoground:
+
+- text_score: each image prefers its caption, s(i, a) > s(i, b) and s(j, b) > s(j, a); by chance 1/4
+- image_score: each caption prefers its image, s(i, a) > s(j, a) and s(j, b) > s(i, b); by chance 1/4
+- group_score: both, which is primary; by chance 1/6 (4 independent numbers, the right two largest: 2! 2! / 4!)
+- pairwise_accuracy: share of these four comparisons that are right; by chance 1/2
+
+Chance is that of independent random similarities. A model that ignores images reaches 0 in text_score, not 1/4.
+
+Each also as METRIC[swapped], one word for another, and METRIC[added], one word more. The dataset `average` is the
+unweighted mean over the sets. Standard errors and 95 % intervals are over pairs in clusters of the same two words,
+across sets too: whoever cannot tell left from right fails all such pairs at once. Pairs share no image; that their
+other words may be alike is not counted.
+
+Notes: of each set its images, candidates, pairs and their sha256; of the most frequent word pairs the scores.
+Outcomes, one value a pair: SET/text, SET/image, SET/group (bool), SET/comparisons (int8, how many of the four).
+
+Source: T. Thrush et al., Winoground, arXiv:2204.03162.
+Shape suffixes: P pairs, I images and T texts of a pair, N images of the set, D embedding, C clusters.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass as plain_dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from pydantic import Field, model_validator
+from pydantic.dataclasses import dataclass
+from torch import Tensor
+
+from upcycle_bench import evalsets
+from upcycle_bench.errors import UserError
+from upcycle_bench.evalsets import EvalSet
+from upcycle_bench.features import encode_images
+from upcycle_bench.hookspecs import hookimpl
+from upcycle_bench.suite import AVERAGE, EvalContext, Score, Suite, SuiteInfo, SuiteResult
+from upcycle_bench.texts import encode_texts
+from upcycle_bench.word_pairs import Chosen, choose, most_frequent
+
+CHANCE = {"text_score": 1 / 4, "image_score": 1 / 4, "group_score": 1 / 6, "pairwise_accuracy": 1 / 2}
+FREQUENT = 20  # word pairs in the notes
+
+
+@plain_dataclass(frozen=True)
+class Scored:
+    """A set's pairs and what each of them got: metric -> [P]."""
+
+    chosen: Chosen
+    values: dict[str, np.ndarray]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compositional(Suite):
+    """See the module docstring."""
+
+    info: ClassVar[SuiteInfo] = SuiteInfo(
+        name="compositional",
+        summary="Pairs of images whose captions differ by one word: text, image and group score",
+        paper="metrics of Thrush et al., Winoground, CVPR 2022, arXiv:2204.03162",
+        version=1,
+    )
+
+    sets: tuple[str, ...] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Compositional:
+        if len(set(self.sets)) < len(self.sets) or AVERAGE in self.sets:
+            raise ValueError(f"sets are different, and none is called {AVERAGE}")
+        return self
+
+    def datasets(self) -> list[str]:
+        """The sets."""
+        return list(self.sets)
+
+    def evaluate(self, context: EvalContext) -> SuiteResult:
+        """Every set with a pair; the others are skipped. UserError if none has one, or for a set without captions."""
+        evalsets.require(context.root, self.sets)
+        opened = [evalsets.read(context.root / name, context.transform, context.batch_size) for name in self.sets]
+        if labelled := [evalset.name for evalset in opened if evalset.kind != "retrieval"]:
+            raise UserError(f"compositional: {', '.join(labelled)}: labels, not captions; name retrieval sets.")
+        result, scored, known = SuiteResult([], {}), {}, {}  # type: ignore[var-annotated]
+        context.model.eval()
+        for evalset in opened:
+            if one := _score(evalset, context, known, result):
+                scored[evalset.name] = one
+            else:
+                result.skipped[evalset.name] = "no two of its captions differ by exactly one word."
+        if not scored:
+            raise UserError(f"compositional: {', '.join(self.sets)}: no two captions differ by exactly one word.")
+        for name, one in scored.items():
+            result.scores.extend(scores(name, [one], primary=True))
+        if len(scored) > 1:
+            result.scores.extend(scores(AVERAGE, list(scored.values()), primary=False))
+        result.notes["words"] = frequent_words(list(scored.values()))
+        return result
+
+
+def _score(evalset: EvalSet, context: EvalContext, known: dict[str, Tensor], result: SuiteResult) -> Scored | None:
+    """The pairs of a set, with their outcomes and notes put into `result`; None if there are no pairs."""
+    images_ND, captions = encode_images(evalset, context)
+    chosen = choose(captions)
+    result.notes[evalset.name] = {
+        "images": len(captions),
+        "candidates": chosen.candidates,
+        "pairs": len(chosen.pairs),
+        "manifest": chosen.sha256,
+    }
+    if not chosen.pairs:
+        return None
+    images_PID = images_ND[torch.tensor([pair.images for pair in chosen.pairs])]
+    texts = [text for pair in chosen.pairs for text in pair.captions]
+    texts_PTD = encode_texts(texts, evalset.name, context, known).unflatten(0, (-1, 2))
+    judged = judge_pairs(images_PID, texts_PTD)
+    for metric in ("text", "image", "group"):
+        result.outcomes[f"{evalset.name}/{metric}"] = judged[f"{metric}_score"]
+    result.outcomes[f"{evalset.name}/comparisons"] = (4 * judged["pairwise_accuracy"]).astype(np.int8)
+    return Scored(chosen, judged)
+
+
+def judge_pairs(images_PID: Tensor, texts_PTD: Tensor) -> dict[str, np.ndarray]:
+    """What each pair gets, metric -> [P]; the right text of image I is the one at the same place."""
+    # Summed along D alone, so that equal embeddings tie whatever stands beside them.
+    s_PIT = (images_PID[:, :, None].double() * texts_PTD[:, None].double()).sum(dim=3).numpy()
+    ia, ib, ja, jb = s_PIT[:, 0, 0], s_PIT[:, 0, 1], s_PIT[:, 1, 0], s_PIT[:, 1, 1]
+    right_P4 = np.stack([ia > ib, jb > ja, ia > ja, jb > ib], axis=1)
+    text_P, image_P = right_P4[:, :2].all(axis=1), right_P4[:, 2:].all(axis=1)
+    return {
+        "text_score": text_P,
+        "image_score": image_P,
+        "group_score": text_P & image_P,
+        "pairwise_accuracy": right_P4.mean(axis=1),
+    }
+
+
+def scores(dataset: str, sets: Sequence[Scored], primary: bool) -> Iterable[Score]:
+    """The scores of one set or of the unweighted mean over several, of all pairs and of those of one kind."""
+    words = [np.array([pair.swapped for pair in one.chosen.pairs]) for one in sets]
+    added = [np.array([pair.added for pair in one.chosen.pairs]) for one in sets]
+    every = [np.ones(len(one), dtype=bool) for one in added]
+    parts = {"": every, "[swapped]": [~one for one in added], "[added]": added}
+    for suffix, masks in parts.items():
+        if suffix and not (all(mask.any() for mask in masks) and all(not mask.all() for mask in masks)):
+            continue  # a set with one kind of pairs has no other number to give
+        for metric, chance in CHANCE.items():
+            values = [one.values[metric][mask].astype(float) for one, mask in zip(sets, masks, strict=True)]
+            mean, error, interval = clustered_mean(values, [w[mask] for w, mask in zip(words, masks, strict=True)])
+            yield Score(
+                dataset=dataset, metric=f"{metric}{suffix}", value=mean, higher_is_better=True, chance=chance,
+                samples=sum(map(len, values)), primary=primary and metric == "group_score" and not suffix,
+                standard_error=error, interval=interval,
+            )  # fmt: skip
+
+
+def clustered_mean(
+    values: Sequence[np.ndarray], clusters: Sequence[np.ndarray]
+) -> tuple[float, float | None, tuple[float, float] | None]:
+    """The mean over sets of their means, its standard error, its 95 % t-interval; None of a single cluster.
+
+    `clusters` holds a name for each value, and equal names are one cluster in whatever set. The error is the linearised
+    (sandwich) one: residuals with their weights, summed within clusters, squared, times C / (C - 1) for C clusters.
+    """
+    from scipy.stats import t
+
+    means = [float(each.mean()) for each in values]
+    mean = sum(means) / len(means)
+    weighted = [(each - own) / (len(each) * len(values)) for each, own in zip(values, means, strict=True)]
+    names, place = np.unique(np.concatenate(clusters), return_inverse=True)
+    if len(names) < 2:
+        return mean, None, None
+    sum_C = np.bincount(place, weights=np.concatenate(weighted))
+    error = math.sqrt(float((sum_C**2).sum()) * len(names) / (len(names) - 1))
+    half = float(t.ppf(0.975, len(names) - 1)) * error
+    return mean, error, (mean - half, mean + half)
+
+
+def frequent_words(sets: Sequence[Scored]) -> list[dict[str, Any]]:
+    """How often the most frequent word pairs differ, over all sets, and what they score."""
+    pairs = [pair for one in sets for pair in one.chosen.pairs]
+    swapped = np.array([pair.swapped for pair in pairs])
+    values = {metric: np.concatenate([one.values[metric] for one in sets]) for metric in CHANCE}
+    return [
+        {
+            "words": name,
+            "pairs": int((swapped == name).sum()),
+            **{metric: float(each[swapped == name].mean()) for metric, each in values.items()},
+        }
+        for name in most_frequent(pairs, FREQUENT)
+    ]
+
+
+@hookimpl
+def register_suites() -> Iterable[type[Suite]]:
+    """This file's suite."""
+    return [Compositional]

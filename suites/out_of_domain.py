@@ -1,0 +1,129 @@
+"""Zero-shot classification of a world the model was not trained on: of the lab, handwritten digits.
+
+    [suites.out-of-domain]
+    world = "digits"                          # or "fashion-mnist"; never the world of the run
+    sets = ["digits-test"]                    # its classification sets
+    templates = ["{c}", "the digit {c}"]      # instead of the sets' own, which are for who was trained there
+    temperature_set = "digits-validation"     # the logit scale is refitted here; "": the model's own
+
+Scores: acc1 (primary), acc5 where there are five classes, and log_likelihood, the mean log softmax of the right class,
+each with its standard error over images. Templates stand in the protocol, and were chosen without a look at any score.
+A world that cannot be had (Fashion-MNIST without Debian's package) skips the suite, with the reason.
+
+Outcomes, one value an image, after SET/: log_likelihood (float32), rank (int32), correct@1 (bool).
+temperature/logit_scale (float64 [1]): the scale used.
+
+Source: A. Radford et al., arXiv:2103.00020 (MNIST as out-of-distribution). Shape suffixes: Q queries.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import ClassVar, Literal
+
+import numpy as np
+from pydantic import Field, model_validator
+from pydantic.dataclasses import dataclass
+from torch import Tensor
+
+from upcycle_bench import evalsets, uncertainty
+from upcycle_bench.errors import UserError
+from upcycle_bench.hookspecs import hookimpl
+from upcycle_bench.scoring import Task, fit_scale, judge
+from upcycle_bench.suite import EvalContext, Score, Suite, SuiteInfo, SuiteResult
+from upcycle_bench.texts import classification_task
+from upcycle_bench.worlds import load_world
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutOfDomain(Suite):
+    """See the module docstring."""
+
+    info: ClassVar[SuiteInfo] = SuiteInfo(
+        name="out-of-domain",
+        summary="Zero-shot classification of another world, such as digits by a model of icons",
+        paper="Radford et al. 2021, arXiv:2103.00020",
+        version=1,
+    )
+
+    world: Literal["digits", "fashion-mnist"]
+    sets: tuple[str, ...] = Field(min_length=1)
+    templates: tuple[str, ...] = Field(min_length=1)
+    temperature_set: str = ""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> OutOfDomain:
+        if len(set(self.sets)) < len(self.sets) or self.temperature_set in self.sets:
+            raise ValueError("sets are different, and the temperature set is none of them")
+        if not all("{c}" in template for template in self.templates):
+            raise ValueError("every template holds {c}, where the class stands")
+        return self
+
+    def datasets(self) -> list[str]:
+        """None of the run's own."""
+        return []
+
+    def sources(self, root: Path) -> dict[str, str]:
+        """Hashes of the other world's sets; UserError, the reason to skip, if it is the run's or cannot be had."""
+        found = self._root(root)
+        names = [*self.sets, *filter(None, [self.temperature_set])]
+        evalsets.require(found, names)
+        return {f"{self.world}/{name}": evalsets.digest(found / name) for name in names}
+
+    def evaluate(self, context: EvalContext) -> SuiteResult:
+        """Every set with the templates of the protocol."""
+        root = self._root(context.root)
+        known: dict[str, Tensor] = {}  # text -> its embedding: the sets share their prompts
+        context.model.eval()
+
+        def task_of(name: str) -> Task:
+            evalset = evalsets.read(root / name, context.transform, context.batch_size)
+            if evalset.kind != "classification":
+                raise UserError(f"out-of-domain: {name} has captions, not labels; name classification sets.")
+            return classification_task(replace(evalset, templates=self.templates), context, known)
+
+        scale = math.exp(float(context.model.logit_scale.detach()))  # type: ignore[operator]
+        if self.temperature_set:
+            scale = fit_scale([task_of(self.temperature_set)], self.temperature_set)
+        result = SuiteResult([], {"temperature/logit_scale": np.array([scale])})
+        for name in self.sets:
+            _add(name, task_of(name), scale, result)
+        return result
+
+    def _root(self, root: Path) -> Path:
+        other = load_world(self.world, 0).eval_root
+        if root.resolve() == other.resolve():
+            raise UserError(f"out-of-domain: {self.world} is the world of this run, so nothing here is out of domain.")
+        return other
+
+
+def _add(name: str, task: Task, scale: float, result: SuiteResult) -> None:
+    """Scores and outcomes of one set."""
+    judged, classes = judge(task, scale, name), len(task.gallery_GD)
+    rows = [("acc1", judged.rank_Q < 1, 1 / classes)]
+    if classes >= 5:
+        rows.append(("acc5", judged.rank_Q < 5, 5 / classes))
+    rows.append(("log_likelihood", judged.log_likelihood_Q, -math.log(classes)))
+    for metric, value_Q, chance in rows:
+        samples = len(value_Q)
+        result.scores.append(
+            Score(
+                dataset=name, metric=metric, value=float(value_Q.mean()), higher_is_better=True, chance=chance,
+                samples=samples, primary=metric == "acc1", **asdict(uncertainty.of_outcomes(value_Q)),
+            )
+        )  # fmt: skip
+    outcomes = {
+        "log_likelihood": judged.log_likelihood_Q.astype(np.float32),
+        "rank": judged.rank_Q.astype(np.int32),
+        "correct@1": judged.rank_Q < 1,
+    }
+    result.outcomes.update({f"{name}/{key}": value_Q for key, value_Q in outcomes.items()})
+
+
+@hookimpl
+def register_suites() -> Iterable[type[Suite]]:
+    """This file's suite."""
+    return [OutOfDomain]

@@ -1,0 +1,366 @@
+"""The certificate: sound evaluations get one, and each way to be unsound ends with its own line."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from tests.helpers import equal, threads, tiny_clip
+from upcycle_bench import api, certificate, control, evalsets, features
+from upcycle_bench.certificate import MARGIN, MOST, Witness, differences, routing_margin
+from upcycle_bench.costs import Meter
+from upcycle_bench.dense import Clip
+from upcycle_bench.errors import Unsound
+from upcycle_bench.moe import moe_layers
+from upcycle_bench.progress import Reporter
+from upcycle_bench.record import CertificatePart
+from upcycle_bench.run import score
+from upcycle_bench.suite import EvalContext, SuiteResult
+from upcycle_bench.suites.few_shot import FewShot
+from upcycle_bench.suites.zero_shot import ZeroShot
+
+NAMES = ("red", "green", "blue", "grey")
+SUITES = {"zero-shot": ZeroShot(sets=("colours", "pairs"), primary=("colours",))}
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    with threads(1):
+        yield
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Noisy pictures of four tints: 90, 60, 40 and 10 of them, in order of class, and as many captioned ones."""
+    folder = tmp_path_factory.mktemp("sets")
+    rng = np.random.default_rng(0)
+    labels = np.repeat(np.arange(4), (90, 60, 40, 10))
+    tints = np.array([[200, 40, 40], [40, 200, 40], [40, 40, 200], [120, 120, 120]])
+    noise = rng.integers(-40, 40, (200, 8, 8, 3))
+    pictures = [Image.fromarray(p) for p in (tints[labels][:, None, None] + noise).astype(np.uint8)]
+    evalsets.write_classification(
+        folder / "colours", zip(pictures, labels.tolist(), strict=True), NAMES, ("{c}", "all {c}")
+    )
+    evalsets.write_classification(
+        folder / "colours", zip(pictures, labels.tolist(), strict=True), NAMES, ("{c}",), split="train"
+    )
+    captions = [[f"{NAMES[label]} {i}"] for i, label in enumerate(labels)]
+    evalsets.write_retrieval(folder / "pairs", zip(pictures, captions, strict=True))
+    return folder
+
+
+def moe(strategy: str = "sparse-upcycling") -> Clip:
+    clip = tiny_clip()
+    return replace(clip, model=api.upcycle(clip.model, strategy, experts=4).eval())
+
+
+def evaluate(root: Path, clip: Clip, suites: Any = None) -> tuple[dict[str, SuiteResult], CertificatePart | None]:
+    return score(suites or SUITES, root, clip, Meter(torch.device("cpu")), Reporter(), "")
+
+
+@pytest.mark.parametrize("experts", [False, True])
+def test_a_sound_evaluation_has_its_certificate(root: Path, experts: bool) -> None:
+    clip = moe() if experts else tiny_clip()
+    before = {name: value.clone() for name, value in clip.model.state_dict().items()}
+    results, proof = evaluate(root, clip)
+    assert proof is not None
+    assert equal(before, clip.model.state_dict())
+    # 400 images, of which 200 are the others again, and 208 texts: 128 of each, some images twice.
+    assert 128 + 80 < proof.predictions <= 256
+    assert [(each.batch_size, each.shuffled, each.differing) for each in proof.repeats] == [
+        (32, False, 0),
+        (100, True, 0),
+    ]
+    assert all(0 < each.largest_distance < 1e-5 for each in proof.repeats)
+    assert (proof.choices_routed > 0) == experts
+    assert {(each.dataset, each.samples) for each in proof.controls} == {("colours", 120), ("pairs", 200)}
+    assert all(each.z < 4 for each in proof.controls) and proof.uncontrolled is None
+    assert not any(
+        layer.gate._forward_hooks or layer.gate._forward_pre_hooks for layer in moe_layers(clip.model).values()
+    )
+    # Nothing of it stands in the scores, and it comes again.
+    alone = SUITES["zero-shot"].evaluate(
+        EvalContext(
+            model=clip.model, tokenizer=clip.tokenize, transform=clip.transform, root=root, device=torch.device("cpu")
+        )
+    )
+    values = [each.value for each in alone.scores]
+    assert [each.value for each in results["zero-shot"].scores] == pytest.approx(values, rel=1e-7)
+    _, again = evaluate(root, clip)
+    assert again == proof.model_copy(update={"seconds": again.seconds})
+
+
+class Broken(nn.Module):
+    """In the place of the image tower: what it puts out goes through `change`."""
+
+    def __init__(self, tower: nn.Module, change: Any) -> None:
+        super().__init__()
+        self.tower, self.change = tower, change
+
+    def forward(self, images_B3HW: Tensor) -> Tensor:
+        return self.change(self.tower(images_B3HW))
+
+
+def broken(change: Any) -> Clip:
+    clip = tiny_clip()
+    clip.model.visual = Broken(clip.model.visual, change)
+    return clip
+
+
+def refused(root: Path, clip: Clip, suites: Any = None) -> str:
+    with pytest.raises(Unsound) as caught:
+        evaluate(root, clip, suites)
+    text = str(caught.value)
+    assert text.startswith("the evaluation is not sound: ") and "\n" not in text
+    return text
+
+
+def test_predictions_that_depend_on_the_batch_are_refused(root: Path) -> None:
+    text = refused(root, broken(lambda pooled_BD: pooled_BD - pooled_BD.mean(dim=0)))  # as a batch norm would
+    assert "predictions come out otherwise when the same inputs are encoded again in batches of 32; at most 1" in text
+
+
+def test_predictions_that_depend_on_the_order_are_refused(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What stands at an even place of its batch is turned around: the same for all batch sizes that are even."""
+    signs = torch.tensor([1.0, -1.0]).repeat(128)[:, None]
+
+    def turned(pooled_BD: Tensor) -> Tensor:
+        return pooled_BD * signs[: len(pooled_BD)]
+
+    monkeypatch.setattr(certificate._Sample, "chosen", _in_order)
+    text = refused(root, broken(turned))
+    assert "encoded again in batches of 100, in another order,; at most" in text or "in another order" in text
+
+
+def _in_order(sample: certificate._Sample) -> tuple[list[Tensor], Tensor]:
+    """The first of the reservoir as they came, so that places in a batch keep being even or odd."""
+    return sample.rows[:128], torch.stack(sample.embeddings[:128])
+
+
+def test_dropped_tokens_are_refused(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clip = moe()
+    for layer in moe_layers(clip.model).values():
+        layer.gate.own_factor = 0.5
+        monkeypatch.setattr(layer.gate, "train", lambda mode, gate=layer.gate: gate)  # it does not hear of evaluation
+        layer.gate.training = True
+    text = refused(root, clip)
+    assert "choices of tokens were dropped in vision.1; in evaluation capacity has no limit." in text
+
+
+class Training(ZeroShot):
+    """A suite that goes on training what it scores."""
+
+    def evaluate(self, context: EvalContext) -> SuiteResult:
+        with torch.no_grad():
+            context.model.logit_scale.add_(1e-3)  # type: ignore[operator]
+        return super().evaluate(context)
+
+
+def test_changed_weights_are_refused(root: Path) -> None:
+    text = refused(root, tiny_clip(), {"training": Training(sets=("colours",), primary=("colours",))})
+    assert "it changed 1 tensors of the model, logit_scale first; a suite must not train it." in text
+
+
+def test_leaking_labels_are_refused(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Labels find their way into the image features: whatever they are, they are found right."""
+    honest = features.encode_images
+
+    def leaking(evalset: evalsets.EvalSet, context: EvalContext) -> tuple[Tensor, list[Any]]:
+        embeddings_ND, labels = honest(evalset, context)
+        if evalset.kind == "classification":
+            texts = context.tokenizer([evalset.templates[0].format(c=name) for name in evalset.classnames])
+            with torch.no_grad():
+                embeddings_ND = context.model.encode_text(texts, normalize=True)[torch.as_tensor(labels)]  # type: ignore[operator]
+        return embeddings_ND, labels
+
+    monkeypatch.setattr("upcycle_bench.texts.encode_images", leaking)
+    text = refused(root, tiny_clip())
+    assert text.count("standard errors above") == 1
+    assert "with shuffled labels zero-shot gives acc1 1.0000 on 120 samples of colours, where chance is 0.3333" in text
+    assert text.endswith("standard errors above); labels leak into the answers.")
+
+
+def test_features_of_another_model_in_the_cache_are_refused(root: Path, tmp_path: Path) -> None:
+    from upcycle_bench.cache import cache_root
+
+    task = {"pool": ("colours:train",), "test": ("colours",), "shots": (1,), "validation": 2}
+    suites = {"few-shot": FewShot(tasks={"colours": task}, draws=1)}
+    clip, meter = tiny_clip(), Meter(torch.device("cpu"))
+    others = set((cache_root() / "features").glob("*"))
+    first, proof = score(suites, root, clip, meter, Reporter(), "a hash")
+    again, cached = score(suites, root, clip, meter, Reporter(), "a hash")
+    assert proof is not None and cached is not None
+    assert [each.value for each in first["few-shot"].scores] == [each.value for each in again["few-shot"].scores]
+    assert cached.uncontrolled is not None and cached.controls == ()
+    for path in set((cache_root() / "features").iterdir()) - others:
+        with np.load(path) as arrays:
+            changed = {"features": np.roll(arrays["features"], 1, axis=1), "labels": arrays["labels"]}
+        np.savez(path, **changed)
+    with pytest.raises(Unsound, match=r"\.npz holds embeddings that its model does not give; delete it\.$"):
+        score(suites, root, clip, meter, Reporter(), "a hash")
+
+
+@pytest.mark.parametrize("part", ["classes", "texts"])
+def test_texts_of_another_model_in_the_cache_are_refused(root: Path, part: str) -> None:
+    from upcycle_bench.cache import cache_root
+
+    clip, meter, digest = tiny_clip(), Meter(torch.device("cpu")), f"{part} of"
+    others, changed = set((cache_root() / "features").glob("*")), {}
+    score(SUITES, root, clip, meter, Reporter(), digest)
+    score(SUITES, root, clip, meter, Reporter(), digest)  # cached, and right
+    for path in set((cache_root() / "features").iterdir()) - others:
+        with np.load(path) as arrays:
+            if part in arrays:
+                changed = {part: np.roll(arrays[part], 1, axis=1)}
+        if changed:
+            np.savez(path, **changed)
+            changed = {}
+    with pytest.raises(Unsound, match="holds embeddings that its model does not give"):
+        score(SUITES, root, clip, meter, Reporter(), digest)
+
+
+def test_who_encodes_unseen_has_no_certificate(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unseen(self: ZeroShot, context: EvalContext) -> SuiteResult:
+        return SuiteResult([], {}, skipped={"": "nothing to do"})
+
+    monkeypatch.setattr(ZeroShot, "evaluate", unseen)
+    assert evaluate(root, tiny_clip())[1] is None
+    with Witness(tiny_clip().model) as witness:
+        witness.saw(nn.Identity(), None, torch.zeros(2, 3, 8, 8), torch.zeros(2, 4))  # a copy that a suite trains
+    assert witness._samples["images"].seen == 0
+
+
+def context_of(clip: Clip) -> EvalContext:
+    return EvalContext(
+        model=clip.model, tokenizer=clip.tokenize, transform=clip.transform, root=Path(), device=torch.device("cpu")
+    )
+
+
+def test_routing_margins_against_the_gates_own_probabilities() -> None:
+    clip = moe()
+    image = torch.randn(3, *clip.model.visual.image_size, generator=torch.Generator().manual_seed(0))
+    seen: list[Tensor] = []
+    layers = moe_layers(clip.model)
+    for layer in layers.values():
+        layer.gate.register_forward_hook(partial(_probabilities, seen, layer))
+    margin = routing_margin(clip.model, clip.model.encode_image, image, context_of(clip))
+    assert len(seen) == 2  # vision.1 and vision.3
+    slow = min(float(sorted(row)[-2] - sorted(row)[-3]) for probs_TN in seen for row in probs_TN.tolist())
+    assert margin == pytest.approx(slow, abs=1e-7) and margin > 0
+    dense = tiny_clip()
+    assert routing_margin(dense.model, dense.model.encode_image, image, context_of(dense)) == math.inf
+
+
+def _probabilities(seen: list[Tensor], layer: Any, _gate: nn.Module, args: Any, _output: Any) -> None:
+    seen.append(torch.softmax(args[0] @ layer.gate.wg.weight.T, dim=1).detach())
+
+
+@pytest.mark.parametrize(("scale", "sound"), [(1e-6, True), (1.0, False)])
+def test_one_difference_may_be_traced_to_a_routing_margin(root: Path, scale: float, sound: bool) -> None:
+    """One image comes out otherwise in small batches; sound only where all experts are as good as equal."""
+    clip = moe()
+    for layer in moe_layers(clip.model).values():
+        layer.gate.wg.weight.data.mul_(scale)
+    odd: list[Tensor] = []
+
+    def change(pooled_BD: Tensor) -> Tensor:
+        if len(pooled_BD) == 200:  # the evaluation's own batch
+            odd[:] = [pooled_BD[5].clone()]
+            return pooled_BD
+        same_B = torch.isclose(pooled_BD, odd[0], atol=1e-6).all(dim=1)
+        return torch.where(same_B[:, None], -pooled_BD, pooled_BD)
+
+    clip.model.visual = Broken(clip.model.visual, change)
+    suites = {"zero-shot": ZeroShot(sets=("colours",), primary=("colours",))}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(certificate._Sample, "chosen", _in_order)
+        patch.setattr(control, "run", lambda *_: ([], "left out"))
+        if sound:
+            _, proof = evaluate(root, clip, suites)
+            assert proof is not None
+            for repeat in proof.repeats:
+                assert repeat.differing == 1 == len(repeat.margins)
+                assert 0 <= repeat.margins[0] < MARGIN and repeat.largest_distance > 1
+        else:
+            text = refused(root, clip, suites)
+            assert "no routing margin below 1e-05 explains it (the least routing margin is" in text
+
+
+def test_differences_against_a_slow_reference() -> None:
+    generator = torch.Generator().manual_seed(0)
+    before = [nn.functional.normalize(torch.randn(n, 5, generator=generator), dim=1) for n in (30, 20)]
+    again = [part + 0.05 * torch.randn(part.shape, generator=generator) for part in before]
+
+    def nearest(query_D: Tensor, gallery_GD: Tensor, but: int = -1) -> int:
+        cosines = [float(query_D @ other_D) if g != but else -2.0 for g, other_D in enumerate(gallery_GD)]
+        return max(range(len(cosines)), key=cosines.__getitem__)
+
+    expected = []
+    for query, gallery in ((0, 1), (1, 0)):
+        for q in range(len(before[query])):
+            old, new = (nearest(parts[query][q], before[gallery]) for parts in (before, again))
+            if old != new:
+                expected.append(30 * query + q)
+    assert len(expected) > 2
+    assert list(differences(before, again)) == expected
+    alone = [q for q in range(30) if nearest(before[0][q], before[0], q) != nearest(again[0][q], before[0], q)]
+    assert list(differences(before[:1], again[:1])) == alone != []
+
+
+@pytest.mark.parametrize(("shift", "found"), [(6e-6, []), (1e-5, [0])])
+def test_answers_as_near_as_rounding_are_the_same(shift: float, found: list[int]) -> None:
+    """cos((1, -s), (0.8, +-0.6)) = 0.8 -+ 0.6 s: the answers are 1.2 s apart, and MARGIN is 1e-5."""
+    answers_GD = torch.tensor([[0.8, 0.6], [0.8, -0.6]], dtype=torch.float64)
+    before, again = torch.tensor([[[1, 1e-9]], [[1, -shift]]], dtype=torch.float64)
+    assert list(differences([before, answers_GD], [again, answers_GD])) == found
+
+
+def test_the_reservoir_is_a_fair_sample() -> None:
+    """Rows 0 .. 4999 in uneven batches: `MOST` are kept, from everywhere alike, each with its own embedding."""
+    sample = certificate._Sample(torch.Generator().manual_seed(0))
+    numbers = torch.arange(5000)
+    for batch in numbers.split([1, 299, 700, 4000]):
+        sample.add(None, batch[:, None], batch[:, None].float())
+    rows, embeddings_ND = sample.chosen()
+    assert len(sample.rows) == MOST == 512 and len(rows) == 500  # a tenth
+    kept = torch.cat(sample.rows)
+    assert len(kept.unique()) == 512 and torch.equal(torch.cat(rows).float(), embeddings_ND[:, 0])
+    assert torch.histc(kept.float(), 5, 0, 5000).tolist() == pytest.approx([102.4] * 5, abs=36)  # 4 sigma
+
+
+def test_labels_are_shuffled_and_balanced(root: Path, tmp_path: Path) -> None:
+    assert control.shuffled(root / "colours", tmp_path / "colours") == 120  # 40 of the first three
+    made = evalsets.read(tmp_path / "colours", np.asarray, 200)
+    ((images, labels),) = made.batches
+    counts = np.bincount(labels)
+    assert len(set(counts.tolist())) == 1 and made.templates == ("{c}",)
+    means = np.array([image.reshape(-1, 3).mean(axis=0) for image in images])
+    true = [NAMES.index(made.classnames[k]) for k in range(len(counts))]
+    tints = means.argmax(axis=1)  # of red, green and blue pictures
+    assert np.bincount(tints, minlength=3)[true].tolist() == counts.tolist()
+    agree = np.mean(np.array(true)[labels] == tints)
+    assert agree == pytest.approx(1 / len(counts), abs=0.12)  # 3 sigma
+
+    assert control.shuffled(root / "pairs", tmp_path / "pairs") == 200
+    ((images, captions),) = evalsets.read(tmp_path / "pairs", np.asarray, 200).batches
+    ((originals, true_captions),) = evalsets.read(root / "pairs", np.asarray, 200).batches
+    of_image = {image.tobytes(): texts for image, texts in zip(originals, true_captions, strict=True)}
+    assert sorted(captions) == sorted(true_captions)
+    assert np.mean([of_image[image.tobytes()] == texts for image, texts in zip(images, captions, strict=True)]) < 0.03
+
+
+def test_small_sets_and_other_labels_have_no_control(root: Path, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    pictures = [Image.fromarray(p) for p in rng.integers(0, 256, (40, 8, 8, 3), dtype=np.uint8)]
+    evalsets.write_classification(tmp_path / "few", zip(pictures, [0, 1] * 20, strict=True), ("a", "b"), ("{c}",))
+    _, proof = evaluate(tmp_path, tiny_clip(), {"zero-shot": ZeroShot(sets=("few",), primary=("few",))})
+    assert proof is not None and proof.controls == ()
+    assert proof.uncontrolled == "evaluation set few: 40 samples are too few for a control."

@@ -1,0 +1,189 @@
+"""Pairs one word apart: scores against numbers worked by hand, chance, errors by clusters, what is skipped.
+
+Shape suffixes: P pairs, D embedding.
+"""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from pydantic import ValidationError
+
+from upcycle_bench import evalsets
+from upcycle_bench.errors import UserError
+from upcycle_bench.suite import EvalContext, SuiteResult
+from upcycle_bench.suites.compositional import CHANCE, Compositional, clustered_mean, judge_pairs
+
+
+class Coloured(torch.nn.Module):
+    """An image is its mean colour, a text the colour that stands in `colours` for its tokens."""
+
+    def __init__(self, colours: dict[str, tuple[float, float, float]]) -> None:
+        super().__init__()
+        self.known = list(colours)
+        self.colour_VD = torch.tensor(list(colours.values()))
+
+    def tokenize(self, texts: list[str]) -> torch.Tensor:
+        return torch.tensor([[self.known.index(text)] for text in texts])
+
+    def encode_image(self, images_B3HW: torch.Tensor) -> torch.Tensor:
+        return images_B3HW.mean(dim=(2, 3))
+
+    def encode_text(self, text_BL: torch.Tensor) -> torch.Tensor:
+        return self.colour_VD[text_BL[:, 0]]
+
+
+RED, GREEN, BLUE = (1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0)
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """Two sets of squares, one of which has no pairs, and one of labels."""
+    pictures = {name: Image.new("RGB", (4, 4), name) for name in ("red", "lime", "blue", "yellow")}
+    shown = [("red", "box left"), ("lime", "box right"), ("blue", "bell"), ("yellow", "bell off"), ("red", "a star")]
+    for name in ("squares", "again"):
+        evalsets.write_retrieval(tmp_path / name, [(pictures[colour], [caption]) for colour, caption in shown])
+    evalsets.write_retrieval(tmp_path / "lonely", [(pictures["red"], ["red"]), (pictures["blue"], ["blue"])])
+    evalsets.write_classification(tmp_path / "labels", [(pictures["red"], 0)], ("a", "b"), ("{c}",))
+    return tmp_path
+
+
+def context(root: Path, model: Coloured, batch_size: int = 256) -> EvalContext:
+    def transform(image: Image.Image) -> torch.Tensor:
+        return torch.from_numpy(np.asarray(image).astype(np.float32).transpose(2, 0, 1) / 255)
+
+    return EvalContext(
+        model=model, tokenizer=model.tokenize, transform=transform, root=root, device=torch.device("cpu"),
+        batch_size=batch_size,
+    )  # fmt: skip
+
+
+def model() -> Coloured:
+    """Knows left from right; of the bells one text is green, which is nearer to yellow than to blue, the other red."""
+    return Coloured({"box left": RED, "box right": GREEN, "bell": GREEN, "bell off": RED})
+
+
+def values(result: SuiteResult) -> dict[tuple[str, str], float]:
+    return {(score.dataset, score.metric): score.value for score in result.scores}
+
+
+@pytest.mark.filterwarnings("ignore:WebDataset.shardshuffle")
+def test_a_set_worked_by_hand(root: Path) -> None:
+    """Cosines: box left with red 1, with lime 0; box right the other way round: all four right.
+
+    Yellow is (1, 1, 0) / sqrt 2. "bell", green: with blue 0, with yellow 0.71. "bell off", red: with blue 0, with
+    yellow 0.71. So blue has a tie, yellow too: no text score; "bell" prefers yellow, which is wrong, "bell off" prefers
+    yellow, which is right: no image score; one comparison of four is right.
+    """
+    result = Compositional(sets=("squares", "lonely")).evaluate(context(root, model()))
+    found = values(result)
+    assert {name for name, _ in found} == {"squares"}  # one set has no mean over sets
+    expected = {"text_score": (1 + 0) / 2, "image_score": 1 / 2, "group_score": 1 / 2, "pairwise_accuracy": 5 / 8}
+    assert {metric: found["squares", metric] for metric in CHANCE} == expected
+    assert {metric: found["squares", f"{metric}[swapped]"] for metric in CHANCE} == dict.fromkeys(CHANCE, 1.0)
+    assert found["squares", "pairwise_accuracy[added]"] == 1 / 4
+    assert [score.metric for score in result.scores if score.primary] == ["group_score"]
+    assert {score.metric: score.chance for score in result.scores if "[" not in score.metric} == CHANCE
+    assert result.skipped == {"lonely": "no two of its captions differ by exactly one word."}
+    assert result.notes["squares"] | {"manifest": ""} == {"images": 5, "candidates": 2, "pairs": 2, "manifest": ""}
+    names = [(row["words"], row["pairs"], row["pairwise_accuracy"]) for row in result.notes["words"]]
+    assert names == [("- / off", 1, 0.25), ("left / right", 1, 1.0)]
+    assert result.outcomes["squares/group"].tolist() == [True, False]
+    assert result.outcomes["squares/comparisons"].tolist() == [4, 1]
+
+
+@pytest.mark.filterwarnings("ignore:WebDataset.shardshuffle")
+def test_the_mean_over_sets_and_the_batch(root: Path) -> None:
+    suite = Compositional(sets=("squares", "again"))
+    result, other = suite.evaluate(context(root, model())), suite.evaluate(context(root, model(), batch_size=2))
+    found = values(result)
+    assert found["average", "group_score"] == found["squares", "group_score"] == 1 / 2
+    assert values(other) == found
+    # Equal words are one cluster in both sets: twice the pairs, no more clusters, the error of one set.
+    errors = {score.dataset: score.standard_error for score in result.scores if score.metric == "pairwise_accuracy"}
+    assert errors["average"] == pytest.approx(errors["squares"])
+    samples = {(score.dataset, score.metric): score.samples for score in result.scores}
+    assert (samples["squares", "group_score"], samples["average", "group_score"]) == (2, 4)
+
+
+@pytest.mark.filterwarnings("ignore:WebDataset.shardshuffle")
+def test_what_cannot_be_scored_says_why(root: Path) -> None:
+    with pytest.raises(UserError, match="compositional: lonely: no two captions differ"):
+        Compositional(sets=("lonely",)).evaluate(context(root, model()))
+    with pytest.raises(UserError, match="compositional: labels: labels, not captions"):
+        Compositional(sets=("squares", "labels")).evaluate(context(root, model()))
+    with pytest.raises(UserError, match="evaluation set not found: nowhere"):
+        Compositional(sets=("nowhere",)).sources(root)
+    with pytest.raises(ValidationError, match="sets are different"):
+        Compositional(sets=("squares", "squares"))
+
+
+def embeddings(count: int, width: int, seed: int) -> torch.Tensor:
+    """Random unit vectors [P, 2, D]."""
+    return F.normalize(torch.randn(count, 2, width, generator=torch.Generator().manual_seed(seed)), dim=-1)
+
+
+@pytest.mark.parametrize("shuffled", [False, True])
+def test_a_shuffled_control_is_at_chance(shuffled: bool) -> None:
+    """Each image is near its caption; with the images of other pairs nothing is left but chance, as it is defined."""
+    count = 8000
+    texts_PTD = embeddings(count, 256, 0)
+    images_PID = F.normalize(texts_PTD + 0.5 * embeddings(count, 256, 1), dim=-1)
+    if shuffled:
+        images_PID = images_PID.roll(1, dims=0)
+    judged = judge_pairs(images_PID, texts_PTD)
+    for metric, chance in CHANCE.items():
+        expected = chance if shuffled else 1.0
+        error = float(judged[metric].std()) / math.sqrt(count)
+        assert judged[metric].mean() == pytest.approx(expected, abs=4 * error), metric
+
+
+def test_captions_exchanged_by_a_coin_are_right_half_the_time() -> None:
+    """Whatever a model knows; here its images are alike, as a real one's are, so other scores are not at chance."""
+    count = 8000
+    texts_PTD = embeddings(count, 32, 0)
+    images_PID = F.normalize(texts_PTD + embeddings(1, 32, 1) + 0.5 * embeddings(count, 32, 2), dim=-1)
+    exchanged = torch.rand(count, generator=torch.Generator().manual_seed(3)) < 0.5
+    control_PTD = torch.where(exchanged[:, None, None], texts_PTD.flip(1), texts_PTD)
+    judged = judge_pairs(images_PID, control_PTD)
+    assert judge_pairs(images_PID, texts_PTD)["pairwise_accuracy"].mean() > 0.9
+    accuracy = judged["pairwise_accuracy"]
+    assert accuracy.mean() == pytest.approx(0.5, abs=4 * accuracy.std() / math.sqrt(count))
+    # A model that does not look has its texts right for one image of every two, so for no pair.
+    blind = judge_pairs(embeddings(1, 32, 1)[:, :1].expand(count, 2, 32), texts_PTD)
+    assert (blind["text_score"].mean(), blind["image_score"].mean()) == (0, 0)
+    # Two right of four for texts but for no image: equal images tie, and a tie is wrong.
+    assert blind["pairwise_accuracy"].mean() == 0.25
+
+
+def test_errors_count_clusters() -> None:
+    values = np.random.default_rng(0).random(40)
+    alone = np.arange(40)
+    mean, error, interval = clustered_mean([values], [alone])
+    assert (mean, error) == pytest.approx((values.mean(), values.std(ddof=1) / math.sqrt(40)))
+    assert interval is not None and interval[1] - mean == pytest.approx(2.0227 * error, rel=1e-4)  # t of 39
+    # The same values twice, known to be the same, are worth no more.
+    assert clustered_mean([np.repeat(values, 2)], [np.repeat(alone, 2)])[1] == pytest.approx(error)
+    # By hand: means 1/2 and 1, mean 3/4. Residuals over (2 values * 2 sets): a 1/8, b -1/8, of the other set none.
+    # Sum of squares 1/32, times 2 clusters / 1: 1/16.
+    two = clustered_mean([np.array([1.0, 0.0]), np.array([1.0, 1.0])], [np.array(["a", "b"]), np.array(["a", "a"])])
+    assert two[:2] == pytest.approx((0.75, 0.25))
+    assert clustered_mean([np.array([1.0, 0.0])], [np.array(["a", "a"])]) == (0.5, None, None)
+
+
+def test_the_error_is_that_of_drawing_words_anew() -> None:
+    """Against the obvious way: the spread of the mean over many worlds in which words are easy or hard."""
+    rng = np.random.default_rng(1)
+    means, errors = [], []
+    for _ in range(400):
+        words = np.repeat(np.arange(30), rng.integers(1, 12, 30))
+        easy = rng.random(30)
+        right = (rng.random(len(words)) < easy[words]).astype(float)
+        mean, error, _ = clustered_mean([right], [words])
+        means.append(mean)
+        errors.append(error)
+    assert np.mean(errors) == pytest.approx(np.std(means), rel=0.12)

@@ -1,0 +1,96 @@
+"""The FLOP counter against PyTorch's own, on all that this project counts."""
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
+
+from tests.helpers import captions, tiny_clip, upcycled
+from upcycle_bench import packed
+from upcycle_bench.flops import FlopCounter, counted_flops, flop_formulas
+from upcycle_bench.registry import load_registry
+from upcycle_bench.strategy import configure
+
+
+def by_pytorch(work: Callable[[], Any]) -> int:
+    formulas = {key: partial(formula) for key, formula in flop_formulas().items() if key not in flop_registry}
+    for formula in formulas.values():
+        formula._get_raw = True  # type: ignore[attr-defined]  # they turn tensors into shapes themselves
+    with FlopCounterMode(display=False, custom_mapping=formulas) as counter:
+        work()
+    return counter.get_total_flops()
+
+
+def by_us(work: Callable[[], Any]) -> int:
+    with FlopCounter() as counter:
+        work()
+    return counter.get_total_flops()
+
+
+def model_of(kind: str) -> Any:
+    clip = tiny_clip()
+    if kind == "dense":
+        return clip.model
+    strategy = configure(load_registry().get("strategy", "sparse-upcycling").target, {})
+    return upcycled(strategy, clip, seed=0).model
+
+
+def images_of(model: Any, count: int) -> Tensor:
+    return torch.rand(count, 3, *model.visual.image_size)
+
+
+@pytest.mark.parametrize("kind", ["dense", "upcycled"])
+@pytest.mark.parametrize("mode", ["evaluation", "inference mode", "training"])
+def test_the_count_is_pytorchs(kind: str, mode: str) -> None:
+    model = model_of(kind).train(mode == "training")
+    images, texts = images_of(model, 3), captions([3, 6, 4], model.context_length, torch.Generator().manual_seed(0))
+
+    def work() -> None:
+        image_BD, text_BD = model.encode_image(images), packed.encode_text(model, texts)
+        scores = F.normalize(image_BD, dim=1) @ F.normalize(text_BD, dim=1).T
+        if mode == "training":
+            F.cross_entropy(scores, torch.arange(3)).backward()
+
+    guard = {"evaluation": torch.no_grad, "inference mode": torch.inference_mode, "training": nullcontext}[mode]
+    with guard():
+        ours, theirs = by_us(work), by_pytorch(work)
+    assert ours == theirs > 10**5
+
+
+def test_other_operations_are_counted_as_pytorch_does() -> None:
+    image, sequence = torch.rand(2, 3, 8, 8), torch.rand(2, 4, 6, 8)
+    convolution = nn.Conv2d(3, 5, 3)
+    works: list[Callable[[], Any]] = [
+        lambda: convolution(image).sum().backward(),
+        lambda: F.scaled_dot_product_attention(sequence, sequence, sequence),
+        lambda: torch.baddbmm(torch.zeros(2, 4, 4), torch.rand(2, 4, 3), torch.rand(2, 3, 4)),
+        lambda: torch.einsum("abcd,abed->abce", sequence, sequence),
+        lambda: sequence.exp().sum(),
+    ]
+    counts = [by_us(work) for work in works]
+    assert counts == [by_pytorch(work) for work in works]
+    assert counts[2] == 2 * 2 * 4 * 3 * 4
+    assert min(counts[:4]) > 0 == counts[4]
+
+
+def test_counting_changes_no_number() -> None:
+    model = model_of("upcycled").eval()
+    images = images_of(model, 3)
+    before = torch.backends.mha.get_fastpath_enabled()
+    with torch.no_grad():
+        with counted_flops() as counter:
+            assert not torch.backends.mha.get_fastpath_enabled()
+            counted = model.encode_image(images)
+        assert torch.backends.mha.get_fastpath_enabled() is before
+        torch.backends.mha.set_fastpath_enabled(False)
+        try:
+            plain = model.encode_image(images)
+        finally:
+            torch.backends.mha.set_fastpath_enabled(before)
+    assert torch.equal(counted, plain) and counter.get_total_flops() > 0

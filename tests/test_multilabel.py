@@ -1,0 +1,150 @@
+"""Multilabel sets: CLIP_benchmark's mean average precision, what guessing reaches, from shards to scores."""
+
+import itertools
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from clip_benchmark.metrics import zeroshot_classification
+from clip_benchmark.metrics.zeroshot_classification import average_precision_per_class
+from PIL import Image
+
+from tests.helpers import tiny_clip
+from upcycle_bench import evalsets
+from upcycle_bench.average_precision import average_precisions, chance_average_precisions, precision_uncertainty
+from upcycle_bench.errors import UserError
+from upcycle_bench.suite import EvalContext
+from upcycle_bench.suites.few_shot import FewShot
+from upcycle_bench.suites.zero_shot import ZeroShot
+
+NAMES, TEMPLATES = ("red", "green", "blue", "nothing"), ("a {c} square", "{c}")
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Squares with up to three colours; `nothing` is never there, and some images show no class."""
+    root, rng = tmp_path_factory.mktemp("sets"), np.random.default_rng(0)
+    samples = []
+    for number in range(50):
+        shown = [place for place in range(3) if (number >> place) % 2]
+        pixels = rng.integers(0, 120, (8, 8, 3), dtype=np.uint8)
+        pixels[..., shown] += 100
+        samples.append((Image.fromarray(pixels), shown))
+    evalsets.write_multilabel(root / "colours", samples, NAMES, TEMPLATES)
+    evalsets.write_classification(root / "one", [(image, 0) for image, _ in samples], NAMES, TEMPLATES)
+    return root
+
+
+def context(root: Path, batch_size: int = 16) -> EvalContext:
+    clip = tiny_clip()
+    return EvalContext(
+        model=clip.model.eval(),
+        tokenizer=clip.tokenize,
+        transform=clip.transform,
+        root=root,
+        device=torch.device("cpu"),
+        batch_size=batch_size,
+    )
+
+
+def test_average_precision_by_hand() -> None:
+    # Class 0, by score: image 1 (right), 0 (wrong), 2 (right): (1/1 + 2/3) / 2. Class 1: the tie of 0 and 1 in the
+    # set's order, then 2: the only right one is second, 1/2. Class 2 is never there.
+    score_NC = np.array([[0.5, 1.0, 0.3], [0.9, 1.0, 0.2], [0.1, 0.0, 0.1]])
+    label_NC = np.array([[0, 0, 0], [1, 1, 0], [1, 0, 0]])
+    assert average_precisions(score_NC, label_NC).tolist() == pytest.approx([5 / 6, 1 / 2, 0])
+
+
+def test_its_uncertainty_against_resamples_sorted_anew() -> None:
+    rng = np.random.default_rng(0)
+    label_NC = rng.random((80, 4)) < 0.3
+    score_NC = label_NC + rng.normal(size=(80, 4))
+    known = precision_uncertainty(score_NC, label_NC, draws=400)
+    drawn = [rng.integers(0, 80, 80) for _ in range(400)]
+    slow = np.std([average_precisions(score_NC[rows], label_NC[rows]).mean() for rows in drawn], ddof=1)
+    assert known.standard_error == pytest.approx(slow, rel=0.2) and slow > 0.02
+    mean = average_precisions(score_NC, label_NC).mean()
+    assert known.interval == pytest.approx(
+        (mean - 1.96 * known.standard_error, mean + 1.96 * known.standard_error), rel=1e-4
+    )
+    assert precision_uncertainty(label_NC.astype(float), label_NC).interval == (1, 1)
+
+
+def test_chance_is_the_mean_over_all_orders() -> None:
+    label_NC = np.array([[1, 1, 0, 1], [1, 0, 0, 0], [0, 1, 0, 0], [0, 1, 0, 0], [0, 1, 0, 0]])
+    orders = [np.array(order)[:, None].repeat(4, 1) for order in itertools.permutations(range(5))]
+    means = np.mean([average_precisions(order, label_NC) for order in orders], axis=0)
+    np.testing.assert_allclose(chance_average_precisions(label_NC), means, rtol=1e-12)
+    assert chance_average_precisions(np.ones((1, 1))).tolist() == [1.0]
+
+
+def test_equals_clip_benchmarks_of_any_scores() -> None:
+    rng = np.random.default_rng(0)
+    score_NC, label_NC = rng.normal(size=(500, 20)).astype(np.float32), rng.random((500, 20)) < rng.random(20) / 3
+    theirs_C = average_precision_per_class(torch.from_numpy(score_NC), torch.from_numpy(label_NC))
+    np.testing.assert_allclose(average_precisions(score_NC, label_NC), theirs_C.numpy(), rtol=2e-6)
+
+
+@pytest.mark.filterwarnings("ignore:WebDataset.shardshuffle")
+def test_the_suite_equals_clip_benchmark(root: Path) -> None:
+    """Their reader, their classifier, their logits."""
+    from clip_benchmark.datasets.builder import build_dataset
+
+    given = context(root)
+    dataset = build_dataset("wds/colours", root=str(root / "colours"), transform=given.transform, split="test")
+    batches = [(images, torch.as_tensor(labels)) for images, labels in dataset.batched(16)]
+
+    class Loader:
+        def __init__(self) -> None:
+            self.dataset = SimpleNamespace(classes=dataset.classes)
+
+        def __iter__(self):
+            return iter(batches)
+
+    theirs = zeroshot_classification.evaluate(
+        given.model, Loader(), given.tokenizer, dataset.classes, dataset.templates, "cpu", amp=False
+    )
+    suite = ZeroShot.of_set(root / "colours")
+    assert (suite.primary, suite.primary_metric) == (("colours",), "mean_average_precision")
+    result = suite.evaluate(given)
+    (score,) = result.scores
+    assert {score.metric: score.value} == pytest.approx(theirs, abs=1e-6)
+    assert (score.samples, score.primary, score.higher_is_better) == (50, True, True)
+    precision_C = result.outcomes["colours/average_precision"]
+    assert score.value == precision_C.mean() and precision_C[3] == 0
+    assert 0.3 < score.chance < 0.5 < precision_C[:3].max()  # half of the images show a colour; one class is empty
+    assert list(result.outcomes) == ["colours/average_precision"]
+    (again,) = suite.evaluate(context(root, batch_size=7)).scores
+    assert again.value == pytest.approx(score.value, abs=1e-9)
+
+
+def test_beside_other_kinds(root: Path) -> None:
+    found = ZeroShot(sets=("colours", "one"), primary=("one",)).evaluate(context(root))
+    assert [(s.dataset, s.metric, s.primary) for s in found.scores][:2] == [
+        ("colours", "mean_average_precision", False),
+        ("one", "log_likelihood", True),
+    ]
+    for settings, message in (
+        ({"sets": ("colours",), "primary": ("colours",)}, "multilabel set colours 'log_likelihood'"),
+        ({"sets": ("one",), "primary": ("one",), "temperature_sets": ("colours",)}, "fitted to the multilabel set"),
+    ):
+        with pytest.raises(UserError, match=message):
+            ZeroShot(**settings).evaluate(context(root))
+    with pytest.raises(UserError, match="several labels an image; a probe needs one"):
+        FewShot.of_set(root / "colours")
+    task = {"pool": ("colours",), "test": ("one",), "shots": (1,), "validation": 1}
+    with pytest.raises(UserError, match="a multilabel set; a probe needs a classification set"):
+        FewShot(tasks={"colours": task}).evaluate(context(root))
+
+
+def test_labels_that_do_not_fit_are_errors(root: Path, tmp_path: Path) -> None:
+    picture = Image.new("RGB", (8, 8))
+    with pytest.raises(ValueError, match="label 4 is not one of 4 classes"):
+        evalsets.write_multilabel(tmp_path / "x", [(picture, (0, 4))], NAMES, TEMPLATES)
+    evalsets.write_multilabel(tmp_path / "short", [(picture, (0,))], NAMES, TEMPLATES)
+    (tmp_path / "short" / "classnames.txt").write_text("a\nb\nc\n")
+    with pytest.raises(UserError, match="short: an image has not a 0 or 1 for each of 3 classes") as caught:
+        ZeroShot.of_set(tmp_path / "short").evaluate(context(tmp_path))
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,185 @@
+"""Text embeddings are encoded once for each file of weights; what could change them misses; damage is noticed."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+from PIL import Image
+
+from tests.helpers import MODEL, tiny_clip
+from upcycle_bench import evalsets, packed
+from upcycle_bench.embedding_cache import remembered
+from upcycle_bench.evalsets import EvalSet
+from upcycle_bench.suite import EvalContext
+from upcycle_bench.suites.zero_shot import ZeroShot
+from upcycle_bench.texts import class_embeddings, encode_texts
+
+SET = EvalSet("animals", "classification", ("dog", "cat", "owl"), ("{c}", "a photo of a {c}"), ())
+CAPTIONS = ("a dog", "two cats", "a dog")
+
+
+@pytest.fixture
+def features(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where embeddings go, in a cache of this test's own."""
+    monkeypatch.setenv("UPCYCLE_BENCH_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "features"
+
+
+class Towers:
+    """A CLIP, and what its towers have seen: the shapes of text batches, the number of images."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.clip = tiny_clip()
+        self.clip.model.eval()
+        self.text_shapes: list[tuple[int, ...]] = []
+        self.images = 0
+        encode_text, encode_image = packed.encode_text, self.clip.model.encode_image
+
+        def text(model: Any, text_BL: torch.Tensor) -> torch.Tensor:
+            self.text_shapes.append(tuple(text_BL.shape))
+            return encode_text(model, text_BL)
+
+        def image(images_B3HW: torch.Tensor) -> torch.Tensor:
+            self.images += len(images_B3HW)
+            return encode_image(images_B3HW)
+
+        monkeypatch.setattr(packed, "encode_text", text)
+        monkeypatch.setattr(self.clip.model, "encode_image", image)
+
+    def texts(self) -> int:
+        """Texts encoded since it was last asked."""
+        seen, self.text_shapes = self.text_shapes, []
+        return sum(rows for rows, *_ in seen)
+
+    def context(self, **changes: Any) -> EvalContext:
+        return replace(
+            EvalContext(
+                model=self.clip.model,
+                tokenizer=self.clip.tokenize,
+                transform=self.clip.transform,
+                root=Path(),
+                device=torch.device("cpu"),
+                batch_size=16,
+                weights="w" * 64,
+            ),
+            **changes,
+        )
+
+
+@pytest.fixture
+def towers(features: Path, monkeypatch: pytest.MonkeyPatch) -> Towers:
+    return Towers(monkeypatch)
+
+
+def test_a_second_evaluation_calls_no_text_tower(towers: Towers, tmp_path: Path) -> None:
+    root, rng = tmp_path / "sets", np.random.default_rng(0)
+    pictures = [Image.fromarray(p) for p in rng.integers(0, 256, (24, 8, 8, 3), dtype=np.uint8)]
+    evalsets.write_classification(
+        root / "one", zip(pictures, [0, 1, 2] * 8, strict=True), SET.classnames, SET.templates
+    )
+    evalsets.write_multilabel(root / "many", zip(pictures, [(0, 1)] * 24, strict=True), SET.classnames, SET.templates)
+    pairs = [(picture, [f"number {i}", "a dog"]) for i, picture in enumerate(pictures)]
+    evalsets.write_retrieval(root / "pairs", pairs)
+    suite = ZeroShot(sets=("one", "many", "pairs"), primary=("one",))
+
+    first = suite.evaluate(towers.context(root=root))
+    assert (towers.texts(), towers.images) == (3 * 2 + 24 + 1, 3 * 24)  # classes once for two sets, "a dog" once
+    second = suite.evaluate(towers.context(root=root))
+    assert (towers.texts(), towers.images) == (0, 6 * 24)
+    assert second.scores == first.scores
+    for name, values in first.outcomes.items():
+        np.testing.assert_array_equal(second.outcomes[name], values)
+    suite.evaluate(towers.context(root=root, weights=""))  # unknown weights: nothing is taken from the cache
+    assert towers.texts() == 31
+
+
+def test_what_could_change_an_embedding_misses(towers: Towers, monkeypatch: pytest.MonkeyPatch) -> None:
+    class_embeddings(SET, towers.context(), {})
+    assert towers.texts() == 6
+    class_embeddings(replace(SET, name="other name", kind="multilabel"), towers.context(), {})
+    assert towers.texts() == 0
+    shorter = open_clip.get_tokenizer(MODEL, context_length=7)
+    for evalset, changes in (
+        (SET, {"weights": "v" * 64}),
+        (SET, {"tokenizer": shorter}),
+        (SET, {"tokenizer": lambda texts: towers.clip.tokenize([text.upper() + "!" for text in texts])}),
+        (SET, {"batch_size": 5}),  # otherwise a proof that batches do not matter would compare a file with itself
+        (replace(SET, templates=("{c}", "a painting of a {c}")), {}),
+        (replace(SET, templates=SET.templates[::-1]), {}),
+        (replace(SET, classnames=("dog", "cat", "cow")), {}),
+        (replace(SET, classnames=("cat", "dog", "owl")), {}),
+    ):
+        class_embeddings(evalset, towers.context(**changes), {})
+        assert towers.texts() == 6, (evalset, changes)
+    encode_texts(CAPTIONS, "x", towers.context(), {})
+    encode_texts(["two cats", "a dog"], "x", towers.context(), {})  # the same in another order
+    assert towers.texts() == 2 + 2
+    monkeypatch.setenv("UPCYCLE_BENCH_EXPERTS", "deepspeed")
+    encode_texts(CAPTIONS, "x", towers.context(), {})
+    assert towers.texts() == 2
+
+
+def test_the_cache_gives_what_the_model_gives(towers: Towers) -> None:
+    fresh = (
+        encode_texts(CAPTIONS, "x", towers.context(weights=""), {}),
+        class_embeddings(SET, towers.context(weights=""), {}),
+    )
+    for _ in range(2):
+        known: dict[str, torch.Tensor] = {}
+        texts_ND = encode_texts(CAPTIONS, "x", towers.context(), known)
+        assert torch.equal(texts_ND, fresh[0]) and torch.equal(texts_ND[0], texts_ND[2])
+        assert torch.equal(class_embeddings(SET, towers.context(), {}), fresh[1])
+        assert set(known) == set(CAPTIONS)
+
+
+def test_batches_are_as_long_as_their_longest_text(towers: Towers, monkeypatch: pytest.MonkeyPatch) -> None:
+    class_embeddings(SET, towers.context(batch_size=4), {})
+    assert [rows for rows, _ in towers.text_shapes] == [4, 2]
+    lengths: set[int] = set()
+    attention = packed._attention
+
+    def watched(module: Any, x_TD: torch.Tensor, padding: Any, rows: int, longest: int) -> torch.Tensor:
+        lengths.add(longest)
+        return attention(module, x_TD, padding, rows, longest)
+
+    monkeypatch.setattr(packed, "_attention", watched)
+    encode_texts(["dog", "cat"], "x", towers.context(), {})
+    assert lengths == {3} and towers.clip.model.context_length > 3  # start of text, the word, end of text
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped", "empty", "replaced"])
+def test_a_damaged_file_is_noticed_and_made_anew(towers: Towers, features: Path, damage: str) -> None:
+    fresh = encode_texts(CAPTIONS, "x", towers.context(), {})
+    (path,) = features.iterdir()
+    whole = path.read_bytes()
+    towers.texts()
+    middle = len(whole) // 2
+    for broken in {
+        "cut": [whole[:-9], whole[:middle]],
+        "flipped": [
+            whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :] for place in range(130, len(whole) - 200, 37)
+        ],
+        "empty": [b""],
+        "replaced": [b"<html>not found</html>"],
+    }[damage]:
+        path.write_bytes(broken)
+        with pytest.warns(UserWarning, match="is damaged .*; it is made anew"):
+            again = encode_texts(CAPTIONS, "x", towers.context(), {})
+        assert torch.equal(again, fresh)
+        assert towers.texts() == 2
+        assert path.read_bytes()[-200:] == whole[-200:]
+    encode_texts(CAPTIONS, "x", towers.context(), {})
+    assert towers.texts() == 0
+
+
+def test_a_build_that_fails_leaves_nothing(towers: Towers, features: Path) -> None:
+    def broken() -> dict[str, np.ndarray]:
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        remembered(["x"], towers.context(), broken, broken)
+    assert list(features.iterdir()) == []

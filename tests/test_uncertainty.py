@@ -1,0 +1,108 @@
+"""Standard errors and intervals: against hand-worked numbers, a bootstrap, and how often they hold what they should."""
+
+import math
+
+import numpy as np
+import pytest
+
+from upcycle_bench import uncertainty
+from upcycle_bench.uncertainty import of_mean, of_outcomes, of_recalls, of_scores, wilson
+
+
+def bootstrap(statistic, samples: int, draws: int = 4000) -> float:
+    """Standard deviation of the statistic over resamples of 0 .. samples - 1."""
+    rng = np.random.default_rng(0)
+    return float(np.std([statistic(rng.integers(0, samples, samples)) for _ in range(draws)], ddof=1))
+
+
+def test_a_share_by_hand():
+    # 8 of 10: p = 0.8, z^2 / n = 0.38415; middle (0.8 + 0.19207) / 1.38415 = 0.71674,
+    # half 1.95996 * sqrt(0.8 * 0.2 / 10 + 0.38415 / 40) / 1.38415 = 0.22658 (Wilson 1927): 0.4902, 0.9433.
+    known = of_outcomes(np.array([True] * 8 + [False] * 2))
+    assert known.standard_error == pytest.approx(math.sqrt(0.8 * 0.2 / 10))
+    assert known.interval == pytest.approx((0.4902, 0.9433), abs=1e-4)
+
+
+def test_a_perfect_share_keeps_an_interval():
+    known = of_outcomes(np.ones(20, dtype=bool))
+    assert known.standard_error == 0
+    assert known.interval == pytest.approx((1 / (1 + uncertainty.Z**2 / 20), 1))  # 0.839
+    assert of_outcomes(np.zeros(20, dtype=bool)).interval == pytest.approx((0, 1 - 0.8389), abs=1e-4)
+
+
+def test_a_mean_is_that_of_numpy():
+    value_N = np.random.default_rng(1).exponential(size=50).astype(np.float32)
+    known = of_outcomes(value_N)
+    assert known.standard_error == pytest.approx(value_N.std(ddof=1) / math.sqrt(50), rel=1e-6)
+    assert known.interval[1] - known.interval[0] == pytest.approx(2 * 1.96 * known.standard_error, rel=1e-4)
+    assert of_outcomes(value_N[:1]) == uncertainty.Uncertainty(None, None)
+
+
+@pytest.mark.parametrize("share", [True, False])
+def test_captions_of_one_image_are_one_sample(share):
+    """Against a bootstrap over images; taking captions for samples would be far too sure."""
+    rng = np.random.default_rng(2)
+    cluster_N = np.repeat(np.arange(100), 1 + np.arange(100) % 5)
+    value_N = rng.normal(size=100)[cluster_N] + 0.3 * rng.normal(size=len(cluster_N))
+    outcome_N = value_N > 0.5 if share else value_N
+    members = [np.flatnonzero(cluster_N == image) for image in range(100)]
+    by_images = bootstrap(lambda chosen: outcome_N[np.concatenate([members[i] for i in chosen])].mean(), 100)
+    known = of_outcomes(outcome_N, cluster_N)
+    assert known.standard_error == pytest.approx(by_images, rel=0.1)
+    assert of_outcomes(outcome_N).standard_error < 0.7 * by_images
+    alone = of_outcomes(outcome_N, np.arange(len(outcome_N)))
+    assert alone == of_outcomes(outcome_N)  # one caption each: nothing changes
+    if share:
+        p, worth = outcome_N.mean(), outcome_N.mean() * (1 - outcome_N.mean()) / known.standard_error**2
+        assert known.interval == wilson(p, worth)
+        assert of_outcomes(np.ones(9, dtype=bool), np.arange(9) // 3).interval == wilson(1.0, 3)
+
+
+def test_recalls_against_a_bootstrap_within_classes():
+    rng = np.random.default_rng(3)
+    label_N = np.repeat(np.arange(8), 40)
+    correct_N = rng.random(320) < (0.2 + 0.08 * label_N)
+    by_class = correct_N.reshape(8, 40)
+
+    def recall(chosen: np.ndarray) -> float:
+        return float(np.mean([by_class[label][chosen[label * 40 : label * 40 + 40] % 40].mean() for label in range(8)]))
+
+    known = of_recalls(correct_N, label_N)
+    assert known.standard_error == pytest.approx(bootstrap(recall, 320), rel=0.06)
+    assert known.interval[0] < correct_N.mean() < known.interval[1]
+
+
+def test_classes_of_one_sample_are_not_certain():
+    """Each has a recall of 0 or 1, and p (1 - p) = 0: as a whole they are worth as much as a share is."""
+    correct_N = np.arange(40) % 4 == 0
+    known = of_recalls(correct_N, np.arange(40))
+    assert known.standard_error == pytest.approx(math.sqrt(0.25 * 0.75 / 40))
+    assert known.interval[0] < 0.25 < known.interval[1]
+    assert of_recalls(np.ones(40, dtype=bool), np.arange(40)).interval[0] < 0.95
+
+
+@pytest.mark.parametrize(("per_class", "chance"), [(2, 0.9), (5, 0.97), (30, 0.99)])
+def test_intervals_of_recalls_hold_the_truth(per_class, chance):
+    """95 % of them, where classes differ and are near 1; simulated. 1.96 standard errors hold about 89 %."""
+    rng = np.random.default_rng(per_class)
+    truth_C = np.clip(rng.normal(chance, 0.05, 12), 0, 1)
+    label_N = np.repeat(np.arange(12), per_class)
+    held = []
+    for _ in range(1000):
+        low, high = of_recalls(rng.random(len(label_N)) < truth_C[label_N], label_N).interval
+        held.append(low <= truth_C.mean() <= high)
+    assert np.mean(held) > 0.93
+
+
+def test_means_of_independent_numbers():
+    # sqrt(0.03^2 + 0.04^2) / 2 = 0.025; below sqrt(0.1^2 + 0.05^2) / 2, above sqrt(0.2^2 + 0.15^2) / 2 = 0.125
+    known = of_mean([(0.4, 0.03, (0.3, 0.6)), (0.8, 0.04, (0.75, 0.95))])
+    assert known.standard_error == pytest.approx(0.025)
+    assert known.interval == pytest.approx((0.6 - math.sqrt(0.0125) / 2, 0.6 + 0.125))
+    assert of_mean([(0.4, 0.03, (0.3, 0.6)), (0.8, None, None)]) == uncertainty.Uncertainty(None, None)
+
+
+def test_scores_of_the_same_images_are_taken_to_move_together():
+    # two sets of one metric: hypot(0.3, 0.4) = 0.5; two metrics: 0.5 + 0.1, over 3 scores
+    assert of_scores([("a", 0.3), ("a", 0.4), ("b", 0.1)]) == pytest.approx(0.2)
+    assert of_scores([("a", 0.3), ("b", None)]) is None and of_scores([]) is None

@@ -1,0 +1,60 @@
+"""Average precision of each class of a multilabel set, as CLIP_benchmark defines it, and what guessing would reach.
+
+    precision_C = average_precisions(cosine_NC, label_NC)         # label_NC: True where the image shows the class
+    mean = precision_C.mean()                                     # CLIP_benchmark's mean_average_precision
+
+A class's images are ranked by score, ties in the set's order. Its average precision is the mean, over the images that
+show it, of the share of such images from the first to that one; 0 for a class that no image shows, which counts in the
+mean.
+
+Source: clip_benchmark.metrics.zeroshot_classification.average_precision_per_class (1.6.2).
+Shape suffixes: N images, C classes.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from upcycle_bench.uncertainty import Uncertainty, Z
+
+
+def average_precisions(score_NC: np.ndarray, label_NC: np.ndarray) -> np.ndarray:
+    """Of each class, float64 [C]."""
+    order_NC = np.argsort(-score_NC, axis=0, kind="stable")
+    right_NC = np.take_along_axis(label_NC.astype(bool), order_NC, axis=0)
+    precision_NC = right_NC.cumsum(axis=0) / np.arange(1, len(right_NC) + 1)[:, None]
+    found: np.ndarray = (precision_NC * right_NC).sum(axis=0) / np.maximum(right_NC.sum(axis=0), 1)
+    return found
+
+
+def chance_average_precisions(label_NC: np.ndarray) -> np.ndarray:
+    """What a random order of the images reaches on average, float64 [C].
+
+    Rank k holds one of P images among N with probability P/N. Where it does, 1 + (k - 1)(P - 1)/(N - 1) of the first
+    k are expected to be right. The mean over P of precision at the right ranks is therefore
+    1/N sum over k of 1/k (1 + (k - 1)(P - 1)/(N - 1)).
+    """
+    images = len(label_NC)
+    shown_C = label_NC.astype(bool).sum(axis=0)
+    harmonic = (1 / np.arange(1, images + 1)).sum()
+    others_C = (shown_C - 1) / max(images - 1, 1)
+    chance_C: np.ndarray = np.where(shown_C > 0, (harmonic + others_C * (images - harmonic)) / images, 0.0)
+    return chance_C
+
+
+def precision_uncertainty(score_NC: np.ndarray, label_NC: np.ndarray, draws: int = 200) -> Uncertainty:
+    """Of the mean over classes, by a bootstrap over images; the interval is 1.96 standard errors each way.
+
+    An image drawn w times counts w times where it stands, so nothing is sorted again. A perfect ranking has no error.
+    """
+    order_NC = np.argsort(-score_NC, axis=0, kind="stable")
+    right_NC = np.take_along_axis(label_NC.astype(bool), order_NC, axis=0)
+    images, rng, means = len(label_NC), np.random.default_rng(0), []
+    for _ in range(draws):
+        weight_N = np.bincount(rng.integers(0, images, images), minlength=images).astype(np.float64)
+        weight_NC = weight_N[order_NC]
+        hit_NC = weight_NC * right_NC
+        precision_NC = hit_NC.cumsum(axis=0) / np.maximum(weight_NC.cumsum(axis=0), 1)
+        means.append(((precision_NC * hit_NC).sum(axis=0) / np.maximum(hit_NC.sum(axis=0), 1)).mean())
+    error, mean = float(np.std(means, ddof=1)), float(average_precisions(score_NC, label_NC).mean())
+    return Uncertainty(error, (max(0.0, mean - Z * error), min(1.0, mean + Z * error)))

@@ -1,0 +1,220 @@
+"""Leaderboards as text, in four formats with the same rows: for a terminal, Markdown, csv and json.
+
+print(render(boards, "terminal"))        # or "md", "csv", "json"
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+from upcycle_bench.errors import unknown
+from upcycle_bench.leaderboard import Board, Estimate, Row
+from upcycle_bench.suite import AVERAGE
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+FORMATS = ("terminal", "md", "csv", "json")
+SHOWN = re.compile(r"acc1|(.*_)?(recall|r)@1", re.IGNORECASE)  # metrics in tables for people; csv and json have all
+NOTES = (
+    "± is the half width of a 95 % Student-t confidence interval over n training seeds (several initialisations of one "
+    "training seed are averaged first). Over few seeds such an interval is wide; over one (n=1) there is none.",
+    "In parentheses behind other metrics: the standard error over evaluation samples, where the records have it.",
+    "Differences are paired by initialisation and training seed; their n counts the training seeds with a pair.",
+    "Charged FLOPs: all phases before evaluation. Times and FLOPs are means per run.",
+)
+
+
+def render(boards: list[Board], format: str, width: int | None = None) -> str:
+    """The boards as text; `width` is the terminal's (default: as found). Raises UserError for an unknown format."""
+    writers = {"terminal": lambda: _terminal(boards, width), "md": lambda: _markdown(boards)}
+    writers |= {"csv": lambda: _csv(boards), "json": lambda: _json(boards)}
+    if format not in writers:
+        raise unknown("format", format, FORMATS)
+    return writers[format]()
+
+
+def _heading(board: Board) -> str:
+    suites = "".join(f", {suite} {fingerprint[:8]}" for suite, fingerprint in board.suite_fingerprints.items())
+    where = f"training {board.training_fingerprint[:8]}{suites}, dense {board.dense[:8]}"
+    return f"{board.protocol}, {board.division} division ({where})"
+
+
+def _caption(board: Board) -> list[str]:
+    """What this board's numbers are, in sentences; NOTES holds for all boards."""
+    lines = [f"Primary: mean of {_parts(board.primary)}; higher is better."] if board.primary else []
+    if board.division == "open":
+        settings = [" ".join(f"--set {override}" for override in board.overrides), board.unequal or ""]
+        lines.insert(0, f"Open division, not to be compared with other tables: {'; '.join(filter(None, settings))}")
+    if board.baseline:
+        lines.append(f"vs {board.baseline}: the primary minus that of {board.baseline}.")
+    errors = [row.primary_standard_error for row in board.rows if row.primary_standard_error is not None]
+    if errors:
+        lines.append(
+            f"Over evaluation samples the standard error of the primary is {max(errors):.4f} at most; rows share the "
+            "samples, so their differences are surer."
+        )
+    runs = sum(row.runs for row in board.rows)
+    if without := runs - sum(row.certified for row in board.rows):
+        lines.append(
+            f"{without} of {runs} runs without a certificate of their evaluation (made before there were any)."
+        )
+    return lines
+
+
+def _split(column: str) -> tuple[str, str, str]:
+    """The suite, dataset and metric of a column."""
+    suite, _, rest = column.partition("/")
+    dataset, _, metric = rest.rpartition("/")
+    return suite, dataset, metric
+
+
+def _parts(primary: tuple[str, ...]) -> str:
+    """The primary scores: a few by their names, more than four as sets grouped by metric."""
+    if len(primary) <= 4:
+        return ", ".join(primary)
+    suites: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
+    for column in primary:
+        suite, dataset, metric = _split(column)
+        suites[suite][metric].append(dataset)
+    groups = [
+        f"{suite} " + "; ".join(f"{metric} on {', '.join(datasets)}" for metric, datasets in sorted(metrics.items()))
+        for suite, metrics in suites.items()
+    ]
+    return f"{len(primary)} scores ({'; '.join(groups)})"
+
+
+def _shown(columns: Iterable[str]) -> list[str]:
+    """The columns of scores in tables for people."""
+    parts = {column: _split(column) for column in columns}
+    averaging = {suite for suite, dataset, _ in parts.values() if dataset == AVERAGE}
+    return sorted(
+        column
+        for column, (suite, dataset, metric) in parts.items()
+        if SHOWN.fullmatch(metric) and (dataset == AVERAGE or suite not in averaging)
+    )
+
+
+def _people(board: Board) -> list[dict[str, list[str]]]:
+    """Columns of text for people, header -> one cell per row, in groups: who, result, metrics, cost, runs."""
+    rows = board.rows
+    who = {"#": [str(row.rank or "-") for row in rows], "strategy": [row.title for row in rows]}
+    result = {
+        "n": [str(row.primary.n if row.primary else 0) for row in rows],
+        "primary": [_text(r.primary) for r in rows],
+    }
+    if board.baseline:
+        is_base = [row.label == board.baseline for row in rows]
+        differences = [_text(row.difference, "+") for row in rows]
+        result[f"vs {board.baseline}"] = [
+            "-" if base else text for base, text in zip(is_base, differences, strict=True)
+        ]
+    shown = _shown({name for row in rows for name in row.scores})
+    scores = {name: [_score(row, name) for row in rows] for name in shown}
+    cost = {
+        "total parameters": [_number(row.parameters_total, ",.2f", "M") for row in rows],
+        "active parameters": [_number(row.parameters_active, ",.2f", "M") for row in rows],
+        "train s": [_number(row.train_seconds, ",.1f") for row in rows],
+        "train FLOPs": [_number(row.train_flops, ".2e") for row in rows],
+        "charged FLOPs": [_number(row.charged_flops, ".2e") for row in rows],
+        "tokens dropped": [_number(row.tokens_dropped, ".2%") for row in rows],
+    }
+    return [who, result, scores, cost, {"runs": [row.outcome for row in rows]}]
+
+
+def _text(value: Estimate | None, sign: str = "") -> str:
+    if value is None:
+        return ""
+    interval = "" if value.half_width is None else f" ± {value.half_width:.4f}"
+    n = f" (n={value.n})" if sign or value.half_width is None else ""
+    return f"{value.mean:{sign}.4f}{interval}{n}"
+
+
+def _score(row: Row, name: str) -> str:
+    error = row.standard_errors.get(name)
+    return _number(row.scores.get(name), ".4f") + ("" if error is None else f" ({error:.4f})")
+
+
+def _number(value: float | None, form: str, unit: str = "") -> str:
+    return "" if value is None else format(value / 1e6 if unit == "M" else value, form) + unit
+
+
+def _terminal(boards: list[Board], width: int | None) -> str:
+    """One table per board; where the terminal is too narrow for it, one for each group of columns."""
+    from rich.console import Console
+    from rich.measure import Measurement
+
+    output = io.StringIO()
+    console = Console(file=output, width=width, color_system=None)
+    for board in boards:
+        who, *groups = _people(board)
+        tables = [_rich_table({key: cells for group in (who, *groups) for key, cells in group.items()})]
+        if Measurement.get(console, console.options.update(width=100_000), tables[0]).maximum > console.width:
+            tables = [_rich_table(who | group) for group in groups if group]
+        console.print(_heading(board), *tables, *_caption(board), "", sep="\n", markup=False)
+    console.print(*NOTES, sep="\n", markup=False)
+    return "\n".join(line.rstrip() for line in output.getvalue().splitlines()) + "\n"
+
+
+def _rich_table(columns: dict[str, list[str]]) -> Table:
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text  # labels hold brackets, which rich would read as markup
+
+    table = Table(box=box.SIMPLE, collapse_padding=True)
+    for header in columns:
+        left = header in ("strategy", "runs")  # only these two fold; numbers stay whole
+        lines = re.sub("[/ ]|_(?=retrieval)|(?<=retrieval)_", "\n", header)
+        table.add_column(Text(lines), justify="left" if left else "right", overflow="fold", no_wrap=not left)
+    for cells in zip(*columns.values(), strict=True):
+        table.add_row(*map(Text, cells))
+    return table
+
+
+def _markdown(boards: list[Board]) -> str:
+    blocks = []
+    for board in boards:
+        columns = {header: cells for group in _people(board) for header, cells in group.items()}
+        lines = [list(columns), ["---"] * len(columns), *zip(*columns.values(), strict=True)]
+        table = ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines]
+        blocks.append("\n".join([f"### {_heading(board)}", "", *table, "", *(f"- {line}" for line in _caption(board))]))
+    return "\n\n".join([*blocks, *NOTES]) + "\n"
+
+
+def _csv(boards: list[Board]) -> str:
+    """One flat table: a board's facts are repeated in each of its rows; scores of any board are columns of all."""
+    names = sorted({name for board in boards for row in board.rows for name in row.scores})
+    lines = []
+    for board in boards:
+        facts = asdict(board) | {"overrides": " ".join(board.overrides), "primary": " ".join(board.primary)}
+        suites = " ".join(f"{suite}={fingerprint}" for suite, fingerprint in board.suite_fingerprints.items())
+        facts = {f"board_{key}": value for key, value in facts.items() if key != "rows"}
+        for row in board.rows:
+            line = facts | {"board_suite_fingerprints": suites}
+            for key, value in asdict(row).items():
+                if key in ("primary", "difference"):
+                    line |= {f"{key}_{part}": (value or {}).get(part) for part in ("mean", "half_width", "n")}
+                elif key == "scores":
+                    line |= {name: value.get(name) for name in names}
+                elif key == "standard_errors":
+                    line |= {f"{name} standard error": value.get(name) for name in names}
+                else:
+                    line[key] = value
+            lines.append(line)
+    output = io.StringIO()
+    writer = csv.DictWriter(output, list(lines[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(lines)
+    return output.getvalue()
+
+
+def _json(boards: list[Board]) -> str:
+    document = {"notes": NOTES, "boards": [asdict(board) | {"caption": _caption(board)} for board in boards]}
+    return json.dumps(document, indent=2, allow_nan=False, ensure_ascii=False) + "\n"

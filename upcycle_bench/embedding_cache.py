@@ -1,0 +1,84 @@
+"""Arrays that a model's weights gave, in the cache under all that can change them.
+
+    arrays = remembered(["images", digest, split], context, make, first)  # make() -> {"features": ..., "labels": ...}
+
+The key is `what`, the weights' hash (`EvalContext.weights`; without one nothing is kept) and what arithmetic depends
+on to the last bit. A file is read with its check sums: one that is damaged is said, deleted and made anew. One that is
+whole but not what the model gives, as far as its first rows show, makes a watched evaluation unsound.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import warnings
+import zipfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from upcycle_bench import expert_backends
+from upcycle_bench.cache import build_once, cache_root
+from upcycle_bench.errors import Unsound
+from upcycle_bench.suite import EvalContext
+
+VERSION = 2  # raise it when the same weights and inputs would give other arrays
+SPOT = 32  # rows of what the cache holds that are made again
+Arrays = Mapping[str, np.ndarray]
+
+
+def remembered(
+    what: Sequence[Any], context: EvalContext, make: Callable[[], Arrays], first: Callable[[], Arrays]
+) -> Arrays:
+    """What `make` gives, from the cache if these weights have made it before. `what` is JSON, and says which inputs.
+
+    `first` makes at most SPOT rows anew, of the arrays that are embeddings: under the eyes of a witness
+    (`EvalContext.saw`) they are compared, and Unsound is raised where they differ.
+    """
+    if not context.weights:  # nobody knows what these are
+        return make()
+    key = json.dumps([VERSION, what, context.weights, _arithmetic(context)])
+    path = cache_root() / "features" / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.npz"
+
+    def build(staging: Path) -> None:
+        with staging.open("wb") as file:
+            np.savez(file, **make())  # type: ignore[arg-type]
+
+    if path.exists():
+        try:
+            arrays = _read(path)
+        except (zipfile.BadZipFile, ValueError, EOFError, OSError, NotImplementedError) as error:
+            warnings.warn(f"{path} is damaged ({error}); it is made anew.", stacklevel=2)
+            path.unlink(missing_ok=True)
+        else:
+            if context.saw is not None:
+                _compare(arrays, first(), path)
+            return arrays
+    return _read(build_once(path, build))
+
+
+def _read(path: Path) -> Arrays:
+    """All arrays of the file; zipfile compares each with its check sum."""
+    with np.load(path) as arrays:
+        return dict(arrays)
+
+
+def _compare(arrays: Arrays, first: Arrays, path: Path) -> None:
+    """Unsound where more than one row in ten differs by 0.001: a near tie in a router may let a single one differ."""
+    for name, fresh_ND in first.items():
+        distance_N = np.linalg.norm(arrays[name][: len(fresh_ND)] - fresh_ND, axis=1)
+        if (distance_N > 1e-3).mean() > 0.1:
+            raise Unsound(f"{path} holds embeddings that its model does not give; delete it.")
+
+
+def _arithmetic(context: EvalContext) -> list[Any]:
+    """What moves the last bits of an embedding; the batch, too, since matrix products depend on their shapes."""
+    cuda = context.device.type == "cuda"
+    processor = torch.cuda.get_device_name(context.device) if cuda else torch.backends.cpu.get_cpu_capability()
+    precision = torch.get_float32_matmul_precision()
+    threads = None if cuda else torch.get_num_threads()
+    backend = expert_backends.forced()
+    return [torch.__version__, context.device.type, processor, precision, threads, backend, context.batch_size]

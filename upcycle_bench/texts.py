@@ -1,0 +1,95 @@
+"""Text embeddings of evaluation sets: encoded in batches, without padding, and once for each file of weights.
+
+    known: dict[str, Tensor] = {}                                         # text -> its embedding, of one evaluation
+    classes_CD = class_embeddings(evalset, context, known)
+    texts_ND = encode_texts(captions, evalset.name, context, known)
+    task = classification_task(evalset, context, known)                   # its images against its classes
+
+The cache knows classifiers by weights, class names, templates and tokenizer, captions likewise: a second evaluation of
+the same weights encodes no text, or some where a witness watches. A batch is as long as its longest text where the
+model lets padding be left out.
+
+Shape suffixes: B batch, L tokens, Q queries, C classes, T templates, N texts, D embedding.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from functools import partial
+from importlib import metadata
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from upcycle_bench import packed
+from upcycle_bench.embedding_cache import SPOT, Arrays, remembered
+from upcycle_bench.evalsets import EvalSet
+from upcycle_bench.features import embed, encode_images, finite
+from upcycle_bench.scoring import Task
+from upcycle_bench.suite import EvalContext
+
+PROBES = 16  # texts whose tokens stand in a key for the tokenizer and its context
+
+
+def class_embeddings(evalset: EvalSet, context: EvalContext, known: dict[str, Tensor]) -> Tensor:
+    """[C, D]: of each class the mean over templates, normalised, as in CLIP_benchmark's zero_shot_classifier."""
+    prompts = [template.format(c=name) for name in evalset.classnames for template in evalset.templates]
+
+    def make(classes: int, known: dict[str, Tensor]) -> Arrays:
+        chosen = prompts[: classes * len(evalset.templates)]
+        text_CTD = _encode(chosen, evalset.name, context, known).unflatten(0, (classes, -1))
+        return {"classes": F.normalize(text_CTD.mean(dim=1), dim=1).numpy()}
+
+    what = ["classes", evalset.classnames, evalset.templates, _tokens_of(prompts, context)]
+    classes = len(evalset.classnames)
+    arrays = remembered(what, context, partial(make, classes, known), partial(make, min(SPOT, classes), {}))
+    return torch.from_numpy(arrays["classes"])
+
+
+def classification_task(evalset: EvalSet, context: EvalContext, known: dict[str, Tensor]) -> Task:
+    """Images against class embeddings."""
+    classes_CD = class_embeddings(evalset, context, known)
+    images_QD, labels = encode_images(evalset, context)
+    return Task(images_QD, classes_CD, torch.as_tensor(labels), torch.arange(len(classes_CD)))
+
+
+def encode_texts(texts: Sequence[str], name: str, context: EvalContext, known: dict[str, Tensor]) -> Tensor:
+    """Normalised text embeddings [N, D] of the set `name`; a text is encoded once, so that equal ones tie exactly."""
+    different = list(dict.fromkeys(texts))
+    what = ["texts", hashlib.sha256(json.dumps(different).encode()).hexdigest(), _tokens_of(different, context)]
+
+    def make(number: int, known: dict[str, Tensor]) -> Arrays:
+        return {"texts": _encode(different[:number], name, context, known).numpy()}
+
+    arrays = remembered(what, context, partial(make, len(different), known), partial(make, SPOT, {}))
+    known.update(zip(different, torch.from_numpy(arrays["texts"]), strict=True))
+    return torch.stack([known[text] for text in texts])
+
+
+def _encode(texts: Sequence[str], name: str, context: EvalContext, known: dict[str, Tensor]) -> Tensor:
+    """[N, D], and in `known`; only texts that are not there are encoded."""
+    unknown = [text for text in dict.fromkeys(texts) if text not in known]
+    model: Any = context.model
+    encode = partial(packed.encode_text, model) if packed.packs(model) else model.encode_text
+    for start in context.track(range(0, len(unknown), context.batch_size), f"{name}: texts"):
+        batch = unknown[start : start + context.batch_size]
+        text_BD = embed(encode, context.tokenizer(batch), context)
+        known.update(zip(batch, text_BD, strict=True))
+    return finite(torch.stack([known[text] for text in texts]), name)
+
+
+def _tokens_of(texts: Sequence[str], context: EvalContext) -> list[Any]:
+    """What tells tokenizers and their contexts apart without tokenizing everything: the tokens of some texts."""
+    if not context.weights:
+        return []
+    chosen = [*texts[:: -(-len(texts) // PROBES)], max(texts, key=len)]
+    token_BL = context.tokenizer(chosen)
+    return [
+        metadata.version("open_clip_torch"),
+        list(token_BL.shape),
+        hashlib.sha256(token_BL.numpy().tobytes()).hexdigest(),
+    ]
