@@ -1,7 +1,7 @@
 """End-to-end fine-tuning of the image tower, from a zero-shot-initialised head: on k shots, or on all of a pool.
 
     [suites.fine-tune]
-    rates = [1e-4, 3e-4, 1e-3, 3e-3]           # the grid of peak learning rates, the same for every model
+    rates = [3e-5, 1.5e-4, 7e-4, 3e-3]         # the grid of peak learning rates, the same for every model
     steps = 50
     batch_size = 64
     draws = 1                                  # of the shots
@@ -40,7 +40,8 @@ from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from upcycle_bench import probe_tasks
+from upcycle_bench import engine, probe_tasks
+from upcycle_bench.fine_tuning import Recipe, predict, tune
 from upcycle_bench.hookspecs import hookimpl
 from upcycle_bench.labelled import Labelled
 from upcycle_bench.probe_scores import add_scores, classified
@@ -108,8 +109,6 @@ class FineTune(Suite):
 
     def evaluate(self, context: EvalContext) -> SuiteResult:
         """Every task and number of shots; the text tower makes the heads and is done."""
-        from upcycle_bench import engine  # DeepSpeed is behind it, and `list` imports the suites
-
         result = SuiteResult([], {})
         context.model.eval()
         known: dict[str, Tensor] = {}
@@ -132,8 +131,6 @@ class FineTune(Suite):
     def _score(
         self, title: str, splits: Sequence[Split], classes_CD: Tensor, context: EvalContext, result: SuiteResult
     ) -> None:
-        from upcycle_bench.fine_tuning import Recipe, predict, tune
-
         recipe = Recipe(
             rates=self.rates,
             steps=self.steps,
