@@ -42,6 +42,7 @@ from torch import Tensor
 
 from upcycle_bench import engine, probe_tasks
 from upcycle_bench.fine_tuning import Recipe, predict, tune
+from upcycle_bench.flops import counted_flops
 from upcycle_bench.hookspecs import hookimpl
 from upcycle_bench.labelled import Labelled
 from upcycle_bench.probe_scores import add_scores, classified
@@ -141,11 +142,12 @@ class FineTune(Suite):
         )
         rows, chosen = [], []
         began = time.perf_counter()
-        for draw, split in enumerate(splits):
-            rng = Stream(("fine-tune", title, draw))
-            tuned = tune(context.model, classes_CD, split.train, split.validation, recipe, rng, context, title)
-            rows.append(classified(*predict(tuned.classifier, split.test, context)))
-            chosen.append(tuned)
+        with counted_flops() as counter:
+            for draw, split in enumerate(splits):
+                rng = Stream(("fine-tune", title, draw))
+                tuned = tune(context.model, classes_CD, split.train, split.validation, recipe, rng, context, title)
+                rows.append(classified(*predict(tuned.classifier, split.test, context)))
+                chosen.append(tuned)
         edges = [tuned.rate for tuned in chosen if tuned.rate in (self.rates[0], self.rates[-1])]
         result.notes[title] = {
             "manifests": [split.sha256 for split in splits],
@@ -156,7 +158,7 @@ class FineTune(Suite):
             "rates_at_the_edge": len(edges),
             "trainings": len(self.rates) * len(splits),
             "seconds": time.perf_counter() - began,
-            "training_flops": sum(tuned.flops for tuned in chosen),
+            "flops": counter.get_total_flops(),
         }
         if edges:
             print(

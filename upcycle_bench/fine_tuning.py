@@ -14,7 +14,6 @@ batch, S steps, C classes, D embedding.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import math
 from collections.abc import Mapping
@@ -26,7 +25,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from upcycle_bench import distributed
-from upcycle_bench.costs import flop_counter
 from upcycle_bench.errors import UserError
 from upcycle_bench.job import Job
 from upcycle_bench.labelled import Labelled
@@ -77,16 +75,12 @@ class Classifier(nn.Module):
 
 @dataclass(frozen=True)
 class Tuned:
-    """The best classifier, its rate, and what each rate reached on validation; None where training diverged.
-
-    `flops` are those of training at all rates, counted at the first step of each: counting slows a step down.
-    """
+    """The best classifier, its rate, and what each rate reached on validation; None where training diverged."""
 
     classifier: Classifier
     rate: float
     accuracies: Mapping[float, float | None]
     accuracy_before: float
-    flops: int
 
 
 def zero_shot_classifier(model: Any, classes_CD: Tensor, precision: str = "fp32") -> Classifier:
@@ -129,19 +123,18 @@ def tune(
     assert accuracy_before is not None, "the class embeddings are finite, and so were the features"
     accuracies: dict[float, float | None] = {}
     best: tuple[float, float, Classifier] | None = None
-    flops = 0
     with attention_kernel(context.device, longest_sequence(model)):
         for rate in context.track(recipe.rates, f"{title}: learning rates"):
             classifier = zero_shot_classifier(model, classes_CD, recipe.precision)
             with torch.random.fork_rng(devices=[context.device] if context.device.type == "cuda" else []):
                 torch.manual_seed(rng.child("sampling").seed())  # of second experts, where the layers do that
-                flops += _train(classifier, images_N3HW, label_N, rows_SB, rate, recipe)
+                _train(classifier, images_N3HW, label_N, rows_SB, rate, recipe)
             accuracy = accuracies[rate] = _accuracy(classifier, validation, context)
             if accuracy is not None and (best is None or accuracy > best[0]):
                 best = accuracy, rate, classifier
     if best is None:
         raise UserError(f"{title}: training diverged at every learning rate; lower `rates`.")
-    return Tuned(best[2], best[1], accuracies, accuracy_before, flops)
+    return Tuned(best[2], best[1], accuracies, accuracy_before)
 
 
 def predict(classifier: Classifier, samples: Labelled, context: EvalContext) -> tuple[Tensor, Tensor]:
@@ -179,8 +172,8 @@ def losses(logits_BC: Tensor, label_B: Tensor, layers: Mapping[str, MoEFFN], loa
 
 def _train(
     classifier: Classifier, images_N3HW: Tensor, label_N: Tensor, rows_SB: Tensor, rate: float, recipe: Recipe
-) -> int:
-    """Train in place, with a fresh optimiser; returns the FLOPs."""
+) -> None:
+    """Train in place, with a fresh optimiser."""
     device = classifier.head.weight.device
     schedule = Schedule(
         steps=recipe.steps,
@@ -198,19 +191,14 @@ def _train(
     job = Job(purpose="fine-tune", schedule=schedule, peak_lr=rate, stop_step=recipe.steps, seed=0)
     layers = moe_layers(classifier)
     ds_engine = create_engine(classifier.train(), job)
-    flops = 0
     for step, row_B in enumerate(rows_SB):
         for group in ds_engine.optimizer.param_groups:
             group["lr"] = learning_rate(step, recipe.steps, rate, WARMUP)
-        with flop_counter() if step == 0 else contextlib.nullcontext() as counter:
-            logits_BC = ds_engine(images_N3HW[row_B].to(device))
-            terms = losses(logits_BC, label_N[row_B].to(device), layers, recipe.load_balance)
-            ds_engine.backward(torch.stack(list(terms.values())).sum())
-            ds_engine.step()
-        if counter is not None:
-            flops = counter.get_total_flops() * recipe.steps
+        logits_BC = ds_engine(images_N3HW[row_B].to(device))
+        terms = losses(logits_BC, label_N[row_B].to(device), layers, recipe.load_balance)
+        ds_engine.backward(torch.stack(list(terms.values())).sum())
+        ds_engine.step()
     ds_engine.destroy()
-    return flops
 
 
 def _accuracy(classifier: Classifier, samples: Labelled, context: EvalContext) -> float | None:
