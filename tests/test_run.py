@@ -15,9 +15,9 @@ from pydantic.dataclasses import dataclass
 from safetensors.torch import load_file
 
 from tests.helpers import heed_interrupts
-from upcycle_bench import record, weights
+from upcycle_bench import certificate, record, weights
 from upcycle_bench.cache import cache_root, file_sha256
-from upcycle_bench.errors import UserError
+from upcycle_bench.errors import Unsound, UserError
 from upcycle_bench.hookspecs import hookimpl
 from upcycle_bench.plan import Plan, make_plan
 from upcycle_bench.progress import Reporter
@@ -145,7 +145,8 @@ def test_saved_weights_score_again(tmp_path: Path, quick: list[str]) -> None:
     planned = plan("cluster-aware", quick)
     made = record.read(run(planned, tmp_path, Reporter(), fresh=True))
     clip = weights.load(cache_root() / "weights" / f"{made.hashes.weights}.safetensors")
-    again = evaluate(planned, clip, Meter(torch.device("cpu")), Reporter())
+    again, proof = evaluate(planned, clip, Meter(torch.device("cpu")), Reporter())
+    assert made.certificate is not None and proof is not None and proof.weights == made.certificate.weights
     assert {(s.dataset, s.metric): s.value for s in again["zero-shot"].scores} == scores(made)
 
 
@@ -157,6 +158,24 @@ def test_a_failure_is_a_record_with_a_reason(tmp_path: Path, quick: list[str]) -
     assert (made.status, made.reason) == ("failed", "ArithmeticError: singular matrix in vision.1")
     assert made.scores == []
     assert list((cache_root() / "runs").iterdir()) == []
+
+
+def test_an_evaluation_that_is_not_sound_fails_the_run_and_keeps_the_weights(
+    tmp_path: Path, quick: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planned = plan("dense", quick, train_seed=5)
+    with monkeypatch.context() as patch:
+        patch.setattr(certificate, "MARGIN", -2.0)  # every answer is then a difference
+        with pytest.raises(Unsound, match="predictions come out otherwise"):
+            run(planned, tmp_path, Reporter())
+    (path,) = record.find(tmp_path)
+    failed = record.read(path)
+    assert failed.status == "failed" and failed.scores == [] and failed.certificate is None
+    assert failed.reason is not None and failed.reason.startswith("Unsound: the evaluation is not sound: ")
+    again = run(planned, tmp_path, Reporter())
+    assert again is not None
+    made = record.read(again)
+    assert made.certificate is not None and "training" in made.environment  # not trained again
 
 
 def test_bad_input_leaves_nothing(tmp_path: Path, quick: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
