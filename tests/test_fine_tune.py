@@ -15,14 +15,19 @@ from pydantic import ValidationError
 
 from tests.helpers import MODEL, threads, tiny_clip, tiny_moe
 from tests.moe_helpers import upcycled
-from upcycle_bench import distributed, engine, evalsets, fine_tuning, labelled, probe_tasks
+from upcycle_bench import distributed, engine, evalsets, fine_tuning, labelled, probe_tasks, record, weights
 from upcycle_bench.dense import create_clip
 from upcycle_bench.ds import deepspeed
 from upcycle_bench.errors import UserError
 from upcycle_bench.fine_tuning import batch_rows, losses, predict, zero_shot_classifier
 from upcycle_bench.flops import counted_flops
 from upcycle_bench.moe import moe_layers
+from upcycle_bench.plan import make_plan
+from upcycle_bench.progress import Reporter
+from upcycle_bench.protocol import load_protocol
+from upcycle_bench.registry import load_registry
 from upcycle_bench.rng import Stream
+from upcycle_bench.run import run
 from upcycle_bench.suite import EvalContext
 from upcycle_bench.suites.few_shot import FewShot
 from upcycle_bench.suites.fine_tune import FineTune
@@ -30,6 +35,7 @@ from upcycle_bench.suites.zero_shot import ZeroShot
 from upcycle_bench.texts import class_embeddings
 from upcycle_bench.train import parameter_groups
 
+REGISTRY = load_registry()
 NAMES = ("red", "green", "blue")
 TASK = {"pool": ("light",), "test": ("dark",), "shots": (3,), "validation": 3}
 GRID = {"rates": (1e-9, 1e-3, 1e9), "steps": 20, "batch_size": 8}
@@ -295,3 +301,32 @@ class _WithoutTower(torch.nn.Module):
 def test_settings_that_make_no_sense_are_refused(task, changes, message):
     with pytest.raises(ValidationError, match=message):
         suite(task, **changes)
+
+
+def test_a_run_of_experts_is_tuned_where_it_was_trained(quick, tmp_path):
+    """The evaluated model comes from the training's engine; the certificate watches it; other fingerprints stay."""
+    settings = ["optional_suites.fine-tune.steps=3", "optional_suites.fine-tune.batch_size=16"]
+
+    def plan(*overrides, suites=("zero-shot", "fine-tune")):
+        protocol = load_protocol(REGISTRY.protocols["smoke"].target, [*quick, *overrides])
+        return make_plan(REGISTRY, "sparse-upcycling", protocol, suites=suites)
+
+    usual, changed = plan(suites=()), plan(*settings)
+    assert list(usual.suites) == ["zero-shot"]
+    assert changed.training_fingerprint == usual.training_fingerprint
+    assert changed.suite_fingerprints["zero-shot"] == usual.suite_fingerprints["zero-shot"]
+    assert changed.suite_fingerprints["fine-tune"] != plan().suite_fingerprints["fine-tune"]
+
+    made = record.read(run(changed, tmp_path, Reporter()))
+    assert (made.status, made.skipped) == ("ok", {})
+    found = {(s.dataset, s.metric): s for s in made.scores if s.suite == "fine-tune"}
+    assert found.keys() == {("digits/5-shot", name) for name in ("acc1", "acc5", "mean_per_class_recall")}
+    score = found["digits/5-shot", "acc1"]
+    assert score.standard_error > 0 and not score.primary  # zero-shot is the first suite, and has the primary ones
+    assert made.certificate is not None and made.certificate.choices_routed > 0
+    assert made.cost.phases["evaluate"].flops > made.suite_notes["fine-tune"]["digits/5-shot"]["flops"] > 0
+    # Scored again from the file of weights, it is the same.
+    clip = weights.load(weights.of_record(tmp_path, made.hashes.weights))
+    here = context(changed.world.eval_root, clip.model)
+    again = changed.suites["fine-tune"].evaluate(here)
+    assert acc1(again, "digits/5-shot") == score.value
