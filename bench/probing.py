@@ -1,6 +1,6 @@
 """Row 15: the linear probe of `few-shot` and `linear-probe` against CLIP_benchmark's own.
 
-`python -m bench.probing WORKERS ROUNDS THREADS` prints as JSON both sides' samples and (weight decay, accuracy).
+`python -m bench.probing WORKERS ROUNDS THREADS` prints both sides' samples and their (weight decay, accuracy) as JSON.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from bench.rows import Row, Settings, SkippedError, measures
 from bench.timing import Sample, Step, clock, interleave, ratio_row
 from upcycle_bench.probe import Examples, Recipe, fit
 
-CLASSES, WIDTH, SHOTS, NOISE = 10, 128, 16, 4.0  # the lab's digits at 16 shots, and features as wide as its own
-TOLERANCE = 0.005  # of the accuracies: rounding may move a sample of 400 across a border
+CLASSES, WIDTH, SHOTS, NOISE = 50, 512, 16, 5.0  # features as wide as ViT-B/32's
+TOLERANCE = 0.005  # of the accuracies: rounding may move a sample of 1,000 across a border
 
 
 class Problem(NamedTuple):
@@ -39,7 +39,7 @@ class Problem(NamedTuple):
 
 
 def problem() -> Problem:
-    """Unit vectors around a direction for each class: 16 shots, 10 for validation, 40 for the test."""
+    """Unit vectors around a direction for each class: 16 shots, 8 for validation, 20 for the test."""
     generator = torch.Generator().manual_seed(0)
     centre_CD = torch.randn(CLASSES, WIDTH, generator=generator)
 
@@ -48,7 +48,7 @@ def problem() -> Problem:
         features_ND = centre_CD[label_N] + NOISE * torch.randn(len(label_N), WIDTH, generator=generator)
         return Examples(F.normalize(features_ND, dim=1), label_N)
 
-    return Problem(examples(SHOTS), examples(10), examples(40))
+    return Problem(examples(SHOTS), examples(8), examples(20))
 
 
 def sides(given: Problem, workers: int, found: dict[str, tuple[float, float]]) -> tuple[Step, Step]:
