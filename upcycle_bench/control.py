@@ -43,24 +43,27 @@ class _Member:
 
 
 def run(suites: Mapping[str, Suite], context: EvalContext) -> tuple[list[ControlPart], str | None]:
-    """A control for each kind of set that the suites read, and why there is none, if so. Raises Unsound."""
+    """A control for each kind of set that the suites read, and why others have none, if so. Raises Unsound."""
     found: dict[str, ControlPart] = {}
-    reasons: dict[str, None] = {}
+    reasons: dict[str, dict[str, None]] = defaultdict(dict)
     for name, suite in suites.items():
         for dataset in suite.datasets():
-            if ":" in dataset:  # a split to learn from
+            folder = context.root / dataset
+            if ":" in dataset or not folder.is_dir():  # a split to learn from, or of another world
                 continue
+            kind = ""
             try:
-                kind = evalsets.kind_of(context.root / dataset)
+                kind = evalsets.kind_of(folder)
                 if kind not in found:
-                    found[kind] = _control(name, suite, context.root / dataset, context)
+                    found[kind] = _control(name, suite, folder, context)
             except Unsound:
                 raise
             except Exception as error:  # a suite may not be made for small sets, and its own scores stand
-                reasons[str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"] = None
-    return list(found.values()), None if found else " ".join(
-        reasons
-    ) or "no suite reads a test set that can be shuffled."
+                reasons[kind][str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"] = None
+    missing = [why for kind, each in reasons.items() if kind not in found for why in each]
+    if not (found or missing):
+        missing = ["no suite reads a test set of this world."]
+    return list(found.values()), " ".join(missing) or None
 
 
 def _control(name: str, suite: Suite, folder: Path, context: EvalContext) -> ControlPart:

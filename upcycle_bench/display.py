@@ -147,7 +147,7 @@ def show_certificate(proof: Mapping[str, Any] | None) -> None:
             f"{control['chance']:.4f}"
             for control in proof["controls"]
         ),
-        *([f"labels not shuffled: {proof['uncontrolled'].rstrip('.')}"] if proof["uncontrolled"] else []),
+        *([f"not controlled: {proof['uncontrolled'].rstrip('.')}"] if proof["uncontrolled"] else []),
         "weights unchanged",
     ]
     print(f"certificate: {'; '.join(parts)}; {proof['seconds']:.1f} s")

@@ -138,7 +138,7 @@ class CertificatePart(Part):
     repeats: tuple[RepeatPart, ...] = Field(min_length=1)
     choices_routed: int = Field(ge=0, description="(token, choice) pairs in the whole evaluation; none was dropped")
     controls: tuple[ControlPart, ...]
-    uncontrolled: str | None = Field(default=None, description="why there is no control with shuffled labels")
+    uncontrolled: str | None = Field(default=None, description="why a kind of set has no control")
     weights: Name = Field(description="sha256 of the model's tensors, the same before and after")
     seconds: float = Field(ge=0, description="that all this took, the evaluation left out")
 
