@@ -347,7 +347,7 @@ def test_two_ranks_run_a_matrix_and_reuse_weights(tmp_path: Path, quick_flags: l
     assert {row["status"] for row in made.values()} == {"ok"}
     again = record.read(Path(made["sparse-upcycling", 0]["record"]))
     assert "training" in again.environment
-    assert [score.model_dump() for score in again.scores] == one["scores"]
+    assert [score.model_dump(mode="json") for score in again.scores] == one["scores"]
     assert again.diagnostics == one["diagnostics"]
 
 
