@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import warnings
 from collections.abc import Sequence
 
 import numpy as np
@@ -101,7 +102,8 @@ def linear_probe(
     wd_list = np.logspace(-6, 2, num=97).tolist()
     wd_list_init = np.logspace(-6, 2, num=7).tolist()
     wd_init_idx = [i for i, val in enumerate(wd_list) if val in wd_list_init]
-    with contextlib.redirect_stderr(io.StringIO()):  # infer's progress bars
+    with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):  # infer's progress bars
+        warnings.filterwarnings("ignore", message="This DataLoader will create")  # more workers than cores
         peak_idx = find_peak(wd_list, wd_init_idx, train_loader, val_loader, *shape, lr, epochs, seed)
         step_span = 8
         while step_span > 0:

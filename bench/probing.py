@@ -1,9 +1,16 @@
-"""Row 15: the linear probe of `few-shot` and `linear-probe` against CLIP_benchmark's own."""
+"""Row 15: the linear probe of `few-shot` and `linear-probe` against CLIP_benchmark's own.
+
+`python -m bench.probing WORKERS ROUNDS THREADS` prints both sides' samples and their (weight decay, accuracy) as JSON.
+"""
 
 from __future__ import annotations
 
+import json
 import resource
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -15,8 +22,8 @@ from bench.rows import Row, Settings, SkippedError, measures
 from bench.timing import Sample, Step, clock, interleave, ratio_row
 from upcycle_bench.probe import Examples, Recipe, fit
 
-CLASSES, WIDTH, SHOTS, NOISE = 10, 128, 16, 4.0  # the lab's digits at 16 shots, and features as wide as its own
-TOLERANCE = 0.005  # of the accuracies: rounding may move a sample of 400 across a border
+CLASSES, WIDTH, SHOTS, NOISE = 50, 512, 16, 5.0  # features as wide as ViT-B/32's
+TOLERANCE = 0.005  # of the accuracies: rounding may move a sample of 1,000 across a border
 
 
 class Problem(NamedTuple):
@@ -32,7 +39,7 @@ class Problem(NamedTuple):
 
 
 def problem() -> Problem:
-    """Unit vectors around a direction for each class: 16 shots, 10 for validation, 40 for the test."""
+    """Unit vectors around a direction for each class: 16 shots, 8 for validation, 20 for the test."""
     generator = torch.Generator().manual_seed(0)
     centre_CD = torch.randn(CLASSES, WIDTH, generator=generator)
 
@@ -41,7 +48,7 @@ def problem() -> Problem:
         features_ND = centre_CD[label_N] + NOISE * torch.randn(len(label_N), WIDTH, generator=generator)
         return Examples(F.normalize(features_ND, dim=1), label_N)
 
-    return Problem(examples(SHOTS), examples(10), examples(40))
+    return Problem(examples(SHOTS), examples(8), examples(20))
 
 
 def sides(given: Problem, workers: int, found: dict[str, tuple[float, float]]) -> tuple[Step, Step]:
@@ -67,20 +74,33 @@ def clock_with_workers(step: Callable[[], None], calls: int, device: torch.devic
     return sample._replace(cpu=sample.cpu + children / calls)
 
 
+def measured(workers: int, rounds: int) -> tuple[list[list[Sample]], dict[str, tuple[float, float]]]:
+    """Samples of theirs and ours, in turns, and what both found."""
+    found: dict[str, tuple[float, float]] = {}
+    theirs, ours = sides(problem(), workers, found)
+    ours()  # what is slow only once is not their side's gain
+    return interleave([theirs, ours], rounds, warm=False, clock=clock_with_workers), found
+
+
 @measures(15)
 def linear_probes(settings: Settings) -> Iterator[Row]:
     """CLIP_benchmark's linear probe / ours, with its default of four workers (one round) and without (three at most).
 
     Same features, epochs, batches, precision, threads and weight-decay search, and equal accuracy, which is checked.
+    In a process of their own: workers are forks, which cost the more, the more their parent holds.
     """
     if settings.device.type != "cpu":
         raise SkippedError("the port of CLIP_benchmark's probe is for the CPU")
     for workers, goal, rounds in ((WORKERS, ">= 15", 1), (0, ">= 4", settings.few_rounds)):
-        found: dict[str, tuple[float, float]] = {}
-        theirs, ours = sides(problem(), workers, found)
-        ours()  # what is slow only once is not their side's gain
-        above, below = interleave([theirs, ours], rounds, settings.device, warm=False, clock=clock_with_workers)
+        command = [sys.executable, "-m", "bench.probing", *map(str, (workers, rounds, settings.threads))]
+        child = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parent.parent)
+        samples, found = json.loads(child.stdout)
         if abs(found["theirs"][1] - found["ours"][1]) > TOLERANCE:
             raise RuntimeError(f"accuracies differ, (weight decay, accuracy): {found}")
         name = f"CLIP_benchmark's linear probe / ours, {CLASSES} classes, {SHOTS} shots, {workers or 'no'} workers"
-        yield ratio_row(name, goal, above, below)
+        yield ratio_row(name, goal, *([Sample(*sample) for sample in side] for side in samples))
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(int(sys.argv[3]))
+    print(json.dumps(measured(int(sys.argv[1]), int(sys.argv[2]))))

@@ -92,7 +92,14 @@ class FewShot(Suite):
         return result
 
     def _score(
-        self, title: str, name: str, task: ShotTask, shots: int, data: Data, context: EvalContext, result: SuiteResult
+        self,
+        title: str,
+        name: str,
+        task: ShotTask,
+        shots: int,
+        data: Data[Examples],
+        context: EvalContext,
+        result: SuiteResult,
     ) -> None:
         sizes = Sizes(max(task.shots), task.validation, test=data.test is None)
         label_N, classes = data.pool.label_N.cpu().numpy(), len(data.classnames)
@@ -102,7 +109,7 @@ class FewShot(Suite):
             train, validation = data.pool.take(manifest.train_K), data.pool.take(manifest.validation_V)
             test: Examples = data.pool.take(manifest.test_T) if data.test is None else data.test
             fitted = fit(train, validation, classes, Recipe(solver=self.solver, seed=draw))
-            rows.append(classified(fitted, test))
+            rows.append(classified(fitted.logits(test.features_ND), test.label_N))
             hashes.append([manifest.sha256, fitted.weight_decay])
         result.notes[title] = {
             "manifests": [digest for digest, _ in hashes],

@@ -92,7 +92,8 @@ class LinearProbe(Suite):
                 "training_samples": samples,
                 "weight_decay": fitted.weight_decay,
             }
-            add_scores(name, [classified(fitted, data.test)], classes, result)
+            answers = classified(fitted.logits(data.test.features_ND), data.test.label_N)
+            add_scores(name, [answers], classes, result)
         return result
 
 

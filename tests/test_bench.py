@@ -175,9 +175,8 @@ def test_a_failure_stands_after_the_rows_before_it() -> None:
 
 def test_both_probes_find_the_same_classifier() -> None:
     given = probing.problem()
-    given = given._replace(test=given.test.take(torch.arange(100).numpy()))
     found: dict[str, tuple[float, float]] = {}
     for side in probing.sides(given, 0, found):
         side()
-    assert found["theirs"] == found["ours"]
+    assert found["theirs"] == pytest.approx(found["ours"], abs=probing.TOLERANCE)
     assert 0.3 < found["ours"][1] < 0.95  # neither hopeless nor trivial

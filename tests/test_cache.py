@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from upcycle_bench.cache import build_once, cache_root, file_sha256
+from upcycle_bench.cache import build_once, cache_root, file_sha256, files_sha256
 from upcycle_bench.errors import UserError
 
 
@@ -112,3 +112,13 @@ def test_file_sha256(tmp_path: Path) -> None:
     (tmp_path / "x").write_bytes(b"abc")
     # the published test vector of SHA-256
     assert file_sha256(tmp_path / "x") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+
+
+def test_several_files_are_hashed_in_order(tmp_path: Path) -> None:
+    paths = [tmp_path / str(number) for number in range(20)]
+    for path in paths:
+        path.write_bytes(path.name.encode() * 10_000)
+    assert files_sha256(iter(paths)) == [file_sha256(path) for path in paths]
+    assert len(set(files_sha256(paths))) == 20 and files_sha256([]) == []
+    with pytest.raises(FileNotFoundError):
+        files_sha256([paths[0], tmp_path / "absent"])

@@ -1,5 +1,6 @@
 """The command line: instant help, one JSON document, one-line errors, exit codes."""
 
+import gc
 import json
 import os
 import re
@@ -13,7 +14,7 @@ import pytest
 from tests.test_distributed import launch
 from upcycle_bench import __version__, cli, display
 from upcycle_bench.cache import file_sha256
-from upcycle_bench.command import warn_broken
+from upcycle_bench.command import uncollected, warn_broken
 from upcycle_bench.errors import UserError
 from upcycle_bench.progress import Reporter, TerminalReporter
 from upcycle_bench.worlds import World, load_world
@@ -314,3 +315,29 @@ def test_rank_one_says_nothing(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
 def test_a_label_with_options_is_no_markup(capsys: pytest.CaptureFixture[str]) -> None:
     display.table("cluster-aware[tau=0.8]", [{"strategy": "cluster-aware[tau=0.8]"}])
     assert capsys.readouterr().out.count("cluster-aware[tau=0.8]") == 2
+
+
+def fail_uncollected() -> None:
+    with uncollected():
+        assert not gc.isenabled()
+        raise ImportError
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_imports_are_not_collected(enabled: bool) -> None:
+    before = gc.isenabled()
+    switch = {True: gc.enable, False: gc.disable}
+    switch[enabled]()
+    try:
+        with pytest.raises(ImportError):
+            fail_uncollected()
+        assert gc.isenabled() is enabled
+    finally:
+        switch[before]()
+
+
+def test_list_leaves_triton_alone() -> None:
+    """PyTorch's own FLOP counter would bring it: a tenth of what `list` takes."""
+    code = "import sys; from upcycle_bench.cli import app; app(['list', '--json'], standalone_mode=False)"
+    code += "; sys.exit(bool({'triton', 'open_clip', 'faiss'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], stdout=subprocess.DEVNULL).returncode == 0

@@ -94,7 +94,7 @@ def test_real_photos_go_through_everything(models: dict[str, Path], sets: Path, 
     # Even random features of photos tell these photos apart, which random prompts do not.
     assert found["few-shot", "photos/5-shot", "acc1"] > 0.6 > 1 / 9
     assert found["linear-probe", "photos", "acc1"] > 0.6 > found["zero-shot", "photos", "acc1"]
-    unnamed = ("compositional", "diagnostics", "out-of-domain")
+    unnamed = ("compositional", "diagnostics", "fine-tune", "out-of-domain")
     assert facts["skipped"] == {
         "few-shot/photos-captions": "it has captions, not labels.",
         "linear-probe/photos-captions": "it has captions, not labels.",

@@ -103,6 +103,15 @@ def test_scores_are_means_over_draws_with_their_interval(root):
     assert {s.metric for s in result.scores} == {"acc1", "mean_per_class_recall"}  # three classes have no acc5
 
 
+def test_lbfgs_sees_the_same_shots(root):
+    task = {"pool": ("light",), "test": ("dark",), "shots": (3,), "validation": 3}
+    adamw, lbfgs = (
+        FewShot(tasks={"c": task}, draws=2, solver=name).evaluate(context(root)) for name in ("adamw", "lbfgs")
+    )
+    assert lbfgs.notes["c/3-shot"]["manifests"] == adamw.notes["c/3-shot"]["manifests"]
+    assert min(result.scores[0].value for result in (adamw, lbfgs)) > 0.6 > 1 / 3
+
+
 def test_which_set_and_which_category(root, tmp_path):
     result = suite(pool=("light", "dark"), test=(), label="set", shots=(8,), draws=2).evaluate(context(root))
     assert result.notes["colours"]["classes"] == 2

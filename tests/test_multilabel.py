@@ -109,6 +109,10 @@ def test_the_suite_equals_clip_benchmark(root: Path) -> None:
     assert (suite.primary, suite.primary_metric) == (("colours",), "mean_average_precision")
     result = suite.evaluate(given)
     (score,) = result.scores
+    ((metric, value),) = theirs.items()
+    print(
+        f"colours/{metric}: ours {score.value:.6f}, CLIP_benchmark's {value:.6f}, difference {score.value - value:.1e}"
+    )
     assert {score.metric: score.value} == pytest.approx(theirs, abs=1e-6)
     assert (score.samples, score.primary, score.higher_is_better) == (50, True, True)
     precision_C = result.outcomes["colours/average_precision"]

@@ -56,7 +56,7 @@ def test_it_scores_as_clip_benchmark_with_the_protocols_templates(context: EvalC
     assert [score.metric for score in result.scores if score.primary] == ["acc1"]
     assert (found["acc1"].chance, found["acc1"].samples) == (0.1, 359)
     share = found["acc1"].value
-    assert found["acc1"].standard_error == pytest.approx(math.sqrt(share * (1 - share) / 358))
+    assert found["acc1"].standard_error == pytest.approx(math.sqrt(share * (1 - share) / 359))
     assert result.outcomes["digits-test/correct@1"].mean() == share
     mean = float(result.outcomes["digits-test/log_likelihood"].mean())
     assert found["log_likelihood"].value == pytest.approx(mean, rel=1e-6)

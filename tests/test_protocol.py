@@ -102,7 +102,7 @@ def test_overrides_open_the_division_and_reach_their_place() -> None:
     ("override", "message"),
     [
         ("moe.expert=4", "did you mean 'moe.experts'"),
-        ("moe.expert=4", "There are 5"),  # too many to name beside a near match
+        ("moe.expert=4", "'moe.ep_size'? There are "),  # too many to name beside a near match
         ("xyzzy=4", "train.schedule.steps"),  # without one, the valid keys
         ("moe.experts=four", "moe.experts: Input should be a valid integer (got 'four')"),
         ("moe.experts=4.0", "moe.experts: Input should be a valid integer"),

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @contextlib.contextmanager
 def uncollected() -> Iterator[None]:
-    """For imports: a million objects and no garbage, and looking for some would take a fifth of their time."""
+    """For imports: they make many objects and no garbage; looking for some takes up to a fifth of their time."""
     enabled = gc.isenabled()
     gc.disable()
     try:

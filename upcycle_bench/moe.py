@@ -82,6 +82,10 @@ class Gate(TopKGate):
         """As the parent, and again when the next stage of a training makes its engine."""
         self.ep_group = ep_group
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the process group, which cannot be copied; the copy's own engine gives it one."""
+        return self.__dict__ | {"ep_group": None}
+
     def _group_capacity(self, num_tokens: int) -> int:
         """The largest capacity of the expert-parallel group: captions differ in length, the all-to-all must not."""
         shape = torch.empty(num_tokens, self.wg.out_features, device="meta")
@@ -147,8 +151,8 @@ class RaggedMOELayer(MOELayer):
         return combine_rows(out_RD, gates_KT, slots_KT, source_R)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the last loss, which carries a graph: a model can be copied between forward and backward."""
-        return self.__dict__ | {"l_aux": None}
+        """Without the last loss, which carries a graph, and as the gate's: a model can be copied while it trains."""
+        return self.__dict__ | {"l_aux": None, "ep_group": None}
 
 
 class Padding:
@@ -246,6 +250,11 @@ class MoEFFN(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         """As `RaggedMOELayer`'s."""
         return self.__dict__ | {"l_aux": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy's parameters are new ones, without DeepSpeed's marks."""
+        super().__setstate__(state)
+        self._mark(self.moe.deepspeed_moe.experts)
 
     @property
     def gate(self) -> Gate:

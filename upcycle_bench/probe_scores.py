@@ -1,8 +1,8 @@
-"""From the answers of linear probes to scores: accuracies as CLIP_benchmark defines them, means over draws.
+"""From the answers of probes and tuned models to scores: accuracies as CLIP_benchmark defines them, means over draws.
 
-    add_scores("digits/5-shot", [classified(fitted, test) for each draw], classes=10, result=result)
+    add_scores("digits/5-shot", [classified(logits_NC, label_N) for each draw], classes=10, result=result)
 
-Shape suffixes: N test samples.
+Shape suffixes: N test samples, C classes, K best answers.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
+from torch import Tensor
 
 from upcycle_bench import uncertainty
-from upcycle_bench.probe import Examples, Fitted
 from upcycle_bench.suite import Score, SuiteResult
 from upcycle_bench.uncertainty import Uncertainty
 
@@ -28,12 +28,11 @@ class Classified:
     five_N: np.ndarray
 
 
-def classified(fitted: Fitted, test: Examples) -> Classified:
-    """What a probe makes of its test set."""
-    logits_NC = fitted.logits(test.features_ND)
+def classified(logits_NC: Tensor, label_N: Tensor) -> Classified:
+    """What these logits make of a test set with these labels."""
     top_NK = logits_NC.topk(min(5, logits_NC.shape[1]), dim=1).indices
-    right_NK = (top_NK == test.label_N[:, None]).cpu().numpy()
-    return Classified(test.label_N.cpu().numpy(), right_NK[:, 0], np.any(right_NK, axis=1))
+    right_NK = (top_NK == label_N[:, None]).cpu().numpy()
+    return Classified(label_N.cpu().numpy(), right_NK[:, 0], np.any(right_NK, axis=1))
 
 
 def add_scores(title: str, draws: Sequence[Classified], classes: int, result: SuiteResult) -> None:

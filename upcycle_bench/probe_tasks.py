@@ -1,4 +1,4 @@
-"""What a linear probe is trained and tested on: evaluation sets pooled, with labels of one of three kinds.
+"""What probes and fine-tuning are trained and tested on: evaluation sets pooled, with labels of one of three kinds.
 
     [suites.NAME.tasks.concepts]
     pool = ["test-carbon", "photos:train"]     # SET, or SET:SPLIT where not its test split; training and validation
@@ -14,20 +14,22 @@ Shape suffixes: N samples, D features.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass as plain_dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
 import numpy as np
 import torch
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from upcycle_bench import evalsets
+from upcycle_bench import evalsets, labelled
 from upcycle_bench.cache import file_sha256
 from upcycle_bench.errors import UserError
+from upcycle_bench.evalsets import EvalSet
 from upcycle_bench.features import image_features
+from upcycle_bench.labelled import Labelled
 from upcycle_bench.probe import Examples
 from upcycle_bench.suite import EvalContext
 from upcycle_bench.worlds import lab, load_world
@@ -100,24 +102,76 @@ def runnable(tasks: Mapping[str, Task], root: Path, skipped: dict[str, str]) -> 
     return found
 
 
+Samples = TypeVar("Samples", Examples, Labelled)
+
+
 @plain_dataclass(frozen=True)
-class Data:
+class Data(Generic[Samples]):
     """Pool and test set of a task with labels into `classnames`; `test` is None where the pool has it."""
 
-    pool: Examples
-    test: Examples | None
+    pool: Samples
+    test: Samples | None
     classnames: tuple[str, ...]
     left_out: int
 
 
-def load(task: ProbeTask, context: EvalContext) -> Data:
+def load(task: ProbeTask, context: EvalContext) -> Data[Examples]:
     """Features and labels, without the classes that have too few samples; new labels count from 0.
 
     Raises UserError for sets that are missing, of another kind, or with other classes than each other.
     """
     root = task.root(context.root)
     parts = {text: image_features(root / _split(text)[0], _split(text)[1], context) for text in task.pool + task.test}
-    names, label_of = _labels(task, root, parts)
+    kept = _kept(task, root, {text: part.label_N.numpy() for text, part in parts.items()})
+
+    def joined(sets: Sequence[str]) -> Examples:
+        label_N = torch.from_numpy(kept.labels(sets))
+        features_ND = torch.cat([parts[text].features_ND for text in sets])
+        chosen_N = label_N >= 0
+        return Examples(features_ND[chosen_N].to(context.device), label_N[chosen_N].to(context.device))
+
+    return _data(task, kept, joined)
+
+
+def load_images(task: ProbeTask, root: Path) -> Data[Labelled]:
+    """The same samples in the same order, but the images themselves, on disk: no model sees them here."""
+    root = task.root(root)
+    parts = {text: labelled.index(root / _split(text)[0], _split(text)[1]) for text in task.pool + task.test}
+    kept = _kept(task, root, {text: part.label_N for text, part in parts.items()})
+
+    def joined(sets: Sequence[str]) -> Labelled:
+        label_N = kept.labels(sets)
+        return labelled.joined([parts[text] for text in sets], label_N).take(np.flatnonzero(label_N >= 0))
+
+    return _data(task, kept, joined)
+
+
+def first_set(task: ProbeTask, root: Path) -> EvalSet:
+    """The pool's first set, whose templates are the task's prompts; its images are not decoded."""
+    name, split = _split(task.pool[0])
+    return evalsets.read(task.root(root) / name, lambda image: image, 1, split)
+
+
+@plain_dataclass(frozen=True)
+class _Kept:
+    """The classes that a task keeps, how many it leaves out, and the new labels of each set; -1: without one."""
+
+    names: tuple[str, ...]
+    left_out: int
+    label_of: dict[str, np.ndarray]
+
+    def labels(self, sets: Sequence[str]) -> np.ndarray:
+        """Of these sets together."""
+        return np.concatenate([self.label_of[text] for text in sets])
+
+
+def _data(task: ProbeTask, kept: _Kept, joined: Callable[[Sequence[str]], Samples]) -> Data[Samples]:
+    return Data(joined(task.pool), joined(task.test) if task.test else None, kept.names, kept.left_out)
+
+
+def _kept(task: ProbeTask, root: Path, raw: Mapping[str, np.ndarray]) -> _Kept:
+    """From the labels that stand in the sets."""
+    names, label_of = _labels(task, root, raw)
     pool_label_N = np.concatenate([label_of[text] for text in task.pool])
     samples = np.bincount(pool_label_N[pool_label_N >= 0], minlength=len(names))
     kept = np.flatnonzero(samples >= task.at_least)
@@ -125,31 +179,26 @@ def load(task: ProbeTask, context: EvalContext) -> Data:
         raise UserError(f"{', '.join(task.pool)}: fewer than two classes have {task.at_least} samples; lower at_least.")
     renumbered = np.full(len(names) + 1, -1)  # the last: no label
     renumbered[kept] = np.arange(len(kept))
-
-    def joined(sets: Sequence[str]) -> Examples:
-        label_N = torch.from_numpy(renumbered[np.concatenate([label_of[text] for text in sets])])
-        features_ND = torch.cat([parts[text].features_ND for text in sets])
-        chosen_N = label_N >= 0
-        return Examples(features_ND[chosen_N].to(context.device), label_N[chosen_N].to(context.device))
-
-    left_out = len(names) - len(kept)
-    test = joined(task.test) if task.test else None
-    return Data(joined(task.pool), test, tuple(names[label] for label in kept), left_out)
+    return _Kept(
+        tuple(names[label] for label in kept),
+        len(names) - len(kept),
+        {text: renumbered[label_N] for text, label_N in label_of.items()},
+    )
 
 
-def _labels(task: ProbeTask, root: Path, parts: dict[str, Examples]) -> tuple[list[str], dict[str, np.ndarray]]:
+def _labels(task: ProbeTask, root: Path, raw: Mapping[str, np.ndarray]) -> tuple[list[str], Mapping[str, np.ndarray]]:
     """The classes, and for each set the labels of its samples; -1 where a sample has none."""
     if task.label == "class":
-        names = {text: evalsets.classnames(root / _split(text)[0]) for text in parts}
+        names = {text: evalsets.classnames(root / _split(text)[0]) for text in raw}
         first = task.pool[0]
         if other := [text for text in names if names[text] != names[first]]:
             raise UserError(f"{first} and {other[0]} do not have the same classes; a task needs sets that do.")
-        return list(names[first]), {text: part.label_N.numpy() for text, part in parts.items()}
+        return list(names[first]), raw
     if task.label == "set":
         if task.test:
             raise UserError('label = "set" asks which set of the pool an image is from; leave `test` empty.')
-        return list(parts), {text: np.full(len(part), row) for row, (text, part) in enumerate(parts.items())}
-    of_set = {text: lab.categories(_index(root).parent, text) for text in parts}
+        return list(raw), {text: np.full(len(label_N), row) for row, (text, label_N) in enumerate(raw.items())}
+    of_set = {text: lab.categories(_index(root).parent, text) for text in raw}
     classes = sorted({name for names in of_set.values() for name in names if name})
     place = {name: row for row, name in enumerate(classes)} | {"": -1}
     return classes, {text: np.array([place[name] for name in names]) for text, names in of_set.items()}

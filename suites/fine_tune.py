@@ -1,0 +1,200 @@
+"""End-to-end fine-tuning of the image tower, from a zero-shot-initialised head: on k shots, or on all of a pool.
+
+    [suites.fine-tune]
+    rates = [3e-5, 1.5e-4, 7e-4, 3e-3]         # the grid of peak learning rates, the same for every model
+    steps = 50
+    batch_size = 64
+    draws = 1                                  # of the shots
+
+    [suites.fine-tune.tasks.digits]
+    shots = [5]                                # and all = true: everything that validation leaves
+    validation = 16                            # samples of each class that choose the learning rate
+    pool = ["digits-validation"]               # and what upcycle_bench/probe_tasks.py says of tasks
+    test = ["digits-test"]
+
+The schedule, the grid, the shots and the order of the batches are the same for every model: shots come from few-shot's
+manifests, so a task of the same name with the same largest number of shots and the same validation has the very same
+split. All rates are trained, the best on validation is tested; what the whole grid cost stands in the notes, and in the
+record's phase `evaluate`. See upcycle_bench/fine_tuning.py for the recipe.
+
+Scores of TASK/K-shot and TASK/all: acc1 (primary), acc5 where there are five classes, mean_per_class_recall; of one
+draw with the standard error over test samples, of several with that over draws. Outcomes: TASK/K-shot/correct@1, bool
+[draws * test samples]. A rate chosen at the grid's edge is a warning, on the terminal and in the notes.
+
+Sources: M. Wortsman et al., Robust fine-tuning of zero-shot models, arXiv:2109.01903 (the head, AdamW); shots as in
+few_shot.py.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass as plain_dataclass
+from dataclasses import replace
+from pathlib import Path
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field, model_validator
+from pydantic.dataclasses import dataclass
+from torch import Tensor
+
+from upcycle_bench import engine, probe_tasks
+from upcycle_bench.fine_tuning import Recipe, predict, tune
+from upcycle_bench.flops import counted_flops
+from upcycle_bench.hookspecs import hookimpl
+from upcycle_bench.labelled import Labelled
+from upcycle_bench.probe_scores import add_scores, classified
+from upcycle_bench.probe_tasks import Data, ProbeTask
+from upcycle_bench.rng import Stream
+from upcycle_bench.shots import Sizes, choose
+from upcycle_bench.suite import EvalContext, Suite, SuiteInfo, SuiteResult
+from upcycle_bench.texts import class_embeddings
+
+
+@dataclass(frozen=True, kw_only=True)
+class TuneTask(ProbeTask):
+    """A task, and on how many samples of each class the model is tuned; `all`: on all but the validation samples."""
+
+    shots: tuple[int, ...] = ()
+    all: bool = False
+    validation: int = Field(ge=1)
+
+    @model_validator(mode="after")
+    def _possible(self) -> TuneTask:
+        if self.label != "class":
+            raise ValueError(f'label = "{self.label}" has no prompts, and the head begins as the zero-shot classifier')
+        if any(shots < 1 for shots in self.shots) or len(set(self.shots)) < len(self.shots):
+            raise ValueError("shots are different numbers from 1 on")
+        if not self.shots and not self.all:
+            raise ValueError("give shots, or all = true")
+        if self.all and not self.test:
+            raise ValueError("all = true leaves nothing of the pool; give a test set")
+        return self
+
+
+@dataclass(frozen=True, kw_only=True)
+class FineTune(Suite):
+    """See the module docstring."""
+
+    info: ClassVar[SuiteInfo] = SuiteInfo(
+        name="fine-tune",
+        summary="End-to-end fine-tuning of the image tower from the zero-shot classifier, on k shots or a whole pool",
+        paper="Wortsman et al. 2022, arXiv:2109.01903",
+        version=1,
+    )
+
+    tasks: dict[str, TuneTask] = Field(min_length=1)
+    rates: tuple[float, ...] = Field(min_length=3)
+    steps: int = Field(ge=1)
+    batch_size: int = Field(default=64, ge=2)
+    weight_decay: float = Field(default=0.1, ge=0)
+    load_balance: float = Field(default=0.001, ge=0)
+    precision: Literal["fp32", "bf16"] = "fp32"
+    draws: int = Field(default=1, ge=1)
+
+    @model_validator(mode="after")
+    def _ascending(self) -> FineTune:
+        if min(self.rates) <= 0 or list(self.rates) != sorted(set(self.rates)):
+            raise ValueError("rates are different positive numbers, in ascending order")
+        return self
+
+    def datasets(self) -> list[str]:
+        """Sets below `root`, with the split where it is not `test`; tasks of other worlds bring theirs."""
+        return probe_tasks.datasets(self.tasks)
+
+    def sources(self, root: Path) -> dict[str, str]:
+        """Of all tasks that can run here."""
+        return probe_tasks.sources(self.tasks, root)
+
+    def evaluate(self, context: EvalContext) -> SuiteResult:
+        """Every task and number of shots; the text tower makes the heads and is done."""
+        result = SuiteResult([], {})
+        context.model.eval()
+        known: dict[str, Tensor] = {}
+        for name, task in probe_tasks.runnable(self.tasks, context.root, result.skipped).items():
+            data = probe_tasks.load_images(task, context.root)
+            prompted = replace(probe_tasks.first_set(task, context.root), classnames=data.classnames)
+            classes_CD = class_embeddings(prompted, context, known)
+            result.notes[name] = {"classes": len(data.classnames), "classes_left_out": data.left_out}
+            splits = {
+                f"{name}/{shots}-shot": [_of_shots(name, task, data, shots, draw) for draw in range(self.draws)]
+                for shots in task.shots
+            }
+            if task.all:
+                splits[f"{name}/all"] = [_of_all(name, task, data)]
+            with engine.session(torch.get_num_threads()):
+                for title, draws in splits.items():
+                    self._score(title, draws, classes_CD, context, result)
+        return result
+
+    def _score(
+        self, title: str, splits: Sequence[Split], classes_CD: Tensor, context: EvalContext, result: SuiteResult
+    ) -> None:
+        recipe = Recipe(
+            rates=self.rates,
+            steps=self.steps,
+            batch_size=self.batch_size,
+            weight_decay=self.weight_decay,
+            load_balance=self.load_balance,
+            precision=self.precision,
+        )
+        rows, chosen = [], []
+        began = time.perf_counter()
+        with counted_flops() as counter:
+            for draw, split in enumerate(splits):
+                rng = Stream(("fine-tune", title, draw))
+                tuned = tune(context.model, classes_CD, split.train, split.validation, recipe, rng, context, title)
+                rows.append(classified(*predict(tuned.classifier, split.test, context)))
+                chosen.append(tuned)
+        edges = [tuned.rate for tuned in chosen if tuned.rate in (self.rates[0], self.rates[-1])]
+        result.notes[title] = {
+            "manifests": [split.sha256 for split in splits],
+            "test_samples": len(splits[0].test),
+            "rates": [tuned.rate for tuned in chosen],
+            "validation_acc1": [{str(rate): value for rate, value in tuned.accuracies.items()} for tuned in chosen],
+            "validation_acc1_before": [tuned.accuracy_before for tuned in chosen],
+            "rates_at_the_edge": len(edges),
+            "trainings": len(self.rates) * len(splits),
+            "seconds": time.perf_counter() - began,
+            "flops": counter.get_total_flops(),
+        }
+        if edges:
+            print(
+                f"warning: fine-tune, {title}: the best learning rate, {edges[0]:g}, is at the edge of the grid "
+                f"({', '.join(f'{rate:g}' for rate in self.rates)}) in {len(edges)} of {len(splits)} draws.",
+                file=sys.stderr,
+            )
+        add_scores(title, rows, len(classes_CD), result)
+
+
+@plain_dataclass(frozen=True)
+class Split:
+    """What a model is tuned on, what chooses the rate, what it is tested on; `sha256` of the manifest behind it."""
+
+    train: Labelled
+    validation: Labelled
+    test: Labelled
+    sha256: str
+
+
+def _of_shots(name: str, task: TuneTask, data: Data[Labelled], shots: int, draw: int) -> Split:
+    sizes = Sizes(max(task.shots), task.validation, test=data.test is None)
+    manifest = choose(name, data.pool.label_N, data.classnames, shots=shots, draw=draw, sizes=sizes)
+    pool = data.pool
+    test = pool.take(manifest.test_T) if data.test is None else data.test
+    return Split(pool.take(manifest.train_K), pool.take(manifest.validation_V), test, manifest.sha256)
+
+
+def _of_all(name: str, task: TuneTask, data: Data[Labelled]) -> Split:
+    """A manifest of no shots: what it leaves behind its validation samples is what the model is tuned on."""
+    assert data.test is not None
+    manifest = choose(name, data.pool.label_N, data.classnames, shots=0, draw=0, sizes=Sizes(0, task.validation, True))
+    return Split(data.pool.take(manifest.test_T), data.pool.take(manifest.validation_V), data.test, manifest.sha256)
+
+
+@hookimpl
+def register_suites() -> Iterable[type[Suite]]:
+    """This file's suite."""
+    return [FineTune]
