@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from upcycle_bench import uncertainty
+from upcycle_bench.display import score_rows, show_key
 from upcycle_bench.uncertainty import of_mean, of_outcomes, of_recalls, of_scores, wilson
 
 
@@ -106,3 +107,17 @@ def test_scores_of_the_same_images_are_taken_to_move_together():
     # two sets of one metric: hypot(0.3, 0.4) = 0.5; two metrics: 0.5 + 0.1, over 3 scores
     assert of_scores([("a", 0.3), ("a", 0.4), ("b", 0.1)]) == pytest.approx(0.2)
     assert of_scores([("a", 0.3), ("b", None)]) is None and of_scores([]) is None
+
+
+def test_tables_show_the_interval_where_the_error_is_nothing(capsys):
+    part = {"suite": "s", "dataset": "d", "metric": "acc1", "primary": False, "chance": None, "samples": 20}
+    values = [(0.5, 0.1, (0.3, 0.7)), (1.0, 0.0, (0.8389, 1.0)), (0.25, None, None)]
+    rows = score_rows(
+        [part | {"value": value, "standard_error": error, "interval": interval} for value, error, interval in values]
+    )
+    assert [row["value"] for row in rows] == ["0.5000 ± 0.1000", "1.0000 [0.839, 1.000]", "0.2500"]
+    show_key(rows)
+    shown = capsys.readouterr().out
+    assert "±: one standard error, over evaluation samples" in shown and "[a, b]: 95 % interval" in shown
+    show_key(rows[2:])
+    assert capsys.readouterr().out == ""

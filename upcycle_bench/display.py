@@ -112,7 +112,7 @@ def score_rows(scores: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
             **({"suite": score["suite"]} if several else {}),
             "dataset": score["dataset"],
             "metric": score["metric"] + (" (primary)" if score["primary"] else ""),
-            "value": _value(score["value"], score.get("standard_error")),
+            "value": _value(score["value"], score["standard_error"], score["interval"]),
             "chance": "" if score["chance"] is None else f"{score['chance']:.4f}",
             "n": f"{score['samples']:,}",
         }
@@ -121,7 +121,10 @@ def score_rows(scores: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
     ]
 
 
-def _value(value: float, error: float | None) -> str:
+def _value(value: float, error: float | None, interval: Sequence[float] | None = None) -> str:
+    """With its standard error; where that is 0, as of a share of 1, with its interval, which is not empty."""
+    if error == 0 and interval is not None:
+        return f"{value:.4f} [{interval[0]:.3f}, {interval[1]:.3f}]"
     return f"{value:.4f}" + ("" if error is None else f" ± {error:.4f}")
 
 
@@ -129,6 +132,8 @@ def show_key(rows: Sequence[Mapping[str, str]]) -> None:
     """What the signs in a table of scores mean."""
     if any("±" in row["value"] for row in rows):
         print("±: one standard error, over evaluation samples (where a suite draws several times, over its draws)")
+    if any("[" in row["value"] for row in rows):
+        print("[a, b]: 95 % interval, where that error is 0")
 
 
 def show_certificate(proof: Mapping[str, Any] | None) -> None:
