@@ -17,8 +17,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import numpy as np
+if TYPE_CHECKING:  # leaderboards come without it
+    import numpy as np
 
 Z = 1.959963984540054  # 97.5 % quantile of the normal distribution
 Interval = tuple[float, float]
@@ -34,6 +36,8 @@ class Uncertainty:
 
 def of_outcomes(outcome_N: np.ndarray, cluster_N: np.ndarray | None = None) -> Uncertainty:
     """Of the mean of outcomes: bool are shares. Samples with one number in `cluster_N` may depend on each other."""
+    import numpy as np
+
     value_N = outcome_N.astype(np.float64)
     mean, samples = float(value_N.mean()), len(value_N)
     is_share = outcome_N.dtype == np.bool_
@@ -56,6 +60,8 @@ def of_recalls(correct_N: np.ndarray, label_N: np.ndarray) -> Uncertainty:
     its own, so all those together stand for each of them. Interval: Wilson's, of as many samples as would have this
     standard error; where that is 0, of C^2 / sum(1 / n), which a mean with weights 1 / (C n) is worth (Kish).
     """
+    import numpy as np
+
     _, class_N, count_C = np.unique(label_N, return_inverse=True, return_counts=True)
     recall_C = np.bincount(class_N, weights=correct_N) / count_C
     alone_C = count_C == 1
@@ -106,6 +112,8 @@ def wilson(share: float, samples: float) -> Interval:
 
 def _clustered_error(rest_N: np.ndarray, cluster_N: np.ndarray) -> float:
     """sqrt(G / (G - 1) sum over clusters of (their sum)^2) / N; NaN of a single cluster."""
+    import numpy as np
+
     _, group_N = np.unique(cluster_N, return_inverse=True)
     sum_G = np.bincount(group_N, weights=rest_N)
     clusters = len(sum_G)
