@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from upcycle_bench import uncertainty
-from upcycle_bench.display import score_rows, show_key
+from upcycle_bench.display import score_rows, show_key, show_scores
+from upcycle_bench.suite import AVERAGE
 from upcycle_bench.uncertainty import of_mean, of_outcomes, of_recalls, of_scores, wilson
 
 
@@ -121,3 +122,16 @@ def test_tables_show_the_interval_where_the_error_is_nothing(capsys):
     assert "±: one standard error, over evaluation samples" in shown and "[a, b]: 95 % interval" in shown
     show_key(rows[2:])
     assert capsys.readouterr().out == ""
+
+
+def test_each_suite_has_a_table_of_its_own(capsys):
+    part = {"dataset": "d", "metric": "acc1", "primary": False, "chance": 0.1, "samples": 20, "standard_error": None}
+    part |= {"interval": None}
+    averaged = [part | {"suite": "a", "value": 0.25}, part | {"suite": "a", "value": 0.75, "dataset": AVERAGE}]
+    show_scores("all of it", averaged)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].strip() == "all of it" and "0.7500" in lines[4] and len(lines) == 6  # the average alone
+    show_scores("all of it", [*averaged, part | {"suite": "b", "value": 0.5}])
+    lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
+    assert lines[0] == "all of it" and [line for line in lines if line in ("a", "b")] == ["a", "b"]
+    assert sum("0.5000" in line for line in lines) == 1  # b has no average, so all its scores stand

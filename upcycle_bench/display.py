@@ -70,16 +70,15 @@ def _plain(value: Any) -> str:
 
 
 def show_record(made: Record, path: Path) -> None:
-    """Scores and cost of a run, and where its files are; of a suite with averages these only, without strata."""
+    """Scores and cost of a run, and where its files are."""
     from upcycle_bench.suite import AVERAGE
     from upcycle_bench.uncertainty import of_scores
 
     assert made.cost is not None and made.primary is not None
-    scores = score_rows([score.model_dump() for score in made.scores])
     averaged = any(score.dataset == AVERAGE for score in made.scores)
     seeds = made.seeds
-    table(f"{made.strategy.label}, protocol {made.protocol.name}, seeds {seeds.init} and {seeds.train}", scores)
-    show_key(scores)
+    title = f"{made.strategy.label}, protocol {made.protocol.name}, seeds {seeds.init} and {seeds.train}"
+    show_scores(title, [score.model_dump() for score in made.scores])
     show_skipped(made.skipped)
     primaries = sum(score.primary for score in made.scores)
     rest = f"; all {len(made.scores)} scores, strata included, stand in the record" if averaged else ""
@@ -101,15 +100,26 @@ def show_record(made: Record, path: Path) -> None:
     print(f"record: {path}")
 
 
+def show_scores(title: str, scores: Sequence[Mapping[str, Any]]) -> None:
+    """A table for each suite, and what the signs in them mean; of a suite with averages these only, without strata."""
+    suites = list(dict.fromkeys(score["suite"] for score in scores))
+    if len(suites) > 1:
+        print(f"{title}\n")
+    shown = []
+    for suite in suites:
+        rows = score_rows([score for score in scores if score["suite"] == suite])
+        table(suite if len(suites) > 1 else title, rows)
+        shown += rows
+    show_key(shown)
+
+
 def score_rows(scores: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
-    """The lines of a table of scores; of a suite with averages these only, without strata."""
+    """The lines of one suite's table."""
     from upcycle_bench.suite import AVERAGE
 
-    several = len({score["suite"] for score in scores}) > 1
-    averaged = {score["suite"] for score in scores if score["dataset"] == AVERAGE}
+    averaged = any(score["dataset"] == AVERAGE for score in scores)
     return [
         {
-            **({"suite": score["suite"]} if several else {}),
             "dataset": score["dataset"],
             "metric": score["metric"] + (" (primary)" if score["primary"] else ""),
             "value": _value(score["value"], score["standard_error"], score["interval"]),
@@ -117,7 +127,7 @@ def score_rows(scores: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
             "n": f"{score['samples']:,}",
         }
         for score in scores
-        if score["suite"] not in averaged or (score["dataset"] == AVERAGE and "[" not in score["metric"])
+        if not averaged or (score["dataset"] == AVERAGE and "[" not in score["metric"])
     ]
 
 

@@ -75,9 +75,7 @@ def _show(facts: Mapping[str, Any], output: Path | None) -> None:
     from upcycle_bench.suite import AVERAGE
 
     scored = f"protocol {facts['protocol']}" if facts["protocol"] else facts["data"]
-    rows = display.score_rows(facts["scores"])
-    display.table(f"{facts['checkpoint']} ({facts['model']}), {scored}", rows)
-    display.show_key(rows)
+    display.show_scores(f"{facts['checkpoint']} ({facts['model']}), {scored}", facts["scores"])
     display.show_skipped(facts["skipped"])
     if any(score["dataset"] == AVERAGE for score in facts["scores"]):
         print(f"all {len(facts['scores'])} scores, of each set and stratum, are what --output or --json has")
