@@ -1,4 +1,4 @@
-"""The generated parts of README.md and two files of docs/: `make docs` writes them, a test keeps them fresh.
+"""The generated parts of README.md and three files of docs/: `make docs` writes them, a test keeps them fresh.
 
 A part stands between `<!-- generated: NAME -->` and `<!-- end -->`; NAME is a function of `PARTS`.
 """
@@ -17,7 +17,7 @@ from upcycle_bench.protocol import load_protocol
 from upcycle_bench.registry import load_registry
 
 ROOT = Path(__file__).parent.parent
-DOCUMENTS = [ROOT / "README.md", *(ROOT / "docs" / name for name in ("strategies.md", "performance.md"))]
+DOCUMENTS = [ROOT / "README.md", *(ROOT / "docs" / name for name in ("strategies.md", "performance.md", "lab.md"))]
 MARK = re.compile(r"<!-- generated: (\S+) -->\n.*?<!-- end -->", re.DOTALL)
 
 
@@ -81,6 +81,31 @@ def board() -> str:
     return f"```console\n$ upcycle-bench leaderboard results/lab --format md\n```\n\n{shown.strip()}"
 
 
+def all_suites() -> str:
+    """What the optional suites say of the records in results/lab-suites; strata and single layers left out."""
+    runs = [record.read(path) for path in record.find(ROOT / "results" / "lab-suites")]
+    values: dict[tuple[str, str, str], dict[str, str]] = {}
+    for run in sorted(runs, key=lambda run: run.strategy.label):
+        for score in run.scores:
+            agreement = score.metric in ("nmi_class", "nmi_set") and "." not in score.dataset
+            pairs = score.suite == "compositional" and score.dataset == "average" and "[" not in score.metric
+            single = (
+                score.suite in ("few-shot", "linear-probe", "fine-tune", "out-of-domain") and score.metric == "acc1"
+            )
+            if agreement or pairs or single:
+                row = values.setdefault((score.suite, score.dataset, score.metric), {})
+                chance = f"{score.chance:.3f}"
+                row["chance"] = "" if agreement else chance
+                beside = f" (chance {chance})" if agreement else f" ± {score.standard_error:.3f}"
+                row[run.strategy.label] = f"{score.value:.3f}{beside}"
+    labels = sorted({run.strategy.label for run in runs}, key=lambda label: (label != "dense", label))
+    lines = [
+        [f"`{suite}`", f"`{name}`", f"`{metric}`", row["chance"], *(row.get(label, "") for label in labels)]
+        for (suite, name, metric), row in values.items()
+    ]
+    return table(["suite", "of", "metric", "chance", *(f"`{label}`" for label in labels)], lines)
+
+
 def cluster() -> str:
     """What the published protocols would take on 64 GPUs, by `upcycle_bench.cluster`."""
     registry = load_registry()
@@ -122,6 +147,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "suites": suites,
     "help": commands,
     "cluster": cluster,
+    "all-suites": all_suites,
 }
 
 
