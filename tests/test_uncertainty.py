@@ -112,15 +112,21 @@ def test_scores_of_the_same_images_are_taken_to_move_together():
 
 def test_tables_show_the_interval_where_the_error_is_nothing(capsys):
     part = {"suite": "s", "dataset": "d", "metric": "acc1", "primary": False, "chance": None, "samples": 20}
-    values = [(0.5, 0.1, (0.3, 0.7)), (1.0, 0.0, (0.8389, 1.0)), (0.25, None, None)]
+    values = [(0.5, 0.1, (0.3, 0.7)), (1.0, 0.0, (0.8389, 1.0)), (0.0, 0.0, (0.0, 0.16)), (0.3, 0.0, (0.3, 0.3))]
+    values.append((0.25, None, None))
     rows = score_rows(
         [part | {"value": value, "standard_error": error, "interval": interval} for value, error, interval in values]
     )
-    assert [row["value"] for row in rows] == ["0.5000 ± 0.1000", "1.0000 [0.839, 1.000]", "0.2500"]
+    assert [row["value"] for row in rows] == [
+        "0.5000 ± 0.1000", "1.0000 [≥0.839]", "0.0000 [≤0.160]", "0.3000 ± 0.0000", "0.2500"
+    ]  # fmt: skip
     show_key(rows)
     shown = capsys.readouterr().out
-    assert "±: one standard error, over evaluation samples" in shown and "[a, b]: 95 % interval" in shown
-    show_key(rows[2:])
+    assert (
+        "±: one standard error, over evaluation samples" in shown
+        and "[≥a], [≤b]: the end of the 95 % interval" in shown
+    )
+    show_key(rows[4:])
     assert capsys.readouterr().out == ""
 
 

@@ -132,9 +132,9 @@ def score_rows(scores: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
 
 
 def _value(value: float, error: float | None, interval: Sequence[float] | None = None) -> str:
-    """With its standard error; where that is 0, as of a share of 1, with its interval, which is not empty."""
-    if error == 0 and interval is not None:
-        return f"{value:.4f} [{interval[0]:.3f}, {interval[1]:.3f}]"
+    """With its standard error; of a share of 0 or 1, where that is 0, with the other end of its interval."""
+    if error == 0 and interval is not None and interval[0] < interval[1]:
+        return f"{value:.4f} " + (f"[≥{interval[0]:.3f}]" if value > interval[0] else f"[≤{interval[1]:.3f}]")
     return f"{value:.4f}" + ("" if error is None else f" ± {error:.4f}")
 
 
@@ -143,7 +143,7 @@ def show_key(rows: Sequence[Mapping[str, str]]) -> None:
     if any("±" in row["value"] for row in rows):
         print("±: one standard error, over evaluation samples (where a suite draws several times, over its draws)")
     if any("[" in row["value"] for row in rows):
-        print("[a, b]: 95 % interval, where that error is 0")
+        print("[≥a], [≤b]: the end of the 95 % interval, where that error is 0")
 
 
 def show_certificate(proof: Mapping[str, Any] | None) -> None:
