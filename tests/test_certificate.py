@@ -1,6 +1,7 @@
 """The certificate: sound evaluations get one, and each way to be unsound ends with its own line."""
 
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
@@ -76,7 +77,7 @@ def test_a_sound_evaluation_has_its_certificate(root: Path, experts: bool) -> No
     # 400 images, of which 200 are the others again, and 208 texts: 128 of each, some images twice.
     assert 128 + 80 < proof.predictions <= 256
     assert [(each.batch_size, each.shuffled, each.differing) for each in proof.repeats] == [
-        (32, False, 0),
+        (7, False, 0),
         (100, True, 0),
     ]
     assert all(0 < each.largest_distance < 1e-5 for each in proof.repeats)
@@ -125,7 +126,28 @@ def refused(root: Path, clip: Clip, suites: Any = None) -> str:
 
 def test_predictions_that_depend_on_the_batch_are_refused(root: Path) -> None:
     text = refused(root, broken(lambda pooled_BD: pooled_BD - pooled_BD.mean(dim=0)))  # as a batch norm would
-    assert "predictions come out otherwise when the same inputs are encoded again in batches of 32; at most 1" in text
+    assert "predictions come out otherwise when the same inputs are encoded again in batches of 7; at most 1" in text
+
+
+def test_few_inputs_do_not_hide_that_they_depend_on_the_batch(tmp_path: Path) -> None:
+    """32 images are one batch of the evaluation; the first repeat takes them in other company all the same."""
+    rng = np.random.default_rng(0)
+    pictures = [Image.fromarray(p) for p in rng.integers(0, 256, (32, 8, 8, 3), dtype=np.uint8)]
+    evalsets.write_classification(tmp_path / "few", zip(pictures, [0, 1] * 16, strict=True), ("a", "b"), ("{c}",))
+    suites = {"zero-shot": ZeroShot(sets=("few",), primary=("few",))}
+    change = broken(lambda pooled_BD: (pooled_BD - pooled_BD.mean(dim=0)) / pooled_BD.std(dim=0))
+    assert "in batches of 7; at most 1 in 10,000 may" in refused(tmp_path, change, suites)
+
+
+def test_an_embedding_that_moves_is_refused_though_it_predicts_the_same(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pushed by the size of the batch, all alike, and too little to have another nearest text."""
+    push = broken(lambda pooled_BD: pooled_BD + 2e-3 * len(pooled_BD) / 100)
+    monkeypatch.setattr(certificate, "differences", lambda before, again: [])
+    assert "come out otherwise" in refused(root, push)
+    monkeypatch.setattr(certificate, "MOVED", 1.0)
+    assert evaluate(root, push)[1] is not None
 
 
 def test_predictions_that_depend_on_the_order_are_refused(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -136,8 +158,8 @@ def test_predictions_that_depend_on_the_order_are_refused(root: Path, monkeypatc
         return pooled_BD * signs[: len(pooled_BD)]
 
     monkeypatch.setattr(certificate._Sample, "chosen", _in_order)
-    text = refused(root, broken(turned))
-    assert "encoded again in batches of 100, in another order,; at most" in text or "in another order" in text
+    monkeypatch.setattr(certificate, "REPEATS", ((8, False), (100, True)))
+    assert "encoded again in batches of 100, in another order,; at most" in refused(root, broken(turned))
 
 
 def _in_order(sample: certificate._Sample) -> tuple[list[Tensor], Tensor]:
@@ -184,7 +206,9 @@ def test_leaking_labels_are_refused(root: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr("upcycle_bench.texts.encode_images", leaking)
     text = refused(root, tiny_clip())
     assert text.count("standard errors above") == 1
-    assert "with shuffled labels zero-shot gives acc1 1.0000 on 120 samples of colours, where chance is 0.3333" in text
+    assert re.search(
+        r"with shuffled labels zero-shot gives \w+ 1.0000 on 120 samples of colours, where chance is 0.5", text
+    )
     assert text.endswith("standard errors above); labels leak into the answers.")
 
 
@@ -363,4 +387,4 @@ def test_small_sets_and_other_labels_have_no_control(root: Path, tmp_path: Path)
     evalsets.write_classification(tmp_path / "few", zip(pictures, [0, 1] * 20, strict=True), ("a", "b"), ("{c}",))
     _, proof = evaluate(tmp_path, tiny_clip(), {"zero-shot": ZeroShot(sets=("few",), primary=("few",))})
     assert proof is not None and proof.controls == ()
-    assert proof.uncontrolled == "evaluation set few: 40 samples are too few for a control."
+    assert proof.uncontrolled == "zero-shot: evaluation set few: 40 samples are too few for a control."

@@ -1,13 +1,15 @@
 """The control with shuffled labels: what a suite says of them must be chance, or labels leak into its answers.
 
-    controls, why_not = run(suites, context)
+    controls, without = run(suites, context)
 
 A small set is made of a real one, in its format, with labels (or captions) dealt out anew, and the suite scores the
 model on it as on any set of a user's: reading, encoding, ranking, metrics. Of a classification set it has equally many
-samples of each class and no other class, so that whatever a model prefers, 1 / classes of its answers are right. A
-score must stand less than 4 of its own standard errors above chance; by luck it does not once in 30,000.
+samples of each class and no other class, so that whatever a model prefers, 1 / classes of its answers are right. No
+score may stand 4 standard errors above chance. For the share of right answers that is the binomial test of the same
+odds, 1 in 30,000; for others the errors are the score's own.
 
-One set of each kind is enough, the first that a suite reads and that can be shuffled; it takes at least 64 samples.
+One set of each kind is enough, the first that a suite reads and that can be shuffled; it takes at least 64 samples. A
+suite that scored without a control is named, with the reason.
 """
 
 from __future__ import annotations
@@ -43,27 +45,27 @@ class _Member:
 
 
 def run(suites: Mapping[str, Suite], context: EvalContext) -> tuple[list[ControlPart], str | None]:
-    """A control for each kind of set that the suites read, and why others have none, if so. Raises Unsound."""
-    found: dict[str, ControlPart] = {}
-    reasons: dict[str, dict[str, None]] = defaultdict(dict)
+    """A control for each suite and kind of set it reads, and which suites have none, and why. Raises Unsound."""
+    controls, without = [], []
     for name, suite in suites.items():
+        found: set[str] = set()
+        reasons: dict[str, None] = {}
         for dataset in suite.datasets():
             folder = context.root / dataset
             if ":" in dataset or not folder.is_dir():  # a split to learn from, or of another world
                 continue
-            kind = ""
             try:
                 kind = evalsets.kind_of(folder)
                 if kind not in found:
-                    found[kind] = _control(name, suite, folder, context)
+                    controls.append(_control(name, suite, folder, context))
+                    found.add(kind)
             except Unsound:
                 raise
             except Exception as error:  # a suite may not be made for small sets, and its own scores stand
-                reasons[kind][str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"] = None
-    missing = [why for kind, each in reasons.items() if kind not in found for why in each]
-    if not (found or missing):
-        missing = ["no suite reads a test set of this world."]
-    return list(found.values()), " ".join(missing) or None
+                reasons[str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"] = None
+        if not found:
+            without.append(f"{name}: {' '.join(reasons) or 'it reads no test set of this world.'}")
+    return controls, " ".join(without) or None
 
 
 def _control(name: str, suite: Suite, folder: Path, context: EvalContext) -> ControlPart:
@@ -89,12 +91,18 @@ def _control(name: str, suite: Suite, folder: Path, context: EvalContext) -> Con
 
 
 def z_of(score: Score) -> float | None:
-    """How many of its standard errors a score stands above chance; None if it has not got both.
+    """How many standard errors a score stands above chance; None if it has not got both.
 
-    Where all samples are right, or all alike, that error is 0; 1e-6 is then what rounding may do.
+    Of a share of right answers the normal deviate with the odds of so many by chance or more (binomial), or -8 at the
+    least. Of others their own errors: where all samples are alike, that is 0, and 1e-6 is then what rounding may do.
     """
     if score.chance is None or score.standard_error is None:
         return None
+    if re.fullmatch(r"acc\d+", score.metric):
+        from scipy.stats import binom, norm
+
+        odds = binom.sf(round(score.value * score.samples) - 1, score.samples, score.chance)
+        return float(norm.isf(min(odds, 1 - 1e-15)))
     return (score.value - score.chance) / max(score.standard_error, 1e-6)
 
 
@@ -159,13 +167,16 @@ def _read(members: list[_Member], wanted: Callable[[str], bool]) -> Iterator[dic
 
 
 def _balanced(labels: list[int]) -> tuple[list[int], list[int]]:
-    """As many samples as SAMPLES allow, equally many of each of at least two classes: their places, and the classes."""
+    """As many samples as SAMPLES allow, equally many of each of at least two classes: their places, and the classes.
+
+    Of as many samples the fewest classes, with which a leak stands out from the fewest answers.
+    """
     places: dict[int, list[int]] = defaultdict(list)
     for place, label in enumerate(labels):
         places[label].append(place)
     chosen: list[int] = []
     for each in range(1, SAMPLES // 2 + 1):
         classes = sorted(label for label in places if len(places[label]) >= each)[: SAMPLES // each]
-        if len(classes) >= 2 and each * len(classes) > len(chosen):
+        if len(classes) >= 2 and each * len(classes) >= len(chosen):
             chosen = sorted(place for label in classes for place in places[label][:each])
     return chosen, sorted({labels[place] for place in chosen})

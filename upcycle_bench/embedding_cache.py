@@ -26,7 +26,7 @@ from upcycle_bench.errors import Unsound
 from upcycle_bench.suite import EvalContext
 
 VERSION = 2  # raise it when the same weights and inputs would give other arrays
-SPOT = 32  # rows of what the cache holds that are made again
+SPOT = 128  # rows of what the cache holds that are made again
 Arrays = Mapping[str, np.ndarray]
 
 
@@ -67,10 +67,10 @@ def _read(path: Path) -> Arrays:
 
 
 def _compare(arrays: Arrays, first: Arrays, path: Path) -> None:
-    """Unsound where more than one row in ten differs by 0.001: a near tie in a router may let a single one differ."""
+    """Unsound where more than one row in a hundred differs by 0.001: a near tie in a router may let one differ."""
     for name, fresh_ND in first.items():
         distance_N = np.linalg.norm(arrays[name][: len(fresh_ND)] - fresh_ND, axis=1)
-        if (distance_N > 1e-3).mean() > 0.1:
+        if int((~(distance_N <= 1e-3)).sum()) > max(1, len(fresh_ND) // 100):  # NaN differs, too
             raise Unsound(f"{path} holds embeddings that its model does not give; delete it.")
 
 

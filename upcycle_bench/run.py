@@ -23,6 +23,7 @@ from upcycle_bench.data import PairDataset
 from upcycle_bench.dense import Clip
 from upcycle_bench.diagnostics import diagnose
 from upcycle_bench.errors import Unsound, UserError
+from upcycle_bench.flops import counted_flops
 from upcycle_bench.job import Job, Progress
 from upcycle_bench.plan import Plan, fingerprint
 from upcycle_bench.pretrain import load_dense, training_data
@@ -168,7 +169,7 @@ def score(
                 results[name] = SuiteResult([], {}, skipped={"": reason})
     if errors and not any(made.primary for result in results.values() for made in result.scores):
         raise errors[0]
-    with reporter.task("certificate"):
+    with reporter.task("certificate"), counted_flops():  # the same kernels as in the evaluation
         scored = {name: suite for name, suite in suites.items() if results[name].scores}
         return results, witness.testify(scored, context)
 
