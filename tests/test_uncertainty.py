@@ -1,12 +1,15 @@
 """Standard errors and intervals: against hand-worked numbers, a bootstrap, and how often they hold what they should."""
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from tests.test_record import make_record, score
 from upcycle_bench import uncertainty
-from upcycle_bench.display import score_rows, show_key, show_scores
+from upcycle_bench.display import score_rows, show_key, show_record, show_scores
+from upcycle_bench.leaderboard import build
 from upcycle_bench.suite import AVERAGE
 from upcycle_bench.uncertainty import of_mean, of_outcomes, of_recalls, of_scores, wilson
 
@@ -106,8 +109,24 @@ def test_means_of_independent_numbers():
 
 def test_scores_of_the_same_images_are_taken_to_move_together():
     # two sets of one metric: hypot(0.3, 0.4) = 0.5; two metrics: 0.5 + 0.1, over 3 scores
-    assert of_scores([("a", 0.3), ("a", 0.4), ("b", 0.1)]) == pytest.approx(0.2)
-    assert of_scores([("a", 0.3), ("b", None)]) is None and of_scores([]) is None
+    assert of_scores([("x", "a", 0.3), ("y", "a", 0.4), ("x", "b", 0.1)]) == pytest.approx(0.2)
+    assert of_scores([("x", "a", 0.3), ("x", "b", None)]) is None and of_scores([]) is None
+    # other shots of one set: 0.1 + 0.2 = 0.3, with the other set hypot(0.3, 0.4) = 0.5; all of it 0.6, over 4 scores
+    shots = [("x/1-shot", "a", 0.1), ("y/1-shot", "a", 0.4), ("x/all", "a", 0.2)]
+    assert of_scores([*shots, ("x/all", "b", 0.1)]) == pytest.approx(0.15)
+
+
+def test_callers_tell_which_set_a_score_is_of(capsys):
+    """A leaderboard's row and what `run` prints: 1-shot and 2-shot of one test set, 0.05 each, are 0.05 together."""
+    scores = [
+        score(f"digits/{k}-shot", "acc1", 0.5, primary=True) | {"standard_error": 0.05, "interval": (0.4, 0.6)}
+        for k in (1, 2)
+    ]
+    made = make_record(scores=scores, primary=0.5)
+    (board,) = build([made])
+    assert board.rows[0].primary_standard_error == pytest.approx(0.05)
+    show_record(made, Path("record.json"))
+    assert "primary: 0.5000 ± 0.0500, the mean of 2 scores" in capsys.readouterr().out
 
 
 def test_tables_show_the_interval_where_the_error_is_nothing(capsys):

@@ -86,20 +86,23 @@ def of_mean(parts: Sequence[tuple[float, float | None, Interval | None]]) -> Unc
     return Uncertainty(error, (mean - below, mean + above))
 
 
-def of_scores(parts: Iterable[tuple[str, float | None]]) -> float | None:
-    """Standard error of the mean of scores, each (metric, standard error), at most; None if one is unknown.
+def of_scores(parts: Iterable[tuple[str, str, float | None]]) -> float | None:
+    """Standard error of the mean of scores, each (dataset, metric, standard error), at most; None if one is unknown.
 
-    Scores of one metric are of different sets, so independent; different metrics may be of the same images, and are
-    taken to go up and down together, which gives the largest error.
+    Scores of one metric and different sets are independent. Scores of one set may be of the same images, be it other
+    metrics or other shots (`digits/1-shot`, `digits/all`: the set is what stands before the first "/"), and so may
+    different metrics: these are taken to go up and down together, which gives the largest error.
     """
-    of_metric: dict[str, list[float]] = {}
+    of_metric: dict[str, dict[str, float]] = {}
     count = 0
-    for metric, error in parts:
+    for dataset, metric, error in parts:
         if error is None:
             return None
-        of_metric.setdefault(metric, []).append(error)
+        of_set = of_metric.setdefault(metric, {})
+        samples = dataset.partition("/")[0]
+        of_set[samples] = of_set.get(samples, 0.0) + error
         count += 1
-    return sum(math.hypot(*errors) for errors in of_metric.values()) / count if count else None
+    return sum(math.hypot(*of_set.values()) for of_set in of_metric.values()) / count if count else None
 
 
 def wilson(share: float, samples: float) -> Interval:
