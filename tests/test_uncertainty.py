@@ -11,7 +11,7 @@ from upcycle_bench import uncertainty
 from upcycle_bench.display import score_rows, show_key, show_record, show_scores
 from upcycle_bench.leaderboard import build
 from upcycle_bench.suite import AVERAGE
-from upcycle_bench.uncertainty import of_mean, of_outcomes, of_recalls, of_scores, wilson
+from upcycle_bench.uncertainty import of_mean, of_outcomes, of_recalls, of_scores, of_shares, wilson
 
 
 def bootstrap(statistic, samples: int, draws: int = 4000) -> float:
@@ -61,6 +61,38 @@ def test_captions_of_one_image_are_one_sample(share):
         p, worth = outcome_N.mean(), outcome_N.mean() * (1 - outcome_N.mean()) / known.standard_error**2
         assert known.interval == wilson(p, worth)
         assert of_outcomes(np.ones(9, dtype=bool), np.arange(9) // 3).interval == wilson(1.0, 3)
+
+
+def test_shares_count_clusters():
+    values = np.random.default_rng(0).random(40)
+    alone = np.arange(40)
+    known = of_shares([values], [alone])
+    assert known.standard_error == pytest.approx(values.std(ddof=1) / math.sqrt(40))
+    # The same values twice, known to be the same, are worth no more.
+    twice = of_shares([np.repeat(values, 2)], [np.repeat(alone, 2)])
+    assert twice.standard_error == pytest.approx(known.standard_error)
+    # By hand: means 1/2 and 1, mean 3/4. Residuals over (2 values * 2 sets): a 1/8, b -1/8, of the other set none.
+    # Sum of squares 1/32, times 2 clusters / 1: 1/16. Worth 3/4 * 1/4 / (1/16) = 3 samples.
+    two = of_shares([np.array([1.0, 0.0]), np.array([1.0, 1.0])], [np.array(["a", "b"]), np.array(["a", "a"])])
+    assert two.standard_error == pytest.approx(0.25) and two.interval == pytest.approx(wilson(0.75, 3))
+    assert of_shares([np.ones(9, dtype=bool)], [np.arange(9) // 3]) == uncertainty.Uncertainty(0.0, wilson(1.0, 3))
+    single = of_shares([np.array([1.0, 0.0])], [np.array(["a", "a"])])
+    assert single == uncertainty.Uncertainty(None, wilson(0.5, 1))
+
+
+def test_errors_and_intervals_are_those_of_drawing_words_anew():
+    """Against the obvious way: the spread of the mean over many worlds in which words are easy or hard."""
+    rng = np.random.default_rng(1)
+    means, errors, held = [], [], []
+    for _ in range(400):
+        word_P = np.repeat(np.arange(30), rng.integers(1, 12, 30))
+        right_P = rng.random(len(word_P)) < rng.random(30)[word_P]  # half of them, in the long run
+        known = of_shares([right_P], [word_P])
+        means.append(right_P.mean())
+        errors.append(known.standard_error)
+        held.append(known.interval[0] <= 0.5 <= known.interval[1])
+    assert np.mean(errors) == pytest.approx(np.std(means), rel=0.12)
+    assert np.mean(held) > 0.91
 
 
 def test_recalls_against_a_bootstrap_within_classes():
