@@ -23,13 +23,13 @@ Notes: of each set its images, candidates, pairs and their sha256; of the most f
 Outcomes, one value a pair: SET/text, SET/image, SET/group (bool), SET/comparisons (int8, how many of the four).
 
 Source: T. Thrush et al., Winoground, arXiv:2204.03162.
-Shape suffixes: P pairs, I images and T texts of a pair, N images of the set, D embedding, C clusters.
+Shape suffixes: P pairs, I images and T texts of a pair, N images of the set, D embedding.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from dataclasses import dataclass as plain_dataclass
 from typing import Any, ClassVar
 
@@ -39,7 +39,7 @@ from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from upcycle_bench import evalsets
+from upcycle_bench import evalsets, uncertainty
 from upcycle_bench.errors import UserError
 from upcycle_bench.evalsets import EvalSet
 from upcycle_bench.features import encode_images
@@ -154,34 +154,13 @@ def scores(dataset: str, sets: Sequence[Scored], primary: bool) -> Iterable[Scor
             continue  # a set with one kind of pairs has no other number to give
         for metric, chance in CHANCE.items():
             values = [one.values[metric][mask].astype(float) for one, mask in zip(sets, masks, strict=True)]
-            mean, error, interval = clustered_mean(values, [w[mask] for w, mask in zip(words, masks, strict=True)])
+            mean = sum(float(each.mean()) for each in values) / len(values)
+            sure = uncertainty.of_shares(values, [w[mask] for w, mask in zip(words, masks, strict=True)])
             yield Score(
                 dataset=dataset, metric=f"{metric}{suffix}", value=mean, higher_is_better=True, chance=chance,
                 samples=sum(map(len, values)), primary=primary and metric == "group_score" and not suffix,
-                standard_error=error, interval=interval,
+                **asdict(sure),
             )  # fmt: skip
-
-
-def clustered_mean(
-    values: Sequence[np.ndarray], clusters: Sequence[np.ndarray]
-) -> tuple[float, float | None, tuple[float, float] | None]:
-    """The mean over sets of their means, its standard error, its 95 % t-interval; None of a single cluster.
-
-    `clusters` holds a name for each value, and equal names are one cluster in whatever set. The error is the linearised
-    (sandwich) one: residuals with their weights, summed within clusters, squared, times C / (C - 1) for C clusters.
-    """
-    from scipy.stats import t
-
-    means = [float(each.mean()) for each in values]
-    mean = sum(means) / len(means)
-    weighted = [(each - own) / (len(each) * len(values)) for each, own in zip(values, means, strict=True)]
-    names, place = np.unique(np.concatenate(clusters), return_inverse=True)
-    if len(names) < 2:
-        return mean, None, None
-    sum_C = np.bincount(place, weights=np.concatenate(weighted))
-    error = math.sqrt(float((sum_C**2).sum()) * len(names) / (len(names) - 1))
-    half = float(t.ppf(0.975, len(names) - 1)) * error
-    return mean, error, (mean - half, mean + half)
 
 
 def frequent_words(sets: Sequence[Scored]) -> list[dict[str, Any]]:

@@ -71,6 +71,32 @@ def test_its_uncertainty_against_resamples_sorted_anew() -> None:
     assert precision_uncertainty(label_NC.astype(float), label_NC).interval == (1, 1)
 
 
+def test_rare_classes_that_are_not_drawn_are_no_errors() -> None:
+    """A draw of 100 images misses a class of one image with (1 - 1/100)^100 = 37 %."""
+    label_NC = np.eye(100, 20, dtype=bool)
+    perfect = precision_uncertainty(label_NC.astype(float), label_NC)
+    assert (perfect.standard_error, perfect.interval) == (0, (1, 1))
+    with_empty = precision_uncertainty(np.eye(100, 21), np.eye(100, 21) * (np.arange(21) < 20))
+    low, high = with_empty.interval
+    assert with_empty.standard_error == 0 and low <= 20 / 21 <= high  # no image shows class 20, which counts as 0
+    nothing = precision_uncertainty(np.zeros((9, 2)), np.zeros((9, 2)))
+    assert (nothing.standard_error, nothing.interval) == (0, (0, 0))
+
+    # Against draws sorted anew, each class that is there averaged, the one that no image shows at 0.
+    rng = np.random.default_rng(0)
+    label_NC = rng.permuted(np.arange(60)[:, None] < np.array([0, 1, 1, 2, 3, 18, 24, 30]), axis=0)
+    score_NC = label_NC + 0.7 * rng.normal(size=(60, 8))
+    slow = []
+    for _ in range(400):
+        rows = rng.integers(0, 60, 60)
+        drawn_C = label_NC[rows].any(axis=0)
+        slow.append(average_precisions(score_NC[rows], label_NC[rows])[drawn_C].mean() * 7 / 8)
+    known = precision_uncertainty(score_NC, label_NC, draws=400)
+    assert known.standard_error == pytest.approx(np.std(slow, ddof=1), rel=0.1)
+    value, (low, high) = average_precisions(score_NC, label_NC).mean(), known.interval
+    assert low < value < high
+
+
 def test_chance_is_the_mean_over_all_orders() -> None:
     label_NC = np.array([[1, 1, 0, 1], [1, 0, 0, 0], [0, 1, 0, 0], [0, 1, 0, 0], [0, 1, 0, 0]])
     orders = [np.array(order)[:, None].repeat(4, 1) for order in itertools.permutations(range(5))]

@@ -1,14 +1,17 @@
 """Standard errors and intervals: against hand-worked numbers, a bootstrap, and how often they hold what they should."""
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from tests.test_record import make_record, score
 from upcycle_bench import uncertainty
-from upcycle_bench.display import score_rows, show_key, show_scores
+from upcycle_bench.display import score_rows, show_key, show_record, show_scores
+from upcycle_bench.leaderboard import build
 from upcycle_bench.suite import AVERAGE
-from upcycle_bench.uncertainty import of_mean, of_outcomes, of_recalls, of_scores, wilson
+from upcycle_bench.uncertainty import of_mean, of_outcomes, of_recalls, of_scores, of_shares, wilson
 
 
 def bootstrap(statistic, samples: int, draws: int = 4000) -> float:
@@ -60,6 +63,38 @@ def test_captions_of_one_image_are_one_sample(share):
         assert of_outcomes(np.ones(9, dtype=bool), np.arange(9) // 3).interval == wilson(1.0, 3)
 
 
+def test_shares_count_clusters():
+    values = np.random.default_rng(0).random(40)
+    alone = np.arange(40)
+    known = of_shares([values], [alone])
+    assert known.standard_error == pytest.approx(values.std(ddof=1) / math.sqrt(40))
+    # The same values twice, known to be the same, are worth no more.
+    twice = of_shares([np.repeat(values, 2)], [np.repeat(alone, 2)])
+    assert twice.standard_error == pytest.approx(known.standard_error)
+    # By hand: means 1/2 and 1, mean 3/4. Residuals over (2 values * 2 sets): a 1/8, b -1/8, of the other set none.
+    # Sum of squares 1/32, times 2 clusters / 1: 1/16. Worth 3/4 * 1/4 / (1/16) = 3 samples.
+    two = of_shares([np.array([1.0, 0.0]), np.array([1.0, 1.0])], [np.array(["a", "b"]), np.array(["a", "a"])])
+    assert two.standard_error == pytest.approx(0.25) and two.interval == pytest.approx(wilson(0.75, 3))
+    assert of_shares([np.ones(9, dtype=bool)], [np.arange(9) // 3]) == uncertainty.Uncertainty(0.0, wilson(1.0, 3))
+    single = of_shares([np.array([1.0, 0.0])], [np.array(["a", "a"])])
+    assert single == uncertainty.Uncertainty(None, wilson(0.5, 1))
+
+
+def test_errors_and_intervals_are_those_of_drawing_words_anew():
+    """Against the obvious way: the spread of the mean over many worlds in which words are easy or hard."""
+    rng = np.random.default_rng(1)
+    means, errors, held = [], [], []
+    for _ in range(400):
+        word_P = np.repeat(np.arange(30), rng.integers(1, 12, 30))
+        right_P = rng.random(len(word_P)) < rng.random(30)[word_P]  # half of them, in the long run
+        known = of_shares([right_P], [word_P])
+        means.append(right_P.mean())
+        errors.append(known.standard_error)
+        held.append(known.interval[0] <= 0.5 <= known.interval[1])
+    assert np.mean(errors) == pytest.approx(np.std(means), rel=0.12)
+    assert np.mean(held) > 0.91
+
+
 def test_recalls_against_a_bootstrap_within_classes():
     rng = np.random.default_rng(3)
     label_N = np.repeat(np.arange(8), 40)
@@ -106,8 +141,24 @@ def test_means_of_independent_numbers():
 
 def test_scores_of_the_same_images_are_taken_to_move_together():
     # two sets of one metric: hypot(0.3, 0.4) = 0.5; two metrics: 0.5 + 0.1, over 3 scores
-    assert of_scores([("a", 0.3), ("a", 0.4), ("b", 0.1)]) == pytest.approx(0.2)
-    assert of_scores([("a", 0.3), ("b", None)]) is None and of_scores([]) is None
+    assert of_scores([("x", "a", 0.3), ("y", "a", 0.4), ("x", "b", 0.1)]) == pytest.approx(0.2)
+    assert of_scores([("x", "a", 0.3), ("x", "b", None)]) is None and of_scores([]) is None
+    # other shots of one set: 0.1 + 0.2 = 0.3, with the other set hypot(0.3, 0.4) = 0.5; all of it 0.6, over 4 scores
+    shots = [("x/1-shot", "a", 0.1), ("y/1-shot", "a", 0.4), ("x/all", "a", 0.2)]
+    assert of_scores([*shots, ("x/all", "b", 0.1)]) == pytest.approx(0.15)
+
+
+def test_callers_tell_which_set_a_score_is_of(capsys):
+    """A leaderboard's row and what `run` prints: 1-shot and 2-shot of one test set, 0.05 each, are 0.05 together."""
+    scores = [
+        score(f"digits/{k}-shot", "acc1", 0.5, primary=True) | {"standard_error": 0.05, "interval": (0.4, 0.6)}
+        for k in (1, 2)
+    ]
+    made = make_record(scores=scores, primary=0.5)
+    (board,) = build([made])
+    assert board.rows[0].primary_standard_error == pytest.approx(0.05)
+    show_record(made, Path("record.json"))
+    assert "primary: 0.5000 ± 0.0500, the mean of 2 scores" in capsys.readouterr().out
 
 
 def test_tables_show_the_interval_where_the_error_is_nothing(capsys):

@@ -45,7 +45,9 @@ def chance_average_precisions(label_NC: np.ndarray) -> np.ndarray:
 def precision_uncertainty(score_NC: np.ndarray, label_NC: np.ndarray, draws: int = 200) -> Uncertainty:
     """Of the mean over classes, by a bootstrap over images; the interval is 1.96 standard errors each way.
 
-    An image drawn w times counts w times where it stands, so nothing is sorted again. A perfect ranking has no error.
+    An image drawn w times counts w times where it stands, so nothing is sorted again. The mean of a draw is over the
+    classes that its images show: of a rare class that was not drawn, it tells nothing. Classes that no image of the set
+    shows are 0 in every draw, as they are in the score. A perfect ranking of the others has no error.
     """
     order_NC = np.argsort(-score_NC, axis=0, kind="stable")
     right_NC = np.take_along_axis(label_NC.astype(bool), order_NC, axis=0)
@@ -55,6 +57,10 @@ def precision_uncertainty(score_NC: np.ndarray, label_NC: np.ndarray, draws: int
         weight_NC = weight_N[order_NC]
         hit_NC = weight_NC * right_NC
         precision_NC = hit_NC.cumsum(axis=0) / np.maximum(weight_NC.cumsum(axis=0), 1)
-        means.append(((precision_NC * hit_NC).sum(axis=0) / np.maximum(hit_NC.sum(axis=0), 1)).mean())
-    error, mean = float(np.std(means, ddof=1)), float(average_precisions(score_NC, label_NC).mean())
-    return Uncertainty(error, (max(0.0, mean - Z * error), min(1.0, mean + Z * error)))
+        hits_C = hit_NC.sum(axis=0)
+        if hits_C.any():
+            means.append(((precision_NC * hit_NC).sum(axis=0)[hits_C > 0] / hits_C[hits_C > 0]).mean())
+    shown = float(right_NC.any(axis=0).mean())  # share of the classes; the others add 0 to every mean
+    error = shown * float(np.std(means, ddof=1)) if shown else 0.0
+    mean = float(average_precisions(score_NC, label_NC).mean())
+    return Uncertainty(error, (min(mean, max(0.0, mean - Z * error)), max(mean, min(1.0, mean + Z * error))))

@@ -82,7 +82,7 @@ def show_record(made: Record, path: Path) -> None:
     show_skipped(made.skipped)
     primaries = sum(score.primary for score in made.scores)
     rest = f"; all {len(made.scores)} scores, strata included, stand in the record" if averaged else ""
-    error = of_scores((score.metric, score.standard_error) for score in made.scores if score.primary)
+    error = of_scores((score.dataset, score.metric, score.standard_error) for score in made.scores if score.primary)
     mean_of = f", the mean of {primaries} scores" if primaries > 1 else ""
     print(f"primary: {_value(made.primary, error)}{mean_of}{rest}")
     cost = made.cost

@@ -181,7 +181,9 @@ def _row(runs: list[Record], counting: dict[Seeds, Record], base: dict[Seeds, Re
         scores={name: estimate(values).mean for name, values in sorted(scores.items())},
         standard_errors={name: mean for name, each in sorted(errors.items()) if (mean := _mean(each)) is not None},
         primary_standard_error=_mean(
-            uncertainty.of_scores((score.metric, score.standard_error) for score in run.scores if score.primary)
+            uncertainty.of_scores(
+                (score.dataset, score.metric, score.standard_error) for score in run.scores if score.primary
+            )
             for run in counting.values()
         ),
         parameters_total=costs[0].parameters_total if costs else None,

@@ -2,6 +2,7 @@
 
     known = of_outcomes(correct_N)                 # bool: a share, with Wilson's interval; floats: a mean
     known = of_outcomes(correct_Q, image_Q)        # queries of one image count as one sample
+    known = of_shares([right_P, ...], [word_P, ...])  # a mean over sets; equal names are one sample, across sets too
     known = of_recalls(correct_N, label_N)         # mean per-class recall
     known = of_mean([(score.value, score.standard_error, score.interval), ...])      # an average over sets
 
@@ -41,16 +42,34 @@ def of_outcomes(outcome_N: np.ndarray, cluster_N: np.ndarray | None = None) -> U
     value_N = outcome_N.astype(np.float64)
     mean, samples = float(value_N.mean()), len(value_N)
     is_share = outcome_N.dtype == np.bool_
-    clusters = samples if cluster_N is None else len(np.unique(cluster_N))
-    if cluster_N is None or clusters == samples:
+    if cluster_N is None or len(np.unique(cluster_N)) == samples:
         variance = mean * (1 - mean) if is_share else float(value_N.var(ddof=1)) if samples > 1 else math.nan
         error = math.sqrt(variance / samples)
+        if is_share:
+            return Uncertainty(error, wilson(mean, samples))
+    elif is_share:
+        return of_shares([value_N], [cluster_N])
     else:
-        error = _clustered_error(value_N - mean, cluster_N)
-    if is_share:
-        worth = mean * (1 - mean) / error**2 if error > 0 else clusters  # how many independent samples tell as much
-        return Uncertainty(_known(error), wilson(mean, min(samples, worth)))
+        error = _clustered_error((value_N - mean) / samples, cluster_N)
     return Uncertainty(error, (mean - Z * error, mean + Z * error)) if math.isfinite(error) else Uncertainty(None, None)
+
+
+def of_shares(shares: Sequence[np.ndarray], clusters: Sequence[np.ndarray]) -> Uncertainty:
+    """Of the unweighted mean over sets of the means of their samples, each a number from 0 to 1 (a share, or bool).
+
+    `clusters` holds a name for each sample. Samples of one name may depend on each other, in whatever set. Interval:
+    Wilson's, of as many samples as would have this standard error, at most as many as there are; where the error is 0
+    or, of a single cluster, cannot be told, of as many as there are clusters.
+    """
+    import numpy as np
+
+    means = [float(share_N.mean()) for share_N in shares]
+    mean = sum(means) / len(means)
+    rest_N = [(share_N - own) / (len(share_N) * len(means)) for share_N, own in zip(shares, means, strict=True)]
+    cluster_N = np.concatenate(clusters)
+    error = _clustered_error(np.concatenate(rest_N), cluster_N)
+    worth = mean * (1 - mean) / error**2 if error > 0 else len(np.unique(cluster_N))
+    return Uncertainty(_known(error), wilson(mean, min(len(cluster_N), worth)))
 
 
 def of_recalls(correct_N: np.ndarray, label_N: np.ndarray) -> Uncertainty:
@@ -86,20 +105,23 @@ def of_mean(parts: Sequence[tuple[float, float | None, Interval | None]]) -> Unc
     return Uncertainty(error, (mean - below, mean + above))
 
 
-def of_scores(parts: Iterable[tuple[str, float | None]]) -> float | None:
-    """Standard error of the mean of scores, each (metric, standard error), at most; None if one is unknown.
+def of_scores(parts: Iterable[tuple[str, str, float | None]]) -> float | None:
+    """Standard error of the mean of scores, each (dataset, metric, standard error), at most; None if one is unknown.
 
-    Scores of one metric are of different sets, so independent; different metrics may be of the same images, and are
-    taken to go up and down together, which gives the largest error.
+    Scores of one metric and different sets are independent. Scores of one set may be of the same images, be it other
+    metrics or other shots (`digits/1-shot`, `digits/all`: the set is what stands before the first "/"), and so may
+    different metrics: these are taken to go up and down together, which gives the largest error.
     """
-    of_metric: dict[str, list[float]] = {}
+    of_metric: dict[str, dict[str, float]] = {}
     count = 0
-    for metric, error in parts:
+    for dataset, metric, error in parts:
         if error is None:
             return None
-        of_metric.setdefault(metric, []).append(error)
+        of_set = of_metric.setdefault(metric, {})
+        samples = dataset.partition("/")[0]
+        of_set[samples] = of_set.get(samples, 0.0) + error
         count += 1
-    return sum(math.hypot(*errors) for errors in of_metric.values()) / count if count else None
+    return sum(math.hypot(*of_set.values()) for of_set in of_metric.values()) / count if count else None
 
 
 def wilson(share: float, samples: float) -> Interval:
@@ -111,13 +133,13 @@ def wilson(share: float, samples: float) -> Interval:
 
 
 def _clustered_error(rest_N: np.ndarray, cluster_N: np.ndarray) -> float:
-    """sqrt(G / (G - 1) sum over clusters of (their sum)^2) / N; NaN of a single cluster."""
+    """sqrt(G / (G - 1) sum over clusters of (their sum)^2), of residuals times weights; NaN of a single cluster."""
     import numpy as np
 
     _, group_N = np.unique(cluster_N, return_inverse=True)
     sum_G = np.bincount(group_N, weights=rest_N)
     clusters = len(sum_G)
-    return math.sqrt(clusters / (clusters - 1) * float(sum_G @ sum_G)) / len(rest_N) if clusters > 1 else math.nan
+    return math.sqrt(clusters / (clusters - 1) * float(sum_G @ sum_G)) if clusters > 1 else math.nan
 
 
 def _known(error: float) -> float | None:
