@@ -9,7 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from upcycle_bench import evalsets
+from upcycle_bench import embedding_cache, evalsets
+from upcycle_bench.environment import installed_version
 from upcycle_bench.errors import UserError
 from upcycle_bench.progress import Reporter
 from upcycle_bench.shots import Sizes, choose
@@ -140,6 +141,32 @@ def test_features_are_cached_by_weights(root):
     suite().evaluate(other)
     assert (first.model.seen, again.model.seen, other.model.seen) == (60, 0, 60)
     assert [s.value for s in twice.scores] == [s.value for s in once.scores]
+
+
+def test_what_makes_the_pixels_or_the_tower_misses_the_cache(root, monkeypatch):
+    first = context(root, weights="c" * 64)
+    known = suite().evaluate(first)
+
+    def seen(**changes) -> int:
+        again = replace(first, model=Colours(), **changes)
+        values = [s.value for s in suite().evaluate(again).scores]
+        assert changes or values == [s.value for s in known.scores]
+        return again.model.seen
+
+    assert (first.model.seen, seen()) == (60, 0)
+    assert seen(transform=lambda image: first.transform(image.resize((2, 2)))) == 60
+    assert seen(transform=lambda image: first.transform(image)[[2, 0, 1]]) == 60
+    assert seen(transform=lambda image: first.transform(image)) == 0  # another function, the same pixels
+    for package in ("open_clip_torch", "torchvision", "pillow"):
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                embedding_cache,
+                "installed_version",
+                lambda name, changed=package: "9.9" if name == changed else installed_version(name),
+            )
+            assert seen() == 60, package
+    monkeypatch.setattr(torch.backends.mha, "get_fastpath_enabled", lambda: False)
+    assert seen() == 60
 
 
 def test_a_task_without_its_data_is_skipped_with_the_reason(root, tmp_path, monkeypatch):

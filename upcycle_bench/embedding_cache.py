@@ -19,9 +19,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 
 from upcycle_bench import expert_backends
 from upcycle_bench.cache import build_once, cache_root
+from upcycle_bench.environment import installed_version
 from upcycle_bench.errors import Unsound
 from upcycle_bench.suite import EvalContext
 
@@ -75,10 +77,25 @@ def _compare(arrays: Arrays, first: Arrays, path: Path) -> None:
 
 
 def _arithmetic(context: EvalContext) -> list[Any]:
-    """What moves the last bits of an embedding; the batch, too, since matrix products depend on their shapes."""
+    """What moves the last bits of an embedding, or its pixels; the batch, too: matrix products depend on their shapes.
+
+    open_clip builds the towers and, of torchvision and Pillow, the transform.
+    """
     cuda = context.device.type == "cuda"
     processor = torch.cuda.get_device_name(context.device) if cuda else torch.backends.cpu.get_cpu_capability()
     precision = torch.get_float32_matmul_precision()
     threads = None if cuda else torch.get_num_threads()
     backend = expert_backends.forced()
-    return [torch.__version__, context.device.type, processor, precision, threads, backend, context.batch_size]
+    versions = [torch.__version__, *map(installed_version, ("open_clip_torch", "torchvision", "pillow"))]
+    fused = torch.backends.mha.get_fastpath_enabled()
+    numerics = [context.device.type, processor, precision, threads, backend, fused, context.batch_size]
+    return [*versions, *numerics, _pixels(context.transform)]
+
+
+def _pixels(transform: Callable[[Any], torch.Tensor]) -> str:
+    """Hash of what a transform makes of one picture: gradients with edges, neither square nor of a tower's size."""
+    y_HW, x_HW = np.mgrid[:240, :320]
+    picture_HW3 = np.stack([3 * x_HW, 5 * y_HW, x_HW * y_HW // 16], axis=2) % 256
+    pixels_3HW = transform(Image.fromarray(picture_HW3.astype(np.uint8)))
+    described = f"{pixels_3HW.dtype} {list(pixels_3HW.shape)}".encode()
+    return hashlib.sha256(described + pixels_3HW.contiguous().numpy().tobytes()).hexdigest()
