@@ -159,6 +159,7 @@ def test_the_default_protocol_is_lab(
         (["experts"], "upcycle-bench experts: Missing argument 'RUN'. See: upcycle-bench experts --help"),
         (["run", "--seed", "x"], "upcycle-bench run: Invalid value for '--seed': .*"),
         (["run", "--bogus"], "upcycle-bench run: No such option: --bogus.*"),
+        (["plot", "nowhere"], "upcycle-bench plot: Missing option '--figure'.*"),
         (["runn"], "upcycle-bench: No such command 'runn'. Did you mean 'run'.*"),
     ],
 )

@@ -386,5 +386,6 @@ def main() -> None:
     except typer.TyperException as error:  # a missing or bad option, an unknown command
         context = getattr(error, "ctx", None)
         path = context.command_path if context else "upcycle-bench"
-        print(f"error: {path}: {error.format_message().rstrip('.')}. See: {path} --help", file=sys.stderr)
+        message = " ".join(error.format_message().split()).rstrip(".")
+        print(f"error: {path}: {message}. See: {path} --help", file=sys.stderr)
         sys.exit(2)
