@@ -18,6 +18,7 @@ import torch.distributed as dist
 
 from upcycle_bench import distributed, expert_backends
 from upcycle_bench.errors import UserError
+from upcycle_bench.memory import keep_freed_memory
 
 
 def choose_device() -> torch.device:
@@ -40,6 +41,8 @@ def session(threads: int) -> Iterator[torch.device]:
     expert_backends.forced()  # a wrong name is said before anything is made
     device = choose_device()
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32
+    if device.type == "cpu":
+        keep_freed_memory()
     before = torch.get_num_threads()
     torch.set_num_threads(max(1, threads // distributed.local_world_size()))
     started = not dist.is_initialized()
