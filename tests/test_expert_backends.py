@@ -19,10 +19,11 @@ from tests.moe_helpers import assert_gradients, create_layer, relative_error, se
 from upcycle_bench import engine, environment, expert_backends, trained
 from upcycle_bench.doctor import checks
 from upcycle_bench.errors import UserError
-from upcycle_bench.expert_backends import BACKENDS, VARIABLE, Compute, default, refusal
+from upcycle_bench.expert_backends import BACKENDS, VARIABLE, Compute, default, multiple, refusal
 from upcycle_bench.flops import FlopCounter
 from upcycle_bench.moe import MoEFFN
 from upcycle_bench.routing import watch
+from upcycle_bench.rows import Layout
 
 WIDTH, HIDDEN, EXPERTS, TOKENS = 16, 24, 5, 40
 CPU = torch.device("cpu")
@@ -125,8 +126,9 @@ def test_a_forced_backend_is_the_one_that_computes(name: str, used: list[str], m
 def test_a_cpu_loops_as_it_always_did(used: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """To the bit: each expert on its slice, one after the other."""
 
-    def as_before(_self: Compute, experts: Any, rows_RD: Tensor, counts: list[int]) -> Tensor:
-        return torch.cat([expert(rows) for expert, rows in zip(experts, rows_RD.split(counts), strict=True)])
+    def as_before(_self: Compute, experts: Any, rows_RD: Tensor, layout: Layout) -> Tensor:
+        assert layout.rooms == layout.counts  # too few rows to pad
+        return torch.cat([expert(rows) for expert, rows in zip(experts, rows_RD.split(layout.counts), strict=True)])
 
     torch.manual_seed(0)
     layer, x_TD = layer_of(2, 0.7), tokens_of("random")
@@ -140,6 +142,71 @@ def test_a_cpu_loops_as_it_always_did(used: list[str], monkeypatch: pytest.Monke
             results.append([y_TD, *gradients(layer, y_TD, x_TD)])
         assert all(torch.equal(ours, before) for ours, before in zip(*results, strict=True))
     assert used == ["loop"] * 2
+
+
+def many_rows() -> tuple[MoEFFN, Tensor]:
+    """A layer and tokens of which each expert gets about 100."""
+    torch.manual_seed(0)
+    return layer_of(2, 1.1), torch.randn(256, WIDTH, requires_grad=True)
+
+
+def test_rows_are_padded_in_bf16_and_nothing_else_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Outputs and gradients of experts on exactly their rows, of plain and of other experts; few shapes of products."""
+    layer, x_TD = many_rows()
+    rooms: list[list[int]] = []
+    layer.moe.deepspeed_moe.compute.register_forward_hook(lambda _module, args, _out: rooms.append(args[2].rooms))
+    for other in (False, True):
+        if other:
+            layer.experts[0].gelu.register_forward_hook(lambda *_: None)  # its modules are called then
+        results = []
+        for pads in (True, False):
+            with monkeypatch.context() as patch, torch.autocast("cpu", torch.bfloat16):
+                if not pads:
+                    patch.setattr(expert_backends, "multiple", lambda rows, mean: 1)
+                y_TD = layer(x_TD[None])[0]
+            results.append([y_TD, *gradients(layer, y_TD, x_TD)])
+        padded, exact = rooms[-2:]
+        assert padded != exact and all(0 <= a - b < 2 and a % 2 == 0 for a, b in zip(padded, exact, strict=True))
+        assert all(relative_error(a, b) <= 1e-6 for a, b in zip(*results, strict=True))
+    layer(x_TD[None])
+    assert rooms[-1] == exact  # float32 meets no new shape
+
+
+def test_padding_grows_with_the_rows_of_an_expert() -> None:
+    rows = torch.zeros(1, 1, dtype=torch.bfloat16)
+    assert [multiple(rows, mean) for mean in (0, 31, 32, 63, 64, 512, 2176)] == [1, 1, 1, 1, 2, 16, 64]
+    assert multiple(rows.float(), 2176) == 1
+    with FlopCounter():
+        assert multiple(rows, 2176) == 1  # only work that is asked for counts
+
+
+def test_what_is_watched_and_counted_does_not_depend_on_padding(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, x_TD = many_rows()
+    summaries, flops = [], []
+    for pads in (True, False):
+        with monkeypatch.context() as patch, torch.autocast("cpu", torch.bfloat16):
+            if not pads:
+                patch.setattr(expert_backends, "multiple", lambda rows, mean: 1)
+            with watch({"vision.1": layer}) as seen:
+                layer(x_TD[None])
+            with FlopCounter() as counter:
+                layer(x_TD[None]).sum().backward()
+        summaries.append(seen.summary()["vision.1"])
+        flops.append(counter.get_total_flops())
+    assert flops[0] == flops[1] > 0
+    compactness = [summary.pop("relative_compactness") for summary in summaries]
+    assert compactness[0] == pytest.approx(compactness[1], rel=1e-4)
+    assert summaries[0] == summaries[1]
+
+
+@pytest.mark.parametrize("act", [nn.GELU, QuickGELU])
+def test_frozen_experts_get_no_gradient(act: type[nn.Module]) -> None:
+    layer, x_TD = layer_of(2, 2.0, act=act), tokens_of("random")
+    layer.experts[1].requires_grad_(False)
+    layer.experts[2].c_fc.bias.requires_grad_(False)
+    layer(x_TD[None]).sum().backward()
+    without = [name for name, parameter in layer.experts.named_parameters() if parameter.grad is None]
+    assert without == [*(f"1.{name}" for name, _ in layer.experts[1].named_parameters()), "2.c_fc.bias"]
 
 
 def test_the_default_goes_by_device_and_precision(monkeypatch: pytest.MonkeyPatch) -> None:

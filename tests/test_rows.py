@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from tests.helpers import threads
-from upcycle_bench.rows import combine_rows, select_rows
+from upcycle_bench.rows import combine_rows, lay_out, select_rows
 
 SIZES = {
     "seed": st.integers(0, 2**31),
@@ -88,7 +88,7 @@ def test_combine_rows_is_a_weighted_index_add(seed: int, tokens: int, width: int
     source_R, slots_KT = routing(tokens, choices, kept)
     rows_RD = torch.randn(len(source_R), width, dtype=torch.float64, requires_grad=True)
     gates_KT = torch.rand(choices, tokens, dtype=torch.float64, requires_grad=True)
-    actual = combine_rows(rows_RD, gates_KT, slots_KT, source_R)
+    actual = combine_rows(rows_RD, gates_KT, slots_KT, source_R, holes=len(source_R) < slots_KT.numel())
     weighted_RD = rows_RD * gates_KT.flatten()[source_R, None]
     expected = torch.zeros(tokens, width, dtype=torch.float64).index_add(0, source_R % tokens, weighted_RD)
     assert_close(actual, expected, rtol=1e-13, atol=1e-13)
@@ -109,7 +109,7 @@ def test_gradcheck(kept: float) -> None:
         lambda x: select_rows(x, source_R % 5, slots_KT, inverse_holes=holes), (x_TD,), check_undefined_grad=False
     )
     assert torch.autograd.gradcheck(
-        lambda rows, gates: combine_rows(rows, gates, slots_KT, source_R),
+        lambda rows, gates: combine_rows(rows, gates, slots_KT, source_R, holes=holes),
         (rows_RD, gates_KT),
         check_undefined_grad=False,
     )
@@ -119,7 +119,7 @@ def test_combine_rows_accumulates_bfloat16_in_the_gates_precision() -> None:
     # 1 + 2^-9 needs more than bfloat16's 8 bits: summed in bfloat16 the small term is lost before 1 is taken away.
     rows_RD = torch.tensor([[1.0], [2.0**-9], [-1.0]], dtype=torch.bfloat16, requires_grad=True)
     gates_KT = torch.ones(3, 1, requires_grad=True)
-    y_TD = combine_rows(rows_RD, gates_KT, torch.tensor([[0], [1], [2]]), torch.arange(3))
+    y_TD = combine_rows(rows_RD, gates_KT, torch.tensor([[0], [1], [2]]), torch.arange(3), holes=False)
     assert (y_TD.dtype, y_TD.item()) == (torch.bfloat16, 2.0**-9)
     y_TD.sum().backward()
     assert (rows_RD.grad.dtype, gates_KT.grad.dtype) == (torch.bfloat16, torch.float32)
@@ -134,5 +134,46 @@ def test_rows_by_hand() -> None:
     assert rows_RD.tolist() == [[3, 4], [1, 2], [1, 2]]
     # y0 = 0.75 * row 2 + 0.25 * 10 * row 1, y1 = 1 * row 0
     gates_KT = torch.tensor([[0.75, 1.0], [0.25, 0.0]])
-    y_TD = combine_rows(rows_RD * torch.tensor([[1.0], [10.0], [1.0]]), gates_KT, slots_KT, source_R)
+    y_TD = combine_rows(rows_RD * torch.tensor([[1.0], [10.0], [1.0]]), gates_KT, slots_KT, source_R, holes=True)
     assert y_TD.tolist() == [[0.75 + 2.5, 1.5 + 5.0], [3, 4]]
+
+
+def queues(index_KT: Tensor, kept_KT: Tensor) -> tuple[Tensor, Tensor]:
+    """(index_KT, -1 where not kept; places in the queues of those kept, in the order of choices)."""
+    index_KT = index_KT.where(kept_KT, -1)
+    location_KT, lengths = torch.zeros_like(index_KT), [0] * 8
+    for k, t in (index_KT >= 0).nonzero().tolist():
+        expert = int(index_KT[k, t])
+        location_KT[k, t] = lengths[expert]
+        lengths[expert] += 1
+    return index_KT, location_KT
+
+
+@EXAMPLES
+@given(**SIZES, experts=st.integers(1, 5), multiple=st.sampled_from([1, 2, 4]))
+def test_a_padded_layout_moves_what_one_without_padding_does(
+    seed: int, tokens: int, width: int, choices: int, kept: float, experts: int, multiple: int
+) -> None:
+    """Each expert's rows in its own room, in the order of its queue; outputs and gradients those of plain indexing."""
+    torch.manual_seed(seed)
+    given_KT = torch.randint(experts, (choices, tokens))
+    index_KT, location_KT = queues(given_KT, torch.rand(choices, tokens) < kept)
+    layout = lay_out(index_KT, location_KT, experts, multiple)
+    assert layout.counts == [int((index_KT == expert).sum()) for expert in range(experts)]
+    assert layout.rooms == [-(-count // multiple) * multiple for count in layout.counts]
+    assert layout.drops == bool((index_KT < 0).any())
+    for expert, room in enumerate(layout.choice_R.split(layout.rooms)):
+        own_C = (index_KT.flatten() == expert).nonzero().squeeze(1)
+        assert room.tolist() == own_C.tolist() + [index_KT.numel()] * (len(room) - len(own_C))
+
+    x_TD = torch.randn(tokens, width, dtype=torch.float64, requires_grad=True)
+    gates_KT = torch.rand(choices, tokens, dtype=torch.float64, requires_grad=True)
+    scale_N = torch.rand(experts, dtype=torch.float64) + 1  # what an expert does
+    scale_R1 = scale_N.repeat_interleave(torch.tensor(layout.rooms))[:, None]
+    rows_RD = select_rows(x_TD, layout.token_R, layout.slots_KT, inverse_holes=layout.drops) * scale_R1
+    actual = combine_rows(rows_RD, gates_KT, layout.slots_KT, layout.choice_R, holes=layout.drops)
+    weight_KT = gates_KT * (index_KT >= 0) * scale_N[index_KT]
+    expected = (weight_KT[:, :, None] * x_TD).sum(0)
+    assert_close(actual, expected, rtol=1e-13, atol=1e-13)
+    ours, theirs = (gradients(y_TD, x_TD, gates_KT) for y_TD in (actual, expected))
+    assert_close(ours, theirs, rtol=1e-12, atol=1e-12)

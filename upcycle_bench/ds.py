@@ -16,11 +16,11 @@ os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else
 with contextlib.redirect_stdout(sys.stderr):  # its log handler binds stdout at import; stdout is for results
     import deepspeed
     from deepspeed.moe.layer import MoE
-    from deepspeed.moe.sharded_moe import MOELayer, TopKGate, _capacity
+    from deepspeed.moe.sharded_moe import MOELayer, TopKGate, _capacity, top2gating
 logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
 if os.environ["DS_ACCELERATOR"] == "cpu":
     vars(deepspeed.ops)["__compatible_ops__"] = defaultdict(bool)
 
 capacity = _capacity
 
-__all__ = ["MOELayer", "MoE", "TopKGate", "capacity", "deepspeed"]
+__all__ = ["MOELayer", "MoE", "TopKGate", "capacity", "deepspeed", "top2gating"]

@@ -26,8 +26,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from upcycle_bench.errors import unknown
+from upcycle_bench.flops import counting
+from upcycle_bench.rows import Layout
 
 VARIABLE = "UPCYCLE_BENCH_EXPERTS"
 HOPPER = (9, 0)  # the first compute capability with a kernel of its own
@@ -36,9 +39,66 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 Backend = Callable[[Sequence[Any], Tensor, Sequence[int]], Tensor]
 
 
-def loop(experts: Sequence[Any], rows_RD: Tensor, counts: Sequence[int]) -> Tensor:
-    """Each expert on its `counts[i]` rows, [R, D] -> [R, D]."""
-    return torch.cat([expert(rows) for expert, rows in zip(experts, rows_RD.split(counts), strict=True)])
+class _GroupedLinear(torch.autograd.Function):
+    """y_i = x_i W_i^T + b_i, a product for each expert, straight from one buffer of all experts' rows into another.
+
+    What autocast and autograd do for `nn.Linear`, to the bit, without their bookkeeping for each of many small layers.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x_RK: Tensor, rooms: Sequence[int], dtype: torch.dtype, *parameters: Tensor) -> Tensor:
+        ctx.rooms, ctx.given = rooms, [x_RK.dtype, *(parameter.dtype for parameter in parameters)]
+        x_RK, *cast = (tensor.to(dtype) for tensor in (x_RK, *parameters))
+        weights, biases = cast[: len(rooms)], cast[len(rooms) :]
+        ctx.save_for_backward(x_RK, *weights)
+        y_RM = x_RK.new_empty(len(x_RK), len(biases[0]))
+        for x, weight_MK, bias_M, y in zip(x_RK.split(rooms), weights, biases, y_RM.split(rooms), strict=True):
+            torch.addmm(bias_M, x, weight_MK.t(), out=y)
+        return y_RM
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_RM: Tensor) -> tuple[Any, ...]:
+        x_RK, *weights = ctx.saved_tensors
+        x_dtype, *dtypes = ctx.given
+        x_wanted, _, _, *wanted = ctx.needs_input_grad
+        grad_RK = torch.empty_like(x_RK) if x_wanted else None
+        if grad_RK is not None:
+            for grad, weight_MK, out in zip(grad_RM.split(ctx.rooms), weights, grad_RK.split(ctx.rooms), strict=True):
+                torch.mm(grad, weight_MK, out=out)
+        pairs = list(zip(grad_RM.split(ctx.rooms), x_RK.split(ctx.rooms), strict=True))
+        products = [lambda grad, x: grad.t() @ x] * len(pairs) + [lambda grad, x: grad.sum(0)] * len(pairs)
+        grads = [
+            product(*pair).to(dtype) if want else None
+            for product, pair, dtype, want in zip(products, pairs * 2, dtypes, wanted, strict=True)
+        ]
+        return None if grad_RK is None else grad_RK.to(x_dtype), None, None, *grads
+
+
+def loop(experts: Sequence[Any], rows_RD: Tensor, rooms: Sequence[int]) -> Tensor:
+    """Each expert on its `rooms[i]` rows, [R, D] -> [R, D]."""
+    if _differ(experts):
+        return torch.cat([expert(rows) for expert, rows in zip(experts, rows_RD.split(rooms), strict=True)])
+    dtype = compute_dtype(rows_RD)
+
+    def linear(x_RK: Tensor, layers: Sequence[Any]) -> Tensor:
+        parameters = [layer.weight for layer in layers] + [layer.bias for layer in layers]
+        return _GroupedLinear.apply(x_RK, rooms, dtype, *parameters)
+
+    hidden_RH = linear(rows_RD, [expert.c_fc for expert in experts])
+    return linear(experts[0].gelu(hidden_RH), [expert.c_proj for expert in experts])
+
+
+def multiple(rows: Tensor, mean: int) -> int:
+    """What number of rows an expert's are padded to a multiple of, where it has `mean` of them on average.
+
+    In bf16 on a CPU, PyTorch's products compile a kernel for each shape that they have not met lately, which for the
+    ever new row counts of a small layer takes as long as the product. A power of two up to 1/32 of the mean leaves few
+    shapes and adds 1/64 of rows. Zeros at the end of a sum do not change it. FLOPs are counted without.
+    """
+    if rows.device.type != "cpu" or compute_dtype(rows) != torch.bfloat16 or counting() or mean < 32:
+        return 1
+    return 1 << ((mean // 32).bit_length() - 1)
 
 
 def grouped_mm(experts: Sequence[Any], rows_RD: Tensor, counts: Sequence[int]) -> Tensor:
@@ -66,15 +126,15 @@ BACKENDS: dict[str, Backend | None] = {"loop": loop, "grouped_mm": grouped_mm, "
 class Compute(nn.Module):
     """The rows of all experts by the right backend; a module, so that a hook sees them, without parameters."""
 
-    def forward(self, experts: Sequence[Any], rows_RD: Tensor, counts: Sequence[int]) -> Tensor:
-        """[R, D] rows sorted by expert, `counts[i]` of expert i -> its outputs, [R, D]."""
+    def forward(self, experts: Sequence[Any], rows_RD: Tensor, layout: Layout) -> Tensor:
+        """Rows [R, D] that stand as `layout` says -> their experts' outputs, [R, D]."""
         name = forced() or default(rows_RD.device, compute_dtype(rows_RD))
         if name == "grouped_mm":
             reason = refusal(experts, rows_RD)
             if reason is None:
-                return grouped_mm(experts, rows_RD, counts)
+                return grouped_mm(experts, rows_RD, layout.rooms)
             _say_once(reason)
-        return loop(experts, rows_RD, counts)
+        return loop(experts, rows_RD, layout.rooms)
 
 
 def forced() -> str | None:
@@ -110,12 +170,9 @@ def refusal(experts: Sequence[Any], rows_RD: Tensor) -> str | None:
         return f"torch {torch.__version__} has no grouped_mm"
     if len(rows_RD) == 0:
         return "no row is routed"
+    if (reason := _differ(experts)) is not None:
+        return reason
     first = experts[0]
-    if not all(_plain(expert) and _act(expert) == _act(first) for expert in experts):
-        return "the experts are not plain FFNs with one activation"
-    shapes = {(expert.c_fc.weight.shape, expert.c_proj.weight.shape) for expert in experts}
-    if len(shapes) > 1:
-        return "the experts differ in size"
     dtype = compute_dtype(rows_RD)
     if dtype not in DTYPES:
         return f"it does not compute in {dtype}"
@@ -123,6 +180,15 @@ def refusal(experts: Sequence[Any], rows_RD: Tensor) -> str | None:
         hidden, width = first.c_fc.weight.shape
         return f"a width of {width} or {hidden} in {dtype} is no multiple of {ALIGNMENT} bytes"
     return None
+
+
+def _differ(experts: Sequence[Any]) -> str | None:
+    """Why these experts are not plain FFNs of one shape; None if they are."""
+    first = experts[0]
+    if not all(_plain(expert) and _act(expert) == _act(first) for expert in experts):
+        return "the experts are not plain FFNs with one activation"
+    shapes = {(expert.c_fc.weight.shape, expert.c_proj.weight.shape) for expert in experts}
+    return "the experts differ in size" if len(shapes) > 1 else None
 
 
 def _plain(expert: Any) -> bool:

@@ -28,6 +28,15 @@ class FlopCounter(TorchDispatchMode):
         self._whole: set[Any] = set()  # operations that are not made of others
         self._total = 0
 
+    def __enter__(self) -> FlopCounter:
+        _counters.append(self)
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        _counters.pop()
+
     def get_total_flops(self) -> int:
         """FLOPs so far; the name is that of PyTorch's counter."""
         return self._total
@@ -47,6 +56,14 @@ class FlopCounter(TorchDispatchMode):
         if formula is not None:
             self._total += formula(*args, **kwargs, out_val=out)
         return out
+
+
+_counters: list[FlopCounter] = []  # the active ones
+
+
+def counting() -> bool:
+    """Whether FLOPs are counted just now: work that only fills up shapes is then left out."""
+    return bool(_counters)
 
 
 @functools.cache

@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from upcycle_bench import expert_backends, protocol
 from upcycle_bench.ds import MoE, MOELayer, TopKGate
 from upcycle_bench.ds import capacity as deepspeed_capacity
-from upcycle_bench.rows import combine_rows, select_rows
+from upcycle_bench.gating import top2
+from upcycle_bench.rows import combine_rows, lay_out, select_rows
 from upcycle_bench.strategy import Layer
 
 
@@ -63,7 +64,7 @@ class Gate(TopKGate):
             self.capacity_factor = (slots - 0.5) * self.wg.out_features / (len(x_TD) * self.k)
             self.min_capacity = 0
         with torch.autocast(x_TD.device.type, enabled=False):  # it would make DeepSpeed's float32 logits bfloat16
-            routes = super().forward(x_TD, None, True, False)
+            routes = self._top2(x_TD) if self._is_plain_top2() else super().forward(x_TD, None, True, False)
             l_aux, capacity, experts, index_KT, location_KT, gates_KT, counts_N = routes
             world = dist.get_world_size() if self.training and dist.is_initialized() else 1
             if x_TD.dtype == torch.float64 or world > 1:
@@ -78,6 +79,14 @@ class Gate(TopKGate):
             self.dropped = self.dropped + (index_KT < 0).sum()
         return l_aux, capacity, experts, index_KT, location_KT, gates_KT, counts_N
 
+    def _is_plain_top2(self) -> bool:
+        alone = self.ep_group is None or dist.get_world_size(self.ep_group) == 1
+        return self.k == 2 and alone and not self.top2_2nd_expert_sampling
+
+    def _top2(self, x_TD: Tensor) -> tuple[Any, ...]:
+        logits_TN = F.linear(x_TD.float(), self.wg.weight.float())
+        return top2(logits_TN, self._capacity(len(x_TD)) if self.drop_tokens else None)
+
     def _set_ep_group(self, ep_group: Any) -> None:
         """As the parent, and again when the next stage of a training makes its engine."""
         self.ep_group = ep_group
@@ -88,13 +97,13 @@ class Gate(TopKGate):
 
     def _group_capacity(self, num_tokens: int) -> int:
         """The largest capacity of the expert-parallel group: captions differ in length, the all-to-all must not."""
-        shape = torch.empty(num_tokens, self.wg.out_features, device="meta")
-        capacity = deepspeed_capacity(
-            shape, torch.tensor(self.capacity_factor * self.k), torch.tensor(self.min_capacity)
-        )
-        capacity = capacity.to(self.wg.weight.device)
+        capacity = self._capacity(num_tokens).to(self.wg.weight.device)
         dist.all_reduce(capacity, op=dist.ReduceOp.MAX, group=self.ep_group)
         return int(capacity)
+
+    def _capacity(self, num_tokens: int) -> Tensor:
+        shape = torch.empty(num_tokens, self.wg.out_features, device="meta")
+        return deepspeed_capacity(shape, torch.tensor(self.capacity_factor * self.k), torch.tensor(self.min_capacity))
 
     def _global_load_balance(self, probs_TN: Tensor, world: int) -> Tensor:
         """N sum_e f_e Pbar_e (Eq. 5) with f and the token count over all ranks; its mean over ranks is the global one.
@@ -139,16 +148,14 @@ class RaggedMOELayer(MOELayer):
         if self.ep_size > 1 or expert_backends.forced() == "deepspeed":
             return super().forward(*args, **kwargs)
         x_TD = args[0]
-        self.l_aux, _, num_experts, index_KT, _, gates_KT, self.exp_counts = self.gate(x_TD, None, True, False)
-        num_tokens = len(x_TD)
-        expert_R, source_R = torch.sort(index_KT.reshape(-1), stable=True)  # source = k * T + t; dropped (-1) first
-        counts = torch.bincount(expert_R + 1, minlength=num_experts + 1).tolist()
-        source_R = source_R[counts[0] :]
-        slots_KT = torch.full_like(index_KT, len(source_R), dtype=torch.long)
-        slots_KT.view(-1).index_copy_(0, source_R, torch.arange(len(source_R), device=x_TD.device))
-        rows_RD = select_rows(x_TD, source_R % num_tokens, slots_KT, inverse_holes=counts[0] > 0)
-        out_RD = self.compute(self.experts.deepspeed_experts, rows_RD, counts[1:])
-        return combine_rows(out_RD, gates_KT, slots_KT, source_R)
+        self.l_aux, _, num_experts, index_KT, location_KT, gates_KT, self.exp_counts = self.gate(
+            x_TD, None, True, False
+        )
+        multiple = expert_backends.multiple(x_TD, index_KT.numel() // num_experts)
+        layout = lay_out(index_KT, location_KT, num_experts, multiple)
+        rows_RD = select_rows(x_TD, layout.token_R, layout.slots_KT, inverse_holes=layout.drops)
+        out_RD = self.compute(self.experts.deepspeed_experts, rows_RD, layout)
+        return combine_rows(out_RD, gates_KT, layout.slots_KT, layout.choice_R, holes=layout.drops)
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the last loss, which carries a graph, and as the gate's: a model can be copied while it trains."""

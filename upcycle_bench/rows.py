@@ -3,12 +3,14 @@
 PyTorch's own backward of `index_select` is `index_add`, which on a CPU is several times slower than a gather. The
 MoE layer knows the inverse of every index it uses, so each backward here is a gather as well.
 
-Shape suffixes: T tokens, R routed rows, D width, K choices per token. An index equal to the number of rows means
-"a row of zeros" (a dropped choice, a padding position).
+Shape suffixes: T tokens, R routed rows (and those that pad), D width, K choices per token, C = K * T choices,
+N experts. An index equal to the number of rows means "a row of zeros" (a dropped choice, a padding position).
 """
 
 from __future__ import annotations
 
+import itertools
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -51,29 +53,73 @@ def select_rows(
 
 class _CombineRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows_RD: Tensor, gates_KT: Tensor, slots_KT: Tensor, source_R: Tensor, holes: bool) -> Tensor:
-        ctx.save_for_backward(rows_RD, gates_KT, source_R)
+    def forward(ctx: Any, rows_RD: Tensor, gates_KT: Tensor, slots_KT: Tensor, choice_R: Tensor, holes: bool) -> Tensor:
+        ctx.save_for_backward(rows_RD, gates_KT, slots_KT, choice_R)
+        ctx.holes = holes
         # Gates are float32 or wider, so products and their sum over choices are accumulated in that precision.
-        y_TD = _gather(rows_RD, slots_KT[0], holes) * gates_KT[0].unsqueeze(1)
-        for slots_T, gates_T in zip(slots_KT[1:], gates_KT[1:], strict=True):
-            y_TD = y_TD + _gather(rows_RD, slots_T, holes) * gates_T.unsqueeze(1)
+        parts = [
+            _gather(rows_RD, slots_T, holes).to(gates_KT.dtype).mul_(gates_T.unsqueeze(1))
+            for slots_T, gates_T in zip(slots_KT, gates_KT, strict=True)
+        ]
+        y_TD = parts[0]
+        for part_TD in parts[1:]:
+            y_TD += part_TD
         return y_TD.to(rows_RD.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
-        rows_RD, gates_KT, source_R = ctx.saved_tensors
-        num_tokens = gates_KT.shape[1]
-        grad_RD = grad_TD.index_select(0, source_R % num_tokens)  # source_R = k * T + t
-        gates_R = gates_KT.reshape(-1).index_select(0, source_R)
-        grad_gates_KT = torch.zeros_like(gates_KT)
-        products_R = (grad_RD.to(gates_KT.dtype) * rows_RD).sum(1)
-        grad_gates_KT.view(-1).index_copy_(0, source_R, products_R)
-        return (grad_RD * gates_R.unsqueeze(1)).to(rows_RD.dtype), grad_gates_KT, None, None, None
+        rows_RD, gates_KT, slots_KT, choice_R = ctx.saved_tensors
+        # Both factors in the gates' precision before they meet: mixed operands take a slow path on a CPU.
+        grad_TD = grad_TD.to(gates_KT.dtype)
+        num_tokens = len(grad_TD)
+        grad_gates_KT = torch.empty_like(gates_KT)
+        grad_CD = rows_RD.new_empty(gates_KT.numel() + 1, rows_RD.shape[1])  # by choice; the last: of none
+        grad_CD[-1] = 0
+        for k, (slots_T, gates_T) in enumerate(zip(slots_KT, gates_KT, strict=True)):
+            own_TD = _gather(rows_RD, slots_T, ctx.holes).to(gates_KT.dtype)
+            torch.sum(own_TD.mul_(grad_TD), 1, out=grad_gates_KT[k])
+            grad_CD[k * num_tokens : (k + 1) * num_tokens] = grad_TD * gates_T.unsqueeze(1)
+        return grad_CD.index_select(0, choice_R), grad_gates_KT, None, None, None
 
 
-def combine_rows(rows_RD: Tensor, gates_KT: Tensor, slots_KT: Tensor, source_R: Tensor) -> Tensor:
-    """y_t = sum_k gates[k, t] * rows[slots[k, t]], [T, D]; slots = R where the choice was dropped.
+def combine_rows(rows_RD: Tensor, gates_KT: Tensor, slots_KT: Tensor, choice_R: Tensor, *, holes: bool) -> Tensor:
+    """y_t = sum_k gates[k, t] * rows[slots[k, t]], [T, D]; slots = R where the choice was dropped, which `holes` says.
 
-    source_R[r] = k * T + t names the choice that row r holds.
+    choice_R[r] = k * T + t names the choice that row r holds; K * T: none, a row that pads and moves nothing.
     """
-    return _CombineRows.apply(rows_RD, gates_KT, slots_KT, source_R, len(source_R) < slots_KT.numel())
+    return _CombineRows.apply(rows_RD, gates_KT, slots_KT, choice_R, holes)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where routed rows stand: sorted by expert, then by choice and token; behind each expert's rows what pads them.
+
+    With K choices for each of T tokens, choice c = k * T + t is the k-th of token t.
+    """
+
+    choice_R: Tensor  # the choice that a row holds; K * T: a row that pads
+    slots_KT: Tensor  # the row of a choice; R: dropped
+    counts: list[int]  # rows by expert
+    rooms: list[int]  # rows by expert with those that pad
+    drops: bool
+
+    @property
+    def token_R(self) -> Tensor:
+        """The token that a row is; a row that pads is token 0, of which nothing is used."""
+        return self.choice_R % self.slots_KT.shape[1]
+
+
+def lay_out(index_KT: Tensor, location_KT: Tensor, experts: int, multiple: int = 1) -> Layout:
+    """The layout of choices of experts (-1: dropped) by their places in the experts' queues, which have no gaps.
+
+    Each expert's rows are padded to a multiple.
+    """
+    dropped, *counts = torch.bincount(index_KT.flatten() + 1, minlength=experts + 1).tolist()
+    rooms = [-(-count // multiple) * multiple for count in counts]
+    ends_N = list(itertools.accumulate(rooms))
+    start_N = torch.tensor([0, *ends_N[:-1], ends_N[-1]], device=index_KT.device)  # the last: of those dropped (-1)
+    slots_KT = start_N[index_KT.long()] + location_KT
+    # One row more takes what was dropped.
+    choice_R = torch.full((ends_N[-1] + 1,), index_KT.numel(), device=index_KT.device)
+    choice_R.index_copy_(0, slots_KT.flatten(), torch.arange(index_KT.numel(), device=index_KT.device))
+    return Layout(choice_R[:-1], slots_KT, counts, rooms, dropped > 0)

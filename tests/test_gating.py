@@ -1,0 +1,68 @@
+"""Our top-2 routing against DeepSpeed's own function: every output and gradient, to the bit."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from tests.helpers import threads
+from tests.moe_helpers import create_layer, settings_of
+from upcycle_bench.ds import top2gating
+from upcycle_bench.gating import top2
+from upcycle_bench.moe import Gate
+
+
+@settings(max_examples=150, deadline=None, derandomize=True, database=None)
+@given(
+    seed=st.integers(0, 2**31),
+    tokens=st.integers(1, 60),
+    experts=st.integers(2, 9),
+    slots=st.sampled_from([None, 1, 3, 10, 1000]),
+    kind=st.sampled_from(["random", "ties", "equal", "sharp"]),
+)
+def test_it_is_deepspeeds_to_the_bit(seed: int, tokens: int, experts: int, slots: int | None, kind: str) -> None:
+    torch.manual_seed(seed)
+    logits_TN = torch.randn(tokens, experts)
+    if kind == "ties":
+        logits_TN = logits_TN.round()
+    if kind == "equal":
+        logits_TN = logits_TN[:1].repeat(tokens, 1)
+    if kind == "sharp":
+        logits_TN = logits_TN * 100  # second probabilities that are zero
+    weight_KT = torch.randn(2, tokens)
+
+    def theirs(given_TN: Tensor) -> tuple[Tensor, ...]:
+        # A capacity factor of slots * N / (2 T) less half a slot, which DeepSpeed rounds up.
+        factor = 1.0 if slots is None else (slots - 0.5) * experts / (2 * tokens)
+        return top2gating(given_TN, factor, 0, slots is not None, None, False, sparse_routes=True)
+
+    def ours(given_TN: Tensor) -> tuple[Tensor, ...]:
+        return top2(given_TN, None if slots is None else torch.tensor(slots))
+
+    results = []
+    with threads(1):
+        for route in (ours, theirs):
+            leaf_TN = logits_TN.clone().requires_grad_()
+            l_aux, capacity, number, index_KT, location_KT, gates_KT, counts_N = route(leaf_TN)
+            assert number == experts
+            ((gates_KT * weight_KT).sum() + l_aux).backward()
+            results.append([l_aux, capacity, index_KT, location_KT, gates_KT, counts_N, leaf_TN.grad])
+    for name, mine, stock in zip(("l_aux", "capacity", "index", "location", "gates", "counts", "grad"), *results):
+        assert torch.equal(mine, stock), name
+    assert results[0][2].dtype == results[1][2].dtype
+
+
+@pytest.mark.parametrize(
+    ("top_k", "sampling", "expected"), [(2, False, True), (1, False, False), (3, False, False), (2, True, False)]
+)
+def test_what_is_not_top_2_goes_to_deepspeed(
+    top_k: int, sampling: bool, expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    called: list[Tensor] = []
+    gate = create_layer(8, settings_of(4, top_k), torch.float32).gate.train()
+    gate.second_expert_sampling = sampling
+    usual = Gate._top2
+    monkeypatch.setattr(Gate, "_top2", lambda self, x_TD: called.append(x_TD) or usual(self, x_TD))
+    gate(torch.randn(20, 8))
+    assert bool(called) == expected
