@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from tests.helpers import captions, tiny_clip, upcycled
 from upcycle_bench import packed
-from upcycle_bench.flops import FlopCounter, counted_flops, flop_formulas
+from upcycle_bench.flops import FlopCounter, counted_flops, counting, flop_formulas, uncounted
 from upcycle_bench.registry import load_registry
 from upcycle_bench.strategy import configure
 
@@ -94,3 +94,23 @@ def test_counting_changes_no_number() -> None:
         finally:
             torch.backends.mha.set_fastpath_enabled(before)
     assert torch.equal(counted, plain) and counter.get_total_flops() > 0
+
+
+def test_what_is_uncounted_is_left_out_and_counting_goes_on() -> None:
+    product = partial(torch.mm, torch.rand(2, 3), torch.rand(3, 4))
+    with FlopCounter() as outer:
+        product()
+        with FlopCounter() as inner:
+            with uncounted():
+                assert not counting()
+                product()
+            with pytest.raises(ZeroDivisionError), uncounted():
+                1 / 0  # noqa: B018
+            product()
+        assert counting()
+        product()
+    assert not counting()
+    assert (inner.get_total_flops(), outer.get_total_flops()) == (
+        48,
+        3 * 48,
+    )  # an outer one sees what an inner one runs

@@ -48,7 +48,9 @@ def test_it_is_deepspeeds_to_the_bit(seed: int, tokens: int, experts: int, slots
             assert number == experts
             ((gates_KT * weight_KT).sum() + l_aux).backward()
             results.append([l_aux, capacity, index_KT, location_KT, gates_KT, counts_N, leaf_TN.grad])
-    for name, mine, stock in zip(("l_aux", "capacity", "index", "location", "gates", "counts", "grad"), *results):
+    for name, mine, stock in zip(
+        ("l_aux", "capacity", "index", "location", "gates", "counts", "grad"), *results, strict=True
+    ):
         assert torch.equal(mine, stock), name
     assert results[0][2].dtype == results[1][2].dtype
 

@@ -36,6 +36,7 @@ from torch import Tensor, nn
 from upcycle_bench import control
 from upcycle_bench.errors import Unsound
 from upcycle_bench.features import embed
+from upcycle_bench.flops import uncounted
 from upcycle_bench.moe import MoEFFN, moe_layers
 from upcycle_bench.record import CertificatePart, RepeatPart
 from upcycle_bench.rng import Stream
@@ -99,6 +100,7 @@ class Witness:
         while self._handles:
             self._handles.pop().remove()
 
+    @uncounted()
     def saw(self, model: nn.Module, encode: Any, inputs: Tensor, embedded_BD: Tensor) -> None:
         """A batch of images (floating) or texts (integers) and what became of it, normalised, on the CPU."""
         if model is self.model:

@@ -66,6 +66,19 @@ def counting() -> bool:
     return bool(_counters)
 
 
+@contextlib.contextmanager
+def uncounted() -> Iterator[None]:
+    """Stop the active counters: for many small operations of which none counts, as those that prepare an image."""
+    paused = _counters[::-1]
+    for counter in paused:
+        counter.__exit__(None, None, None)
+    try:
+        yield
+    finally:
+        for counter in reversed(paused):
+            counter.__enter__()
+
+
 @functools.cache
 def flop_formulas() -> dict[Any, Callable[..., int]]:
     """PyTorch's formulas by operation, and those that it lacks: of the CPU's attention kernel, as for the others'.

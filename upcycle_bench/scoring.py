@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from upcycle_bench.errors import UserError
+from upcycle_bench.flops import uncounted
 
 SCALE_BOUNDS = (1e-2, 1e3)  # of the fitted logit scale; CLIP trains in 1 to 100
 FIT_QUERIES = 2048  # that a logit scale is fitted to, at most, for each task
@@ -169,6 +170,7 @@ def _ranks(cosine_QG: np.ndarray, right_QR: np.ndarray, right_cosine_QR: np.ndar
     return ranks
 
 
+@uncounted()
 def _log_likelihoods(cosine_QG: Tensor, right_cosine_QR: Tensor, best_Q: Tensor, scale: float) -> Tensor:
     """log of the softmax's mass on the right answers [Q]; `best_Q` is each row's greatest cosine."""
     return (scale * right_cosine_QR).logsumexp(dim=1) - _log_sum_exp(cosine_QG, best_Q, scale)

@@ -29,6 +29,7 @@ from upcycle_bench import packed
 from upcycle_bench.embedding_cache import SPOT, Arrays, remembered
 from upcycle_bench.evalsets import EvalSet
 from upcycle_bench.features import embed, encode_images, finite
+from upcycle_bench.flops import uncounted
 from upcycle_bench.scoring import Task
 from upcycle_bench.suite import EvalContext
 
@@ -77,7 +78,9 @@ def _encode(texts: Sequence[str], name: str, context: EvalContext, known: dict[s
     encode = partial(packed.encode_text, model) if packed.packs(model) else model.encode_text
     for start in context.track(range(0, len(unknown), context.batch_size), f"{name}: texts"):
         batch = unknown[start : start + context.batch_size]
-        text_BD = embed(encode, context.tokenizer(batch), context)
+        with uncounted():
+            token_BL = context.tokenizer(batch)
+        text_BD = embed(encode, token_BL, context)
         known.update(zip(batch, text_BD, strict=True))
     return finite(torch.stack([known[text] for text in texts]), name)
 
