@@ -207,6 +207,23 @@ def test_a_record_and_its_weights_get_the_scores_of_the_record(made: Path) -> No
         assert [score["primary"] for score in facts["scores"]] == [score.primary for score in there.scores]
 
 
+def test_a_protocol_that_was_not_given_is_said_before_its_data_are_built(
+    models: dict[str, Path], made: Path, sets: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def said(*arguments: object) -> str:
+        try:
+            app([str(argument) for argument in ("evaluate", *arguments, "--json")], standalone_mode=False)
+        except UserError as error:
+            assert str(error) == "the lab was asked for"
+        lines = capsys.readouterr().err.splitlines()
+        return next((line for line in lines if line.startswith("protocol ")), "")
+
+    default = f"protocol lab: the default, since {models['ours']} does not say how it was trained; --protocol names"
+    assert said(models["ours"]).startswith(default)
+    assert said(made).startswith("protocol smoke: the record's; --protocol names another")
+    assert said(made, "--protocol", "smoke") == said(models["ours"], "--data", sets) == ""
+
+
 def test_a_suite_that_breaks_when_no_other_is_left_is_one_line(
     models: dict[str, Path], sets: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -212,7 +212,7 @@ def _plans(
                 settings,
                 options=options,
                 paths=paths,
-                suites=names_of(suite),
+                suites=names_of(suite, "--suite"),
                 reporter=reporter,
             )
             for name in names
