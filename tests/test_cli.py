@@ -350,9 +350,14 @@ def test_an_interrupted_command_ends_with_130_and_sigterm_means_afterwards_what_
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(typer.Exit) as leave, interruptible("nothing was written"):
+
+    @interruptible("nothing was written")
+    def wait() -> None:
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(5)
+
+    with pytest.raises(typer.Exit) as leave:
+        wait()
     assert leave.value.exit_code == 130
     assert capsys.readouterr().err == "interrupted: nothing was written\n"
     assert signal.getsignal(signal.SIGTERM) == before
