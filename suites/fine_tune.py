@@ -83,6 +83,7 @@ class FineTune(Suite):
         summary="End-to-end fine-tuning of the image tower from the zero-shot classifier, on k shots or a whole pool",
         paper="Wortsman et al. 2022, arXiv:2109.01903",
         version=1,
+        tunes=True,
     )
 
     tasks: dict[str, TuneTask] = Field(min_length=1)

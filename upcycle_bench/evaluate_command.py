@@ -211,7 +211,7 @@ def _of_folder(registry: Registry, folder: Path, names: list[str]) -> _Suites:
         for name, target in targets.items():
             key = f"{name}/{path.name}"
             try:
-                suites[key] = target.of_set(path)
+                suites[key] = _of_set(target, path)
                 splits = {text.partition(":")[2] or "test" for text in suites[key].datasets()}
                 evalcheck.require_valid(path, splits)
             except (UserError, ValidationError) as error:  # the latter: a name that the suite keeps for itself
@@ -221,6 +221,15 @@ def _of_folder(registry: Registry, folder: Path, names: list[str]) -> _Suites:
         reasons = " ".join(f"{name}: {why}" for name, why in skipped.items())
         raise UserError(f"--data {folder}: nothing can be scored. {reasons}")
     return _Suites(None, paths[0].parent, suites, skipped)
+
+
+def _of_set(target: type[Suite], path: Path) -> Suite:
+    from upcycle_bench.suite import OnlyNamed
+
+    try:
+        return target.of_set(path)
+    except OnlyNamed as error:
+        raise UserError(f"{str(error).removesuffix('.')}; give --protocol.") from None
 
 
 def _load(path: Path) -> _Model:

@@ -139,6 +139,9 @@ class CertificatePart(Part):
     choices_routed: int = Field(ge=0, description="(token, choice) pairs in the whole evaluation; none was dropped")
     controls: tuple[ControlPart, ...]
     uncontrolled: str | None = Field(default=None, description="why a kind of set has no control")
+    uncovered: str | None = Field(
+        default=None, description="suites that score copies they trained, which this leaves out"
+    )
     weights: Name = Field(description="sha256 of the model's tensors, the same before and after")
     seconds: float = Field(ge=0, description="that all this took, the evaluation left out")
 
