@@ -109,7 +109,11 @@ def test_real_photos_go_through_everything(models: dict[str, Path], sets: Path, 
     assert proof["predictions"] > 60 and proof["choices_routed"] > 0
     assert [repeat["differing"] for repeat in proof["repeats"]] == [0, 0]
     assert "evaluation set photos: 27 samples are too few for a control." in proof["uncontrolled"]
-    assert "certificate: " in table and "±: one standard error, over evaluation samples" in table
+    assert (
+        "certificate: " in table
+        and "±, SE: one standard error, over evaluation samples" in table
+        and "value (± SE)" in table
+    )
     assert facts["parameters_active"] < facts["parameters_total"]
     assert "photos/5-shot" in table and "skipped: few-shot/photos-captions: it has captions" in table
     assert not any(score["primary"] for score in facts["scores"])

@@ -108,7 +108,8 @@ def show_scores(title: str, scores: Sequence[Mapping[str, Any]]) -> None:
     shown = []
     for suite in suites:
         rows = score_rows([score for score in scores if score["suite"] == suite])
-        table(suite if len(suites) > 1 else title, rows)
+        heads = {"value": "value (± SE)"} if any("±" in row["value"] for row in rows) else {}
+        table(suite if len(suites) > 1 else title, [{heads.get(key, key): row[key] for key in row} for row in rows])
         shown += rows
     show_key(shown)
 
@@ -141,7 +142,7 @@ def _value(value: float, error: float | None, interval: Sequence[float] | None =
 def show_key(rows: Sequence[Mapping[str, str]]) -> None:
     """What the signs in a table of scores mean."""
     if any("±" in row["value"] for row in rows):
-        print("±: one standard error, over evaluation samples (where a suite draws several times, over its draws)")
+        print("±, SE: one standard error, over evaluation samples (where a suite draws several times, over its draws)")
     if any("[" in row["value"] for row in rows):
         print("[≥a], [≤b]: the end of the 95 % interval, where that error is 0")
 
