@@ -159,6 +159,8 @@ def test_the_default_protocol_is_lab(
     ("arguments", "says"),
     [
         (["experts"], "upcycle-bench experts: Missing argument 'RUN'. See: upcycle-bench experts --help"),
+        (["leaderboard", "--format", "xml"], "upcycle-bench leaderboard: Invalid value for .*: 'xml' is not one of .*"),
+        (["list", "nope"], "upcycle-bench list: Invalid value for 'kind': 'nope' is not one of 'strategies', .*"),
         (["run", "--seed", "x"], "upcycle-bench run: Invalid value for '--seed': .*"),
         (["run", "--bogus"], "upcycle-bench run: No such option: --bogus.*"),
         (["plot", "nowhere"], "upcycle-bench plot: Missing option '--figure'.*"),

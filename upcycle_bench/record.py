@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import AfterValidator, ConfigDict, Field, JsonValue, ValidationError, model_validator
 
-from upcycle_bench.errors import UserError
+from upcycle_bench.errors import UserError, first_problem
 from upcycle_bench.protocol import Frozen
 
 if TYPE_CHECKING:
@@ -276,10 +276,8 @@ def read(path: Path) -> Record:
     try:
         return Record.model_validate_json(text)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "record"
-        given = "" if isinstance(first["input"], (dict, list, Record)) else f" (got {first['input']!r})"
-        raise UserError(f"record {path}: {where}: {first['msg']}{given}; restore the file or move it away.") from None
+        where, what = first_problem(error)
+        raise UserError(f"record {path}: {where or 'record'}: {what}; restore the file or move it away.") from None
 
 
 def read_outcomes(path: Path) -> dict[str, np.ndarray]:
