@@ -12,6 +12,7 @@ from PIL import Image
 from upcycle_bench.data import PairDataset, expand_shards, shards_digest
 from upcycle_bench.dense import Clip, create_clip
 from upcycle_bench.errors import UserError
+from upcycle_bench.labelled import Labelled
 from upcycle_bench.rng import Stream
 
 
@@ -39,6 +40,27 @@ def write_tar(path: Path, count: int, start: int = 0, size: int = 12) -> Path:
 def pairs(tmp_path: Path, clip: Clip) -> PairDataset:
     shards = [write_tar(tmp_path / "0.tar", 30), write_tar(tmp_path / "1.tar", 25, start=30)]
     return PairDataset(shards, clip)
+
+
+def test_a_broken_image_is_one_line_in_training_and_in_evaluation(tmp_path: Path, clip: Clip) -> None:
+    """Its shard and its place; and what is whole is read by both alike."""
+    shard = write_tar(tmp_path / "0.tar", 2)
+    with tarfile.open(shard) as tar:
+        whole, broken = [
+            (0, tar.getmember(f"0000{n}.png").offset_data, tar.getmember(f"0000{n}.png").size) for n in (0, 1)
+        ]
+    content = bytearray(shard.read_bytes())
+    content[broken[1] : broken[1] + 8] = b"no image"
+    shard.write_bytes(content)
+    pairs = PairDataset([shard], clip)
+    labelled = Labelled((shard,), np.array([whole, broken]), np.array([0, 0]))
+    ((image, _),) = labelled.take(np.array([0])).batches(lambda image: torch.from_numpy(clip.resize(image)), 1)
+    assert np.array_equal(image[0].numpy(), pairs.read(0))
+    where = rf"0\.tar: the image at byte {broken[1]} cannot be read \(.*\); "
+    with pytest.raises(UserError, match=where + "remove it"):
+        pairs.read(1)
+    with pytest.raises(UserError, match=where + "`upcycle-bench data check` says"):
+        list(labelled.batches(lambda image: torch.zeros(1), 2))
 
 
 def test_a_batch_is_a_function_of_seed_and_step(pairs: PairDataset) -> None:

@@ -9,7 +9,6 @@ batch, and what a strategy draws cannot shift the order. Small data sets without
 from __future__ import annotations
 
 import hashlib
-import io
 import re
 import tarfile
 from collections.abc import Iterator, Sequence
@@ -25,6 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 from upcycle_bench.decoded import decoded
 from upcycle_bench.dense import Clip
 from upcycle_bench.errors import UserError
+from upcycle_bench.images import open_image
 from upcycle_bench.rng import Stream
 
 IMAGE_SUFFIXES = ("png", "jpg", "jpeg", "webp")
@@ -166,15 +166,7 @@ class PairDataset:
 
     def _open(self, sample: int) -> Image.Image:
         shard, offset, size = self.images[sample]
-        with self.shards[shard].open("rb") as file:
-            file.seek(offset)
-            content = file.read(size)
-        try:
-            return Image.open(io.BytesIO(content)).convert("RGB")
-        except OSError as error:
-            raise UserError(
-                f"{self.shards[shard]}: the image at byte {offset} is broken ({error}); remove it."
-            ) from None
+        return open_image(self.shards[shard], offset, size, "remove it")
 
     def batches(
         self, seed: int | str, start: int, stop: int, batch_size: int, rank: int = 0, world: int = 1, workers: int = 0
