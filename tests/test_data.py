@@ -51,14 +51,14 @@ def test_a_broken_image_is_one_line_in_training_and_in_evaluation(tmp_path: Path
         ]
     content = bytearray(shard.read_bytes())
     content[broken[1] : broken[1] + 8] = b"no image"
+    expected = PairDataset([shard], clip).read(0)
     shard.write_bytes(content)
-    pairs = PairDataset([shard], clip)
     labelled = Labelled((shard,), np.array([whole, broken]), np.array([0, 0]))
     ((image, _),) = labelled.take(np.array([0])).batches(lambda image: torch.from_numpy(clip.resize(image)), 1)
-    assert np.array_equal(image[0].numpy(), pairs.read(0))
+    assert np.array_equal(image[0].numpy(), expected)
     where = rf"0\.tar: the image at byte {broken[1]} cannot be read \(.*\); "
     with pytest.raises(UserError, match=where + "remove it"):
-        pairs.read(1)
+        PairDataset([shard], clip).read(1)
     with pytest.raises(UserError, match=where + "`upcycle-bench data check` says"):
         list(labelled.batches(lambda image: torch.zeros(1), 2))
 
