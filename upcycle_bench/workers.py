@@ -99,6 +99,12 @@ def _workers(call: Callable[..., Any], processes: int) -> Iterator[list[Connecti
             process.join()
 
 
+def ignore_signals(_worker: int = 0) -> None:
+    """In a worker of PyTorch's data loader (`worker_init_fn`): its parent ends it, or is gone, which it looks for."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def _serve(call: Callable[..., Any], pipe: Connection) -> None:
     """A worker's life: until the parent closes the pipe."""
     with contextlib.suppress(EOFError, ConnectionError):
