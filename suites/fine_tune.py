@@ -19,7 +19,8 @@ record's phase `evaluate`. See upcycle_bench/fine_tuning.py for the recipe.
 
 Scores of TASK/K-shot and TASK/all: acc1 (primary), acc5 where there are five classes, mean_per_class_recall; of one
 draw with the standard error over test samples, of several with that over draws. Outcomes: TASK/K-shot/correct@1, bool
-[draws * test samples]. A rate chosen at the grid's edge is a warning, on the terminal and in the notes.
+[draws * test samples]. A rate at the grid's edge that is better than all within is a warning, on the terminal and in
+the notes.
 
 Sources: M. Wortsman et al., Robust fine-tuning of zero-shot models, arXiv:2109.01903 (the head, AdamW); shots as in
 few_shot.py.
@@ -41,7 +42,7 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from upcycle_bench import engine, probe_tasks
-from upcycle_bench.fine_tuning import Recipe, predict, tune
+from upcycle_bench.fine_tuning import Recipe, Tuned, predict, tune
 from upcycle_bench.flops import counted_flops
 from upcycle_bench.hookspecs import hookimpl
 from upcycle_bench.labelled import Labelled
@@ -83,6 +84,7 @@ class FineTune(Suite):
         summary="End-to-end fine-tuning of the image tower from the zero-shot classifier, on k shots or a whole pool",
         paper="Wortsman et al. 2022, arXiv:2109.01903",
         version=1,
+        tunes=True,
     )
 
     tasks: dict[str, TuneTask] = Field(min_length=1)
@@ -148,7 +150,7 @@ class FineTune(Suite):
                 tuned = tune(context.model, classes_CD, split.train, split.validation, recipe, rng, context, title)
                 rows.append(classified(*predict(tuned.classifier, split.test, context)))
                 chosen.append(tuned)
-        edges = [tuned.rate for tuned in chosen if tuned.rate in (self.rates[0], self.rates[-1])]
+        edges = [tuned.rate for tuned in chosen if self._beyond(tuned)]
         result.notes[title] = {
             "manifests": [split.sha256 for split in splits],
             "test_samples": len(splits[0].test),
@@ -167,6 +169,13 @@ class FineTune(Suite):
                 file=sys.stderr,
             )
         add_scores(title, rows, len(classes_CD), result)
+
+    def _beyond(self, tuned: Tuned) -> bool:
+        """Whether an end of the grid is better than all within, so that a rate outside may be better still."""
+        inner = [value for rate in self.rates[1:-1] if (value := tuned.accuracies[rate]) is not None]
+        best = tuned.accuracies[tuned.rate]
+        assert best is not None, "training at the chosen rate went through"
+        return tuned.rate in (self.rates[0], self.rates[-1]) and best > max(inner, default=-1.0)
 
 
 @plain_dataclass(frozen=True)

@@ -6,16 +6,17 @@ from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from tests.helpers import equal, threads, tiny_clip
-from upcycle_bench import api, certificate, control, evalsets, features
+from upcycle_bench import api, certificate, control, display, evalsets, features
 from upcycle_bench.certificate import MARGIN, MOST, Witness, differences, routing_margin
 from upcycle_bench.costs import Meter
 from upcycle_bench.dense import Clip
@@ -24,7 +25,7 @@ from upcycle_bench.moe import moe_layers
 from upcycle_bench.progress import Reporter
 from upcycle_bench.record import CertificatePart
 from upcycle_bench.run import score
-from upcycle_bench.suite import EvalContext, SuiteResult
+from upcycle_bench.suite import EvalContext, Suite, SuiteInfo, SuiteResult
 from upcycle_bench.suites.few_shot import FewShot
 from upcycle_bench.suites.zero_shot import ZeroShot
 
@@ -388,3 +389,35 @@ def test_small_sets_and_other_labels_have_no_control(root: Path, tmp_path: Path)
     _, proof = evaluate(tmp_path, tiny_clip(), {"zero-shot": ZeroShot(sets=("few",), primary=("few",))})
     assert proof is not None and proof.controls == ()
     assert proof.uncontrolled == "zero-shot: evaluation set few: 40 samples are too few for a control."
+
+
+@dataclass(frozen=True, kw_only=True)
+class Named(ZeroShot):
+    """A suite that scores only what a protocol names, on copies that it trains."""
+
+    info: ClassVar[SuiteInfo] = SuiteInfo(name="named", summary="", paper="", version=1, tunes=True)
+
+    @classmethod
+    def of_set(cls, folder: Path) -> Suite:  # type: ignore[override]
+        return super(ZeroShot, cls).of_set(folder)
+
+
+def test_what_a_certificate_leaves_out_is_said_on_the_terminal(
+    root: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    suites = SUITES | {"named": Named(sets=("colours",), primary=("colours",))}
+    _, proof = evaluate(root, tiny_clip(), suites)
+    assert proof is not None and proof.uncovered == "named"
+    assert proof.uncontrolled == "named: it scores only what a protocol names, and no protocol names shuffled labels."
+    monkeypatch.setenv("COLUMNS", "72")
+    display.show_certificate(proof.model_dump(mode="json"))
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) > 4 and max(map(len, lines)) <= 72
+    assert lines[0].startswith("certificate: ") and all(line.startswith("  ") for line in lines[1:])
+    said = " ".join(" ".join(lines).split())
+    assert "not covered: the fine-tuned copies that named scores;" in said
+    assert "not controlled: named: it scores only what a protocol names, and no protocol" in said
+    assert "--protocol" not in said
+    # The two largest of four classes: chance is 1/2 there and 1/4 in the table.
+    assert re.search(r"labels of colours shuffled: \S+ 0\.\d+, chance 0\.5000 on 120 samples", said)
+    assert "their chance is not the tables'" in said

@@ -7,14 +7,16 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+import typer
 
 from tests.test_distributed import launch
 from upcycle_bench import __version__, cli, display
 from upcycle_bench.cache import file_sha256
-from upcycle_bench.command import uncollected, warn_broken
+from upcycle_bench.command import interruptible, uncollected, warn_broken
 from upcycle_bench.errors import UserError
 from upcycle_bench.progress import Reporter, TerminalReporter
 from upcycle_bench.worlds import World, load_world
@@ -90,6 +92,10 @@ def test_list_as_json_is_one_document() -> None:
         (["run", "-s", "all", "-o", "tau=0.8"], "--option belongs to one strategy"),
         (["run", "-s", "dense", "--seeds", "2", "--init-seed", "0", "--train-seed", "0"], "leaves nothing to vary"),
         (["run", "-s", "all", "-p", "clip-b32"], "protocol clip-b32 needs --data"),
+        (["run", "-s", "dense", "-p", "smoke", "--suite", ""], "--suite '': a name is empty; write --suite NAME or"),
+        (["run", "-s", "dense", "-p", "smoke", "--suite", ","], "--suite ',': a name is empty"),
+        (["evaluate", "x.safetensors", "--suite", ""], "--suite '': a name is empty"),
+        (["evaluate", "x.safetensors", "--suite", "few-shot,"], "--suite 'few-shot,': a name is empty"),
         (["leaderboard", "nowhere"], "nowhere"),
         (["leaderboard", "."], "no records below .; make one with: upcycle-bench run --strategy cluster-aware"),
         (["data", "build", "digit"], "unknown world 'digit': did you mean 'digits'?"),
@@ -129,12 +135,8 @@ def test_dry_run_says_what_would_run_and_writes_nothing(tmp_path: Path) -> None:
 def call(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
     """The command in this process; its exit status."""
     monkeypatch.setattr(sys, "argv", ["upcycle-bench", *arguments])
-    before = signal.getsignal(signal.SIGTERM)
-    try:
-        with pytest.raises(SystemExit) as leave:
-            cli.main()
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    with pytest.raises(SystemExit) as leave:
+        cli.main()
     return int(leave.value.code or 0)
 
 
@@ -157,6 +159,8 @@ def test_the_default_protocol_is_lab(
     ("arguments", "says"),
     [
         (["experts"], "upcycle-bench experts: Missing argument 'RUN'. See: upcycle-bench experts --help"),
+        (["leaderboard", "--format", "xml"], "upcycle-bench leaderboard: Invalid value for .*: 'xml' is not one of .*"),
+        (["list", "nope"], "upcycle-bench list: Invalid value for 'kind': 'nope' is not one of 'strategies', .*"),
         (["run", "--seed", "x"], "upcycle-bench run: Invalid value for '--seed': .*"),
         (["run", "--bogus"], "upcycle-bench run: No such option: --bogus.*"),
         (["plot", "nowhere"], "upcycle-bench plot: Missing option '--figure'.*"),
@@ -342,3 +346,23 @@ def test_list_leaves_triton_alone() -> None:
     code = "import sys; from upcycle_bench.cli import app; app(['list', '--json'], standalone_mode=False)"
     code += "; sys.exit(bool({'triton', 'open_clip', 'faiss'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], stdout=subprocess.DEVNULL).returncode == 0
+
+
+def test_an_interrupted_command_ends_with_130_and_sigterm_means_afterwards_what_it_did(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+
+    @interruptible("nothing was written")
+    def wait() -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(5)
+
+    with pytest.raises(typer.Exit) as leave:
+        wait()
+    assert leave.value.exit_code == 130
+    assert capsys.readouterr().err == "interrupted: nothing was written\n"
+    assert signal.getsignal(signal.SIGTERM) == before
+    with interruptible("unused"):
+        assert signal.getsignal(signal.SIGTERM) != before
+    assert signal.getsignal(signal.SIGTERM) == before

@@ -1,6 +1,9 @@
 """Training pairs: pure functions of (seed, step), slices by rank, captions, crops, shards named on the command line."""
 
 import io
+import multiprocessing
+import os
+import signal
 import tarfile
 from pathlib import Path
 
@@ -12,6 +15,7 @@ from PIL import Image
 from upcycle_bench.data import PairDataset, expand_shards, shards_digest
 from upcycle_bench.dense import Clip, create_clip
 from upcycle_bench.errors import UserError
+from upcycle_bench.labelled import Labelled
 from upcycle_bench.rng import Stream
 
 
@@ -41,6 +45,27 @@ def pairs(tmp_path: Path, clip: Clip) -> PairDataset:
     return PairDataset(shards, clip)
 
 
+def test_a_broken_image_is_one_line_in_training_and_in_evaluation(tmp_path: Path, clip: Clip) -> None:
+    """Its shard and its place; and what is whole is read by both alike."""
+    shard = write_tar(tmp_path / "0.tar", 2)
+    with tarfile.open(shard) as tar:
+        whole, broken = [
+            (0, tar.getmember(f"0000{n}.png").offset_data, tar.getmember(f"0000{n}.png").size) for n in (0, 1)
+        ]
+    content = bytearray(shard.read_bytes())
+    content[broken[1] : broken[1] + 8] = b"no image"
+    expected = PairDataset([shard], clip).read(0)
+    shard.write_bytes(content)
+    labelled = Labelled((shard,), np.array([whole, broken]), np.array([0, 0]))
+    ((image, _),) = labelled.take(np.array([0])).batches(lambda image: torch.from_numpy(clip.resize(image)), 1)
+    assert np.array_equal(image[0].numpy(), expected)
+    where = rf"0\.tar: the image at byte {broken[1]} cannot be read \(.*\); "
+    with pytest.raises(UserError, match=where + "remove it"):
+        PairDataset([shard], clip).read(1)
+    with pytest.raises(UserError, match=where + "`upcycle-bench data check` says"):
+        list(labelled.batches(lambda image: torch.zeros(1), 2))
+
+
 def test_a_batch_is_a_function_of_seed_and_step(pairs: PairDataset) -> None:
     later = pairs.batch(0, 7, 10)
     for step in range(7):
@@ -50,6 +75,22 @@ def test_a_batch_is_a_function_of_seed_and_step(pairs: PairDataset) -> None:
     assert torch.equal(later.images, again.images)
     assert torch.equal(later.texts, again.texts)
     assert not torch.equal(later.index, pairs.batch(1, 7, 10).index)
+
+
+def test_workers_leave_signals_to_their_parent(pairs: PairDataset) -> None:
+    """What goes to the whole process group must not kill them: the loader would add a traceback to the interruption."""
+    batches = pairs.batches(0, 0, 8, 5, workers=2)
+    found = [next(batches)]
+    children = multiprocessing.active_children()
+    assert len(children) == 2
+    for child in children:
+        assert child.pid is not None
+        os.kill(child.pid, signal.SIGTERM)
+        os.kill(child.pid, signal.SIGINT)
+    found += batches
+    for step, batch in enumerate(found):
+        assert torch.equal(batch.images, pairs.batch(0, step, 5).images)
+    assert len(found) == 8 and not any(child.is_alive() for child in children)
 
 
 def test_epochs_are_permutations_without_their_incomplete_end(pairs: PairDataset) -> None:

@@ -1,5 +1,6 @@
 """`evaluate` scores any checkpoint as a run would, and a user's own photos; what cannot be scored is named."""
 
+import contextlib
 import json
 import re
 from pathlib import Path
@@ -108,7 +109,11 @@ def test_real_photos_go_through_everything(models: dict[str, Path], sets: Path, 
     assert proof["predictions"] > 60 and proof["choices_routed"] > 0
     assert [repeat["differing"] for repeat in proof["repeats"]] == [0, 0]
     assert "evaluation set photos: 27 samples are too few for a control." in proof["uncontrolled"]
-    assert "certificate: " in table and "±: one standard error, over evaluation samples" in table
+    assert (
+        "certificate: " in table
+        and "±, SE: one standard error, over evaluation samples" in table
+        and "value (± SE)" in table
+    )
     assert facts["parameters_active"] < facts["parameters_total"]
     assert "photos/5-shot" in table and "skipped: few-shot/photos-captions: it has captions" in table
     assert not any(score["primary"] for score in facts["scores"])
@@ -205,6 +210,21 @@ def test_a_record_and_its_weights_get_the_scores_of_the_record(made: Path) -> No
         assert facts["suite_fingerprints"] == there.protocol.suite_fingerprints
         assert (facts["protocol"], facts["sha256"], facts["skipped"]) == ("smoke", there.hashes.weights, {})
         assert [score["primary"] for score in facts["scores"]] == [score.primary for score in there.scores]
+
+
+def test_a_protocol_that_was_not_given_is_said_before_its_data_are_built(
+    models: dict[str, Path], made: Path, sets: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def said(*arguments: object) -> str:
+        with contextlib.suppress(UserError):  # of the lab
+            app([str(argument) for argument in ("evaluate", *arguments, "--json")], standalone_mode=False)
+        lines = capsys.readouterr().err.splitlines()
+        return next((line for line in lines if line.startswith("protocol ")), "")
+
+    default = f"protocol lab: the default, since {models['ours']} does not say how it was trained; --protocol names"
+    assert said(models["ours"]).startswith(default)
+    assert said(made).startswith("protocol smoke: the record's; --protocol names another")
+    assert said(made, "--protocol", "smoke") == said(models["ours"], "--data", sets) == ""
 
 
 def test_a_suite_that_breaks_when_no_other_is_left_is_one_line(

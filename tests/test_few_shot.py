@@ -12,9 +12,10 @@ from PIL import Image
 from upcycle_bench import embedding_cache, evalsets
 from upcycle_bench.environment import installed_version
 from upcycle_bench.errors import UserError
+from upcycle_bench.probe_scores import Classified, add_scores
 from upcycle_bench.progress import Reporter
 from upcycle_bench.shots import Sizes, choose
-from upcycle_bench.suite import EvalContext
+from upcycle_bench.suite import EvalContext, SuiteResult
 from upcycle_bench.suites.few_shot import FewShot
 from upcycle_bench.suites.linear_probe import LinearProbe
 from upcycle_bench.worlds import fashion
@@ -98,10 +99,24 @@ def test_scores_are_means_over_draws_with_their_interval(root):
     means = correct_RN.mean(axis=1)
     assert score.value == pytest.approx(means.mean()) and score.value > 0.5
     assert score.standard_error == pytest.approx(means.std(ddof=1) / 3**0.5)
-    low, high = score.interval
-    assert (high - low) / 2 == pytest.approx(4.3027 * score.standard_error, rel=1e-4)  # t of two degrees of freedom
     assert (score.samples, score.chance, score.primary) == (90, 1 / 3, True)
     assert {s.metric for s in result.scores} == {"acc1", "mean_per_class_recall"}  # three classes have no acc5
+
+
+def test_intervals_over_draws_stay_within_0_and_1_and_are_not_empty():
+    def of(*shares):
+        """acc1 of draws with so many of ten samples right."""
+        rows = [Classified(np.zeros(10, int), np.arange(10) < right, np.ones(10, bool)) for right in shares]
+        add_scores("t", rows, 2, result := SuiteResult([], {}))
+        return next(score for score in result.scores if score.metric == "acc1")
+
+    # 0.4, 0.5, 0.6: sd 0.1, error 0.1 / sqrt(3); t of two degrees of freedom is 4.3027
+    assert of(4, 5, 6).interval == pytest.approx((0.5 - 0.43027 / 3**0.5, 0.5 + 0.43027 / 3**0.5), rel=1e-4)
+    # 0.8, 1.0: sd 0.1 sqrt(2), error 0.1; t of one degree of freedom is 12.7: beyond both ends
+    assert (of(8, 10).interval, of(8, 10).standard_error) == ((0.0, 1.0), pytest.approx(0.1))
+    low, high = of(9, 10, 10).interval
+    assert 0.8 < low < of(9, 10, 10).value < high == 1.0
+    assert (of(7, 7, 7).value, of(7, 7, 7).standard_error, of(7, 7, 7).interval) == (pytest.approx(0.7), 0.0, None)
 
 
 def test_lbfgs_sees_the_same_shots(root):

@@ -19,7 +19,7 @@ from upcycle_bench import distributed, engine, evalsets, fine_tuning, labelled, 
 from upcycle_bench.dense import create_clip
 from upcycle_bench.ds import deepspeed
 from upcycle_bench.errors import UserError
-from upcycle_bench.fine_tuning import batch_rows, losses, predict, zero_shot_classifier
+from upcycle_bench.fine_tuning import Tuned, batch_rows, losses, predict, zero_shot_classifier
 from upcycle_bench.flops import counted_flops
 from upcycle_bench.moe import moe_layers
 from upcycle_bench.plan import make_plan
@@ -246,13 +246,31 @@ def test_batches_are_epochs_of_permutations():
 
 
 def test_a_rate_at_the_edge_is_a_warning(root, models, capsys):
-    result = suite(rates=(1e-3, 1e-2, 1e9)).evaluate(context(root, models["dense"]))
+    result = suite(rates=(1e-3, 1e9, 1e10)).evaluate(context(root, models["dense"]))
     assert result.notes["colours/3-shot"]["rates_at_the_edge"] == 1
     error = capsys.readouterr().err
     assert error == (
         "warning: fine-tune, colours/3-shot: the best learning rate, 0.001, is at the edge of the grid "
-        "(0.001, 0.01, 1e+09) in 1 of 1 draws.\n"
+        "(0.001, 1e+09, 1e+10) in 1 of 1 draws.\n"
     )
+
+
+@pytest.mark.parametrize(
+    ("accuracies", "warned"),
+    [
+        ((0.9, 0.9, 0.8, 0.2), False),  # a tie with a rate within, of which the lower one wins
+        ((0.9, 0.8, 0.8, 0.2), True),
+        ((0.7, 0.8, 0.8, 0.9), True),
+        ((0.9, 0.8, None, 0.9), True),  # a tie of both ends
+        ((0.7, 0.9, 0.8, 0.9), False),
+        ((0.1, None, None, None), True),
+    ],
+)
+def test_only_a_strictly_better_edge_is_a_warning(accuracies, warned):
+    rates = (1e-5, 1e-4, 1e-3, 1e-2)
+    best = max(value for value in accuracies if value is not None)
+    tuned = Tuned(None, rates[accuracies.index(best)], dict(zip(rates, accuracies, strict=True)), 0.1)
+    assert suite(rates=rates)._beyond(tuned) == warned
 
 
 def test_what_cannot_be_tuned_is_said_in_one_line(root, models, monkeypatch):

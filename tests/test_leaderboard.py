@@ -374,6 +374,66 @@ def test_a_narrow_terminal_loses_no_number(boards: list[Board]) -> None:
         assert number in wide and number in narrow  # dense: 1/4, 1/2: sd sqrt(2) / 8 -> T1 / 8 = 1.5883
 
 
+def test_a_narrow_terminal_splits_many_columns_into_tables_that_all_say_who() -> None:
+    """Twenty-two scores of five suites, and a long name: no number and no header is cut, whatever the width."""
+    names = [("few-shot", f"categories/{shots}-shot", "acc1") for shots in range(1, 19)]
+    names += [("zero-shot", "average", "text_retrieval_recall@1"), ("compositional", "average", "group_score")]
+    names += [("fine-tune", "digits/all", "acc1"), ("linear-probe", "digits", "acc1")]
+    parts = [
+        score(dataset, metric, 0.1 + place / 1000) | {"suite": suite, "standard_error": 0.01}
+        for place, (suite, dataset, metric) in enumerate(names)
+    ]
+    strategies = ["dense", "cluster-aware[tau=0.8,layers=all]", "x" * 40]
+    boards = build(
+        [
+            make_record(
+                label, train=seed, primary=seed / 8, scores=[score("a", "loss", seed / 8, primary=True), *parts]
+            )
+            for label in strategies
+            for seed in (0, 1)
+        ]
+    )
+    for width in (60, 80, 100, 140):
+        text = render(boards, "terminal", width)
+        assert max(map(len, text.splitlines())) <= width
+        lines = text.splitlines()
+        heads = [lines[place - 1] for place, line in enumerate(lines) if "─" in line]
+        assert len(heads) > 3 and all(head.split()[:2] == ["#", "strategy"] for head in heads)
+        words = text.split()
+        for place in range(len(names)):
+            assert words.count(f"{0.1 + place / 1000:.4f}") == 3
+        for header in (
+            "categories",
+            "18-shot",
+            "compositional",
+            "group_score",
+            "linear-probe",
+            "recall@1",
+            "parameters",
+        ):
+            assert header in words
+        assert [sum(line.startswith(f"  {rank}  ") for line in lines) for rank in "123"] == [len(heads)] * 3
+
+
+def test_suites_without_a_column_are_named() -> None:
+    parts = [score("a", "acc1", 0.5, primary=True), score("a", "entropy", 0.5) | {"suite": "diagnostics"}]
+    record = make_record(scores=parts, protocol={"suite_fingerprints": {"zero-shot": "z", "diagnostics": "d"}})
+    for format in ("terminal", "md", "json"):
+        assert "No column here for diagnostics: scores are in csv and json" in " ".join(
+            render(build([record]), format, 90).split()
+        )
+    alone = make_record(scores=parts[:1], protocol={"suite_fingerprints": {"zero-shot": "z"}})
+    assert "No column" not in render(build([alone]), "md")
+
+
+def test_headers_say_what_plus_minus_is() -> None:
+    boards = build(runs("dense", {0: 1.0, 1: 3.0}) + runs("new", {0: 1.5, 1: 2.0}))
+    header = next(line for line in render(boards, "md").splitlines() if line.startswith("| #"))
+    assert "| primary (± 95 %) | vs dense (± 95 %) |" in header
+    one = render(build(runs("dense", {0: 1.0}) + runs("new", {0: 1.5})), "md")
+    assert "| primary | vs dense |" in one
+
+
 def test_from_files(tmp_path: Path) -> None:
     for record in (*runs("dense", {0: 1.0, 1: 3.0}), failure("new")):
         write(record, None, tmp_path)

@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -176,15 +176,12 @@ Command = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
-def command(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], quick_flags: list[str]
-) -> Iterator[Command]:
+def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], quick_flags: list[str]) -> Command:
     """`upcycle-bench run` in this process, on quick `smoke`: exit status, stdout, stderr."""
     real = registry.load_registry()
     for strategy in Plugin().register_strategies():
         real.strategies[strategy.info.name] = Entry(strategy.info.name, strategy, "test", "")
     monkeypatch.setattr(registry, "load_registry", lambda: real)
-    before = signal.getsignal(signal.SIGTERM)
 
     def call(*arguments: str) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["upcycle-bench", "run", "-p", "smoke", *quick_flags, *arguments])
@@ -192,8 +189,7 @@ def command(
             cli.main()
         return int(leave.value.code or 0), *capsys.readouterr()
 
-    yield call
-    signal.signal(signal.SIGTERM, before)
+    return call
 
 
 def outcomes(out: str) -> dict[tuple[str, int], dict[str, Any]]:

@@ -174,7 +174,7 @@ def test_tables_show_the_interval_where_the_error_is_nothing(capsys):
     show_key(rows)
     shown = capsys.readouterr().out
     assert (
-        "±: one standard error, over evaluation samples" in shown
+        "±, SE: one standard error, over evaluation samples" in shown
         and "[≥a], [≤b]: the end of the 95 % interval" in shown
     )
     show_key(rows[4:])

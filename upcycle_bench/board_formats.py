@@ -9,8 +9,9 @@ import csv
 import io
 import json
 import re
+import textwrap
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
@@ -22,7 +23,9 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 FORMATS = ("terminal", "md", "csv", "json")
-SHOWN = re.compile(r"acc1|(.*_)?(recall|r)@1", re.IGNORECASE)  # metrics in tables for people; csv and json have all
+# Metrics in tables for people; csv and json have all.
+SHOWN = re.compile(r"acc1|(.*_)?(recall|r)@1|(text|image|group)_score", re.IGNORECASE)
+FOLDED = 24  # columns of a strategy's name where the terminal is too narrow for one table
 NOTES = (
     "± is the half width of a 95 % Student-t confidence interval over n training seeds (several initialisations of one "
     "training seed are averaged first). Over few seeds such an interval is wide; over one (n=1) there is none.",
@@ -60,6 +63,12 @@ def _caption(board: Board) -> list[str]:
         lines.append(
             f"Over evaluation samples the standard error of the primary is {max(errors):.4f} at most; rows share the "
             "samples, so their differences are surer."
+        )
+    scored = {name for row in board.rows for name in row.scores}
+    shown = {_split(name)[0] for name in (*_shown(scored), *board.primary)}
+    if scored and (hidden := sorted(board.suite_fingerprints.keys() - shown)):
+        lines.append(
+            f"No column here for {', '.join(hidden)}: scores are in csv and json, all they say in the records."
         )
     runs = sum(row.runs for row in board.rows)
     if without := runs - sum(row.certified for row in board.rows):
@@ -106,16 +115,12 @@ def _people(board: Board) -> list[dict[str, list[str]]]:
     """Columns of text for people, header -> one cell per row, in groups: who, result, metrics, cost, runs."""
     rows = board.rows
     who = {"#": [str(row.rank or "-") for row in rows], "strategy": [row.title for row in rows]}
-    result = {
-        "n": [str(row.primary.n if row.primary else 0) for row in rows],
-        "primary": [_text(r.primary) for r in rows],
-    }
+    result = {"n": [str(row.primary.n if row.primary else 0) for row in rows]}
+    primaries = [_text(row.primary) for row in rows]
+    result["primary" + _interval(primaries)] = primaries
     if board.baseline:
-        is_base = [row.label == board.baseline for row in rows]
-        differences = [_text(row.difference, "+") for row in rows]
-        result[f"vs {board.baseline}"] = [
-            "-" if base else text for base, text in zip(is_base, differences, strict=True)
-        ]
+        differences = ["-" if row.label == board.baseline else _text(row.difference, "+") for row in rows]
+        result[f"vs {board.baseline}" + _interval(differences)] = differences
     shown = _shown({name for row in rows for name in row.scores})
     scores = {name: [_score(row, name) for row in rows] for name in shown}
     cost = {
@@ -137,6 +142,11 @@ def _text(value: Estimate | None, sign: str = "") -> str:
     return f"{value.mean:{sign}.4f}{interval}{n}"
 
 
+def _interval(cells: list[str]) -> str:
+    """What ± is in a column, for its header: `run` and `evaluate` show standard errors."""
+    return " (± 95 %)" if any("±" in cell for cell in cells) else ""
+
+
 def _score(row: Row, name: str) -> str:
     error = row.standard_errors.get(name)
     return _number(row.scores.get(name), ".4f") + ("" if error is None else f" ({error:.4f})")
@@ -147,20 +157,43 @@ def _number(value: float | None, form: str, unit: str = "") -> str:
 
 
 def _terminal(boards: list[Board], width: int | None) -> str:
-    """One table per board; where the terminal is too narrow for it, one for each group of columns."""
+    """One table per board; where the terminal is too narrow for it, several, each with rank and strategy."""
     from rich.console import Console
     from rich.measure import Measurement
 
     output = io.StringIO()
     console = Console(file=output, width=width, color_system=None)
+
+    def fits(columns: dict[str, list[str]]) -> bool:
+        table = _rich_table(columns)
+        return Measurement.get(console, console.options.update(width=100_000), table).maximum <= console.width
+
     for board in boards:
         who, *groups = _people(board)
-        tables = [_rich_table({key: cells for group in (who, *groups) for key, cells in group.items()})]
-        if Measurement.get(console, console.options.update(width=100_000), tables[0]).maximum > console.width:
-            tables = [_rich_table(who | group) for group in groups if group]
-        console.print(_heading(board), *tables, *_caption(board), "", sep="\n", markup=False)
+        blocks = [who | {header: cells for group in groups for header, cells in group.items()}]
+        if not fits(blocks[0]):
+            narrow = [textwrap.fill(title, FOLDED, break_on_hyphens=True) for title in who["strategy"]]
+            blocks = _blocks(who | {"strategy": narrow}, groups, fits)
+        console.print(_heading(board), *map(_rich_table, blocks), *_caption(board), "", sep="\n", markup=False)
     console.print(*NOTES, sep="\n", markup=False)
     return "\n".join(line.rstrip() for line in output.getvalue().splitlines()) + "\n"
+
+
+def _blocks(
+    who: dict[str, list[str]], groups: list[dict[str, list[str]]], fits: Callable[[dict[str, list[str]]], bool]
+) -> list[dict[str, list[str]]]:
+    """Columns in as few tables as fit, all with `who`. A group begins a table if it is not whole in the last one."""
+    blocks = [who]
+    for group in groups:
+        if fits(blocks[-1] | group):
+            blocks[-1] = blocks[-1] | group
+            continue
+        blocks.append(who)
+        for header, cells in group.items():
+            if len(blocks[-1]) > len(who) and not fits(blocks[-1] | {header: cells}):
+                blocks.append(who)
+            blocks[-1] = blocks[-1] | {header: cells}
+    return [block for block in blocks if len(block) > len(who)]
 
 
 def _rich_table(columns: dict[str, list[str]]) -> Table:
@@ -171,7 +204,7 @@ def _rich_table(columns: dict[str, list[str]]) -> Table:
     table = Table(box=box.SIMPLE, collapse_padding=True)
     for header in columns:
         left = header in ("strategy", "runs")  # only these two fold; numbers stay whole
-        lines = re.sub("[/ ]|_(?=retrieval)|(?<=retrieval)_", "\n", header)
+        lines = re.sub(r"/| (?![\d%])|_(?=retrieval)|(?<=retrieval)_", "\n", header)
         table.add_column(Text(lines), justify="left" if left else "right", overflow="fold", no_wrap=not left)
     for cells in zip(*columns.values(), strict=True):
         table.add_row(*map(Text, cells))

@@ -15,7 +15,8 @@ picks. So must an embedding that moves by more than 0.001, whatever it predicts.
 predictions, and one where there are fewer.
 
 Besides, over the whole evaluation: no (token, choice) pair is dropped; the tensors of the model are the same before and
-after; and the suites' own pipeline with shuffled labels is at chance (upcycle_bench/control.py).
+after; and the suites' own pipeline with shuffled labels is at chance (upcycle_bench/control.py). Suites that train
+copies of the model and score these are named: of the copies nothing is said.
 
 Shape suffixes: I images, T texts, Q queries, G gallery, D embedding; at a gate T tokens, N experts, K choices.
 """
@@ -124,6 +125,7 @@ class Witness:
             choices_routed=sum(routed.choices for routed in self._routed.values()),
             controls=tuple(controls),
             uncontrolled=uncontrolled,
+            uncovered=", ".join(name for name, suite in suites.items() if suite.info.tunes) or None,
             weights=hashlib.sha256("".join(self._before.values()).encode()).hexdigest(),
             seconds=time.perf_counter() - began,
         )

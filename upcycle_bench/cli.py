@@ -36,7 +36,7 @@ from upcycle_bench.command import (
     uncollected,
     warn_broken,
 )
-from upcycle_bench.errors import UserError
+from upcycle_bench.errors import UserError, plain
 from upcycle_bench.options import Checkpoint, Data, EvalData, Json, Options, Overrides, ProtocolName, Strategies, Suites
 
 if TYPE_CHECKING:
@@ -212,7 +212,7 @@ def _plans(
                 settings,
                 options=options,
                 paths=paths,
-                suites=names_of(suite),
+                suites=names_of(suite, "--suite"),
                 reporter=reporter,
             )
             for name in names
@@ -386,6 +386,6 @@ def main() -> None:
     except typer.TyperException as error:  # a missing or bad option, an unknown command
         context = getattr(error, "ctx", None)
         path = context.command_path if context else "upcycle-bench"
-        message = " ".join(error.format_message().split()).rstrip(".")
+        message = " ".join(plain(error.format_message()).split()).rstrip(".")
         print(f"error: {path}: {message}. See: {path} --help", file=sys.stderr)
         sys.exit(2)

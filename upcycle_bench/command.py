@@ -34,13 +34,15 @@ def uncollected() -> Iterator[None]:
 @contextlib.contextmanager
 def interruptible(then: str) -> Iterator[None]:
     """A Ctrl-C, or what a cluster sends, ends the command with 130; `then` says what becomes of its work."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield
     except KeyboardInterrupt:
         if is_main():
             print(f"interrupted: {then}", file=sys.stderr)
         raise typer.Exit(130) from None
+    finally:
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)  # None: not set by Python
 
 
 def terminal_reporter() -> Reporter:
@@ -85,9 +87,12 @@ def key_value(text: str) -> tuple[str, str]:
     return key, value
 
 
-def names_of(text: str | None) -> list[str]:
-    """The names of a,b,c; none of nothing."""
-    return [name.strip() for name in text.split(",")] if text else []
+def names_of(text: str | None, option: str) -> list[str]:
+    """The names of a,b,c; none where the option was not given. UserError where one is empty."""
+    names = [] if text is None else [name.strip() for name in text.split(",")]
+    if not all(names):
+        raise UserError(f"{option} {text!r}: a name is empty; write {option} NAME or {option} A,B.")
+    return names
 
 
 def warn_broken(broken: dict[str, str]) -> None:

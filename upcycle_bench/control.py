@@ -29,7 +29,7 @@ from upcycle_bench import evalsets
 from upcycle_bench.errors import Unsound, UserError
 from upcycle_bench.record import ControlPart
 from upcycle_bench.rng import Stream
-from upcycle_bench.suite import EvalContext, Score, Suite
+from upcycle_bench.suite import EvalContext, OnlyNamed, Score, Suite
 
 SAMPLES, LEAST = 256, 64
 SCANNED = 8 * SAMPLES  # samples looked at, from the start of a set
@@ -61,6 +61,8 @@ def run(suites: Mapping[str, Suite], context: EvalContext) -> tuple[list[Control
                     found.add(kind)
             except Unsound:
                 raise
+            except OnlyNamed:
+                reasons["it scores only what a protocol names, and no protocol names shuffled labels."] = None
             except Exception as error:  # a suite may not be made for small sets, and its own scores stand
                 reasons[str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"] = None
         if not found:

@@ -9,7 +9,6 @@ batch, and what a strategy draws cannot shift the order. Small data sets without
 from __future__ import annotations
 
 import hashlib
-import io
 import re
 import tarfile
 from collections.abc import Iterator, Sequence
@@ -25,7 +24,9 @@ from torch.utils.data import DataLoader, Dataset
 from upcycle_bench.decoded import decoded
 from upcycle_bench.dense import Clip
 from upcycle_bench.errors import UserError
+from upcycle_bench.images import open_image
 from upcycle_bench.rng import Stream
+from upcycle_bench.workers import ignore_signals
 
 IMAGE_SUFFIXES = ("png", "jpg", "jpeg", "webp")
 TOKENISED_LIMIT = 1 << 20  # captions whose tokens we keep
@@ -166,22 +167,14 @@ class PairDataset:
 
     def _open(self, sample: int) -> Image.Image:
         shard, offset, size = self.images[sample]
-        with self.shards[shard].open("rb") as file:
-            file.seek(offset)
-            content = file.read(size)
-        try:
-            return Image.open(io.BytesIO(content)).convert("RGB")
-        except OSError as error:
-            raise UserError(
-                f"{self.shards[shard]}: the image at byte {offset} is broken ({error}); remove it."
-            ) from None
+        return open_image(self.shards[shard], offset, size, "remove it")
 
     def batches(
         self, seed: int | str, start: int, stop: int, batch_size: int, rank: int = 0, world: int = 1, workers: int = 0
     ) -> Iterator[Batch]:
         """Batches of the steps [start, stop), read ahead by `workers` processes."""
         steps = _Steps(self, seed, batch_size, rank, world)
-        yield from DataLoader(steps, batch_size=None, sampler=range(start, stop), num_workers=workers)
+        yield from _ahead(steps, start, stop, workers)
 
     def shard_numbers(self) -> Tensor:
         """The shard that every sample stands in, int64 [samples]; reads the shards' tables of contents."""
@@ -216,7 +209,7 @@ class PickedBatches:
     ) -> Iterator[Batch]:
         """Batches of the steps [start, stop), read ahead by `workers` processes."""
         steps = _Steps(self, seed, batch_size, rank, world)
-        yield from DataLoader(steps, batch_size=None, sampler=range(start, stop), num_workers=workers)
+        yield from _ahead(steps, start, stop, workers)
 
 
 BatchSource = PairDataset | PickedBatches
@@ -231,3 +224,8 @@ class _Steps(Dataset[Batch]):
     def __getitem__(self, step: int) -> Batch:
         seed, batch_size, rank, world = self.arguments
         return self.pairs.batch(seed, step, batch_size, rank, world)
+
+
+def _ahead(steps: _Steps, start: int, stop: int, workers: int) -> DataLoader[Batch]:
+    places = range(start, stop)
+    return DataLoader(steps, batch_size=None, sampler=places, num_workers=workers, worker_init_fn=ignore_signals)

@@ -108,7 +108,8 @@ def show_scores(title: str, scores: Sequence[Mapping[str, Any]]) -> None:
     shown = []
     for suite in suites:
         rows = score_rows([score for score in scores if score["suite"] == suite])
-        table(suite if len(suites) > 1 else title, rows)
+        heads = {"value": "value (± SE)"} if any("±" in row["value"] for row in rows) else {}
+        table(suite if len(suites) > 1 else title, [{heads.get(key, key): row[key] for key in row} for row in rows])
         shown += rows
     show_key(shown)
 
@@ -141,31 +142,42 @@ def _value(value: float, error: float | None, interval: Sequence[float] | None =
 def show_key(rows: Sequence[Mapping[str, str]]) -> None:
     """What the signs in a table of scores mean."""
     if any("±" in row["value"] for row in rows):
-        print("±: one standard error, over evaluation samples (where a suite draws several times, over its draws)")
+        print("±, SE: one standard error, over evaluation samples (where a suite draws several times, over its draws)")
     if any("[" in row["value"] for row in rows):
         print("[≥a], [≤b]: the end of the 95 % interval, where that error is 0")
 
 
 def show_certificate(proof: Mapping[str, Any] | None) -> None:
-    """What an evaluation's certificate says, in a line."""
-    if proof is None:
-        print("certificate: none; no suite let the model be watched")
-        return
+    """What an evaluation's certificate says, and what it leaves out, in the terminal's width."""
+    import textwrap
+
+    from rich.console import Console
+
+    text = "none; no suite let the model be watched" if proof is None else "; ".join(_certified(proof))
+    width = Console().width
+    print(textwrap.fill(f"certificate: {text}", width, subsequent_indent="  ", break_on_hyphens=False))
+
+
+def _certified(proof: Mapping[str, Any]) -> Iterator[str]:
     sizes = " and ".join(str(repeat["batch_size"]) for repeat in proof["repeats"])
     differing = sum(repeat["differing"] for repeat in proof["repeats"])
-    parts = [
-        f"{proof['predictions']:,} predictions again in batches of {sizes}, the last in another order: "
-        + (f"{differing} differ, by a tie of experts" if differing else "the same"),
-        *([f"0 of {proof['choices_routed']:,} choices of tokens dropped"] if proof["choices_routed"] else []),
-        *(
+    same = f"{differing} differ, by a tie of experts" if differing else "the same"
+    yield f"{proof['predictions']:,} predictions again in batches of {sizes}, the last in another order: {same}"
+    if proof["choices_routed"]:
+        yield f"0 of {proof['choices_routed']:,} choices of tokens dropped"
+    for control in proof["controls"]:
+        yield (
             f"labels of {control['dataset']} shuffled: {control['metric']} {control['value']:.4f}, chance "
-            f"{control['chance']:.4f}"
-            for control in proof["controls"]
-        ),
-        *([f"not controlled: {proof['uncontrolled'].rstrip('.')}"] if proof["uncontrolled"] else []),
-        "weights unchanged",
-    ]
-    print(f"certificate: {'; '.join(parts)}; {proof['seconds']:.1f} s")
+            f"{control['chance']:.4f} on {control['samples']} samples"
+        )
+    if proof["controls"]:
+        yield "these are balanced subsets with fewer classes or captions, so their chance is not the tables'"
+    if proof["uncontrolled"]:
+        yield f"not controlled: {proof['uncontrolled'].rstrip('.')}"
+    if proof["uncovered"]:
+        yield f"not covered: the fine-tuned copies that {proof['uncovered']} scores"
+    yield "weights unchanged"
+    yield f"{proof['seconds']:.1f} s"
 
 
 def show_skipped(skipped: Mapping[str, str]) -> None:

@@ -39,4 +39,9 @@ def first_problem(error: Any) -> tuple[str, str]:
     """(dotted place or "", what is wrong and what was given) of a pydantic ValidationError's first problem."""
     first = error.errors()[0]
     given = f" (got {first['input']!r})" if isinstance(first["input"], str | int | float) else ""
-    return ".".join(map(str, first["loc"])), f"{first['msg'].removeprefix('Value error, ')}{given}"
+    return ".".join(map(str, first["loc"])), f"{plain(first['msg'])}{given}"
+
+
+def plain(message: str) -> str:
+    """Without pydantic's mark of a ValueError, which typer's messages have too."""
+    return message.replace("Value error, ", "")

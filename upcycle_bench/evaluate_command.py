@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -59,7 +60,7 @@ def evaluate(
         writable_file(output)
         refuse_existing(output, force)
     with interruptible("nothing was written"):
-        facts = _execute(checkpoint, model, protocol, data, names_of(suite), terminal_reporter())
+        facts = _execute(checkpoint, model, protocol, data, names_of(suite, "--suite"), terminal_reporter())
     text = json.dumps(facts, indent=2, allow_nan=False)
     if output is not None:
         from upcycle_bench.record import write_atomically
@@ -90,13 +91,13 @@ def _show(facts: Mapping[str, Any], output: Path | None) -> None:
 class _Model:
     """`identity`: what features are cached under, since a foreign file does not say its model.
 
-    `protocol` with `overrides`: of the run that made it, if a record says so.
+    `protocol` with `overrides`: of the run that made it, if a record says so; else None.
     """
 
     clip: Clip
     sha256: str
     identity: str
-    protocol: str = "lab"
+    protocol: str | None = None
     overrides: tuple[str, ...] = ()
 
 
@@ -133,7 +134,7 @@ def _execute(
     elif data is not None:
         found = _of_folder(registry, data, names)
     else:
-        found = _of_protocol(registry, model.protocol, model.overrides, None, names, reporter)
+        found = _of_protocol(registry, _usual_protocol(checkpoint, model), model.overrides, None, names, reporter)
     fingerprints, missing = suite_fingerprints(found.suites, found.root)
     with engine.session(found.threads or torch.get_num_threads()) as device:
         meter = Meter(device)
@@ -165,6 +166,14 @@ def _execute(
         "seconds": meter.phases["evaluate"].seconds,
         "environment": surroundings,
     }
+
+
+def _usual_protocol(checkpoint: str, model: _Model) -> str:
+    """Where none was given; says which and why before its data are built, which may take a download."""
+    name = model.protocol or "lab"
+    why = "the record's" if model.protocol else f"the default, since {checkpoint} does not say how it was trained"
+    print(f"protocol {name}: {why}; --protocol names another, --data scores your own sets", file=sys.stderr)
+    return name
 
 
 def _of_protocol(
@@ -202,7 +211,7 @@ def _of_folder(registry: Registry, folder: Path, names: list[str]) -> _Suites:
         for name, target in targets.items():
             key = f"{name}/{path.name}"
             try:
-                suites[key] = target.of_set(path)
+                suites[key] = _of_set(target, path)
                 splits = {text.partition(":")[2] or "test" for text in suites[key].datasets()}
                 evalcheck.require_valid(path, splits)
             except (UserError, ValidationError) as error:  # the latter: a name that the suite keeps for itself
@@ -212,6 +221,15 @@ def _of_folder(registry: Registry, folder: Path, names: list[str]) -> _Suites:
         reasons = " ".join(f"{name}: {why}" for name, why in skipped.items())
         raise UserError(f"--data {folder}: nothing can be scored. {reasons}")
     return _Suites(None, paths[0].parent, suites, skipped)
+
+
+def _of_set(target: type[Suite], path: Path) -> Suite:
+    from upcycle_bench.suite import OnlyNamed
+
+    try:
+        return target.of_set(path)
+    except OnlyNamed as error:
+        raise UserError(f"{str(error).removesuffix('.')}; give --protocol.") from None
 
 
 def _load(path: Path) -> _Model:

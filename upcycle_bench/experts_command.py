@@ -47,7 +47,9 @@ def experts(
     clip, made = find_model(run)
     name = protocol or (made.protocol.name if made else "lab")
     settings = load_protocol(registry.get("protocol", name).target)
-    chosen = names_of(images) or list(make_suites(registry, settings, ["diagnostics"])["diagnostics"].images)  # type: ignore[attr-defined]
+    chosen = names_of(images, "--images")
+    if not chosen:
+        chosen = list(make_suites(registry, settings, ["diagnostics"])["diagnostics"].images)  # type: ignore[attr-defined]
     local = settings.data.world == "local"
     if local != (eval_data is not None):
         raise UserError(

@@ -11,7 +11,6 @@ Shape suffixes: N samples, B batch.
 
 from __future__ import annotations
 
-import io
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -20,13 +19,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from upcycle_bench import evalsets
 from upcycle_bench.errors import UserError
+from upcycle_bench.images import open_image
 
 SUFFIXES = ("webp", "png", "jpg", "jpeg")  # the first that a sample has is its image, as in CLIP_benchmark
+REMEDY = "`upcycle-bench data check` says what else is wrong"
 
 
 @dataclass(frozen=True)
@@ -48,20 +48,11 @@ class Labelled:
         """(transformed images, int64 labels), in order. Raises UserError for an image that cannot be read."""
         for start in range(0, len(self), batch_size):
             part = self.take(np.arange(start, min(start + batch_size, len(self))))
-            images = [transform(self._open(*place)) for place in part.place_N3.tolist()]
+            images = [
+                transform(open_image(self.shards[shard], offset, size, REMEDY))
+                for shard, offset, size in part.place_N3.tolist()
+            ]
             yield torch.stack(images), torch.from_numpy(part.label_N)
-
-    def _open(self, shard: int, offset: int, size: int) -> Image.Image:
-        with self.shards[shard].open("rb") as file:
-            file.seek(offset)
-            content = file.read(size)
-        try:
-            return Image.open(io.BytesIO(content)).convert("RGB")
-        except OSError as error:
-            raise UserError(
-                f"{self.shards[shard]}: the image at byte {offset} cannot be read ({error}); `upcycle-bench data "
-                "check` says what else is wrong."
-            ) from None
 
 
 def index(folder: Path, split: str) -> Labelled:
@@ -77,10 +68,7 @@ def index(folder: Path, split: str) -> Labelled:
                 for key, members in _samples(tar).items():
                     image = next((members[suffix] for suffix in SUFFIXES if suffix in members), None)
                     if image is None or "cls" not in members:
-                        raise UserError(
-                            f"{shard}: sample {key} lacks its image or its .cls; `upcycle-bench data check` says what "
-                            "else is wrong."
-                        )
+                        raise UserError(f"{shard}: sample {key} lacks its image or its .cls; {REMEDY}.")
                     content = tar.extractfile(members["cls"])
                     assert content is not None
                     places.append((number, image.offset_data, image.size))

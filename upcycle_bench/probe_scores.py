@@ -62,12 +62,14 @@ def add_scores(title: str, draws: Sequence[Classified], classes: int, result: Su
 
 
 def _over_draws(values: Sequence[float]) -> Uncertainty:
-    """Standard error of the mean and its 95 % t-interval."""
+    """Standard error of the mean and its 95 % t-interval, within 0 and 1; none where all draws are alike."""
     from scipy.stats import t
 
+    if len(set(values)) == 1:  # an interval of no width would say that the next draw is known
+        return Uncertainty(0.0, None)
     mean, error = float(np.mean(values)), float(np.std(values, ddof=1) / math.sqrt(len(values)))
     half = float(t.ppf(0.975, len(values) - 1)) * error
-    return Uncertainty(error, (mean - half, mean + half))
+    return Uncertainty(error, (max(0.0, mean - half), min(1.0, mean + half)))
 
 
 def _over_samples(draw: Classified, metric: str) -> Uncertainty:

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import AfterValidator, ConfigDict, Field, JsonValue, ValidationError, model_validator
 
-from upcycle_bench.errors import UserError
+from upcycle_bench.errors import UserError, first_problem
 from upcycle_bench.protocol import Frozen
 
 if TYPE_CHECKING:
@@ -139,6 +139,9 @@ class CertificatePart(Part):
     choices_routed: int = Field(ge=0, description="(token, choice) pairs in the whole evaluation; none was dropped")
     controls: tuple[ControlPart, ...]
     uncontrolled: str | None = Field(default=None, description="why a kind of set has no control")
+    uncovered: str | None = Field(
+        default=None, description="suites that score copies they trained, which this leaves out"
+    )
     weights: Name = Field(description="sha256 of the model's tensors, the same before and after")
     seconds: float = Field(ge=0, description="that all this took, the evaluation left out")
 
@@ -273,10 +276,8 @@ def read(path: Path) -> Record:
     try:
         return Record.model_validate_json(text)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "record"
-        given = "" if isinstance(first["input"], (dict, list, Record)) else f" (got {first['input']!r})"
-        raise UserError(f"record {path}: {where}: {first['msg']}{given}; restore the file or move it away.") from None
+        where, what = first_problem(error)
+        raise UserError(f"record {path}: {where or 'record'}: {what}; restore the file or move it away.") from None
 
 
 def read_outcomes(path: Path) -> dict[str, np.ndarray]:

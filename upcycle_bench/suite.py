@@ -29,6 +29,7 @@ class SuiteInfo:
     """What a suite is. `version` is part of its fingerprint: raise it when the same weights would score otherwise.
 
     `primary`: whether it has a primary score; a suite that only describes has none, and does not make a run by itself.
+    `tunes`: whether its scores are of copies of the model that it trains, which a certificate does not cover.
     """
 
     name: str
@@ -36,6 +37,11 @@ class SuiteInfo:
     paper: str
     version: int
     primary: bool = True
+    tunes: bool = False
+
+
+class OnlyNamed(UserError):
+    """A suite that scores only what a protocol names was asked for another set."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,7 +121,7 @@ class Suite(ABC):
     @classmethod
     def of_set(cls, folder: Path) -> Suite:
         """The suite with its usual settings on one set of a user's; UserError, why it is skipped, where it cannot."""
-        raise UserError(f"suite {cls.info.name} scores only what a protocol names; give --protocol.")
+        raise OnlyNamed(f"suite {cls.info.name} scores only what a protocol names.")
 
     def config(self) -> dict[str, Any]:
         """The resolved settings, for fingerprints and records."""

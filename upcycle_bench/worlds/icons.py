@@ -12,7 +12,6 @@ import base64
 import hashlib
 import io
 import json
-import multiprocessing
 import os
 import shutil
 import subprocess
@@ -25,7 +24,9 @@ from typing import Any
 import numpy as np
 
 from upcycle_bench.cache import build_once, cache_root
+from upcycle_bench.environment import cores
 from upcycle_bench.errors import UserError
+from upcycle_bench.workers import results
 from upcycle_bench.worlds.lineage import skin_tones
 
 PACKAGE, VERSION = "@iconify/json", "2.2.535"
@@ -155,15 +156,12 @@ def render(
         del document["icons"]
     total = sum(map(len, chunks))
     images, readable = np.empty((total, SIZE, SIZE, 3), dtype=np.uint8), np.empty(total, dtype=bool)
-    # spawned, since the caller's threads (torch, rich) must not be forked
-    with multiprocessing.get_context("spawn").Pool(processes or len(os.sched_getaffinity(0))) as pool:
-        jobs = [pool.apply_async(_render_chunk, (chunk,)) for chunk in chunks]
-        del chunks
-        done = 0
-        for job in track(jobs, "rendering icons"):
-            part, drawn = job.get()
-            images[done : done + len(part)], readable[done : done + len(part)] = part, drawn
-            done += len(part)
+    work = [(chunk,) for chunk in chunks]
+    parts = results(_render_chunk, work, processes or cores(), track, "rendering icons")
+    done = 0
+    for part, drawn in parts:
+        images[done : done + len(part)], readable[done : done + len(part)] = part, drawn
+        done += len(part)
     return Icons(families, images, readable, dict(sorted(left_out.items())))
 
 

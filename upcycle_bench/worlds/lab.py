@@ -21,8 +21,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import multiprocessing
-import os
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -33,10 +31,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from upcycle_bench.cache import build_once, cache_root, locked
+from upcycle_bench.environment import cores
 from upcycle_bench.errors import UserError
 from upcycle_bench.evalsets import png, write_classification, write_retrieval, write_shard
 from upcycle_bench.progress import Reporter
 from upcycle_bench.rng import Stream
+from upcycle_bench.workers import results
 from upcycle_bench.worlds import World, lineage, open_world, write_manifest
 from upcycle_bench.worlds.icons import PACKAGE, SIZE, Icons, download, render
 from upcycle_bench.worlds.icons import VERSION as ICONS_VERSION
@@ -96,7 +96,7 @@ def load(seed: int, reporter: Reporter) -> World:
 
 def build(folder: Path, reporter: Reporter) -> None:
     """Write the world into `folder`, which must not exist."""
-    with reporter.task(f"fetching {PACKAGE} {ICONS_VERSION}"):
+    with reporter.task(f"fetching {PACKAGE} {ICONS_VERSION} (104 MB, once)"):
         tarball = download()
     icons = render(tarball, track=reporter.track)
     with reporter.task("splitting by lineage"):
@@ -206,13 +206,11 @@ def concepts(table: Table) -> list[str]:
 def write_training(folder: Path, table: Table, images: np.ndarray, reporter: Reporter) -> dict[str, int]:
     """The training shards, on all cores."""
     rows = np.flatnonzero(table.split == "train")
-    with multiprocessing.get_context("spawn").Pool(len(os.sched_getaffinity(0))) as pool:
-        jobs = []
-        for number, part in enumerate(np.array_split(rows, SHARDS)):
-            captions = [table.caption[row] for row in part]
-            path = folder / "train" / f"{number:02d}.tar"
-            jobs.append(pool.apply_async(_write_pairs, (path, images[table.rows[part]], captions)))
-        return {"train": sum(job.get() for job in reporter.track(jobs, "writing training shards"))}
+    work = [
+        (folder / "train" / f"{number:02d}.tar", images[table.rows[part]], [table.caption[row] for row in part])
+        for number, part in enumerate(np.array_split(rows, SHARDS))
+    ]
+    return {"train": sum(results(_write_pairs, work, cores(), reporter.track, "writing training shards"))}
 
 
 def _write_pairs(path: Path, images: np.ndarray, captions: list[str]) -> int:

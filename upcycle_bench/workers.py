@@ -1,0 +1,117 @@
+"""Work on all cores, by processes that end with the command however it ends.
+
+    sizes = results(write, [(path, images), ...], processes=4)     # in the order of the work
+
+Ctrl-C, and a cluster's SIGTERM, go to a whole process group. The workers do not hear them; the parent does, and kills
+them, so that nobody writes into a folder which is being deleted. They share no queue and no lock, which one that is
+killed could hold or leave half-written (multiprocessing.Pool then hangs): each has a pipe of its own. A worker that
+dies otherwise (out of memory) is an error; one whose parent dies ends when its piece of work is done.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import signal
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from multiprocessing import resource_tracker
+from multiprocessing.connection import Connection, wait
+from typing import Any, TypeVar
+
+from upcycle_bench.errors import UserError
+
+T = TypeVar("T")
+
+
+def results(
+    call: Callable[..., T],
+    work: Sequence[tuple[Any, ...]],
+    processes: int,
+    track: Callable[[Iterable[Any], str], Iterable[Any]] = lambda items, what: items,
+    what: str = "",
+) -> list[T]:
+    """`call(*arguments)` for each of `work`, in order, by at most that many processes; `track` shows how it goes.
+
+    Raises what a call raises, and UserError where a worker died.
+    """
+    found: dict[int, T] = {}
+    with _workers(call, min(processes, len(work))) as pipes:
+        finished = _finished(work, pipes)
+        for _ in track(range(len(work)), what):
+            try:
+                number, result, error = next(finished)
+            except (EOFError, OSError):  # its pipe ends, between messages or within one
+                raise UserError(f"{what}: a worker was killed, perhaps for want of memory; try again.") from None
+            if error is not None:
+                raise error
+            found[number] = result
+    return [found[number] for number in range(len(work))]
+
+
+def _finished(work: Sequence[tuple[Any, ...]], pipes: Sequence[Connection]) -> Iterator[tuple[int, Any, Any]]:
+    """(its number, result, error) of each piece of work as it is done; every worker has one piece at a time."""
+    numbers = iter(range(len(work)))
+    at: dict[Connection, int] = {}
+
+    def give(pipe: Connection) -> None:
+        if (number := next(numbers, None)) is not None:
+            pipe.send(work[number])
+            at[pipe] = number
+
+    for pipe in pipes:
+        give(pipe)
+    while at:
+        for ready in wait(list(at)):
+            assert isinstance(ready, Connection)
+            number = at.pop(ready)
+            result, error = ready.recv()
+            give(ready)
+            yield number, result, error
+
+
+@contextlib.contextmanager
+def _workers(call: Callable[..., Any], processes: int) -> Iterator[list[Connection]]:
+    """Pipes to that many workers, which are gone afterwards."""
+    context = multiprocessing.get_context("spawn")  # the caller's threads (torch, rich) must not be forked
+    resource_tracker.ensure_running()  # which every spawn needs; its start would undo the mask
+    started = []
+    pipes: list[Connection] = []
+    # What is started now inherits the mask. Here the signals come when it is lifted.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        try:
+            for _ in range(processes):
+                here, there = context.Pipe()
+                process = context.Process(target=_serve, args=(call, there), daemon=True)
+                process.start()
+                there.close()  # so that its death is the end of the pipe
+                started.append(process)
+                pipes.append(here)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        yield pipes
+    finally:
+        for pipe in pipes:
+            pipe.close()
+        for process in started:
+            process.kill()
+        for process in started:
+            process.join()
+
+
+def ignore_signals(_worker: int = 0) -> None:
+    """In a worker of PyTorch's data loader (`worker_init_fn`): its parent ends it, or is gone, which it looks for."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _serve(call: Callable[..., Any], pipe: Connection) -> None:
+    """A worker's life: until the parent closes the pipe."""
+    with contextlib.suppress(EOFError, ConnectionError):
+        while True:
+            arguments = pipe.recv()
+            try:
+                result, failure = call(*arguments), None
+            except Exception as error:  # the parent's to raise
+                result, failure = None, error
+            pipe.send((result, failure))
