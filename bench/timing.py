@@ -82,9 +82,13 @@ def compare(
     *,
     rounds: int | None = None,
     warm: bool = True,
+    settle: int = 0,
     floor: float | None = None,
 ) -> Row:
-    """The row of `above` / `below`."""
+    """The row of `above` / `below`, each called `settle` times before."""
+    for _ in range(settle):
+        above()
+        below()
     first, second = interleave([above, below], rounds or settings.rounds, settings.device, warm=warm)
     return ratio_row(name, goal, first, second, floor=floor)
 
