@@ -39,7 +39,7 @@ FOUR_LAYERS = {
     "text_cfg": {"context_length": 16, "vocab_size": 1024, "width": 512, "heads": 8, "layers": 4},
 }
 # Steps before the first sample: a training of hundreds has its memory and its compiled products after the first few.
-SETTLE = 20
+SETTLE = 12
 FOUR_LAYERS_BATCH = 96  # 6,240 image tokens: the products outweigh AdamW on the experts, as they do in real training
 
 

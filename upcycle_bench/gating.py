@@ -39,7 +39,8 @@ def top2(logits_TN: Tensor, capacity: Tensor | None) -> tuple[Any, ...]:
     gates_KT = probs_TN.gather(1, index_KT.t()).t()
     if capacity is None:
         capacity = counts_N.max()
-    elif bool((counts_N > capacity).any()):
+    # Looking is cheaper than masks on a CPU; on a GPU it would have to wait for what it sees.
+    elif logits_TN.is_cuda or bool((counts_N > capacity).any()):
         kept_KT = location_KT < capacity
         gates_KT = gates_KT * kept_KT
         index_KT, location_KT = index_KT.where(kept_KT, -1), location_KT.where(kept_KT, 0)
