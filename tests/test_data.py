@@ -1,9 +1,6 @@
 """Training pairs: pure functions of (seed, step), slices by rank, captions, crops, shards named on the command line."""
 
 import io
-import multiprocessing
-import os
-import signal
 import tarfile
 from pathlib import Path
 
@@ -75,22 +72,6 @@ def test_a_batch_is_a_function_of_seed_and_step(pairs: PairDataset) -> None:
     assert torch.equal(later.images, again.images)
     assert torch.equal(later.texts, again.texts)
     assert not torch.equal(later.index, pairs.batch(1, 7, 10).index)
-
-
-def test_workers_leave_signals_to_their_parent(pairs: PairDataset) -> None:
-    """What goes to the whole process group must not kill them: the loader would add a traceback to the interruption."""
-    batches = pairs.batches(0, 0, 8, 5, workers=2)
-    found = [next(batches)]
-    children = multiprocessing.active_children()
-    assert len(children) == 2
-    for child in children:
-        assert child.pid is not None
-        os.kill(child.pid, signal.SIGTERM)
-        os.kill(child.pid, signal.SIGINT)
-    found += batches
-    for step, batch in enumerate(found):
-        assert torch.equal(batch.images, pairs.batch(0, step, 5).images)
-    assert len(found) == 8 and not any(child.is_alive() for child in children)
 
 
 def test_epochs_are_permutations_without_their_incomplete_end(pairs: PairDataset) -> None:

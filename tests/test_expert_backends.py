@@ -7,6 +7,7 @@ import copy
 import warnings
 from collections import OrderedDict
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -22,6 +23,7 @@ from upcycle_bench.errors import UserError
 from upcycle_bench.expert_backends import BACKENDS, VARIABLE, Compute, default, multiple, refusal
 from upcycle_bench.flops import FlopCounter
 from upcycle_bench.moe import MoEFFN
+from upcycle_bench.routes import LayerRoutes, _at_experts
 from upcycle_bench.routing import watch
 from upcycle_bench.rows import Layout
 
@@ -199,6 +201,45 @@ def test_what_is_watched_and_counted_does_not_depend_on_padding(monkeypatch: pyt
     assert summaries[0] == summaries[1]
 
 
+def test_autocast_leaves_float64_alone() -> None:
+    layer, x_TD = layer_of(2, 2.0).double(), tokens_of("random").double()
+    expected_TD = layer(x_TD[None])
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(layer(x_TD[None]), expected_TD)
+
+
+def saved_bytes(layer: MoEFFN, x_TD: Tensor) -> int:
+    total = 0
+
+    def pack(tensor: Tensor) -> Tensor:
+        nonlocal total
+        total += tensor.nbytes
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        layer.moe.deepspeed_moe.compute(layer.experts, x_TD, Layout(torch.arange(40), x_TD, [8] * 5, [8] * 5, False))
+    return total
+
+
+def test_only_what_a_gradient_needs_is_kept() -> None:
+    layer, x_TD = layer_of(2, 2.0), tokens_of("random")
+    weights = 4 * EXPERTS * 2 * WIDTH * HIDDEN
+    rows = 4 * TOKENS * (WIDTH + 2 * HIDDEN)  # of both linear layers and of what stands between them
+    assert saved_bytes(layer, x_TD) == weights + rows
+    assert saved_bytes(layer, x_TD.detach()) == weights / 2 + rows
+    layer.experts.requires_grad_(False)
+    assert saved_bytes(layer, x_TD) == weights + 4 * TOKENS * HIDDEN
+
+
+def test_rows_that_pad_are_no_rows_of_an_expert() -> None:
+    layer, x_TD = many_rows()
+    routes = LayerRoutes(layer.eval())
+    layer.moe.deepspeed_moe.compute.register_forward_hook(partial(_at_experts, routes))
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        layer(x_TD[None])
+    assert routes.rows_N.sum() == 2 * len(x_TD)
+
+
 @pytest.mark.parametrize("act", [nn.GELU, QuickGELU])
 def test_frozen_experts_get_no_gradient(act: type[nn.Module]) -> None:
     layer, x_TD = layer_of(2, 2.0, act=act), tokens_of("random")
@@ -242,6 +283,18 @@ def test_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
     class Own(nn.Sequential):
         """As a strategy's own expert: the same children, but who knows what it computes."""
 
+    class Scaled(nn.GELU):
+        """An activation with a number that its description does not show."""
+
+    for expert, scale in zip(experts, range(EXPERTS), strict=True):
+        expert.gelu = Scaled()
+        expert.gelu.scale = scale
+    assert refusal(experts, rows_RD) == "the experts are not plain FFNs with one activation"
+    for expert in experts:
+        expert.gelu.scale = 1
+    assert refusal(experts, rows_RD) is None
+    experts = layer_of(2, 2.0).experts
+
     not_plain = "the experts are not plain FFNs with one activation"
     for change in (
         lambda expert: Own(OrderedDict(expert.named_children())),
@@ -249,6 +302,9 @@ def test_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
         lambda expert: expert.__setattr__("gelu", nn.GELU(approximate="tanh")) or expert,
         lambda expert: expert.c_fc.__setattr__("bias", None) or expert,
         lambda expert: expert.register_forward_hook(lambda *_: None) and expert,
+        lambda expert: expert.c_fc.register_full_backward_hook(lambda *_: None) and expert,
+        lambda expert: expert.__setattr__("forward", lambda x: x) or expert,
+        lambda expert: expert.__setattr__("gelu", Scaled()) or expert,
     ):
         changed = copy.deepcopy(experts)
         changed[2] = change(changed[2])

@@ -55,6 +55,13 @@ def test_it_is_deepspeeds_to_the_bit(seed: int, tokens: int, experts: int, slots
     assert results[0][2].dtype == results[1][2].dtype
 
 
+def test_no_tokens() -> None:
+    for capacity in (None, torch.tensor(4)):
+        _, _, _, index_KT, location_KT, gates_KT, counts_N = top2(torch.zeros(0, 3), capacity)
+        assert index_KT.shape == location_KT.shape == gates_KT.shape == (2, 0)
+        assert counts_N.tolist() == [0, 0, 0]
+
+
 @pytest.mark.parametrize(
     ("top_k", "sampling", "expected"), [(2, False, True), (1, False, False), (3, False, False), (2, True, False)]
 )

@@ -54,6 +54,21 @@ def fail(number: int) -> int:
     raise ValueError(f"bad {number}")
 
 
+class Odd(Exception):
+    """Cannot be made again from what pickle keeps."""
+
+    def __init__(self, first: int, second: int) -> None:
+        super().__init__("odd")
+
+
+def odd(number: int) -> object:
+    if number == 1:
+        raise Odd(1, 2)
+    if number == 2:
+        sys.exit("left")
+    return lambda: number  # which pickle refuses
+
+
 def started(tmp_path: Path, seconds: float) -> tuple[subprocess.Popen[str], int]:
     """The program in a process group of its own, once a worker works; and that worker."""
     program, says = tmp_path / "program.py", tmp_path / "says"
@@ -123,3 +138,12 @@ def test_results_come_in_order_and_errors_as_they_are():
 def test_a_killed_worker_is_an_error_and_no_hang():
     with pytest.raises(UserError, match="counting: a worker was killed, perhaps for want of memory; try again"):
         results(die, [(n,) for n in range(8)], 2, what="counting")
+
+
+@pytest.mark.parametrize(
+    ("number", "kind", "says"), [(0, Exception, "pickle"), (1, RuntimeError, "Odd: odd"), (2, SystemExit, "left")]
+)
+def test_what_cannot_be_sent_is_said(number: int, kind: type[BaseException], says: str) -> None:
+    with pytest.raises(kind, match=says) as raised:
+        results(odd, [(number,)], 1)
+    assert not isinstance(raised.value, UserError)  # nobody killed a worker

@@ -26,7 +26,6 @@ from upcycle_bench.dense import Clip
 from upcycle_bench.errors import UserError
 from upcycle_bench.images import open_image
 from upcycle_bench.rng import Stream
-from upcycle_bench.workers import ignore_signals
 
 IMAGE_SUFFIXES = ("png", "jpg", "jpeg", "webp")
 TOKENISED_LIMIT = 1 << 20  # captions whose tokens we keep
@@ -174,7 +173,7 @@ class PairDataset:
     ) -> Iterator[Batch]:
         """Batches of the steps [start, stop), read ahead by `workers` processes."""
         steps = _Steps(self, seed, batch_size, rank, world)
-        yield from _ahead(steps, start, stop, workers)
+        yield from DataLoader(steps, batch_size=None, sampler=range(start, stop), num_workers=workers)
 
     def shard_numbers(self) -> Tensor:
         """The shard that every sample stands in, int64 [samples]; reads the shards' tables of contents."""
@@ -209,7 +208,7 @@ class PickedBatches:
     ) -> Iterator[Batch]:
         """Batches of the steps [start, stop), read ahead by `workers` processes."""
         steps = _Steps(self, seed, batch_size, rank, world)
-        yield from _ahead(steps, start, stop, workers)
+        yield from DataLoader(steps, batch_size=None, sampler=range(start, stop), num_workers=workers)
 
 
 BatchSource = PairDataset | PickedBatches
@@ -224,8 +223,3 @@ class _Steps(Dataset[Batch]):
     def __getitem__(self, step: int) -> Batch:
         seed, batch_size, rank, world = self.arguments
         return self.pairs.batch(seed, step, batch_size, rank, world)
-
-
-def _ahead(steps: _Steps, start: int, stop: int, workers: int) -> DataLoader[Batch]:
-    places = range(start, stop)
-    return DataLoader(steps, batch_size=None, sampler=places, num_workers=workers, worker_init_fn=ignore_signals)

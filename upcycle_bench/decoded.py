@@ -26,7 +26,6 @@ from torch.utils.data import DataLoader, Dataset
 
 from upcycle_bench.cache import build_once, cache_root, locked
 from upcycle_bench.dense import model_config
-from upcycle_bench.workers import ignore_signals
 
 if TYPE_CHECKING:
     from upcycle_bench.data import PairDataset
@@ -81,8 +80,7 @@ def _build(folder: Path, pairs: PairDataset) -> None:
     images = np.lib.format.open_memmap(folder / "images.npy", mode="w+", dtype=np.uint8, shape=shape)
     starts = range(0, len(pairs), CHUNK)
     workers = len(os.sched_getaffinity(0)) if len(pairs) > 4 * CHUNK else 0
-    chunks = DataLoader(_Chunks(pairs), batch_size=None, num_workers=workers, worker_init_fn=ignore_signals)
-    for start, part in zip(starts, chunks, strict=True):
+    for start, part in zip(starts, DataLoader(_Chunks(pairs), batch_size=None, num_workers=workers), strict=True):
         images[start : start + len(part)] = part
     images.flush()
     number = {line: row for row, line in enumerate(dict.fromkeys(line for lines in pairs.captions for line in lines))}

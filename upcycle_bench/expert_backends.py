@@ -42,7 +42,8 @@ Backend = Callable[[Sequence[Any], Tensor, Sequence[int]], Tensor]
 class _GroupedLinear(torch.autograd.Function):
     """y_i = x_i W_i^T + b_i, a product for each expert, straight from one buffer of all experts' rows into another.
 
-    What autocast and autograd do for `nn.Linear`, to the bit, without their bookkeeping for each of many small layers.
+    What autocast and autograd do for `nn.Linear`, to the bit where each layer runs once, without their bookkeeping for
+    each of many small layers.
     """
 
     @staticmethod
@@ -50,7 +51,8 @@ class _GroupedLinear(torch.autograd.Function):
         ctx.rooms, ctx.given = rooms, [x_RK.dtype, *(parameter.dtype for parameter in parameters)]
         x_RK, *cast = (tensor.to(dtype) for tensor in (x_RK, *parameters))
         weights, biases = cast[: len(rooms)], cast[len(rooms) :]
-        ctx.save_for_backward(x_RK, *weights)
+        x_wanted, _, _, *wanted = ctx.needs_input_grad
+        ctx.save_for_backward(x_RK if any(wanted) else None, *(weights if x_wanted else ()))
         y_RM = x_RK.new_empty(len(x_RK), len(biases[0]))
         for x, weight_MK, bias_M, y in zip(x_RK.split(rooms), weights, biases, y_RM.split(rooms), strict=True):
             torch.addmm(bias_M, x, weight_MK.t(), out=y)
@@ -62,17 +64,20 @@ class _GroupedLinear(torch.autograd.Function):
         x_RK, *weights = ctx.saved_tensors
         x_dtype, *dtypes = ctx.given
         x_wanted, _, _, *wanted = ctx.needs_input_grad
-        grad_RK = torch.empty_like(x_RK) if x_wanted else None
-        if grad_RK is not None:
-            for grad, weight_MK, out in zip(grad_RM.split(ctx.rooms), weights, grad_RK.split(ctx.rooms), strict=True):
+        grads = grad_RM.split(ctx.rooms)
+        grad_RK = None
+        if x_wanted:
+            grad_RK = grad_RM.new_empty(len(grad_RM), weights[0].shape[1])
+            for grad, weight_MK, out in zip(grads, weights, grad_RK.split(ctx.rooms), strict=True):
                 torch.mm(grad, weight_MK, out=out)
-        pairs = list(zip(grad_RM.split(ctx.rooms), x_RK.split(ctx.rooms), strict=True))
-        products = [lambda grad, x: grad.t() @ x] * len(pairs) + [lambda grad, x: grad.sum(0)] * len(pairs)
-        grads = [
-            product(*pair).to(dtype) if want else None
-            for product, pair, dtype, want in zip(products, pairs * 2, dtypes, wanted, strict=True)
-        ]
-        return None if grad_RK is None else grad_RK.to(x_dtype), None, None, *grads
+            grad_RK = grad_RK.to(x_dtype)
+        x = x_RK.split(ctx.rooms) if x_RK is not None else ()
+        of_parameters: list[Tensor | None] = []
+        for number, (want, dtype) in enumerate(zip(wanted, dtypes, strict=True)):
+            bias, expert = divmod(number, len(grads))
+            made = None if not want else grads[expert].sum(0) if bias else grads[expert].t() @ x[expert]
+            of_parameters.append(None if made is None else made.to(dtype))
+        return grad_RK, None, None, *of_parameters
 
 
 def loop(experts: Sequence[Any], rows_RD: Tensor, rooms: Sequence[int]) -> Tensor:
@@ -161,6 +166,8 @@ def default(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> str:
 def compute_dtype(x: Tensor) -> torch.dtype:
     """What a matrix product with `x` is computed in: autocast's dtype where it is on."""
     kind = x.device.type
+    if x.dtype == torch.float64:  # which autocast leaves alone
+        return x.dtype
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
@@ -195,12 +202,18 @@ def _plain(expert: Any) -> bool:
     """What `FFN.expert` makes, and no hook that wants to see it run."""
     parts = dict(expert.named_children()) if type(expert) is nn.Sequential else {}
     linear = all(type(parts.get(name)) is nn.Linear and parts[name].bias is not None for name in ("c_fc", "c_proj"))
-    hooked = any(part._forward_hooks or part._forward_pre_hooks for part in expert.modules())
+    hooked = any(_hooked(part) for part in expert.modules())
     return list(parts) == ["c_fc", "gelu", "c_proj"] and linear and not hooked and not list(parts["gelu"].parameters())
 
 
-def _act(expert: Any) -> tuple[type, str]:
-    return type(expert.gelu), expert.gelu.extra_repr()
+def _hooked(part: Any) -> bool:
+    hooks = (part._forward_hooks, part._forward_pre_hooks, part._backward_hooks, part._backward_pre_hooks)
+    return any(hooks) or "forward" in vars(part)
+
+
+def _act(expert: Any) -> tuple[type, dict[str, Any]]:
+    state = {name: value for name, value in vars(expert.gelu).items() if not name.startswith("_")}
+    return type(expert.gelu), state
 
 
 @functools.cache

@@ -68,7 +68,10 @@ def counting() -> bool:
 
 @contextlib.contextmanager
 def uncounted() -> Iterator[None]:
-    """Stop the active counters: for many small operations of which none counts, as those that prepare an image."""
+    """Stop the active counters: for many small operations of which none counts, as those that prepare an image.
+
+    Other dispatch modes must not be active within ours, and no generator may yield inside.
+    """
     paused = _counters[::-1]
     for counter in paused:
         counter.__exit__(None, None, None)

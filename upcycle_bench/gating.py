@@ -32,7 +32,7 @@ def top2(logits_TN: Tensor, capacity: Tensor | None) -> tuple[Any, ...]:
     # One row an expert: contiguous sums, in 32 bits, over first choices and then second ones.
     chosen_NC = (torch.arange(experts, device=index_KT.device)[:, None] == index_KT.flatten()).int()
     place_NC = chosen_NC.cumsum(1, dtype=torch.int32)
-    first_N, counts_N = place_NC[:, num_tokens - 1].long(), place_NC[:, -1].long()
+    first_N, counts_N = chosen_NC[:, :num_tokens].sum(1), chosen_NC.sum(1)
     location_KT = place_NC.gather(0, index_KT.view(1, -1)).view_as(index_KT) - 1
 
     l_aux = torch.mean(probs_TN.mean(0) * (first_N.float() / num_tokens)) * experts * experts

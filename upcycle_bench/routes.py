@@ -76,7 +76,9 @@ class LayerRoutes:
             "dead_experts": float((load_N == 0).sum()),
             "tokens_dropped": self.dropped / self.choices,
         }
-        compactness = compactness_of_moments(self.rows_N, self.sum_ND, self.second_DD)
+        # No rows were seen where DeepSpeed's own layer computes them (UPCYCLE_BENCH_EXPERTS=deepspeed).
+        seen = bool(self.rows_N.any())
+        compactness = compactness_of_moments(self.rows_N, self.sum_ND, self.second_DD) if seen else None
         return found if compactness is None else found | {"relative_compactness": compactness}
 
     def gate_saw(self, x_TD: Tensor, routes: tuple[Any, ...], lengths_B: Tensor) -> None:
@@ -190,8 +192,8 @@ def _watch(model: nn.Module, tower: str) -> Iterator[_Watching]:
     handles = []
     for routes in layers.values():
         handles.append(routes.layer.gate.register_forward_hook(partial(watching.at_gate, routes)))
-        for number, expert in enumerate(routes.layer.experts):
-            handles.append(expert.register_forward_hook(partial(_at_expert, routes, number)))
+        compute = routes.layer.moe.deepspeed_moe.compute
+        handles.append(compute.register_forward_hook(partial(_at_experts, routes)))
     model.eval()
     try:
         yield watching
@@ -200,8 +202,9 @@ def _watch(model: nn.Module, tower: str) -> Iterator[_Watching]:
             handle.remove()
 
 
-def _at_expert(routes: LayerRoutes, number: int, _expert: nn.Module, _args: Any, output: Tensor) -> None:
-    routes.expert_made(number, output)
+def _at_experts(routes: LayerRoutes, _compute: nn.Module, args: tuple[Any, ...], out_RD: Tensor) -> None:
+    for number, own_RD in enumerate(args[2].by_expert(out_RD)):
+        routes.expert_made(number, own_RD)
 
 
 def _evenly(items: int, tokens: int) -> Tensor:

@@ -65,9 +65,7 @@ class _Seen:
             handle.remove()
 
     def _rows(self, _module: nn.Module, args: tuple[Any, ...], out_RD: Tensor) -> None:
-        layout = args[2]
-        rooms = out_RD.detach().split(layout.rooms)
-        self.out_RD = tuple(room[:count] for room, count in zip(rooms, layout.counts, strict=True))
+        self.out_RD = args[2].by_expert(out_RD.detach())
 
     def _leave(self, _module: nn.Module, args: tuple[Tensor, ...], output: tuple[Any, ...]) -> None:
         # Only kept here: what is computed inside the step would count as FLOPs of the training.

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
 def _gather(rows_RD: Tensor, index_T: Tensor, has_holes: bool) -> Tensor:
@@ -57,16 +58,15 @@ class _CombineRows(torch.autograd.Function):
         ctx.save_for_backward(rows_RD, gates_KT, slots_KT, choice_R)
         ctx.holes = holes
         # Gates are float32 or wider, so products and their sum over choices are accumulated in that precision.
-        parts = [
-            _gather(rows_RD, slots_T, holes).to(gates_KT.dtype).mul_(gates_T.unsqueeze(1))
-            for slots_T, gates_T in zip(slots_KT, gates_KT, strict=True)
-        ]
-        y_TD = parts[0]
-        for part_TD in parts[1:]:
-            y_TD += part_TD
-        return y_TD.to(rows_RD.dtype)
+        total_TD: Tensor | None = None
+        for slots_T, gates_T in zip(slots_KT, gates_KT, strict=True):
+            part_TD = _gather(rows_RD, slots_T, holes).to(gates_KT.dtype).mul_(gates_T.unsqueeze(1))
+            total_TD = part_TD if total_TD is None else total_TD.add_(part_TD)
+        assert total_TD is not None
+        return total_TD.to(rows_RD.dtype)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         rows_RD, gates_KT, slots_KT, choice_R = ctx.saved_tensors
         # Both factors in the gates' precision before they meet: mixed operands take a slow path on a CPU.
@@ -92,7 +92,7 @@ def combine_rows(rows_RD: Tensor, gates_KT: Tensor, slots_KT: Tensor, choice_R: 
 
 @dataclass(frozen=True)
 class Layout:
-    """Where routed rows stand: sorted by expert, then by choice and token; behind each expert's rows what pads them.
+    """Where routed rows stand: by expert, in the order of its queue; behind each expert's rows what pads them.
 
     With K choices for each of T tokens, choice c = k * T + t is the k-th of token t.
     """
@@ -102,6 +102,11 @@ class Layout:
     counts: list[int]  # rows by expert
     rooms: list[int]  # rows by expert with those that pad
     drops: bool
+
+    def by_expert(self, rows_RD: Tensor) -> tuple[Tensor, ...]:
+        """The rows of each expert, without those that pad."""
+        rooms = rows_RD.split(self.rooms)
+        return tuple(room[:count] for room, count in zip(rooms, self.counts, strict=True))
 
     @property
     def token_R(self) -> Tensor:

@@ -12,10 +12,13 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing
+import pickle
 import signal
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
+from multiprocessing.reduction import ForkingPickler
 from typing import Any, TypeVar
 
 from upcycle_bench.errors import UserError
@@ -99,19 +102,22 @@ def _workers(call: Callable[..., Any], processes: int) -> Iterator[list[Connecti
             process.join()
 
 
-def ignore_signals(_worker: int = 0) -> None:
-    """In a worker of PyTorch's data loader (`worker_init_fn`): its parent ends it, or is gone, which it looks for."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
-
-
 def _serve(call: Callable[..., Any], pipe: Connection) -> None:
     """A worker's life: until the parent closes the pipe."""
     with contextlib.suppress(EOFError, ConnectionError):
         while True:
             arguments = pipe.recv()
             try:
-                result, failure = call(*arguments), None
-            except Exception as error:  # the parent's to raise
-                result, failure = None, error
-            pipe.send((result, failure))
+                message = ForkingPickler.dumps((call(*arguments), None))
+            except BaseException as error:  # the parent's to raise
+                message = ForkingPickler.dumps((None, _portable(error)))
+            pipe.send_bytes(message)  # what `recv` takes
+
+
+def _portable(error: BaseException) -> BaseException:
+    """The same, or what can be said of it if it cannot be sent."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError("".join(traceback.format_exception(error)))
+    return error
