@@ -1,6 +1,7 @@
-"""Freed memory stays with the process: after some rounds large pieces cost no page fault."""
+"""Freed memory stays with the process (after some rounds large pieces cost no page fault) until it is returned."""
 
 import json
+import platform
 import subprocess
 import sys
 
@@ -9,7 +10,12 @@ import pytest
 CHILD = """
 import json, resource, sys
 import torch
-from upcycle_bench.memory import keep_freed_memory
+from upcycle_bench.memory import keep_freed_memory, return_freed_memory
+
+def resident():
+    with open("/proc/self/statm") as pages:
+        return int(pages.read().split()[1]) * resource.getpagesize()
+
 kept = keep_freed_memory() if sys.argv[1] == "keep" else None
 faults = []
 for _ in range(20):
@@ -17,20 +23,25 @@ for _ in range(20):
     pieces = [torch.zeros(1 << 24) for _ in range(2)]  # 64 MiB each
     del pieces
     faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-print(json.dumps([kept, faults]))
+held = torch.zeros(1 << 10)  # what stands behind the freed pieces must not hold them
+before = resident()
+return_freed_memory()
+print(json.dumps([kept, faults, before - resident()]))
 """
 
 
-def faults_of(how: str) -> tuple[bool | None, list[int]]:
+def run(how: str) -> tuple[bool | None, list[int], int]:
+    """Whether memory was kept, page faults of each round, and bytes that were returned at the end."""
     done = subprocess.run([sys.executable, "-c", CHILD, how], check=True, capture_output=True, text=True)
-    kept, faults = json.loads(done.stdout)
-    return kept, faults
+    kept, faults, returned = json.loads(done.stdout)
+    return kept, faults, returned
 
 
 def test_later_pieces_are_where_earlier_ones_were() -> None:
-    kept, faults = faults_of("keep")
-    if not kept:
-        pytest.skip("no glibc here")
-    _, usual = faults_of("usual")
+    kept, faults, returned = run("keep")
+    if not kept or tuple(map(int, platform.libc_ver()[1].split("."))) < (2, 35):
+        pytest.skip("no glibc that keeps pieces of this size")
+    _, usual, _ = run("usual")
     assert min(usual) > 10_000  # so the figure below says something
     assert sum(faults[10:]) < sum(usual[10:]) / 4  # places settle after a few rounds
+    assert returned > 100 << 20

@@ -31,6 +31,7 @@ from upcycle_bench.dense import Clip
 from upcycle_bench.errors import PluginError
 from upcycle_bench.flops import FlopCounter
 from upcycle_bench.job import SHARE_STEPS, Job, MetricsFile, Progress, last_checkpoint, resume, save
+from upcycle_bench.memory import return_freed_memory
 from upcycle_bench.moe import MoEFFN, moe_layers
 from upcycle_bench.protocol import learning_rate
 from upcycle_bench.rng import Stream
@@ -204,6 +205,7 @@ def train(
                 _collect_drops(layers, progress)
                 _collect_shares(first, progress)
                 save(engine, extra, job, progress)
+                return_freed_memory()
     return progress
 
 
