@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 import traceback
@@ -32,6 +33,7 @@ def main(
     from bench.report import markdown as as_markdown
     from bench.rows import MEASURES, Settings, SkippedError
     from upcycle_bench import engine
+    from upcycle_bench.memory import return_freed_memory
 
     chosen = {
         number: measure
@@ -50,6 +52,8 @@ def main(
         rates = measure_rates(settings)
         for number, measure in chosen.items():
             rows = results[number] = []
+            gc.collect()
+            return_freed_memory()  # as a process of its own would begin: what earlier rows left scatters
             try:
                 for row in measure(settings):
                     rows.append(row)

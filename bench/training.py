@@ -8,6 +8,7 @@ and fused AdamW with the same groups, learning rate and clipping; batches are ma
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import itertools
 import math
@@ -91,13 +92,18 @@ def made_up_batches(clip: Clip, size: int, number: int = 4) -> list[Batch]:
 
 def sparse_inits(dense: Any, moe: MoESettings) -> dict[str, LayerInit]:
     """Copies of each FFN and a random router, by layer name."""
-    strategy = configure(load_registry().get("strategy", "sparse-upcycling").target, {})
+    strategy = _sparse_upcycling()
     return {
         layer.name: strategy.init_layer(
             FFN.of(dense.get_submodule(layer.mlp_path)), layer, None, Stream(("bench", layer.name))
         )
         for layer in find_layers(dense, moe)
     }
+
+
+@functools.cache
+def _sparse_upcycling() -> Any:
+    return configure(load_registry().get("strategy", "sparse-upcycling").target, {})
 
 
 def upcycled(clip: Clip, moe: MoESettings) -> Clip:
