@@ -208,29 +208,6 @@ def test_autocast_leaves_float64_alone() -> None:
         assert torch.equal(layer(x_TD[None]), expected_TD)
 
 
-def saved_bytes(layer: MoEFFN, x_TD: Tensor) -> int:
-    total = 0
-
-    def pack(tensor: Tensor) -> Tensor:
-        nonlocal total
-        total += tensor.nbytes
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        layer.moe.deepspeed_moe.compute(layer.experts, x_TD, Layout(torch.arange(40), x_TD, [8] * 5, [8] * 5, False))
-    return total
-
-
-def test_only_what_a_gradient_needs_is_kept() -> None:
-    layer, x_TD = layer_of(2, 2.0), tokens_of("random")
-    weights = 4 * EXPERTS * 2 * WIDTH * HIDDEN
-    rows = 4 * TOKENS * (WIDTH + 2 * HIDDEN)  # of both linear layers and of what stands between them
-    assert saved_bytes(layer, x_TD) == weights + rows
-    assert saved_bytes(layer, x_TD.detach()) == weights / 2 + rows
-    layer.experts.requires_grad_(False)
-    assert saved_bytes(layer, x_TD) == weights + 4 * TOKENS * HIDDEN
-
-
 def test_rows_that_pad_are_no_rows_of_an_expert() -> None:
     layer, x_TD = many_rows()
     routes = LayerRoutes(layer.eval())
@@ -238,16 +215,6 @@ def test_rows_that_pad_are_no_rows_of_an_expert() -> None:
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
         layer(x_TD[None])
     assert routes.rows_N.sum() == 2 * len(x_TD)
-
-
-@pytest.mark.parametrize("act", [nn.GELU, QuickGELU])
-def test_frozen_experts_get_no_gradient(act: type[nn.Module]) -> None:
-    layer, x_TD = layer_of(2, 2.0, act=act), tokens_of("random")
-    layer.experts[1].requires_grad_(False)
-    layer.experts[2].c_fc.bias.requires_grad_(False)
-    layer(x_TD[None]).sum().backward()
-    without = [name for name, parameter in layer.experts.named_parameters() if parameter.grad is None]
-    assert without == [*(f"1.{name}" for name, _ in layer.experts[1].named_parameters()), "2.c_fc.bias"]
 
 
 def test_the_default_goes_by_device_and_precision(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,7 +26,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from upcycle_bench.errors import unknown
 from upcycle_bench.flops import counting
@@ -39,59 +38,9 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 Backend = Callable[[Sequence[Any], Tensor, Sequence[int]], Tensor]
 
 
-class _GroupedLinear(torch.autograd.Function):
-    """y_i = x_i W_i^T + b_i, a product for each expert, straight from one buffer of all experts' rows into another.
-
-    What autocast and autograd do for `nn.Linear`, to the bit where each layer runs once, without their bookkeeping for
-    each of many small layers.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x_RK: Tensor, rooms: Sequence[int], dtype: torch.dtype, *parameters: Tensor) -> Tensor:
-        ctx.rooms, ctx.given = rooms, [x_RK.dtype, *(parameter.dtype for parameter in parameters)]
-        x_RK, *cast = (tensor.to(dtype) for tensor in (x_RK, *parameters))
-        weights, biases = cast[: len(rooms)], cast[len(rooms) :]
-        x_wanted, _, _, *wanted = ctx.needs_input_grad
-        ctx.save_for_backward(x_RK if any(wanted) else None, *(weights if x_wanted else ()))
-        y_RM = x_RK.new_empty(len(x_RK), len(biases[0]))
-        for x, weight_MK, bias_M, y in zip(x_RK.split(rooms), weights, biases, y_RM.split(rooms), strict=True):
-            torch.addmm(bias_M, x, weight_MK.t(), out=y)
-        return y_RM
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_RM: Tensor) -> tuple[Any, ...]:
-        x_RK, *weights = ctx.saved_tensors
-        x_dtype, *dtypes = ctx.given
-        x_wanted, _, _, *wanted = ctx.needs_input_grad
-        grads = grad_RM.split(ctx.rooms)
-        grad_RK = None
-        if x_wanted:
-            grad_RK = grad_RM.new_empty(len(grad_RM), weights[0].shape[1])
-            for grad, weight_MK, out in zip(grads, weights, grad_RK.split(ctx.rooms), strict=True):
-                torch.mm(grad, weight_MK, out=out)
-            grad_RK = grad_RK.to(x_dtype)
-        x = x_RK.split(ctx.rooms) if x_RK is not None else ()
-        of_parameters: list[Tensor | None] = []
-        for number, (want, dtype) in enumerate(zip(wanted, dtypes, strict=True)):
-            bias, expert = divmod(number, len(grads))
-            made = None if not want else grads[expert].sum(0) if bias else grads[expert].t() @ x[expert]
-            of_parameters.append(None if made is None else made.to(dtype))
-        return grad_RK, None, None, *of_parameters
-
-
 def loop(experts: Sequence[Any], rows_RD: Tensor, rooms: Sequence[int]) -> Tensor:
     """Each expert on its `rooms[i]` rows, [R, D] -> [R, D]."""
-    if _differ(experts):
-        return torch.cat([expert(rows) for expert, rows in zip(experts, rows_RD.split(rooms), strict=True)])
-    dtype = compute_dtype(rows_RD)
-
-    def linear(x_RK: Tensor, layers: Sequence[Any]) -> Tensor:
-        parameters = [layer.weight for layer in layers] + [layer.bias for layer in layers]
-        return _GroupedLinear.apply(x_RK, rooms, dtype, *parameters)
-
-    hidden_RH = linear(rows_RD, [expert.c_fc for expert in experts])
-    return linear(experts[0].gelu(hidden_RH), [expert.c_proj for expert in experts])
+    return torch.cat([expert(rows) for expert, rows in zip(experts, rows_RD.split(rooms), strict=True)])
 
 
 def multiple(rows: Tensor, mean: int) -> int:
@@ -177,9 +126,12 @@ def refusal(experts: Sequence[Any], rows_RD: Tensor) -> str | None:
         return f"torch {torch.__version__} has no grouped_mm"
     if len(rows_RD) == 0:
         return "no row is routed"
-    if (reason := _differ(experts)) is not None:
-        return reason
     first = experts[0]
+    if not all(_plain(expert) and _act(expert) == _act(first) for expert in experts):
+        return "the experts are not plain FFNs with one activation"
+    shapes = {(expert.c_fc.weight.shape, expert.c_proj.weight.shape) for expert in experts}
+    if len(shapes) > 1:
+        return "the experts differ in size"
     dtype = compute_dtype(rows_RD)
     if dtype not in DTYPES:
         return f"it does not compute in {dtype}"
@@ -187,15 +139,6 @@ def refusal(experts: Sequence[Any], rows_RD: Tensor) -> str | None:
         hidden, width = first.c_fc.weight.shape
         return f"a width of {width} or {hidden} in {dtype} is no multiple of {ALIGNMENT} bytes"
     return None
-
-
-def _differ(experts: Sequence[Any]) -> str | None:
-    """Why these experts are not plain FFNs of one shape; None if they are."""
-    first = experts[0]
-    if not all(_plain(expert) and _act(expert) == _act(first) for expert in experts):
-        return "the experts are not plain FFNs with one activation"
-    shapes = {(expert.c_fc.weight.shape, expert.c_proj.weight.shape) for expert in experts}
-    return "the experts differ in size" if len(shapes) > 1 else None
 
 
 def _plain(expert: Any) -> bool:
