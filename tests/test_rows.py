@@ -138,27 +138,16 @@ def test_rows_by_hand() -> None:
     assert y_TD.tolist() == [[0.75 + 2.5, 1.5 + 5.0], [3, 4]]
 
 
-def queues(index_KT: Tensor, kept_KT: Tensor) -> tuple[Tensor, Tensor]:
-    """(index_KT, -1 where not kept; places in the queues of those kept, in the order of choices)."""
-    index_KT = index_KT.where(kept_KT, -1)
-    location_KT, lengths = torch.zeros_like(index_KT), [0] * 8
-    for k, t in (index_KT >= 0).nonzero().tolist():
-        expert = int(index_KT[k, t])
-        location_KT[k, t] = lengths[expert]
-        lengths[expert] += 1
-    return index_KT, location_KT
-
-
 @EXAMPLES
 @given(**SIZES, experts=st.integers(1, 5), multiple=st.sampled_from([1, 2, 4]))
 def test_a_padded_layout_moves_what_one_without_padding_does(
     seed: int, tokens: int, width: int, choices: int, kept: float, experts: int, multiple: int
 ) -> None:
-    """Each expert's rows in its own room, in the order of its queue; outputs and gradients those of plain indexing."""
+    """Each expert's rows in its own room, by choice and token; outputs and gradients those of plain indexing."""
     torch.manual_seed(seed)
     given_KT = torch.randint(experts, (choices, tokens))
-    index_KT, location_KT = queues(given_KT, torch.rand(choices, tokens) < kept)
-    layout = lay_out(index_KT, location_KT, experts, multiple)
+    index_KT = given_KT.where(torch.rand(choices, tokens) < kept, -1)
+    layout = lay_out(index_KT, experts, multiple)
     assert layout.counts == [int((index_KT == expert).sum()) for expert in range(experts)]
     assert layout.rooms == [-(-count // multiple) * multiple for count in layout.counts]
     assert layout.drops == bool((index_KT < 0).any())

@@ -148,11 +148,9 @@ class RaggedMOELayer(MOELayer):
         if self.ep_size > 1 or expert_backends.forced() == "deepspeed":
             return super().forward(*args, **kwargs)
         x_TD = args[0]
-        self.l_aux, _, num_experts, index_KT, location_KT, gates_KT, self.exp_counts = self.gate(
-            x_TD, None, True, False
-        )
+        self.l_aux, _, num_experts, index_KT, _, gates_KT, self.exp_counts = self.gate(x_TD, None, True, False)
         multiple = expert_backends.multiple(x_TD, index_KT.numel() // num_experts)
-        layout = lay_out(index_KT, location_KT, num_experts, multiple)
+        layout = lay_out(index_KT, num_experts, multiple)
         rows_RD = select_rows(x_TD, layout.token_R, layout.slots_KT, inverse_holes=layout.drops)
         out_RD = self.compute(self.experts.deepspeed_experts, rows_RD, layout)
         return combine_rows(out_RD, gates_KT, layout.slots_KT, layout.choice_R, holes=layout.drops)

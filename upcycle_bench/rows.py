@@ -92,7 +92,7 @@ def combine_rows(rows_RD: Tensor, gates_KT: Tensor, slots_KT: Tensor, choice_R: 
 
 @dataclass(frozen=True)
 class Layout:
-    """Where routed rows stand: by expert, in the order of its queue; behind each expert's rows what pads them.
+    """Where routed rows stand: sorted by expert, then by choice and token; behind each expert's rows what pads them.
 
     With K choices for each of T tokens, choice c = k * T + t is the k-th of token t.
     """
@@ -114,17 +114,18 @@ class Layout:
         return self.choice_R % self.slots_KT.shape[1]
 
 
-def lay_out(index_KT: Tensor, location_KT: Tensor, experts: int, multiple: int = 1) -> Layout:
-    """The layout of choices of experts (-1: dropped) by their places in the experts' queues, which have no gaps.
-
-    Each expert's rows are padded to a multiple.
-    """
-    dropped, *counts = torch.bincount(index_KT.flatten() + 1, minlength=experts + 1).tolist()
+def lay_out(index_KT: Tensor, experts: int, multiple: int = 1) -> Layout:
+    """The layout of the choices index_KT (-1: dropped), each expert's rows padded to a multiple."""
+    choices = index_KT.numel()
+    index_C = index_KT.flatten().long()
+    # One row an expert, and one for what was dropped: contiguous sums, in 32 bits.
+    chosen_MC = (torch.arange(-1, experts, device=index_C.device)[:, None] == index_C).int()
+    place_C = chosen_MC.cumsum(1, dtype=torch.int32).gather(0, index_C[None] + 1)[0] - 1
+    dropped, *counts = chosen_MC.sum(1).tolist()
     rooms = [-(-count // multiple) * multiple for count in counts]
     ends_N = list(itertools.accumulate(rooms))
-    start_N = torch.tensor([0, *ends_N[:-1], ends_N[-1]], device=index_KT.device)  # the last: of those dropped (-1)
-    slots_KT = start_N[index_KT.long()] + location_KT
-    # One row more takes what was dropped.
-    choice_R = torch.full((ends_N[-1] + 1,), index_KT.numel(), device=index_KT.device)
-    choice_R.index_copy_(0, slots_KT.flatten(), torch.arange(index_KT.numel(), device=index_KT.device))
-    return Layout(choice_R[:-1], slots_KT, counts, rooms, dropped > 0)
+    start_N = torch.tensor([0, *ends_N[:-1]], device=index_C.device)
+    slots_C = torch.where(index_C < 0, ends_N[-1], start_N[index_C] + place_C)
+    choice_R = torch.full((ends_N[-1] + 1,), choices, device=index_C.device)  # one more takes what was dropped
+    choice_R.index_copy_(0, slots_C, torch.arange(choices, device=index_C.device))
+    return Layout(choice_R[:-1], slots_C.view(index_KT.shape), counts, rooms, dropped > 0)
