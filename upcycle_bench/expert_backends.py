@@ -39,7 +39,7 @@ Backend = Callable[[Sequence[Any], Tensor, Sequence[int]], Tensor]
 
 
 def loop(experts: Sequence[Any], rows_RD: Tensor, rooms: Sequence[int]) -> Tensor:
-    """Each expert on its `rooms[i]` rows, [R, D] -> [R, D]."""
+    """Each expert on its `rooms[i]` rows (those that pad included), [R, D] -> [R, D]."""
     return torch.cat([expert(rows) for expert, rows in zip(experts, rows_RD.split(rooms), strict=True)])
 
 

@@ -18,7 +18,7 @@ _TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD = -1, -2, -3  # of glibc's malloc.h
 def keep_freed_memory() -> bool:
     """From now on pieces below 1 GiB stay with this process once they are freed; False where there is no glibc.
 
-    The glibc before 2.35 refuses more than 32 MiB.
+    Older ones refuse more than 32 MiB, which is then the bound.
     """
     if (libc := _glibc()) is None:
         return False
