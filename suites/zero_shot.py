@@ -128,7 +128,7 @@ class ZeroShot(Suite):
         return cls(sets=(folder.name,), primary=(folder.name,), primary_metric=metric)
 
     def evaluate(self, context: EvalContext) -> SuiteResult:
-        """Score the model on every set; all that can be wrong with the sets is found before the first encoding."""
+        """Score the model on every set; what is wrong with sets, samples apart, is found before any encoding."""
         evalsets.require(context.root, self.datasets())
         opened = {
             name: evalsets.read(context.root / name, context.transform, context.batch_size) for name in self.datasets()

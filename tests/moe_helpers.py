@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from upcycle_bench import protocol
 from upcycle_bench.dense import model_config
-from upcycle_bench.moe import MoEFFN, Padding
+from upcycle_bench.moe import MoEFFN
+from upcycle_bench.padding import Padding
 from upcycle_bench.registry import load_registry
 from upcycle_bench.rng import Stream
 from upcycle_bench.strategy import FFN, Layer, LayerInit

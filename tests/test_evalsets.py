@@ -1,14 +1,17 @@
 """Evaluation sets: the layout is CLIP_benchmark's, bytes are deterministic, and what is missing is said in one line."""
 
+import threading
 import warnings
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor
 
 from upcycle_bench import evalsets
 from upcycle_bench.errors import UserError
+from upcycle_bench.flops import counted_flops
 
 CLASSES = ("cat", "dog", "émeu")
 TEMPLATES = ("a photo of a {c}", "{c}")
@@ -68,8 +71,8 @@ def test_strata_come_back_as_written(classification, divided, tmp_path):
     assert evalsets.read(tmp_path / "words", pil_to_tensor, batch_size=2).strata == ("a", "b", "a")
 
 
-def test_strata_count_the_samples_of_all_shards(divided):
-    """Samples are counted as webdataset makes them, in sets of others too: any keys, any folders, any extensions."""
+def test_strata_are_for_the_samples_of_all_shards(divided):
+    """Samples as webdataset makes them, in sets of others too: any keys, any folders, any extensions."""
     import webdataset
 
     png = evalsets.png(images(1)[0])
@@ -80,7 +83,7 @@ def test_strata_count_the_samples_of_all_shards(divided):
     (divided / "strata.txt").write_text("".join(f"{label}\n" for label in [*STRATA, "new", "new"]))
     evalset = evalsets.read(divided, pil_to_tensor, batch_size=7)
     assert evalset.strata == (*STRATA, "new", "new")
-    assert [len(labels) for _, labels in evalset.batches] == [7]
+    assert [len(labels) for _, labels in evalset.batches] == [7] == [len(evalset.strata)]
 
 
 def test_strata_are_those_of_the_test_split(divided):
@@ -88,15 +91,66 @@ def test_strata_are_those_of_the_test_split(divided):
     assert evalsets.read(divided, pil_to_tensor, batch_size=2, split="train").strata == ()
 
 
-@pytest.mark.parametrize(
-    "content", ["seen\n" * 4, "seen\n" * 6, "", "seen\nseen\n\nseen\nseen\n", "a\nb\nc\nd\nwith space\n"]
-)
-def test_strata_that_do_not_fit_are_one_line(divided, content):
+@pytest.mark.parametrize("content", ["", "seen\nseen\n\nseen\nseen\n", "a\nb\nc\nd\nwith space\n"])
+def test_strata_that_are_none_are_one_line(divided, content):
     (divided / "strata.txt").write_text(content)
-    with pytest.raises(UserError, match=r"divided: .*strata\.txt must hold a stratum .* each of 5 samples") as error:
+    with pytest.raises(UserError, match=r"divided: .*strata\.txt must hold a stratum .* for each sample") as error:
         evalsets.read(divided, pil_to_tensor, 2)
     assert "\n" not in str(error.value)
-    assert f"{len(content.splitlines())} lines" in str(error.value)
+
+
+@pytest.mark.parametrize("labels", [1, 4, 6])
+def test_strata_too_few_or_too_many_are_one_line(labels):
+    with pytest.raises(UserError, match=rf"set x: strata\.txt must hold .* of 5 samples, .* {labels} lines") as error:
+        evalsets.require_strata("x", ["seen"] * labels, 5)
+    assert "\n" not in str(error.value)
+    evalsets.require_strata("x", ["seen"] * 5, 5)
+    evalsets.require_strata("x", [], 5)
+
+
+@pytest.fixture(params=[False, True], ids=["in turns", "read ahead"])
+def core_is_free(request, monkeypatch):
+    monkeypatch.setattr(evalsets, "_core_is_free", lambda: request.param)
+    return request.param
+
+
+def test_batches_are_the_same_read_ahead_or_not_and_again(classification, core_is_free):
+    threads = set()
+
+    def transform(image):
+        threads.add(threading.current_thread())
+        return pil_to_tensor(image)
+
+    batches = evalsets.read(classification, transform, batch_size=2).batches
+    for _ in range(2):
+        found = list(batches)
+        assert [list(labels) for _, labels in found] == [[0, 2], [1, 1], [0]]
+        assert torch.equal(torch.cat([part for part, _ in found]), torch.stack([*map(pil_to_tensor, images())]))
+    assert (threading.main_thread() in threads) is not core_is_free
+
+
+def test_reading_is_not_counted_and_ends_with_its_reader(classification, core_is_free):
+    def transform(image):
+        return pil_to_tensor(image).float() @ torch.eye(pil_to_tensor(image).shape[-1])
+
+    before = threading.active_count()
+    with counted_flops() as counter:
+        batches = iter(evalsets.read(classification, transform, batch_size=1).batches)
+        torch.eye(2) @ torch.eye(2)
+        next(batches)
+        torch.eye(2) @ torch.eye(2)
+        assert threading.active_count() == before + core_is_free
+        batches.close()
+    assert threading.active_count() == before
+    assert counter.get_total_flops() == 2 * 2 * 2**3
+
+
+def test_an_error_while_reading_arrives(classification, core_is_free):
+    def transform(image):
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        list(evalsets.read(classification, transform, batch_size=2).batches)
 
 
 @pytest.mark.filterwarnings("ignore:WebDataset.shardshuffle")  # CLIP_benchmark leaves it open

@@ -35,7 +35,8 @@ from tests.moe_helpers import (
 from upcycle_bench import engine, weights
 from upcycle_bench.dense import create_clip
 from upcycle_bench.ds import TopKGate
-from upcycle_bench.moe import MoEFFN, Padding, moe_layers
+from upcycle_bench.moe import MoEFFN, moe_layers
+from upcycle_bench.padding import Padding
 
 WORLD = 2
 EXPERTS, WIDTH, CONTEXT = 4, 6, 10

@@ -10,7 +10,7 @@ from tests.helpers import threads
 from tests.moe_helpers import create_layer, settings_of
 from upcycle_bench.ds import top2gating
 from upcycle_bench.gating import top2
-from upcycle_bench.moe import Gate
+from upcycle_bench.ragged import Gate
 
 
 @settings(max_examples=150, deadline=None, derandomize=True, database=None)

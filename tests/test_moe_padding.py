@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from tests.helpers import threads
 from tests.literal import moe_layer as literal
 from tests.moe_helpers import END, assert_gradients, captions, create_dense, create_layer, settings_of, upcycled
-from upcycle_bench.moe import Padding, moe_layers
+from upcycle_bench.moe import moe_layers
+from upcycle_bench.padding import Padding
 
 
 @pytest.fixture(autouse=True)

@@ -5,8 +5,9 @@ import torch
 from torch import nn
 
 from tests.helpers import captions, tiny_clip, upcycled
-from upcycle_bench.moe import Padding, moe_layers
+from upcycle_bench.moe import moe_layers
 from upcycle_bench.packed import encode_text, packs
+from upcycle_bench.padding import Padding
 from upcycle_bench.registry import load_registry
 from upcycle_bench.strategy import configure
 

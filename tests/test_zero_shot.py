@@ -417,9 +417,21 @@ def test_what_is_wrong_with_sets_is_said_before_any_encoding(root, tmp_path):
         evaluate(sets=["three"], primary=["three"], primary_metric="acc1[seen]")
     picture = Image.new("RGB", (8, 8))
     evalsets.write_classification(tmp_path / "cut", [(picture, 0)] * 3, ("a",), ("a {c}",), ["seen"] * 3)
-    (tmp_path / "cut" / "strata.txt").write_text("seen\nseen\n")
-    with pytest.raises(UserError, match=r"strata\.txt must hold a stratum .* 3 samples"):
+    (tmp_path / "cut" / "strata.txt").write_text("seen\nnot seen\nseen\n")
+    with pytest.raises(UserError, match=r"strata\.txt must hold a stratum"):
         evaluate(root=tmp_path, sets=["cut"], primary=["cut"])
+
+
+def test_strata_too_few_are_an_error(model, tmp_path):
+    picture = Image.new("RGB", (32, 32))
+    for name in ("pairs", "classes"):
+        if name == "pairs":
+            evalsets.write_retrieval(tmp_path / name, [(picture, ["a"])] * 3, ["seen"] * 3)
+        else:
+            evalsets.write_classification(tmp_path / name, [(picture, 0)] * 3, ("a",), ("a {c}",), ["seen"] * 3)
+        (tmp_path / name / "strata.txt").write_text("seen\nseen\n")
+        with pytest.raises(UserError, match=rf"{name}: strata\.txt must hold .* each of 3 samples"):
+            ZeroShot(sets=[name], primary=[name]).evaluate(context(model, tmp_path))
 
 
 def test_a_diverged_model_is_an_error_not_a_perfect_score(model, root):

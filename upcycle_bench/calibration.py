@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from upcycle_bench.moe import Padding
+from upcycle_bench.padding import Padding
 from upcycle_bench.strategy import Calibrator, Layer
 from upcycle_bench.threads import one_thread
 

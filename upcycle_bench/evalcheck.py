@@ -106,8 +106,9 @@ def check(folder: Path, *, only: Collection[str] | None = None, decode: bool = T
         for fault, places in faults.items()
     ]
     report.problems += [f"{split} holds no samples." for split, count in report.samples.items() if not count]
-    if (folder / evalsets.STRATA).exists() and not report.problems:  # it has a line for each sample
-        report.attempt(evalsets.strata_of, folder)
+    if (folder / evalsets.STRATA).exists() and not report.problems:
+        strata = report.attempt(evalsets.strata_of, folder) or ()
+        report.attempt(evalsets.require_strata, report.name, strata, report.samples["test"])
     return report
 
 

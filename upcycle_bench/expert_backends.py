@@ -73,7 +73,7 @@ def grouped_mm(experts: Sequence[Any], rows_RD: Tensor, counts: Sequence[int]) -
     return linear(experts[0].gelu(hidden_RH), [expert.c_proj for expert in experts])
 
 
-# DeepSpeed's backend is a whole layer (gate, slots, all-to-all), so `moe.RaggedMOELayer` calls it, not `Compute`.
+# DeepSpeed's backend is a whole layer (gate, slots, all-to-all), so `ragged.RaggedMOELayer` calls it, not `Compute`.
 BACKENDS: dict[str, Backend | None] = {"loop": loop, "grouped_mm": grouped_mm, "deepspeed": None}
 
 

@@ -40,7 +40,10 @@ def image_features(folder: Path, split: str, context: EvalContext) -> Examples:
 
 
 def encode_images(evalset: EvalSet, context: EvalContext) -> tuple[Tensor, list[Any]]:
-    """Normalised image embeddings [N, D] and what stands beside each image: its label or its captions."""
+    """Normalised image embeddings [N, D] and what stands beside each image: its label or its captions.
+
+    Raises UserError for an image that cannot be read, a stratum too few or too many, and numbers that are not finite.
+    """
     from webdataset.autodecode import DecodingError
 
     embeddings, beside = [], []
@@ -53,6 +56,7 @@ def encode_images(evalset: EvalSet, context: EvalContext) -> tuple[Tensor, list[
             f"evaluation set {evalset.name}: the .{error.k} of sample {error.key} cannot be read; `upcycle-bench data "
             "check` says what else is wrong."
         ) from error
+    evalsets.require_strata(evalset.name, evalset.strata, len(beside))
     return finite(torch.cat(embeddings), evalset.name), beside
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -29,13 +30,13 @@ class FlopCounter(TorchDispatchMode):
         self._total = 0
 
     def __enter__(self) -> FlopCounter:
-        _counters.append(self)
+        _active.counters.append(self)
         super().__enter__()
         return self
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
-        _counters.pop()
+        _active.counters.pop()
 
     def get_total_flops(self) -> int:
         """FLOPs so far; the name is that of PyTorch's counter."""
@@ -58,12 +59,19 @@ class FlopCounter(TorchDispatchMode):
         return out
 
 
-_counters: list[FlopCounter] = []  # the active ones
+class _Active(threading.local):
+    """Dispatch modes watch one thread, and so do the active counters."""
+
+    def __init__(self) -> None:
+        self.counters: list[FlopCounter] = []
+
+
+_active = _Active()
 
 
 def counting() -> bool:
-    """Whether FLOPs are counted just now: work that only fills up shapes is then left out."""
-    return bool(_counters)
+    """Whether FLOPs are counted just now, in this thread: work that only fills up shapes is then left out."""
+    return bool(_active.counters)
 
 
 @contextlib.contextmanager
@@ -72,7 +80,7 @@ def uncounted() -> Iterator[None]:
 
     Other dispatch modes must not be active within ours, and no generator may yield inside.
     """
-    paused = _counters[::-1]
+    paused = _active.counters[::-1]
     for counter in paused:
         counter.__exit__(None, None, None)
     try:

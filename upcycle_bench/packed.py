@@ -4,7 +4,7 @@
 
 Positions behind the end-of-text token cannot influence the text feature (causal attention, pooled at that token). Here
 they are left out of everything but attention, which sees captions padded to the longest of the batch. MoE layers get
-the packed tokens [T, D], as they would have made them themselves (`moe.Padding`).
+the packed tokens [T, D], as they would have made them themselves (`upcycle_bench.padding`).
 
 Shape suffixes: B captions, L the longest, P = B * L, T tokens without padding, D width.
 """
@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from upcycle_bench.moe import Padding
+from upcycle_bench.padding import Padding
 
 
 def packs(model: Any) -> bool:

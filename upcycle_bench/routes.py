@@ -24,7 +24,8 @@ from upcycle_bench import packed
 from upcycle_bench.diagnostics import expert_cosine
 from upcycle_bench.evalsets import EvalSet
 from upcycle_bench.features import embed, finite
-from upcycle_bench.moe import MoEFFN, Padding, moe_layers
+from upcycle_bench.moe import MoEFFN, moe_layers
+from upcycle_bench.padding import Padding
 from upcycle_bench.routing import compactness_of_moments
 from upcycle_bench.suite import EvalContext
 

@@ -20,7 +20,8 @@ from torch import nn
 
 from upcycle_bench import protocol
 from upcycle_bench.errors import PluginError, UserError
-from upcycle_bench.moe import MoEFFN, Padding, moe_layers
+from upcycle_bench.moe import MoEFFN, moe_layers
+from upcycle_bench.padding import Padding
 from upcycle_bench.strategy import FFN, Layer, LayerInit
 
 
