@@ -58,8 +58,12 @@ def interleave(
     shortest: float = SHORTEST,
     warm: bool = True,
     clock: Clock = clock,
+    before_each: Step = lambda: None,
 ) -> list[list[Sample]]:
-    """Samples by step and round; one round more warms up and says how often all are called for one sample."""
+    """Samples by step and round; one round more warms up and says how often all are called for one sample.
+
+    `before_each` is called before each sample, beside the clock.
+    """
     calls = 1
     if warm:
         fastest = min(clock(step, 1, device).wall for step in steps)
@@ -69,6 +73,7 @@ def interleave(
     samples: list[list[Sample]] = [[] for _ in steps]
     for _ in range(rounds):
         for step, taken in zip(steps, samples, strict=True):
+            before_each()
             taken.append(clock(step, calls, device))
     return samples
 
@@ -83,13 +88,16 @@ def compare(
     rounds: int | None = None,
     warm: bool = True,
     settle: int = 0,
+    before_each: Step = lambda: None,
     floor: float | None = None,
 ) -> Row:
     """The row of `above` / `below`, each called `settle` times before."""
     for _ in range(settle):
         above()
         below()
-    first, second = interleave([above, below], rounds or settings.rounds, settings.device, warm=warm)
+    first, second = interleave(
+        [above, below], rounds or settings.rounds, settings.device, warm=warm, before_each=before_each
+    )
     return ratio_row(name, goal, first, second, floor=floor)
 
 
