@@ -36,6 +36,7 @@ from upcycle_bench.train import (
     _Features,
     attention_kernel,
     autocast,
+    backward,
     compute_losses,
     create_engine,
     longest_sequence,
@@ -127,7 +128,7 @@ def our_step(
     def step() -> None:
         with attention_kernel(device, longest):
             losses, _ = compute_losses(engine, clip, next(turns), job, layers, extra)
-            engine.backward(torch.stack(list(losses.values())).sum())
+            backward(engine, torch.stack(list(losses.values())).sum(), model, extra)
             engine.step()
         _clamp_logit_scale(model, job)
         if extra is not None:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from upcycle_bench.cache import cache_root
+from upcycle_bench.environment import cores
 
 REAL_CACHE = cache_root()  # the user's own, before the tests get theirs
 
@@ -21,6 +22,12 @@ QUICK = [
     "train.schedule.steps=4",
     "train.schedule.batch_size=32",
 ]
+
+
+# Tests that run at once share the cores; what they start does, too.
+os.environ.setdefault(
+    "UPCYCLE_BENCH_CORES", str(max(1, cores() // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))))
+)
 
 
 @pytest.fixture(autouse=True, scope="session")

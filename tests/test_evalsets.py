@@ -9,9 +9,11 @@ import torch
 from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor
 
-from upcycle_bench import evalsets
+from upcycle_bench import evalsets, threads
 from upcycle_bench.errors import UserError
+from upcycle_bench.features import encode_images
 from upcycle_bench.flops import counted_flops
+from upcycle_bench.suite import EvalContext
 
 CLASSES = ("cat", "dog", "émeu")
 TEMPLATES = ("a photo of a {c}", "{c}")
@@ -83,7 +85,23 @@ def test_strata_are_for_the_samples_of_all_shards(divided):
     (divided / "strata.txt").write_text("".join(f"{label}\n" for label in [*STRATA, "new", "new"]))
     evalset = evalsets.read(divided, pil_to_tensor, batch_size=7)
     assert evalset.strata == (*STRATA, "new", "new")
-    assert [len(labels) for _, labels in evalset.batches] == [7] == [len(evalset.strata)]
+
+    class Pixels(torch.nn.Module):
+        encode_image = staticmethod(lambda images: images.flatten(1).float())
+
+    model = Pixels()
+    context = EvalContext(
+        model=model,
+        tokenizer=lambda texts: torch.zeros(len(texts), 1),
+        transform=pil_to_tensor,
+        root=divided.parent,
+        device=torch.device("cpu"),
+        batch_size=7,
+    )
+    assert len(encode_images(evalset, context)[0]) == 7
+    (divided / "strata.txt").write_text("".join(f"{label}\n" for label in STRATA))
+    with pytest.raises(UserError, match="each of 7 samples"):
+        encode_images(evalsets.read(divided, pil_to_tensor, batch_size=7), context)
 
 
 def test_strata_are_those_of_the_test_split(divided):
@@ -110,15 +128,17 @@ def test_strata_too_few_or_too_many_are_one_line(labels):
 
 @pytest.fixture(params=[False, True], ids=["in turns", "read ahead"])
 def core_is_free(request, monkeypatch):
-    monkeypatch.setattr(evalsets, "_core_is_free", lambda: request.param)
+    assert torch.get_num_threads() == 1
+    monkeypatch.setattr(threads, "cores", lambda: 1 + request.param)
+    monkeypatch.setenv(threads.SHARE, str(1 + request.param))
     return request.param
 
 
 def test_batches_are_the_same_read_ahead_or_not_and_again(classification, core_is_free):
-    threads = set()
+    readers = set()
 
     def transform(image):
-        threads.add(threading.current_thread())
+        readers.add(threading.current_thread())
         return pil_to_tensor(image)
 
     batches = evalsets.read(classification, transform, batch_size=2).batches
@@ -126,7 +146,7 @@ def test_batches_are_the_same_read_ahead_or_not_and_again(classification, core_i
         found = list(batches)
         assert [list(labels) for _, labels in found] == [[0, 2], [1, 1], [0]]
         assert torch.equal(torch.cat([part for part, _ in found]), torch.stack([*map(pil_to_tensor, images())]))
-    assert (threading.main_thread() in threads) is not core_is_free
+    assert (threading.main_thread() in readers) is not core_is_free
 
 
 def test_reading_is_not_counted_and_ends_with_its_reader(classification, core_is_free):
@@ -149,8 +169,18 @@ def test_an_error_while_reading_arrives(classification, core_is_free):
     def transform(image):
         raise ZeroDivisionError
 
+    before = threading.active_count()
     with pytest.raises(ZeroDivisionError):
         list(evalsets.read(classification, transform, batch_size=2).batches)
+    assert threading.active_count() == before
+
+
+def test_who_leaves_early_waits_for_one_batch_at_most(classification, core_is_free):
+    made = []
+    batches = iter(evalsets.read(classification, lambda image: made.append(1) or pil_to_tensor(image), 1).batches)
+    next(batches)
+    batches.close()
+    assert len(made) <= 1 + core_is_free
 
 
 @pytest.mark.filterwarnings("ignore:WebDataset.shardshuffle")  # CLIP_benchmark leaves it open

@@ -1,6 +1,7 @@
 """The FLOP counter against PyTorch's own, on all that this project counts."""
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
@@ -114,3 +115,21 @@ def test_what_is_uncounted_is_left_out_and_counting_goes_on() -> None:
         48,
         3 * 48,
     )  # an outer one sees what an inner one runs
+
+
+def test_each_thread_counts_for_itself() -> None:
+    product = partial(torch.mm, torch.rand(2, 3), torch.rand(3, 4))
+
+    def elsewhere() -> int:
+        assert not counting()
+        with uncounted():
+            product()
+        with FlopCounter() as own:
+            product()
+        return own.get_total_flops()
+
+    with FlopCounter() as counter, ThreadPoolExecutor(1) as thread:
+        assert thread.submit(elsewhere).result() == 48
+        assert counting()
+        product()
+    assert counter.get_total_flops() == 48

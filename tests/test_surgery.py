@@ -11,9 +11,10 @@ from torch import nn
 
 from tests.helpers import random_ffn, threads
 from tests.moe_helpers import MOE, SIX_LAYERS, captions, create_dense, inputs_for, sparse_inits, upcycled
+from upcycle_bench import surgery
 from upcycle_bench.costs import parameter_counts
 from upcycle_bench.dense import model_config
-from upcycle_bench.errors import UserError
+from upcycle_bench.errors import PluginError, UserError
 from upcycle_bench.moe import moe_layers
 from upcycle_bench.strategy import FFN, LayerInit
 from upcycle_bench.surgery import find_layers, upcycle
@@ -284,3 +285,32 @@ def test_an_expert_stands_where_the_ffn_does_wherever_its_tensors_were_made() ->
     there = FFN(*(tensor.to("meta") for tensor in (ffn.w1_HD, ffn.b1_H, ffn.w2_DH, ffn.b2_D)), ffn.act)
     expert = there.expert(w1_HD=ffn.w1_HD.double(), b2_D=ffn.b2_D)
     assert {(p.device.type, p.dtype) for p in expert.parameters()} == {("meta", torch.float32)}
+
+
+# ---- values that are not finite ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("values", "finite"),
+    [
+        (torch.full((1000,), 3e38), True),  # whose sum is infinite
+        (torch.full((100_000,), 100.0, dtype=torch.float16), True),
+        (torch.tensor([1.0, torch.inf, -torch.inf]), False),
+        (torch.tensor([1.0, torch.nan]), False),
+        (torch.tensor([-torch.inf], dtype=torch.bfloat16), False),
+        (torch.arange(3), True),
+        (torch.tensor([]), True),
+    ],
+)
+def test_finite(values: torch.Tensor, finite: bool) -> None:
+    assert surgery._finite(values) is finite
+
+
+def test_an_expert_that_is_not_finite_is_named() -> None:
+    dense = create_dense()
+    inits = sparse_inits(dense, MOE)
+    bad: Any = inits["text.3"].experts[5]
+    with torch.no_grad():
+        bad.c_proj.bias[0] = torch.nan
+    with pytest.raises(PluginError, match=r"text\.3: expert 5 holds values that are not finite"):
+        upcycle(dense, inits, MOE)

@@ -13,7 +13,8 @@ from collections import defaultdict
 import torch
 
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
-with contextlib.redirect_stdout(sys.stderr):  # its log handler binds stdout at import; stdout is for results
+# Its log handler binds stdout at import: stdout is for results, and a progress bar may stand for stderr just then.
+with contextlib.redirect_stdout(sys.__stderr__ or sys.stderr):
     import deepspeed
     from deepspeed.moe.layer import MoE
     from deepspeed.moe.sharded_moe import MOELayer, TopKGate, _capacity, top2gating

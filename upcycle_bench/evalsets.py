@@ -18,7 +18,6 @@ import hashlib
 import io
 import re
 import warnings
-from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -26,7 +25,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 from upcycle_bench.cache import files_sha256
-from upcycle_bench.environment import cores
 from upcycle_bench.errors import UserError
 from upcycle_bench.flops import uncounted
 
@@ -208,7 +206,7 @@ def read(folder: Path, transform: Callable[[Any], Any], batch_size: int, split: 
 
 @dataclass(frozen=True)
 class _Batches:
-    """Batches, made while the model encodes those before them where that leaves a core idle.
+    """Batches, each made while the model encodes the one before where that leaves a core idle.
 
     No FLOP counter watches: looking at each operation on each image took a fifth of an evaluation.
     """
@@ -222,21 +220,26 @@ class _Batches:
         def following() -> tuple[Any, Any] | None:
             return next(iterator, None)
 
-        if not _core_is_free():
+        if not _reads_ahead():
             yield from iter(following, None)
             return
-        with ThreadPoolExecutor(1) as thread:
-            ahead = deque(thread.submit(following) for _ in range(2))
-            while (batch := ahead.popleft().result()) is not None:
-                ahead.append(thread.submit(following))
+        thread = ThreadPoolExecutor(1, "reader")
+        try:
+            ahead = thread.submit(following)
+            while (batch := ahead.result()) is not None:
+                ahead = thread.submit(following)
                 yield batch
+        finally:  # a reader that leaves early waits for one batch at most
+            thread.shutdown(cancel_futures=True)
 
 
-def _core_is_free() -> bool:
-    """Whether reading can go on beside encoding: that is done on a GPU, or by fewer threads than there are cores."""
+def _reads_ahead() -> bool:
+    """Whether reading can go on beside encoding: on a GPU, or where the threads that encode leave a core free."""
     import torch
 
-    return torch.cuda.is_available() or torch.get_num_threads() < cores()
+    from upcycle_bench.threads import core_is_free
+
+    return torch.cuda.is_available() or core_is_free()
 
 
 def classnames(folder: Path) -> tuple[str, ...]:

@@ -60,7 +60,7 @@ class FlopCounter(TorchDispatchMode):
 
 
 class _Active(threading.local):
-    """Dispatch modes watch one thread, and so do the active counters."""
+    """Dispatch modes watch one thread, and so do the counters (though modes go with a graph to a GPU's thread)."""
 
     def __init__(self) -> None:
         self.counters: list[FlopCounter] = []

@@ -190,6 +190,8 @@ class ExtraLoss(ABC):
     """A training term that a strategy adds. It sees the layers through forward hooks of its own."""
 
     name: ClassVar[str]
+    # Its gradient leads to the model's parameters alone, so that the two towers' backward passes may go side by side.
+    towers_apart: ClassVar[bool] = False
 
     @abstractmethod
     def compute(self) -> Tensor:

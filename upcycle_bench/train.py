@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from upcycle_bench import distributed, packed
+from upcycle_bench import distributed, packed, towers
 from upcycle_bench.data import Batch, BatchSource
 from upcycle_bench.dense import Clip
 from upcycle_bench.errors import PluginError
@@ -52,15 +52,25 @@ class _Features(nn.Module):
         super().__init__()
         self.clip, self.precision = clip, precision
         self.packs = packed.packs(clip)
+        self.draws = True  # random numbers; the first forward pass says whether that is so
 
     def forward(self, images: Tensor, texts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         clip: Any = self.clip
-        with autocast(images.device, self.precision):
-            if not self.packs:
+
+        def image_features() -> Tensor:
+            with autocast(images.device, self.precision):
+                return clip.encode_image(images, normalize=True)
+
+        def text_features() -> Tensor:
+            with autocast(images.device, self.precision):
+                return F.normalize(packed.encode_text(clip, texts), dim=-1)
+
+        if not self.packs:
+            with autocast(images.device, self.precision):
                 image_BD, text_BD, scale = clip(images, texts)[:3]
-            else:
-                image_BD, scale = clip.encode_image(images, normalize=True), clip.logit_scale.exp()
-                text_BD = F.normalize(packed.encode_text(clip, texts), dim=-1)
+        else:
+            scale = clip.logit_scale.exp()
+            image_BD, text_BD, self.draws = towers.both(image_features, text_features, at_once=not self.draws)
         return image_BD.float(), text_BD.float(), scale.float().squeeze()
 
 
@@ -179,13 +189,14 @@ def train(
                 with watch(layers if logged else {}) as seen:
                     losses, scale = compute_losses(engine, clip, batch, job, layers, extra)
                 loss = torch.stack(list(losses.values())).sum()
-                engine.backward(loss)
+                backward(engine, loss, model, extra)
                 engine.step()
+            loss, losses = loss.detach(), {name: term.detach() for name, term in losses.items()}
             _clamp_logit_scale(model, job)
             if extra is not None:
                 extra.after_step()
             if step < SHARE_STEPS:  # kept on the device: reading them would make it wait
-                first.append({name: term.detach() for name, term in losses.items()})
+                first.append(losses)
             before, progress.seconds = progress.seconds, time.perf_counter() - began
             progress.step = step + 1
             if isinstance(counter, FlopCounter):
@@ -207,6 +218,12 @@ def train(
                 save(engine, extra, job, progress)
                 return_freed_memory()
     return progress
+
+
+def backward(engine: Any, loss: Tensor, model: nn.Module, extra: ExtraLoss | None) -> None:
+    """`engine.backward(loss)`; both towers at once where DeepSpeed does nothing as gradients arrive."""
+    alone = distributed.world_size() == 1 and engine.zero_optimization_stage() == 0
+    engine.backward(towers.apart(loss, model) if alone and (extra is None or extra.towers_apart) else loss)
 
 
 def _end_stage(engine: Any, extra: ExtraLoss | None) -> None:
