@@ -18,7 +18,7 @@ from upcycle_bench.moe import moe_layers
 from upcycle_bench.protocol import Schedule, learning_rate, load_protocol
 from upcycle_bench.registry import load_registry
 from upcycle_bench.rng import Stream
-from upcycle_bench.strategy import FFN
+from upcycle_bench.strategy import FFN, ExtraLoss
 from upcycle_bench.surgery import find_layers, upcycle
 from upcycle_bench.train import parameter_groups, train
 from upcycle_bench.worlds import load_world
@@ -111,7 +111,7 @@ def test_same_seed_same_weights_other_seed_other_weights(pairs: PairDataset) -> 
     assert not torch.equal(first.model.logit_scale, other.model.logit_scale)
 
 
-class _Greedy:
+class _Greedy(ExtraLoss):
     """A loss that draws 1,000 numbers a step from the global generator and changes nothing."""
 
     name = "greedy"
