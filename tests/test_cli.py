@@ -164,7 +164,7 @@ def test_the_default_protocol_is_lab(
         (["run", "--seed", "x"], "upcycle-bench run: Invalid value for '--seed': .*"),
         (["run", "--bogus"], "upcycle-bench run: No such option: --bogus.*"),
         (["plot", "nowhere"], "upcycle-bench plot: Missing option '--figure'.*"),
-        (["runn"], "upcycle-bench: No such command 'runn'. Did you mean 'run'.*"),
+        (["runn"], "upcycle-bench: No such command 'runn'. Did you mean 'run'[?] See: upcycle-bench --help"),
     ],
 )
 def test_misuse_is_one_line(
@@ -174,6 +174,12 @@ def test_misuse_is_one_line(
     assert call(monkeypatch, *arguments) == 2
     captured = capsys.readouterr()
     assert re.fullmatch(f"error: {says}\n", captured.err) and not captured.out
+
+
+def test_a_bare_command_shows_its_help(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(monkeypatch) == 2
+    captured = capsys.readouterr()
+    assert "leaderboard" in captured.out + captured.err and "error" not in captured.out + captured.err
 
 
 def test_bf16_that_is_emulated_is_not_silent(

@@ -5,6 +5,7 @@ import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from tests.helpers import threads, tiny_clip, tiny_moe, upcycled
-from upcycle_bench import weights
+from upcycle_bench import record, weights
 from upcycle_bench.cli import app
 from upcycle_bench.compress import Quantise, Sparsify, compress
 from upcycle_bench.errors import UserError
@@ -166,3 +167,13 @@ def test_the_command(files: tuple[Path, Path], tmp_path: Path) -> None:
     assert weights.load(tmp_path / "out.safetensors").name == "smoke-vit"
     with pytest.raises(UserError, match="--output"):
         CliRunner().invoke(app, [*arguments[:-1], "out.pt"], catch_exceptions=False)
+
+
+def test_the_command_takes_a_record(files: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = SimpleNamespace(hashes=SimpleNamespace(weights="a digest"))
+    monkeypatch.setattr(record, "read", lambda path: {"run.json": found}[path.name])
+    monkeypatch.setattr(weights, "of_record", lambda path, digest: {"a digest": files[0]}[digest])
+    output = ["--output", str(tmp_path / "out.safetensors")]
+    arguments = ["compress", "run.json", "--base", str(files[1]), "--method", "quantise", *output]
+    assert CliRunner().invoke(app, arguments, catch_exceptions=False).exit_code == 0
+    assert weights.load(tmp_path / "out.safetensors").name == "smoke-vit"

@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -29,6 +29,7 @@ from upcycle_bench.progress import Reporter
 from upcycle_bench.registry import Entry, Registry
 from upcycle_bench.run import run
 from upcycle_bench.strategy import LayerInit, Strategy, StrategyInfo, random_router
+from upcycle_bench.threads import SHARE
 
 # ---- enumeration -------------------------------------------------------------------------------------------------
 
@@ -257,7 +258,7 @@ def test_a_dry_run_shows_the_matrix_and_writes_nothing(tmp_path: Path, command: 
     assert facts["flops_without_strategy_losses"] == 2 * json.loads(out)["training_flops_without_strategy_loss"]
     assert facts["estimated_training_seconds_on_one_such_device"] >= 0
     status, out, _ = command(*arguments)
-    assert [line.split() for line in out.splitlines() if line.startswith(" dense")] == [
+    assert [line.split() for line in out.splitlines() if line.startswith("dense")] == [
         ["dense-frozen", "to", "do", "done"],
         ["dense", "to", "do", "to", "do"],
     ]
@@ -283,6 +284,10 @@ def test_jobs_run_in_processes_of_their_own(
     """The same weights as in one process; a run that fails there, here for want of faiss, is a failed cell."""
     (tmp_path / "faiss.py").write_text("raise ImportError('no faiss')\n")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    shadow = tmp_path / "clone" / "upcycle_bench"  # sources without plugins, as in a clone that was not installed from
+    shadow.mkdir(parents=True)
+    (shadow / "__init__.py").write_text("raise ImportError('the sources of the working folder')\n")
+    monkeypatch.chdir(shadow.parent)
     results = tmp_path / "results"
     status, out, err = command(
         "-s", "dense,cluster-aware", "--seed", "53", "--jobs", "2", "--fresh", "--results", str(results), "--json"
@@ -299,7 +304,23 @@ def test_jobs_run_in_processes_of_their_own(
     assert path is not None
     theirs = record.read(Path(made["dense", 53]["record"]))
     assert theirs.hashes == record.read(path).hashes
-    assert theirs.command[1:6] == ["run", "--strategy", "dense", "--init-seed", "53"]
+    assert theirs.command[:6] == ["upcycle-bench", "run", "--strategy", "dense", "--init-seed", "53"]
+
+
+@pytest.mark.parametrize(("own", "share"), [({}, "2"), ({SHARE: "1"}, "1")])
+def test_jobs_share_the_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own: dict[str, str], share: str) -> None:
+    seen: dict[str, str] = {}
+
+    def start(cell: Any, results: Path, shared: Any, environment: Mapping[str, str]) -> Any:
+        seen.update(environment)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(matrix, "cores", lambda: 5)
+    monkeypatch.setattr(matrix, "_start", start)
+    todo: Any = ["a cell"]
+    with pytest.raises(KeyboardInterrupt):
+        matrix.run_apart(todo, tmp_path, 2, [], own)
+    assert seen == {SHARE: share}
 
 
 def test_ctrl_c_stops_the_processes_and_leaves_nothing(tmp_path: Path, quick: list[str]) -> None:

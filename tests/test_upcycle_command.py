@@ -162,7 +162,10 @@ def test_too_few_pairs_are_a_warning_that_counts_them(
         (["-s", "sparse-upcycling", "--top-k", "9"], "top_k (9) exceeds experts (8)"),
         (["-s", "sparse-upcycling", "--offset", "90"], "moe.offset=90 leaves no block to replace"),
         (["-s", "sparse-upcycling", "-m", "ViT-B32"], "unknown open_clip model 'ViT-B32': did you mean 'ViT-B-32'"),
-        (["-s", "sparse-upcycling", "--pretrained", "no.pt"], "unknown pretrained weights of smoke-vit 'no.pt'"),
+        (
+            ["-s", "sparse-upcycling", "--pretrained", "no.pt"],
+            "no.pt: no such file; give one with weights of smoke-vit",
+        ),
         (["-s", "sparse-upcycling", "--pretrained", "text"], "checkpoint text does not fit smoke-vit"),
         (["--output", "model.pt"], "give a file name that ends in .safetensors"),
         (["--output", "no/moe.safetensors"], "no is not a folder; make it"),

@@ -386,6 +386,8 @@ def main() -> None:
     except typer.TyperException as error:  # a missing or bad option, an unknown command
         context = getattr(error, "ctx", None)
         path = context.command_path if context else "upcycle-bench"
-        message = " ".join(plain(error.format_message()).split()).rstrip(".")
-        print(f"error: {path}: {message}. See: {path} --help", file=sys.stderr)
+        message = " ".join(plain(error.format_message()).split())
+        if message:  # none: it has just printed the help
+            end = "" if message.endswith((".", "?")) else "."
+            print(f"error: {path}: {message}{end} See: {path} --help", file=sys.stderr)
         sys.exit(2)

@@ -21,7 +21,9 @@ class Compression(str, Enum):
 
 
 def compress(
-    checkpoint: Annotated[Path, typer.Argument(help="Trained weights of ours, FILE.safetensors.")],
+    checkpoint: Annotated[
+        Path, typer.Argument(help="Trained weights of ours, FILE.safetensors, or the record of a run.")
+    ],
     base: Annotated[Path, typer.Option(help="The dense open_clip model that they were made of.")],
     output: Annotated[Path, typer.Option(metavar="FILE.safetensors", help="Where the decompressed weights go.")],
     method: Annotated[Compression, typer.Option(help="What becomes of each expert's difference to the base.")],
@@ -35,6 +37,8 @@ def compress(
     from upcycle_bench.compress import Quantise, Sparsify
     from upcycle_bench.compress import compress as execute
 
+    if checkpoint.suffix == ".json":
+        checkpoint = _of_record(checkpoint)
     check_output(output)
     refuse_existing(output, force)
     chosen = Sparsify(rate) if method is Compression.sparsify else Quantise(bits)
@@ -46,3 +50,9 @@ def compress(
     print(f"experts' matrices: {before:,.2f} MB -> {after:,.2f} MB, {report['ratio']:.2f} times smaller")
     print(f"relative error of the differences: {report['relative_error_of_deltas']:.3g}")
     print(f"decompressed weights: {output}")
+
+
+def _of_record(path: Path) -> Path:
+    from upcycle_bench import record, weights
+
+    return weights.of_record(path, record.read(path).hashes.weights)

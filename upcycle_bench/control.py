@@ -64,7 +64,8 @@ def run(suites: Mapping[str, Suite], context: EvalContext) -> tuple[list[Control
             except OnlyNamed:
                 reasons["it scores only what a protocol names, and no protocol names shuffled labels."] = None
             except Exception as error:  # a suite may not be made for small sets, and its own scores stand
-                reasons[str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"] = None
+                what = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+                reasons[re.sub("^it ", "the shuffled set ", what)] = None
         if not found:
             without.append(f"{name}: {' '.join(reasons) or 'it reads no test set of this world.'}")
     return controls, " ".join(without) or None

@@ -130,6 +130,8 @@ def find_pretrained(name: str, source: str) -> tuple[Path, Mapping[str, Any]]:
     if (file := Path(source)).is_file():
         return file, {}
     pretrained = open_clip.get_pretrained_cfg(name, source)
+    if not pretrained and (file.suffix or len(file.parts) > 1):  # no tag of open_clip's has a dot or a slash
+        raise UserError(f"{source}: no such file; give one with weights of {name}, or a tag of open_clip's for it.")
     if not pretrained:
         tags = open_clip.list_pretrained_tags_by_model(name)
         raise unknown(f"pretrained weights of {name}", source, tags, "Or give a file: there is none of that name.")

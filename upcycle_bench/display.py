@@ -339,17 +339,25 @@ def show_listing(kind: str, entries: Sequence[dict[str, Any]]) -> None:
 def table(title: str, rows: Sequence[dict[str, str]], *, stderr: bool = False) -> None:
     """Rows with the same keys, which head the columns."""
     from rich import box
+    from rich.console import Group
     from rich.markup import escape  # `cluster-aware[tau=0.8]` is no markup
     from rich.table import Table
 
     # On a narrow terminal these are folded, so that no digit of the others is cut off.
     wide = ("summary", "paper", "is", "from", "holds", "record or reason", "suite", "dataset", "metric")
-    made = Table(title=escape(title), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    made = Table(
+        title=escape(title),
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        show_edge=False,
+        collapse_padding=True,
+    )
     for column in rows[0] if rows else ["none"]:
         made.add_column(column, overflow="fold", no_wrap=column not in wide)
     for row in rows:
         made.add_row(*map(escape, row.values()))
-    show(made, stderr=stderr)
+    show(Group(made, ""), stderr=stderr)
 
 
 def show(renderable: Any, *, stderr: bool = False) -> None:

@@ -264,6 +264,13 @@ class _Child:
         return [f"{self.cell.strategy} seed {self.cell.seed}: {text}" for text in texts]
 
 
+# Not `-m upcycle_bench`: that looks into the working folder first, where a clone may have the sources without plugins.
+START = (
+    "import sys; sys.path[:] = filter(None, sys.path); sys.argv[0] = 'upcycle-bench'; "
+    "from upcycle_bench.cli import main; main()"
+)
+
+
 def run_apart(
     todo: Sequence[Cell], results: Path, jobs: int, shared: Sequence[str], environment: Mapping[str, str]
 ) -> list[Outcome]:
@@ -298,7 +305,7 @@ def run_apart(
 
 def _start(cell: Cell, results: Path, shared: Sequence[str], environment: Mapping[str, str]) -> _Child:
     seeds = ["--init-seed", str(cell.plan.init_seed), "--train-seed", str(cell.plan.train_seed)]
-    command = [sys.executable, "-m", "upcycle_bench", "run", "--strategy", cell.plan.entry.name, *seeds, *shared]
+    command = [sys.executable, "-c", START, "run", "--strategy", cell.plan.entry.name, *seeds, *shared]
     known = set(results.rglob("*.json"))
     process = subprocess.Popen(
         command,

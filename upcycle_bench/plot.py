@@ -86,8 +86,8 @@ def draw(runs: Sequence[Run], name: Name, output: Path) -> list[Path]:
     shown = [run for run in runs if _has(run, name)]
     if not shown:
         raise UserError(
-            f"--figure {name}: none of {len(runs)} runs has what it shows (an upcycled model trained by this version); "
-            "train again with `run --fresh`."
+            f"--figure {name}: none of {len(runs)} runs has what it shows: training of an upcycled model (not a dense "
+            "one), by this version (`run --fresh` trains again)."
         )
     if name == "loss":
         _over_training(figure.subplots(), shown, lambda row: row["contrastive"], "contrastive loss in training")

@@ -265,7 +265,9 @@ def read(path: Path) -> Record:
     except OSError as error:
         raise UserError(f"record {path}: {error.strerror or error}.") from None
     except (ValueError, RecursionError) as error:
-        raise UserError(f"record {path} is not strict JSON ({error}); restore it or move it away.") from None
+        raise UserError(
+            f"record {path} is not strict JSON ({error}); restore it, move it away or name another."
+        ) from None
     if not isinstance(tree, dict) or "schema_version" not in tree:
         raise UserError(f"{path} is not an upcycle-bench record (it has no schema_version); move it away.")
     if tree["schema_version"] != SCHEMA_VERSION:

@@ -119,7 +119,7 @@ def load(path: Path) -> Clip:
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path}: not a readable safetensors file ({error}).") from None
     if text is None:
-        raise UserError(f"{path}: not written by upcycle-bench ({FORMAT}); dense models load with --checkpoint.")
+        raise UserError(f"{path}: not written by upcycle-bench ({FORMAT}); give what run, upcycle or compress wrote.")
     try:
         settings = json.loads(text)
         state = load_file(path)
