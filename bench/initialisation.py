@@ -145,8 +145,8 @@ def peak_bytes(kind: str, tokens: int, settings: Settings) -> int:
 def surgery(settings: Settings) -> Iterator[Row]:
     """`sparse-upcycling` of a ViT-B/32, experts and surgery / copying the tensors of its result once.
 
-    Both by one thread, as experts are made, so that they do not depend on the number of threads; first in memory that
-    the process has to fetch from the system, as where a model is upcycled once, then in memory that it has at hand.
+    Both by one thread, as experts are made, so that they do not depend on the number of threads; in memory that the
+    process has to fetch from the system, as where a model is upcycled once, and in memory that it has at hand.
     """
     moe = lab_protocol().moe
     dense = create_clip("ViT-B-32").model.to(settings.device)
@@ -161,11 +161,11 @@ def surgery(settings: Settings) -> Iterator[Row]:
         gc.collect()
         return_freed_memory()
 
-    for where, goal, before_each in (("", "<= 1.5", fetched), (", memory at hand", "", gc.collect)):
+    for where, before_each in (("memory to be fetched", fetched), ("memory at hand", gc.collect)):
         with one_thread():
             yield compare(
-                f"sparse-upcycling of ViT-B/32 / copying its tensors once{where}",
-                goal,
+                f"sparse-upcycling of ViT-B/32 / copying its tensors once, {where}",
+                "<= 1.5",
                 operate,
                 lambda: [tensor.clone() for tensor in tensors],
                 settings,

@@ -1,6 +1,6 @@
-"""Two one-thread trainings side by side against one with two threads: training steps of `lab-vit`, dense and upcycled.
+"""Two one-thread trainings side by side against one that has both cores: steps of `lab-vit`, dense and upcycled.
 
-usage: python bench/side_by_side.py [BATCH]      prints a Markdown table; ratio > 1: side by side is faster
+usage: python bench/side_by_side.py [BATCH]      prints a Markdown table; gain > 1: side by side is faster
 
 Every training is a process of its own on made-up pairs, under the DeepSpeed engine as in `upcycle-bench run`.
 """
@@ -8,6 +8,7 @@ Every training is a process of its own on made-up pairs, under the DeepSpeed eng
 from __future__ import annotations
 
 import itertools
+import os
 import statistics
 import subprocess
 import sys
@@ -17,6 +18,9 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+
+from upcycle_bench.environment import cores
+from upcycle_bench.threads import SHARE
 
 STEPS = 16
 
@@ -73,25 +77,29 @@ def child(kind: str, threads: int, batch: int) -> None:
 
 
 def seconds(kind: str, threads: int, batch: int, count: int) -> float:
-    """Median step of `count` such trainings at once."""
+    """Median step of `count` such trainings at once, which share the cores."""
     command = [sys.executable, __file__, "--child", kind, str(threads), str(batch)]
+    environment = os.environ | {SHARE: str(max(1, cores() // count))}
     running = [
-        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) for _ in range(count)
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment)
+        for _ in range(count)
     ]
     return statistics.fmean(float(process.communicate()[0]) for process in running)
 
 
 def main(batch: int) -> None:
-    """Both measurements, one after the other."""
-    print("| lab-vit step | one run, two threads, s | two runs, one thread each, s | gain side by side |")
-    print("| --- | --- | --- | --- |")
+    """All measurements, one after the other."""
+    print(
+        "| lab-vit step | one run, two threads, s | one run, one thread, s | two runs, one thread each, s | gain of two |"
+    )
+    print("| --- | --- | --- | --- | --- |")
     for kind in ("dense", "upcycled"):
-        alone, beside = seconds(kind, 2, batch, 1), seconds(kind, 1, batch, 2)
-        print(f"| {kind}, batch {batch} | {alone:.3f} | {beside:.3f} | {2 * alone / beside:.2f} |")
+        two, one, beside = (seconds(kind, threads, batch, count) for threads, count in ((2, 1), (1, 1), (1, 2)))
+        print(f"| {kind}, batch {batch} | {two:.3f} | {one:.3f} | {beside:.3f} | {2 * min(one, two) / beside:.2f} |")
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--child"]:
         child(sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))
     else:
-        main(int(sys.argv[1]) if len(sys.argv) > 1 else 256)
+        main(int(sys.argv[1]) if len(sys.argv) > 1 else 512)
