@@ -90,7 +90,7 @@ def seconds(kind: str, threads: int, batch: int, count: int) -> float:
 def main(batch: int) -> None:
     """All measurements, one after the other."""
     print(
-        "| lab-vit step | one run, two threads, s | one run, one thread, s | two runs, one thread each, s | gain of two |"
+        "| lab-vit step | a run, two threads, s | a run, one thread, s | two runs, one thread each, s | gain of two |"
     )
     print("| --- | --- | --- | --- | --- |")
     for kind in ("dense", "upcycled"):

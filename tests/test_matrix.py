@@ -307,20 +307,20 @@ def test_jobs_run_in_processes_of_their_own(
     assert theirs.command[:6] == ["upcycle-bench", "run", "--strategy", "dense", "--init-seed", "53"]
 
 
-@pytest.mark.parametrize(("own", "share"), [({}, "2"), ({SHARE: "1"}, "1")])
-def test_jobs_share_the_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own: dict[str, str], share: str) -> None:
+@pytest.mark.parametrize(("own", "share"), [(5, "2"), (1, "1")])
+def test_jobs_share_the_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own: int, share: str) -> None:
     seen: dict[str, str] = {}
 
     def start(cell: Any, results: Path, shared: Any, environment: Mapping[str, str]) -> Any:
         seen.update(environment)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(matrix, "cores", lambda: 5)
+    monkeypatch.setattr(matrix, "own_cores", lambda: own)
     monkeypatch.setattr(matrix, "_start", start)
     todo: Any = ["a cell"]
     with pytest.raises(KeyboardInterrupt):
-        matrix.run_apart(todo, tmp_path, 2, [], own)
-    assert seen == {SHARE: share}
+        matrix.run_apart(todo, tmp_path, 2, [], {"HOME": "here", SHARE: "9"})
+    assert seen == {"HOME": "here", SHARE: share}
 
 
 def test_ctrl_c_stops_the_processes_and_leaves_nothing(tmp_path: Path, quick: list[str]) -> None:

@@ -22,14 +22,13 @@ from pathlib import Path
 
 from upcycle_bench import costs, display, distributed, engine, record
 from upcycle_bench.cache import file_sha256
-from upcycle_bench.environment import cores
 from upcycle_bench.errors import UserError
 from upcycle_bench.plan import Plan
 from upcycle_bench.pretrain import dense_path, load_dense
 from upcycle_bench.progress import Reporter
 from upcycle_bench.registry import Registry
 from upcycle_bench.run import check_input, check_strategy, run, run_id
-from upcycle_bench.threads import SHARE
+from upcycle_bench.threads import SHARE, own_cores
 
 Seeds = tuple[int, int]  # initialisation, training
 Records = Mapping[Path, record.Record]
@@ -272,11 +271,11 @@ START = (
 
 
 def run_apart(
-    todo: Sequence[Cell], results: Path, jobs: int, shared: Sequence[str], environment: Mapping[str, str]
+    todo: Sequence[Cell], results: Path, jobs: int, shared: Sequence[str], environment: dict[str, str]
 ) -> list[Outcome]:
     """`jobs` at once, each in a process of its own with its share of the cores; an interruption stops them all."""
     waiting = deque(todo)
-    environment = {SHARE: str(max(1, cores() // jobs)), **environment}
+    environment = environment | {SHARE: str(max(1, own_cores() // jobs))}
     children: list[_Child] = []
     outcomes = []
     with display.runs_bar(len(todo)) as bar, selectors.DefaultSelector() as selector:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import signal
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -29,12 +30,17 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def core_is_free() -> bool:
-    """Whether PyTorch's threads, on all ranks of this machine, leave a core."""
+def own_cores() -> int:
+    """Cores of this process and the other ranks of its run; UserError where $UPCYCLE_BENCH_CORES is no number."""
     text = os.environ.get(SHARE) or str(cores())
     if not text.isdigit():
         raise UserError(f"{SHARE} must be a number of cores, not {text!r}.")
-    return torch.get_num_threads() * distributed.local_world_size() < min(int(text), cores())
+    return min(int(text), cores())
+
+
+def core_is_free() -> bool:
+    """Whether PyTorch's threads, on all ranks of this machine, leave a core."""
+    return torch.get_num_threads() * distributed.local_world_size() < own_cores()
 
 
 def spare_thread() -> ThreadPoolExecutor | None:
@@ -49,4 +55,11 @@ def spare_thread() -> ThreadPoolExecutor | None:
 
 @functools.cache
 def _spare_thread(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(1, "spare", torch.set_num_threads, (threads,))  # OpenMP's number is each thread's own
+    pool = ThreadPoolExecutor(1, "spare", torch.set_num_threads, (threads,))  # OpenMP's number is each thread's own
+    # An interrupt while the executor starts its thread may leave one of which it knows nothing, and which never ends.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        pool.submit(torch.get_num_threads).result()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    return pool
