@@ -25,9 +25,8 @@ QUICK = [
 
 
 # Tests that run at once share the cores; what they start does, too.
-os.environ.setdefault(
-    "UPCYCLE_BENCH_CORES", str(max(1, cores() // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))))
-)
+WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+os.environ["UPCYCLE_BENCH_CORES"] = str(max(1, cores() // WORKERS))
 
 
 @pytest.fixture(autouse=True, scope="session")
