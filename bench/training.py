@@ -41,6 +41,7 @@ from upcycle_bench.train import (
     create_engine,
     longest_sequence,
     parameter_groups,
+    parts_towers,
 )
 
 Step = Callable[[], Any]
@@ -123,12 +124,13 @@ def our_step(
     layers = moe_layers(model)
     engine = create_engine(_Features(model, job.schedule.precision), job)
     extra, turns = make_loss(layers), itertools.cycle(batches)
+    engine.module.towers_apart = parts_towers(engine, extra)
     device, longest = next(model.parameters()).device, longest_sequence(model)
 
     def step() -> None:
         with attention_kernel(device, longest):
             losses, _ = compute_losses(engine, clip, next(turns), job, layers, extra)
-            backward(engine, torch.stack(list(losses.values())).sum(), model, extra)
+            backward(engine, torch.stack(list(losses.values())).sum())
             engine.step()
         _clamp_logit_scale(model, job)
         if extra is not None:

@@ -40,11 +40,13 @@ from __future__ import annotations
 import math
 import statistics
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future
 from dataclasses import asdict
 from dataclasses import dataclass as plain_dataclass
+from functools import partial
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import torch
@@ -61,8 +63,10 @@ from upcycle_bench.hookspecs import hookimpl
 from upcycle_bench.scoring import Judged, Task, chance_at_k, exact_cosines, fit_scale, judge
 from upcycle_bench.suite import AVERAGE, EvalContext, Score, Suite, SuiteInfo, SuiteResult
 from upcycle_bench.texts import class_embeddings, classification_task, encode_texts
+from upcycle_bench.threads import beside
 from upcycle_bench.uncertainty import Uncertainty
 
+T = TypeVar("T")
 TOP_K = {
     "classification": {1: "acc1", 5: "acc5"},
     "retrieval": {1: "recall@1", 5: "recall@5", 10: "recall@10"},
@@ -86,6 +90,22 @@ class Question:
     prefix: str
     task: Task
     strata_Q: np.ndarray
+
+
+@plain_dataclass(frozen=True)
+class Asked:
+    """A question that is being judged, without its embeddings."""
+
+    prefix: str
+    gallery: int
+    label_Q: np.ndarray
+    strata_Q: np.ndarray
+    judged: Future[Judged]
+
+    @classmethod
+    def of(cls, question: Question, judged: Future[Judged]) -> Asked:
+        task = question.task
+        return cls(question.prefix, len(task.gallery_GD), task.query_id_Q.numpy(), question.strata_Q, judged)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,20 +159,34 @@ class ZeroShot(Suite):
         context.model.eval()
         known: dict[str, Tensor] = {}  # text -> its embedding: many sets share their prompts
         own = math.exp(float(context.model.logit_scale.detach()))  # type: ignore[operator]
-        fitted = {
-            evalset.name: fit_scale([q.task for q in questions(evalset, context, known)], evalset.name)
-            for evalset in opened.values()
-            if evalset.name in temperature.values()
-        }
-        scales = {kind: fitted.get(name, own) for kind, name in temperature.items()}
+        begun: list[Future[Any]] = []  # what is encoded is judged beside the encoding of what follows, in this order
+        try:
+            fitted = {}
+            for name in (name for name in opened if name in temperature.values()):
+                tasks = [question.task for question in questions(opened[name], context, known)]
+                fitted[name] = _begin(begun, partial(fit_scale, tasks, name))
+            scale = {kind: fitted[name].result if name else partial(float, own) for kind, name in temperature.items()}
+            parts = {name: SuiteResult([], {}) for name in self.sets}
+            asked: dict[str, list[Asked]] = {name: [] for name in self.sets}
+            for name, evalset in ((name, opened[name]) for name in self.sets):
+                if evalset.kind == "multilabel":
+                    add_average_precision(evalset, context, known, primary.get(name, ""), parts[name])
+                    continue
+                for question in questions(evalset, context, known):
+                    judged = _begin(begun, partial(_judge, question.task, scale[evalset.kind], name))
+                    asked[name].append(Asked.of(question, judged))
+            scales = {kind: np.array([scale[kind]()]) for kind in scale}
+            for name in self.sets:
+                for each in asked[name]:
+                    add_scores(opened[name], each, primary.get(name, ""), parts[name])
+        finally:
+            for future in begun:  # where something failed, nobody waits for the rest
+                future.cancel()
 
-        result = SuiteResult([], {f"temperature/{kind}/logit_scale": np.array([scales[kind]]) for kind in scales})
-        for name in self.sets:
-            evalset, metric = opened[name], primary.get(name, "")
-            if evalset.kind == "multilabel":
-                add_average_precision(evalset, context, known, metric, result)
-            else:
-                add_scores(evalset, context, known, scales[evalset.kind], metric, result)
+        result = SuiteResult([], {f"temperature/{kind}/logit_scale": scales[kind] for kind in scales})
+        for part in parts.values():
+            result.scores.extend(part.scores)
+            result.outcomes.update(part.outcomes)
         for kind in METRICS:
             result.scores.extend(averages(result.scores, [name for name in self.primary if opened[name].kind == kind]))
         return result
@@ -184,43 +218,49 @@ class ZeroShot(Suite):
         raise unknown(f"primary_metric of the {evalset.kind} set {evalset.name}", self.primary_metric, known)
 
 
-def add_scores(
-    evalset: EvalSet, context: EvalContext, known: dict[str, Tensor], scale: float, primary: str, result: SuiteResult
-) -> None:
-    """Add the scores and outcomes of one set, of the whole and of its strata, to `result`."""
-    names = TOP_K[evalset.kind]
-    for question in questions(evalset, context, known):
-        task, gallery = question.task, len(question.task.gallery_GD)
-        judged = judge(task, scale, evalset.name)
+def _begin(begun: list[Future[Any]], work: Callable[[], T]) -> Future[T]:
+    """Begin it beside what follows, and raise what has gone wrong meanwhile."""
+    begun.append(beside(work))
+    for future in begun:
+        if future.done():
+            future.result()
+    return begun[-1]
 
-        outcomes: dict[str, np.ndarray] = {
-            "log_likelihood": judged.log_likelihood_Q.astype(np.float32),
-            "rank": judged.rank_Q.astype(np.int32),
-        }
-        outcomes |= {f"correct@{k}": judged.rank_Q < k for k in names if k <= gallery}
-        for name, values in outcomes.items():
-            result.outcomes[f"{evalset.name}/{question.prefix}{name}"] = values
 
-        label_Q = task.query_id_Q.numpy()
-        sample_Q = None if evalset.kind == "classification" else label_Q  # captions of one image are one sample
-        rows = list(metrics(judged, gallery, names, sample_Q))
-        if evalset.kind == "classification":
-            correct_Q = judged.rank_Q == 0
-            recalls = [np.mean(correct_Q[label_Q == label]) for label in np.unique(label_Q)]
-            sure = uncertainty.of_recalls(correct_Q, label_Q)
-            rows.append(("mean_per_class_recall", float(np.mean(recalls)), sure, 1 / gallery, len(label_Q)))
-        for stratum in np.unique(question.strata_Q):
-            chosen_Q = question.strata_Q == stratum
-            chosen = None if sample_Q is None else sample_Q[chosen_Q]
-            rows.extend(metrics(judged.only(chosen_Q), gallery, names, chosen, f"[{stratum}]"))
-        for metric, value, sure, chance, samples in rows:
-            metric = question.prefix + metric
-            result.scores.append(
-                Score(
-                    dataset=evalset.name, metric=metric, value=value, higher_is_better=True, chance=chance,
-                    samples=samples, primary=metric == primary, **asdict(sure),
-                )
-            )  # fmt: skip
+def _judge(task: Task, scale: Callable[[], float], name: str) -> Judged:
+    return judge(task, scale(), name)
+
+
+def add_scores(evalset: EvalSet, asked: Asked, primary: str, result: SuiteResult) -> None:
+    """Add the scores and outcomes of one question, of the whole and of its strata, to `result`."""
+    names, judged, gallery, label_Q = TOP_K[evalset.kind], asked.judged.result(), asked.gallery, asked.label_Q
+    outcomes: dict[str, np.ndarray] = {
+        "log_likelihood": judged.log_likelihood_Q.astype(np.float32),
+        "rank": judged.rank_Q.astype(np.int32),
+    }
+    outcomes |= {f"correct@{k}": judged.rank_Q < k for k in names if k <= gallery}
+    for name, values in outcomes.items():
+        result.outcomes[f"{evalset.name}/{asked.prefix}{name}"] = values
+
+    sample_Q = None if evalset.kind == "classification" else label_Q  # captions of one image are one sample
+    rows = list(metrics(judged, gallery, names, sample_Q))
+    if evalset.kind == "classification":
+        correct_Q = judged.rank_Q == 0
+        recalls = [np.mean(correct_Q[label_Q == label]) for label in np.unique(label_Q)]
+        sure = uncertainty.of_recalls(correct_Q, label_Q)
+        rows.append(("mean_per_class_recall", float(np.mean(recalls)), sure, 1 / gallery, len(label_Q)))
+    for stratum in np.unique(asked.strata_Q):
+        chosen_Q = asked.strata_Q == stratum
+        chosen = None if sample_Q is None else sample_Q[chosen_Q]
+        rows.extend(metrics(judged.only(chosen_Q), gallery, names, chosen, f"[{stratum}]"))
+    for metric, value, sure, chance, samples in rows:
+        metric = asked.prefix + metric
+        result.scores.append(
+            Score(
+                dataset=evalset.name, metric=metric, value=value, higher_is_better=True, chance=chance,
+                samples=samples, primary=metric == primary, **asdict(sure),
+            )
+        )  # fmt: skip
 
 
 def add_average_precision(

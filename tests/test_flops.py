@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from tests.helpers import captions, tiny_clip, upcycled
 from upcycle_bench import packed
-from upcycle_bench.flops import FlopCounter, counted_flops, counting, flop_formulas, uncounted
+from upcycle_bench.flops import FlopCounter, carried, counted_flops, counting, flop_formulas, uncounted
 from upcycle_bench.registry import load_registry
 from upcycle_bench.strategy import configure
 
@@ -133,3 +133,13 @@ def test_each_thread_counts_for_itself() -> None:
         assert counting()
         product()
     assert counter.get_total_flops() == 48
+
+
+def test_work_for_another_thread_counts_here() -> None:
+    product = partial(torch.mm, torch.rand(2, 3), torch.rand(3, 4))
+    with ThreadPoolExecutor(1) as thread:
+        with FlopCounter() as outer, FlopCounter() as inner:
+            made = thread.submit(carried(product)).result()
+        assert torch.equal(made, product())
+        assert (outer.get_total_flops(), inner.get_total_flops()) == (48, 48)
+        assert carried(product) is product  # nobody counts

@@ -317,7 +317,7 @@ def test_jobs_share_the_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, o
 
     monkeypatch.setattr(matrix, "own_cores", lambda: own)
     monkeypatch.setattr(matrix, "_start", start)
-    todo: Any = ["a cell"]
+    todo: Any = ["a cell", "another", "a third"]
     with pytest.raises(KeyboardInterrupt):
         matrix.run_apart(todo, tmp_path, 2, [], {"HOME": "here", SHARE: "9"})
     assert seen == {"HOME": "here", SHARE: share}

@@ -1,7 +1,9 @@
 """Both towers at once: the same numbers to the bit as one after the other, alone and through whole trainings."""
 
+import signal
 import threading
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,8 +19,8 @@ from upcycle_bench.errors import UserError
 from upcycle_bench.flops import counted_flops
 from upcycle_bench.moe import moe_layers
 from upcycle_bench.strategy import ExtraLoss
-from upcycle_bench.threads import SHARE, core_is_free, spare_thread
-from upcycle_bench.train import train
+from upcycle_bench.threads import SHARE, beside, core_is_free, spare_thread
+from upcycle_bench.train import parts_towers, train
 from upcycle_bench.worlds import load_world
 
 Cores = Callable[[int], None]
@@ -59,8 +61,13 @@ def test_a_core_is_free_where_threads_leave_one(cores: Cores, monkeypatch: pytes
     assert not core_is_free() and spare_thread() is None
     cores(2)
     assert core_is_free() and spare_thread() is not None
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(threads, "_spare_thread", lambda number: f"one of {number}")
+    for number, free, spare in ((2, False, False), (3, True, False), (4, True, True)):
+        cores(number)
+        assert (core_is_free(), threads._spare_thread_if_free() is not None) == (free, spare)
     monkeypatch.setattr(distributed, "local_world_size", lambda: 2)
-    assert not core_is_free()
+    assert not core_is_free() and spare_thread() is None
     monkeypatch.undo()
     monkeypatch.setattr(threads, "cores", lambda: 4)
     monkeypatch.setenv(SHARE, "1")
@@ -76,6 +83,16 @@ def test_the_spare_thread_has_as_many_threads_and_rests_while_flops_are_counted(
     assert spare is not None and spare.submit(torch.get_num_threads).result() == 1
     with counted_flops():
         assert spare_thread() is None
+
+
+def test_what_is_begun_beside_gives_what_it_makes_or_raises(cores: Cores) -> None:
+    for number in (1, 2):
+        cores(number)
+        seen: list[str] = []
+        assert beside(lambda seen=seen: in_spare(seen)() or 7).result() == 7
+        assert seen[0].startswith("spare") is (number == 2)
+        with pytest.raises(ZeroDivisionError):
+            beside(lambda: 1 // 0).result()
 
 
 # ---- forwards --------------------------------------------------------------------------------------------------------
@@ -228,6 +245,75 @@ def test_a_training_is_the_same_to_the_bit(
     assert progress.last | {"samples_per_second": 0} == alone.last | {"samples_per_second": 0}
     assert progress.counted_flops == alone.counted_flops > 0
     assert {name.startswith("spare") for name in calls} == {False, True}
+
+
+def test_what_the_towers_must_not_share() -> None:
+    """Weights used more than once in a forward pass: what autocast keeps of them would be a matter of threads."""
+    clip = upcycled()
+    assert towers.separable(clip.model) and towers.separable(create_clip("smoke-vit").model)
+    layer = next(iter(moe_layers(clip.model).values()))
+    layer.experts[1].c_fc.weight = layer.experts[0].c_fc.weight
+    assert not towers.separable(clip.model)
+    other = upcycled()
+    next(iter(moe_layers(other.model).values())).experts[0] = nn.Identity()
+    assert not towers.separable(other.model)
+
+
+def test_when_towers_are_parted(monkeypatch: pytest.MonkeyPatch) -> None:
+    def engine_of(stage: int = 0, accumulated: int = 1) -> Any:
+        return SimpleNamespace(
+            zero_optimization_stage=lambda: stage,
+            gradient_accumulation_steps=lambda: accumulated,
+            module=create_clip("smoke-vit").model,
+        )
+
+    def extra(apart: bool) -> Any:
+        return SimpleNamespace(towers_apart=apart)
+
+    assert parts_towers(engine_of(), None) and parts_towers(engine_of(), extra(True))
+    assert not parts_towers(engine_of(), extra(False))
+    assert not parts_towers(engine_of(stage=1), None)
+    assert not parts_towers(engine_of(accumulated=2), None)
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    assert not parts_towers(engine_of(), None)
+
+
+def test_a_forward_pass_without_a_loss_leaves_no_answer_behind(cores: Cores) -> None:
+    cores(2)
+    clip = upcycled()
+    layers = moe_layers(clip.model.train())
+    loss = eesd(layers)
+    images = torch.rand(4, 3, 8, 8)
+    for scale in (1, 2):
+        clip.model.encode_image(images * scale)
+    cores(1)
+    clip.model.encode_image(images * 3)
+    found = loss.compute()
+    clip.model.encode_image(images * 3)
+    assert torch.equal(found, loss.compute())
+    cores(2)
+    clip.model.encode_image(images)
+    loss.close()
+    assert not loss.ahead and not loss.seen
+
+
+def test_an_interrupt_while_the_spare_thread_starts_comes_afterwards() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    steps = []
+
+    def interrupted() -> None:
+        with threads._uninterrupted():
+            signal.raise_signal(signal.SIGTERM)
+            steps.append("went on")
+
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            interrupted()
+        assert signal.getsignal(signal.SIGTERM) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert steps == ["went on"]
 
 
 def test_no_graph_outlives_its_step(pairs: PairDataset, cores: Cores) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,8 +15,9 @@ from PIL import Image
 from pydantic import ValidationError
 
 import upcycle_bench
-from upcycle_bench import evalsets
+from upcycle_bench import evalsets, threads
 from upcycle_bench.errors import UserError
+from upcycle_bench.flops import counted_flops
 from upcycle_bench.scoring import judge
 from upcycle_bench.suite import EvalContext
 from upcycle_bench.suites import zero_shot
@@ -420,6 +422,36 @@ def test_what_is_wrong_with_sets_is_said_before_any_encoding(root, tmp_path):
     (tmp_path / "cut" / "strata.txt").write_text("seen\nnot seen\nseen\n")
     with pytest.raises(UserError, match=r"strata\.txt must hold a stratum"):
         evaluate(root=tmp_path, sets=["cut"], primary=["cut"])
+
+
+def test_judging_beside_encoding_changes_nothing(model, root, monkeypatch):
+    suite = ZeroShot(
+        sets=["three", "captions", "digits-test"],
+        temperature_sets=["digits-validation", "digits-retrieval"],
+        primary=["digits-test"],
+    )
+    judges = []
+    judge = zero_shot.judge
+    monkeypatch.setattr(
+        zero_shot, "judge", lambda *args: judges.append(threading.current_thread().name) or judge(*args)
+    )
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        results, flops = [], []
+        for cores in (1, 2):
+            monkeypatch.setattr(threads, "cores", lambda cores=cores: cores)
+            monkeypatch.setenv(threads.SHARE, str(cores))
+            with counted_flops() as counter:
+                results.append(suite.evaluate(context(model, root)))
+            flops.append(counter.get_total_flops())
+    finally:
+        torch.set_num_threads(before)
+    assert [name.startswith("spare") for name in judges] == [False] * 4 + [True] * 4
+    one, two = results
+    assert one.scores == two.scores and list(one.outcomes) == list(two.outcomes)
+    assert all(np.array_equal(one.outcomes[name], two.outcomes[name]) for name in one.outcomes)
+    assert flops[0] == flops[1] > 0
 
 
 def test_strata_too_few_are_an_error(model, tmp_path):

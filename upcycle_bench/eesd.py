@@ -27,6 +27,7 @@ from upcycle_bench.distributed import mean_weight
 from upcycle_bench.rng import Stream
 from upcycle_bench.strategy import ExtraLoss, Strategy
 from upcycle_bench.threads import spare_thread
+from upcycle_bench.towers import separable
 
 if TYPE_CHECKING:
     from upcycle_bench.moe import MoEFFN
@@ -72,7 +73,11 @@ class EESD(ExtraLoss):
         self.layers = dict(layers)
         self.teacher = {name: _Teacher(layer) for name, layer in layers.items()}
         self.seen: dict[str, tuple[Tensor, Tensor]] = {}
-        self.ahead: dict[str, Future[Tensor]] = {}  # what the teacher says, asked of the spare thread
+        # The teacher can answer while the forward pass goes on: about all tokens of this rank, without a collective.
+        one_rank = all(layer.settings.ep_size == 1 for layer in layers.values())
+        all_tokens = config.eesd_tokens == 1 and not config.eesd_mask_dropped
+        self.asks_ahead = one_rank and all_tokens and all(map(separable, layers.values()))
+        self.ahead: dict[str, Future[Tensor]] = {}  # what it says, asked of the spare thread
         self.whole: dict[str, Tensor] = {}  # which tokens kept all their choices, bool [T]
         self.handles = [layer.moe.register_forward_hook(self._hook(name)) for name, layer in layers.items()]
         if config.eesd_mask_dropped:
@@ -82,16 +87,12 @@ class EESD(ExtraLoss):
         def keep(module: nn.Module, args: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
             if module.training:
                 self.seen[name] = (args[0], output[0])
-                thread = spare_thread() if self._sees_all_tokens() else None
+                self.ahead.pop(name, None)  # of a forward pass without a loss
+                thread = spare_thread() if self.asks_ahead else None
                 if thread is not None:
                     self.ahead[name] = thread.submit(_under_autocast(self.teacher[name].ensemble), args[0])
 
         return keep
-
-    def _sees_all_tokens(self) -> bool:
-        """Of this rank's, without a collective: then the teacher can answer while the forward pass goes on."""
-        one_rank = all(layer.settings.ep_size == 1 for layer in self.layers.values())
-        return one_rank and self.config.eesd_tokens == 1 and not self.config.eesd_mask_dropped
 
     def _gate_hook(self, name: str) -> Any:
         def keep(module: nn.Module, args: tuple[Tensor, ...], output: tuple[Any, ...]) -> None:
@@ -148,6 +149,10 @@ class EESD(ExtraLoss):
     def close(self) -> None:
         for handle in self.handles:
             handle.remove()
+        for asked in self.ahead.values():
+            asked.cancel()
+        self.ahead.clear()
+        self.seen.clear()
 
 
 def _under_autocast(work: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:

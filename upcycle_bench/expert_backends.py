@@ -127,7 +127,7 @@ def refusal(experts: Sequence[Any], rows_RD: Tensor) -> str | None:
     if len(rows_RD) == 0:
         return "no row is routed"
     first = experts[0]
-    if not all(_plain(expert) and _act(expert) == _act(first) for expert in experts):
+    if not all(plain(expert) and _act(expert) == _act(first) for expert in experts):
         return "the experts are not plain FFNs with one activation"
     shapes = {(expert.c_fc.weight.shape, expert.c_proj.weight.shape) for expert in experts}
     if len(shapes) > 1:
@@ -141,7 +141,7 @@ def refusal(experts: Sequence[Any], rows_RD: Tensor) -> str | None:
     return None
 
 
-def _plain(expert: Any) -> bool:
+def plain(expert: Any) -> bool:
     """What `FFN.expert` makes, and no hook that wants to see it run."""
     parts = dict(expert.named_children()) if type(expert) is nn.Sequential else {}
     linear = all(type(parts.get(name)) is nn.Linear and parts[name].bias is not None for name in ("c_fc", "c_proj"))

@@ -14,10 +14,12 @@ import contextlib
 import functools
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+
+T = TypeVar("T")
 
 
 class FlopCounter(TorchDispatchMode):
@@ -28,6 +30,7 @@ class FlopCounter(TorchDispatchMode):
         self._formulas = flop_formulas()
         self._whole: set[Any] = set()  # operations that are not made of others
         self._total = 0
+        self._elsewhere: list[int] = []  # what other threads counted; appending is safe, adding up is not
 
     def __enter__(self) -> FlopCounter:
         _active.counters.append(self)
@@ -40,7 +43,7 @@ class FlopCounter(TorchDispatchMode):
 
     def get_total_flops(self) -> int:
         """FLOPs so far; the name is that of PyTorch's counter."""
-        return self._total
+        return self._total + sum(self._elsewhere)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -88,6 +91,22 @@ def uncounted() -> Iterator[None]:
     finally:
         for counter in reversed(paused):
             counter.__enter__()
+
+
+def carried(work: Callable[[], T]) -> Callable[[], T]:
+    """`work` for another thread, with its FLOPs counted by the counters that are active in this one."""
+    counters = tuple(_active.counters)
+    if not counters:
+        return work
+
+    def call() -> T:
+        with FlopCounter() as own:
+            made = work()
+        for counter in counters:
+            counter._elsewhere.append(own.get_total_flops())
+        return made
+
+    return call
 
 
 @functools.cache

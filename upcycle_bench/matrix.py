@@ -275,7 +275,7 @@ def run_apart(
 ) -> list[Outcome]:
     """`jobs` at once, each in a process of its own with its share of the cores; an interruption stops them all."""
     waiting = deque(todo)
-    environment = environment | {SHARE: str(max(1, own_cores() // jobs))}
+    environment = environment | {SHARE: str(max(1, own_cores() // min(jobs, len(todo))))}
     children: list[_Child] = []
     outcomes = []
     with display.runs_bar(len(todo)) as bar, selectors.DefaultSelector() as selector:

@@ -10,12 +10,13 @@ of the shorter tower: a fifth of a step of the lab, whose protocol has one threa
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import Executor
+from concurrent.futures import Executor, wait
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from upcycle_bench.expert_backends import plain
 from upcycle_bench.moe import moe_layers
 from upcycle_bench.threads import spare_thread
 
@@ -26,7 +27,7 @@ def both(first: Callable[[], T], second: Callable[[], T], *, at_once: bool) -> t
     """(first(), second(), whether PyTorch's random numbers were drawn), `at_once` if there is a spare thread.
 
     What draws should not be called at once: the order would be a matter of chance. Where that is seen too late, both
-    are called again, one after the other.
+    are called again, one after the other (and what counts their calls counts twice).
     """
     thread = spare_thread() if at_once else None
     before = torch.get_rng_state()
@@ -35,7 +36,8 @@ def both(first: Callable[[], T], second: Callable[[], T], *, at_once: bool) -> t
         try:
             results = first(), later.result()
         finally:
-            later.cancel()
+            if not later.cancel():
+                wait([later])
         if torch.equal(torch.get_rng_state(), before):
             return *results, False
         torch.set_rng_state(before)
@@ -43,11 +45,22 @@ def both(first: Callable[[], T], second: Callable[[], T], *, at_once: bool) -> t
     return *results, not torch.equal(torch.get_rng_state(), before)
 
 
-def apart(loss: Tensor, model: Any) -> Tensor:
-    """The loss, with a backward pass that takes the text tower's parameters in the spare thread and all others here.
+def separable(model: nn.Module) -> bool:
+    """Whether each expert is a plain FFN with parameters of its own, so that threads cannot change what autocast does.
 
-    `loss` itself where no core is free, or all trained parameters are of one tower. Its gradient must lead to
-    parameters of `model` (an open_clip CLIP) alone.
+    It casts a weight once and keeps that until any thread leaves autocast: a weight that is used again may then be cast
+    again, and its gradients are added in another precision.
+    """
+    experts = [expert for layer in moe_layers(model).values() for expert in layer.experts]
+    parameters = [id(parameter) for expert in experts for parameter in expert.parameters()]
+    return all(map(plain, experts)) and len(set(parameters)) == len(parameters)
+
+
+def apart(loss: Tensor, model: Any) -> Tensor:
+    """The loss, with a backward pass for `visual` and the logit scale here, and for all else in the spare thread.
+
+    `loss` itself where no core is free, or all trained parameters are on one side. Its gradient must lead to
+    parameters of `model` (an open_clip CLIP) alone. What the forward pass saved is kept until both passes are over.
     """
     thread = spare_thread()
     if thread is None:

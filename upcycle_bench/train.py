@@ -52,6 +52,7 @@ class _Features(nn.Module):
         super().__init__()
         self.clip, self.precision = clip, precision
         self.packs = packed.packs(clip)
+        self.towers_apart = False  # see `parts_towers`
         self.draws = True  # random numbers; the first forward pass says whether that is so
 
     def forward(self, images: Tensor, texts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -70,7 +71,8 @@ class _Features(nn.Module):
                 image_BD, text_BD, scale = clip(images, texts)[:3]
         else:
             scale = clip.logit_scale.exp()
-            image_BD, text_BD, self.draws = towers.both(image_features, text_features, at_once=not self.draws)
+            at_once = self.towers_apart and not self.draws
+            image_BD, text_BD, self.draws = towers.both(image_features, text_features, at_once=at_once)
         return image_BD.float(), text_BD.float(), scale.float().squeeze()
 
 
@@ -160,6 +162,7 @@ def train(
         next_stage(layers)
     engine = create_engine(_Features(model, job.schedule.precision), job)
     extra = make_loss(layers)
+    engine.module.towers_apart = parts_towers(engine, extra)
     rank, world = distributed.rank(), distributed.world_size()
     # open_clip's gather is deprecated by PyTorch, but is the one with a gradient on gloo and nccl alike
     warnings.filterwarnings("ignore", message="torch.distributed.nn.functional.all_gather is deprecated")
@@ -179,6 +182,7 @@ def train(
                 next_stage(layers)
                 engine = create_engine(_Features(model, job.schedule.precision), job)
                 extra = make_loss(layers)
+                engine.module.towers_apart = parts_towers(engine, extra)
             logged = step % job.log_every == 0 or step + 1 == job.stop_step
             rate = learning_rate(step, job.schedule.steps, job.peak_lr, job.schedule.warmup_fraction)
             for group in engine.optimizer.param_groups:
@@ -189,9 +193,9 @@ def train(
                 with watch(layers if logged else {}) as seen:
                     losses, scale = compute_losses(engine, clip, batch, job, layers, extra)
                 loss = torch.stack(list(losses.values())).sum()
-                backward(engine, loss, model, extra)
+                backward(engine, loss)
+                loss, losses = loss.detach(), {name: term.detach() for name, term in losses.items()}
                 engine.step()
-            loss, losses = loss.detach(), {name: term.detach() for name, term in losses.items()}
             _clamp_logit_scale(model, job)
             if extra is not None:
                 extra.after_step()
@@ -220,10 +224,18 @@ def train(
     return progress
 
 
-def backward(engine: Any, loss: Tensor, model: nn.Module, extra: ExtraLoss | None) -> None:
-    """`engine.backward(loss)`; both towers at once where DeepSpeed does nothing as gradients arrive."""
+def parts_towers(engine: Any, extra: ExtraLoss | None) -> bool:
+    """Whether the towers may be computed at once: there are no collectives, DeepSpeed does nothing as gradients arrive,
+    and the strategy neither minds nor can notice."""
     alone = distributed.world_size() == 1 and engine.zero_optimization_stage() == 0
-    engine.backward(towers.apart(loss, model) if alone and (extra is None or extra.towers_apart) else loss)
+    once = engine.gradient_accumulation_steps() == 1
+    return alone and once and (extra is None or extra.towers_apart) and towers.separable(engine.module)
+
+
+def backward(engine: Any, loss: Tensor) -> None:
+    """`engine.backward(loss)`, both towers at once where `parts_towers` said so."""
+    features: _Features = engine.module
+    engine.backward(towers.apart(loss, features.clip) if features.towers_apart else loss)
 
 
 def _end_stage(engine: Any, extra: ExtraLoss | None) -> None:
