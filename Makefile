@@ -26,7 +26,7 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Under 12 minutes on two quiet cores; writes bench/latest.json and the table in docs/performance.md.
+# A quarter of an hour on two quiet cores; writes bench/latest.json and the table in docs/performance.md.
 bench: $(VENV)/.installed
 	$(BIN)/python -m bench --markdown docs/performance.md $(ARGS)
 
