@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers import heed_interrupts
 from upcycle_bench.errors import UserError
 from upcycle_bench.workers import results
 
@@ -78,6 +79,7 @@ def started(tmp_path: Path, seconds: float) -> tuple[subprocess.Popen[str], int]
         [sys.executable, str(program), str(tmp_path / "cache"), str(says), str(seconds)],
         env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)},
         start_new_session=True,
+        preexec_fn=heed_interrupts,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
