@@ -27,6 +27,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from upcycle_bench import distributed, packed, towers
 from upcycle_bench.data import Batch, BatchSource
+from upcycle_bench.deferred import Later
 from upcycle_bench.dense import Clip
 from upcycle_bench.errors import PluginError
 from upcycle_bench.flops import FlopCounter
@@ -37,6 +38,7 @@ from upcycle_bench.protocol import learning_rate
 from upcycle_bench.rng import Stream
 from upcycle_bench.routing import watch
 from upcycle_bench.strategy import ExtraLoss
+from upcycle_bench.threads import spare_thread
 
 COUNTING_RULE = (
     "matrix multiplications, convolutions and attention at 2 FLOPs per multiply-add; training, also in preparation: at "
@@ -53,13 +55,15 @@ class _Features(nn.Module):
         self.clip, self.precision = clip, precision
         self.packs = packed.packs(clip)
         self.towers_apart = False  # see `parts_towers`
+        self.later = Later()  # gradients of the vision tower's weights
         self.draws = True  # random numbers; the first forward pass says whether that is so
 
     def forward(self, images: Tensor, texts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         clip: Any = self.clip
 
         def image_features() -> Tensor:
-            with autocast(images.device, self.precision):
+            thread = spare_thread() if self.towers_apart else None
+            with autocast(images.device, self.precision), self.later.products(thread):
                 return clip.encode_image(images, normalize=True)
 
         def text_features() -> Tensor:
@@ -236,6 +240,7 @@ def backward(engine: Any, loss: Tensor) -> None:
     """`engine.backward(loss)`, both towers at once where `parts_towers` said so."""
     features: _Features = engine.module
     engine.backward(towers.apart(loss, features.clip) if features.towers_apart else loss)
+    features.later.wait()
 
 
 def _end_stage(engine: Any, extra: ExtraLoss | None) -> None:
