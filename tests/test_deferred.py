@@ -1,6 +1,7 @@
 """Gradients of weights from another thread: autograd's to the bit, added up, and left to it where they must be."""
 
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
 from typing import Any
@@ -12,6 +13,8 @@ from torch import Tensor, nn
 
 from tests.helpers import threads
 from upcycle_bench.deferred import Later
+from upcycle_bench.ffns import ffns
+from upcycle_bench.strategy import FFN
 
 
 @pytest.fixture(autouse=True)
@@ -27,18 +30,20 @@ def thread() -> Iterator[Executor]:
 
 
 class Tower(nn.Module):
-    """Two matrices, one without bias, behind an input that trains, and attention."""
+    """Two matrices, one without bias, behind an input that trains, attention, and two experts."""
 
     def __init__(self) -> None:
         super().__init__()
         self.start = nn.Parameter(torch.randn(2, 5, 8))
         self.up, self.down = nn.Linear(8, 16), nn.Linear(16, 8, bias=False)
         self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        shapes = ((12, 8), (12,), (8, 12), (8,))
+        self.experts = nn.ModuleList(FFN(*map(torch.randn, shapes), nn.GELU()).expert() for _ in range(2))
 
     def forward(self) -> Tensor:
         x_BLD = self.start + self.down(F.gelu(self.up(self.start)))
         y_BLD: Tensor = self.attention(x_BLD, x_BLD, x_BLD, need_weights=False)[0]
-        return y_BLD
+        return ffns(y_BLD.flatten(0, 1), [4, 6], self.experts)
 
 
 def tower() -> Tower:
@@ -82,10 +87,12 @@ def test_they_come_from_the_thread_when_one_waits(monkeypatch: pytest.MonkeyPatc
     with later.products(never):  # type: ignore[arg-type]
         loss = model().sum()
     loss.backward()
-    assert len(begun) == 2  # up and down; PyTorch's attention is one function
-    assert model.start.grad is not None and model.up.weight.grad is None and model.down.weight.grad is None
+    assert len(begun) == 6  # up, down, attention's two projections, the experts
+    assert [name for name, parameter in model.named_parameters() if parameter.grad is not None] == ["start"]
     for work in begun:
-        work()
+        for parameter, grad in work():
+            assert parameter.grad is None
+            parameter.grad = grad
     assert same(gradients(model, False, Later(), None, 0), gradients(tower_of_sum(), False, Later(), None, 0))
 
 
@@ -122,9 +129,80 @@ def test_what_is_left_to_autograd(thread: Executor, case: str) -> None:
         assert torch.equal(model.up.weight.grad, expected * (2 if case == "hooked" else 1))
 
 
-def test_an_error_arrives_at_who_waits(thread: Executor) -> None:
-    later = Later()
-    later._begun.append(thread.submit(lambda: 1 // 0))
+@pytest.mark.parametrize("case", ["mask", "weights", "dropout", "another key", "no batch"])
+def test_attention_that_does_more_is_left_to_pytorch(thread: Executor, case: str) -> None:
+    torch.manual_seed(0)
+    attention = nn.MultiheadAttention(8, 2, dropout=0.5 if case == "dropout" else 0.0)
+    x_LBD = torch.randn(5, 8) if case == "no batch" else torch.randn(5, 2, 8)
+    x_LBD.requires_grad_()
+    key = x_LBD.detach() * 2 if case == "another key" else x_LBD
+    mask = torch.full((5, 5), -torch.inf).triu(1) if case == "mask" else None
+    found = []
+    for other in (thread, None):
+        later, attention.in_proj_weight.grad = Later(), None
+        torch.manual_seed(1)
+        with later.products(other):
+            y_LBD, weights = attention(x_LBD, key, key, attn_mask=mask, need_weights=case == "weights")
+        assert (weights is not None) == (case == "weights")
+        y_LBD.square().sum().backward()
+        later.wait()
+        found.append((y_LBD, attention.in_proj_weight.grad))
+    assert all(torch.equal(ours, pytorchs) for ours, pytorchs in zip(*found, strict=True))
+
+
+class NoGradient(torch.autograd.Function):
+    """Passes values on, and no gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> None:
+        return None
+
+
+def test_where_no_gradient_arrives_none_is_made(thread: Executor) -> None:
+    """Zeros would let the optimiser's weight decay move a weight that autograd leaves alone."""
+    model, later = tower(), Later()
+    with later.products(thread):
+        loss = NoGradient.apply(model()).sum() + model.start.sum()
+    loss.backward()
+    later.wait()
+    assert [name for name, parameter in model.named_parameters() if parameter.grad is not None] == ["start"]
+
+
+def test_a_weight_that_is_also_used_otherwise_gets_both_gradients(thread: Executor) -> None:
+    """Autograd adds one, `wait` the other, one after the other in this thread."""
+    model, later = tower(), Later()
+    with later.products(thread):
+        loss = model().square().sum() + model.up.weight.square().sum()
+    loss.backward()
+    assert torch.equal(model.up.weight.grad, 2 * model.up.weight)  # type: ignore[arg-type]
+    later.wait()
+    expected = tower()
+    (expected().square().sum() + expected.up.weight.square().sum()).backward()
+    torch.testing.assert_close(model.up.weight.grad, expected.up.weight.grad)
+
+
+def test_bf16_without_autocast_is_refused_as_ever(thread: Executor) -> None:
+    layer, x = nn.Linear(4, 4), torch.randn(3, 4, dtype=torch.bfloat16, requires_grad=True)
+    with Later().products(thread), pytest.raises(RuntimeError, match="dtype"):
+        layer(x)
+
+
+def test_an_error_arrives_at_who_waits_and_nothing_comes_late(thread: Executor) -> None:
+    later, parameter, begun = Later(), nn.Parameter(torch.zeros(1)), threading.Event()
+
+    def late() -> list[tuple[Tensor, Tensor]]:
+        begun.set()
+        time.sleep(0.1)
+        return [(parameter, torch.ones(1))]
+
+    later._begun += [thread.submit(lambda: 1 // 0), thread.submit(late), thread.submit(late)]  # type: ignore[arg-type]
+    begun.wait(5)
     with pytest.raises(ZeroDivisionError):
         later.wait()
+    assert parameter.grad is None and thread.submit(int).result(5) == 0  # nothing is left to do
     later.wait()
+    assert parameter.grad is None

@@ -1,5 +1,6 @@
 """Both towers at once: the same numbers to the bit as one after the other, alone and through whole trainings."""
 
+import functools
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -19,7 +20,7 @@ from upcycle_bench.errors import UserError
 from upcycle_bench.flops import counted_flops
 from upcycle_bench.moe import moe_layers
 from upcycle_bench.strategy import ExtraLoss
-from upcycle_bench.threads import SHARE, beside, core_is_free, spare_thread
+from upcycle_bench.threads import SHARE, beside, core_is_free, shared, spare_thread
 from upcycle_bench.train import parts_towers, train
 from upcycle_bench.worlds import load_world
 
@@ -93,6 +94,42 @@ def test_what_is_begun_beside_gives_what_it_makes_or_raises(cores: Cores) -> Non
         assert seen[0].startswith("spare") is (number == 2)
         with pytest.raises(ZeroDivisionError):
             beside(lambda: 1 // 0).result()
+
+
+@pytest.mark.parametrize("broken", [None, "first", "last", "both"])
+def test_shared_work_is_done_once_and_an_error_ends_it(cores: Cores, broken: str | None) -> None:
+    cores(2)
+    done: list[int] = []
+    meeting = threading.Barrier(2, timeout=20)
+
+    def work(number: int) -> None:
+        if number in (0, 5):
+            meeting.wait()  # one thread begins at one end, the other at the other
+        if broken and number in {"first": [0], "last": [5], "both": [0, 5]}[broken]:
+            raise ValueError(number)
+        done.append(number)
+
+    works = [functools.partial(work, number) for number in range(6)]
+    if broken is None:
+        shared(works)
+        assert sorted(done) == [0, 1, 2, 3, 4, 5]
+        return
+    with pytest.raises(ValueError, match={"first": "0", "last": "5", "both": "0"}[broken]):
+        shared(works)
+    before = list(done)
+    spare = spare_thread()
+    assert spare is not None and spare.submit(int).result(5) == 0 and done == before  # nothing comes late
+
+
+def test_who_shares_does_not_wait_for_a_thread_that_is_busy(cores: Cores) -> None:
+    cores(2)
+    spare, go_on, seen = spare_thread(), threading.Event(), []
+    assert spare is not None
+    busy = spare.submit(go_on.wait, 20)
+    shared([lambda: in_spare(seen)()] * 3)
+    shared([lambda: in_spare(seen)()] * 3, worth=False)
+    go_on.set()
+    assert busy.result() and seen == [threading.current_thread().name] * 6
 
 
 # ---- forwards --------------------------------------------------------------------------------------------------------

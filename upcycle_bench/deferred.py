@@ -1,22 +1,24 @@
 """Gradients of weights beside the backward pass: what goes on down the network needs those of the inputs alone.
 
     later = Later()
-    with later.products(thread):                    # of a forward pass in this thread: its `F.linear`s
-        image_BD = encode_image(images)
+    with later.products(thread):                    # of a forward pass in this thread: its `F.linear`s, plain experts
+        image_BD = encode_image(images)             # and the projections of self-attention
     loss.backward()                                 # goes on without the gradients of their weights and biases,
-    later.wait()                                    # which `thread` adds to `.grad`
+    later.wait()                                    # which `thread` computes, and which are added to `.grad` here
 
-The same operations in the same precision, so the same gradients to the bit. They come past autograd: a parameter with
-hooks is left to it, and nothing may look at `.grad` before `wait` is over. PyTorch's attention is one function, whose
-projections are not seen.
+The same operations in the same precision, so the same gradients to the bit where a forward pass uses a weight once (the
+gradients of a weight that it uses again are added in another order, and in float32). They come past autograd: a weight
+that has hooks in the forward pass is left to it, nothing sees `.grad` before `wait`, and a tower that checkpoints its
+activations cannot be computed so. Until the thread comes to them, gradients of outputs are kept, up to all of a pass.
 
-Shape suffixes: M rows, K inputs, N outputs.
+Shape suffixes: L sequence, B batch, D width.
 """
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
-from collections.abc import Callable
+from collections.abc import Sequence
 from concurrent.futures import Executor, Future
 from typing import Any
 
@@ -26,81 +28,138 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
 
-from upcycle_bench.expert_backends import compute_dtype
+from upcycle_bench.ffns import Begin, Gradients, compute, compute_dtype, ffns, parameters_of
 
 
 class Later:
     """What a thread has still to compute."""
 
     def __init__(self) -> None:
-        self._begun: list[Future[None]] = []
+        self._begun: list[Future[Gradients]] = []
 
     def products(self, thread: Executor | None) -> contextlib.AbstractContextManager[Any]:
-        """A context in which the weights of `F.linear` get their gradients from `thread`; None: from autograd."""
+        """A context in which weights get their gradients from `thread`; None: from autograd."""
         if thread is None:
             return contextlib.nullcontext()
         return _Products(lambda work: self._begun.append(thread.submit(work)))
 
+    @torch.no_grad()
     def wait(self) -> None:
-        """Until all is computed; raises what went wrong."""
+        """Add all gradients, once they are computed; raises what went wrong, and then adds no more."""
+        try:
+            for future in self._begun:
+                for parameter, grad in future.result():
+                    if parameter.grad is None:
+                        parameter.grad = grad
+                    else:
+                        parameter.grad += grad
+        finally:
+            self.forget()
+
+    def forget(self) -> None:
+        """Drop what is not added yet, after an error."""
         begun, self._begun = self._begun, []
-        for future in begun:
-            future.result()
+        concurrent.futures.wait([future for future in begun if not future.cancel()])
 
 
 class _Products(TorchFunctionMode):
-    def __init__(self, begin: Callable[[Callable[[], None]], None]) -> None:
+    def __init__(self, begin: Begin) -> None:
         super().__init__()
         self.begin = begin
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func is F.linear and not kwargs and torch.is_grad_enabled() and _can_wait(*args):
-            return _Linear.apply(*args, *[None] * (3 - len(args)), self.begin)
+        if func is F.linear and not kwargs:
+            x, weight, bias = [*args, None][:3]
+            if _can_wait(x, [weight] if bias is None else [weight, bias]) and weight.dim() == 2:
+                return _Linear.apply(x, weight, bias, self.begin)
+        elif func is ffns and not kwargs:
+            x_RD, rooms, experts = args
+            if _can_wait(x_RD, parameters_of(experts)):
+                return compute(x_RD, rooms, experts, self.begin)
+        elif func is F.multi_head_attention_forward:
+            with self:  # which is not in force in here
+                attended = _self_attention(*args, **kwargs)
+            if attended is not None:
+                return attended, None
         return func(*args, **kwargs)
 
 
-def _can_wait(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
+def _can_wait(x: Tensor, parameters: Sequence[Tensor]) -> bool:
     """Parameters that train, without hooks, in a precision that autocast gives or leaves alone."""
-    for parameter in (weight, bias):
-        if parameter is None:
-            continue
-        plain = isinstance(parameter, nn.Parameter) and parameter.requires_grad and parameter.dtype == torch.float32
-        if not plain or parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
-            return False
-    return x.requires_grad and x.dtype in (torch.float32, torch.bfloat16)
+    lower = x.dtype == torch.bfloat16 and torch.is_autocast_enabled(x.device.type)
+    if not (torch.is_grad_enabled() and x.requires_grad and (lower or x.dtype == torch.float32)):
+        return False
+    return all(map(_trains_unseen, parameters))
+
+
+def _trains_unseen(parameter: Any) -> bool:
+    plain = isinstance(parameter, nn.Parameter) and parameter.requires_grad and parameter.dtype == torch.float32
+    return plain and not parameter._backward_hooks and not parameter._post_accumulate_grad_hooks
 
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, x_MK: Tensor, weight_NK: Tensor, bias_N: Tensor | None, begin: Callable[[Callable[[], None]], None]
-    ) -> Tensor:
-        dtype = compute_dtype(x_MK)
-        x_MK, ctx.dtype = x_MK.to(dtype), x_MK.dtype
-        ctx.parameters, ctx.begin = (weight_NK, bias_N), begin
-        with torch.autocast(x_MK.device.type, enabled=False):
-            used_NK = weight_NK.to(dtype)
-            ctx.save_for_backward(x_MK, used_NK)
-            return F.linear(x_MK, used_NK, None if bias_N is None else bias_N.to(dtype))
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, begin: Begin) -> Tensor:
+        ctx.set_materialize_grads(False)
+        ctx.parameters, ctx.begin, ctx.dtype = (weight, bias), begin, x.dtype
+        dtype = compute_dtype(x)
+        with torch.autocast(x.device.type, enabled=False):
+            x, used = x.to(dtype), weight.to(dtype)
+            ctx.save_for_backward(x, used)
+            return F.linear(x, used, None if bias is None else bias.to(dtype))
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_MN: Tensor) -> tuple[Tensor, None, None, None]:
-        x_MK, used_NK = ctx.saved_tensors
-        weight_NK, bias_N = ctx.parameters
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, None, None, None]:
+        if grad is None:
+            return None, None, None, None
+        x, used = ctx.saved_tensors
+        weight, bias = ctx.parameters
 
         @torch.no_grad()
-        def of_parameters() -> None:
-            rows_MN = grad_MN.reshape(-1, grad_MN.shape[-1])
-            _add(weight_NK, rows_MN.t() @ x_MK.reshape(-1, x_MK.shape[-1]))
-            if bias_N is not None:
-                _add(bias_N, rows_MN.sum(0))
+        def of_parameters() -> Gradients:
+            rows = grad.reshape(-1, grad.shape[-1])
+            found = [(weight, (rows.t() @ x.reshape(-1, x.shape[-1])).to(weight.dtype))]
+            return found if bias is None else [*found, (bias, rows.sum(0).to(bias.dtype))]
 
         ctx.begin(of_parameters)
-        return (grad_MN @ used_NK).to(ctx.dtype), None, None, None
+        return (grad @ used).to(ctx.dtype), None, None, None
 
 
-def _add(parameter: Tensor, grad: Tensor) -> None:
-    grad = grad.to(parameter.dtype)
-    parameter.grad = grad if parameter.grad is None else parameter.grad + grad
+def _self_attention(
+    query_LBD: Tensor,
+    key: Tensor,
+    value: Tensor,
+    width: int,
+    heads: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    bias_k: Tensor | None,
+    bias_v: Tensor | None,
+    add_zero_attn: bool,
+    dropout: float,
+    out_weight: Tensor,
+    out_bias: Tensor | None,
+    training: bool = True,
+    key_padding_mask: Tensor | None = None,
+    need_weights: bool = True,
+    attn_mask: Tensor | None = None,
+    **others: Any,
+) -> Tensor | None:
+    """What `F.multi_head_attention_forward` computes, by its own operations, so to the bit; None where it does more."""
+    shared = query_LBD is key is value and weight is not None and bias_k is None and bias_v is None
+    masked = key_padding_mask is not None or attn_mask is not None or others.get("is_causal")
+    random = training and dropout > 0
+    if not shared or masked or random or need_weights or add_zero_attn or query_LBD.dim() != 3:
+        return None
+    assert weight is not None
+    length, batch, _ = query_LBD.shape
+    qkv_LBD = F.linear(query_LBD, weight, bias).unflatten(-1, (3, width)).movedim(-2, 0).contiguous()
+    parts = [
+        each.view(length, batch * heads, width // heads).transpose(0, 1).view(batch, heads, length, width // heads)
+        for each in qkv_LBD.unbind()
+    ]
+    mixed = F.scaled_dot_product_attention(*parts)
+    mixed = mixed.permute(2, 0, 1, 3).reshape(length * batch, width)
+    return F.linear(mixed, out_weight, out_bias).view(length, batch, width)

@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from upcycle_bench.errors import unknown
+from upcycle_bench.ffns import compute_dtype, ffns
 from upcycle_bench.flops import counting
 from upcycle_bench.rows import Layout
 
@@ -40,6 +41,8 @@ Backend = Callable[[Sequence[Any], Tensor, Sequence[int]], Tensor]
 
 def loop(experts: Sequence[Any], rows_RD: Tensor, rooms: Sequence[int]) -> Tensor:
     """Each expert on its `rooms[i]` rows (those that pad included), [R, D] -> [R, D]."""
+    if alike(experts):
+        return ffns(rows_RD, rooms, experts)
     return torch.cat([expert(rows) for expert, rows in zip(experts, rows_RD.split(rooms), strict=True)])
 
 
@@ -72,6 +75,8 @@ def grouped_mm(experts: Sequence[Any], rows_RD: Tensor, counts: Sequence[int]) -
     hidden_RH = linear(rows_RD.to(dtype), [expert.c_fc for expert in experts])
     return linear(experts[0].gelu(hidden_RH), [expert.c_proj for expert in experts])
 
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 # DeepSpeed's backend is a whole layer (gate, slots, all-to-all), so `ragged.RaggedMOELayer` calls it, not `Compute`.
 BACKENDS: dict[str, Backend | None] = {"loop": loop, "grouped_mm": grouped_mm, "deepspeed": None}
@@ -112,12 +117,9 @@ def default(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> str:
     return "grouped_mm" if fast else "loop"
 
 
-def compute_dtype(x: Tensor) -> torch.dtype:
-    """What a matrix product with `x` is computed in: autocast's dtype where it is on."""
-    kind = x.device.type
-    if x.dtype == torch.float64:  # which autocast leaves alone
-        return x.dtype
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+def rows_dtype(experts: Sequence[Any], x: Tensor) -> torch.dtype:
+    """What rows are best gathered in: that of the experts' products, if these are all that is done with them."""
+    return compute_dtype(x) if alike(experts) else x.dtype
 
 
 def refusal(experts: Sequence[Any], rows_RD: Tensor) -> str | None:
@@ -127,7 +129,7 @@ def refusal(experts: Sequence[Any], rows_RD: Tensor) -> str | None:
     if len(rows_RD) == 0:
         return "no row is routed"
     first = experts[0]
-    if not all(plain(expert) and _act(expert) == _act(first) for expert in experts):
+    if not alike(experts):
         return "the experts are not plain FFNs with one activation"
     shapes = {(expert.c_fc.weight.shape, expert.c_proj.weight.shape) for expert in experts}
     if len(shapes) > 1:
@@ -141,22 +143,28 @@ def refusal(experts: Sequence[Any], rows_RD: Tensor) -> str | None:
     return None
 
 
+def alike(experts: Sequence[Any]) -> bool:
+    """Whether all are plain FFNs with the same activation, which can then be computed for all rows at once."""
+    return all(plain(expert) and _act(expert) == _act(experts[0]) for expert in experts)
+
+
 def plain(expert: Any) -> bool:
     """What `FFN.expert` makes, and no hook that wants to see it run."""
-    parts = dict(expert.named_children()) if type(expert) is nn.Sequential else {}
-    linear = all(type(parts.get(name)) is nn.Linear and parts[name].bias is not None for name in ("c_fc", "c_proj"))
-    hooked = any(_hooked(part) for part in expert.modules())
-    return list(parts) == ["c_fc", "gelu", "c_proj"] and linear and not hooked and not list(parts["gelu"].parameters())
+    if type(expert) is not nn.Sequential or list(expert._modules) != ["c_fc", "gelu", "c_proj"]:
+        return False
+    c_fc, act, c_proj = parts = expert._modules.values()
+    linear = all(type(part) is nn.Linear and part._parameters["bias"] is not None for part in (c_fc, c_proj))
+    return linear and not act._parameters and not act._modules and not any(map(_hooked, (expert, *parts)))
 
 
 def _hooked(part: Any) -> bool:
-    hooks = (part._forward_hooks, part._forward_pre_hooks, part._backward_hooks, part._backward_pre_hooks)
-    return any(hooks) or "forward" in vars(part)
+    own = part.__dict__  # asked 30 times a layer and step: a module looks its attributes up slowly
+    return "forward" in own or any(own[name] for name in _HOOKS)
 
 
 def _act(expert: Any) -> tuple[type, dict[str, Any]]:
-    state = {name: value for name, value in vars(expert.gelu).items() if not name.startswith("_")}
-    return type(expert.gelu), state
+    act = expert._modules["gelu"]
+    return type(act), {name: value for name, value in act.__dict__.items() if name[0] != "_"}
 
 
 @functools.cache

@@ -149,8 +149,10 @@ class RaggedMOELayer(MOELayer):
         self.l_aux, _, num_experts, index_KT, _, gates_KT, self.exp_counts = self.gate(x_TD, None, True, False)
         multiple = expert_backends.multiple(x_TD, index_KT.numel() // num_experts)
         layout = lay_out(index_KT, num_experts, multiple)
-        rows_RD = select_rows(x_TD, layout.token_R, layout.slots_KT, inverse_holes=layout.drops)
-        out_RD = self.compute(self.experts.deepspeed_experts, rows_RD, layout)
+        experts = self.experts.deepspeed_experts
+        dtype = expert_backends.rows_dtype(experts, x_TD)
+        rows_RD = select_rows(x_TD, layout.token_R, layout.slots_KT, inverse_holes=layout.drops, dtype=dtype)
+        out_RD = self.compute(experts, rows_RD, layout)
         return combine_rows(out_RD, gates_KT, layout.slots_KT, layout.choice_R, holes=layout.drops)
 
     def __getstate__(self) -> dict[str, Any]:

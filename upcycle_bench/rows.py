@@ -27,29 +27,43 @@ def _gather(rows_RD: Tensor, index_T: Tensor, has_holes: bool) -> Tensor:
 class _SelectRows(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x_TD: Tensor, index_R: Tensor, inverse_KT: Tensor, index_holes: bool, inverse_holes: bool
+        ctx: Any,
+        x_TD: Tensor,
+        index_R: Tensor,
+        inverse_KT: Tensor,
+        index_holes: bool,
+        inverse_holes: bool,
+        dtype: torch.dtype | None,
     ) -> Tensor:
         ctx.save_for_backward(inverse_KT)
-        ctx.inverse_holes = inverse_holes
-        return _gather(x_TD, index_R, index_holes)
+        ctx.inverse_holes, ctx.dtype = inverse_holes, x_TD.dtype
+        return _gather(x_TD.to(dtype or x_TD.dtype), index_R, index_holes)
 
     @staticmethod
-    def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor, None, None, None, None]:
+    @once_differentiable
+    def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor, None, None, None, None, None]:
         (inverse_KT,) = ctx.saved_tensors
-        grad_TD = _gather(grad_RD, inverse_KT[0], ctx.inverse_holes)
+        grad_TD = _gather(grad_RD, inverse_KT[0], ctx.inverse_holes).to(ctx.dtype)
         for inverse_T in inverse_KT[1:]:
-            grad_TD += _gather(grad_RD, inverse_T, ctx.inverse_holes)
-        return grad_TD, None, None, None, None
+            grad_TD += _gather(grad_RD, inverse_T, ctx.inverse_holes).to(ctx.dtype)
+        return grad_TD, None, None, None, None, None
 
 
 def select_rows(
-    x_TD: Tensor, index_R: Tensor, inverse_KT: Tensor, *, index_holes: bool = False, inverse_holes: bool = False
+    x_TD: Tensor,
+    index_R: Tensor,
+    inverse_KT: Tensor,
+    *,
+    index_holes: bool = False,
+    inverse_holes: bool = False,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """x_TD[index_R], [R, D]. inverse_KT[k, t] is the k-th row of the result that comes from token t (R if none).
 
-    `*_holes` say that an index contains the zero row.
+    `*_holes` say that an index contains the zero row. With `dtype` the rows are x's in that precision; gradients are
+    still added in x's own.
     """
-    return _SelectRows.apply(x_TD, index_R, inverse_KT, index_holes, inverse_holes)
+    return _SelectRows.apply(x_TD, index_R, inverse_KT, index_holes, inverse_holes, dtype)
 
 
 class _CombineRows(torch.autograd.Function):

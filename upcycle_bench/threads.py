@@ -6,8 +6,8 @@ import functools
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -66,6 +66,25 @@ def beside(work: Callable[[], T]) -> Future[T]:
     done: Future[T] = Future()
     done.set_result(work())
     return done
+
+
+def shared(works: Sequence[Callable[[], None]], *, worth: bool = True) -> None:
+    """Do all of them; where that is `worth` it, the spare thread does some, from the end, for as long as it is idle."""
+    thread = spare_thread() if worth and threading.current_thread() is threading.main_thread() else None
+    if thread is None:
+        for work in works:
+            work()
+        return
+    asked = [thread.submit(work) for work in reversed(works)][::-1]
+    try:
+        for work, ahead in zip(works, asked, strict=True):
+            if ahead.cancel():
+                work()
+    finally:  # nothing may go on behind an error
+        wait([ahead for ahead in asked if not ahead.cancel()])
+    for ahead in asked:
+        if not ahead.cancelled():
+            ahead.result()
 
 
 def _spare_thread_if_free() -> ThreadPoolExecutor | None:

@@ -101,8 +101,10 @@ class _Apart(torch.autograd.Function):
         later = passes.thread.submit(passes.run, grad, passes.there)
         try:
             passes.run(grad, passes.here)
-        finally:
             later.result()
-        for layer in moe_layers(passes.model).values():
-            layer.forget_graph()
+        finally:  # an error here is not replaced by one there
+            if not later.cancel():
+                wait([later])
+            for layer in moe_layers(passes.model).values():
+                layer.forget_graph()
         return None, None

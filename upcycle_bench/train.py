@@ -239,8 +239,11 @@ def parts_towers(engine: Any, extra: ExtraLoss | None) -> bool:
 def backward(engine: Any, loss: Tensor) -> None:
     """`engine.backward(loss)`, both towers at once where `parts_towers` said so."""
     features: _Features = engine.module
-    engine.backward(towers.apart(loss, features.clip) if features.towers_apart else loss)
-    features.later.wait()
+    try:
+        engine.backward(towers.apart(loss, features.clip) if features.towers_apart else loss)
+        features.later.wait()
+    finally:  # after an error or Ctrl-C no gradient comes late
+        features.later.forget()
 
 
 def _end_stage(engine: Any, extra: ExtraLoss | None) -> None:

@@ -1,0 +1,156 @@
+"""Plain experts as one operation: the numbers of experts called one by one, to the bit, in every case of autograd."""
+
+import copy
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from open_clip.transformer import QuickGELU
+from torch import Tensor, nn
+
+from tests.helpers import threads
+from upcycle_bench import ffns as module
+from upcycle_bench import threads as threads_module
+from upcycle_bench.expert_backends import alike
+from upcycle_bench.ffns import ffns
+from upcycle_bench.flops import FlopCounter
+from upcycle_bench.strategy import FFN
+
+WIDTH, HIDDEN = 16, 24
+ROOMS = [7, 0, 20, 5]
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    with threads(1):
+        yield
+
+
+def experts_of(act: nn.Module) -> nn.ModuleList:
+    torch.manual_seed(0)
+    shapes = ((HIDDEN, WIDTH), (HIDDEN,), (WIDTH, HIDDEN), (WIDTH,))
+    return nn.ModuleList(FFN(*map(torch.randn, shapes), act).expert() for _ in ROOMS)
+
+
+def rows_of(dtype: torch.dtype = torch.float32) -> Tensor:
+    rows_RD = torch.randn(sum(ROOMS), WIDTH, generator=torch.Generator().manual_seed(1))
+    return rows_RD.to(dtype).requires_grad_()
+
+
+def one_by_one(rows_RD: Tensor, rooms: list[int], experts: nn.ModuleList) -> Tensor:
+    return torch.cat([expert(rows) for expert, rows in zip(experts, rows_RD.split(rooms), strict=True)])
+
+
+def results(compute: object, experts: nn.ModuleList, rows_RD: Tensor, bf16: bool) -> list[Tensor | None]:
+    """The output, and the gradients by rows and parameters; None where there is none."""
+    assert callable(compute)
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        y_RD = compute(rows_RD, ROOMS, experts)
+    (y_RD.float() * torch.randn(y_RD.shape, generator=torch.Generator().manual_seed(2))).sum().backward()
+    return [y_RD, rows_RD.grad, *(parameter.grad for parameter in experts.parameters())]
+
+
+def same(one: list[Tensor | None], other: list[Tensor | None]) -> bool:
+    pairs = list(zip(one, other, strict=True))
+    return all((a is None) == (b is None) for a, b in pairs) and all(
+        a.dtype == b.dtype and torch.equal(a, b) for a, b in pairs if a is not None and b is not None
+    )
+
+
+ACTS = [nn.GELU(), nn.GELU(approximate="tanh"), QuickGELU(), nn.ReLU()]
+
+
+@pytest.mark.parametrize("act", ACTS, ids=str)
+@pytest.mark.parametrize("bf16", [False, True])
+def test_numbers_are_those_of_experts_one_by_one(act: nn.Module, bf16: bool) -> None:
+    experts = experts_of(act)
+    assert alike(experts)
+    other = copy.deepcopy(experts)
+    found, expected = results(ffns, experts, rows_of(), bf16), results(one_by_one, other, rows_of(), bf16)
+    assert same(found, expected)
+    idle = found[2 + 4 : 2 + 8]  # of the expert without rows
+    assert all(grad is not None and not grad.any() for grad in idle)
+    assert all(grad is not None and grad.any() for grad in found[2:6])
+
+
+@pytest.mark.parametrize("frozen", ["rows", "all but rows", "an expert", "biases"])
+def test_what_does_not_train_gets_no_gradient(frozen: str) -> None:
+    experts, rows_RD = experts_of(nn.GELU()), rows_of()
+    for name, parameter in experts.named_parameters():
+        parameter.requires_grad_(
+            not (
+                frozen == "all but rows"
+                or (frozen == "an expert" and name.startswith("2."))
+                or (frozen == "biases" and name.endswith("bias"))
+            )
+        )
+    rows_RD.requires_grad_(frozen != "rows")
+    other, other_rows = copy.deepcopy(experts), rows_RD.detach().clone().requires_grad_(frozen != "rows")
+    found = results(ffns, experts, rows_RD, True)
+    assert same(found, results(one_by_one, other, other_rows, True))
+    assert any(grad is None for grad in found)
+
+
+def test_a_second_backward_pass_adds_the_same_again() -> None:
+    experts, rows_RD = experts_of(QuickGELU()), rows_of()
+    loss = ffns(rows_RD, ROOMS, experts).square().sum()
+    loss.backward(retain_graph=True)
+    once = [parameter.grad.clone() for parameter in experts.parameters() if parameter.grad is not None]
+    loss.backward()
+    twice = [parameter.grad for parameter in experts.parameters()]
+    assert len(once) == len(twice) and all(
+        b is not None and torch.equal(2 * a, b) for a, b in zip(once, twice, strict=True)
+    )
+
+
+def test_a_weight_that_two_experts_share_gets_the_sum() -> None:
+    experts = experts_of(nn.GELU())
+    experts[3].c_fc.weight = experts[0].c_fc.weight
+    other = copy.deepcopy(experts)
+    assert other[3].c_fc.weight is other[0].c_fc.weight
+    assert same(results(ffns, experts, rows_of(), False), results(one_by_one, other, rows_of(), False))
+
+
+def test_without_gradients_nothing_is_kept_and_float64_stays() -> None:
+    experts = experts_of(nn.GELU())
+    with torch.no_grad():
+        y_RD = ffns(rows_of(), ROOMS, experts)
+        assert torch.equal(y_RD, one_by_one(rows_of(), ROOMS, experts)) and not y_RD.requires_grad
+    with torch.autocast("cpu", torch.bfloat16):
+        assert ffns(rows_of(torch.float64), ROOMS, experts.double()).dtype == torch.float64
+
+
+def test_flops_are_those_of_experts_one_by_one() -> None:
+    counts = []
+    for compute in (ffns, one_by_one):
+        with FlopCounter() as counter:
+            results(compute, experts_of(nn.GELU()), rows_of(), True)
+        counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1] == sum(ROOMS) * WIDTH * HIDDEN * 2 * 2 * 3
+
+
+def test_two_threads_share_experts_and_numbers_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = results(ffns, experts_of(nn.GELU()), rows_of(), True)
+    seen: list[str] = []
+    release = threading.Event()
+
+    class Act(nn.GELU):
+        def forward(self, hidden_RH: Tensor) -> Tensor:
+            seen.append(threading.current_thread().name)
+            release.wait(5)
+            return super().forward(hidden_RH)
+
+    with ThreadPoolExecutor(1, "other") as other:
+        monkeypatch.setattr(threads_module, "spare_thread", lambda: other)
+        monkeypatch.setattr(module, "LARGE", sum(ROOMS))
+        threading.Timer(0.2, release.set).start()  # by then both are at their first expert
+        found = results(ffns, experts_of(Act()), rows_of(), True)
+        assert same(found, expected)
+        assert any(name.startswith("other") for name in seen) and threading.main_thread().name in seen
+
+        seen.clear()
+        monkeypatch.setattr(module, "LARGE", sum(ROOMS) + 1)
+        assert same(results(ffns, experts_of(Act()), rows_of(), True), expected)
+        assert not any(name.startswith("other") for name in seen)
