@@ -140,9 +140,9 @@ class Witness:
 
     def _nothing_dropped(self) -> None:
         for name, routed in self._routed.items():
-            if int(routed.dropped):
+            if routed.dropped:
                 raise Unsound(
-                    f"{int(routed.dropped):,} of {routed.choices:,} choices of tokens were dropped in {name}; "
+                    f"{routed.dropped:,} of {routed.choices:,} choices of tokens were dropped in {name}; "
                     "in evaluation capacity has no limit."
                 )
 
@@ -250,13 +250,19 @@ def digests(model: nn.Module) -> dict[str, str]:
 class _Routed:
     """How many choices a gate made and dropped. A small object of its own: a copied model has its hooks copied."""
 
-    choices: int = 0
-    dropped: Any = 0  # int [], added up on the gate's device
+    made: list[tuple[int, Tensor]] = field(default_factory=list)  # a list, since two threads may add to it at once
 
     def count(self, _gate: nn.Module, _args: Any, output: tuple[Any, ...]) -> None:
         index_KT = output[3]
-        self.choices += index_KT.numel()
-        self.dropped = self.dropped + (index_KT < 0).sum()
+        self.made.append((index_KT.numel(), (index_KT < 0).sum()))  # summed up at the end: a GPU need not wait
+
+    @property
+    def choices(self) -> int:
+        return sum(choices for choices, _ in self.made)
+
+    @property
+    def dropped(self) -> int:
+        return sum(int(dropped) for _, dropped in self.made)
 
 
 def _encode(encode: Any, rows: Sequence[Tensor], order: list[int], batch_size: int, context: EvalContext) -> Tensor:

@@ -18,6 +18,7 @@ import hashlib
 import io
 import re
 import warnings
+from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 Kind = Literal["classification", "multilabel", "retrieval"]
 CLASSNAMES, TEMPLATES, TYPE = "classnames.txt", "zeroshot_classification_templates.txt", "dataset_type.txt"
 STRATA = "strata.txt"  # CLIP_benchmark ignores it
+AHEAD = 2  # batches: as many as are encoded at once where a core is free (`upcycle_bench.features`)
 STRATUM = re.compile(r"[\w.-]+")  # it becomes part of the names of metrics
 
 
@@ -206,7 +208,7 @@ def read(folder: Path, transform: Callable[[Any], Any], batch_size: int, split: 
 
 @dataclass(frozen=True)
 class _Batches:
-    """Batches, each made while the model encodes the one before where that leaves a core idle.
+    """Batches, made while the model encodes those before where that leaves a core idle.
 
     No FLOP counter watches: looking at each operation on each image took a fifth of an evaluation.
     """
@@ -225,9 +227,9 @@ class _Batches:
             return
         thread = ThreadPoolExecutor(1, "reader")
         try:
-            ahead = thread.submit(following)
-            while (batch := ahead.result()) is not None:
-                ahead = thread.submit(following)
+            ahead = deque(thread.submit(following) for _ in range(AHEAD))
+            while (batch := ahead.popleft().result()) is not None:
+                ahead.append(thread.submit(following))
                 yield batch
         finally:  # a reader that leaves early waits for one batch at most
             thread.shutdown(cancel_futures=True)

@@ -8,6 +8,9 @@ Shape suffixes: N samples, Q queries, C classes, T templates, D embedding, B bat
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from concurrent.futures import wait
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +24,7 @@ from upcycle_bench.errors import UserError
 from upcycle_bench.evalsets import EvalSet
 from upcycle_bench.probe import Examples
 from upcycle_bench.suite import EvalContext
+from upcycle_bench.threads import beside as begin
 
 
 def image_features(folder: Path, split: str, context: EvalContext) -> Examples:
@@ -48,8 +52,9 @@ def encode_images(evalset: EvalSet, context: EvalContext) -> tuple[Tensor, list[
 
     embeddings, beside = [], []
     try:
-        for images_B3HW, labels_or_captions in context.track(evalset.batches, f"{evalset.name}: images"):
-            embeddings.append(embed(context.model.encode_image, images_B3HW, context))
+        batches = context.track(evalset.batches, f"{evalset.name}: images")
+        for embedded_BD, labels_or_captions in _embedded(batches, context):
+            embeddings.append(embedded_BD)
             beside.extend(labels_or_captions)
     except DecodingError as error:  # it has no words of its own
         raise UserError(
@@ -60,11 +65,39 @@ def encode_images(evalset: EvalSet, context: EvalContext) -> tuple[Tensor, list[
     return finite(torch.cat(embeddings), evalset.name), beside
 
 
-@torch.no_grad()
+def _embedded(batches: Iterable[tuple[Tensor, Any]], context: EvalContext) -> Iterator[tuple[Tensor, Any]]:
+    """Batches of images, embedded, in their order; on a CPU with a core that is free each second one by that."""
+    encode, iterator = context.model.encode_image, iter(batches)
+    for images_B3HW, labels in iterator:
+        if context.device.type != "cpu":
+            yield embed(encode, images_B3HW, context), labels
+            continue
+        ahead = begin(partial(_embed, encode, images_B3HW, context))
+        try:
+            following = next(iterator, None)
+            own_BD = None if following is None else _embed(encode, following[0], context)
+        finally:  # nothing goes on behind an error
+            late = ahead.cancel()  # it waits behind other work
+            if not late:
+                wait([ahead])
+        embedded_BD = _embed(encode, images_B3HW, context) if late else ahead.result()
+        yield _seen(encode, images_B3HW, embedded_BD, context), labels
+        if following is not None and own_BD is not None:
+            yield _seen(encode, following[0], own_BD, context), following[1]
+
+
 def embed(encode: Any, inputs: Tensor, context: EvalContext) -> Tensor:
     """One batch, normalised, float32, on the CPU. `encode` must be of `context.model`: see EvalContext.saw."""
+    return _seen(encode, inputs, _embed(encode, inputs, context), context)
+
+
+@torch.no_grad()
+def _embed(encode: Any, inputs: Tensor, context: EvalContext) -> Tensor:
     with torch.autocast(context.device.type, enabled=False):
-        embedded = F.normalize(encode(inputs.to(context.device)).float(), dim=-1).cpu()
+        return F.normalize(encode(inputs.to(context.device)).float(), dim=-1).cpu()
+
+
+def _seen(encode: Any, inputs: Tensor, embedded: Tensor, context: EvalContext) -> Tensor:
     if context.saw is not None:
         context.saw(context.model, encode, inputs, embedded)
     return embedded

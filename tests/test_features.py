@@ -1,0 +1,121 @@
+"""Two batches of images encoded at once where a core is free: the same embeddings in the same order, errors and all."""
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms.functional import pil_to_tensor
+
+from upcycle_bench import evalsets, threads
+from upcycle_bench.features import encode_images
+from upcycle_bench.flops import counted_flops
+from upcycle_bench.suite import EvalContext
+from upcycle_bench.threads import spare_thread
+
+CPU = torch.device("cpu")
+PROJECTION = torch.randn(6 * 6 * 3, 4, generator=torch.Generator().manual_seed(0))
+
+
+def transform(image: Image.Image) -> Tensor:
+    pixels: Tensor = pil_to_tensor(image)
+    return pixels.float()
+
+
+@pytest.fixture(params=[1, 2, 5])
+def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """A set of that many images; in batches of one, an odd number has a last batch without a second."""
+    pixels = np.random.default_rng(0).integers(0, 256, (request.param, 6, 6, 3), dtype=np.uint8)
+    samples = [(Image.fromarray(p), number % 2) for number, p in enumerate(pixels)]
+    evalsets.write_classification(tmp_path / "x", samples, ("a", "b"), ("{c}",))
+    return tmp_path / "x"
+
+
+@pytest.fixture(params=[1, 2], ids=["one core", "two cores"])
+def cores(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    assert torch.get_num_threads() == 1
+    monkeypatch.setattr(threads, "cores", lambda: request.param)
+    monkeypatch.setenv(threads.SHARE, str(request.param))
+    number: int = request.param
+    return number
+
+
+def encoded(folder: Path, encode: Callable[[Tensor], Tensor], **more: Any) -> tuple[Tensor, list[Any]]:
+    model: Any = SimpleNamespace(encode_image=encode)
+    context = EvalContext(
+        model=model,
+        tokenizer=lambda texts: torch.zeros(len(texts), 1, dtype=torch.long),
+        transform=transform,
+        root=folder.parent,
+        device=CPU,
+        batch_size=1,
+        **more,
+    )
+    return encode_images(evalsets.read(folder, transform, 1), context)
+
+
+def test_embeddings_flops_and_what_a_witness_sees_do_not_depend_on_cores(folder: Path, cores: int) -> None:
+    where: list[str] = []
+    saw: list[Tensor] = []
+
+    def encode(images_B3HW: Tensor) -> Tensor:
+        where.append(threading.current_thread().name)
+        return images_B3HW.flatten(1) @ PROJECTION
+
+    def witness(_model: Any, _encode: Any, inputs: Tensor, embedded: Tensor) -> None:
+        assert torch.equal(torch.nn.functional.normalize(inputs.flatten(1) @ PROJECTION, dim=-1), embedded)
+        saw.append(embedded)
+
+    with counted_flops() as counter:
+        features_ND, labels = encoded(folder, encode, saw=witness)
+    count = len(features_ND)
+    assert [int(label) for label in labels] == [number % 2 for number in range(count)]
+    assert len(where) == count and torch.equal(torch.cat(saw), features_ND) and not features_ND.requires_grad
+    assert len(features_ND.unique(dim=0)) == count
+    assert any(name.startswith("spare") for name in where) is (cores == 2)
+    assert counter.get_total_flops() >= count * 2 * PROJECTION.numel()
+    expected = torch.cat([images.flatten(1) @ PROJECTION for images, _ in evalsets.read(folder, transform, 1).batches])
+    assert torch.equal(features_ND, torch.nn.functional.normalize(expected, dim=-1))
+
+
+def test_a_spare_thread_that_is_busy_is_not_waited_for(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(threads, "cores", lambda: 2)
+    monkeypatch.setenv(threads.SHARE, "2")
+    spare, go_on, where = spare_thread(), threading.Event(), []
+    assert spare is not None
+    busy = spare.submit(go_on.wait, 20)
+
+    def encode(images_B3HW: Tensor) -> Tensor:
+        where.append(threading.current_thread())
+        return images_B3HW.flatten(1) @ PROJECTION
+
+    features_ND, _ = encoded(folder, encode)
+    go_on.set()
+    assert busy.result() and set(where) == {threading.main_thread()} and len(where) == len(features_ND)
+
+
+@pytest.mark.parametrize("broken", [0, 1])
+def test_an_error_in_either_batch_arrives_and_nothing_goes_on(tmp_path: Path, cores: int, broken: int) -> None:
+    samples = [(Image.fromarray(np.full((6, 6, 3), number, dtype=np.uint8)), 0) for number in range(4)]
+    evalsets.write_classification(tmp_path / "x", samples, ("a",), ("{c}",))
+    done: list[int] = []
+
+    def encode(images_B3HW: Tensor) -> Tensor:
+        number = int(images_B3HW[0, 0, 0, 0])
+        if number == broken:
+            raise ZeroDivisionError
+        done.append(number)
+        return images_B3HW.flatten(1) @ PROJECTION
+
+    before = threading.active_count()
+    with pytest.raises(ZeroDivisionError):
+        encoded(tmp_path / "x", encode)
+    spare = spare_thread()
+    assert spare is None or spare.submit(int).result(5) == 0
+    assert done in ([], [1 - broken]) and threading.active_count() <= before + (cores == 2)
