@@ -53,19 +53,19 @@ def our_experts(ffn: FFN, tokens: int, cluster_tokens: int = CLUSTER_TOKENS) -> 
     strategy = configure(target, {"cluster_tokens": cluster_tokens})
     layer = Layer("vision", 1, 2, EXPERTS, 2)
     calibrator = strategy.calibrator(ffn, layer, RNG)
-    for x_TD in token_stream(tokens, ffn.width, ffn.w1_HD.device):
-        with one_thread():
-            calibrator.update(x_TD)
     with one_thread():
+        for x_TD in token_stream(tokens, ffn.width, ffn.w1_HD.device):
+            calibrator.update(x_TD)
         return strategy.init_layer(ffn, layer, calibrator, RNG)
 
 
 def stored_experts(ffn: FFN, tokens: int, cluster_tokens: int = CLUSTER_TOKENS) -> Any:
-    """The same in the naive way, with all the threads that there are."""
+    """The same in the naive way, with one thread, too."""
     stored = StoredActivations()
-    for x_TD in token_stream(tokens, ffn.width, ffn.w1_HD.device):
-        stored.update(x_TD)
-    return naive_experts(ffn, stored, EXPERTS, RNG, cluster_tokens=cluster_tokens)
+    with one_thread():
+        for x_TD in token_stream(tokens, ffn.width, ffn.w1_HD.device):
+            stored.update(x_TD)
+        return naive_experts(ffn, stored, EXPERTS, RNG, cluster_tokens=cluster_tokens)
 
 
 @measures(7)

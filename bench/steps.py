@@ -131,8 +131,8 @@ def engine_step(settings: Settings) -> Iterator[Row]:
 def eesd_step(settings: Settings) -> Iterator[Row]:
     """The lab's upcycled step with distillation (all experts on all tokens, once forward) / without.
 
-    And with it / without it in DeepSpeed's own layers: nothing else is taken from us there, text padding is left out
-    on both sides.
+    And with it / without it in DeepSpeed's own layers: once with nothing else taken from us, so that text padding is
+    left out on both sides, and once in open_clip's step as it comes, row 6's.
     """
     with_eesd, clip = our_moe_step(settings, eesd=True)
     least = floor(with_eesd, "bf16", settings, _parameters(clip))
@@ -145,6 +145,17 @@ def eesd_step(settings: Settings) -> Iterator[Row]:
         "<= 0.85",
         with_eesd,
         stock_layers_step(settings),
+        settings,
+        settle=SETTLE,
+        floor=least,
+    )
+    job, moe = lab_job(), lab_protocol().moe
+    batches = made_up_batches(clip, job.schedule.batch_size)
+    yield compare(
+        "step with EESD / open_clip's without, with stock DeepSpeed MoE, lab, bf16",
+        "<= 0.85",
+        with_eesd,
+        stock_step(stock_upcycled(lab_clip(settings.device), moe), job, batches),
         settings,
         settle=SETTLE,
         floor=least,

@@ -18,8 +18,9 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, Future
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,27 +29,32 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
 
-from upcycle_bench.ffns import Begin, Gradients, compute, compute_dtype, ffns, parameters_of
+from upcycle_bench.ffns import LARGE, Begin, Gradients, compute, compute_dtype, ffns, parameters_of
+from upcycle_bench.threads import shared
 
 
 class Later:
     """What a thread has still to compute."""
 
     def __init__(self) -> None:
-        self._begun: list[Future[Gradients]] = []
+        self._begun: list[tuple[Callable[[], Gradients], Future[Gradients]]] = []
 
     def products(self, thread: Executor | None) -> contextlib.AbstractContextManager[Any]:
         """A context in which weights get their gradients from `thread`; None: from autograd."""
         if thread is None:
             return contextlib.nullcontext()
-        return _Products(lambda work: self._begun.append(thread.submit(work)))
+        return _Products(lambda work: self._begun.append((work, thread.submit(work))))
 
     @torch.no_grad()
     def wait(self) -> None:
-        """Add all gradients, once they are computed; raises what went wrong, and then adds no more."""
+        """Add all gradients, once they are computed; raises what went wrong, and then adds no more.
+
+        What the thread has not begun is computed here, from the end.
+        """
         try:
-            for future in self._begun:
-                for parameter, grad in future.result():
+            here = {number: work() for number, (work, future) in reversed([*enumerate(self._begun)]) if future.cancel()}
+            for number, (_, future) in enumerate(self._begun):
+                for parameter, grad in here[number] if number in here else future.result():
                     if parameter.grad is None:
                         parameter.grad = grad
                     else:
@@ -59,7 +65,7 @@ class Later:
     def forget(self) -> None:
         """Drop what is not added yet, after an error."""
         begun, self._begun = self._begun, []
-        concurrent.futures.wait([future for future in begun if not future.cancel()])
+        concurrent.futures.wait([future for _, future in begun if not future.cancel()])
 
 
 class _Products(TorchFunctionMode):
@@ -155,11 +161,27 @@ def _self_attention(
         return None
     assert weight is not None
     length, batch, _ = query_LBD.shape
-    qkv_LBD = F.linear(query_LBD, weight, bias).unflatten(-1, (3, width)).movedim(-2, 0).contiguous()
+    qkv_LBD = F.linear(query_LBD, weight, bias)
+    mixed_LBD = _in_halves(qkv_LBD, heads) if length * batch >= LARGE else _mixed(qkv_LBD, heads)
+    return F.linear(mixed_LBD.view(length * batch, width), out_weight, out_bias).view(length, batch, width)
+
+
+def _in_halves(qkv_LBD: Tensor, heads: int) -> Tensor:
+    """`_mixed`, of half the batch in the spare thread if that is idle: each sequence is on its own."""
+    halves = [*qkv_LBD.chunk(2, dim=1)]
+
+    def mix(number: int) -> None:
+        halves[number] = _mixed(halves[number], heads)
+
+    shared([partial(mix, number) for number in range(len(halves))])
+    return torch.cat(halves, dim=1)
+
+
+def _mixed(qkv_LBD: Tensor, heads: int) -> Tensor:
+    """Values mixed by attention, [L, B, D], of queries, keys and values [L, B, 3 D]."""
+    length, batch, width = qkv_LBD.shape[0], qkv_LBD.shape[1], qkv_LBD.shape[2] // 3
     parts = [
         each.view(length, batch * heads, width // heads).transpose(0, 1).view(batch, heads, length, width // heads)
-        for each in qkv_LBD.unbind()
+        for each in qkv_LBD.unflatten(-1, (3, width)).movedim(-2, 0).contiguous().unbind()
     ]
-    mixed = F.scaled_dot_product_attention(*parts)
-    mixed = mixed.permute(2, 0, 1, 3).reshape(length * batch, width)
-    return F.linear(mixed, out_weight, out_bias).view(length, batch, width)
+    return F.scaled_dot_product_attention(*parts).permute(2, 0, 1, 3).reshape(length, batch, width)
