@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tests.helpers import threads
 from upcycle_bench import ffns as module
 from upcycle_bench import threads as threads_module
-from upcycle_bench.expert_backends import alike
+from upcycle_bench.expert_backends import as_one, loop
 from upcycle_bench.ffns import ffns
 from upcycle_bench.flops import FlopCounter
 from upcycle_bench.strategy import FFN
@@ -66,7 +66,7 @@ ACTS = [nn.GELU(), nn.GELU(approximate="tanh"), QuickGELU(), nn.ReLU()]
 @pytest.mark.parametrize("bf16", [False, True])
 def test_numbers_are_those_of_experts_one_by_one(act: nn.Module, bf16: bool) -> None:
     experts = experts_of(act)
-    assert alike(experts)
+    assert as_one(experts)
     other = copy.deepcopy(experts)
     found, expected = results(ffns, experts, rows_of(), bf16), results(one_by_one, other, rows_of(), bf16)
     assert same(found, expected)
@@ -91,6 +91,18 @@ def test_what_does_not_train_gets_no_gradient(frozen: str) -> None:
     found = results(ffns, experts, rows_RD, True)
     assert same(found, results(one_by_one, other, other_rows, True))
     assert any(grad is None for grad in found)
+
+
+@pytest.mark.parametrize("act", [nn.RReLU(), nn.Dropout(0.5), nn.PReLU()], ids=str)
+def test_an_activation_that_draws_or_learns_is_left_to_its_module(act: nn.Module) -> None:
+    """The gradient of any but GELU computes it again."""
+    experts = experts_of(act).train()
+    assert not as_one(experts)
+    other = copy.deepcopy(experts)
+    torch.manual_seed(5)
+    found = results(lambda rows_RD, rooms, own: loop(own, rows_RD, rooms), experts, rows_of(), False)
+    torch.manual_seed(5)
+    assert same(found, results(one_by_one, other, rows_of(), False))
 
 
 def test_a_second_backward_pass_adds_the_same_again() -> None:

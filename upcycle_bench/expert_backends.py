@@ -41,7 +41,7 @@ Backend = Callable[[Sequence[Any], Tensor, Sequence[int]], Tensor]
 
 def loop(experts: Sequence[Any], rows_RD: Tensor, rooms: Sequence[int]) -> Tensor:
     """Each expert on its `rooms[i]` rows (those that pad included), [R, D] -> [R, D]."""
-    if alike(experts):
+    if as_one(experts):
         return ffns(rows_RD, rooms, experts)
     return torch.cat([expert(rows) for expert, rows in zip(experts, rows_RD.split(rooms), strict=True)])
 
@@ -119,7 +119,7 @@ def default(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> str:
 
 def rows_dtype(experts: Sequence[Any], x: Tensor) -> torch.dtype:
     """What rows are best gathered in: that of the experts' products, if these are all that is done with them."""
-    return compute_dtype(x) if alike(experts) else x.dtype
+    return compute_dtype(x) if as_one(experts) else x.dtype
 
 
 def refusal(experts: Sequence[Any], rows_RD: Tensor) -> str | None:
@@ -141,6 +141,13 @@ def refusal(experts: Sequence[Any], rows_RD: Tensor) -> str | None:
         hidden, width = first.c_fc.weight.shape
         return f"a width of {width} or {hidden} in {dtype} is no multiple of {ALIGNMENT} bytes"
     return None
+
+
+def as_one(experts: Sequence[Any]) -> bool:
+    """Whether `ffns` can compute them: alike, and an activation that gives the same again for the same input."""
+    from open_clip.transformer import QuickGELU  # not for who only asks which backend there is
+
+    return alike(experts) and isinstance(experts[0].gelu, (nn.GELU, nn.ReLU, nn.SiLU, QuickGELU))
 
 
 def alike(experts: Sequence[Any]) -> bool:
