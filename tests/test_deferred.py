@@ -11,8 +11,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.helpers import threads
+from upcycle_bench import deferred
+from upcycle_bench import threads as threads_module
 from upcycle_bench.deferred import Later
 from upcycle_bench.ffns import ffns
 from upcycle_bench.strategy import FFN
@@ -76,7 +80,7 @@ def test_gradients_are_autograds_to_the_bit_and_add_up(thread: Executor, bf16: b
     assert same(gradients(tower(), bf16, Later(), thread), expected)
 
 
-def test_they_come_from_the_thread_when_one_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_they_come_from_the_thread_when_one_waits() -> None:
     begun: list[Any] = []
 
     class Never:
@@ -84,8 +88,8 @@ def test_they_come_from_the_thread_when_one_waits(monkeypatch: pytest.MonkeyPatc
             begun.append(work)
             return threading.Event()
 
-    model, later, never = tower(), Later(), Never()
-    with later.products(never):  # type: ignore[arg-type]
+    model, later = tower(), Later()
+    with later.products(Never()):  # type: ignore[arg-type]
         loss = model().sum()
     loss.backward()
     assert len(begun) == 6  # up, down, attention's two projections, the experts
@@ -104,7 +108,7 @@ def tower_of_sum() -> Tower:
 
 
 @pytest.mark.parametrize("case", ["frozen", "hooked", "hooked after", "no grad"])
-def test_what_is_left_to_autograd(thread: Executor, case: str) -> None:
+def test_what_is_left_to_autograd(thread: Executor, case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, later, seen = tower(), Later(), []
     if case == "frozen":
         model.up.requires_grad_(False)
@@ -113,8 +117,12 @@ def test_what_is_left_to_autograd(thread: Executor, case: str) -> None:
     elif case == "hooked after":
         model.up.weight.register_post_accumulate_grad_hook(lambda parameter: seen.append(parameter.grad))
     else:
+        answers: list[bool] = []
+        can_wait = deferred._can_wait
+        monkeypatch.setattr(deferred, "_can_wait", lambda *args: answers.append(can_wait(*args)) or answers[-1])
         with torch.no_grad(), later.products(thread):
-            assert not model().requires_grad
+            model()
+        assert len(answers) == 5 and not any(answers)
         return
     with later.products(thread):
         loss = model().sum()
@@ -128,6 +136,46 @@ def test_what_is_left_to_autograd(thread: Executor, case: str) -> None:
         assert len(seen) == 1
         assert model.up.weight.grad is not None
         assert torch.equal(model.up.weight.grad, expected * (2 if case == "hooked" else 1))
+
+
+class Operations(TorchDispatchMode):
+    """The names of PyTorch's operations, as often as they are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(func._overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("halves", [False, True])
+@pytest.mark.parametrize("bf16", [False, True])
+def test_attention_is_pytorchs_to_the_bit_by_as_few_products(
+    thread: Executor, monkeypatch: pytest.MonkeyPatch, bf16: bool, halves: bool
+) -> None:
+    """Batch first, so what is projected is transposed; the two halves in two threads."""
+    monkeypatch.setattr(deferred, "LARGE", 1 if halves else 10**9)
+    monkeypatch.setattr(threads_module, "spare_thread", lambda: thread)
+    found: list[dict[str, Tensor]] = []
+    products: list[int] = []
+    for other in (None, thread):
+        torch.manual_seed(0)
+        attention, later = nn.MultiheadAttention(32, 2, batch_first=True), Later()
+        x_BLD = torch.randn(7, 9, 32, requires_grad=True)
+        autocast = torch.autocast("cpu", torch.bfloat16, enabled=bf16)
+        with autocast, sdpa_kernel(SDPBackend.MATH), later.products(other), Operations() as seen:
+            y_BLD = attention(x_BLD, x_BLD, x_BLD, need_weights=False)[0]
+        y_BLD.float().square().sum().backward()
+        later.wait()
+        assert x_BLD.grad is not None
+        grads = {name: weight.grad for name, weight in attention.named_parameters() if weight.grad is not None}
+        assert len(grads) == 4
+        found.append({"y": y_BLD, "x": x_BLD.grad, **grads})
+        products.append(seen.names.count("bmm"))
+    assert all(torch.equal(value, found[1][name]) for name, value in found[0].items())
+    assert products == [2, 2]  # of the half here, or of the whole
 
 
 @pytest.mark.parametrize("case", ["mask", "weights", "dropout", "another key", "no batch"])
@@ -201,7 +249,7 @@ def test_an_error_arrives_at_who_waits_and_nothing_comes_late(thread: Executor) 
         return [(parameter, torch.ones(1))]
 
     works: list[Any] = [lambda: 1 // 0, late, late]
-    later._begun += [(work, thread.submit(work)) for work in works]
+    later._begun += [([work], thread.submit(work)) for work in works]
     begun.wait(5)
     with pytest.raises(ZeroDivisionError):
         later.wait()
@@ -223,7 +271,7 @@ def test_who_waits_does_what_the_thread_has_not_begun(thread: Executor) -> None:
         return [(parameter, torch.tensor([(1.0, 1.0, 2.0**24)[number]]))]
 
     for number in range(3):
-        later._begun.append((partial(work, number), thread.submit(work, number)))
+        later._begun.append(([partial(work, number)], thread.submit(work, number)))
     later.wait()
     assert sorted(where) == [(0, False), (1, True), (2, True)]
     # float32 has no odd numbers from 2**24 on: in the other order either 1 would be lost

@@ -2,6 +2,7 @@
 
 import copy
 import threading
+import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -93,8 +94,29 @@ def test_what_does_not_train_gets_no_gradient(frozen: str) -> None:
     assert any(grad is None for grad in found)
 
 
-@pytest.mark.parametrize("act", [nn.RReLU(), nn.Dropout(0.5), nn.PReLU()], ids=str)
-def test_an_activation_that_draws_or_learns_is_left_to_its_module(act: nn.Module) -> None:
+class Noisy(nn.GELU):
+    """A subclass may do what it likes."""
+
+    def forward(self, hidden_RH: Tensor) -> Tensor:
+        return super().forward(hidden_RH) * torch.rand(1)
+
+
+class Scaled(nn.Module):
+    """Has a tensor that is no parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale_H = torch.linspace(0, 1, HIDDEN)
+
+    def forward(self, hidden_RH: Tensor) -> Tensor:
+        return hidden_RH * self.scale_H
+
+
+OTHERS = [nn.RReLU(), nn.Dropout(0.5), nn.PReLU(), nn.ReLU(inplace=True), nn.SiLU(inplace=True), Noisy(), Scaled()]
+
+
+@pytest.mark.parametrize("act", OTHERS, ids=str)
+def test_an_activation_that_draws_learns_or_overwrites_is_left_to_its_module(act: nn.Module) -> None:
     """The gradient of any but GELU computes it again."""
     experts = experts_of(act).train()
     assert not as_one(experts)
@@ -117,21 +139,66 @@ def test_a_second_backward_pass_adds_the_same_again() -> None:
     )
 
 
-def test_a_weight_that_two_experts_share_gets_the_sum() -> None:
+def test_experts_that_share_a_weight_are_computed_one_by_one() -> None:
+    """Autocast casts it once, and adds its gradients in bf16."""
     experts = experts_of(nn.GELU())
     experts[3].c_fc.weight = experts[0].c_fc.weight
     other = copy.deepcopy(experts)
-    assert other[3].c_fc.weight is other[0].c_fc.weight
-    assert same(results(ffns, experts, rows_of(), False), results(one_by_one, other, rows_of(), False))
+    assert other[3].c_fc.weight is other[0].c_fc.weight and not as_one(experts)
+    found = results(lambda rows_RD, rooms, own: loop(own, rows_RD, rooms), experts, rows_of(), True)
+    assert same(found, results(one_by_one, other, rows_of(), True))
 
 
-def test_without_gradients_nothing_is_kept_and_float64_stays() -> None:
-    experts = experts_of(nn.GELU())
-    with torch.no_grad():
+class Watched(QuickGELU):
+    """Counts the hidden rows that are alive when the next expert's are made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: list[weakref.ref[Tensor]] = []
+        self.most = 0
+
+    def forward(self, hidden_RH: Tensor) -> Tensor:
+        self.made.append(weakref.ref(hidden_RH))
+        self.most = max(self.most, sum(one() is not None for one in self.made))
+        made: Tensor = super().forward(hidden_RH)
+        return made
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_without_gradients_nothing_is_kept(grad: bool) -> None:
+    experts, watched = experts_of(nn.GELU()), Watched()
+    experts[0].gelu = watched
+    with torch.set_grad_enabled(grad):
         y_RD = ffns(rows_of(), ROOMS, experts)
-        assert torch.equal(y_RD, one_by_one(rows_of(), ROOMS, experts)) and not y_RD.requires_grad
+    assert y_RD.requires_grad is grad and watched.most == (len(ROOMS) if grad else 1)
+
+
+def test_precisions_that_do_not_match_are_refused_as_ever() -> None:
+    experts = experts_of(nn.GELU())
+    with pytest.raises(RuntimeError, match="dtype"):
+        ffns(rows_of(torch.bfloat16), ROOMS, experts)
     with torch.autocast("cpu", torch.bfloat16):
+        with pytest.raises(RuntimeError, match="dtype"):
+            ffns(rows_of(torch.float64), ROOMS, experts)
         assert ffns(rows_of(torch.float64), ROOMS, experts.double()).dtype == torch.float64
+
+
+def test_the_other_thread_leaves_autocasts_cache_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A weight used before and after the experts is cast once, as in one thread, so its gradient has the same bits."""
+    found = []
+    for spare in (False, True):
+        with ThreadPoolExecutor(1, "other") as other:
+            monkeypatch.setattr(
+                threads_module, "spare_thread", lambda other=other, spare=spare: other if spare else None
+            )
+            monkeypatch.setattr(module, "LARGE", 1)
+            experts, rows_RD = experts_of(nn.GELU()), rows_of()
+            layer = nn.Linear(WIDTH, WIDTH)
+            with torch.autocast("cpu", torch.bfloat16):
+                layer(ffns(layer(rows_RD), ROOMS, experts)).float().square().sum().backward()
+            found.append(layer.weight.grad)
+        monkeypatch.undo()
+    assert found[0] is not None and found[1] is not None and torch.equal(*found)
 
 
 def test_flops_are_those_of_experts_one_by_one() -> None:
@@ -144,25 +211,25 @@ def test_flops_are_those_of_experts_one_by_one() -> None:
 
 
 def test_two_threads_share_experts_and_numbers_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    """If there are so many rows that it is worth it."""
     expected = results(ffns, experts_of(nn.GELU()), rows_of(), True)
     seen: list[str] = []
-    release = threading.Event()
+    meeting = threading.Barrier(2, timeout=20)  # both are at their first expert
 
     class Act(nn.GELU):
         def forward(self, hidden_RH: Tensor) -> Tensor:
-            seen.append(threading.current_thread().name)
-            release.wait(5)
+            name = threading.current_thread().name
+            if large <= sum(ROOMS) and name not in seen:
+                seen.append(name)
+                meeting.wait()
+            seen.append(name)
             return super().forward(hidden_RH)
 
     with ThreadPoolExecutor(1, "other") as other:
         monkeypatch.setattr(threads_module, "spare_thread", lambda: other)
-        monkeypatch.setattr(module, "LARGE", sum(ROOMS))
-        threading.Timer(0.2, release.set).start()  # by then both are at their first expert
-        found = results(ffns, experts_of(Act()), rows_of(), True)
-        assert same(found, expected)
-        assert any(name.startswith("other") for name in seen) and threading.main_thread().name in seen
-
-        seen.clear()
-        monkeypatch.setattr(module, "LARGE", sum(ROOMS) + 1)
-        assert same(results(ffns, experts_of(Act()), rows_of(), True), expected)
-        assert not any(name.startswith("other") for name in seen)
+        for large in (sum(ROOMS), sum(ROOMS) + 1):
+            seen.clear()
+            monkeypatch.setattr(module, "LARGE", large)
+            assert same(results(ffns, experts_of(Act()), rows_of(), True), expected)
+            assert any(name.startswith("other") for name in seen) is (large == sum(ROOMS))
+            assert threading.main_thread().name in seen

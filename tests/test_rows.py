@@ -126,6 +126,15 @@ def test_combine_rows_accumulates_bfloat16_in_the_gates_precision() -> None:
     assert gates_KT.grad.flatten().tolist() == [1.0, 2.0**-9, -1.0]
 
 
+def test_rows_in_another_precision_are_cast_rows_and_their_gradients_are_added_in_the_first() -> None:
+    x_TD = torch.tensor([[1 + 2.0**-9], [3.0]], requires_grad=True)
+    token_R, slots_KT = torch.tensor([0, 1, 0]), torch.tensor([[0, 1], [2, 3]])
+    rows_RD = select_rows(x_TD, token_R, slots_KT, inverse_holes=True, dtype=torch.bfloat16)
+    assert rows_RD.dtype == torch.bfloat16 and rows_RD.flatten().tolist() == [1, 3, 1]
+    rows_RD.backward(torch.tensor([[1.0], [5.0], [2.0**-9]], dtype=torch.bfloat16))
+    assert x_TD.grad is not None and x_TD.grad.flatten().tolist() == [1 + 2.0**-9, 5]  # in bf16 it would be 1
+
+
 def test_rows_by_hand() -> None:
     # Two tokens with two choices each; token 1's second choice was dropped. Rows: t1 first, t0 second, t0 first.
     source_R, slots_KT = torch.tensor([1, 2, 0]), torch.tensor([[2, 0], [1, 3]])

@@ -37,13 +37,19 @@ class Later:
     """What a thread has still to compute."""
 
     def __init__(self) -> None:
-        self._begun: list[tuple[Callable[[], Gradients], Future[Gradients]]] = []
+        # Work is taken out of its list by who does it, which lets go of the tensors that it needs.
+        self._begun: list[tuple[list[Callable[[], Gradients]], Future[Gradients]]] = []
 
     def products(self, thread: Executor | None) -> contextlib.AbstractContextManager[Any]:
         """A context in which weights get their gradients from `thread`; None: from autograd."""
         if thread is None:
             return contextlib.nullcontext()
-        return _Products(lambda work: self._begun.append((work, thread.submit(work))))
+
+        def begin(work: Callable[[], Gradients]) -> None:
+            given = [work]
+            self._begun.append((given, thread.submit(lambda: given.pop()())))
+
+        return _Products(begin)
 
     @torch.no_grad()
     def wait(self) -> None:
@@ -52,7 +58,7 @@ class Later:
         What the thread has not begun is computed here, from the end.
         """
         try:
-            here = {number: work() for number, (work, future) in reversed([*enumerate(self._begun)]) if future.cancel()}
+            here = {n: given.pop()() for n, (given, future) in reversed([*enumerate(self._begun)]) if future.cancel()}
             for number, (_, future) in enumerate(self._begun):
                 for parameter, grad in here[number] if number in here else future.result():
                     if parameter.grad is None:
@@ -65,7 +71,10 @@ class Later:
     def forget(self) -> None:
         """Drop what is not added yet, after an error."""
         begun, self._begun = self._begun, []
-        concurrent.futures.wait([future for _, future in begun if not future.cancel()])
+        left = [future for _, future in begun if not future.cancel()]
+        for given, _ in begun:
+            given.clear()
+        concurrent.futures.wait(left)
 
 
 class _Products(TorchFunctionMode):
@@ -113,7 +122,12 @@ class _Linear(torch.autograd.Function):
         with torch.autocast(x.device.type, enabled=False):
             x, used = x.to(dtype), weight.to(dtype)
             ctx.save_for_backward(x, used)
-            return F.linear(x, used, None if bias is None else bias.to(dtype))
+            added = None if bias is None else bias.to(dtype)
+            if x.dim() == 2 or x.is_contiguous():
+                return F.linear(x, used, added)
+            # What F.linear does with a gradient; without one it makes a product of each position, many times slower.
+            y = (x.reshape(-1, x.shape[-1]) @ used.t()).view(*x.shape[:-1], len(used))
+            return y if added is None else y.add_(added)
 
     @staticmethod
     @once_differentiable
@@ -130,7 +144,8 @@ class _Linear(torch.autograd.Function):
             return found if bias is None else [*found, (bias, rows.sum(0).to(bias.dtype))]
 
         ctx.begin(of_parameters)
-        return (grad @ used).to(ctx.dtype), None, None, None
+        grad_x = (grad.reshape(-1, grad.shape[-1]) @ used).view(x.shape)
+        return grad_x.to(ctx.dtype), None, None, None
 
 
 def _self_attention(
@@ -151,13 +166,16 @@ def _self_attention(
     key_padding_mask: Tensor | None = None,
     need_weights: bool = True,
     attn_mask: Tensor | None = None,
+    *more: Any,
+    average_attn_weights: bool = True,
     **others: Any,
 ) -> Tensor | None:
     """What `F.multi_head_attention_forward` computes, by its own operations, so to the bit; None where it does more."""
-    shared = query_LBD is key is value and weight is not None and bias_k is None and bias_v is None
-    masked = key_padding_mask is not None or attn_mask is not None or others.get("is_causal")
+    same = query_LBD is key is value and weight is not None and bias_k is None and bias_v is None
+    masked = key_padding_mask is not None or attn_mask is not None
     random = training and dropout > 0
-    if not shared or masked or random or need_weights or add_zero_attn or query_LBD.dim() != 3:
+    special = more or any(value is not None and value is not False for value in others.values())
+    if not same or masked or random or special or need_weights or add_zero_attn or query_LBD.dim() != 3:
         return None
     assert weight is not None
     length, batch, _ = query_LBD.shape

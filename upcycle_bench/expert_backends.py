@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from upcycle_bench.errors import unknown
-from upcycle_bench.ffns import compute_dtype, ffns
+from upcycle_bench.ffns import compute_dtype, ffns, parameters_of
 from upcycle_bench.flops import counting
 from upcycle_bench.rows import Layout
 
@@ -144,10 +144,13 @@ def refusal(experts: Sequence[Any], rows_RD: Tensor) -> str | None:
 
 
 def as_one(experts: Sequence[Any]) -> bool:
-    """Whether `ffns` can compute them: alike, and an activation that gives the same again for the same input."""
+    """Whether `ffns` can compute them: alike, no weight used twice, an activation that it can compute again."""
     from open_clip.transformer import QuickGELU  # not for who only asks which backend there is
 
-    return alike(experts) and isinstance(experts[0].gelu, (nn.GELU, nn.ReLU, nn.SiLU, QuickGELU))
+    act = getattr(experts[0], "gelu", None)
+    if type(act) not in (nn.GELU, nn.ReLU, nn.SiLU, QuickGELU) or getattr(act, "inplace", False):
+        return False
+    return alike(experts) and len({*map(id, parameters_of(experts))}) == 4 * len(experts)
 
 
 def alike(experts: Sequence[Any]) -> bool:

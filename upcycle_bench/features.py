@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from concurrent.futures import wait
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -72,15 +71,17 @@ def _embedded(batches: Iterable[tuple[Tensor, Any]], context: EvalContext) -> It
         if context.device.type != "cpu":
             yield embed(encode, images_B3HW, context), labels
             continue
-        ahead = begin(partial(_embed, encode, images_B3HW, context))
+        given = [images_B3HW]  # taken from here, so that a queue of cancelled work keeps no images
+        ahead = begin(lambda given=given: _embed(encode, given.pop(), context))  # type: ignore[misc]
         try:
             following = next(iterator, None)
             own_BD = None if following is None else _embed(encode, following[0], context)
-        finally:  # nothing goes on behind an error
             late = ahead.cancel()  # it waits behind other work
-            if not late:
+            embedded_BD = _embed(encode, images_B3HW, context) if late else ahead.result()
+        finally:  # nothing goes on behind an error or Ctrl-C
+            given.clear()
+            if not ahead.cancel():
                 wait([ahead])
-        embedded_BD = _embed(encode, images_B3HW, context) if late else ahead.result()
         yield _seen(encode, images_B3HW, embedded_BD, context), labels
         if following is not None and own_BD is not None:
             yield _seen(encode, following[0], own_BD, context), following[1]

@@ -2,7 +2,8 @@
 
     y_RD = ffns(x_RD, rooms, experts)       # rows of block i: experts[i](x)
 
-Numbers are those of the experts called one by one, to the bit, under autocast too. What is spared is the rest: one
+Numbers are those of the experts called one by one, to the bit, under autocast too, where each has weights of its own
+(autocast would cast a shared one once, and add its gradients in that precision). What is spared is the rest: one
 buffer that all write into instead of a concatenation, forwards and backwards, one cast of the rows, and most of
 autograd's steps.
 
@@ -11,6 +12,7 @@ Shape suffixes: R rows, D width, H hidden width.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -45,7 +47,8 @@ def ffns(x_RD: Tensor, rooms: Sequence[int], experts: Sequence[Any]) -> Tensor:
 
 def compute(x_RD: Tensor, rooms: Sequence[int], experts: Sequence[Any], begin: Begin | None = None) -> Tensor:
     """The same; autograd leaves the parameters' gradients to `begin`, if given, as work to be done."""
-    y_RD: Tensor = _FFNs.apply(x_RD, rooms, experts[0].gelu, begin, *parameters_of(experts))
+    keeps = torch.is_grad_enabled()  # which a Function does not see
+    y_RD: Tensor = _FFNs.apply(x_RD, rooms, experts[0].gelu, begin, keeps, *parameters_of(experts))
     return y_RD
 
 
@@ -57,38 +60,41 @@ def parameters_of(experts: Sequence[Any]) -> list[Tensor]:
 class _FFNs(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x_RD: Tensor, rooms: Sequence[int], act: nn.Module, begin: Any, *parameters: Tensor
+        ctx: Any, x_RD: Tensor, rooms: Sequence[int], act: nn.Module, begin: Any, keeps: bool, *parameters: Tensor
     ) -> Tensor:
         ctx.set_materialize_grads(False)
         ctx.rooms, ctx.act, ctx.begin, ctx.parameters, ctx.dtype = rooms, act, begin, parameters, x_RD.dtype
         dtype = compute_dtype(x_RD)
+        casts = torch.is_autocast_enabled(x_RD.device.type) and dtype != torch.float64
         x_RD = x_RD.to(dtype)
         y_RD = torch.empty_like(x_RD)
-        saved: list[Tensor] = [x_RD] * (4 * len(rooms))
+        saved: list[Tensor] = [x_RD] * (4 * len(rooms) if keeps else 0)
 
         @torch.no_grad()
         def one(number: int, x: Tensor, y: Tensor) -> None:
             own = slice(4 * number, 4 * number + 4)
-            with torch.autocast(x.device.type, enabled=False):
-                w1_HD, b1_H, w2_DH, b2_D = (each.to(dtype) for each in parameters[own])
+            with _as_given(x.device.type):
+                w1_HD, b1_H, w2_DH, b2_D = (each.to(dtype) if casts else each for each in parameters[own])
                 hidden_RH = torch.addmm(b1_H, x, w1_HD.t())
                 active_RH = act(hidden_RH)
                 torch.addmm(b2_D, active_RH, w2_DH.t(), out=y)
-            saved[own] = [hidden_RH, active_RH, w1_HD, w2_DH]
+            if keeps:
+                saved[own] = [hidden_RH, active_RH, w1_HD, w2_DH]
 
         blocks = zip(range(len(rooms)), x_RD.split(rooms), y_RD.split(rooms), strict=True)
         shared([partial(one, *block) for block in blocks], worth=len(x_RD) >= LARGE)
-        ctx.save_for_backward(x_RD, *saved)
+        if keeps:
+            ctx.save_for_backward(x_RD, *saved)
         return y_RD
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_RD: Tensor | None) -> tuple[Any, ...]:
         if grad_RD is None:
-            return (None,) * (4 + len(ctx.parameters))
+            return (None,) * (5 + len(ctx.parameters))
         x_RD, *saved = ctx.saved_tensors
         grad_x_RD = torch.empty_like(x_RD)
-        wanted, found = ctx.needs_input_grad[4:], []
+        wanted, found = ctx.needs_input_grad[5:], []
         blocks = zip(*(rows.split(ctx.rooms) for rows in (x_RD, grad_RD, grad_x_RD)), strict=True)
         for number, (x, grad, grad_x) in enumerate(blocks):
             hidden_RH, active_RH, w1_HD, w2_DH = saved[4 * number : 4 * number + 4]
@@ -101,7 +107,12 @@ class _FFNs(torch.autograd.Function):
             else:
                 ctx.begin(_named(ctx.parameters[own], work))
         grads = found or (None,) * len(ctx.parameters)
-        return grad_x_RD.to(ctx.dtype), None, None, None, *grads
+        return grad_x_RD.to(ctx.dtype), None, None, None, None, *grads
+
+
+def _as_given(kind: str) -> contextlib.AbstractContextManager[Any]:
+    """No autocast. A thread that has none must not enter one: to leave it empties the cache of all threads."""
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else contextlib.nullcontext()
 
 
 def _through(act: Any, hidden_RH: Tensor, grad_RH: Tensor) -> Tensor:

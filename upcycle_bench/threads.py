@@ -6,7 +6,8 @@ import functools
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from typing import TypeVar
@@ -68,23 +69,31 @@ def beside(work: Callable[[], T]) -> Future[T]:
     return done
 
 
-def shared(works: Sequence[Callable[[], None]], *, worth: bool = True) -> None:
-    """Do all of them; where that is `worth` it, the spare thread does some, from the end, for as long as it is idle."""
+def shared(works: Iterable[Callable[[], None]], *, worth: bool = True) -> None:
+    """Do all of them; where that is `worth` it, the spare thread does some, from the end, unless it is busy."""
+    left = deque(works)
+
+    def do(take: Callable[[], Callable[[], None]]) -> None:
+        while True:
+            try:
+                work = take()
+            except IndexError:  # none is left
+                return
+            work()
+
     thread = spare_thread() if worth and threading.current_thread() is threading.main_thread() else None
     if thread is None:
-        for work in works:
-            work()
+        do(left.popleft)
         return
-    asked = [thread.submit(work) for work in reversed(works)][::-1]
+    helper = thread.submit(do, left.pop)
     try:
-        for work, ahead in zip(works, asked, strict=True):
-            if ahead.cancel():
-                work()
-    finally:  # nothing may go on behind an error
-        wait([ahead for ahead in asked if not ahead.cancel()])
-    for ahead in asked:
-        if not ahead.cancelled():
-            ahead.result()
+        do(left.popleft)
+        if not helper.cancel():  # it has begun
+            helper.result()
+    finally:  # nothing goes on behind an error or Ctrl-C
+        left.clear()
+        if not helper.cancel():
+            wait([helper])
 
 
 def _spare_thread_if_free() -> ThreadPoolExecutor | None:
