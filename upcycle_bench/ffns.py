@@ -38,7 +38,7 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 
 
 def ffns(x_RD: Tensor, rooms: Sequence[int], experts: Sequence[Any]) -> Tensor:
-    """[R, D] -> [R, D] for experts that are alike (`expert_backends.alike`), with `rooms[i]` rows for experts[i]."""
+    """[R, D] -> [R, D] for experts that `expert_backends.as_one` lets pass, with `rooms[i]` rows for experts[i]."""
     if has_torch_function_unary(x_RD):  # `upcycle_bench.deferred` wants to see it
         made: Tensor = handle_torch_function(ffns, (x_RD,), x_RD, rooms, experts)
         return made
