@@ -6,14 +6,17 @@ most beyond what the process had before, on a stream of so many tokens: row 8's 
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -30,7 +33,7 @@ from upcycle_bench.registry import load_registry
 from upcycle_bench.rng import Stream
 from upcycle_bench.strategy import FFN, Layer, configure
 from upcycle_bench.surgery import upcycle
-from upcycle_bench.threads import one_thread
+from upcycle_bench.threads import SHARE, one_thread
 
 WIDTH, EXPERTS = 768, 8  # of the single layer of row 8: ViT-B's
 MEMORY_WIDTH = 256  # where its memory is measured, which is not a matter of width
@@ -60,12 +63,18 @@ def our_experts(ffn: FFN, tokens: int, cluster_tokens: int = CLUSTER_TOKENS) -> 
 
 
 def stored_experts(ffn: FFN, tokens: int, cluster_tokens: int = CLUSTER_TOKENS) -> Any:
-    """The same in the naive way, with one thread, too."""
+    """The same in the naive way, with PyTorch's threads."""
     stored = StoredActivations()
-    with one_thread():
-        for x_TD in token_stream(tokens, ffn.width, ffn.w1_HD.device):
-            stored.update(x_TD)
-        return naive_experts(ffn, stored, EXPERTS, RNG, cluster_tokens=cluster_tokens)
+    for x_TD in token_stream(tokens, ffn.width, ffn.w1_HD.device):
+        stored.update(x_TD)
+    return naive_experts(ffn, stored, EXPERTS, RNG, cluster_tokens=cluster_tokens)
+
+
+@contextmanager
+def one_core() -> Iterator[None]:
+    """One thread of PyTorch's, and none beside it."""
+    with one_thread(), mock.patch.dict(os.environ, {SHARE: "1"}):
+        yield
 
 
 @measures(7)
@@ -107,20 +116,23 @@ def cluster_aware_total(settings: Settings) -> Iterator[Row]:
 def naive_ratio(settings: Settings) -> Iterator[Row]:
     """Naive / ours for one layer of ViT-B's width with 8 experts, clusters fitted on 8,192 of 32,768 tokens.
 
-    Then memory beyond that of the process before, each in a process of its own, on 65,536 / on 16,384 tokens of width
-    256. At most three rounds, of the naive memory one.
+    On one core each, and on all: the naive side by PyTorch's threads, ours by experts. Then memory beyond that of the
+    process before, each in a process of its own, on 65,536 / on 16,384 tokens of width 256. At most three rounds, of
+    the naive memory one.
     """
     ffn = random_ffn(WIDTH, torch.Generator().manual_seed(0))
     ffn = replace(ffn, **{name: getattr(ffn, name).to(settings.device) for name in ("w1_HD", "b1_H", "w2_DH", "b2_D")})
-    yield compare(
-        f"naive cluster-aware / ours, one layer, D={WIDTH}: time",
-        ">= 3",
-        lambda: stored_experts(ffn, 32768),
-        lambda: our_experts(ffn, 32768),
-        settings,
-        rounds=settings.few_rounds,
-        warm=False,
-    )
+    for where, scope in (("one core", one_core), ("all cores", contextlib.nullcontext)):
+        with scope():
+            yield compare(
+                f"naive cluster-aware / ours, one layer, D={WIDTH}, {where}: time",
+                ">= 3",
+                lambda: stored_experts(ffn, 32768),
+                lambda: our_experts(ffn, 32768),
+                settings,
+                rounds=settings.few_rounds,
+                warm=False,
+            )
     for kind, goal, rounds in (("ours", "<= 1.1", settings.few_rounds), ("naive", "", 1)):
         ratios = sorted(peak_bytes(kind, 65536, settings) / peak_bytes(kind, 16384, settings) for _ in range(rounds))
         yield Row(

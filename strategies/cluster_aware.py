@@ -10,13 +10,14 @@ from its sentences; values it does not state are listed in `info.reconstructed`.
 `cluster_tokens` tokens of a random stream and every token is then assigned in that same, single forward pass. The
 truncation is computed as a projection in output space, W1_i = U_r U_r^T W1, which equals Eq. 8 without an inverse.
 
-Shape suffixes: T tokens, D width, H hidden, N experts, R singular values (min(H, D)).
+Shape suffixes: T tokens, D width, H hidden, N experts, R singular values (min(H, D)), L the last of them, left out.
 """
 
 from __future__ import annotations
 
 import math
 import warnings
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -26,11 +27,12 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from upcycle_bench import eesd
-from upcycle_bench.clustering import CentroidMap, import_faiss, spherical_kmeans
+from upcycle_bench.clustering import CentroidMap, add_second_moment, import_faiss, spherical_kmeans, symmetric
 from upcycle_bench.eesd import Distilled
 from upcycle_bench.hookspecs import hookimpl
 from upcycle_bench.rng import Stream
 from upcycle_bench.strategy import FFN, Layer, LayerInit, RouterInit, Strategy, StrategyInfo, random_router
+from upcycle_bench.threads import shared
 
 Method = Literal["projection", "cholesky"]
 
@@ -76,24 +78,28 @@ class Clustered(Strategy):
 
     def init_layer(self, ffn: FFN, layer: Layer, calibration: ClusterStatistics, rng: Stream) -> LayerInit:
         calibration.finish()
-        experts, ranks, floors = [], [], 0
-        for count, moment_DD in zip(calibration.count_N.tolist(), calibration.moment_NDD, strict=True):
-            if count == 0:  # nothing to truncate by
-                warnings.warn(f"{layer.name}: a cluster is empty, its expert is a copy of the FFN", stacklevel=2)
-                experts.append(ffn.expert())
-                ranks.append(min(ffn.w1_HD.shape))
-                continue
-            truncated = truncate(
+        full_rank = min(ffn.w1_HD.shape)
+        factors = decompose(ffn.w1_HD)
+        moment_NDD = calibration.moment_NDD
+        made: list[Truncated | None] = [None] * layer.num_experts  # None: a copy, an empty cluster
+
+        def make(number: int) -> None:
+            made[number] = truncate(
                 ffn.w1_HD,
-                moment_DD,
+                moment_NDD[number],
                 tau=self.tau,
                 rank_floor=self.rank_floor,
                 rank_fraction=self.rank_fraction,
                 method=self.method,
+                factors=factors,
             )
-            experts.append(ffn.expert(w1_HD=truncated.w1_HD))
-            ranks.append(truncated.rank)
-            floors += truncated.floor_binds
+
+        shared([partial(make, number) for number, count in enumerate(calibration.count_N.tolist()) if count])
+        for _ in range(made.count(None)):
+            warnings.warn(f"{layer.name}: a cluster is empty, its expert is a copy of the FFN", stacklevel=2)
+        experts = [ffn.expert(w1_HD=one.w1_HD) if one else ffn.expert() for one in made]
+        ranks = [one.rank if one else full_rank for one in made]
+        floors = sum(one.floor_binds for one in made if one)
         shares_N = calibration.count_N / calibration.count_N.sum()
         return LayerInit(
             experts,
@@ -184,7 +190,12 @@ class ClusterStatistics:
         self.offset_N: Tensor | None = None
         self.agreement = 0.0
         self.count_N = torch.zeros(num_clusters, dtype=torch.long)
-        self.moment_NDD = torch.zeros(num_clusters, width, width, dtype=torch.float64)
+        self._lower_NDD = torch.zeros(num_clusters, width, width, dtype=torch.float64)  # its lower triangle is right
+
+    @property
+    def moment_NDD(self) -> Tensor:
+        """C_i of every cluster, symmetric to the bit."""
+        return symmetric(self._lower_NDD)
 
     def update(self, x_TD: Tensor) -> None:
         """Hold tokens until clusters can be fitted; afterwards assign and accumulate."""
@@ -216,7 +227,7 @@ class ClusterStatistics:
         self.agreement = clusters.agreement
         self.centroid_ND, self.router_ND = (x.to(sample_TD.device) for x in (clusters.centroid_ND, clusters.router_ND))
         self.offset_N = None if clusters.offset_N is None else clusters.offset_N.to(sample_TD.device)
-        self.moment_NDD = self.moment_NDD.to(sample_TD.device)
+        self._lower_NDD = self._lower_NDD.to(sample_TD.device)
         self._accumulate(sample_TD)
 
     def _accumulate(self, x_TD: Tensor) -> None:
@@ -225,10 +236,12 @@ class ClusterStatistics:
             label_T = (x_TD @ self.centroid_ND.T).argmax(1)
         else:
             label_T = (F.normalize(x_TD, dim=1) @ self.centroid_ND.T - self.offset_N).argmax(1)
-        for cluster in range(self.num_clusters):
-            member_TD = x_TD[label_T == cluster].double()
-            self.moment_NDD[cluster] += member_TD.T @ member_TD
-            self.count_N[cluster] += len(member_TD)
+        self.count_N += label_T.bincount(minlength=self.num_clusters).cpu()
+        worth = x_TD.numel() * self.width > 2**27  # a few milliseconds
+        shared([partial(self._add, i, x_TD, label_T == i) for i in range(self.num_clusters)], worth=worth)
+
+    def _add(self, cluster: int, x_TD: Tensor, is_member_T: Tensor) -> None:
+        add_second_moment(self._lower_NDD[cluster], x_TD[is_member_T].double())
 
 
 class Truncated:
@@ -236,6 +249,15 @@ class Truncated:
 
     def __init__(self, w1_HD: Tensor, rank: int, energy_R: Tensor, floor_binds: bool) -> None:
         self.w1_HD, self.rank, self.energy_R, self.floor_binds = w1_HD, rank, energy_R, floor_binds
+
+
+def decompose(w1_HD: Tensor) -> tuple[Tensor, Tensor]:
+    """W1 = Q R, once for all clusters of a layer: Q [H, R] orthonormal, R [R, D] float64.
+
+    Computed in float64; Q has W1's own precision, or float32 where that is higher.
+    """
+    q_HR, r_RD = torch.linalg.qr(w1_HD.double())
+    return q_HR.to(torch.promote_types(w1_HD.dtype, torch.float32)), r_RD
 
 
 def truncate(
@@ -246,40 +268,40 @@ def truncate(
     rank_floor: float,
     rank_fraction: float = 0.0,
     method: Method = "projection",
+    factors: tuple[Tensor, Tensor] | None = None,
 ) -> Truncated:
     """Data-aware truncated SVD of W1 for one cluster with second moment C (Eq. 8), computed in float64.
 
-    projection: with C = S S^T, sigma and V from the D x D eigenproblem S^T W1^T W1 S = V sigma^2 V^T and
-    U = W1 S V / sigma, the truncation SVD_r(W1 S) S^-1 is the projection U_r U_r^T W1: no inverse, so clusters with
-    fewer tokens than D work. Where the kept rank exceeds that of C, 1e-6 tr(C)/D is added to its diagonal, which makes
-    the trailing directions deterministic.
+    projection: with C = S S^T, the truncation SVD_r(W1 S) S^-1 is U_r U_r^T W1, where U are eigenvectors of
+    W1 C W1^T = Q (R C R^T) Q^T, of eigenvalues sigma^2 (W1 = Q R: `factors`, from `decompose`). So an R x R
+    eigenproblem R C R^T = E sigma^2 E^T gives U = Q E, orthonormal to rounding, with no root of C and no inverse:
+    clusters with fewer tokens than D work. What W1 loses is Q E_L E_L^T R, a product in Q's precision. Where the kept
+    rank exceeds that of W1 C W1^T, 1e-6 tr(C)/D is added to the diagonal of C, which makes the trailing directions
+    deterministic.
     cholesky: SVD_r(W1 S) S^-1 itself, S the Cholesky factor; wherever C is singular it gets the same ridge.
 
     The loss over the cluster is sum_{j>r} sigma_j^2 (Eq. 9).
     """
-    w_HD, moment_DD = w1_HD.double(), moment_DD.double()
-    full_rank = min(w_HD.shape)
-    factor_DD, moment_rank = _square_root(moment_DD)
+    moment_DD = moment_DD.double()
     if method == "cholesky":
-        root_DD = torch.linalg.cholesky(moment_DD if moment_rank == len(moment_DD) else _with_ridge(moment_DD))
-        u_HR, sigma_R, vt_RD = torch.linalg.svd(w_HD @ root_DD, full_matrices=False)
+        if _rank(torch.linalg.eigvalsh(moment_DD).flip(0)) < len(moment_DD):
+            moment_DD = _with_ridge(moment_DD)
+        root_DD = torch.linalg.cholesky(moment_DD)
+        u_HR, sigma_R, vt_RD = torch.linalg.svd(w1_HD.double() @ root_DD, full_matrices=False)
         energy_R = sigma_R.square()
         rank, floor_binds = kept_rank(energy_R, tau, rank_floor, rank_fraction)
         kept_HD = (u_HR[:, :rank] * sigma_R[:rank]) @ vt_RD[:rank]
         truncated_HD = torch.linalg.solve_triangular(root_DD, kept_HD, upper=False, left=False)
         return Truncated(truncated_HD.to(w1_HD.dtype), rank, energy_R, floor_binds)
-    gram_DD = w_HD.T @ w_HD
-    energy_R, vector_DR = _spectrum(gram_DD, factor_DD, full_rank)
+    q_HR, r_RD = factors or decompose(w1_HD)
+    energy_R, vector_RR = _spectrum(r_RD, moment_DD)
     rank, floor_binds = kept_rank(energy_R, tau, rank_floor, rank_fraction)
-    if rank > moment_rank:
-        factor_DD, _ = _square_root(_with_ridge(moment_DD))
-        energy_R, vector_DR = _spectrum(gram_DD, factor_DD, full_rank)
+    if rank > _rank(energy_R):
+        energy_R, vector_RR = _spectrum(r_RD, _with_ridge(moment_DD))
         rank, floor_binds = kept_rank(energy_R, tau, rank_floor, rank_fraction)
-    if rank == full_rank:
-        return Truncated(w1_HD.clone(), rank, energy_R, floor_binds)
-    # U_r by QR of W1 S V_r rather than division by sigma: orthonormal to rounding even where sigma is small.
-    basis_HR = torch.linalg.qr(w_HD @ (factor_DD @ vector_DR[:, :rank])).Q
-    return Truncated((basis_HR @ (basis_HR.T @ w_HD)).to(w1_HD.dtype), rank, energy_R, floor_binds)
+    left_out_RL = vector_RR[:, rank:]  # nothing at full rank, where W1 stays what it is
+    rest_HD = (q_HR @ left_out_RL.to(q_HR)) @ (left_out_RL.T @ r_RD).to(q_HR)
+    return Truncated((w1_HD - rest_HD).to(w1_HD.dtype), rank, energy_R, floor_binds)
 
 
 def kept_rank(energy_R: Tensor, tau: float, rank_floor: float, rank_fraction: float = 0.0) -> tuple[int, bool]:
@@ -297,11 +319,15 @@ def kept_rank(energy_R: Tensor, tau: float, rank_floor: float, rank_fraction: fl
     return max(by_energy, floor), floor > by_energy
 
 
-def _square_root(moment_DD: Tensor) -> tuple[Tensor, int]:
-    """(S with S S^T = C, rank of C), from an eigendecomposition with clamping."""
-    value_D, vector_DD = torch.linalg.eigh(moment_DD)
-    limit = value_D[-1].clamp(min=0) * len(value_D) * torch.finfo(torch.float64).eps
-    return vector_DD * value_D.clamp(min=0).sqrt(), int((value_D > limit).sum())
+def _spectrum(r_RD: Tensor, moment_DD: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues of R C R^T, descending [R], and its eigenvectors, in columns [R, R]."""
+    value_R, vector_RR = torch.linalg.eigh(r_RD @ moment_DD @ r_RD.T)
+    return value_R.flip(0).clamp(min=0), vector_RR.flip(1)
+
+
+def _rank(value_R: Tensor) -> int:
+    """Of a positive semidefinite matrix, from its eigenvalues, descending."""
+    return int((value_R > value_R[0] * len(value_R) * torch.finfo(torch.float64).eps).sum())
 
 
 def _with_ridge(moment_DD: Tensor) -> Tensor:
@@ -309,12 +335,6 @@ def _with_ridge(moment_DD: Tensor) -> Tensor:
     width = len(moment_DD)
     ridge = 1e-6 * moment_DD.trace() / width
     return moment_DD + ridge * torch.eye(width, dtype=torch.float64, device=moment_DD.device)
-
-
-def _spectrum(gram_DD: Tensor, factor_DD: Tensor, full_rank: int) -> tuple[Tensor, Tensor]:
-    """(sigma^2 of W1 S descending [R], right-singular vectors [D, R])."""
-    value_D, vector_DD = torch.linalg.eigh(factor_DD.T @ gram_DD @ factor_DD)
-    return value_D.flip(0)[:full_rank].clamp(min=0), vector_DD.flip(1)[:, :full_rank]
 
 
 @hookimpl

@@ -73,10 +73,10 @@ def test_fast_strategy_equals_the_literal_one(
     labels_T = literal.assign(x_TD.numpy(), router_ND)
     assert calibrator.count_N.tolist() == np.bincount(labels_T, minlength=4).tolist()
     # Experts: float64 of equal tokens in another order and by another algorithm (eigh and QR against Cholesky, SVD
-    # and solve), so rounding times the conditioning of C; float32 weights are rounded once at the end (6e-8).
+    # and solve), so rounding times the conditioning of C; float32 weights come out of two products in float32.
     for expert, expected_HD in zip(init.experts, w1_experts, strict=True):
         assert w1(expert).dtype == dtype
-        assert relative(w1(expert), torch.from_numpy(expected_HD)) < (1e-9 if dtype == torch.float64 else 1e-7)
+        assert relative(w1(expert), torch.from_numpy(expected_HD)) < (1e-9 if dtype == torch.float64 else 5e-7)
 
 
 def test_fast_strategy_equals_the_literal_one_on_clusters_with_few_tokens() -> None:

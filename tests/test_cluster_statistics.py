@@ -3,6 +3,7 @@
 Shape suffixes: B batch, L sequence, T tokens, D width, N experts.
 """
 
+import threading
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.testing import assert_close
 
-from tests.cluster_data import STREAM, ClusterAware, layer_of, make, relative, tokens, two_paddings, w1
+from tests.cluster_data import STREAM, ClusterAware, fast, layer_of, make, relative, tokens, two_paddings, w1
 from tests.helpers import (
     Initialised,
     TinyPairs,
@@ -27,12 +28,14 @@ from tests.helpers import (
     tiny_moe,
 )
 from tests.literal import cluster_aware as literal
+from upcycle_bench import threads as threads_module
 from upcycle_bench.calibration import calibrate
 from upcycle_bench.errors import UserError
 from upcycle_bench.moe import MoEFFN, moe_layers
 from upcycle_bench.rng import Stream
 from upcycle_bench.strategy import FFN
 from upcycle_bench.surgery import find_layers, upcycle
+from upcycle_bench.threads import SHARE
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -249,6 +252,37 @@ def test_a_stream_shorter_than_the_buffer_is_fitted_at_its_end() -> None:
     before = calibrator.moment_NDD.clone()
     calibrator.finish()  # again: nothing is counted twice
     assert torch.equal(calibrator.moment_NDD, before)
+
+
+def test_cores_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A core that is free takes clusters of its own; every sum is one thread's, so its bits stay."""
+    ffn = random_ffn(512, 256, dtype=torch.float32)
+    x_TD, _ = cones(12000, orthonormal(4, 256), seed=8, noise=0.3)
+    monkeypatch.setattr(threads_module, "cores", lambda: 2)
+    monkeypatch.setenv(SHARE, "1")
+    alone, one = make(ClusterAware(cluster_tokens=3000), ffn, x_TD, 4, chunk=3000)
+    monkeypatch.setenv(SHARE, "2")
+    together_in = threading.Barrier(2)  # passed by two threads that add at the same time only
+    add = fast.ClusterStatistics._add
+
+    def watched(*args: Any) -> None:
+        together_in.wait(timeout=60)
+        add(*args)
+
+    monkeypatch.setattr(fast.ClusterStatistics, "_add", watched)
+    together, two = make(ClusterAware(cluster_tokens=3000), ffn, x_TD, 4, chunk=3000)
+    assert torch.equal(one.moment_NDD, two.moment_NDD)
+    assert torch.equal(one.count_N, two.count_N)
+    assert alone.notes == together.notes
+    for a, b in zip(alone.experts, together.experts, strict=True):
+        assert torch.equal(w1(a), w1(b))
+
+
+def test_moments_are_symmetric_to_the_bit() -> None:
+    x_TD, _ = cones(700, orthonormal(4, 200), seed=8)  # a width of three whole strips and a shorter one
+    moment_NDD = statistics(x_TD, [300, 400], cluster_tokens=300).moment_NDD
+    assert torch.equal(moment_NDD, moment_NDD.mT)
+    assert relative(moment_NDD.sum(0), x_TD.double().T @ x_TD.double()) < 1e-13
 
 
 def test_tokens_are_held_by_value() -> None:

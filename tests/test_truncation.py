@@ -227,22 +227,63 @@ def test_k5_scale_of_the_tokens_does_not_matter(seed: int, tau: float, factor: f
 
 @SEEDS
 @TAUS
-@pytest.mark.parametrize("root", ["cholesky", "symmetric"])
-def test_k5_choice_of_the_square_root_does_not_matter(
-    seed: int, tau: float, root: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("root", ["cholesky", "symmetric", "eigenvectors"])
+def test_k5_it_is_the_svd_of_w1_s_for_any_square_root_s(seed: int, tau: float, root: str) -> None:
     w1_HD, _, c_DD = problem(seed)
     ours = fast.truncate(w1_HD, c_DD, tau=tau, rank_floor=0.5)
+    value_D, vector_DD = torch.linalg.eigh(c_DD)
+    eigenvectors_DD = vector_DD * value_D.sqrt()
+    root_DD = {
+        "cholesky": torch.linalg.cholesky(c_DD),
+        "symmetric": eigenvectors_DD @ vector_DD.T,
+        "eigenvectors": eigenvectors_DD,
+    }[root]
+    u_HR, sigma_R, _ = torch.linalg.svd(w1_HD @ root_DD, full_matrices=False)
+    assert_close(ours.energy_R, sigma_R.square(), rtol=1e-8, atol=1e-12 * float(ours.energy_R[0]))
+    basis_HR = u_HR[:, : ours.rank]
+    assert relative(ours.w1_HD, basis_HR @ (basis_HR.T @ w1_HD)) < 1e-10
 
-    def other_root(moment_DD: Tensor) -> tuple[Tensor, int]:
-        value_D, vector_DD = torch.linalg.eigh(moment_DD)
-        symmetric_DD = (vector_DD * value_D.sqrt()) @ vector_DD.T
-        return (torch.linalg.cholesky(moment_DD) if root == "cholesky" else symmetric_DD), len(moment_DD)
 
-    monkeypatch.setattr(fast, "_square_root", other_root)
-    again = fast.truncate(w1_HD, c_DD, tau=tau, rank_floor=0.5)
-    assert again.rank == ours.rank
-    assert relative(again.w1_HD, ours.w1_HD) < 1e-10
+@SEEDS
+@TAUS
+def test_truncate_takes_the_layers_factors_once_made(seed: int, tau: float) -> None:
+    w1_HD, _, c_DD = problem(seed)
+    q_HR, r_RD = fast.decompose(w1_HD.float())
+    assert (q_HR.dtype, r_RD.dtype) == (torch.float32, torch.float64)
+    assert relative(q_HR.double() @ r_RD, w1_HD.float()) < 1e-6
+    assert relative(q_HR.T @ q_HR, torch.eye(min(w1_HD.shape))) < 1e-6
+    ours = fast.truncate(w1_HD, c_DD, tau=tau, rank_floor=0.5)
+    given_HD = fast.truncate(w1_HD, c_DD, tau=tau, rank_floor=0.5, factors=fast.decompose(w1_HD)).w1_HD
+    assert torch.equal(given_HD, ours.w1_HD)
+    turned = (-q_HR, -r_RD)  # any such factors will do
+    assert relative(fast.truncate(w1_HD, c_DD, tau=tau, rank_floor=0.5, factors=turned).w1_HD, ours.w1_HD) < 1e-6
+
+
+@SEEDS
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 3e-7), (torch.bfloat16, 4e-3)])
+def test_the_last_product_in_w1s_own_precision_costs_rounding_only(seed: int, dtype: torch.dtype, bound: float) -> None:
+    w1_HD, _, c_DD = problem(seed)
+    w1_HD = w1_HD.to(dtype)
+    ours = fast.truncate(w1_HD, c_DD, tau=0.5, rank_floor=0.5)
+    exact = fast.truncate(w1_HD.double(), c_DD, tau=0.5, rank_floor=0.5)
+    assert ours.w1_HD.dtype == dtype
+    assert ours.rank == exact.rank
+    assert relative(ours.w1_HD, exact.w1_HD) < bound
+
+
+@SEEDS
+def test_a_w1_of_low_rank_is_projected_like_any_other(seed: int) -> None:
+    w1_HD, x_TD, c_DD = problem(seed)
+    keep = min(w1_HD.shape) // 2
+    u_HR, sigma_R, v_RD = torch.linalg.svd(w1_HD, full_matrices=False)
+    low_HD = (u_HR[:, :keep] * sigma_R[:keep]) @ v_RD[:keep]  # of lower rank than the floor keeps: all of it is kept
+    ours = fast.truncate(low_HD, c_DD, tau=0.5, rank_floor=0.5)
+    assert ours.rank > keep
+    assert relative(ours.w1_HD, low_HD) < 1e-12
+    below = fast.truncate(low_HD, c_DD, tau=0.5, rank_floor=0.0)
+    assert below.rank < keep
+    loss = energy((low_HD - below.w1_HD) @ x_TD.T)
+    assert loss == pytest.approx(float(below.energy_R[below.rank :].sum()), rel=1e-8)
 
 
 def test_k5_scaled_tokens_give_the_same_layer() -> None:

@@ -7,6 +7,7 @@ Shape suffixes: T tokens, D width, P PCA dimensions, N clusters.
 
 from __future__ import annotations
 
+import math
 from types import ModuleType
 from typing import Literal, NamedTuple
 
@@ -136,6 +137,24 @@ def principal_directions(unit_TD: Tensor, pca_dim: int) -> Tensor:
     width = unit_TD.shape[1]
     if pca_dim >= width:
         return torch.eye(width, dtype=unit_TD.dtype, device=unit_TD.device)
-    moment_DD = unit_TD.double().T @ unit_TD.double()
-    _, vectors_DD = torch.linalg.eigh(moment_DD)  # ascending
+    lower_DD = torch.zeros(width, width, dtype=torch.float64, device=unit_TD.device)
+    add_second_moment(lower_DD, unit_TD.double())
+    _, vectors_DD = torch.linalg.eigh(lower_DD)  # ascending; it reads the lower triangle
     return vectors_DD[:, -pca_dim:].flip(1).T.to(unit_TD.dtype)
+
+
+def add_second_moment(lower_DD: Tensor, x_TD: Tensor) -> None:
+    """Add x^T x to the lower triangle of `lower_DD`; what is above it is of no meaning (`symmetric`).
+
+    By strips of rows: eight of them take 9/16 of the products of the square.
+    """
+    width = len(lower_DD)
+    step = max(64, math.ceil(width / 8))
+    for start in range(0, width, step):
+        end = start + step
+        lower_DD[start:end, :end].addmm_(x_TD[:, start:end].T, x_TD[:, :end])
+
+
+def symmetric(lower_NDD: Tensor) -> Tensor:
+    """Symmetric matrices from their lower triangles."""
+    return lower_NDD.tril() + lower_NDD.tril(-1).mT
