@@ -6,7 +6,6 @@ most beyond what the process had before, on a stream of so many tokens: row 8's 
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import os
 import subprocess
@@ -71,10 +70,15 @@ def stored_experts(ffn: FFN, tokens: int, cluster_tokens: int = CLUSTER_TOKENS) 
 
 
 @contextmanager
-def one_core() -> Iterator[None]:
-    """One thread of PyTorch's, and none beside it."""
-    with one_thread(), mock.patch.dict(os.environ, {SHARE: "1"}):
-        yield
+def on_cores(number: int) -> Iterator[None]:
+    """So many threads of PyTorch's, and none beyond them."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        with mock.patch.dict(os.environ, {SHARE: str(number)}):
+            yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @measures(7)
@@ -116,14 +120,14 @@ def cluster_aware_total(settings: Settings) -> Iterator[Row]:
 def naive_ratio(settings: Settings) -> Iterator[Row]:
     """Naive / ours for one layer of ViT-B's width with 8 experts, clusters fitted on 8,192 of 32,768 tokens.
 
-    On one core each, and on all: the naive side by PyTorch's threads, ours by experts. Then memory beyond that of the
-    process before, each in a process of its own, on 65,536 / on 16,384 tokens of width 256. At most three rounds, of
-    the naive memory one.
+    On one core each, and on two: the naive side by PyTorch's threads, ours by clusters and experts. Then memory beyond
+    that of the process before, each in a process of its own, on 65,536 / on 16,384 tokens of width 256. At most three
+    rounds, of the naive memory one.
     """
     ffn = random_ffn(WIDTH, torch.Generator().manual_seed(0))
     ffn = replace(ffn, **{name: getattr(ffn, name).to(settings.device) for name in ("w1_HD", "b1_H", "w2_DH", "b2_D")})
-    for where, scope in (("one core", one_core), ("all cores", contextlib.nullcontext)):
-        with scope():
+    for number, where in enumerate(("one core", "two cores")[: settings.threads], start=1):
+        with on_cores(number):
             yield compare(
                 f"naive cluster-aware / ours, one layer, D={WIDTH}, {where}: time",
                 ">= 3",
@@ -131,7 +135,6 @@ def naive_ratio(settings: Settings) -> Iterator[Row]:
                 lambda: our_experts(ffn, 32768),
                 settings,
                 rounds=settings.few_rounds,
-                warm=False,
             )
     for kind, goal, rounds in (("ours", "<= 1.1", settings.few_rounds), ("naive", "", 1)):
         ratios = sorted(peak_bytes(kind, 65536, settings) / peak_bytes(kind, 16384, settings) for _ in range(rounds))

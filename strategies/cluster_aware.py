@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 import warnings
 from functools import partial
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -79,14 +79,13 @@ class Clustered(Strategy):
     def init_layer(self, ffn: FFN, layer: Layer, calibration: ClusterStatistics, rng: Stream) -> LayerInit:
         calibration.finish()
         full_rank = min(ffn.w1_HD.shape)
-        factors = decompose(ffn.w1_HD)
-        moment_NDD = calibration.moment_NDD
+        factors = decompose(ffn.w1_HD) if self.method == "projection" else None
         made: list[Truncated | None] = [None] * layer.num_experts  # None: a copy, an empty cluster
 
         def make(number: int) -> None:
             made[number] = truncate(
                 ffn.w1_HD,
-                moment_NDD[number],
+                calibration.moment(number),
                 tau=self.tau,
                 rank_floor=self.rank_floor,
                 rank_fraction=self.rank_fraction,
@@ -192,10 +191,9 @@ class ClusterStatistics:
         self.count_N = torch.zeros(num_clusters, dtype=torch.long)
         self._lower_NDD = torch.zeros(num_clusters, width, width, dtype=torch.float64)  # its lower triangle is right
 
-    @property
-    def moment_NDD(self) -> Tensor:
-        """C_i of every cluster, symmetric to the bit."""
-        return symmetric(self._lower_NDD)
+    def moment(self, cluster: int) -> Tensor:
+        """C_i [D, D], symmetric to the bit."""
+        return symmetric(self._lower_NDD[cluster])
 
     def update(self, x_TD: Tensor) -> None:
         """Hold tokens until clusters can be fitted; afterwards assign and accumulate."""
@@ -251,13 +249,21 @@ class Truncated:
         self.w1_HD, self.rank, self.energy_R, self.floor_binds = w1_HD, rank, energy_R, floor_binds
 
 
-def decompose(w1_HD: Tensor) -> tuple[Tensor, Tensor]:
-    """W1 = Q R, once for all clusters of a layer: Q [H, R] orthonormal, R [R, D] float64.
+class Factors(NamedTuple):
+    """W1 = Q R, once for all clusters of a layer: Q [H, R] orthonormal, R [R, D] float64, and |R R^T| (Frobenius).
 
-    Computed in float64; Q has W1's own precision, or float32 where that is higher.
+    Computed in float64; Q then has W1's own precision, or float32 where that is higher.
     """
+
+    q_HR: Tensor
+    r_RD: Tensor
+    norm: Tensor
+
+
+def decompose(w1_HD: Tensor) -> Factors:
+    """See `Factors`."""
     q_HR, r_RD = torch.linalg.qr(w1_HD.double())
-    return q_HR.to(torch.promote_types(w1_HD.dtype, torch.float32)), r_RD
+    return Factors(q_HR.to(torch.promote_types(w1_HD.dtype, torch.float32)), r_RD, (r_RD @ r_RD.T).norm())
 
 
 def truncate(
@@ -268,23 +274,27 @@ def truncate(
     rank_floor: float,
     rank_fraction: float = 0.0,
     method: Method = "projection",
-    factors: tuple[Tensor, Tensor] | None = None,
+    factors: Factors | None = None,
 ) -> Truncated:
-    """Data-aware truncated SVD of W1 for one cluster with second moment C (Eq. 8), computed in float64.
+    """Data-aware truncated SVD of W1 for one cluster with second moment C (Eq. 8), decomposed in float64.
 
     projection: with C = S S^T, the truncation SVD_r(W1 S) S^-1 is U_r U_r^T W1, where U are eigenvectors of
     W1 C W1^T = Q (R C R^T) Q^T, of eigenvalues sigma^2 (W1 = Q R: `factors`, from `decompose`). So an R x R
     eigenproblem R C R^T = E sigma^2 E^T gives U = Q E, orthonormal to rounding, with no root of C and no inverse:
     clusters with fewer tokens than D work. What W1 loses is Q E_L E_L^T R, a product in Q's precision. Where the kept
-    rank exceeds that of W1 C W1^T, 1e-6 tr(C)/D is added to the diagonal of C, which makes the trailing directions
-    deterministic.
+    rank exceeds the number of eigenvalues above rounding, 1e-6 tr(C)/D is added to the diagonal of C, which makes the
+    trailing directions deterministic.
     cholesky: SVD_r(W1 S) S^-1 itself, S the Cholesky factor; wherever C is singular it gets the same ridge.
 
-    The loss over the cluster is sum_{j>r} sigma_j^2 (Eq. 9).
+    The loss over the cluster is sum_{j>r} sigma_j^2 (Eq. 9). A C of zeros leaves W1 as it is.
     """
     moment_DD = moment_DD.double()
+    full_rank = min(w1_HD.shape)
+    if not moment_DD.any():
+        return Truncated(w1_HD.clone(), full_rank, moment_DD.new_zeros(full_rank), False)
     if method == "cholesky":
-        if _rank(torch.linalg.eigvalsh(moment_DD).flip(0)) < len(moment_DD):
+        value_D = torch.linalg.eigvalsh(moment_DD)  # ascending
+        if _rank(value_D, value_D[-1]) < len(moment_DD):
             moment_DD = _with_ridge(moment_DD)
         root_DD = torch.linalg.cholesky(moment_DD)
         u_HR, sigma_R, vt_RD = torch.linalg.svd(w1_HD.double() @ root_DD, full_matrices=False)
@@ -293,10 +303,10 @@ def truncate(
         kept_HD = (u_HR[:, :rank] * sigma_R[:rank]) @ vt_RD[:rank]
         truncated_HD = torch.linalg.solve_triangular(root_DD, kept_HD, upper=False, left=False)
         return Truncated(truncated_HD.to(w1_HD.dtype), rank, energy_R, floor_binds)
-    q_HR, r_RD = factors or decompose(w1_HD)
+    q_HR, r_RD, norm = factors or decompose(w1_HD)
     energy_R, vector_RR = _spectrum(r_RD, moment_DD)
     rank, floor_binds = kept_rank(energy_R, tau, rank_floor, rank_fraction)
-    if rank > _rank(energy_R):
+    if rank > _rank(energy_R, norm * moment_DD.norm()):
         energy_R, vector_RR = _spectrum(r_RD, _with_ridge(moment_DD))
         rank, floor_binds = kept_rank(energy_R, tau, rank_floor, rank_fraction)
     left_out_RL = vector_RR[:, rank:]  # nothing at full rank, where W1 stays what it is
@@ -325,9 +335,13 @@ def _spectrum(r_RD: Tensor, moment_DD: Tensor) -> tuple[Tensor, Tensor]:
     return value_R.flip(0).clamp(min=0), vector_RR.flip(1)
 
 
-def _rank(value_R: Tensor) -> int:
-    """Of a positive semidefinite matrix, from its eigenvalues, descending."""
-    return int((value_R > value_R[0] * len(value_R) * torch.finfo(torch.float64).eps).sum())
+def _rank(value_R: Tensor, scale: Tensor) -> int:
+    """How many eigenvalues are above rounding, in a matrix computed from others whose norms multiply to `scale`.
+
+    Its own norm would not do: W1 can all but ignore the direction in which tokens are longest, and R C R^T then has
+    rounding of a size that its own eigenvalues do not show.
+    """
+    return int((value_R > scale * len(value_R) * torch.finfo(torch.float64).eps).sum())
 
 
 def _with_ridge(moment_DD: Tensor) -> Tensor:

@@ -131,7 +131,10 @@ def test_notes_say_what_was_done() -> None:
     x_TD, _ = cones(1000, orthonormal(4, 24), seed=1, noise=0.2)
     init, calibrator = make(ClusterAware(pca_divisor=4), ffn, x_TD, 4)
     shares = [count / 1000 for count in calibrator.count_N.tolist()]
-    made = [fast.truncate(ffn.w1_HD, moment_DD, tau=0.9, rank_floor=0.5) for moment_DD in calibrator.moment_NDD]
+    made = [
+        fast.truncate(ffn.w1_HD, moment_DD, tau=0.9, rank_floor=0.5)
+        for moment_DD in map(calibrator.moment, range(len(calibrator.count_N)))
+    ]
     assert init.notes == pytest.approx(
         {
             "router_agreement": 1.0,

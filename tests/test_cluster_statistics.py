@@ -4,7 +4,7 @@ Shape suffixes: B batch, L sequence, T tokens, D width, N experts.
 """
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -31,6 +31,7 @@ from tests.literal import cluster_aware as literal
 from upcycle_bench import threads as threads_module
 from upcycle_bench.calibration import calibrate
 from upcycle_bench.errors import UserError
+from upcycle_bench.flops import counted_flops
 from upcycle_bench.moe import MoEFFN, moe_layers
 from upcycle_bench.rng import Stream
 from upcycle_bench.strategy import FFN
@@ -60,10 +61,10 @@ def test_k7_router_rows_are_unit_and_choose_the_cluster(pca_divisor: int) -> Non
     label_T = torch.from_numpy(literal.assign(x_TD.numpy(), init.router_ND.double().numpy()))
     assert torch.equal(first_T.long(), label_T)
     assert torch.equal(torch.bincount(label_T, minlength=6), calibrator.count_N)
-    moment_NDD = torch.zeros_like(calibrator.moment_NDD)
+    moment_NDD = torch.zeros_like(moments(calibrator))
     for x_D, label in zip(x_TD.double(), label_T, strict=True):
         moment_NDD[label] += torch.outer(x_D, x_D)  # tokens as they are, not normalised
-    assert relative(calibrator.moment_NDD, moment_NDD) < 1e-12
+    assert relative(moments(calibrator), moment_NDD) < 1e-12
 
 
 def test_k7_router_scale_multiplies_and_changes_nothing_else() -> None:
@@ -203,7 +204,7 @@ def test_k9_padding_does_not_influence_clusters_or_moments() -> None:
         assert torch.equal(a.count_N, b.count_N)
         # Attention at the padding is masked, so only the order of sums in another block of memory could differ.
         assert_close(a.centroid_ND, b.centroid_ND, rtol=0, atol=1e-6)
-        assert_close(a.moment_NDD, b.moment_NDD, rtol=1e-6, atol=1e-6)
+        assert_close(moments(a), moments(b), rtol=1e-6, atol=1e-6)
 
 
 # ---- Streaming ------------------------------------------------------------------------------------------------------
@@ -216,6 +217,10 @@ def statistics(x_TD: Tensor, chunks: list[int], number: int = 4, **options: Any)
         calibrator.update(part)
     calibrator.finish()
     return calibrator
+
+
+def moments(calibrator: Any) -> Tensor:
+    return torch.stack([calibrator.moment(i) for i in range(calibrator.num_clusters)])
 
 
 def chunked(total: int, size: int) -> list[int]:
@@ -231,7 +236,7 @@ def test_many_small_updates_equal_one(size: int) -> None:
     assert torch.equal(one.centroid_ND, many.centroid_ND)
     assert torch.equal(one.count_N, many.count_N)
     assert one.count_N.sum() == 4000
-    assert relative(many.moment_NDD, one.moment_NDD) < 1e-10
+    assert relative(moments(many), moments(one)) < 1e-10
 
 
 def test_only_the_buffer_decides_the_clusters() -> None:
@@ -249,9 +254,9 @@ def test_a_stream_shorter_than_the_buffer_is_fitted_at_its_end() -> None:
     exact = statistics(x_TD, [400], cluster_tokens=400)
     assert torch.equal(calibrator.centroid_ND, exact.centroid_ND)
     assert torch.equal(calibrator.count_N, exact.count_N)
-    before = calibrator.moment_NDD.clone()
+    before = moments(calibrator).clone()
     calibrator.finish()  # again: nothing is counted twice
-    assert torch.equal(calibrator.moment_NDD, before)
+    assert torch.equal(moments(calibrator), before)
 
 
 def test_cores_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -259,19 +264,26 @@ def test_cores_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
     ffn = random_ffn(512, 256, dtype=torch.float32)
     x_TD, _ = cones(12000, orthonormal(4, 256), seed=8, noise=0.3)
     monkeypatch.setattr(threads_module, "cores", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setenv(SHARE, "1")
-    alone, one = make(ClusterAware(cluster_tokens=3000), ffn, x_TD, 4, chunk=3000)
+    with counted_flops() as flops_alone:
+        alone, one = make(ClusterAware(cluster_tokens=3000), ffn, x_TD, 4, chunk=3000)
     monkeypatch.setenv(SHARE, "2")
-    together_in = threading.Barrier(2)  # passed by two threads that add at the same time only
-    add = fast.ClusterStatistics._add
+    both = threading.Barrier(2)  # passed by two threads at the same time only
 
-    def watched(*args: Any) -> None:
-        together_in.wait(timeout=60)
-        add(*args)
+    def watched(work: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **more: Any) -> Any:
+            both.wait(timeout=60)
+            return work(*args, **more)
 
-    monkeypatch.setattr(fast.ClusterStatistics, "_add", watched)
-    together, two = make(ClusterAware(cluster_tokens=3000), ffn, x_TD, 4, chunk=3000)
-    assert torch.equal(one.moment_NDD, two.moment_NDD)
+        return call
+
+    monkeypatch.setattr(fast.ClusterStatistics, "_add", watched(fast.ClusterStatistics._add))
+    monkeypatch.setattr(fast, "truncate", watched(fast.truncate))
+    with counted_flops() as flops_together:  # as `run` does
+        together, two = make(ClusterAware(cluster_tokens=3000), ffn, x_TD, 4, chunk=3000)
+    assert flops_together.get_total_flops() == flops_alone.get_total_flops()
+    assert torch.equal(moments(one), moments(two))
     assert torch.equal(one.count_N, two.count_N)
     assert alone.notes == together.notes
     for a, b in zip(alone.experts, together.experts, strict=True):
@@ -280,9 +292,12 @@ def test_cores_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_moments_are_symmetric_to_the_bit() -> None:
     x_TD, _ = cones(700, orthonormal(4, 200), seed=8)  # a width of three whole strips and a shorter one
-    moment_NDD = statistics(x_TD, [300, 400], cluster_tokens=300).moment_NDD
+    with counted_flops() as counter:
+        moment_NDD = moments(statistics(x_TD, [300, 400], cluster_tokens=300))
     assert torch.equal(moment_NDD, moment_NDD.mT)
     assert relative(moment_NDD.sum(0), x_TD.double().T @ x_TD.double()) < 1e-13
+    triangle = 64 * 64 + 64 * 128 + 64 * 192 + 8 * 200
+    assert counter.get_total_flops() > 2 * 700 * triangle  # and the PCA's
 
 
 def test_tokens_are_held_by_value() -> None:

@@ -157,7 +157,7 @@ def test_attention_is_pytorchs_to_the_bit_by_as_few_products(
 ) -> None:
     """Batch first, so what is projected is transposed; the two halves in two threads."""
     monkeypatch.setattr(deferred, "LARGE", 1 if halves else 10**9)
-    monkeypatch.setattr(threads_module, "spare_thread", lambda: thread)
+    monkeypatch.setattr(threads_module, "_spare_thread_if_free", lambda: thread)
     found: list[dict[str, Tensor]] = []
     products: list[int] = []
     for other in (None, thread):

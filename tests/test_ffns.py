@@ -192,9 +192,8 @@ def test_the_other_thread_leaves_autocasts_cache_alone(monkeypatch: pytest.Monke
     found = []
     for spare in (False, True):
         with ThreadPoolExecutor(1, "other") as other:
-            monkeypatch.setattr(
-                threads_module, "spare_thread", lambda other=other, spare=spare: other if spare else None
-            )
+            thread = other if spare else None
+            monkeypatch.setattr(threads_module, "_spare_thread_if_free", lambda thread=thread: thread)
             monkeypatch.setattr(module, "LARGE", 1)
             experts, rows_RD = experts_of(nn.GELU()), rows_of()
             layer = nn.Linear(WIDTH, WIDTH)
@@ -230,7 +229,7 @@ def test_two_threads_share_experts_and_numbers_stay(monkeypatch: pytest.MonkeyPa
             return super().forward(hidden_RH)
 
     with ThreadPoolExecutor(1, "other") as other:
-        monkeypatch.setattr(threads_module, "spare_thread", lambda: other)
+        monkeypatch.setattr(threads_module, "_spare_thread_if_free", lambda: other)
         for large in (sum(ROOMS), sum(ROOMS) + 1):
             seen.clear()
             monkeypatch.setattr(module, "LARGE", large)

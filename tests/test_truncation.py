@@ -59,7 +59,7 @@ def test_truncate_equals_the_literal_one(seed: int, tau: float, rank_floor: floa
 
 
 @SEEDS
-def test_ridge_only_where_the_kept_rank_exceeds_that_of_c(seed: int) -> None:
+def test_ridge_only_where_the_kept_rank_exceeds_that_of_w1_c_w1t(seed: int) -> None:
     w1_HD, x_TD, _ = problem(seed)
     full_rank = min(w1_HD.shape)
     floor = full_rank // 2 + 1
@@ -88,6 +88,31 @@ def test_ridge_only_where_the_kept_rank_exceeds_that_of_c(seed: int) -> None:
     assert relative(turned.w1_HD @ rotation_DD.T, ours.w1_HD) < 1e-6
 
 
+@pytest.mark.parametrize(("length", "gain"), [(1, 1.0), (100, 0.01), (1000, 0.01), (1e4, 1e-3)])
+def test_few_long_tokens_that_w1_all_but_ignores_get_the_ridge(length: float, gain: float) -> None:
+    """A common mean, massive activations: rounding of W1 C W1^T is then far above its own eigenvalues' rounding."""
+    generator = torch.Generator().manual_seed(0)
+    mean_D = orthonormal(1, 48, seed=1)[0]
+    w1_HD = torch.randn(64, 48, generator=generator, dtype=torch.float64)
+    w1_HD -= (1 - gain) * torch.outer(w1_HD @ mean_D, mean_D)
+    x_TD, size_T1 = (torch.randn(12, n, generator=generator, dtype=torch.float64) for n in (48, 1))
+    x_TD = x_TD + length * (1 + 0.01 * size_T1) * mean_D  # 12 tokens, and a floor of 25
+    ours = fast.truncate(w1_HD, x_TD.T @ x_TD, tau=0.9, rank_floor=0.5)
+    assert ours.rank == 25
+    turn_DD = orthonormal(48, 48, seed=2)
+    turned_TD = x_TD @ turn_DD
+    turned = fast.truncate(w1_HD @ turn_DD, turned_TD.T @ turned_TD, tau=0.9, rank_floor=0.5)
+    assert relative(turned.w1_HD @ turn_DD.T, ours.w1_HD) < 1e-6
+
+
+@pytest.mark.parametrize("method", ["projection", "cholesky"])
+def test_a_moment_of_zeros_leaves_w1(method: str) -> None:
+    w1_HD, _, c_DD = problem(0)
+    ours = fast.truncate(w1_HD, 0 * c_DD, tau=0.5, rank_floor=0.0, method=method)
+    assert torch.equal(ours.w1_HD, w1_HD)
+    assert (ours.rank, ours.floor_binds) == (min(w1_HD.shape), False)
+
+
 # ---- K1: what is left out -------------------------------------------------------------------------------------------
 
 
@@ -114,7 +139,7 @@ def test_k1_on_the_tokens_of_every_cluster_of_a_layer(tau: float) -> None:
     label_T = (x_TD @ init.router_ND.float().T).argmax(1)
     for i, expert in enumerate(init.experts):
         x_iTD = x_TD[label_T == i].double()
-        ours = fast.truncate(ffn.w1_HD, calibrator.moment_NDD[i], tau=tau, rank_floor=0.0)
+        ours = fast.truncate(ffn.w1_HD, calibrator.moment(i), tau=tau, rank_floor=0.0)
         loss = energy(x_iTD @ (ffn.w1_HD - w1(expert)).T)
         assert loss == pytest.approx(float(ours.energy_R[ours.rank :].sum()), rel=1e-8)
         relative_error = (loss / energy(x_iTD @ ffn.w1_HD.T)) ** 0.5  # METHODS 0.4: of the pre-activations
@@ -248,19 +273,20 @@ def test_k5_it_is_the_svd_of_w1_s_for_any_square_root_s(seed: int, tau: float, r
 @TAUS
 def test_truncate_takes_the_layers_factors_once_made(seed: int, tau: float) -> None:
     w1_HD, _, c_DD = problem(seed)
-    q_HR, r_RD = fast.decompose(w1_HD.float())
+    q_HR, r_RD, norm = fast.decompose(w1_HD.float())
     assert (q_HR.dtype, r_RD.dtype) == (torch.float32, torch.float64)
     assert relative(q_HR.double() @ r_RD, w1_HD.float()) < 1e-6
     assert relative(q_HR.T @ q_HR, torch.eye(min(w1_HD.shape))) < 1e-6
     ours = fast.truncate(w1_HD, c_DD, tau=tau, rank_floor=0.5)
     given_HD = fast.truncate(w1_HD, c_DD, tau=tau, rank_floor=0.5, factors=fast.decompose(w1_HD)).w1_HD
     assert torch.equal(given_HD, ours.w1_HD)
-    turned = (-q_HR, -r_RD)  # any such factors will do
+    turn_RR = orthonormal(len(r_RD), len(r_RD), seed=seed)  # any such factors will do
+    turned = fast.Factors(q_HR.double() @ turn_RR, turn_RR.T @ r_RD, norm)
     assert relative(fast.truncate(w1_HD, c_DD, tau=tau, rank_floor=0.5, factors=turned).w1_HD, ours.w1_HD) < 1e-6
 
 
 @SEEDS
-@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 3e-7), (torch.bfloat16, 4e-3)])
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 3e-7), (torch.bfloat16, 2.2e-3)])
 def test_the_last_product_in_w1s_own_precision_costs_rounding_only(seed: int, dtype: torch.dtype, bound: float) -> None:
     w1_HD, _, c_DD = problem(seed)
     w1_HD = w1_HD.to(dtype)
@@ -383,7 +409,7 @@ def test_k2_a_fixed_fraction_of_the_rank_is_kept_whatever_tau_says(fraction: flo
     for number, (expert, same) in enumerate(zip(init.experts, again.experts, strict=True)):
         assert torch.equal(w1(expert), w1(same))
         assert int(torch.linalg.matrix_rank(w1(expert), rtol=1e-9)) == rank
-        moment_DD = calibrator.moment_NDD[number]
+        moment_DD = calibrator.moment(number)
         sigma2_R = fast.truncate(ffn.w1_HD, moment_DD, tau=1.0, rank_floor=0.0).energy_R
         rest_HD = ffn.w1_HD - w1(expert)  # K1: the loss is the energy left out
         loss = float((rest_HD @ moment_DD @ rest_HD.T).trace())

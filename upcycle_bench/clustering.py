@@ -152,9 +152,10 @@ def add_second_moment(lower_DD: Tensor, x_TD: Tensor) -> None:
     step = max(64, math.ceil(width / 8))
     for start in range(0, width, step):
         end = start + step
-        lower_DD[start:end, :end].addmm_(x_TD[:, start:end].T, x_TD[:, :end])
+        part = lower_DD[start:end, :end]
+        torch.addmm(part, x_TD[:, start:end].T, x_TD[:, :end], out=part)  # FLOPs of `addmm_` are not counted
 
 
-def symmetric(lower_NDD: Tensor) -> Tensor:
-    """Symmetric matrices from their lower triangles."""
-    return lower_NDD.tril() + lower_NDD.tril(-1).mT
+def symmetric(lower_DD: Tensor) -> Tensor:
+    """A symmetric matrix from its lower triangle."""
+    return lower_DD.tril() + lower_DD.tril(-1).T

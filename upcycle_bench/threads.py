@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -70,7 +71,10 @@ def beside(work: Callable[[], T]) -> Future[T]:
 
 
 def shared(works: Iterable[Callable[[], None]], *, worth: bool = True) -> None:
-    """Do all of them; where that is `worth` it, the spare thread does some, from the end, unless it is busy."""
+    """Do all of them; where that is `worth` it, the spare thread does some, from the end, unless it is busy.
+
+    Not on a machine with a GPU. FLOPs count as this thread's.
+    """
     left = deque(works)
 
     def do(take: Callable[[], Callable[[], None]]) -> None:
@@ -81,11 +85,12 @@ def shared(works: Iterable[Callable[[], None]], *, worth: bool = True) -> None:
                 return
             work()
 
-    thread = spare_thread() if worth and threading.current_thread() is threading.main_thread() else None
+    here = threading.current_thread() is not threading.main_thread() or torch.cuda.is_available()
+    thread = _spare_thread_if_free() if worth and not here else None
     if thread is None:
         do(left.popleft)
         return
-    helper = thread.submit(do, left.pop)
+    helper = thread.submit(carried(partial(do, left.pop)))
     try:
         do(left.popleft)
         if not helper.cancel():  # it has begun
