@@ -1,5 +1,6 @@
 """Gradients of weights from another thread: autograd's to the bit, added up, and left to it where they must be."""
 
+import contextlib
 import threading
 import time
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.helpers import threads
+from upcycle_bench import attention as attention_module
 from upcycle_bench import deferred
 from upcycle_bench import threads as threads_module
 from upcycle_bench.deferred import Later
@@ -156,7 +158,8 @@ def test_attention_is_pytorchs_to_the_bit_by_as_few_products(
     thread: Executor, monkeypatch: pytest.MonkeyPatch, bf16: bool, halves: bool
 ) -> None:
     """Batch first, so what is projected is transposed; the two halves in two threads."""
-    monkeypatch.setattr(deferred, "LARGE", 1 if halves else 10**9)
+    for module in (deferred, attention_module):
+        monkeypatch.setattr(module, "LARGE", 1 if halves else 10**9)
     monkeypatch.setattr(threads_module, "_spare_thread_if_free", lambda: thread)
     found: list[dict[str, Tensor]] = []
     products: list[int] = []
@@ -175,7 +178,42 @@ def test_attention_is_pytorchs_to_the_bit_by_as_few_products(
         found.append({"y": y_BLD, "x": x_BLD.grad, **grads})
         products.append(seen.names.count("bmm"))
     assert all(torch.equal(value, found[1][name]) for name, value in found[0].items())
-    assert products == [2, 2]  # of the half here, or of the whole
+    assert halves or products == [2, 2]
+
+
+@pytest.mark.parametrize("same", [True, False])
+@pytest.mark.parametrize("layout", ["rows", "batch", "turned"])
+@pytest.mark.parametrize("bias", [True, False])
+def test_products_are_halved_where_that_leaves_the_bits(
+    thread: Executor, monkeypatch: pytest.MonkeyPatch, same: bool, layout: str, bias: bool
+) -> None:
+    """Shapes are tried once; the spare thread then computes half, if the halves had the bits of the whole."""
+    monkeypatch.setattr(deferred, "LARGE", 8)
+    monkeypatch.setattr(deferred, "_halves_same", {})
+    monkeypatch.setattr(threads_module, "_spare_thread_if_free", lambda: thread)
+    if not same:
+        monkeypatch.setattr(deferred.torch, "equal", lambda *_: False)  # type: ignore[attr-defined]
+    shared, halves = deferred.shared, []
+    monkeypatch.setattr(deferred, "shared", lambda works: (halves.append(len(works)), shared(works))[1])
+    torch.manual_seed(0)
+    layer, x = (
+        nn.Linear(12, 20, bias=bias),
+        torch.randn(*{"rows": (30, 12), "batch": (5, 6, 12)}.get(layout, (6, 5, 12))),
+    )
+    x = (x.transpose(0, 1) if layout == "turned" else x).requires_grad_()
+    for bf16 in (False, True):
+        halves.clear()
+        for _ in range(3):
+            found = []
+            for later in (Later(), None):
+                products = later.products(thread) if later else contextlib.nullcontext()
+                with torch.autocast("cpu", torch.bfloat16, enabled=bf16), products:
+                    y = layer(x)
+                found.append([y, *torch.autograd.grad(y.float().square().sum(), x)])
+                if later is not None:
+                    later.wait()
+            assert all((ours == theirs).all() for ours, theirs in zip(*found, strict=True))
+        assert halves == [1, 2, *([2, 2] if same else [1, 1])]
 
 
 @pytest.mark.parametrize("case", ["mask", "weights", "dropout", "another key", "no batch"])

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
 
+from upcycle_bench.attention import attend, plain_kernel
 from upcycle_bench.ffns import LARGE, Begin, Gradients, compute, compute_dtype, ffns, parameters_of
 from upcycle_bench.threads import shared
 
@@ -117,35 +118,72 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, begin: Begin) -> Tensor:
         ctx.set_materialize_grads(False)
-        ctx.parameters, ctx.begin, ctx.dtype = (weight, bias), begin, x.dtype
+        ctx.parameters, ctx.begin, ctx.dtype, ctx.shape = (weight, bias), begin, x.dtype, x.shape
         dtype = compute_dtype(x)
-        with torch.autocast(x.device.type, enabled=False):
-            x, used = x.to(dtype), weight.to(dtype)
-            ctx.save_for_backward(x, used)
-            added = None if bias is None else bias.to(dtype)
-            if x.dim() == 2 or x.is_contiguous():
-                return F.linear(x, used, added)
-            # What F.linear does with a gradient; without one it makes a product of each position, many times slower.
-            y = (x.reshape(-1, x.shape[-1]) @ used.t()).view(*x.shape[:-1], len(used))
-            return y if added is None else y.add_(added)
+        used, added = weight.to(dtype), None if bias is None else bias.to(dtype)
+        y, rows = _product(x, used, added)
+        ctx.save_for_backward(rows, used)
+        return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, None, None, None]:
         if grad is None:
             return None, None, None, None
-        x, used = ctx.saved_tensors
+        x_rows, used = ctx.saved_tensors
         weight, bias = ctx.parameters
 
         @torch.no_grad()
         def of_parameters() -> Gradients:
             rows = grad.reshape(-1, grad.shape[-1])
-            found = [(weight, (rows.t() @ x.reshape(-1, x.shape[-1])).to(weight.dtype))]
+            found = [(weight, (rows.t() @ x_rows).to(weight.dtype))]
             return found if bias is None else [*found, (bias, rows.sum(0).to(bias.dtype))]
 
         ctx.begin(of_parameters)
-        grad_x = (grad.reshape(-1, grad.shape[-1]) @ used).view(x.shape)
+        grad_x = (grad.reshape(-1, grad.shape[-1]) @ used).view(ctx.shape)
         return grad_x.to(ctx.dtype), None, None, None
+
+
+_halves_same: dict[Any, bool] = {}  # by shapes: whether two products of half the rows have the bits of one
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(F.linear(x, weight, bias), x in the weight's precision and as rows), half of it in the spare thread if idle.
+
+    Not where halves were seen to have other bits, which is a matter of the library's kernels for these shapes.
+    """
+    rows = (
+        x
+        if x.dtype == weight.dtype and x.is_contiguous()
+        else torch.empty(x.shape, dtype=weight.dtype, device=x.device)
+    )
+    # What F.linear does with a gradient; without one it makes a product of each position, many times slower.
+    folded = x.dim() > 2 and not x.is_contiguous()
+
+    def compute(parts: int) -> Tensor:
+        y = torch.empty(*x.shape[:-1], len(weight), dtype=weight.dtype, device=x.device)
+
+        @torch.no_grad()
+        def part(x: Tensor, rows: Tensor, y: Tensor) -> None:
+            if rows.data_ptr() != x.data_ptr():
+                rows.copy_(x)
+            rows, y = rows.view(-1, rows.shape[-1]), y.view(-1, len(weight))
+            if bias is None or folded:
+                torch.mm(rows, weight.t(), out=y)
+            else:
+                torch.addmm(bias, rows, weight.t(), out=y)
+            if bias is not None and folded:
+                y.add_(bias)
+
+        shared([partial(part, *each) for each in zip(*(whole.chunk(parts) for whole in (x, rows, y)), strict=True)])
+        return y
+
+    shapes = (x.shape, x.stride(), weight.shape, weight.dtype, bias is None)
+    large = x.numel() // x.shape[-1] >= LARGE
+    y = compute(2 if large and _halves_same.get(shapes) else 1)
+    if large and shapes not in _halves_same:
+        _halves_same[shapes] = torch.equal(compute(2), y)
+    return y, rows.view(-1, rows.shape[-1])
 
 
 def _self_attention(
@@ -180,19 +218,8 @@ def _self_attention(
     assert weight is not None
     length, batch, _ = query_LBD.shape
     qkv_LBD = F.linear(query_LBD, weight, bias)
-    mixed_LBD = _in_halves(qkv_LBD, heads) if length * batch >= LARGE else _mixed(qkv_LBD, heads)
+    mixed_LBD = attend(qkv_LBD, heads) if plain_kernel(qkv_LBD.device) else _mixed(qkv_LBD, heads)
     return F.linear(mixed_LBD.view(length * batch, width), out_weight, out_bias).view(length, batch, width)
-
-
-def _in_halves(qkv_LBD: Tensor, heads: int) -> Tensor:
-    """`_mixed`, of half the batch in the spare thread if that is idle: each sequence is on its own."""
-    halves = [*qkv_LBD.chunk(2, dim=1)]
-
-    def mix(number: int) -> None:
-        halves[number] = _mixed(halves[number], heads)
-
-    shared([partial(mix, number) for number in range(len(halves))])
-    return torch.cat(halves, dim=1)
 
 
 def _mixed(qkv_LBD: Tensor, heads: int) -> Tensor:

@@ -38,6 +38,8 @@ RECONSTRUCTED = (
     "EESD includes tokens that capacity dropped (not stated)",
 )
 
+_CACHED = 2048  # rows that all experts see in turn on a CPU: what a hidden layer takes then stays in a core's cache
+
 
 @dataclass(frozen=True, kw_only=True)
 class Distilled(Strategy):
@@ -201,8 +203,10 @@ class _Teacher(nn.Module):
         with torch.autocast(x_TD.device.type, enabled=False):  # logits in float32, as in the student's gate
             gate_TN = torch.softmax(x_TD.to(dtype) @ self.router_ND.to(dtype).T, dim=1)
         total_TD = torch.zeros(x_TD.shape, dtype=dtype, device=x_TD.device)
-        for number, expert in enumerate(self.experts, start=first_expert):
-            total_TD.addcmul_(gate_TN[:, number : number + 1], expert(x_TD).to(dtype))
+        rows = _CACHED if x_TD.device.type == "cpu" else max(1, len(x_TD))
+        for x_RD, gate_RN, total_RD in zip(x_TD.split(rows), gate_TN.split(rows), total_TD.split(rows), strict=True):
+            for number, expert in enumerate(self.experts, start=first_expert):
+                total_RD.addcmul_(gate_RN[:, number : number + 1], expert(x_RD).to(dtype))
         return total_TD
 
     @torch.no_grad()

@@ -73,7 +73,7 @@ class _FFNs(torch.autograd.Function):
         @torch.no_grad()
         def one(number: int, x: Tensor, y: Tensor) -> None:
             own = slice(4 * number, 4 * number + 4)
-            with _as_given(x.device.type):
+            with as_given(x.device.type):
                 w1_HD, b1_H, w2_DH, b2_D = (each.to(dtype) if casts else each for each in parameters[own])
                 hidden_RH = torch.addmm(b1_H, x, w1_HD.t())
                 active_RH = act(hidden_RH)
@@ -110,7 +110,7 @@ class _FFNs(torch.autograd.Function):
         return grad_x_RD.to(ctx.dtype), None, None, None, None, *grads
 
 
-def _as_given(kind: str) -> contextlib.AbstractContextManager[Any]:
+def as_given(kind: str) -> contextlib.AbstractContextManager[Any]:
     """No autocast. A thread that has none must not enter one: to leave it empties the cache of all threads."""
     return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else contextlib.nullcontext()
 
