@@ -76,7 +76,6 @@ def test_it_is_the_formula() -> None:
 
 
 def test_autocast_does_not_reach_into_it() -> None:
-    """Nor does a thread that computes a half leave its own, which would empty the cache of all threads."""
     qkv_LBD, grad_LBD = problem(17, 64, 32, torch.bfloat16)
     expected = results(attend, qkv_LBD, 2, grad_LBD)
     with torch.autocast("cpu", torch.bfloat16):
@@ -84,20 +83,29 @@ def test_autocast_does_not_reach_into_it() -> None:
     assert all(map(torch.equal, found, expected))
 
 
-def test_two_threads_take_half_each(monkeypatch: pytest.MonkeyPatch) -> None:
-    qkv_LBD, grad_LBD = problem(17, 64, 32)
-    expected = results(attend, qkv_LBD, 2, grad_LBD)
-    softmax, meeting = torch.softmax, threading.Barrier(2, timeout=20)
+@pytest.mark.parametrize("name", ["softmax", "_softmax_backward_data"])
+def test_two_threads_take_half_each(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forwards and backwards; and the other thread leaves autocast's cache alone (a weight is then cast once)."""
+    layer, after, grads = torch.nn.Linear(96, 96), torch.nn.Linear(32, 96), []
+    x_LBD = problem(17, 64, 32)[0].detach()
+    usual, meeting = getattr(torch, name), threading.Barrier(2, timeout=20)
 
-    def met(*args: Any) -> Tensor:
+    def met(*args: Any) -> Any:
         meeting.wait()  # both are in their half
-        return softmax(*args)
+        return usual(*args)
 
+    assert attention.LARGE <= 17 * 64
     with ThreadPoolExecutor(1, "other", torch.set_num_threads, (1,)) as other:
-        monkeypatch.setattr(threads_module, "_spare_thread_if_free", lambda: other)
-        monkeypatch.setattr(attention.torch, "softmax", met)  # type: ignore[attr-defined]
-        assert attention.LARGE <= 17 * 64
-        assert all(map(torch.equal, results(attend, qkv_LBD, 2, grad_LBD), expected))
+        for thread in (None, other):
+            monkeypatch.setattr(threads_module, "_spare_thread_if_free", lambda thread=thread: thread)
+            if thread is not None:
+                monkeypatch.setattr(attention.torch, name, met)  # type: ignore[attr-defined]
+            layer.zero_grad()
+            with torch.autocast("cpu", torch.bfloat16):
+                y_LBD = layer(after(attend(layer(x_LBD), 2)))
+            y_LBD.float().square().sum().backward()
+            grads.append(layer.weight.grad)
+    assert grads[0] is not None and grads[1] is not None and torch.equal(*grads)
 
 
 def test_it_is_for_who_asks_for_the_plain_kernel() -> None:
@@ -106,5 +114,10 @@ def test_it_is_for_who_asks_for_the_plain_kernel() -> None:
     with sdpa_kernel(SDPBackend.MATH):
         assert plain_kernel(cpu)
         assert not plain_kernel(torch.device("cuda"))
+        torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
+        try:
+            assert not plain_kernel(cpu)  # which then computes in 16 bits
+        finally:
+            torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(False)
     with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]):
         assert not plain_kernel(cpu)

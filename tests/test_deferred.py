@@ -1,6 +1,5 @@
 """Gradients of weights from another thread: autograd's to the bit, added up, and left to it where they must be."""
 
-import contextlib
 import threading
 import time
 from collections.abc import Iterator
@@ -124,7 +123,7 @@ def test_what_is_left_to_autograd(thread: Executor, case: str, monkeypatch: pyte
         monkeypatch.setattr(deferred, "_can_wait", lambda *args: answers.append(can_wait(*args)) or answers[-1])
         with torch.no_grad(), later.products(thread):
             model()
-        assert len(answers) == 5 and not any(answers)
+        assert len(answers) == 3 and not any(answers)  # attention is left to PyTorch as a whole
         return
     with later.products(thread):
         loss = model().sum()
@@ -154,7 +153,7 @@ class Operations(TorchDispatchMode):
 
 @pytest.mark.parametrize("halves", [False, True])
 @pytest.mark.parametrize("bf16", [False, True])
-def test_attention_is_pytorchs_to_the_bit_by_as_few_products(
+def test_attention_is_pytorchs_to_the_bit_by_no_more_products(
     thread: Executor, monkeypatch: pytest.MonkeyPatch, bf16: bool, halves: bool
 ) -> None:
     """Batch first, so what is projected is transposed; the two halves in two threads."""
@@ -178,42 +177,79 @@ def test_attention_is_pytorchs_to_the_bit_by_as_few_products(
         found.append({"y": y_BLD, "x": x_BLD.grad, **grads})
         products.append(seen.names.count("bmm"))
     assert all(torch.equal(value, found[1][name]) for name, value in found[0].items())
-    assert halves or products == [2, 2]
+    assert products[1] <= (4 if halves else 2) and products[0] == 2  # of both halves, if the thread was late
 
 
-@pytest.mark.parametrize("same", [True, False])
-@pytest.mark.parametrize("layout", ["rows", "batch", "turned"])
+LAYOUTS = {
+    "batch": lambda: torch.randn(5, 6, 12),
+    "turned": lambda: torch.randn(6, 5, 12).transpose(0, 1),
+    "slice": lambda: torch.randn(5, 6, 24)[..., :12],
+    "without the first": lambda: torch.randn(6, 7, 12)[:, 1:],
+    "expanded": lambda: torch.randn(1, 6, 12).expand(5, 6, 12),
+    "rows": lambda: torch.randn(30, 12),
+    "turned rows": lambda: torch.randn(12, 30).t(),
+}
+
+
+@pytest.mark.parametrize("alike", [True, False])
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("bias", [True, False])
 def test_products_are_halved_where_that_leaves_the_bits(
-    thread: Executor, monkeypatch: pytest.MonkeyPatch, same: bool, layout: str, bias: bool
+    thread: Executor, monkeypatch: pytest.MonkeyPatch, alike: bool, layout: str, bias: bool
 ) -> None:
-    """Shapes are tried once; the spare thread then computes half, if the halves had the bits of the whole."""
+    """Outputs and all gradients are autograd's, whether the spare thread computes half or not."""
     monkeypatch.setattr(deferred, "LARGE", 8)
-    monkeypatch.setattr(deferred, "_halves_same", {})
+    monkeypatch.setattr(deferred, "_halves_alike", lambda *_: alike)
     monkeypatch.setattr(threads_module, "_spare_thread_if_free", lambda: thread)
-    if not same:
-        monkeypatch.setattr(deferred.torch, "equal", lambda *_: False)  # type: ignore[attr-defined]
     shared, halves = deferred.shared, []
     monkeypatch.setattr(deferred, "shared", lambda works: (halves.append(len(works)), shared(works))[1])
     torch.manual_seed(0)
-    layer, x = (
-        nn.Linear(12, 20, bias=bias),
-        torch.randn(*{"rows": (30, 12), "batch": (5, 6, 12)}.get(layout, (6, 5, 12))),
-    )
-    x = (x.transpose(0, 1) if layout == "turned" else x).requires_grad_()
+    layer, x = nn.Linear(12, 20, bias=bias), LAYOUTS[layout]()
     for bf16 in (False, True):
-        halves.clear()
-        for _ in range(3):
-            found = []
-            for later in (Later(), None):
-                products = later.products(thread) if later else contextlib.nullcontext()
-                with torch.autocast("cpu", torch.bfloat16, enabled=bf16), products:
-                    y = layer(x)
-                found.append([y, *torch.autograd.grad(y.float().square().sum(), x)])
-                if later is not None:
-                    later.wait()
-            assert all((ours == theirs).all() for ours, theirs in zip(*found, strict=True))
-        assert halves == [1, 2, *([2, 2] if same else [1, 1])]
+        found = []
+        for other in (thread, None):
+            leaf, later = x.detach().requires_grad_(), Later()
+            layer.zero_grad()
+            with torch.autocast("cpu", torch.bfloat16, enabled=bf16), later.products(other):
+                y = layer(leaf)
+            y.float().square().sum().backward()
+            later.wait()
+            found.append([y, leaf.grad, *(parameter.grad for parameter in layer.parameters())])
+        for ours, theirs in zip(*found, strict=True):
+            assert isinstance(ours, Tensor) and isinstance(theirs, Tensor)
+            # Halves of so few rows may have other bits: that is what `_halves_alike` is asked for.
+            torch.testing.assert_close(ours, theirs, rtol=0 if not alike else 0.02, atol=0 if not alike else 1e-4)
+    assert halves == ([] if "rows" in layout else [1 + alike] * 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("fused", [True, False])
+def test_whether_halves_have_the_bits_is_tried_once_on_other_numbers(
+    dtype: torch.dtype, fused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deferred._halves_alike.cache_clear()
+    monkeypatch.setattr(deferred, "LARGE", 8)
+    multiplied: list[int] = []
+    multiply = deferred._multiply
+    monkeypatch.setattr(
+        deferred, "_multiply", lambda rows, *rest: (multiplied.append(len(rows)), multiply(rows, *rest))
+    )
+    weight, bias = torch.randn(20, 12).to(dtype), torch.randn(20).to(dtype) if fused else None
+    before = torch.get_rng_state()
+    for _ in range(2):
+        deferred._product(torch.zeros(5, 6, 12, dtype=dtype), weight, bias)
+    assert multiplied[:3] == [30, 18, 12]  # the whole, and what a chunk of three and one of two positions have
+    assert sum(multiplied[3:]) == 2 * 30
+    assert torch.equal(torch.get_rng_state(), before)
+    # Kernels that treat rows apart give other bits; the answer is then no, of numbers that are not all zero.
+    deferred._halves_alike.cache_clear()
+    monkeypatch.setattr(
+        deferred,
+        "_multiply",
+        lambda rows, weight, bias, y: y.copy_((rows.float() @ weight.float().t() + len(rows)).to(dtype)),
+    )
+    assert not deferred._halves_alike(30, 18, 12, 20, dtype, fused, 1, "highest")
+    deferred._halves_alike.cache_clear()
 
 
 @pytest.mark.parametrize("case", ["mask", "weights", "dropout", "another key", "no batch"])
@@ -249,10 +285,11 @@ class NoGradient(torch.autograd.Function):
         return None
 
 
-def test_where_no_gradient_arrives_none_is_made(thread: Executor) -> None:
+@pytest.mark.parametrize("kernels", [[SDPBackend.MATH], [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]])
+def test_where_no_gradient_arrives_none_is_made(thread: Executor, kernels: list[SDPBackend]) -> None:
     """Zeros would let the optimiser's weight decay move a weight that autograd leaves alone."""
     model, later = tower(), Later()
-    with later.products(thread):
+    with sdpa_kernel(kernels), later.products(thread):
         loss = NoGradient.apply(model()).sum() + model.start.sum()
     loss.backward()
     later.wait()

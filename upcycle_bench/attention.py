@@ -2,9 +2,10 @@
 
     mixed_LBD = attend(qkv_LBD, heads)      # F.scaled_dot_product_attention by PyTorch's plain kernel, to the bit
 
-The same operations on the same operands, in float32 where these have 16 bits. What is spared: that kernel asks of each row of scores whether it sees
-anything, which without a mask it does; gradients go straight to where they belong; and half the batch is the spare
-thread's, where that is idle.
+The same operations on the same operands, in float32 where these have 16 bits. What is spared: that kernel asks of each
+row of scores whether it sees anything, and makes zeros if not (without a mask that takes scores that overflowed to
+-inf, which are NaN here); gradients go straight to where they belong; and half the batch is the spare thread's, where
+that is idle.
 
 Shape suffixes: L sequence, B batch, D width, H heads, E width of a head.
 """
@@ -25,7 +26,9 @@ from upcycle_bench.threads import shared
 
 def plain_kernel(device: torch.device) -> bool:
     """Whether PyTorch would take its plain kernel, of products and a softmax: `train.attention_kernel` sees to that."""
-    return device.type == "cpu" and not torch.backends.cuda.flash_sdp_enabled()
+    kernels = torch.backends.cuda  # whose name is older than what it stands for
+    lower = kernels.fp16_bf16_reduction_math_sdp_allowed()  # in 16 bits, where those are given
+    return device.type == "cpu" and kernels.math_sdp_enabled() and not kernels.flash_sdp_enabled() and not lower
 
 
 def attend(qkv_LBD: Tensor, heads: int) -> Tensor:
@@ -38,6 +41,7 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, qkv_LBD: Tensor, heads: int) -> Tensor:
         length, batch, width = qkv_LBD.shape[0], qkv_LBD.shape[1], qkv_LBD.shape[2] // 3
+        ctx.set_materialize_grads(False)
         ctx.heads, ctx.scale = heads, math.sqrt(1 / math.sqrt(width // heads))
         ctx.dtype = torch.promote_types(qkv_LBD.dtype, torch.float32)
         mixed_LBD = qkv_LBD.new_empty(length, batch, width)
@@ -62,7 +66,9 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_LBD: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, grad_LBD: Tensor | None) -> tuple[Tensor | None, None]:
+        if grad_LBD is None:
+            return None, None
         saved = ctx.saved_tensors
         parts = len(saved) // 4
         length, batch, width = grad_LBD.shape

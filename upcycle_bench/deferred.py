@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import functools
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, Future
 from functools import partial
@@ -121,7 +122,12 @@ class _Linear(torch.autograd.Function):
         ctx.parameters, ctx.begin, ctx.dtype, ctx.shape = (weight, bias), begin, x.dtype, x.shape
         dtype = compute_dtype(x)
         used, added = weight.to(dtype), None if bias is None else bias.to(dtype)
-        y, rows = _product(x, used, added)
+        if x.dim() > 2:
+            y, rows = _product(x, used, added)
+        else:
+            with torch.autocast(x.device.type, enabled=False):
+                rows = x.to(dtype)
+                y = F.linear(rows, used, added)
         ctx.save_for_backward(rows, used)
         return y
 
@@ -144,46 +150,61 @@ class _Linear(torch.autograd.Function):
         return grad_x.to(ctx.dtype), None, None, None
 
 
-_halves_same: dict[Any, bool] = {}  # by shapes: whether two products of half the rows have the bits of one
-
-
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    """(F.linear(x, weight, bias), x in the weight's precision and as rows), half of it in the spare thread if idle.
+    """(F.linear(x, weight, bias), the rows of x in the weight's precision) for x of three dimensions or more.
 
-    Not where halves were seen to have other bits, which is a matter of the library's kernels for these shapes.
+    Half of it in the spare thread, if that is idle and halves have the bits of the whole.
     """
-    rows = (
-        x
-        if x.dtype == weight.dtype and x.is_contiguous()
-        else torch.empty(x.shape, dtype=weight.dtype, device=x.device)
+    dtype, width = weight.dtype, x.shape[-1]
+    copied = x.dtype != dtype or not x.is_contiguous()
+    rows = torch.empty(x.shape, dtype=dtype, device=x.device) if copied else x
+    # A cast keeps strides that leave no gaps. What F.linear then does with a gradient, and not without one, when it
+    # makes a product of each position, many times slower: all rows at once, and the bias afterwards.
+    strided = not x.is_contiguous() and (x.dtype == dtype or torch.ops.aten.is_non_overlapping_and_dense(x))
+    fused = bias is not None and not strided
+    y = torch.empty(*x.shape[:-1], len(weight), dtype=dtype, device=x.device)
+
+    @torch.no_grad()
+    def part(x: Tensor, rows: Tensor, y: Tensor) -> None:
+        if copied:
+            rows.copy_(x)
+        y = y.view(-1, len(weight))
+        _multiply(rows.view(-1, width), weight, bias if fused else None, y)
+        if bias is not None and not fused:
+            y.add_(bias)
+
+    count, first = x.shape[:-1].numel(), -(-len(x) // 2) * x.shape[1:-1].numel()
+    state = torch.get_num_threads(), torch.get_float32_matmul_precision()
+    alike = count >= LARGE and _halves_alike(count, first, width, len(weight), dtype, fused, *state)
+    shared([partial(part, *each) for each in zip(*(whole.chunk(1 + alike) for whole in (x, rows, y)), strict=True)])
+    return y, rows.view(-1, width)
+
+
+def _multiply(rows: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor) -> None:
+    if bias is None:
+        torch.mm(rows, weight.t(), out=y)
+    else:
+        torch.addmm(bias, rows, weight.t(), out=y)
+
+
+@functools.cache
+def _halves_alike(
+    count: int, first: int, width: int, outputs: int, dtype: torch.dtype, fused: bool, threads: int, precision: str
+) -> bool:
+    """Whether a product of `count` rows and one each of the `first` and the others have the same bits.
+
+    That is a matter of the library's kernels for these shapes. Tried on numbers of its own, once a process.
+    """
+    generator = torch.Generator().manual_seed(0)
+    rows, weight, bias = (
+        torch.randn(shape, generator=generator).to(dtype) for shape in ((count, width), (outputs, width), (outputs,))
     )
-    # What F.linear does with a gradient; without one it makes a product of each position, many times slower.
-    folded = x.dim() > 2 and not x.is_contiguous()
-
-    def compute(parts: int) -> Tensor:
-        y = torch.empty(*x.shape[:-1], len(weight), dtype=weight.dtype, device=x.device)
-
-        @torch.no_grad()
-        def part(x: Tensor, rows: Tensor, y: Tensor) -> None:
-            if rows.data_ptr() != x.data_ptr():
-                rows.copy_(x)
-            rows, y = rows.view(-1, rows.shape[-1]), y.view(-1, len(weight))
-            if bias is None or folded:
-                torch.mm(rows, weight.t(), out=y)
-            else:
-                torch.addmm(bias, rows, weight.t(), out=y)
-            if bias is not None and folded:
-                y.add_(bias)
-
-        shared([partial(part, *each) for each in zip(*(whole.chunk(parts) for whole in (x, rows, y)), strict=True)])
-        return y
-
-    shapes = (x.shape, x.stride(), weight.shape, weight.dtype, bias is None)
-    large = x.numel() // x.shape[-1] >= LARGE
-    y = compute(2 if large and _halves_same.get(shapes) else 1)
-    if large and shapes not in _halves_same:
-        _halves_same[shapes] = torch.equal(compute(2), y)
-    return y, rows.view(-1, rows.shape[-1])
+    whole, parts = rows.new_empty(count, outputs), rows.new_empty(count, outputs)
+    with torch.no_grad():
+        _multiply(rows, weight, bias if fused else None, whole)
+        for some in (slice(first), slice(first, None)):
+            _multiply(rows[some], weight, bias if fused else None, parts[some])
+    return torch.equal(whole, parts)
 
 
 def _self_attention(
@@ -215,11 +236,12 @@ def _self_attention(
     special = more or any(value is not None and value is not False for value in others.values())
     if not same or masked or random or special or need_weights or add_zero_attn or query_LBD.dim() != 3:
         return None
+    if not torch.is_grad_enabled():
+        return None
     assert weight is not None
-    length, batch, _ = query_LBD.shape
     qkv_LBD = F.linear(query_LBD, weight, bias)
     mixed_LBD = attend(qkv_LBD, heads) if plain_kernel(qkv_LBD.device) else _mixed(qkv_LBD, heads)
-    return F.linear(mixed_LBD.view(length * batch, width), out_weight, out_bias).view(length, batch, width)
+    return F.linear(mixed_LBD, out_weight, out_bias)
 
 
 def _mixed(qkv_LBD: Tensor, heads: int) -> Tensor:
