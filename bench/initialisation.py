@@ -10,7 +10,7 @@ import gc
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -49,22 +49,22 @@ def token_stream(count: int, width: int, device: torch.device, chunk: int = CHUN
         yield (torch.randn(size, width, generator=generator) * scale_D).to(device)
 
 
-def our_experts(ffn: FFN, tokens: int, cluster_tokens: int = CLUSTER_TOKENS) -> Any:
+def our_experts(ffn: FFN, stream: Iterable[Tensor], cluster_tokens: int = CLUSTER_TOKENS) -> Any:
     """One layer's experts by `cluster-aware`, as `calibrate` and `make_experts` call it."""
     target = load_registry().get("strategy", "cluster-aware").target
     strategy = configure(target, {"cluster_tokens": cluster_tokens})
     layer = Layer("vision", 1, 2, EXPERTS, 2)
     calibrator = strategy.calibrator(ffn, layer, RNG)
     with one_thread():
-        for x_TD in token_stream(tokens, ffn.width, ffn.w1_HD.device):
+        for x_TD in stream:
             calibrator.update(x_TD)
         return strategy.init_layer(ffn, layer, calibrator, RNG)
 
 
-def stored_experts(ffn: FFN, tokens: int, cluster_tokens: int = CLUSTER_TOKENS) -> Any:
+def stored_experts(ffn: FFN, stream: Iterable[Tensor], cluster_tokens: int = CLUSTER_TOKENS) -> Any:
     """The same in the naive way, with PyTorch's threads."""
     stored = StoredActivations()
-    for x_TD in token_stream(tokens, ffn.width, ffn.w1_HD.device):
+    for x_TD in stream:
         stored.update(x_TD)
     return naive_experts(ffn, stored, EXPERTS, RNG, cluster_tokens=cluster_tokens)
 
@@ -120,19 +120,20 @@ def cluster_aware_total(settings: Settings) -> Iterator[Row]:
 def naive_ratio(settings: Settings) -> Iterator[Row]:
     """Naive / ours for one layer of ViT-B's width with 8 experts, clusters fitted on 8,192 of 32,768 tokens.
 
-    On one core each, and on two: the naive side by PyTorch's threads, ours by clusters and experts. Then memory beyond
-    that of the process before, each in a process of its own, on 65,536 / on 16,384 tokens of width 256. At most three
-    rounds, of the naive memory one.
+    On one core each, and on two: the naive side by PyTorch's threads, ours by strips, clusters and experts; the tokens
+    are there before. Then memory beyond that of the process before, each in a process of its own, on 65,536 / on 16,384
+    tokens of width 256, made as they are asked for. At most three rounds, of the naive memory one.
     """
     ffn = random_ffn(WIDTH, torch.Generator().manual_seed(0))
     ffn = replace(ffn, **{name: getattr(ffn, name).to(settings.device) for name in ("w1_HD", "b1_H", "w2_DH", "b2_D")})
+    stream = list(token_stream(32768, WIDTH, settings.device))
     for number, where in enumerate(("one core", "two cores")[: settings.threads], start=1):
         with on_cores(number):
             yield compare(
                 f"naive cluster-aware / ours, one layer, D={WIDTH}, {where}: time",
                 ">= 3",
-                lambda: stored_experts(ffn, 32768),
-                lambda: our_experts(ffn, 32768),
+                lambda: stored_experts(ffn, stream),
+                lambda: our_experts(ffn, stream),
                 settings,
                 rounds=settings.few_rounds,
             )
@@ -196,12 +197,12 @@ def child(kind: str, tokens: int, threads: int) -> int:
 
     torch.set_num_threads(threads)
     work = {"ours": our_experts, "naive": stored_experts}[kind]
-    work(random_ffn(32, torch.Generator().manual_seed(0)), CLUSTER_TOKENS)  # libraries load and allocate their buffers
-    ffn = random_ffn(MEMORY_WIDTH, torch.Generator().manual_seed(0))
-    forget_peak_memory()
     cpu = torch.device("cpu")
+    small, ffn = (random_ffn(width, torch.Generator().manual_seed(0)) for width in (32, MEMORY_WIDTH))
+    work(small, token_stream(CLUSTER_TOKENS, 32, cpu))  # libraries load and allocate their buffers
+    forget_peak_memory()
     before = peak_memory(cpu)
-    work(ffn, tokens)
+    work(ffn, token_stream(tokens, MEMORY_WIDTH, cpu))
     return peak_memory(cpu) - before
 
 

@@ -122,11 +122,11 @@ def experiments(smaller: int = 1) -> Iterator[Experiment]:
 
 def initialisation(count: int, width: int, cluster_tokens: int) -> Step:
     """Statistics of a stream of so many tokens, clusters fitted to the first of them, and the experts."""
-    from bench.initialisation import our_experts
+    from bench.initialisation import our_experts, token_stream
     from bench.layers import random_ffn
 
     ffn = random_ffn(width, torch.Generator().manual_seed(0))
-    return lambda: our_experts(ffn, count, cluster_tokens)
+    return lambda: our_experts(ffn, token_stream(count, width, torch.device("cpu")), cluster_tokens)
 
 
 def evaluation(images: int, classes: int) -> Step:

@@ -27,7 +27,16 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from upcycle_bench import eesd
-from upcycle_bench.clustering import CentroidMap, add_second_moment, import_faiss, spherical_kmeans, symmetric
+from upcycle_bench.clustering import (
+    CentroidMap,
+    add_second_moment,
+    congruent,
+    import_faiss,
+    second_moment,
+    spherical_kmeans,
+    strips,
+    symmetric,
+)
 from upcycle_bench.eesd import Distilled
 from upcycle_bench.hookspecs import hookimpl
 from upcycle_bench.rng import Stream
@@ -250,7 +259,8 @@ class Truncated:
 
 
 class Factors(NamedTuple):
-    """W1 = Q R, once for all clusters of a layer: Q [H, R] orthonormal, R [R, D] float64, and |R R^T| (Frobenius).
+    """W1 = Q R, once for all clusters of a layer: Q [H, R] orthonormal, R [R, D] upper triangular, float64, and
+    |W1^T W1| (Frobenius).
 
     Computed in float64; Q then has W1's own precision, or float32 where that is higher.
     """
@@ -261,9 +271,26 @@ class Factors(NamedTuple):
 
 
 def decompose(w1_HD: Tensor) -> Factors:
-    """See `Factors`."""
-    q_HR, r_RD = torch.linalg.qr(w1_HD.double())
-    return Factors(q_HR.to(torch.promote_types(w1_HD.dtype, torch.float32)), r_RD, (r_RD @ r_RD.T).norm())
+    """See `Factors`.
+
+    R is the Cholesky factor of W1^T W1 where W1 is far from losing rank, which takes half of a QR's time: at a
+    condition number of 1e4 its rounding, 1e-16 times that squared, is still below float32's. Elsewhere it is a QR's.
+    """
+    w1_HD, dtype = w1_HD.double(), torch.promote_types(w1_HD.dtype, torch.float32)
+    square_DD = second_moment(w1_HD)
+    r_RD, failed = torch.linalg.cholesky_ex(square_DD, upper=True)
+    least, most = r_RD.diagonal().aminmax()
+    if dtype == torch.float32 and not failed and least > 1e-3 * most:
+        q_HR = torch.empty_like(w1_HD)
+        shared([partial(_solve, r_RD, *rows) for rows in zip(w1_HD.chunk(8), q_HR.chunk(8), strict=True)])
+    else:
+        q_HR, r_RD = torch.linalg.qr(w1_HD)
+    return Factors(q_HR.to(dtype), r_RD, square_DD.norm())
+
+
+@torch.no_grad()
+def _solve(r_RD: Tensor, w1_HD: Tensor, q_HR: Tensor) -> None:
+    torch.linalg.solve_triangular(r_RD, w1_HD, upper=True, left=False, out=q_HR)
 
 
 def truncate(
@@ -309,9 +336,11 @@ def truncate(
     if rank > _rank(energy_R, norm * moment_DD.norm()):
         energy_R, vector_RR = _spectrum(r_RD, _with_ridge(moment_DD))
         rank, floor_binds = kept_rank(energy_R, tau, rank_floor, rank_fraction)
-    left_out_RL = vector_RR[:, rank:]  # nothing at full rank, where W1 stays what it is
-    rest_HD = (q_HR @ left_out_RL.to(q_HR)) @ (left_out_RL.T @ r_RD).to(q_HR)
-    return Truncated((w1_HD - rest_HD).to(w1_HD.dtype), rank, energy_R, floor_binds)
+    left_out_RL = vector_RR[:, : full_rank - rank]  # nothing at full rank, where W1 stays what it is
+    parts = [left_out_RL[: strip.stop].T @ r_RD[: strip.stop, strip] for strip in strips(r_RD.shape[1])]  # R's zeros
+    rest_HD = (q_HR @ left_out_RL.to(q_HR)) @ torch.cat(parts, 1).to(q_HR)
+    kept_HD = torch.sub(w1_HD, rest_HD, out=rest_HD)
+    return Truncated(kept_HD.to(w1_HD.dtype), rank, energy_R, floor_binds)
 
 
 def kept_rank(energy_R: Tensor, tau: float, rank_floor: float, rank_fraction: float = 0.0) -> tuple[int, bool]:
@@ -330,9 +359,9 @@ def kept_rank(energy_R: Tensor, tau: float, rank_floor: float, rank_fraction: fl
 
 
 def _spectrum(r_RD: Tensor, moment_DD: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues of R C R^T, descending [R], and its eigenvectors, in columns [R, R]."""
-    value_R, vector_RR = torch.linalg.eigh(r_RD @ moment_DD @ r_RD.T)
-    return value_R.flip(0).clamp(min=0), vector_RR.flip(1)
+    """Eigenvalues of R C R^T, descending [R], and its eigenvectors [R, R], in columns, of the least one first."""
+    value_R, vector_RR = torch.linalg.eigh(congruent(r_RD, moment_DD))  # which reads the lower triangle
+    return value_R.flip(0).clamp(min=0), vector_RR
 
 
 def _rank(value_R: Tensor, scale: Tensor) -> int:

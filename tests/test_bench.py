@@ -152,8 +152,9 @@ def test_training_steps_agree() -> None:
 
 def test_naive_experts_are_ours() -> None:
     ffn = layers.random_ffn(32, torch.Generator().manual_seed(0))
-    ours = initialisation.our_experts(ffn, 6000, cluster_tokens=2000)
-    w1s, router_ND = initialisation.stored_experts(ffn, 6000, cluster_tokens=2000)
+    stream = list(initialisation.token_stream(6000, 32, torch.device("cpu")))
+    ours = initialisation.our_experts(ffn, stream, cluster_tokens=2000)
+    w1s, router_ND = initialisation.stored_experts(ffn, stream, cluster_tokens=2000)
     assert torch.equal(ours.router_ND, router_ND)
     for expert, w1_HD in zip(ours.experts, w1s, strict=True):
         assert relative_error(expert.c_fc.weight, w1_HD) < 1e-5

@@ -8,6 +8,7 @@ Shape suffixes: T tokens, D width, P PCA dimensions, N clusters.
 from __future__ import annotations
 
 import math
+from functools import partial
 from types import ModuleType
 from typing import Literal, NamedTuple
 
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from upcycle_bench.errors import UserError
 from upcycle_bench.rng import Stream
+from upcycle_bench.threads import shared
 
 CentroidMap = Literal["backproject", "recompute"]
 
@@ -137,25 +139,51 @@ def principal_directions(unit_TD: Tensor, pca_dim: int) -> Tensor:
     width = unit_TD.shape[1]
     if pca_dim >= width:
         return torch.eye(width, dtype=unit_TD.dtype, device=unit_TD.device)
-    lower_DD = torch.zeros(width, width, dtype=torch.float64, device=unit_TD.device)
-    add_second_moment(lower_DD, unit_TD.double())
-    _, vectors_DD = torch.linalg.eigh(lower_DD)  # ascending; it reads the lower triangle
+    _, vectors_DD = torch.linalg.eigh(second_moment(unit_TD.double()))  # ascending
     return vectors_DD[:, -pca_dim:].flip(1).T.to(unit_TD.dtype)
+
+
+def second_moment(x_TD: Tensor) -> Tensor:
+    """x^T x, symmetric to the bit."""
+    lower_DD = x_TD.new_zeros(x_TD.shape[1], x_TD.shape[1])
+    add_second_moment(lower_DD, x_TD)
+    return symmetric(lower_DD)
 
 
 def add_second_moment(lower_DD: Tensor, x_TD: Tensor) -> None:
     """Add x^T x to the lower triangle of `lower_DD`; what is above it is of no meaning (`symmetric`).
 
-    By strips of rows: eight of them take 9/16 of the products of the square.
+    By strips of rows: eight of them take 9/16 of the products of the square. A core that is free does some.
     """
-    width = len(lower_DD)
-    step = max(64, math.ceil(width / 8))
-    for start in range(0, width, step):
-        end = start + step
-        part = lower_DD[start:end, :end]
-        torch.addmm(part, x_TD[:, start:end].T, x_TD[:, :end], out=part)  # FLOPs of `addmm_` are not counted
+
+    @torch.no_grad()
+    def add(strip: slice) -> None:
+        part = lower_DD[strip, : strip.stop]
+        torch.addmm(part, x_TD[:, strip].T, x_TD[:, : strip.stop], out=part)  # FLOPs of `addmm_` are not counted
+
+    shared([partial(add, strip) for strip in strips(len(lower_DD))], worth=x_TD.numel() * len(lower_DD) > 2**27)
+
+
+def congruent(r_RD: Tensor, c_DD: Tensor) -> Tensor:
+    """R C R^T for an upper triangular R and a symmetric C: its lower triangle; what is above it is of no meaning.
+
+    By strips, as above, and without R's zeros: about half of the products.
+    """
+    product_RD = torch.empty_like(r_RD)
+    lower_RR = r_RD.new_zeros(len(r_RD), len(r_RD))
+    for strip in strips(len(r_RD)):
+        product_RD[strip] = r_RD[strip, strip.start :] @ c_DD[strip.start :]
+    for strip in strips(len(r_RD)):
+        lower_RR[strip.start :, strip] = product_RD[strip.start :, strip.start :] @ r_RD[strip, strip.start :].T
+    return lower_RR
 
 
 def symmetric(lower_DD: Tensor) -> Tensor:
     """A symmetric matrix from its lower triangle."""
     return lower_DD.tril() + lower_DD.tril(-1).T
+
+
+def strips(width: int) -> list[slice]:
+    """Eight strips of a matrix, of 64 rows or columns at least."""
+    step = max(64, math.ceil(width / 8))
+    return [slice(start, min(start + step, width)) for start in range(0, width, step)]
