@@ -275,12 +275,14 @@ def decompose(w1_HD: Tensor) -> Factors:
 
     R is the Cholesky factor of W1^T W1 where W1 is far from losing rank, which takes half of a QR's time: at a
     condition number of 1e4 its rounding, 1e-16 times that squared, is still below float32's. Elsewhere it is a QR's.
+    The diagonal of R bounds the condition number from below only: Q R = W1 holds whatever it is.
     """
     w1_HD, dtype = w1_HD.double(), torch.promote_types(w1_HD.dtype, torch.float32)
     square_DD = second_moment(w1_HD)
     r_RD, failed = torch.linalg.cholesky_ex(square_DD, upper=True)
     least, most = r_RD.diagonal().aminmax()
-    if dtype == torch.float32 and not failed and least > 1e-3 * most:
+    tall = len(w1_HD) >= w1_HD.shape[1]  # else rounding alone could pass for rank
+    if tall and dtype == torch.float32 and not failed and least > 1e-2 * most:
         q_HR = torch.empty_like(w1_HD)
         shared([partial(_solve, r_RD, *rows) for rows in zip(w1_HD.chunk(8), q_HR.chunk(8), strict=True)])
     else:
@@ -293,6 +295,7 @@ def _solve(r_RD: Tensor, w1_HD: Tensor, q_HR: Tensor) -> None:
     torch.linalg.solve_triangular(r_RD, w1_HD, upper=True, left=False, out=q_HR)
 
 
+@torch.no_grad()
 def truncate(
     w1_HD: Tensor,
     moment_DD: Tensor,
