@@ -7,6 +7,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -52,3 +53,22 @@ def quick() -> list[str]:
 def quick_flags() -> list[str]:
     """The same as command-line options."""
     return [part for override in QUICK for part in ("--set", override)]
+
+
+@pytest.fixture(scope="module")
+def session() -> Iterator[None]:
+    """A training session of one thread, for all tests of a file."""
+    from upcycle_bench import engine
+
+    with engine.session(threads=1):
+        yield
+
+
+@pytest.fixture(scope="module")
+def pairs() -> Any:
+    """The digits' training pairs, as `smoke` reads them: a PairDataset."""
+    from upcycle_bench.data import PairDataset
+    from upcycle_bench.dense import create_clip
+    from upcycle_bench.worlds import load_world
+
+    return PairDataset(load_world("digits", 0).train_shards, create_clip("smoke-vit"))

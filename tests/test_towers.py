@@ -3,7 +3,7 @@
 import functools
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,7 +13,7 @@ from open_clip.transformer import PatchDropout
 from torch import Tensor, nn
 
 from tests.test_train import eesd, job, schedule, state, upcycled
-from upcycle_bench import distributed, engine, threads, towers
+from upcycle_bench import distributed, threads, towers
 from upcycle_bench.data import PairDataset
 from upcycle_bench.dense import create_clip
 from upcycle_bench.errors import UserError
@@ -22,20 +22,9 @@ from upcycle_bench.moe import moe_layers
 from upcycle_bench.strategy import ExtraLoss
 from upcycle_bench.threads import SHARE, beside, core_is_free, shared, spare_thread
 from upcycle_bench.train import parts_towers, train
-from upcycle_bench.worlds import load_world
 
 Cores = Callable[[int], None]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _session() -> Iterator[None]:
-    with engine.session(threads=1):
-        yield
-
-
-@pytest.fixture(scope="module")
-def pairs() -> PairDataset:
-    return PairDataset(load_world("digits", 0).train_shards, create_clip("smoke-vit"))
+pytestmark = pytest.mark.usefixtures("session")
 
 
 @pytest.fixture

@@ -1,7 +1,7 @@
 """The training loop: against a plain PyTorch loop, resumed bit for bit, blind to what strategies draw."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from upcycle_bench import engine
 from upcycle_bench.data import Batch, PairDataset
 from upcycle_bench.dense import Clip, create_clip
 from upcycle_bench.job import Job
@@ -21,21 +20,10 @@ from upcycle_bench.rng import Stream
 from upcycle_bench.strategy import FFN, ExtraLoss
 from upcycle_bench.surgery import find_layers, upcycle
 from upcycle_bench.train import parameter_groups, train
-from upcycle_bench.worlds import load_world
 
 REGISTRY = load_registry()
 PROTOCOL = load_protocol(REGISTRY.protocols["smoke"].target)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _session() -> Iterator[None]:
-    with engine.session(threads=1):
-        yield
-
-
-@pytest.fixture(scope="module")
-def pairs() -> PairDataset:
-    return PairDataset(load_world("digits", 0).train_shards, create_clip("smoke-vit"))
+pytestmark = pytest.mark.usefixtures("session")
 
 
 def schedule(**changes: Any) -> Schedule:

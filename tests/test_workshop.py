@@ -1,6 +1,5 @@
 """The workshop on real data, under the engine: features, training of chosen parameters, what a budget pays, groups."""
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from open_clip.loss import ClipLoss
 from tests import workshop_worker
 from tests.helpers import SMOKE, equal, initialise, tiny_moe
 from tests.test_distributed import launch
-from upcycle_bench import clustering, engine
+from upcycle_bench import clustering
 from upcycle_bench.data import PairDataset, PickedBatches
 from upcycle_bench.dense import create_clip
 from upcycle_bench.errors import UserError
@@ -28,17 +27,7 @@ from upcycle_bench.worlds import World, lab, load_world, training_groups
 
 SETTINGS = ["train.schedule.batch_size=32", "train.schedule.steps=40"]
 BIASES = {"trainable": lambda name: name.endswith("mlp.c_fc.bias")}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _session() -> Iterator[None]:
-    with engine.session(threads=1):
-        yield
-
-
-@pytest.fixture(scope="module")
-def pairs() -> PairDataset:
-    return PairDataset(load_world("digits", 0).train_shards, create_clip("smoke-vit"))
+pytestmark = pytest.mark.usefixtures("session")
 
 
 def workshop(pairs: PairDataset, seed: int = 0) -> Workshop:

@@ -184,6 +184,6 @@ def symmetric(lower_DD: Tensor) -> Tensor:
 
 
 def strips(width: int) -> list[slice]:
-    """Eight strips of a matrix, of 64 rows or columns at least."""
+    """At most eight strips of a matrix, of 64 rows or columns or more; the last has what is left."""
     step = max(64, math.ceil(width / 8))
     return [slice(start, min(start + step, width)) for start in range(0, width, step)]

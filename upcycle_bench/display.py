@@ -181,9 +181,10 @@ def _certified(proof: Mapping[str, Any]) -> Iterator[str]:
 
 
 def show_skipped(skipped: Mapping[str, str]) -> None:
-    """What did not run, and why."""
-    for name, reason in skipped.items():
-        print(f"skipped: {name}: {reason}")
+    """What did not run, and why: each reason once."""
+    for reason in dict.fromkeys(skipped.values()):
+        names = ", ".join(name for name, why in skipped.items() if why == reason)
+        print(f"skipped: {names}: {reason}")
 
 
 def show_world(world: World, built: bool, as_json: bool) -> None:

@@ -126,6 +126,9 @@ def _execute(
 
     registry = load_registry()
     warn_broken(registry.broken)
+    for suite in names:
+        if suite != "all":
+            registry.get("suite", suite)  # a typo is said before anything is loaded
     with reporter.task(f"loading {checkpoint}"):
         model = _load_open_clip(checkpoint, name) if name else _load(Path(checkpoint))
     model.clip.model.float()  # suites ask for it; files may have half of it
