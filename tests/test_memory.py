@@ -1,11 +1,13 @@
-"""Freed memory stays with the process (after some rounds large pieces cost no page fault) until it is returned."""
+"""What a process keeps: freed memory until it is returned (large pieces then cost no page fault), compiled kernels."""
 
 import json
+import os
 import platform
 import subprocess
 import sys
 
 import pytest
+import torch
 
 CHILD = """
 import json, resource, sys
@@ -45,3 +47,33 @@ def test_later_pieces_are_where_earlier_ones_were() -> None:
     assert min(usual) > 10_000  # so the figure below says something
     assert sum(faults[10:]) < sum(usual[10:]) / 4  # places settle after a few rounds
     assert returned > 100 << 20
+
+
+SHAPES = 1100
+PRODUCTS = f"""
+import sys
+import torch
+from upcycle_bench import engine
+
+with engine.session(1):
+    weight = torch.zeros(16, 16, dtype=torch.bfloat16)
+    for rows in [*range(100, 100 + {SHAPES})] * 2:  # smaller ones are not left to oneDNN
+        torch.zeros(rows, 16, dtype=torch.bfloat16) @ weight
+"""
+
+
+def kernels_compiled(**variables: str) -> int:
+    """How many a training session compiles for products of as many shapes, all of them twice."""
+    environment = {name: value for name, value in os.environ.items() if "PRIMITIVE_CACHE" not in name}
+    environment |= {"ONEDNN_VERBOSE": "profile_create", **variables}
+    command = [sys.executable, "-c", PRODUCTS]
+    done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
+    return sum("create:cache_miss" in line and "matmul" in line for line in done.stdout.splitlines())
+
+
+@pytest.mark.skipif(
+    not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="bf16 products are not oneDNN's on this processor"
+)
+def test_a_session_compiles_a_product_once_for_a_shape() -> None:
+    assert kernels_compiled() == SHAPES
+    assert kernels_compiled(ONEDNN_PRIMITIVE_CACHE_CAPACITY="1024") == 2 * SHAPES  # what oneDNN has if nobody asks

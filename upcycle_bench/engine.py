@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from upcycle_bench import distributed, expert_backends
 from upcycle_bench.errors import UserError
-from upcycle_bench.memory import keep_freed_memory
+from upcycle_bench.memory import keep_compiled_kernels, keep_freed_memory
 from upcycle_bench.threads import own_cores
 
 
@@ -45,6 +45,7 @@ def session(threads: int) -> Iterator[torch.device]:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32
     if device.type == "cpu":
         keep_freed_memory()
+        keep_compiled_kernels()
     before = torch.get_num_threads()
     torch.set_num_threads(max(1, threads // distributed.local_world_size()))
     started = not dist.is_initialized()

@@ -18,10 +18,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 
-def _gather(rows_RD: Tensor, index_T: Tensor, has_holes: bool) -> Tensor:
-    if has_holes:
-        rows_RD = torch.cat([rows_RD, rows_RD.new_zeros(1, rows_RD.shape[1])])
-    return rows_RD.index_select(0, index_T)
+def _with_hole(rows_RD: Tensor, has_holes: bool) -> Tensor:
+    """The rows as an index may name them: behind them, if it has holes, a row of zeros."""
+    return torch.cat([rows_RD, rows_RD.new_zeros(1, rows_RD.shape[1])]) if has_holes else rows_RD
 
 
 class _SelectRows(torch.autograd.Function):
@@ -37,15 +36,16 @@ class _SelectRows(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(inverse_KT)
         ctx.inverse_holes, ctx.dtype = inverse_holes, x_TD.dtype
-        return _gather(x_TD.to(dtype or x_TD.dtype), index_R, index_holes)
+        return _with_hole(x_TD.to(dtype or x_TD.dtype), index_holes).index_select(0, index_R)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor, None, None, None, None, None]:
         (inverse_KT,) = ctx.saved_tensors
-        grad_TD = _gather(grad_RD, inverse_KT[0], ctx.inverse_holes).to(ctx.dtype)
+        grad_RD = _with_hole(grad_RD, ctx.inverse_holes)
+        grad_TD = grad_RD.index_select(0, inverse_KT[0]).to(ctx.dtype)
         for inverse_T in inverse_KT[1:]:
-            grad_TD += _gather(grad_RD, inverse_T, ctx.inverse_holes).to(ctx.dtype)
+            grad_TD += grad_RD.index_select(0, inverse_T).to(ctx.dtype)
         return grad_TD, None, None, None, None, None
 
 
@@ -73,8 +73,9 @@ class _CombineRows(torch.autograd.Function):
         ctx.holes = holes
         # Gates are float32 or wider, so products and their sum over choices are accumulated in that precision.
         total_TD: Tensor | None = None
+        whole_RD = _with_hole(rows_RD, holes)
         for slots_T, gates_T in zip(slots_KT, gates_KT, strict=True):
-            part_TD = _gather(rows_RD, slots_T, holes).to(gates_KT.dtype).mul_(gates_T.unsqueeze(1))
+            part_TD = whole_RD.index_select(0, slots_T).to(gates_KT.dtype).mul_(gates_T.unsqueeze(1))
             total_TD = part_TD if total_TD is None else total_TD.add_(part_TD)
         assert total_TD is not None
         return total_TD.to(rows_RD.dtype)
@@ -89,8 +90,9 @@ class _CombineRows(torch.autograd.Function):
         grad_gates_KT = torch.empty_like(gates_KT)
         grad_CD = rows_RD.new_empty(gates_KT.numel() + 1, rows_RD.shape[1])  # by choice; the last: of none
         grad_CD[-1] = 0
+        whole_RD = _with_hole(rows_RD, ctx.holes)
         for k, (slots_T, gates_T) in enumerate(zip(slots_KT, gates_KT, strict=True)):
-            own_TD = _gather(rows_RD, slots_T, ctx.holes).to(gates_KT.dtype)
+            own_TD = whole_RD.index_select(0, slots_T).to(gates_KT.dtype)
             torch.sum(own_TD.mul_(grad_TD), 1, out=grad_gates_KT[k])
             grad_CD[k * num_tokens : (k + 1) * num_tokens] = grad_TD * gates_T.unsqueeze(1)
         return grad_CD.index_select(0, choice_R), grad_gates_KT, None, None, None
