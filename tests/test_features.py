@@ -15,7 +15,7 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from upcycle_bench import evalsets, threads
 from upcycle_bench.features import encode_images
-from upcycle_bench.flops import counted_flops
+from upcycle_bench.flops import counted_flops, counting
 from upcycle_bench.suite import EvalContext
 from upcycle_bench.threads import spare_thread
 
@@ -46,7 +46,9 @@ def cores(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> in
     return number
 
 
-def encoded(folder: Path, encode: Callable[[Tensor], Tensor], **more: Any) -> tuple[Tensor, list[Any]]:
+def encoded(
+    folder: Path, encode: Callable[[Tensor], Tensor], batch_size: int = 1, **more: Any
+) -> tuple[Tensor, list[Any]]:
     model: Any = SimpleNamespace(encode_image=encode)
     context = EvalContext(
         model=model,
@@ -54,10 +56,10 @@ def encoded(folder: Path, encode: Callable[[Tensor], Tensor], **more: Any) -> tu
         transform=transform,
         root=folder.parent,
         device=CPU,
-        batch_size=1,
+        batch_size=batch_size,
         **more,
     )
-    return encode_images(evalsets.read(folder, transform, 1), context)
+    return encode_images(evalsets.read(folder, transform, batch_size), context)
 
 
 def test_embeddings_flops_and_what_a_witness_sees_do_not_depend_on_cores(folder: Path, cores: int) -> None:
@@ -89,6 +91,21 @@ def test_embeddings_flops_and_what_a_witness_sees_do_not_depend_on_cores(folder:
     assert counter.get_total_flops() >= count * 2 * PROJECTION.numel()
     expected = torch.cat([images.flatten(1) @ PROJECTION for images, _ in evalsets.read(folder, transform, 1).batches])
     assert torch.equal(features_ND, torch.nn.functional.normalize(expected, dim=-1))
+
+
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_the_flops_are_those_of_every_image(folder: Path, cores: int, batch_size: int) -> None:
+    watched: list[bool] = []
+
+    def encode(images_B3HW: Tensor) -> Tensor:
+        watched.append(counting())
+        return images_B3HW.flatten(1) @ PROJECTION
+
+    with counted_flops() as counter:
+        features_ND, _ = encoded(folder, encode, batch_size=batch_size)
+    assert counter.get_total_flops() == len(features_ND) * 2 * PROJECTION.numel()
+    assert 1 <= sum(watched) <= 2 * cores  # the first of each size, in either thread
+    assert len(watched) == -(-len(features_ND) // batch_size)
 
 
 def test_a_spare_thread_that_is_busy_is_not_waited_for(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

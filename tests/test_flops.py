@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from tests.helpers import captions, tiny_clip, upcycled
 from upcycle_bench import packed
-from upcycle_bench.flops import FlopCounter, carried, counted_flops, counting, flop_formulas, uncounted
+from upcycle_bench.flops import FlopCounter, carried, counted_flops, counted_once, counting, flop_formulas, uncounted
 from upcycle_bench.registry import load_registry
 from upcycle_bench.strategy import configure
 
@@ -115,6 +115,30 @@ def test_what_is_uncounted_is_left_out_and_counting_goes_on() -> None:
         48,
         3 * 48,
     )  # an outer one sees what an inner one runs
+
+
+def test_work_of_a_kind_is_watched_once_and_counted_each_time() -> None:
+    watched: list[bool] = []
+
+    def product() -> None:
+        with counted_once("product"):
+            watched.append(counting())
+            torch.mm(torch.rand(2, 3), torch.rand(3, 4))
+
+    with ThreadPoolExecutor(1) as pool, FlopCounter() as outer:
+        with FlopCounter() as inner:
+            with pytest.raises(ZeroDivisionError), counted_once("product"):
+                1 / 0  # noqa: B018  # what ends in an error says nothing of the others
+            product()
+            product()
+            pool.submit(carried(product)).result()
+        product()
+    assert (inner.get_total_flops(), outer.get_total_flops()) == (3 * 48, 4 * 48)
+    assert watched == [True, False, False, False]
+    product()  # no counter, nothing to know
+    with FlopCounter() as another:
+        product()
+    assert watched[4:] == [False, True] and another.get_total_flops() == 48
 
 
 def test_each_thread_counts_for_itself() -> None:

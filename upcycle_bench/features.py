@@ -21,6 +21,7 @@ from upcycle_bench import evalsets
 from upcycle_bench.embedding_cache import SPOT, Arrays, remembered
 from upcycle_bench.errors import UserError
 from upcycle_bench.evalsets import EvalSet
+from upcycle_bench.flops import counted_once
 from upcycle_bench.probe import Examples
 from upcycle_bench.suite import EvalContext
 from upcycle_bench.threads import beside as begin
@@ -65,19 +66,27 @@ def encode_images(evalset: EvalSet, context: EvalContext) -> tuple[Tensor, list[
 
 
 def _embedded(batches: Iterable[tuple[Tensor, Any]], context: EvalContext) -> Iterator[tuple[Tensor, Any]]:
-    """Batches of images, embedded, in their order; on a CPU with a core that is free each second one by that."""
-    encode, iterator = context.model.encode_image, iter(batches)
+    """Batches of images, embedded, in their order; on a CPU with a core that is free each second one by that.
+
+    FLOPs are counted in the first batch of each size: in evaluation a model does the same for each image.
+    """
+    encode, iterator, model = context.model.encode_image, iter(batches), object()  # the model as it is in this call
+
+    def embedded(images_B3HW: Tensor) -> Tensor:
+        with counted_once((model, images_B3HW.shape)):
+            return _embed(encode, images_B3HW, context)
+
     for images_B3HW, labels in iterator:
         if context.device.type != "cpu":
-            yield embed(encode, images_B3HW, context), labels
+            yield _seen(encode, images_B3HW, embedded(images_B3HW), context), labels
             continue
         given = [images_B3HW]  # taken from here, so that a queue of cancelled work keeps no images
-        ahead = begin(lambda given=given: _embed(encode, given.pop(), context))  # type: ignore[misc]
+        ahead = begin(lambda given=given: embedded(given.pop()))  # type: ignore[misc]
         try:
             following = next(iterator, None)
-            own_BD = None if following is None else _embed(encode, following[0], context)
+            own_BD = None if following is None else embedded(following[0])
             late = ahead.cancel()  # it waits behind other work
-            embedded_BD = _embed(encode, images_B3HW, context) if late else ahead.result()
+            embedded_BD = embedded(images_B3HW) if late else ahead.result()
         finally:  # nothing goes on behind an error or Ctrl-C
             given.clear()
             if not ahead.cancel():

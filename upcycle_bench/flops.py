@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from typing import Any, TypeVar
 
 import torch
@@ -31,6 +31,7 @@ class FlopCounter(TorchDispatchMode):
         self._whole: set[Any] = set()  # operations that are not made of others
         self._total = 0
         self._elsewhere: list[int] = []  # what other threads counted; appending is safe, adding up is not
+        self.known: dict[Hashable, int] = {}  # see `counted_once`
 
     def __enter__(self) -> FlopCounter:
         _active.counters.append(self)
@@ -93,6 +94,26 @@ def uncounted() -> Iterator[None]:
             counter.__enter__()
 
 
+@contextlib.contextmanager
+def counted_once(kind: Hashable) -> Iterator[None]:
+    """Work of that kind counts each time what it counted when the active counters first met it; `uncounted` otherwise.
+
+    For work that is often done and always takes the same FLOPs, of which watching each operation would cost a tenth.
+    """
+    known = _active.counters[0].known if _active.counters else {}
+    if not _active.counters:
+        yield
+    elif kind in known:
+        with uncounted():
+            yield
+        for counter in _active.counters:
+            counter._total += known[kind]
+    else:
+        with FlopCounter() as own:
+            yield
+        known[kind] = own.get_total_flops()
+
+
 def carried(work: Callable[[], T]) -> Callable[[], T]:
     """`work` for another thread, with its FLOPs counted by the counters that are active in this one."""
     counters = tuple(_active.counters)
@@ -101,6 +122,7 @@ def carried(work: Callable[[], T]) -> Callable[[], T]:
 
     def call() -> T:
         with FlopCounter() as own:
+            own.known = counters[0].known
             made = work()
         for counter in counters:
             counter._elsewhere.append(own.get_total_flops())
