@@ -141,6 +141,20 @@ def test_work_of_a_kind_is_watched_once_and_counted_each_time() -> None:
     assert watched[4:] == [False, True] and another.get_total_flops() == 48
 
 
+def test_work_of_a_kind_is_watched_each_time_where_somebody_else_watches() -> None:
+    def product() -> None:
+        with counted_once("product"):
+            torch.mm(torch.rand(2, 3), torch.rand(3, 4))
+
+    with FlopCounter() as ours:
+        product()
+        with FlopCounterMode(display=False) as theirs:
+            product()
+            product()
+        product()
+    assert (ours.get_total_flops(), theirs.get_total_flops()) == (4 * 48, 2 * 48)
+
+
 def test_each_thread_counts_for_itself() -> None:
     product = partial(torch.mm, torch.rand(2, 3), torch.rand(3, 4))
 

@@ -17,7 +17,7 @@ from collections.abc import Callable, Hashable, Iterator
 from typing import Any, TypeVar
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
 
 T = TypeVar("T")
 
@@ -99,11 +99,11 @@ def counted_once(kind: Hashable) -> Iterator[None]:
     """Work of that kind counts each time what it counted when the active counters first met it; `uncounted` otherwise.
 
     For work that is often done and always takes the same FLOPs, of which watching each operation would cost a tenth.
+    Where another dispatch mode is active within the counters, which could not be stopped then, each time is watched.
     """
-    known = _active.counters[0].known if _active.counters else {}
-    if not _active.counters:
+    if not _active.counters or _get_current_dispatch_mode() is not _active.counters[-1]:
         yield
-    elif kind in known:
+    elif kind in (known := _active.counters[0].known):
         with uncounted():
             yield
         for counter in _active.counters:
