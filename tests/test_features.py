@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 
-from upcycle_bench import evalsets, threads
+from upcycle_bench import evalsets, expert_backends, threads
 from upcycle_bench.features import encode_images
 from upcycle_bench.flops import counted_flops, counting
 from upcycle_bench.suite import EvalContext
@@ -88,24 +89,35 @@ def test_embeddings_flops_and_what_a_witness_sees_do_not_depend_on_cores(folder:
     assert len(features_ND.unique(dim=0)) == count
     elsewhere = any(name.startswith("spare") for name in where)
     assert elsewhere is pairs or (cores == 2 and count == 1)  # a single one is whose thread comes first
-    assert counter.get_total_flops() >= count * 2 * PROJECTION.numel()
+    assert counter.get_total_flops() == 2 * count * 2 * PROJECTION.numel()  # the witness's, too
     expected = torch.cat([images.flatten(1) @ PROJECTION for images, _ in evalsets.read(folder, transform, 1).batches])
     assert torch.equal(features_ND, torch.nn.functional.normalize(expected, dim=-1))
 
 
 @pytest.mark.parametrize("batch_size", [1, 2])
-def test_the_flops_are_those_of_every_image(folder: Path, cores: int, batch_size: int) -> None:
+@pytest.mark.parametrize("backend", ["", "deepspeed"])
+def test_the_flops_are_those_of_every_image(
+    folder: Path, cores: int, batch_size: int, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(expert_backends.VARIABLE, backend)
     watched: list[bool] = []
 
-    def encode(images_B3HW: Tensor) -> Tensor:
+    def encode(images_B3HW: Tensor, width: int = 0) -> Tensor:
         watched.append(counting())
-        return images_B3HW.flatten(1) @ PROJECTION
+        return images_B3HW.flatten(1) @ (PROJECTION[:, :width] if width else PROJECTION)
 
     with counted_flops() as counter:
         features_ND, _ = encoded(folder, encode, batch_size=batch_size)
-    assert counter.get_total_flops() == len(features_ND) * 2 * PROJECTION.numel()
-    assert 1 <= sum(watched) <= 2 * cores  # the first of each size, in either thread
-    assert len(watched) == -(-len(features_ND) // batch_size)
+        seen = tuple(watched)
+        encoded(folder, partial(encode, width=1), batch_size=batch_size)  # another model, the same images
+    count, (pixels, width) = len(features_ND), PROJECTION.shape
+    assert counter.get_total_flops() == count * 2 * pixels * (width + 1) > 0
+    assert len(seen) == -(-count // batch_size)
+    sizes = 1 + (count > batch_size and count % batch_size > 0)
+    if backend:  # whose rows depend on what the router does
+        assert all(watched)
+    else:  # the first of each size, which may be in both threads
+        assert sizes <= sum(seen) <= sizes + cores - 1
 
 
 def test_a_spare_thread_that_is_busy_is_not_waited_for(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

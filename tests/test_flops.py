@@ -119,40 +119,43 @@ def test_what_is_uncounted_is_left_out_and_counting_goes_on() -> None:
 
 def test_work_of_a_kind_is_watched_once_and_counted_each_time() -> None:
     watched: list[bool] = []
+    known: dict[Any, int] = {}
 
     def product() -> None:
-        with counted_once("product"):
+        with counted_once(known, "product"):
             watched.append(counting())
             torch.mm(torch.rand(2, 3), torch.rand(3, 4))
 
+    product()  # no counter, nothing to know
     with ThreadPoolExecutor(1) as pool, FlopCounter() as outer:
         with FlopCounter() as inner:
-            with pytest.raises(ZeroDivisionError), counted_once("product"):
+            with pytest.raises(ZeroDivisionError), counted_once(known, "product"):
                 1 / 0  # noqa: B018  # what ends in an error says nothing of the others
             product()
             product()
             pool.submit(carried(product)).result()
         product()
     assert (inner.get_total_flops(), outer.get_total_flops()) == (3 * 48, 4 * 48)
-    assert watched == [True, False, False, False]
-    product()  # no counter, nothing to know
-    with FlopCounter() as another:
-        product()
-    assert watched[4:] == [False, True] and another.get_total_flops() == 48
+    assert watched == [False, True, False, False, False]
 
 
-def test_work_of_a_kind_is_watched_each_time_where_somebody_else_watches() -> None:
+def test_counters_go_on_where_another_mode_is_active_within_them() -> None:
+    known: dict[Any, int] = {}
+
     def product() -> None:
-        with counted_once("product"):
+        with counted_once(known, "product"):
             torch.mm(torch.rand(2, 3), torch.rand(3, 4))
+        with uncounted():
+            torch.rand(2)
 
-    with FlopCounter() as ours:
+    with FlopCounter() as outer:
         product()
         with FlopCounterMode(display=False) as theirs:
             product()
-            product()
+            with FlopCounter() as inner:
+                product()
         product()
-    assert (ours.get_total_flops(), theirs.get_total_flops()) == (4 * 48, 2 * 48)
+    assert (outer.get_total_flops(), theirs.get_total_flops(), inner.get_total_flops()) == (4 * 48, 2 * 48, 48)
 
 
 def test_each_thread_counts_for_itself() -> None:

@@ -8,6 +8,7 @@ Shape suffixes: N samples, Q queries, C classes, T templates, D embedding, B bat
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Iterator
 from concurrent.futures import wait
 from pathlib import Path
@@ -17,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from upcycle_bench import evalsets
+from upcycle_bench import evalsets, expert_backends
 from upcycle_bench.embedding_cache import SPOT, Arrays, remembered
 from upcycle_bench.errors import UserError
 from upcycle_bench.evalsets import EvalSet
@@ -68,12 +69,15 @@ def encode_images(evalset: EvalSet, context: EvalContext) -> tuple[Tensor, list[
 def _embedded(batches: Iterable[tuple[Tensor, Any]], context: EvalContext) -> Iterator[tuple[Tensor, Any]]:
     """Batches of images, embedded, in their order; on a CPU with a core that is free each second one by that.
 
-    FLOPs are counted in the first batch of each size: in evaluation a model does the same for each image.
+    FLOPs are counted in the first batch of each size, since a model does the same for each image: but DeepSpeed's layer
+    computes as many rows for each expert as the busiest has, so there they are counted in all.
     """
-    encode, iterator, model = context.model.encode_image, iter(batches), object()  # the model as it is in this call
+    encode, iterator = context.model.encode_image, iter(batches)
+    flops: dict[Any, int] = {}
+    alike = expert_backends.forced() != "deepspeed"
 
     def embedded(images_B3HW: Tensor) -> Tensor:
-        with counted_once((model, images_B3HW.shape)):
+        with counted_once(flops, images_B3HW.shape) if alike else contextlib.nullcontext():
             return _embed(encode, images_B3HW, context)
 
     for images_B3HW, labels in iterator:

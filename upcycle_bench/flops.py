@@ -17,7 +17,7 @@ from collections.abc import Callable, Hashable, Iterator
 from typing import Any, TypeVar
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 
 T = TypeVar("T")
 
@@ -31,7 +31,6 @@ class FlopCounter(TorchDispatchMode):
         self._whole: set[Any] = set()  # operations that are not made of others
         self._total = 0
         self._elsewhere: list[int] = []  # what other threads counted; appending is safe, adding up is not
-        self.known: dict[Hashable, int] = {}  # see `counted_once`
 
     def __enter__(self) -> FlopCounter:
         _active.counters.append(self)
@@ -82,9 +81,10 @@ def counting() -> bool:
 def uncounted() -> Iterator[None]:
     """Stop the active counters: for many small operations of which none counts, as those that prepare an image.
 
-    Other dispatch modes must not be active within ours, and no generator may yield inside.
+    Where another dispatch mode is active within them they go on, since they cannot be left then. No generator may
+    yield inside.
     """
-    paused = _active.counters[::-1]
+    paused = _active.counters[::-1] if _innermost() else []
     for counter in paused:
         counter.__exit__(None, None, None)
     try:
@@ -95,23 +95,28 @@ def uncounted() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def counted_once(kind: Hashable) -> Iterator[None]:
-    """Work of that kind counts each time what it counted when the active counters first met it; `uncounted` otherwise.
+def counted_once(known: dict[Hashable, int], kind: Hashable) -> Iterator[None]:
+    """Work whose FLOPs its kind determines: watched the first time, which costs a tenth of it, and `known` afterwards.
 
-    For work that is often done and always takes the same FLOPs, of which watching each operation would cost a tenth.
-    Where another dispatch mode is active within the counters, which could not be stopped then, each time is watched.
+    From the second time on it runs `uncounted`, and each active counter is given what the first time counted; what
+    ends in an error counts nothing. Each time is watched where another dispatch mode is active within the counters.
     """
-    if not _active.counters or _get_current_dispatch_mode() is not _active.counters[-1]:
+    counters = tuple(_active.counters)
+    if not counters or not _innermost():
         yield
-    elif kind in (known := _active.counters[0].known):
-        with uncounted():
-            yield
-        for counter in _active.counters:
-            counter._total += known[kind]
-    else:
-        with FlopCounter() as own:
-            yield
+        return
+    with uncounted(), contextlib.nullcontext() if kind in known else FlopCounter() as own:
+        yield
+    if own is not None:
         known[kind] = own.get_total_flops()
+    for counter in counters:
+        counter._total += known[kind]
+
+
+def _innermost() -> bool:
+    """Whether no other dispatch mode is active within this thread's counters."""
+    counters = _active.counters
+    return not counters or _get_current_dispatch_mode_stack()[-len(counters) :] == counters
 
 
 def carried(work: Callable[[], T]) -> Callable[[], T]:
@@ -122,7 +127,6 @@ def carried(work: Callable[[], T]) -> Callable[[], T]:
 
     def call() -> T:
         with FlopCounter() as own:
-            own.known = counters[0].known
             made = work()
         for counter in counters:
             counter._elsewhere.append(own.get_total_flops())

@@ -6,7 +6,7 @@ quarter: so they are returned now and then, where a checkpoint is written.
 
 oneDNN, which computes products in bf16, compiles a kernel for every shape, 0.5 to 1 ms each, and keeps the last 1,024.
 Captions and experts have other numbers of rows at each step, so a training of the lab needs some thousands, again and
-again: with room for all of them its steps take 4 % less time.
+again: with room for all of them its steps take 3 to 6 % less time.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import sys
 from typing import Any
 
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD = -1, -2, -3  # of glibc's malloc.h
-_KERNELS = "ONEDNN_PRIMITIVE_CACHE_CAPACITY"
+_KERNELS = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "DNNL_PRIMITIVE_CACHE_CAPACITY")  # the second is the older name
 
 
 def keep_freed_memory() -> bool:
@@ -40,8 +40,9 @@ def return_freed_memory() -> None:
 
 
 def keep_compiled_kernels() -> None:
-    """Room for 16,384 of them in oneDNN; it asks once, at its first kernel. Who has set it otherwise is heeded."""
-    os.environ.setdefault(_KERNELS, str(1 << 14))
+    """Room for 16,384 of them in oneDNN, unless the environment says how many; it asks once, at its first kernel."""
+    if not any(name in os.environ for name in _KERNELS):
+        os.environ[_KERNELS[0]] = str(1 << 14)
 
 
 @functools.cache

@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 
 
 def _with_hole(rows_RD: Tensor, has_holes: bool) -> Tensor:
-    """The rows as an index may name them: behind them, if it has holes, a row of zeros."""
+    """The rows as an index may name them: with one more behind them, of zeros, if it has holes."""
     return torch.cat([rows_RD, rows_RD.new_zeros(1, rows_RD.shape[1])]) if has_holes else rows_RD
 
 
@@ -73,9 +73,9 @@ class _CombineRows(torch.autograd.Function):
         ctx.holes = holes
         # Gates are float32 or wider, so products and their sum over choices are accumulated in that precision.
         total_TD: Tensor | None = None
-        whole_RD = _with_hole(rows_RD, holes)
+        holed_RD = _with_hole(rows_RD, holes)
         for slots_T, gates_T in zip(slots_KT, gates_KT, strict=True):
-            part_TD = whole_RD.index_select(0, slots_T).to(gates_KT.dtype).mul_(gates_T.unsqueeze(1))
+            part_TD = holed_RD.index_select(0, slots_T).to(gates_KT.dtype).mul_(gates_T.unsqueeze(1))
             total_TD = part_TD if total_TD is None else total_TD.add_(part_TD)
         assert total_TD is not None
         return total_TD.to(rows_RD.dtype)
@@ -90,9 +90,9 @@ class _CombineRows(torch.autograd.Function):
         grad_gates_KT = torch.empty_like(gates_KT)
         grad_CD = rows_RD.new_empty(gates_KT.numel() + 1, rows_RD.shape[1])  # by choice; the last: of none
         grad_CD[-1] = 0
-        whole_RD = _with_hole(rows_RD, ctx.holes)
+        holed_RD = _with_hole(rows_RD, ctx.holes)
         for k, (slots_T, gates_T) in enumerate(zip(slots_KT, gates_KT, strict=True)):
-            own_TD = whole_RD.index_select(0, slots_T).to(gates_KT.dtype)
+            own_TD = holed_RD.index_select(0, slots_T).to(gates_KT.dtype)
             torch.sum(own_TD.mul_(grad_TD), 1, out=grad_gates_KT[k])
             grad_CD[k * num_tokens : (k + 1) * num_tokens] = grad_TD * gates_T.unsqueeze(1)
         return grad_CD.index_select(0, choice_R), grad_gates_KT, None, None, None

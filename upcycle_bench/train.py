@@ -42,8 +42,8 @@ from upcycle_bench.threads import spare_thread
 
 COUNTING_RULE = (
     "matrix multiplications, convolutions and attention at 2 FLOPs per multiply-add; training, also in preparation: at "
-    "most seven evenly spaced steps are counted and extrapolated; images of an evaluation set count as those of its "
-    "first batch of their number; all else is counted whole; clustering and decompositions are not"
+    "most seven evenly spaced steps are counted and extrapolated; batches of an evaluation set's "
+    "images count as the first of their size did; all else is counted whole; clustering and decompositions are not"
 )
 
 
