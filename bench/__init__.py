@@ -4,5 +4,5 @@
 
 Rows are numbered as their goals are. Each stands in `layers.py`, `steps.py`, `initialisation.py`, `pipeline.py` or
 `probing.py`, and what it compares with beside it (`training.py`, `naive.py`, `clip_benchmark_probe.py`).
-`attention.py` and `side_by_side.py` are scripts apart, and `python -m bench.scaling` draws how time grows with size.
+`side_by_side.py` is a script apart, and `python -m bench.scaling` draws how time grows with size.
 """

@@ -16,10 +16,10 @@ def leave(*_: Any, **__: Any) -> None:
 
 if __name__ == "__main__":
     if sys.argv[1] == "run":
-        from upcycle_bench import train
         from upcycle_bench.cli import main
+        from upcycle_bench.training import loop
 
-        train.compute_losses = leave  # type: ignore[assignment]
+        loop.compute_losses = leave  # type: ignore[assignment]
         main()
     else:
         import upcycle_bench.ds  # noqa: F401  (torch and DeepSpeed, as everything here imports them)

@@ -15,7 +15,6 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor
@@ -32,7 +31,7 @@ from upcycle_bench.registry import load_registry
 from upcycle_bench.rng import Stream
 from upcycle_bench.strategy import FFN, Layer, configure
 from upcycle_bench.surgery import upcycle
-from upcycle_bench.threads import SHARE, one_thread
+from upcycle_bench.threads import one_thread
 
 WIDTH, EXPERTS = 768, 8  # of the single layer of row 8: ViT-B's
 MEMORY_WIDTH = 256  # where its memory is measured, which is not a matter of width
@@ -71,12 +70,11 @@ def stored_experts(ffn: FFN, stream: Iterable[Tensor], cluster_tokens: int = CLU
 
 @contextmanager
 def on_cores(number: int) -> Iterator[None]:
-    """So many threads of PyTorch's, and none beyond them."""
+    """So many threads of PyTorch's."""
     before = torch.get_num_threads()
     torch.set_num_threads(number)
     try:
-        with mock.patch.dict(os.environ, {SHARE: str(number)}):
-            yield
+        yield
     finally:
         torch.set_num_threads(before)
 

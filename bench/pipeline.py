@@ -26,7 +26,7 @@ from upcycle_bench import evalsets, latency, packed, run
 from upcycle_bench.cache import cache_root
 from upcycle_bench.costs import Meter
 from upcycle_bench.data import PairDataset
-from upcycle_bench.plan import Plan, make_plan
+from upcycle_bench.planning.plan import Plan, make_plan
 from upcycle_bench.progress import Reporter
 from upcycle_bench.protocol import Protocol
 from upcycle_bench.registry import load_registry

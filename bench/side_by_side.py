@@ -8,7 +8,6 @@ Every training is a process of its own on made-up pairs, under the DeepSpeed eng
 from __future__ import annotations
 
 import itertools
-import os
 import statistics
 import subprocess
 import sys
@@ -18,9 +17,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-
-from upcycle_bench.environment import cores
-from upcycle_bench.threads import SHARE
 
 STEPS = 16
 
@@ -48,12 +44,13 @@ def child(kind: str, threads: int, batch: int) -> None:
     """Print the median seconds of a step."""
     from upcycle_bench import engine
     from upcycle_bench.dense import create_clip
+    from upcycle_bench.job import Job
     from upcycle_bench.protocol import load_protocol
     from upcycle_bench.registry import load_registry
     from upcycle_bench.rng import Stream
     from upcycle_bench.strategy import FFN, configure
     from upcycle_bench.surgery import find_layers, upcycle
-    from upcycle_bench.train import Job, train
+    from upcycle_bench.training.loop import train
 
     registry = load_registry()
     protocol = load_protocol(registry.get("protocol", "lab").target)
@@ -79,10 +76,8 @@ def child(kind: str, threads: int, batch: int) -> None:
 def seconds(kind: str, threads: int, batch: int, count: int) -> float:
     """Median step of `count` such trainings at once, which share the cores."""
     command = [sys.executable, __file__, "--child", kind, str(threads), str(batch)]
-    environment = os.environ | {SHARE: str(max(1, cores() // count))}
     running = [
-        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment)
-        for _ in range(count)
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) for _ in range(count)
     ]
     return statistics.fmean(float(process.communicate()[0]) for process in running)
 

@@ -1,15 +1,13 @@
-"""Rows 3 to 6 and 16: whole training steps, forward to optimiser, under the engine; the lab's: batches of 512 in bf16.
+"""Rows 3 to 6: whole training steps, forward to optimiser, under the engine; the lab's: batches of 512 in bf16.
 
 Each is sampled when it has been called some times, as in the middle of a training.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
-from unittest import mock
 
 from bench.floor import floor
 from bench.rows import Row, Settings, measures
@@ -32,7 +30,6 @@ from upcycle_bench.moe import moe_layers
 from upcycle_bench.registry import load_registry
 from upcycle_bench.rng import Stream
 from upcycle_bench.strategy import configure
-from upcycle_bench.threads import SHARE, core_is_free, one_thread
 
 # Four blocks of width 512 in both towers, 65 image tokens; a small vocabulary, so that the token embedding and its
 # optimiser, equal on both sides, do not dilute the ratio. With k = 2 in every other block the ideal is 64 / 48 = 1.33.
@@ -191,36 +188,3 @@ def open_clip_ratio(settings: Settings) -> Iterator[Row]:
         settle=SETTLE,
         floor=floor(step, "bf16", settings, _parameters(sparse)),
     )
-
-
-@measures(16)
-def free_core(settings: Settings) -> Iterator[Row]:
-    """The lab's steps, of one thread, with the machine's other cores left alone / free to be used.
-
-    Then the text tower and the teacher of EESD are computed beside the vision tower, the same to the bit.
-    """
-
-    def alone(step: Step) -> Step:
-        def call() -> Any:
-            with mock.patch.dict(os.environ, {SHARE: "1"}):
-                return step()
-
-        return call
-
-    job, dense = lab_job(), lab_clip(settings.device)
-    dense_step = our_step(dense, job, made_up_batches(dense, job.schedule.batch_size))
-    for what, step in (
-        ("dense", dense_step),
-        ("MoE", our_moe_step(settings)[0]),
-        ("MoE with EESD", our_moe_step(settings, eesd=True)[0]),
-    ):
-        with one_thread():
-            if settings.device.type == "cpu" and core_is_free():
-                yield compare(
-                    f"{what} step, one thread, one core / all cores, lab, bf16",
-                    "",
-                    alone(step),
-                    step,
-                    settings,
-                    settle=SETTLE,
-                )

@@ -1,7 +1,8 @@
 """Whole training steps to be timed: ours, and what it is compared with.
 
-`our_step` is the body of `upcycle_bench.train.train`'s loop, `plain_step` the same without an engine, `open_clip_step`
-and `stock_step` what open_clip's training loop does, dense and with DeepSpeed's own MoE layer. All have the same loss,
+`our_step` is the body of the loop of `upcycle_bench.training.loop.train`, `plain_step` the same without an engine,
+`open_clip_step` and `stock_step` what open_clip's training loop does, dense and with DeepSpeed's own MoE layer. All have
+the same loss,
 and fused AdamW with the same groups, learning rate and clipping; batches are made up and wait in memory.
 """
 
@@ -23,26 +24,17 @@ from upcycle_bench.data import Batch
 from upcycle_bench.dense import Clip, create_clip
 from upcycle_bench.ds import MoE, deepspeed
 from upcycle_bench.job import Job
+from upcycle_bench.model.precision import attention_kernel, autocast, longest_sequence
 from upcycle_bench.moe import MoEFFN, moe_layers
-from upcycle_bench.plan import shipped_checkpoint
+from upcycle_bench.planning.plan import shipped_checkpoint
 from upcycle_bench.protocol import MoE as MoESettings
 from upcycle_bench.protocol import Protocol, load_protocol
 from upcycle_bench.registry import load_registry
 from upcycle_bench.rng import Stream
 from upcycle_bench.strategy import FFN, ExtraLoss, LayerInit, configure
 from upcycle_bench.surgery import find_layers, upcycle
-from upcycle_bench.train import (
-    _clamp_logit_scale,
-    _Features,
-    attention_kernel,
-    autocast,
-    backward,
-    compute_losses,
-    create_engine,
-    longest_sequence,
-    parameter_groups,
-    parts_towers,
-)
+from upcycle_bench.training.loop import create_engine, parameter_groups
+from upcycle_bench.training.step import Features, clamp_logit_scale, compute_losses
 
 Step = Callable[[], Any]
 
@@ -119,20 +111,19 @@ def our_step(
     batches: Sequence[Batch],
     make_loss: Callable[[Mapping[str, MoEFFN]], ExtraLoss | None] = lambda layers: None,
 ) -> Step:
-    """A step as `upcycle_bench.train.train` makes it. Needs `engine.session`, as all that use an engine."""
+    """A step as `upcycle_bench.training.loop.train` makes it. Needs `engine.session`, as all that use an engine."""
     model = clip.model.train()
     layers = moe_layers(model)
-    engine = create_engine(_Features(model, job.schedule.precision), job)
+    engine = create_engine(Features(model, job.schedule.precision), job)
     extra, turns = make_loss(layers), itertools.cycle(batches)
-    engine.module.towers_apart = parts_towers(engine, extra)
     device, longest = next(model.parameters()).device, longest_sequence(model)
 
     def step() -> None:
         with attention_kernel(device, longest):
             losses, _ = compute_losses(engine, clip, next(turns), job, layers, extra)
-            backward(engine, torch.stack(list(losses.values())).sum())
+            engine.backward(torch.stack(list(losses.values())).sum())
             engine.step()
-        _clamp_logit_scale(model, job)
+        clamp_logit_scale(model, job)
         if extra is not None:
             extra.after_step()
 
@@ -142,7 +133,7 @@ def our_step(
 def plain_step(clip: Clip, job: Job, batches: Sequence[Batch]) -> Step:
     """The same losses and optimiser in a plain PyTorch loop."""
     model = clip.model.train()
-    layers, features = moe_layers(model), _Features(model, job.schedule.precision)
+    layers, features = moe_layers(model), Features(model, job.schedule.precision)
     parameters, optimizer = list(model.parameters()), _adamw(model, job)
     turns = itertools.cycle(batches)
     device, longest = next(model.parameters()).device, longest_sequence(model)
@@ -154,7 +145,7 @@ def plain_step(clip: Clip, job: Job, batches: Sequence[Batch]) -> Step:
             torch.stack(list(losses.values())).sum().backward()
         nn.utils.clip_grad_norm_(parameters, job.schedule.grad_clip)
         optimizer.step()
-        _clamp_logit_scale(model, job)
+        clamp_logit_scale(model, job)
 
     return step
 

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import math
 import warnings
-from functools import partial
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
@@ -41,7 +40,6 @@ from upcycle_bench.eesd import Distilled
 from upcycle_bench.hookspecs import hookimpl
 from upcycle_bench.rng import Stream
 from upcycle_bench.strategy import FFN, Layer, LayerInit, RouterInit, Strategy, StrategyInfo, random_router
-from upcycle_bench.threads import shared
 
 Method = Literal["projection", "cholesky"]
 
@@ -102,7 +100,9 @@ class Clustered(Strategy):
                 factors=factors,
             )
 
-        shared([partial(make, number) for number, count in enumerate(calibration.count_N.tolist()) if count])
+        for number, count in enumerate(calibration.count_N.tolist()):
+            if count:
+                make(number)
         for _ in range(made.count(None)):
             warnings.warn(f"{layer.name}: a cluster is empty, its expert is a copy of the FFN", stacklevel=2)
         experts = [ffn.expert(w1_HD=one.w1_HD) if one else ffn.expert() for one in made]
@@ -244,8 +244,8 @@ class ClusterStatistics:
         else:
             label_T = (F.normalize(x_TD, dim=1) @ self.centroid_ND.T - self.offset_N).argmax(1)
         self.count_N += label_T.bincount(minlength=self.num_clusters).cpu()
-        worth = x_TD.numel() * self.width > 2**27  # a few milliseconds
-        shared([partial(self._add, i, x_TD, label_T == i) for i in range(self.num_clusters)], worth=worth)
+        for cluster in range(self.num_clusters):
+            self._add(cluster, x_TD, label_T == cluster)
 
     def _add(self, cluster: int, x_TD: Tensor, is_member_T: Tensor) -> None:
         add_second_moment(self._lower_NDD[cluster], x_TD[is_member_T].double())
@@ -284,7 +284,8 @@ def decompose(w1_HD: Tensor) -> Factors:
     tall = len(w1_HD) >= w1_HD.shape[1]  # else rounding alone could pass for rank
     if tall and dtype == torch.float32 and not failed and least > 1e-2 * most:
         q_HR = torch.empty_like(w1_HD)
-        shared([partial(_solve, r_RD, *rows) for rows in zip(w1_HD.chunk(8), q_HR.chunk(8), strict=True)])
+        for rows in zip(w1_HD.chunk(8), q_HR.chunk(8), strict=True):
+            _solve(r_RD, *rows)
     else:
         q_HR, r_RD = torch.linalg.qr(w1_HD)
     return Factors(q_HR.to(dtype), r_RD, square_DD.norm())

@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 
 from upcycle_bench.cache import cache_root
-from upcycle_bench.environment import cores
 
 REAL_CACHE = cache_root()  # the user's own, before the tests get theirs
 
@@ -23,11 +22,6 @@ QUICK = [
     "train.schedule.steps=4",
     "train.schedule.batch_size=32",
 ]
-
-
-# Tests that run at once share the cores; what they start does, too.
-WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-os.environ["UPCYCLE_BENCH_CORES"] = str(max(1, cores() // WORKERS))
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -10,17 +10,18 @@ import torch.distributed as dist
 
 from upcycle_bench import distributed, engine
 from upcycle_bench.costs import Meter
+from upcycle_bench.data import PairDataset
 from upcycle_bench.dense import create_clip
 from upcycle_bench.job import Job
 from upcycle_bench.moe import moe_layers
-from upcycle_bench.plan import make_plan
-from upcycle_bench.pretrain import training_data
+from upcycle_bench.planning.plan import make_plan
 from upcycle_bench.progress import Reporter
 from upcycle_bench.protocol import load_protocol
 from upcycle_bench.registry import load_registry
 from upcycle_bench.rng import Stream
 from upcycle_bench.step0 import initialise
-from upcycle_bench.train import _Features, compute_losses, create_engine
+from upcycle_bench.training.loop import create_engine
+from upcycle_bench.training.step import Features, compute_losses
 from upcycle_bench.weights import EXPERT_KEY
 
 
@@ -32,11 +33,13 @@ def main(output: str, ep_size: str, strategy: str) -> None:
     plan = make_plan(registry, strategy, protocol)
     with engine.session(threads=1) as device:
         dense = create_clip(protocol.model, seed=3)
-        data = training_data(plan, dense, protocol.train.schedule)
-        model, _ = initialise(plan, dense, data, Meter(device), Reporter())
+        data = PairDataset(plan.world.train_shards, dense, protocol.train.schedule.augmentation)
+        model, _ = initialise(
+            plan.strategy, protocol, plan.world, plan.init_seed, dense, data, Meter(device), Reporter()
+        )
         model.model.train()
         job = Job(schedule=protocol.train.schedule, peak_lr=1e-3, stop_step=1, seed=0, load_balance=0.5)
-        deepspeed_engine = create_engine(_Features(model.model, "fp32"), job)
+        deepspeed_engine = create_engine(Features(model.model, "fp32"), job)
         layers = moe_layers(model.model)
         extra = plan.strategy.loss(layers, Stream(("loss",)))
         if extra is not None:  # a teacher unlike the student, or the loss and its gradient would vanish in part

@@ -21,10 +21,10 @@ from upcycle_bench.certificate import MARGIN, MOST, Witness, differences, routin
 from upcycle_bench.costs import Meter
 from upcycle_bench.dense import Clip
 from upcycle_bench.errors import Unsound
+from upcycle_bench.evaluation.score import score
 from upcycle_bench.moe import moe_layers
 from upcycle_bench.progress import Reporter
 from upcycle_bench.record import CertificatePart
-from upcycle_bench.run import score
 from upcycle_bench.suite import EvalContext, Suite, SuiteInfo, SuiteResult
 from upcycle_bench.suites.few_shot import FewShot
 from upcycle_bench.suites.zero_shot import ZeroShot

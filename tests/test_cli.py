@@ -150,7 +150,7 @@ def test_the_default_protocol_is_lab(
         assert isinstance(reporter, TerminalReporter)
         raise UserError(f"asked for {world}")
 
-    monkeypatch.setattr("upcycle_bench.plan.load_world", load_world)
+    monkeypatch.setattr("upcycle_bench.planning.plan.load_world", load_world)
     assert call(monkeypatch, name, *(["-s", "dense"] if name == "run" else [])) == 2
     assert capsys.readouterr().err == "error: asked for lab\n"
 

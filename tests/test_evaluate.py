@@ -17,7 +17,7 @@ from upcycle_bench import api, evalsets, record
 from upcycle_bench.cache import cache_root
 from upcycle_bench.cli import app
 from upcycle_bench.errors import UserError
-from upcycle_bench.plan import make_plan
+from upcycle_bench.planning.plan import make_plan
 from upcycle_bench.progress import Reporter
 from upcycle_bench.protocol import load_protocol
 from upcycle_bench.registry import load_registry

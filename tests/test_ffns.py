@@ -1,10 +1,8 @@
 """Plain experts as one operation: the numbers of experts called one by one, to the bit, in every case of autograd."""
 
 import copy
-import threading
 import weakref
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -12,11 +10,9 @@ from open_clip.transformer import QuickGELU
 from torch import Tensor, nn
 
 from tests.helpers import threads
-from upcycle_bench import ffns as module
-from upcycle_bench import threads as threads_module
 from upcycle_bench.expert_backends import as_one, loop
-from upcycle_bench.ffns import ffns
 from upcycle_bench.flops import FlopCounter
+from upcycle_bench.model.expert_ffns import expert_ffns
 from upcycle_bench.strategy import FFN
 
 WIDTH, HIDDEN = 16, 24
@@ -70,7 +66,7 @@ def test_numbers_are_those_of_experts_one_by_one(act: nn.Module, bf16: bool) -> 
     with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
         assert as_one(experts, rows_of()) is bf16
     other = copy.deepcopy(experts)
-    found, expected = results(ffns, experts, rows_of(), bf16), results(one_by_one, other, rows_of(), bf16)
+    found, expected = results(expert_ffns, experts, rows_of(), bf16), results(one_by_one, other, rows_of(), bf16)
     assert same(found, expected)
     idle = found[2 + 4 : 2 + 8]  # of the expert without rows
     assert all(grad is not None and not grad.any() for grad in idle)
@@ -90,7 +86,7 @@ def test_what_does_not_train_gets_no_gradient(frozen: str) -> None:
         )
     rows_RD.requires_grad_(frozen != "rows")
     other, other_rows = copy.deepcopy(experts), rows_RD.detach().clone().requires_grad_(frozen != "rows")
-    found = results(ffns, experts, rows_RD, True)
+    found = results(expert_ffns, experts, rows_RD, True)
     assert same(found, results(one_by_one, other, other_rows, True))
     assert any(grad is None for grad in found)
 
@@ -131,7 +127,7 @@ def test_an_activation_that_draws_learns_or_overwrites_is_left_to_its_module(act
 
 def test_a_second_backward_pass_adds_the_same_again() -> None:
     experts, rows_RD = experts_of(QuickGELU()), rows_of()
-    loss = ffns(rows_RD, ROOMS, experts).square().sum()
+    loss = expert_ffns(rows_RD, ROOMS, experts).square().sum()
     loss.backward(retain_graph=True)
     once = [parameter.grad.clone() for parameter in experts.parameters() if parameter.grad is not None]
     loss.backward()
@@ -173,66 +169,24 @@ def test_without_gradients_nothing_is_kept(grad: bool) -> None:
     experts, watched = experts_of(nn.GELU()), Watched()
     experts[0].gelu = watched
     with torch.set_grad_enabled(grad):
-        y_RD = ffns(rows_of(), ROOMS, experts)
+        y_RD = expert_ffns(rows_of(), ROOMS, experts)
     assert y_RD.requires_grad is grad and watched.most == (len(ROOMS) if grad else 1)
 
 
 def test_precisions_that_do_not_match_are_refused_as_ever() -> None:
     experts = experts_of(nn.GELU())
     with pytest.raises(RuntimeError, match="dtype"):
-        ffns(rows_of(torch.bfloat16), ROOMS, experts)
+        expert_ffns(rows_of(torch.bfloat16), ROOMS, experts)
     with torch.autocast("cpu", torch.bfloat16):
         with pytest.raises(RuntimeError, match="dtype"):
-            ffns(rows_of(torch.float64), ROOMS, experts)
-        assert ffns(rows_of(torch.float64), ROOMS, experts.double()).dtype == torch.float64
-
-
-def test_the_other_thread_leaves_autocasts_cache_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A weight used before and after the experts is cast once, as in one thread, so its gradient has the same bits."""
-    found = []
-    for spare in (False, True):
-        with ThreadPoolExecutor(1, "other") as other:
-            thread = other if spare else None
-            monkeypatch.setattr(threads_module, "_spare_thread_if_free", lambda thread=thread: thread)
-            monkeypatch.setattr(module, "LARGE", 1)
-            experts, rows_RD = experts_of(nn.GELU()), rows_of()
-            layer = nn.Linear(WIDTH, WIDTH)
-            with torch.autocast("cpu", torch.bfloat16):
-                layer(ffns(layer(rows_RD), ROOMS, experts)).float().square().sum().backward()
-            found.append(layer.weight.grad)
-        monkeypatch.undo()
-    assert found[0] is not None and found[1] is not None and torch.equal(*found)
+            expert_ffns(rows_of(torch.float64), ROOMS, experts)
+        assert expert_ffns(rows_of(torch.float64), ROOMS, experts.double()).dtype == torch.float64
 
 
 def test_flops_are_those_of_experts_one_by_one() -> None:
     counts = []
-    for compute in (ffns, one_by_one):
+    for compute in (expert_ffns, one_by_one):
         with FlopCounter() as counter:
             results(compute, experts_of(nn.GELU()), rows_of(), True)
         counts.append(counter.get_total_flops())
     assert counts[0] == counts[1] == sum(ROOMS) * WIDTH * HIDDEN * 2 * 2 * 3
-
-
-def test_two_threads_share_experts_and_numbers_stay(monkeypatch: pytest.MonkeyPatch) -> None:
-    """If there are so many rows that it is worth it."""
-    expected = results(ffns, experts_of(nn.GELU()), rows_of(), True)
-    seen: list[str] = []
-    meeting = threading.Barrier(2, timeout=20)  # both are at their first expert
-
-    class Act(nn.GELU):
-        def forward(self, hidden_RH: Tensor) -> Tensor:
-            name = threading.current_thread().name
-            if large <= sum(ROOMS) and name not in seen:
-                seen.append(name)
-                meeting.wait()
-            seen.append(name)
-            return super().forward(hidden_RH)
-
-    with ThreadPoolExecutor(1, "other") as other:
-        monkeypatch.setattr(threads_module, "_spare_thread_if_free", lambda: other)
-        for large in (sum(ROOMS), sum(ROOMS) + 1):
-            seen.clear()
-            monkeypatch.setattr(module, "LARGE", large)
-            assert same(results(ffns, experts_of(Act()), rows_of(), True), expected)
-            assert any(name.startswith("other") for name in seen) is (large == sum(ROOMS))
-            assert threading.main_thread().name in seen

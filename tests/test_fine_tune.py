@@ -22,7 +22,7 @@ from upcycle_bench.errors import UserError
 from upcycle_bench.fine_tuning import Tuned, batch_rows, losses, predict, zero_shot_classifier
 from upcycle_bench.flops import counted_flops
 from upcycle_bench.moe import moe_layers
-from upcycle_bench.plan import make_plan
+from upcycle_bench.planning.plan import make_plan
 from upcycle_bench.progress import Reporter
 from upcycle_bench.protocol import load_protocol
 from upcycle_bench.registry import load_registry
@@ -33,7 +33,7 @@ from upcycle_bench.suites.few_shot import FewShot
 from upcycle_bench.suites.fine_tune import FineTune
 from upcycle_bench.suites.zero_shot import ZeroShot
 from upcycle_bench.texts import class_embeddings
-from upcycle_bench.train import parameter_groups
+from upcycle_bench.training.loop import parameter_groups
 
 REGISTRY = load_registry()
 NAMES = ("red", "green", "blue")

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from tests.helpers import captions, tiny_clip, upcycled
 from upcycle_bench import packed
-from upcycle_bench.flops import FlopCounter, carried, counted_flops, counted_once, counting, flop_formulas, uncounted
+from upcycle_bench.flops import FlopCounter, counted_flops, counted_once, counting, flop_formulas, uncounted
 from upcycle_bench.registry import load_registry
 from upcycle_bench.strategy import configure
 
@@ -127,13 +127,13 @@ def test_work_of_a_kind_is_watched_once_and_counted_each_time() -> None:
             torch.mm(torch.rand(2, 3), torch.rand(3, 4))
 
     product()  # no counter, nothing to know
-    with ThreadPoolExecutor(1) as pool, FlopCounter() as outer:
+    with FlopCounter() as outer:
         with FlopCounter() as inner:
             with pytest.raises(ZeroDivisionError), counted_once(known, "product"):
                 1 / 0  # noqa: B018  # what ends in an error says nothing of the others
             product()
             product()
-            pool.submit(carried(product)).result()
+            product()
         product()
     assert (inner.get_total_flops(), outer.get_total_flops()) == (3 * 48, 4 * 48)
     assert watched == [False, True, False, False, False]
@@ -174,13 +174,3 @@ def test_each_thread_counts_for_itself() -> None:
         assert counting()
         product()
     assert counter.get_total_flops() == 48
-
-
-def test_work_for_another_thread_counts_here() -> None:
-    product = partial(torch.mm, torch.rand(2, 3), torch.rand(3, 4))
-    with ThreadPoolExecutor(1) as thread:
-        with FlopCounter() as outer, FlopCounter() as inner:
-            made = thread.submit(carried(product)).result()
-        assert torch.equal(made, product())
-        assert (outer.get_total_flops(), inner.get_total_flops()) == (48, 48)
-        assert carried(product) is product  # nobody counts

@@ -24,7 +24,7 @@ from upcycle_bench.cache import cache_root
 from upcycle_bench.errors import UserError
 from upcycle_bench.hookspecs import hookimpl
 from upcycle_bench.matrix import Cell, enumerate_cells, finished, read_records, seed_pairs, strategy_names
-from upcycle_bench.plan import Plan
+from upcycle_bench.planning.plan import Plan
 from upcycle_bench.progress import Reporter
 from upcycle_bench.registry import Entry, Registry
 from upcycle_bench.run import run

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from upcycle_bench.errors import UserError
-from upcycle_bench.plan import Paths, Plan, find_world, fingerprint, make_plan
+from upcycle_bench.planning.fingerprint import fingerprint
+from upcycle_bench.planning.plan import Paths, Plan, find_world, make_plan
 from upcycle_bench.protocol import load_protocol
 from upcycle_bench.registry import load_registry
 
@@ -46,10 +47,10 @@ def test_what_moves_which_fingerprint(override: str, training: bool, suite: bool
 
 def test_numerics_and_model_configuration_are_part_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
     before = plan().training_fingerprint
-    monkeypatch.setattr("upcycle_bench.plan.NUMERICS", -1)
+    monkeypatch.setattr("upcycle_bench.planning.fingerprint.NUMERICS", -1)
     assert plan().training_fingerprint != before
     monkeypatch.undo()
-    monkeypatch.setattr("upcycle_bench.plan.model_config", lambda name: {"embed_dim": 1})
+    monkeypatch.setattr("upcycle_bench.planning.fingerprint.model_config", lambda name: {"embed_dim": 1})
     assert plan().training_fingerprint != before
 
 

@@ -21,7 +21,7 @@ from upcycle_bench.dense import Clip
 from upcycle_bench.errors import UserError
 from upcycle_bench.experts import GAP, LEFT, SMALL, draw, find_model, most_taken
 from upcycle_bench.moe import moe_layers
-from upcycle_bench.plan import make_plan
+from upcycle_bench.planning.plan import make_plan
 from upcycle_bench.progress import Reporter
 from upcycle_bench.protocol import load_protocol
 from upcycle_bench.registry import load_registry

@@ -19,7 +19,7 @@ from upcycle_bench import certificate, record, weights
 from upcycle_bench.cache import cache_root, file_sha256
 from upcycle_bench.errors import Unsound, UserError
 from upcycle_bench.hookspecs import hookimpl
-from upcycle_bench.plan import Plan, make_plan
+from upcycle_bench.planning.plan import Plan, make_plan
 from upcycle_bench.progress import Reporter
 from upcycle_bench.protocol import load_protocol
 from upcycle_bench.registry import load_registry
@@ -326,7 +326,7 @@ def test_experts_of_ones_own_are_trained_scored_and_saved(
 def test_a_cluster_protocol_runs_on_local_shards_with_a_local_checkpoint(tmp_path: Path, zero_stage: int) -> None:
     """clip-b32 as it stands (bf16, patch dropout, crops, checkpoints), on a small model, a few steps, digits."""
     from upcycle_bench.dense import create_clip
-    from upcycle_bench.plan import Paths
+    from upcycle_bench.planning.plan import Paths
     from upcycle_bench.worlds import load_world
 
     world = load_world("digits", 0)

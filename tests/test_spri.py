@@ -24,7 +24,7 @@ from upcycle_bench.moe import moe_layers
 from upcycle_bench.registry import load_registry
 from upcycle_bench.rng import Stream
 from upcycle_bench.strategy import FFN, Layer, LayerInit, configure
-from upcycle_bench.train import train
+from upcycle_bench.training.loop import train
 from upcycle_bench.worlds import load_world
 
 Spri = load_registry().strategies["spri"].target

@@ -28,7 +28,7 @@ from upcycle_bench.progress import Reporter
 from upcycle_bench.protocol import learning_rate
 from upcycle_bench.registry import load_registry
 from upcycle_bench.surgery import merge, upcycle
-from upcycle_bench.train import parameter_groups, train
+from upcycle_bench.training.loop import parameter_groups, train
 from upcycle_bench.worlds import load_world
 
 STRATEGIES = {name: entry.target for name, entry in load_registry().strategies.items()}

@@ -6,11 +6,11 @@ import pytest
 
 from upcycle_bench import display, matrix, record
 from upcycle_bench.errors import UserError
-from upcycle_bench.plan import Plan, make_plan
+from upcycle_bench.planning.plan import Plan, make_plan, run_id
 from upcycle_bench.progress import Reporter
 from upcycle_bench.protocol import load_protocol
 from upcycle_bench.registry import load_registry
-from upcycle_bench.run import run, run_id
+from upcycle_bench.run import run
 from upcycle_bench.suites.few_shot import FewShot
 from upcycle_bench.suites.zero_shot import ZeroShot
 

@@ -19,7 +19,7 @@ from upcycle_bench.registry import load_registry
 from upcycle_bench.rng import Stream
 from upcycle_bench.strategy import FFN, ExtraLoss
 from upcycle_bench.surgery import find_layers, upcycle
-from upcycle_bench.train import parameter_groups, train
+from upcycle_bench.training.loop import parameter_groups, train
 
 REGISTRY = load_registry()
 PROTOCOL = load_protocol(REGISTRY.protocols["smoke"].target)

@@ -16,7 +16,7 @@ from upcycle_bench import record, trained
 from upcycle_bench import run as module
 from upcycle_bench.cache import cache_root
 from upcycle_bench.moe import moe_layers
-from upcycle_bench.plan import Plan
+from upcycle_bench.planning.plan import Plan
 from upcycle_bench.progress import Reporter
 from upcycle_bench.registry import load_registry
 from upcycle_bench.strategy import FFN, configure
@@ -130,16 +130,16 @@ def test_what_was_damaged_is_trained_again(tmp_path: Path, quick: list[str], tra
     metrics = trained.metrics_of(key)
     facts = metrics.with_suffix(".json")
     for path, damage in ((weights, cut), (weights, Path.unlink), (facts, cut), (metrics, Path.unlink), (weights, flip)):
-        assert trained.find(key) is not None
+        assert trained.look_up(key) is not None
         whole = path.read_bytes()
         damage(path)
-        assert trained.find(key) is None, (path, damage)
+        assert trained.look_up(key) is None, (path, damage)
         if damage is not flip:
             path.write_bytes(whole)
     second, _ = run(planned, tmp_path / "2")
     assert trainings == ["dense", "dense"]
     assert second.hashes == first.hashes
-    assert trained.find(key) is not None
+    assert trained.look_up(key) is not None
 
 
 def test_a_training_is_kept_when_only_its_evaluation_failed(

@@ -21,7 +21,8 @@ from upcycle_bench.protocol import load_protocol
 from upcycle_bench.registry import load_registry
 from upcycle_bench.rng import Stream
 from upcycle_bench.surgery import upcycle
-from upcycle_bench.train import compute_losses, train
+from upcycle_bench.training.loop import train
+from upcycle_bench.training.step import compute_losses
 from upcycle_bench.workshop import Groups, Workshop
 from upcycle_bench.worlds import World, lab, load_world, training_groups
 

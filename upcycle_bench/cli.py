@@ -41,7 +41,7 @@ from upcycle_bench.options import Checkpoint, Data, EvalData, Json, Options, Ove
 
 if TYPE_CHECKING:
     from upcycle_bench.matrix import Cell
-    from upcycle_bench.plan import Plan
+    from upcycle_bench.planning.plan import Plan
     from upcycle_bench.progress import Reporter
     from upcycle_bench.protocol import Protocol
 
@@ -190,7 +190,7 @@ def _plans(
     """A plan for each strategy that is named, with the first seeds."""
     with uncollected():
         from upcycle_bench import matrix
-        from upcycle_bench.plan import Paths, make_plan
+        from upcycle_bench.planning.plan import Paths, make_plan
         from upcycle_bench.protocol import load_protocol
         from upcycle_bench.registry import load_registry
 
@@ -259,8 +259,9 @@ def pretrain(
     """Train the dense model of a protocol by its recipe, into the cache."""
     from upcycle_bench import distributed, engine
     from upcycle_bench.cache import locked
-    from upcycle_bench.plan import Paths, dense_recipe, find_world
-    from upcycle_bench.pretrain import export, recipe_path
+    from upcycle_bench.planning.fingerprint import dense_recipe
+    from upcycle_bench.planning.plan import Paths, find_world, recipe_path
+    from upcycle_bench.pretrain import export
     from upcycle_bench.pretrain import pretrain as execute
     from upcycle_bench.protocol import load_protocol
     from upcycle_bench.registry import load_registry

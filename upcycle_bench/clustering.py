@@ -8,7 +8,6 @@ Shape suffixes: T tokens, D width, P PCA dimensions, N clusters.
 from __future__ import annotations
 
 import math
-from functools import partial
 from types import ModuleType
 from typing import Literal, NamedTuple
 
@@ -18,7 +17,6 @@ from torch import Tensor
 
 from upcycle_bench.errors import UserError
 from upcycle_bench.rng import Stream
-from upcycle_bench.threads import shared
 
 CentroidMap = Literal["backproject", "recompute"]
 
@@ -161,7 +159,8 @@ def add_second_moment(lower_DD: Tensor, x_TD: Tensor) -> None:
         part = lower_DD[strip, : strip.stop]
         torch.addmm(part, x_TD[:, strip].T, x_TD[:, : strip.stop], out=part)  # FLOPs of `addmm_` are not counted
 
-    shared([partial(add, strip) for strip in strips(len(lower_DD))], worth=x_TD.numel() * len(lower_DD) > 2**27)
+    for strip in strips(len(lower_DD)):
+        add(strip)
 
 
 def congruent(r_RD: Tensor, c_DD: Tensor) -> Tensor:

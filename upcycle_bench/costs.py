@@ -214,7 +214,7 @@ def estimate_seconds(protocol: Protocol, train_flops: int, device: torch.device)
 
     The pairs are as many as some seconds of a CPU allow, so overheads weigh as in training on small models.
     """
-    from upcycle_bench.train import attention_kernel, autocast, longest_sequence
+    from upcycle_bench.model.precision import attention_kernel, autocast, longest_sequence
 
     schedule = protocol.train.schedule
     clip = create_clip(protocol.model, patch_dropout=schedule.patch_dropout)

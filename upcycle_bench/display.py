@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from upcycle_bench.matrix import Cell, Outcome
-    from upcycle_bench.plan import Plan
+    from upcycle_bench.planning.plan import Plan
     from upcycle_bench.record import Record
     from upcycle_bench.worlds import World
 

@@ -11,8 +11,7 @@ Shape suffixes: T tokens, D width, N experts, K choices per token.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
-from concurrent.futures import Future
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
@@ -26,8 +25,6 @@ from upcycle_bench import distributed
 from upcycle_bench.distributed import mean_weight
 from upcycle_bench.rng import Stream
 from upcycle_bench.strategy import ExtraLoss, Strategy
-from upcycle_bench.threads import spare_thread
-from upcycle_bench.towers import separable
 
 if TYPE_CHECKING:
     from upcycle_bench.moe import MoEFFN
@@ -67,7 +64,6 @@ class EESD(ExtraLoss):
     """
 
     name: ClassVar[str] = "eesd"
-    towers_apart: ClassVar[bool] = True
 
     def __init__(self, config: Distilled, layers: Mapping[str, MoEFFN], rng: Stream) -> None:
         self.config, self.rng = config, rng
@@ -75,11 +71,6 @@ class EESD(ExtraLoss):
         self.layers = dict(layers)
         self.teacher = {name: _Teacher(layer) for name, layer in layers.items()}
         self.seen: dict[str, tuple[Tensor, Tensor]] = {}
-        # The teacher can answer while the forward pass goes on: about all tokens of this rank, without a collective.
-        one_rank = all(layer.settings.ep_size == 1 for layer in layers.values())
-        all_tokens = config.eesd_tokens == 1 and not config.eesd_mask_dropped
-        self.asks_ahead = one_rank and all_tokens and all(map(separable, layers.values()))
-        self.ahead: dict[str, Future[Tensor]] = {}  # what it says, asked of the spare thread
         self.whole: dict[str, Tensor] = {}  # which tokens kept all their choices, bool [T]
         self.handles = [layer.moe.register_forward_hook(self._hook(name)) for name, layer in layers.items()]
         if config.eesd_mask_dropped:
@@ -89,10 +80,6 @@ class EESD(ExtraLoss):
         def keep(module: nn.Module, args: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
             if module.training:
                 self.seen[name] = (args[0], output[0])
-                self.ahead.pop(name, None)  # of a forward pass without a loss
-                thread = spare_thread() if self.asks_ahead else None
-                if thread is not None:
-                    self.ahead[name] = thread.submit(_under_autocast(self.teacher[name].ensemble), args[0])
 
         return keep
 
@@ -119,17 +106,16 @@ class EESD(ExtraLoss):
     def compute(self) -> Tensor:
         """weight * reduction over layers of the mean over all ranks' tokens; its mean over ranks is the global loss."""
         terms = []
-        chosen = {name: self._chosen(name, *self.seen[name]) for name in self.layers if name in self.seen}
-        # What the spare thread has not begun is done here, from its queue's end.
-        here = [name for name in reversed(chosen) if name not in self.ahead or self.ahead[name].cancel()]
-        targets = {name: self.teacher[name].ensemble(chosen[name][0]) for name in here}
-        for name, (_, y_TD) in chosen.items():
-            target_TD = targets[name] if name in targets else self.ahead[name].result()
+        for name in self.layers:
+            if name not in self.seen:
+                continue
+            x_TD, y_TD = self._chosen(name, *self.seen[name])
+            target_TD = self.teacher[name].ensemble(x_TD)
             error_TD = (y_TD.float() - target_TD.float()).square()
             error_T = error_TD.sum(1) if self.config.eesd_feature_reduction == "sum" else error_TD.mean(1)
             terms.append(error_T.sum() * mean_weight(len(error_T)))
-        for memory in (self.seen, self.whole, self.ahead):
-            memory.clear()
+        self.seen.clear()
+        self.whole.clear()
         total = torch.stack(terms).sum()
         return self.config.eesd_weight * (total if self.config.eesd_layer_reduction == "sum" else total / len(terms))
 
@@ -151,21 +137,7 @@ class EESD(ExtraLoss):
     def close(self) -> None:
         for handle in self.handles:
             handle.remove()
-        for asked in self.ahead.values():
-            asked.cancel()
-        self.ahead.clear()
         self.seen.clear()
-
-
-def _under_autocast(work: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """The same under this thread's autocast, for another thread, which has its own."""
-    dtype, enabled = torch.get_autocast_dtype("cpu"), torch.is_autocast_enabled("cpu")
-
-    def call(x_TD: Tensor) -> Tensor:
-        with torch.autocast("cpu", dtype=dtype, enabled=enabled):
-            return work(x_TD)
-
-    return call
 
 
 class _Teacher(nn.Module):

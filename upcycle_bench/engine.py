@@ -19,7 +19,6 @@ import torch.distributed as dist
 from upcycle_bench import distributed, expert_backends
 from upcycle_bench.errors import UserError
 from upcycle_bench.memory import keep_compiled_kernels, keep_freed_memory
-from upcycle_bench.threads import own_cores
 
 
 def choose_device() -> torch.device:
@@ -40,7 +39,6 @@ def session(threads: int) -> Iterator[torch.device]:
     from upcycle_bench.ds import deepspeed
 
     expert_backends.forced()  # a wrong name is said before anything is made
-    own_cores()  # and a wrong number
     device = choose_device()
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32
     if device.type == "cpu":

@@ -38,8 +38,6 @@ def capture(device: str) -> dict[str, JsonValue]:
     """What stands in a record about the machine and the code; `device` as torch spells it (`cpu`, `cuda:0`)."""
     import torch
 
-    from upcycle_bench import expert_backends
-
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -47,7 +45,6 @@ def capture(device: str) -> dict[str, JsonValue]:
         "device": device_name(device),
         "cores": cores(),
         "threads": torch.get_num_threads(),
-        "experts": expert_backends.forced() or expert_backends.default(torch.device(device)),  # in bf16
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "git": git_state(Path(upcycle_bench.__file__)),
     }

@@ -120,7 +120,7 @@ def _execute(
 
     from upcycle_bench import engine, environment
     from upcycle_bench.costs import Meter, parameter_counts
-    from upcycle_bench.plan import suite_fingerprints
+    from upcycle_bench.planning.fingerprint import suite_fingerprints
     from upcycle_bench.registry import load_registry
     from upcycle_bench.run import score, scores_of, skips_of
 
@@ -188,7 +188,7 @@ def _of_protocol(
     reporter: Reporter,
 ) -> _Suites:
     """As a run would: the protocol's suites on its own world, or on sets of the same names in `data`."""
-    from upcycle_bench.plan import Paths, find_world, make_suites
+    from upcycle_bench.planning.plan import Paths, find_world, make_suites
     from upcycle_bench.protocol import load_protocol
 
     settings = load_protocol(registry.get("protocol", name).target, list(overrides))

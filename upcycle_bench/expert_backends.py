@@ -28,8 +28,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from upcycle_bench.errors import unknown
-from upcycle_bench.ffns import compute_dtype, ffns, parameters_of
 from upcycle_bench.flops import counting
+from upcycle_bench.model.expert_ffns import compute_dtype, expert_ffns, parameters_of
 from upcycle_bench.rows import Layout
 
 VARIABLE = "UPCYCLE_BENCH_EXPERTS"
@@ -42,7 +42,7 @@ Backend = Callable[[Sequence[Any], Tensor, Sequence[int]], Tensor]
 def loop(experts: Sequence[Any], rows_RD: Tensor, rooms: Sequence[int]) -> Tensor:
     """Each expert on its `rooms[i]` rows (those that pad included), [R, D] -> [R, D]."""
     if as_one(experts, rows_RD):
-        return ffns(rows_RD, rooms, experts)
+        return expert_ffns(rows_RD, rooms, experts)
     return torch.cat([expert(rows) for expert, rows in zip(experts, rows_RD.split(rooms), strict=True)])
 
 
@@ -144,7 +144,7 @@ def refusal(experts: Sequence[Any], rows_RD: Tensor) -> str | None:
 
 
 def as_one(experts: Sequence[Any], x: Tensor) -> bool:
-    """Whether `ffns` computes them: alike, no weight used twice, an activation that it can compute again.
+    """Whether `expert_ffns` computes them: alike, no weight used twice, an activation that it can compute again.
 
     Under autocast, where it spares casts: in one precision it is no faster, and at small widths 5 % slower.
     """

@@ -36,7 +36,7 @@ def experts(
 
     from upcycle_bench import engine
     from upcycle_bench.experts import draw, find_model
-    from upcycle_bench.plan import make_suites
+    from upcycle_bench.planning.plan import make_suites
     from upcycle_bench.protocol import load_protocol
     from upcycle_bench.registry import load_registry
     from upcycle_bench.suite import EvalContext

@@ -28,11 +28,12 @@ from upcycle_bench import distributed
 from upcycle_bench.errors import UserError
 from upcycle_bench.job import Job
 from upcycle_bench.labelled import Labelled
+from upcycle_bench.model.precision import attention_kernel, autocast, longest_sequence
 from upcycle_bench.moe import MoEFFN, moe_layers
 from upcycle_bench.protocol import Schedule, learning_rate
 from upcycle_bench.rng import Stream
 from upcycle_bench.suite import EvalContext
-from upcycle_bench.train import attention_kernel, autocast, create_engine, longest_sequence
+from upcycle_bench.training.loop import create_engine
 
 WARMUP = 0.1  # of the steps; then linear to zero, as in all our training
 BETAS, EPS, GRAD_CLIP = (0.9, 0.999), 1e-8, 1.0

@@ -14,12 +14,16 @@ import contextlib
 import functools
 import threading
 from collections.abc import Callable, Hashable, Iterator
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 
-T = TypeVar("T")
+COUNTING_RULE = (
+    "matrix multiplications, convolutions and attention at 2 FLOPs per multiply-add; training, also in preparation: at "
+    "most seven evenly spaced steps are counted and extrapolated; batches of an evaluation set's "
+    "images count as the first of their size did; all else is counted whole; clustering and decompositions are not"
+)
 
 
 class FlopCounter(TorchDispatchMode):
@@ -30,7 +34,6 @@ class FlopCounter(TorchDispatchMode):
         self._formulas = flop_formulas()
         self._whole: set[Any] = set()  # operations that are not made of others
         self._total = 0
-        self._elsewhere: list[int] = []  # what other threads counted; appending is safe, adding up is not
 
     def __enter__(self) -> FlopCounter:
         _active.counters.append(self)
@@ -43,7 +46,7 @@ class FlopCounter(TorchDispatchMode):
 
     def get_total_flops(self) -> int:
         """FLOPs so far; the name is that of PyTorch's counter."""
-        return self._total + sum(self._elsewhere)
+        return self._total
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -117,22 +120,6 @@ def _innermost() -> bool:
     """Whether no other dispatch mode is active within this thread's counters."""
     counters = _active.counters
     return not counters or _get_current_dispatch_mode_stack()[-len(counters) :] == counters
-
-
-def carried(work: Callable[[], T]) -> Callable[[], T]:
-    """`work` for another thread, with its FLOPs counted by the counters that are active in this one."""
-    counters = tuple(_active.counters)
-    if not counters:
-        return work
-
-    def call() -> T:
-        with FlopCounter() as own:
-            made = work()
-        for counter in counters:
-            counter._elsewhere.append(own.get_total_flops())
-        return made
-
-    return call
 
 
 @functools.cache

@@ -23,12 +23,11 @@ from pathlib import Path
 from upcycle_bench import costs, display, distributed, engine, record
 from upcycle_bench.cache import file_sha256
 from upcycle_bench.errors import UserError
-from upcycle_bench.plan import Plan
-from upcycle_bench.pretrain import dense_path, load_dense
+from upcycle_bench.planning.plan import Plan, check_input, check_strategy, dense_path, run_id
+from upcycle_bench.pretrain import load_dense
 from upcycle_bench.progress import Reporter
 from upcycle_bench.registry import Registry
-from upcycle_bench.run import check_input, check_strategy, run, run_id
-from upcycle_bench.threads import SHARE, own_cores
+from upcycle_bench.run import run
 
 Seeds = tuple[int, int]  # initialisation, training
 Records = Mapping[Path, record.Record]
@@ -171,7 +170,10 @@ def run_all(
     environment = dict(os.environ)  # before the session adds to it
     # One session for all cells: under torchrun a process group cannot be made a second time.
     with engine.session(plan.protocol.threads) as device:
-        dense_digest = load_dense(plan, device, reporter)[1]  # once, or children would each train it
+        assert plan.world is not None
+        dense_digest = load_dense(plan.protocol, plan.world, dense_path(plan), device, reporter)[
+            1
+        ]  # once, or children would each train it
         # Rank 0's view: a rank that saw another folder would wait in a run that the others skip.
         view = finished_before(cells, results, dense_digest) if distributed.is_main() and not fresh else None
         done = distributed.from_main(view or [None] * len(cells))
@@ -275,7 +277,6 @@ def run_apart(
 ) -> list[Outcome]:
     """`jobs` at once, each in a process of its own with its share of the cores; an interruption stops them all."""
     waiting = deque(todo)
-    environment = environment | {SHARE: str(max(1, own_cores() // min(jobs, len(todo))))}
     children: list[_Child] = []
     outcomes = []
     with display.runs_bar(len(todo)) as bar, selectors.DefaultSelector() as selector:

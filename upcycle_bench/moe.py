@@ -81,12 +81,6 @@ class MoEFFN(nn.Module):
         super().__setstate__(state)
         self._mark(self.moe.deepspeed_moe.experts)
 
-    def forget_graph(self) -> None:
-        """Let go of the last loss's graph, which a backward pass may have left whole."""
-        for holder in (self, self.moe.deepspeed_moe):
-            if holder.l_aux is not None:
-                holder.l_aux = holder.l_aux.detach()
-
     @property
     def gate(self) -> Gate:
         """The router."""

@@ -1,6 +1,6 @@
 """The dense model: trained on a protocol's own data up to the upcycling point, shipped with the package, or given.
 
-    clip, sha256 = load_dense(plan, device, reporter)        # trained first if the cache lacks it
+    clip, sha256 = load_dense(protocol, world, path, device, reporter)      # trained first if the cache lacks it
     facts = pretrain(protocol, world, path, device, reporter)    # what `upcycle-bench pretrain` does; resumable
     export(path, Path("lab-vit.safetensors"))                # half precision, half the size
 
@@ -28,43 +28,30 @@ from upcycle_bench.costs import Meter
 from upcycle_bench.data import PairDataset
 from upcycle_bench.dense import Clip, create_clip
 from upcycle_bench.job import Job
-from upcycle_bench.plan import Plan, dense_recipe
+from upcycle_bench.planning.fingerprint import dense_recipe
 from upcycle_bench.progress import Reporter
-from upcycle_bench.protocol import Protocol, Schedule
-from upcycle_bench.train import train
+from upcycle_bench.protocol import Protocol
+from upcycle_bench.training.loop import train
 from upcycle_bench.worlds import World
 
 
-def dense_path(plan: Plan) -> Path:
-    """Where the dense checkpoint of a plan is, or will be once it has been trained."""
-    return plan.checkpoint or recipe_path(str(plan.dense_identity))
+def load_dense(
+    protocol: Protocol, world: World, path: Path, device: torch.device, reporter: Reporter
+) -> tuple[Clip, str]:
+    """The dense model of the checkpoint at `path`, and its sha256; on every rank.
 
-
-def recipe_path(recipe: str) -> Path:
-    """Where the cache keeps the dense model of that recipe."""
-    return cache_root() / "dense" / f"{recipe}.safetensors"
-
-
-def load_dense(plan: Plan, device: torch.device, reporter: Reporter) -> tuple[Clip, str]:
-    """The dense model and its checkpoint's sha256; trained first if the protocol says so and the cache has none."""
-    path = dense_path(plan)
-    if plan.checkpoint is None:
+    A protocol that trains its dense model on the spot does so here, if the cache has none.
+    """
+    if protocol.dense.source == "pretrain":
         with locked(path) if distributed.is_main() else contextlib.nullcontext():
             if not distributed.from_main(path.is_file()):
-                assert plan.world is not None
-                pretrain(plan.protocol, plan.world, path, device, reporter)
+                pretrain(protocol, world, path, device, reporter)
     digest = distributed.from_main(file_sha256(path) if distributed.is_main() else "")
     # Other ranks may not see the file; they get the weights from rank 0.
-    patch_dropout = plan.protocol.train.schedule.patch_dropout
-    clip = create_clip(plan.protocol.model, path if distributed.is_main() else None, patch_dropout=patch_dropout)
+    patch_dropout = protocol.train.schedule.patch_dropout
+    clip = create_clip(protocol.model, path if distributed.is_main() else None, patch_dropout=patch_dropout)
     distributed.send_from_main(clip.model.to(device))
     return clip, digest
-
-
-def training_data(plan: Plan, clip: Clip, schedule: Schedule) -> PairDataset:
-    """The world's training pairs as that schedule wants them."""
-    assert plan.world is not None
-    return PairDataset(plan.world.train_shards, clip, schedule.augmentation)
 
 
 def pretrain(protocol: Protocol, world: World, path: Path, device: torch.device, reporter: Reporter) -> dict[str, Any]:

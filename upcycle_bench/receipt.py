@@ -16,10 +16,10 @@ from typing import Any
 
 from upcycle_bench import display, engine
 from upcycle_bench.costs import Meter, Phase, forget_peak_memory
-from upcycle_bench.plan import Plan
-from upcycle_bench.pretrain import load_dense, training_data
+from upcycle_bench.data import PairDataset
+from upcycle_bench.planning.plan import Plan, check_ready, check_strategy, dense_path
+from upcycle_bench.pretrain import load_dense
 from upcycle_bench.progress import Reporter
-from upcycle_bench.run import check_ready, check_strategy
 from upcycle_bench.step0 import initialise
 
 
@@ -42,12 +42,15 @@ def receipts(plans: Sequence[Plan], reporter: Reporter) -> list[Receipt]:
         check_strategy(plan)
     made = []
     with engine.session(plans[0].protocol.threads) as device:
-        dense, _ = load_dense(plans[0], device, reporter)
-        data = training_data(plans[0], dense, plans[0].protocol.train.schedule)
+        protocol, world = plans[0].protocol, plans[0].world
+        assert world is not None
+        dense, _ = load_dense(protocol, world, dense_path(plans[0]), device, reporter)
+        data = PairDataset(world.train_shards, dense, protocol.train.schedule.augmentation)
         for plan in plans:
             meter = Meter(device)
             forget_peak_memory()
-            _, receipt = initialise(plan, dense, data, meter, reporter)
+            arguments = plan.strategy, protocol, world, plan.init_seed
+            _, receipt = initialise(*arguments, dense, data, meter, reporter)
             if receipt is not None:
                 made.append(Receipt(plan=plan, receipt=receipt, phases=meter.phases))
     return made

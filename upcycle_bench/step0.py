@@ -1,6 +1,6 @@
 """The model that a run starts to train, with the step-0 receipt.
 
-model, receipt = initialise(plan, dense, data, meter, reporter)      # on every rank; the receipt on rank 0
+model, receipt = initialise(strategy, protocol, world, init_seed, dense, data, meter, reporter)   # receipt: rank 0
 batches = diagnosed(dense, data, device)                             # what receipts and diagnostics look at
 """
 
@@ -21,36 +21,44 @@ from upcycle_bench.data import PairDataset
 from upcycle_bench.dense import Clip
 from upcycle_bench.diagnostics import diagnose
 from upcycle_bench.initialise import CalibrationSource, make_dense, make_experts
-from upcycle_bench.plan import Plan
 from upcycle_bench.progress import Reporter
+from upcycle_bench.protocol import MoE, Protocol
 from upcycle_bench.rng import Stream
-from upcycle_bench.strategy import LayerInit, Strategy
+from upcycle_bench.strategy import LayerInit, Strategy, resolve_moe
 from upcycle_bench.surgery import upcycle
 from upcycle_bench.workshop import prepare
+from upcycle_bench.worlds import World
 
 DIAGNOSED_PAIRS = 256
 CALIBRATION_BATCH = 256
 
 
 def initialise(
-    plan: Plan, dense: Clip, data: PairDataset, meter: Meter, reporter: Reporter
+    strategy: Strategy,
+    protocol: Protocol,
+    world: World,
+    init_seed: int,
+    dense: Clip,
+    data: PairDataset,
+    meter: Meter,
+    reporter: Reporter,
 ) -> tuple[Clip, dict[str, Any] | None]:
     """Prepare or calibrate, make experts and routers, put them in; with the step-0 receipt (on rank 0).
 
     All ranks prepare, which is training. Rank 0 does the rest and the others get the result, so that weights do not
     depend on the number of ranks.
     """
-    strategy, moe = plan.strategy, plan.moe
+    moe = resolve_moe(strategy, protocol.moe)
     if not strategy.replaces_ffn:  # a copy: the dense model stays what diagnostics compare with
-        return _initialise_dense(plan, dense, data, meter)
-    preparation = prepare(plan, dense, data, meter, reporter)
+        return _initialise_dense(strategy, moe, init_seed, dense, data, meter)
+    preparation = prepare(strategy, protocol, world, init_seed, dense, data, meter, reporter)
     base, branches = (preparation.model, preparation.branches) if preparation else (dense.model, None)
     inits: dict[str, LayerInit] = {}
     receipt = None
     if distributed.is_main():
-        calibration, phase = _calibration(plan, dense, data, meter.device), partial(meter.phase, count=True)
-        with reporter.task(f"initialising {plan.label}"):
-            inits = make_experts(strategy, base, moe, plan.init_seed, calibration, branches, phase)
+        calibration, phase = _calibration(init_seed, dense, data, meter.device), partial(meter.phase, count=True)
+        with reporter.task(f"initialising {strategy.info.name}"):
+            inits = make_experts(strategy, base, moe, init_seed, calibration, branches, phase)
         whole = upcycle(base, inits, moe.model_copy(update={"ep_size": 1}))
         receipt = diagnose(whole, dense.model, diagnosed(dense, data, meter.device))
         if preparation:
@@ -69,21 +77,22 @@ def initialise(
     return replace(dense, model=model.to(meter.device)), receipt
 
 
-def _initialise_dense(plan: Plan, dense: Clip, data: PairDataset, meter: Meter) -> tuple[Clip, dict[str, Any] | None]:
+def _initialise_dense(
+    strategy: Strategy, moe: MoE, init_seed: int, dense: Clip, data: PairDataset, meter: Meter
+) -> tuple[Clip, dict[str, Any] | None]:
     """The dense model, or what the strategy makes of it: on every rank, and the same there; with the receipt."""
-    strategy = plan.strategy
     if type(strategy).init_dense is Strategy.init_dense:
         model = copy.deepcopy(dense.model)
     else:
         with meter.phase("upcycle", count=True):
-            model = make_dense(strategy, dense.model, plan.moe, plan.init_seed)
+            model = make_dense(strategy, dense.model, moe, init_seed)
     receipt = diagnose(model, dense.model, diagnosed(dense, data, meter.device)) if distributed.is_main() else None
     return replace(dense, model=model), receipt
 
 
-def _calibration(plan: Plan, dense: Clip, data: PairDataset, device: torch.device) -> CalibrationSource:
+def _calibration(init_seed: int, dense: Clip, data: PairDataset, device: torch.device) -> CalibrationSource:
     def inputs(pairs: int) -> Iterator[tuple[Tensor, Tensor]]:
-        sample = Stream(("calibration", plan.init_seed))
+        sample = Stream(("calibration", init_seed))
         return _inputs(dense, data.calibration(sample, pairs, CALIBRATION_BATCH), device)
 
     return inputs

@@ -190,10 +190,6 @@ class ExtraLoss(ABC):
     """A training term that a strategy adds. It sees the layers through forward hooks of its own."""
 
     name: ClassVar[str]
-    # Its gradient leads to the model's parameters alone, and to weights only through the forward pass (a penalty on the
-    # weights themselves has another way), and it does not mind from which thread, and in what order of the two towers,
-    # its hooks are called: then these may be computed side by side.
-    towers_apart: ClassVar[bool] = False
 
     @abstractmethod
     def compute(self) -> Tensor:

@@ -1,8 +1,8 @@
 """Trained once, scored ever after: what the cache keeps of a finished training, so that a new suite trains nothing.
 
     key = trained.key(run_id, device)              # who was trained how, by which libraries, on which hardware
-    trained.keep(key, facts, metrics)              # cache/trained/KEY.json and KEY.jsonl, by rank 0
-    found = trained.find(key)                      # (Trained, the model), or None: train
+    trained.store(key, facts, metrics)              # cache/trained/KEY.json and KEY.jsonl, by rank 0
+    found = trained.look_up(key)                      # (Trained, the model), or None: train
 
 The weights themselves stand in cache/weights under their sha256. Only a training that went through is kept; what was
 damaged since is not found, which costs a training and is never an error.
@@ -28,7 +28,7 @@ from upcycle_bench.dense import Clip
 from upcycle_bench.errors import UserError
 from upcycle_bench.job import Progress
 from upcycle_bench.moe import moe_layers
-from upcycle_bench.plan import fingerprint
+from upcycle_bench.planning.fingerprint import fingerprint
 from upcycle_bench.record import Part, Phase, PhaseCost, Timestamp
 from upcycle_bench.strategy import FFN
 from upcycle_bench.surgery import hidden_widths
@@ -61,7 +61,7 @@ def metrics_of(key: str) -> Path:
     return cache_root() / "trained" / f"{key}.jsonl"
 
 
-def keep(key: str, facts: Trained, metrics: Path) -> None:
+def store(key: str, facts: Trained, metrics: Path) -> None:
     """Store a finished training, over an older one; its JSON comes last, so that it never stands alone."""
     target = metrics_of(key)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -69,7 +69,7 @@ def keep(key: str, facts: Trained, metrics: Path) -> None:
     _write(target.with_suffix(".json"), facts.model_dump_json(indent=1).encode())
 
 
-def find(key: str) -> tuple[Trained, Clip] | None:
+def look_up(key: str) -> tuple[Trained, Clip] | None:
     """The stored training and its model, all experts in this process; None unless everything is there and whole."""
     metrics = metrics_of(key)
     try:

@@ -1,6 +1,6 @@
 """Preparation: what a strategy may train before the experts are made, within a budget that is charged to it.
 
-    preparation = prepare(plan, dense, data, meter, reporter)          # None for most strategies
+    preparation = prepare(strategy, protocol, world, init_seed, dense, data, meter, reporter)   # None for most
 
 A strategy's `prepare` gets a `Workshop`: copies of the dense model, features of the training pairs, the protocol's own
 training loop on batches of the strategy's choice, the groups of the pairs, and how many steps the budget pays. The cost
@@ -28,14 +28,13 @@ from upcycle_bench.dense import Clip
 from upcycle_bench.errors import UserError
 from upcycle_bench.flops import counted_flops
 from upcycle_bench.job import Job
-from upcycle_bench.plan import Plan
 from upcycle_bench.progress import OnStep, Reporter
 from upcycle_bench.protocol import Protocol
 from upcycle_bench.rng import Stream
 from upcycle_bench.strategy import Preparation, Strategy
 from upcycle_bench.surgery import find_layers
-from upcycle_bench.train import train
-from upcycle_bench.worlds import training_groups
+from upcycle_bench.training.loop import train
+from upcycle_bench.worlds import World, training_groups
 
 ENCODING_BATCH = 256  # pairs on each rank
 
@@ -48,19 +47,26 @@ class Groups:
     number_S: Tensor
 
 
-def prepare(plan: Plan, dense: Clip, data: PairDataset, meter: Meter, reporter: Reporter) -> Preparation | None:
+def prepare(
+    strategy: Strategy,
+    protocol: Protocol,
+    world: World,
+    init_seed: int,
+    dense: Clip,
+    data: PairDataset,
+    meter: Meter,
+    reporter: Reporter,
+) -> Preparation | None:
     """What the strategy trains before the experts are made, as the phase `prepare`; None if it does not.
 
     Must run inside `engine.session`, on every rank.
     """
-    strategy = plan.strategy
     if type(strategy).prepare is Strategy.prepare:
         return None
-    assert plan.world is not None
     with meter.phase("prepare") as phase:
-        groups = training_groups(plan.world)
-        rng = Stream(("strategy", strategy.info.name, plan.init_seed)).child("preparation")
-        workshop = Workshop(dense, data, plan.protocol, rng, groups, reporter, plan.label)
+        groups = training_groups(world)
+        rng = Stream(("strategy", strategy.info.name, init_seed)).child("preparation")
+        workshop = Workshop(dense, data, protocol, rng, groups, reporter, strategy.info.name)
         preparation = strategy.prepare(workshop)
         phase.flops = workshop.flops
     return preparation

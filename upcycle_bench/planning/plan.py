@@ -5,33 +5,30 @@ plan = make_plan(registry, "cluster-aware", protocol, options={"tau": "0.8"}, in
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from pydantic import ValidationError
 
 from upcycle_bench import costs, distributed, engine
-from upcycle_bench.cache import file_sha256
+from upcycle_bench.cache import cache_root, file_sha256, require_writable
 from upcycle_bench.data import expand_shards, shards_digest
-from upcycle_bench.dense import model_config
 from upcycle_bench.errors import UserError, first_problem, unknown
+from upcycle_bench.planning.fingerprint import (
+    code_fingerprint,
+    dense_recipe,
+    fingerprint,
+    suite_fingerprints,
+    training_fingerprint,
+)
 from upcycle_bench.progress import Reporter
 from upcycle_bench.protocol import MoE, Protocol
 from upcycle_bench.registry import Entry, Registry
 from upcycle_bench.strategy import Strategy, configure, resolve_moe
 from upcycle_bench.suite import Suite
 from upcycle_bench.worlds import World, load_world
-
-# Raise it when the same protocol, data and seeds would give other weights: it is part of the training fingerprint.
-NUMERICS = 2
-
-# What cannot change the weights, beyond rounding that a resumed or differently logged run does not see.
-_WITHOUT_EFFECT = {"log_every", "checkpoint_every"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,12 +69,6 @@ class Plan:
     def division(self) -> Literal["closed", "open"]:
         """Only closed runs compare; an override opens it, and so does a shape of another cost."""
         return "open" if self.unequal else self.protocol.division
-
-
-def fingerprint(value: Any) -> str:
-    """sha256 of the value's canonical JSON, 16 hex digits of it."""
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def make_plan(
@@ -128,7 +119,6 @@ def make_plan(
     elif world is not None:
         dense_identity = dense_recipe(protocol, world)
     fingerprints, skipped = suite_fingerprints(wanted, world.eval_root) if world else (dict.fromkeys(wanted), {})
-    resolved = world is not None and dense_identity is not None
     return Plan(
         protocol=protocol,
         entry=entry,
@@ -142,7 +132,9 @@ def make_plan(
         world=world,
         checkpoint=checkpoint,
         dense_identity=dense_identity,
-        training_fingerprint=_training_fingerprint(protocol, world, dense_identity, unequal) if resolved else None,
+        training_fingerprint=(
+            training_fingerprint(protocol, world, dense_identity, unequal) if world and dense_identity else None
+        ),
         suite_fingerprints=fingerprints,
         skipped=skipped,
         missing=tuple(missing),
@@ -174,48 +166,6 @@ def shipped_checkpoint(protocol: Protocol) -> Path:
             "install upcycle-bench again."
         )
     return path
-
-
-def dense_recipe(protocol: Protocol, world: World) -> str:
-    """Identity of a dense model that is trained on the spot: everything that makes it, numerics included."""
-    values = protocol.model_dump(mode="json", include={"model", "threads", "dense"})
-    values["dense"] = {key: value for key, value in values["dense"].items() if key not in ("source", "shipped")}
-    values["made by"] = [torch.__version__, engine.choose_device().type, distributed.world_size()]
-    return fingerprint({**values, "config": model_config(protocol.model), "data": world.sha256, "numerics": NUMERICS})
-
-
-def _training_fingerprint(
-    protocol: Protocol, world: World | None, dense_identity: str | None, unequal: str | None
-) -> str:
-    assert world is not None
-    values = protocol.model_dump(mode="json", include={"model", "threads", "dense", "moe", "train"})
-    values["train"] = {key: value for key, value in values["train"].items() if key not in _WITHOUT_EFFECT}
-    values |= {"config": model_config(protocol.model), "data": world.sha256, "checkpoint": dense_identity}
-    values["world_size"] = distributed.world_size()  # capacity is that of a rank's micro-batch
-    if unequal:  # a table of its own
-        values["unequal"] = unequal
-    return fingerprint({**values, "numerics": NUMERICS})
-
-
-def suite_fingerprint(suite: Suite, eval_root: Path) -> str:
-    """Everything that can change a suite's scores of given weights: its version, settings and data."""
-    facts = {"suite": suite.info.name, "version": suite.info.version, "config": suite.config()}
-    return fingerprint({**facts, "data": suite.sources(eval_root)})
-
-
-def suite_fingerprints(suites: Mapping[str, Suite], eval_root: Path) -> tuple[dict[str, str | None], dict[str, str]]:
-    """Fingerprints of the suites that can run, and why the others cannot; UserError if none has a primary score."""
-    found: dict[str, str | None] = {}
-    skipped: dict[str, str] = {}
-    for name, suite in suites.items():
-        try:
-            found[name] = suite_fingerprint(suite, eval_root)
-        except UserError as error:
-            skipped[name] = str(error)
-    if not any(suites[name].info.primary for name in found):
-        alone = f"--suite {','.join(found)} has no primary score, which a record needs; name a suite that has one, too."
-        raise UserError(" ".join(skipped.values()) or alone)
-    return found, skipped
 
 
 def make_suites(registry: Registry, protocol: Protocol, names: Sequence[str] = ()) -> dict[str, Suite]:
@@ -250,3 +200,51 @@ def _label(strategy: Strategy, usual: Strategy) -> str:
     config, defaults = strategy.config(), usual.config()
     changed = [f"{key}={value}" for key, value in config.items() if value != defaults[key]]
     return strategy.info.name + (f"[{','.join(changed)}]" if changed else "")
+
+
+def dense_path(plan: Plan) -> Path:
+    """Where the dense checkpoint of a plan is, or will be once it has been trained."""
+    return plan.checkpoint or recipe_path(str(plan.dense_identity))
+
+
+def recipe_path(recipe: str) -> Path:
+    """Where the cache keeps the dense model of that recipe."""
+    return cache_root() / "dense" / f"{recipe}.safetensors"
+
+
+def check_input(plan: Plan, results: Path) -> None:
+    """UserError for what is wrong with any strategy: paths not given, a folder that cannot be written, ranks."""
+    check_ready(plan)
+    require_writable(results, "--results")
+
+
+def check_ready(plan: Plan) -> None:
+    """The part of `check_input` that does not write."""
+    if plan.missing:
+        raise UserError(f"protocol {plan.protocol.name} needs {', '.join(plan.missing)}.")
+    engine.check_world(plan.protocol.train.schedule.batch_size, plan.moe.ep_size)
+
+
+def check_strategy(plan: Plan) -> None:
+    """UserError for what this strategy cannot do, or lacks on this machine."""
+    if plan.strategy.shares_parameters and plan.moe.ep_size > 1:
+        raise UserError(
+            f"{plan.label}: its experts share parameters, which expert parallelism would spread over processes; "
+            "run it with --set moe.ep_size=1."
+        )
+    plan.strategy.check()
+
+
+def run_id(plan: Plan, dense_digest: str) -> str:
+    """Identity of what is run: strategy, its code and configuration, protocol, dense weights, seeds, ranks."""
+    what = [
+        plan.label,
+        plan.entry.owner,
+        code_fingerprint(type(plan.strategy)),
+        plan.strategy.config(),
+        plan.training_fingerprint,
+        dense_digest,
+        plan.init_seed,
+        plan.train_seed,
+    ]
+    return fingerprint([*what, distributed.world_size()])

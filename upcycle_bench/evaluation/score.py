@@ -1,0 +1,76 @@
+"""What the suites say of a model, and why that can be believed.
+
+results, certificate = score(suites, root, clip, meter, reporter, digest)
+scores_of(results), skips_of(results)               # as they stand in a record
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from upcycle_bench import record
+from upcycle_bench.certificate import Witness
+from upcycle_bench.costs import Meter
+from upcycle_bench.dense import Clip
+from upcycle_bench.errors import Unsound, UserError
+from upcycle_bench.flops import counted_flops
+from upcycle_bench.progress import Reporter
+from upcycle_bench.suite import EvalContext, Suite, SuiteResult
+
+Scored = tuple[dict[str, SuiteResult], record.CertificatePart | None]
+
+
+def score(
+    suites: Mapping[str, Suite], root: Path, final: Clip, meter: Meter, reporter: Reporter, digest: str
+) -> Scored:
+    """What each suite says of the model, and why that can be believed; Unsound (a UserError) if it cannot.
+
+    A suite that fails is skipped, with its reason, if a primary score is left.
+    """
+    witness = Witness(final.model.to(meter.device).eval())
+    context = EvalContext(
+        model=witness.model,
+        tokenizer=final.tokenize,
+        transform=final.transform,
+        root=root,
+        device=meter.device,
+        weights=digest,
+        track=reporter.track,
+        saw=witness.saw,
+    )
+    results: dict[str, SuiteResult] = {}
+    errors = []
+    with witness, meter.phase("evaluate", count=True):
+        for name, suite in suites.items():
+            try:
+                results[name] = suite.evaluate(context)
+            except Unsound:
+                raise
+            except Exception as error:  # whatever a suite does, it must not take the others down
+                errors.append(error)
+                reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+                results[name] = SuiteResult([], {}, skipped={"": reason})
+    if errors and not any(made.primary for result in results.values() for made in result.scores):
+        raise errors[0]
+    with reporter.task("certificate"), counted_flops():  # the same kernels as in the evaluation
+        scored = {name: suite for name, suite in suites.items() if results[name].scores}
+        return results, witness.testify(scored, context)
+
+
+def scores_of(outcome: Mapping[str, SuiteResult]) -> list[dict[str, Any]]:
+    """All scores, as in a record; primary are those of the first suite that has some: suites do not average."""
+    first = next((name for name, result in outcome.items() if any(score.primary for score in result.scores)), "")
+    return [
+        {"suite": name, **asdict(score), "primary": score.primary and name == first}
+        for name, result in outcome.items()
+        for score in result.scores
+    ]
+
+
+def skips_of(outcome: Mapping[str, SuiteResult]) -> dict[str, str]:
+    """Suite, or suite/part -> why it did not run."""
+    parts = ((name, part, why) for name, result in outcome.items() for part, why in result.skipped.items())
+    return {f"{name}/{part}" if part else name: " ".join(why.split()) for name, part, why in parts}

@@ -1,0 +1,1 @@
+"""What would run, its identity and its price; trains nothing."""

@@ -1,0 +1,1 @@
+"""One training; knows no strategy by name."""
