@@ -24,6 +24,7 @@ import upcycle_bench
 from tests.helpers import MODEL, equal, threads, tiny_batches, tiny_clip
 from tests.moe_helpers import create_dense, inputs_for
 from upcycle_bench import api, weights
+from upcycle_bench.assets import MODELS
 from upcycle_bench.dense import create_clip
 from upcycle_bench.errors import UserError
 from upcycle_bench.moe import moe_layers
@@ -329,7 +330,7 @@ def test_quickgelu_needs_its_own_name(tmp_path: Path) -> None:
 
 
 def test_a_file_under_a_quickgelu_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = json.loads((Path(weights.__file__).parent / "models" / f"{MODEL}.json").read_text())
+    config = json.loads((MODELS / f"{MODEL}.json").read_text())
     folder = tmp_path / "configs"
     folder.mkdir()
     (folder / "small-quickgelu.json").write_text(json.dumps(config | {"quick_gelu": True}))

@@ -1,6 +1,10 @@
 """Trained once: a second run of the same plan trains nothing and records the same, unless what was kept is damaged."""
 
 import importlib
+import os
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,12 +14,14 @@ import pytest
 import torch
 from torch import nn
 
+import upcycle_bench
 from tests.helpers import tiny_clip, tiny_moe, upcycled
 from tests.test_run import Delta, plan
 from upcycle_bench import record, trained
 from upcycle_bench import run as module
 from upcycle_bench.cache import cache_root
 from upcycle_bench.moe import moe_layers
+from upcycle_bench.planning.fingerprint import code_fingerprint
 from upcycle_bench.planning.plan import Plan
 from upcycle_bench.progress import Reporter
 from upcycle_bench.registry import load_registry
@@ -226,12 +232,64 @@ def test_a_dense_model_can_be_rebuilt() -> None:
     assert trained.can_be_rebuilt(tiny_clip().model, tiny_clip().model)
 
 
-def test_files_of_a_strategys_bases_belong_to_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_code_of_a_strategys_bases_belongs_to_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(tmp_path))
-    (tmp_path / "its_base.py").write_text("from upcycle_bench.strategy import Strategy\nclass Base(Strategy): pass\n")
+    base = '"""Words."""\nfrom upcycle_bench.strategy import Strategy\nclass Base(Strategy):\n    half = 0.5\n'
+    (tmp_path / "its_base.py").write_text(base)
     (tmp_path / "its_leaf.py").write_text("from its_base import Base\nclass Leaf(Base): pass\n")
     leaf = importlib.import_module("its_leaf").Leaf
-    before = module._source(leaf)
-    assert module._source(leaf) == before
-    (tmp_path / "its_base.py").write_text((tmp_path / "its_base.py").read_text() + "# changed\n")
-    assert module._source(leaf) != before
+    before = code_fingerprint(leaf)
+    for same in (f"# more words\n{base}", base.replace("Words", "Other words"), f"import math\n{base}"):
+        (tmp_path / "its_base.py").write_text(same)
+        assert code_fingerprint(leaf) == before
+    (tmp_path / "its_base.py").write_text(base.replace("0.5", "0.25"))
+    assert code_fingerprint(leaf) != before
+
+
+def test_what_a_plugin_imports_from_its_own_package_belongs_to_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path))
+    package = tmp_path / "its_package"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    (package / "maths.py").write_text("HALF = 0.5\n")
+    idea = (
+        "from upcycle_bench.strategy import Strategy\nfrom .maths import HALF\nclass Idea(Strategy):\n    half = HALF\n"
+    )
+    (package / "idea.py").write_text(idea)
+    strategy = importlib.import_module("its_package.idea").Idea
+    before = code_fingerprint(strategy)
+    (package / "maths.py").write_text("HALF = 0.25\n")
+    assert code_fingerprint(strategy) != before
+
+
+CODE_OF = """
+import sys
+from upcycle_bench.planning.fingerprint import code_fingerprint
+from upcycle_bench.planning.registry import load_registry
+print(code_fingerprint(load_registry().get("strategy", "cluster-aware").target))
+"""
+
+
+def test_a_comment_leaves_a_strategy_what_it_is_and_a_constant_in_clustering_does_not(tmp_path: Path) -> None:
+    root = Path(upcycle_bench.__file__).parent
+    copy = tmp_path / "upcycle_bench"
+    shutil.copytree(root, copy, ignore=shutil.ignore_patterns("__pycache__", "checkpoints"))
+    for folder in ("strategies", "suites"):
+        shutil.copytree(root.parent / folder, copy / folder, dirs_exist_ok=True)
+
+    def code() -> str:
+        environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+        done = subprocess.run(
+            [sys.executable, "-c", CODE_OF], env=environment, cwd=tmp_path, capture_output=True, text=True, check=True
+        )
+        return done.stdout
+
+    before = code()
+    clustering, strategy = copy / "upcycling" / "clustering.py", copy / "strategies" / "cluster_aware.py"
+    for path in (clustering, strategy):
+        path.write_text(path.read_text() + "# a comment\n")
+    assert code() == before
+    clustering.write_text(clustering.read_text() + "A_CONSTANT = 1\n")
+    assert code() != before

@@ -3,7 +3,6 @@
 import json
 import math
 import threading
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,8 +13,8 @@ from clip_benchmark.metrics import zeroshot_classification, zeroshot_retrieval
 from PIL import Image
 from pydantic import ValidationError
 
-import upcycle_bench
 from upcycle_bench import evalsets, threads
+from upcycle_bench.assets import MODELS
 from upcycle_bench.errors import UserError
 from upcycle_bench.flops import counted_flops
 from upcycle_bench.scoring import judge
@@ -24,7 +23,7 @@ from upcycle_bench.suites import zero_shot
 from upcycle_bench.suites.zero_shot import ZeroShot
 from upcycle_bench.worlds import digits, open_world
 
-SMOKE = json.loads((Path(upcycle_bench.__file__).parent / "models" / "smoke-vit.json").read_text())
+SMOKE = json.loads((MODELS / "smoke-vit.json").read_text())
 TRANSFORM = open_clip.image_transform(8, is_train=False)
 TOKENIZER = open_clip.SimpleTokenizer(context_length=SMOKE["text_cfg"]["context_length"])
 

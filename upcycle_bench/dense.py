@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from upcycle_bench.assets import MODELS
 from upcycle_bench.errors import UserError, unknown
 
 Precision = Literal["fp32", "fp16", "bf16"]
@@ -111,7 +112,7 @@ def model_config(name: str) -> dict[str, Any]:
     """open_clip's configuration of that name, ours included; UserError for an unknown one."""
     import open_clip
 
-    open_clip.add_model_config(Path(__file__).parent / "models")
+    open_clip.add_model_config(MODELS)
     if name not in open_clip.list_models():
         raise unknown("open_clip model", name, open_clip.list_models())
     return open_clip.get_model_config(name)

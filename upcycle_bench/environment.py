@@ -13,8 +13,6 @@ from pathlib import Path
 
 from pydantic import JsonValue
 
-import upcycle_bench
-
 # All of these can change a score or data. The two builds of faiss both import as `faiss`.
 PACKAGES = (
     "torch",
@@ -46,7 +44,7 @@ def capture(device: str) -> dict[str, JsonValue]:
         "cores": cores(),
         "threads": torch.get_num_threads(),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-        "git": git_state(Path(upcycle_bench.__file__)),
+        "git": git_state(Path(__file__)),
     }
 
 

@@ -13,6 +13,7 @@ from typing import Any, Literal
 from pydantic import ValidationError
 
 from upcycle_bench import costs, distributed, engine
+from upcycle_bench.assets import CHECKPOINTS
 from upcycle_bench.cache import cache_root, file_sha256, require_writable
 from upcycle_bench.data import expand_shards, shards_digest
 from upcycle_bench.errors import UserError, first_problem, unknown
@@ -159,7 +160,7 @@ def find_world(protocol: Protocol, paths: Paths, reporter: Reporter | None = Non
 
 def shipped_checkpoint(protocol: Protocol) -> Path:
     """The checkpoint in the package whose sha256 the protocol names; UserError if it is another or not there."""
-    path = Path(__file__).parent / "checkpoints" / f"{protocol.model}.safetensors"
+    path = CHECKPOINTS / f"{protocol.model}.safetensors"
     if not path.is_file() or file_sha256(path) != protocol.dense.shipped:
         raise UserError(
             f"protocol {protocol.name}: {path} is not the checkpoint it names (sha256 {protocol.dense.shipped[:16]}); "
