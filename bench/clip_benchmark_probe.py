@@ -7,7 +7,7 @@
 is shown: no `.cuda()`, no DataParallel, no pinned memory, no autocast (their amp=False), no progress messages. Data
 sets, learning rate, inference and accuracy are imported from there. tests/test_probe.py compares it with the original.
 
-Shape suffixes: N samples, C classes.
+Shape suffixes: N samples, Y classes.
 """
 
 from __future__ import annotations

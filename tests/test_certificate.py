@@ -16,8 +16,8 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from tests.helpers import equal, threads, tiny_clip
-from upcycle_bench import api, certificate, control, display, evalsets, features
-from upcycle_bench.certificate import MARGIN, MOST, Witness, differences, routing_margin
+from upcycle_bench import api, certificate, control, display, evalset_write, evalsets, features
+from upcycle_bench.certificate import MARGIN, MOST, Reservoir, Witness, differences, routing_margin
 from upcycle_bench.costs import Meter
 from upcycle_bench.dense import Clip
 from upcycle_bench.errors import Unsound
@@ -48,14 +48,14 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tints = np.array([[200, 40, 40], [40, 200, 40], [40, 40, 200], [120, 120, 120]])
     noise = rng.integers(-40, 40, (200, 8, 8, 3))
     pictures = [Image.fromarray(p) for p in (tints[labels][:, None, None] + noise).astype(np.uint8)]
-    evalsets.write_classification(
+    evalset_write.write_classification(
         folder / "colours", zip(pictures, labels.tolist(), strict=True), NAMES, ("{c}", "all {c}")
     )
-    evalsets.write_classification(
+    evalset_write.write_classification(
         folder / "colours", zip(pictures, labels.tolist(), strict=True), NAMES, ("{c}",), split="train"
     )
     captions = [[f"{NAMES[label]} {i}"] for i, label in enumerate(labels)]
-    evalsets.write_retrieval(folder / "pairs", zip(pictures, captions, strict=True))
+    evalset_write.write_retrieval(folder / "pairs", zip(pictures, captions, strict=True))
     return folder
 
 
@@ -134,7 +134,7 @@ def test_few_inputs_do_not_hide_that_they_depend_on_the_batch(tmp_path: Path) ->
     """32 images are one batch of the evaluation; the first repeat takes them in other company all the same."""
     rng = np.random.default_rng(0)
     pictures = [Image.fromarray(p) for p in rng.integers(0, 256, (32, 8, 8, 3), dtype=np.uint8)]
-    evalsets.write_classification(tmp_path / "few", zip(pictures, [0, 1] * 16, strict=True), ("a", "b"), ("{c}",))
+    evalset_write.write_classification(tmp_path / "few", zip(pictures, [0, 1] * 16, strict=True), ("a", "b"), ("{c}",))
     suites = {"zero-shot": ZeroShot(sets=("few",), primary=("few",))}
     change = broken(lambda pooled_BD: (pooled_BD - pooled_BD.mean(dim=0)) / pooled_BD.std(dim=0))
     assert "in batches of 7; at most 1 in 10,000 may" in refused(tmp_path, change, suites)
@@ -158,12 +158,12 @@ def test_predictions_that_depend_on_the_order_are_refused(root: Path, monkeypatc
     def turned(pooled_BD: Tensor) -> Tensor:
         return pooled_BD * signs[: len(pooled_BD)]
 
-    monkeypatch.setattr(certificate._Sample, "chosen", _in_order)
+    monkeypatch.setattr(Reservoir, "chosen", _in_order)
     monkeypatch.setattr(certificate, "REPEATS", ((8, False), (100, True)))
     assert "encoded again in batches of 100, in another order,; at most" in refused(root, broken(turned))
 
 
-def _in_order(sample: certificate._Sample) -> tuple[list[Tensor], Tensor]:
+def _in_order(sample: Reservoir) -> tuple[list[Tensor], Tensor]:
     """The first of the reservoir as they came, so that places in a batch keep being even or odd."""
     return sample.rows[:128], torch.stack(sample.embeddings[:128])
 
@@ -259,8 +259,10 @@ def test_who_encodes_unseen_has_no_certificate(root: Path, monkeypatch: pytest.M
     monkeypatch.setattr(ZeroShot, "evaluate", unseen)
     assert evaluate(root, tiny_clip())[1] is None
     with Witness(tiny_clip().model) as witness:
-        witness.saw(nn.Identity(), None, torch.zeros(2, 3, 8, 8), torch.zeros(2, 4))  # a copy that a suite trains
-    assert witness._samples["images"].seen == 0
+        witness.on_encoded(
+            nn.Identity(), None, torch.zeros(2, 3, 8, 8), torch.zeros(2, 4)
+        )  # a copy that a suite trains
+    assert witness.samples["images"].seen == 0
 
 
 def context_of(clip: Clip) -> EvalContext:
@@ -306,8 +308,8 @@ def test_one_difference_may_be_traced_to_a_routing_margin(root: Path, scale: flo
     clip.model.visual = Broken(clip.model.visual, change)
     suites = {"zero-shot": ZeroShot(sets=("colours",), primary=("colours",))}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(certificate._Sample, "chosen", _in_order)
-        patch.setattr(control, "run", lambda *_: ([], "left out"))
+        patch.setattr(Reservoir, "chosen", _in_order)
+        patch.setattr(control, "score_shuffled", lambda *_: ([], "left out"))
         if sound:
             _, proof = evaluate(root, clip, suites)
             assert proof is not None
@@ -350,7 +352,7 @@ def test_answers_as_near_as_rounding_are_the_same(shift: float, found: list[int]
 
 def test_the_reservoir_is_a_fair_sample() -> None:
     """Rows 0 .. 4999 in uneven batches: `MOST` are kept, from everywhere alike, each with its own embedding."""
-    sample = certificate._Sample(torch.Generator().manual_seed(0))
+    sample = Reservoir(torch.Generator().manual_seed(0))
     numbers = torch.arange(5000)
     for batch in numbers.split([1, 299, 700, 4000]):
         sample.add(None, batch[:, None], batch[:, None].float())
@@ -385,7 +387,7 @@ def test_labels_are_shuffled_and_balanced(root: Path, tmp_path: Path) -> None:
 def test_small_sets_and_other_labels_have_no_control(root: Path, tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     pictures = [Image.fromarray(p) for p in rng.integers(0, 256, (40, 8, 8, 3), dtype=np.uint8)]
-    evalsets.write_classification(tmp_path / "few", zip(pictures, [0, 1] * 20, strict=True), ("a", "b"), ("{c}",))
+    evalset_write.write_classification(tmp_path / "few", zip(pictures, [0, 1] * 20, strict=True), ("a", "b"), ("{c}",))
     _, proof = evaluate(tmp_path, tiny_clip(), {"zero-shot": ZeroShot(sets=("few",), primary=("few",))})
     assert proof is not None and proof.controls == ()
     assert proof.uncontrolled == "zero-shot: evaluation set few: 40 samples are too few for a control."

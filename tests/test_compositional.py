@@ -1,6 +1,6 @@
 """Pairs one word apart: scores against numbers worked by hand, chance, errors by clusters, what is skipped.
 
-Shape suffixes: P pairs, D embedding.
+Shape suffixes: P pairs, I images and S captions of a pair.
 """
 
 import math
@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from PIL import Image
 from pydantic import ValidationError
 
-from upcycle_bench import evalsets
+from upcycle_bench import evalset_write
 from upcycle_bench.errors import UserError
 from upcycle_bench.suite import EvalContext, SuiteResult
 from upcycle_bench.suites.compositional import CHANCE, Compositional, judge_pairs
@@ -46,9 +46,9 @@ def root(tmp_path: Path) -> Path:
     pictures = {name: Image.new("RGB", (4, 4), name) for name in ("red", "lime", "blue", "yellow")}
     shown = [("red", "box left"), ("lime", "box right"), ("blue", "bell"), ("yellow", "bell off"), ("red", "a star")]
     for name in ("squares", "again"):
-        evalsets.write_retrieval(tmp_path / name, [(pictures[colour], [caption]) for colour, caption in shown])
-    evalsets.write_retrieval(tmp_path / "lonely", [(pictures["red"], ["red"]), (pictures["blue"], ["blue"])])
-    evalsets.write_classification(tmp_path / "labels", [(pictures["red"], 0)], ("a", "b"), ("{c}",))
+        evalset_write.write_retrieval(tmp_path / name, [(pictures[colour], [caption]) for colour, caption in shown])
+    evalset_write.write_retrieval(tmp_path / "lonely", [(pictures["red"], ["red"]), (pictures["blue"], ["blue"])])
+    evalset_write.write_classification(tmp_path / "labels", [(pictures["red"], 0)], ("a", "b"), ("{c}",))
     return tmp_path
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from upcycle_bench import embedding_cache, evalsets
+from upcycle_bench import embedding_cache, evalset_write, evalsets
 from upcycle_bench.environment import installed_version
 from upcycle_bench.errors import UserError
 from upcycle_bench.probe_scores import Classified, add_scores
@@ -43,7 +43,7 @@ def root(tmp_path_factory):
             pixels = rng.integers(0, 60, (4, 4, 3), dtype=np.uint8)
             pixels[..., label] += np.uint8(light // 2)
             pictures.append(Image.fromarray(pixels))
-        evalsets.write_classification(root / name, zip(pictures, labels, strict=True), NAMES, ("{c}",))
+        evalset_write.write_classification(root / name, zip(pictures, labels, strict=True), NAMES, ("{c}",))
     return root
 
 

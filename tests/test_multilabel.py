@@ -12,7 +12,7 @@ from clip_benchmark.metrics.zeroshot_classification import average_precision_per
 from PIL import Image
 
 from tests.helpers import tiny_clip
-from upcycle_bench import evalsets
+from upcycle_bench import evalset_write
 from upcycle_bench.average_precision import average_precisions, chance_average_precisions, precision_uncertainty
 from upcycle_bench.errors import UserError
 from upcycle_bench.suite import EvalContext
@@ -32,8 +32,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pixels = rng.integers(0, 120, (8, 8, 3), dtype=np.uint8)
         pixels[..., shown] += 100
         samples.append((Image.fromarray(pixels), shown))
-    evalsets.write_multilabel(root / "colours", samples, NAMES, TEMPLATES)
-    evalsets.write_classification(root / "one", [(image, 0) for image, _ in samples], NAMES, TEMPLATES)
+    evalset_write.write_multilabel(root / "colours", samples, NAMES, TEMPLATES)
+    evalset_write.write_classification(root / "one", [(image, 0) for image, _ in samples], NAMES, TEMPLATES)
     return root
 
 
@@ -171,8 +171,8 @@ def test_beside_other_kinds(root: Path) -> None:
 def test_labels_that_do_not_fit_are_errors(root: Path, tmp_path: Path) -> None:
     picture = Image.new("RGB", (8, 8))
     with pytest.raises(ValueError, match="label 4 is not one of 4 classes"):
-        evalsets.write_multilabel(tmp_path / "x", [(picture, (0, 4))], NAMES, TEMPLATES)
-    evalsets.write_multilabel(tmp_path / "short", [(picture, (0,))], NAMES, TEMPLATES)
+        evalset_write.write_multilabel(tmp_path / "x", [(picture, (0, 4))], NAMES, TEMPLATES)
+    evalset_write.write_multilabel(tmp_path / "short", [(picture, (0,))], NAMES, TEMPLATES)
     (tmp_path / "short" / "classnames.txt").write_text("a\nb\nc\n")
     with pytest.raises(UserError, match="short: an image has not a 0 or 1 for each of 3 classes") as caught:
         ZeroShot.of_set(tmp_path / "short").evaluate(context(tmp_path))

@@ -14,7 +14,7 @@ from sklearn.metrics import adjusted_mutual_info_score, normalized_mutual_info_s
 
 from tests.helpers import initialise, threads, tiny_clip, tiny_moe
 from tests.test_record import make_record
-from upcycle_bench import board_formats, cli, evalsets, leaderboard, record, weights
+from upcycle_bench import board_formats, cli, evalset_write, evalsets, leaderboard, record, weights
 from upcycle_bench.agreement import agreement, agreements, main_expert
 from upcycle_bench.cache import cache_root
 from upcycle_bench.dense import Clip
@@ -51,9 +51,9 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for number in range(PER_SET):
             pixels = np.array(list(COLOURS.values())[number % 3]) + light + rng.integers(-15, 1, (16, 16, 3))
             pictures.append((Image.fromarray(pixels.clip(0, 255).astype(np.uint8)), number % 3))
-        evalsets.write_classification(root / name, pictures, tuple(COLOURS), ("{c}", "a {c} square"))
+        evalset_write.write_classification(root / name, pictures, tuple(COLOURS), ("{c}", "a {c} square"))
     captions = [(picture, (f"{list(COLOURS)[label]} number {n}",)) for n, (picture, label) in enumerate(pictures)]
-    evalsets.write_retrieval(root / "captions", captions)
+    evalset_write.write_retrieval(root / "captions", captions)
     return root
 
 

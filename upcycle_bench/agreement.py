@@ -1,13 +1,13 @@
-"""How far experts go with what the items are, classes or styles: normalised mutual information beside its chance level.
+"""How far experts agree with classes or styles of the items: normalised mutual information and its chance level.
 
     agreements(routed.layers["vision.3"].first_IN, routed.labels)["nmi_class"].value
 
-NMI = I(label; expert) / ((H(label) + H(expert)) / 2), as in scikit-learn: 1 where each tells the other, 0 where neither
-says anything. With many labels and few items it is far above 0 by chance alone. That level is measured: the labels are
-dealt out to the items anew, 20 times, always the same way. Items are dealt, not tokens, whose fellows in an item are
-never independent. Sources: Strehl and Ghosh, JMLR 3, 2002; Vinh et al., JMLR 11, 2010.
+NMI = I(label; expert) / ((H(label) + H(expert)) / 2), as in scikit-learn: 1 where each determines the other, 0 where
+they are independent. With many labels and few items it is far above 0 by chance alone. That level is measured: labels
+are dealt out to the items anew, 20 times, always the same way. Whole items get another label, not single tokens, since
+the tokens of an item are not independent. Sources: Strehl and Ghosh, JMLR 3, 2002; Vinh et al., JMLR 11, 2010.
 
-Shape suffixes: I items, N experts, C labels.
+Shape suffixes: I items, Y labels.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ SHUFFLES = 20
 
 @dataclass(frozen=True)
 class Agreement:
-    """A value, what it is by chance, and over how many items or tokens."""
+    """A value, its chance level, and over how many items or tokens it is."""
 
     value: float
     chance: float
@@ -69,7 +69,7 @@ def agreement(weight_IN: np.ndarray, label_I: np.ndarray) -> Agreement:
 
 
 def contingency(weight_IN: np.ndarray, label_I: np.ndarray) -> np.ndarray:
-    """[C, N]: how often items of a label go to an expert."""
+    """[Y, E]: how often items of a label go to an expert."""
     table_CN = np.zeros((label_I.max() + 1, weight_IN.shape[1]))
     np.add.at(table_CN, label_I, weight_IN)
     return table_CN

@@ -8,7 +8,7 @@ show it, of the share of such images from the first to that one; 0 for a class t
 mean.
 
 Source: clip_benchmark.metrics.zeroshot_classification.average_precision_per_class (1.6.2).
-Shape suffixes: N images, C classes.
+Shape suffixes: N images, Y classes.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from upcycle_bench.uncertainty import Uncertainty, Z
 
 
 def average_precisions(score_NC: np.ndarray, label_NC: np.ndarray) -> np.ndarray:
-    """Of each class, float64 [C]."""
+    """Of each class, float64 [Y]."""
     order_NC = np.argsort(-score_NC, axis=0, kind="stable")
     right_NC = np.take_along_axis(label_NC.astype(bool), order_NC, axis=0)
     precision_NC = right_NC.cumsum(axis=0) / np.arange(1, len(right_NC) + 1)[:, None]
@@ -28,7 +28,7 @@ def average_precisions(score_NC: np.ndarray, label_NC: np.ndarray) -> np.ndarray
 
 
 def chance_average_precisions(label_NC: np.ndarray) -> np.ndarray:
-    """What a random order of the images reaches on average, float64 [C].
+    """What a random order of the images reaches on average, float64 [Y].
 
     Rank k holds one of P images among N with probability P/N. Where it does, 1 + (k - 1)(P - 1)/(N - 1) of the first
     k are expected to be right. The mean over P of precision at the right ranks is therefore

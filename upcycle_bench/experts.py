@@ -6,7 +6,7 @@ A row shows the images that the expert takes most: those with the largest share 
 is, and among equals those with the highest mean probability. Its number and its load stand at the left. An image of
 which it takes no token is never shown.
 
-Shape suffixes: I images, N experts.
+Shape suffixes: I images.
 """
 
 from __future__ import annotations
@@ -84,10 +84,10 @@ def draw(clip: Clip, context: EvalContext, names: Sequence[str], *, columns: int
 def most_taken(layer: LayerRoutes, count: int) -> list[list[int]]:
     """For each expert up to `count` images, the one it takes most first."""
     first_IN, mean_IN = layer.first_IN, layer.mean_IN
-    share_IN = first_IN / first_IN.sum(1, keepdims=True)
+    share_IE = first_IN / first_IN.sum(1, keepdims=True)
     rows = []
-    for expert in range(share_IN.shape[1]):
-        order_I = np.lexsort((-mean_IN[:, expert], -share_IN[:, expert]))  # stable; the last key counts first
+    for expert in range(share_IE.shape[1]):
+        order_I = np.lexsort((-mean_IN[:, expert], -share_IE[:, expert]))  # stable; the last key counts first
         rows.append([int(image) for image in order_I[:count] if first_IN[image, expert]])
     return rows
 

@@ -8,8 +8,8 @@ the zero-shot classifier does (WiSE-FT's). Every learning rate of the grid start
 same batches; the one with the best validation accuracy is kept. MoE layers train as in upcycling: capacity, dropping,
 the load-balancing loss. The model itself is never touched: its tower is copied.
 
-Sources: M. Wortsman et al., Robust fine-tuning of zero-shot models, arXiv:2109.01903. Shape suffixes: N samples, B
-batch, S steps, C classes, D embedding.
+Sources: M. Wortsman et al., Robust fine-tuning of zero-shot models, arXiv:2109.01903. Shape suffixes: N samples,
+S steps, Y classes.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Recipe:
 
 
 class Classifier(nn.Module):
-    """An image tower and a linear head without bias on its normalised features: images [B, 3, H, W] -> logits [B, C].
+    """An image tower and a linear head without bias on its normalised features: images [B, 3, H, W] -> logits [B, Y].
 
     Autocast, where `precision` asks for it, is for training alone.
     """
@@ -64,7 +64,7 @@ class Classifier(nn.Module):
         self.head.weight = nn.Parameter(head_CD)
 
     def features(self, images: Tensor) -> Tensor:
-        """Normalised, float32 [B, D]."""
+        """Normalised, float32 [B, C]."""
         with autocast(images.device, self.precision if self.training else "fp32"):
             features_BD = self.tower(images)
         return F.normalize(features_BD.float(), dim=-1)
@@ -75,12 +75,22 @@ class Classifier(nn.Module):
 
 @dataclass(frozen=True)
 class Tuned:
-    """The best classifier, its rate, and what each rate reached on validation; None where training diverged."""
+    """The best classifier, its rate, and what each rate, ascending, reached on validation; None: training diverged."""
 
     classifier: Classifier
     rate: float
     accuracies: Mapping[float, float | None]
     accuracy_before: float
+
+    @property
+    def at_the_edge(self) -> bool:
+        """Whether an end of the grid is better than all within, so that a rate outside may be better still."""
+        first, *within, last = self.accuracies
+        best = self.accuracies[self.rate]
+        assert best is not None, "training at the chosen rate went through"
+        return self.rate in (first, last) and best > max(
+            (value for rate in within if (value := self.accuracies[rate]) is not None), default=-1.0
+        )
 
 
 def zero_shot_classifier(model: Any, classes_CD: Tensor, precision: str = "fp32") -> Classifier:
@@ -102,7 +112,7 @@ def zero_shot_classifier(model: Any, classes_CD: Tensor, precision: str = "fp32"
 def tune(
     model: Any,
     classes_CD: Tensor,
-    train: Labelled,
+    training: Labelled,
     validation: Labelled,
     recipe: Recipe,
     rng: Stream,
@@ -116,7 +126,7 @@ def tune(
     """
     if distributed.world_size() > 1:
         raise UserError("fine-tune is the work of one process; score the record with `upcycle-bench evaluate RECORD`.")
-    images_N3HW, label_N = _in_memory(train, context)
+    images_N3HW, label_N = _in_memory(training, context)
     rows_SB = batch_rows(len(label_N), recipe.steps, recipe.batch_size, rng.child("order"))
     before = zero_shot_classifier(model, classes_CD)
     accuracy_before = _accuracy(before, validation, context)
@@ -128,7 +138,7 @@ def tune(
             classifier = zero_shot_classifier(model, classes_CD, recipe.precision)
             with torch.random.fork_rng(devices=[context.device] if context.device.type == "cuda" else []):
                 torch.manual_seed(rng.child("sampling").seed())  # of second experts, where the layers do that
-                _train(classifier, images_N3HW, label_N, rows_SB, rate, recipe)
+                train(classifier, images_N3HW, label_N, rows_SB, rate, recipe)
             accuracy = accuracies[rate] = _accuracy(classifier, validation, context)
             if accuracy is not None and (best is None or accuracy > best[0]):
                 best = accuracy, rate, classifier
@@ -138,7 +148,7 @@ def tune(
 
 
 def predict(classifier: Classifier, samples: Labelled, context: EvalContext) -> tuple[Tensor, Tensor]:
-    """Logits [N, C], in float64 so that rounding breaks no tie, and labels [N], on the CPU; the model is in float32."""
+    """Logits [N, Y], in float64 so that rounding breaks no tie, and labels [N], on the CPU; the model is in float32."""
     classifier.eval()
     logits, labels = [], []
     head_CD = classifier.head.weight.detach().double()
@@ -170,14 +180,30 @@ def losses(logits_BC: Tensor, label_B: Tensor, layers: Mapping[str, MoEFFN], loa
     return terms
 
 
-def _train(
+def train(
     classifier: Classifier, images_N3HW: Tensor, label_N: Tensor, rows_SB: Tensor, rate: float, recipe: Recipe
 ) -> None:
-    """Train in place, with a fresh optimiser."""
+    """Train in place, with a fresh optimiser, to the peak learning rate `rate`; a row of `rows_SB` is a batch."""
     device = classifier.head.weight.device
-    schedule = Schedule(
+    layers = moe_layers(classifier)
+    schedule = _schedule(recipe, batch_size=max(2, rows_SB.shape[1]))
+    job = Job(purpose="fine-tune", schedule=schedule, peak_lr=rate, stop_step=recipe.steps, seed=0)
+    ds_engine = create_engine(classifier.train(), job)
+    for step, row_B in enumerate(rows_SB):
+        for group in ds_engine.optimizer.param_groups:
+            group["lr"] = learning_rate(step, recipe.steps, rate, WARMUP)
+        logits_BC = ds_engine(images_N3HW[row_B].to(device))
+        terms = losses(logits_BC, label_N[row_B].to(device), layers, recipe.load_balance)
+        ds_engine.backward(torch.stack(list(terms.values())).sum())
+        ds_engine.step()
+    ds_engine.destroy()
+
+
+def _schedule(recipe: Recipe, batch_size: int) -> Schedule:
+    """What DeepSpeed's engine is to know."""
+    return Schedule(
         steps=recipe.steps,
-        batch_size=max(2, rows_SB.shape[1]),
+        batch_size=batch_size,
         warmup_fraction=WARMUP,
         betas=BETAS,
         eps=EPS,
@@ -188,17 +214,6 @@ def _train(
         precision=recipe.precision,
         logit_scale_max=math.log(100),
     )
-    job = Job(purpose="fine-tune", schedule=schedule, peak_lr=rate, stop_step=recipe.steps, seed=0)
-    layers = moe_layers(classifier)
-    ds_engine = create_engine(classifier.train(), job)
-    for step, row_B in enumerate(rows_SB):
-        for group in ds_engine.optimizer.param_groups:
-            group["lr"] = learning_rate(step, recipe.steps, rate, WARMUP)
-        logits_BC = ds_engine(images_N3HW[row_B].to(device))
-        terms = losses(logits_BC, label_N[row_B].to(device), layers, recipe.load_balance)
-        ds_engine.backward(torch.stack(list(terms.values())).sum())
-        ds_engine.step()
-    ds_engine.destroy()
 
 
 def _accuracy(classifier: Classifier, samples: Labelled, context: EvalContext) -> float | None:

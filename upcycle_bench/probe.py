@@ -1,6 +1,6 @@
 """A linear probe on frozen features: CLIP_benchmark's protocol, many weight decays trained at once.
 
-    fitted = fit(train, validation, classes=10)                          # Examples: features [N, D], labels [N]
+    fitted = fit(train, validation, classes=10)                          # Examples: features [N, C], labels [N]
     predicted_N = fitted.logits(test.features_ND).argmax(dim=1)
 
 AdamW at a learning rate of 0.1 without warm-up, then cosine to zero, 10 epochs in batches of 64, cross-entropy, from
@@ -13,7 +13,7 @@ arithmetic costs, the 15 that the search looks at, in five.
 `lbfgs`: scikit-learn's logistic regression instead, with an L2 penalty of weight_decay / 2, chosen likewise.
 
 Source: clip_benchmark.metrics.linear_probe (1.6.2), which follows A.3 of Radford et al. 2021, arXiv:2103.00020.
-Shape suffixes: N samples, D features, I = D + 1 inputs, C classes, W weight decays, K = W * C, B batch.
+Shape suffixes: N samples, I = C + 1 inputs, Y classes, W weight decays, Z = W * Y.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ FIRST, SPANS = range(0, 97, 16), (8, 4, 2, 1)  # where find_peak looks first, an
 
 @dataclass(frozen=True)
 class Examples:
-    """Features [N, D] float32 and their labels [N] int64, on one device."""
+    """Features [N, C] float32 and their labels [N] int64, on one device."""
 
     features_ND: Tensor
     label_N: Tensor
@@ -68,13 +68,13 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Probe:
-    """Linear classifiers, one for each weight decay: weights [W, D, C], biases [W, C]."""
+    """Linear classifiers, one for each weight decay: weights [W, C, Y], biases [W, Y]."""
 
     weight_WDC: Tensor
     bias_WC: Tensor
 
     def logits(self, features_ND: Tensor) -> Tensor:
-        """[W, N, C]."""
+        """[W, N, Y]."""
         x_WND = features_ND.expand(len(self.bias_WC), -1, -1)
         return torch.baddbmm(self.bias_WC[:, None], x_WND, self.weight_WDC)
 
@@ -91,7 +91,7 @@ class Fitted:
     weight_decay: float
 
     def logits(self, features_ND: Tensor) -> Tensor:
-        """[N, C]."""
+        """[N, Y]."""
         return self.probe.logits(features_ND)[0]
 
 

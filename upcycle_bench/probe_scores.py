@@ -1,8 +1,8 @@
-"""From the answers of probes and tuned models to scores: accuracies as CLIP_benchmark defines them, means over draws.
+"""Scores of probes and tuned models: accuracies as CLIP_benchmark defines them, and their means over draws.
 
     add_scores("digits/5-shot", [classified(logits_NC, label_N) for each draw], classes=10, result=result)
 
-Shape suffixes: N test samples, C classes, K best answers.
+Shape suffixes: N test samples, Y classes, A best answers.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def add_scores(title: str, draws: Sequence[Classified], classes: int, result: Su
 
 
 def _over_draws(values: Sequence[float]) -> Uncertainty:
-    """Standard error of the mean and its 95 % t-interval, within 0 and 1; none where all draws are alike."""
+    """Standard error of the mean and its 95 % t-interval within [0, 1]; no interval where all draws are alike."""
     from scipy.stats import t
 
     if len(set(values)) == 1:  # an interval of no width would say that the next draw is known

@@ -3,9 +3,8 @@
     routed = route_images(evalsets, context)              # an item is an image; route_texts: a text
     routed.layers["vision.3"].first_IN                    # tokens of each item by their most probable expert
 
-All tokens of an image count, the class token included; of a text those up to its end. Nothing depends on the batches
-beyond the rounding of a matrix product. Shape suffixes: I items, B items of a batch, T tokens, N experts, D width,
-R rows of one expert.
+All tokens of an image count, the class token included; of a text those up to its end. Batches change nothing but the
+rounding of matrix products. Shape suffixes: I items.
 """
 
 from __future__ import annotations

@@ -6,13 +6,13 @@
 Classification and both ways of retrieval are this one question. It is answered from all embeddings with cosines that
 are exact in float64 (`_on_grid`), so that equal answers tie, and blocks, threads and BLAS change no rank.
 
-Shape suffixes: Q queries, G gallery, D embedding, R right answers of one query.
+Shape suffixes: Q queries, G gallery, A right answers of one query.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -20,8 +20,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from upcycle_bench import uncertainty
 from upcycle_bench.errors import UserError
 from upcycle_bench.flops import uncounted
+from upcycle_bench.uncertainty import Uncertainty
 
 SCALE_BOUNDS = (1e-2, 1e3)  # of the fitted logit scale; CLIP trains in 1 to 100
 FIT_QUERIES = 2048  # that a logit scale is fitted to, at most, for each task
@@ -107,6 +109,24 @@ def fit_scale(tasks: Sequence[Task], name: str) -> float:
     return math.exp(minimize_scalar(loss, bounds=bounds, method="bounded", options={"xatol": 1e-6}).x)
 
 
+def judged_metrics(
+    judged: Judged, gallery: int, names: Mapping[int, str], sample_Q: np.ndarray | None = None, suffix: str = ""
+) -> Iterable[tuple[str, float, Uncertainty, float, int]]:
+    """(metric, value, its uncertainty, chance, samples) of the mean log-likelihood and of the share right at each k.
+
+    `names`: k -> what the metric is called that asks whether a right answer is among the first k of the `gallery`.
+    Queries with the same number in `sample_Q` are one sample.
+    """
+    # Uniform guessing gives each of p right answers the probability 1/gallery.
+    rows = [("log_likelihood", judged.log_likelihood_Q, float(np.log(judged.right_Q / gallery).mean()))]
+    for k, name in names.items():
+        if k <= gallery:
+            rows.append((name, judged.rank_Q < k, chance_at_k(judged.right_Q, gallery, k)))
+    for name, outcome_Q, chance in rows:
+        sure = uncertainty.of_outcomes(outcome_Q, sample_Q)
+        yield f"{name}{suffix}", float(outcome_Q.mean()), sure, chance, len(outcome_Q)
+
+
 def chance_at_k(right_Q: np.ndarray, gallery: int, k: int) -> float:
     """Probability that k random answers hold a right one, mean over queries; k/gallery where one answer is right."""
     draws = math.comb(gallery, k)
@@ -135,9 +155,9 @@ def _on_grid(embeddings: Tensor) -> Tensor:
 
 
 def _right_answers(task: Task, name: str) -> tuple[Tensor, Tensor]:
-    """Where in the gallery each query's right answers stand, ascending [Q, R], and how many there are [Q].
+    """Where in the gallery each query's right answers stand, ascending [Q, A], and how many there are [Q].
 
-    A query with fewer than R repeats its last one.
+    A query with fewer than A repeats its last one.
     """
     sorted_id_G, order_G = task.gallery_id_G.sort(stable=True)
     start_Q = torch.searchsorted(sorted_id_G, task.query_id_Q)
@@ -149,7 +169,7 @@ def _right_answers(task: Task, name: str) -> tuple[Tensor, Tensor]:
 
 
 def _right_cosines(cosine_QG: Tensor, right_QR: Tensor, count_Q: Tensor) -> Tensor:
-    """The cosines of the right answers [Q, R], minus infinity where there are fewer than R."""
+    """The cosines of the right answers [Q, A], minus infinity where there are fewer than A."""
     absent_QR = torch.arange(right_QR.shape[1]) >= count_Q[:, None]
     return cosine_QG.gather(1, right_QR).masked_fill(absent_QR, -torch.inf)
 
