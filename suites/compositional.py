@@ -86,7 +86,7 @@ class Compositional(Suite):
 
 def _score(evalset: EvalSet, context: EvalContext, known: dict[str, Tensor], result: SuiteResult) -> Scored | None:
     """The pairs of a set, with their outcomes and notes put into `result`; None if there are no pairs."""
-    images_ND, captions = encode_images(evalset, context)
+    images_NC, captions = encode_images(evalset, context)
     chosen = choose(captions)
     result.notes[evalset.name] = {
         "images": len(captions),
@@ -96,21 +96,21 @@ def _score(evalset: EvalSet, context: EvalContext, known: dict[str, Tensor], res
     }
     if not chosen.pairs:
         return None
-    images_PID = images_ND[torch.tensor([pair.images for pair in chosen.pairs])]
+    images_PIC = images_NC[torch.tensor([pair.images for pair in chosen.pairs])]
     texts = [text for pair in chosen.pairs for text in pair.captions]
-    texts_PTD = encode_texts(texts, evalset.name, context, known).unflatten(0, (-1, 2))
-    judged = judge_pairs(images_PID, texts_PTD)
+    texts_PSC = encode_texts(texts, evalset.name, context, known).unflatten(0, (-1, 2))
+    judged = judge_pairs(images_PIC, texts_PSC)
     for metric in ("text", "image", "group"):
         result.outcomes[f"{evalset.name}/{metric}"] = judged[f"{metric}_score"]
     result.outcomes[f"{evalset.name}/comparisons"] = (4 * judged["pairwise_accuracy"]).astype(np.int8)
     return Scored(chosen, judged)
 
 
-def judge_pairs(images_PID: Tensor, texts_PTD: Tensor) -> dict[str, np.ndarray]:
+def judge_pairs(images_PIC: Tensor, texts_PSC: Tensor) -> dict[str, np.ndarray]:
     """What each pair gets, metric -> [P]; the right text of image I is the one at the same place."""
     # Summed along D alone, so that equal embeddings tie whatever stands beside them.
-    s_PIT = (images_PID[:, :, None].double() * texts_PTD[:, None].double()).sum(dim=3).numpy()
-    ia, ib, ja, jb = s_PIT[:, 0, 0], s_PIT[:, 0, 1], s_PIT[:, 1, 0], s_PIT[:, 1, 1]
+    s_PIS = (images_PIC[:, :, None].double() * texts_PSC[:, None].double()).sum(dim=3).numpy()
+    ia, ib, ja, jb = s_PIS[:, 0, 0], s_PIS[:, 0, 1], s_PIS[:, 1, 0], s_PIS[:, 1, 1]
     right_P4 = np.stack([ia > ib, jb > ja, ia > ja, jb > ib], axis=1)
     text_P, image_P = right_P4[:, :2].all(axis=1), right_P4[:, 2:].all(axis=1)
     return {

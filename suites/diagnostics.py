@@ -72,14 +72,14 @@ def _add(tower: str, routed: Routed, result: SuiteResult) -> None:
         "classes": int(routed.labels["class"].max(initial=-1)) + 1,
     }
     for name, layer in routed.layers.items():
-        result.notes[name] = {"load": layer.load_N.tolist(), "routing_probability": layer.routing_probability}
-        result.outcomes[f"{name}/main_expert"] = main_expert(layer.first_IN).astype(np.int16)
+        result.notes[name] = {"load": layer.load_E.tolist(), "routing_probability": layer.routing_probability}
+        result.outcomes[f"{name}/main_expert"] = main_expert(layer.first_IE).astype(np.int16)
 
 
 def _scores(name: str, layer: LayerRoutes, labels: Mapping[str, np.ndarray]) -> Iterable[Score]:
     for metric, value in layer.numbers().items():
         yield _score(name, metric, value, None, layer.tokens)
-    for metric, found in agreements(layer.first_IN, labels).items():
+    for metric, found in agreements(layer.first_IE, labels).items():
         yield _score(name, metric, found.value, found.chance, found.samples)
 
 

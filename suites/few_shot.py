@@ -80,10 +80,10 @@ class FewShot(ProbeSuite):
         rows, hashes = [], []
         for draw in context.track(range(self.draws), f"few-shot, {title}"):
             manifest = choose(name, label_N, data.classnames, shots=shots, draw=draw, sizes=sizes)
-            train, validation = data.pool.take(manifest.train_K), data.pool.take(manifest.validation_V)
-            test: Examples = data.pool.take(manifest.test_T) if data.test is None else data.test
+            train, validation = data.pool.take(manifest.train_S), data.pool.take(manifest.validation_V)
+            test: Examples = data.pool.take(manifest.test_U) if data.test is None else data.test
             fitted = fit(train, validation, classes, Recipe(solver=self.solver, seed=draw))
-            rows.append(classified(fitted.logits(test.features_ND), test.label_N))
+            rows.append(classified(fitted.logits(test.features_NC), test.label_N))
             hashes.append([manifest.sha256, fitted.weight_decay])
         result.notes[title] = {
             "manifests": [digest for digest, _ in hashes],

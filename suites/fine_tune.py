@@ -87,7 +87,7 @@ class FineTune(ProbeSuite):
         known: dict[str, Tensor] = {}
         for name, task, data in open_tasks(self.tasks, load_images, context, result):
             prompted = replace(probe_tasks.first_set(task, context.root), classnames=data.classnames)
-            classes_CD = class_embeddings(prompted, context, known)
+            classes_YC = class_embeddings(prompted, context, known)
             splits = {
                 f"{name}/{shots}-shot": [split_of_shots(name, task, data, shots, draw) for draw in range(self.draws)]
                 for shots in task.shots
@@ -96,11 +96,11 @@ class FineTune(ProbeSuite):
                 splits[f"{name}/all"] = [split_of_pool(name, task, data)]
             with engine.session(torch.get_num_threads()):
                 for title, draws in splits.items():
-                    self._score(title, draws, classes_CD, context, result)
+                    self._score(title, draws, classes_YC, context, result)
         return result
 
     def _score(
-        self, title: str, splits: Sequence[Split], classes_CD: Tensor, context: EvalContext, result: SuiteResult
+        self, title: str, splits: Sequence[Split], classes_YC: Tensor, context: EvalContext, result: SuiteResult
     ) -> None:
         recipe = Recipe(
             rates=self.rates,
@@ -115,7 +115,7 @@ class FineTune(ProbeSuite):
         with counted_flops() as counter:
             for draw, split in enumerate(splits):
                 rng = Stream(("fine-tune", title, draw))
-                tuned = tune(context.model, classes_CD, split.train, split.validation, recipe, rng, context, title)
+                tuned = tune(context.model, classes_YC, split.train, split.validation, recipe, rng, context, title)
                 rows.append(classified(*predict(tuned.classifier, split.test, context)))
                 chosen.append(tuned)
         edges = [tuned.rate for tuned in chosen if tuned.at_the_edge]
@@ -136,7 +136,7 @@ class FineTune(ProbeSuite):
                 f"({', '.join(f'{rate:g}' for rate in self.rates)}) in {len(edges)} of {len(splits)} draws.",
                 file=sys.stderr,
             )
-        add_scores(title, rows, len(classes_CD), result)
+        add_scores(title, rows, len(classes_YC), result)
 
 
 @plain_dataclass(frozen=True)
@@ -154,15 +154,15 @@ def split_of_shots(name: str, task: TuneTask, data: Data[Labelled], shots: int, 
     sizes = Sizes(max(task.shots), task.validation, test=data.test is None)
     manifest = choose(name, data.pool.label_N, data.classnames, shots=shots, draw=draw, sizes=sizes)
     pool = data.pool
-    test = pool.take(manifest.test_T) if data.test is None else data.test
-    return Split(pool.take(manifest.train_K), pool.take(manifest.validation_V), test, manifest.sha256)
+    test = pool.take(manifest.test_U) if data.test is None else data.test
+    return Split(pool.take(manifest.train_S), pool.take(manifest.validation_V), test, manifest.sha256)
 
 
 def split_of_pool(name: str, task: TuneTask, data: Data[Labelled]) -> Split:
     """All but the validation samples of a manifest without shots: what it would leave for a test."""
     assert data.test is not None
     manifest = choose(name, data.pool.label_N, data.classnames, shots=0, draw=0, sizes=Sizes(0, task.validation, True))
-    return Split(data.pool.take(manifest.test_T), data.pool.take(manifest.validation_V), data.test, manifest.sha256)
+    return Split(data.pool.take(manifest.test_U), data.pool.take(manifest.validation_V), data.test, manifest.sha256)
 
 
 @hookimpl

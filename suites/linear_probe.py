@@ -64,7 +64,7 @@ class LinearProbe(ProbeSuite):
                 fitted = fit(train, validation, classes, Recipe(solver=self.solver), refit=True)
             assert data.test is not None
             result.notes[name] |= {"training_samples": samples, "weight_decay": fitted.weight_decay}
-            answers = classified(fitted.logits(data.test.features_ND), data.test.label_N)
+            answers = classified(fitted.logits(data.test.features_NC), data.test.label_N)
             add_scores(name, [answers], classes, result)
         return result
 

@@ -90,7 +90,7 @@ class OutOfDomain(Suite):
 
 def _add(name: str, task: Task, scale: float, result: SuiteResult) -> None:
     """Scores and outcomes of one set."""
-    judged, classes = judge(task, scale, name), len(task.gallery_GD)
+    judged, classes = judge(task, scale, name), len(task.gallery_GC)
     rows = [("acc1", judged.rank_Q < 1, 1 / classes)]
     if classes >= 5:
         rows.append(("acc5", judged.rank_Q < 5, 5 / classes))

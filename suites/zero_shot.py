@@ -155,7 +155,7 @@ class ZeroShot(Suite):
 
 def add_scores(evalset: EvalSet, question: Question, judged: Judged, primary: str, result: SuiteResult) -> None:
     """Add the scores and outcomes of one question, of the whole and of its strata, to `result`."""
-    names, gallery, label_Q = TOP_K[evalset.kind], len(question.task.gallery_GD), question.task.query_id_Q.numpy()
+    names, gallery, label_Q = TOP_K[evalset.kind], len(question.task.gallery_GC), question.task.query_id_Q.numpy()
     outcomes: dict[str, np.ndarray] = {
         "log_likelihood": judged.log_likelihood_Q.astype(np.float32),
         "rank": judged.rank_Q.astype(np.int32),
@@ -189,21 +189,21 @@ def add_average_precision(
     evalset: EvalSet, context: EvalContext, known: dict[str, Tensor], primary: str, result: SuiteResult
 ) -> None:
     """Add the score of a multilabel set, and the average precision of each class, to `result`."""
-    classes_CD = class_embeddings(evalset, context, known)
-    images_ND, labels = encode_images(evalset, context)
-    if any(np.shape(label_C) != (len(classes_CD),) for label_C in labels):
+    classes_YC = class_embeddings(evalset, context, known)
+    images_NC, labels = encode_images(evalset, context)
+    if any(np.shape(label_Y) != (len(classes_YC),) for label_Y in labels):
         raise UserError(
-            f"evaluation set {evalset.name}: an image has not a 0 or 1 for each of {len(classes_CD)} classes; "
+            f"evaluation set {evalset.name}: an image has not a 0 or 1 for each of {len(classes_YC)} classes; "
             "`upcycle-bench data check` says which."
         )
-    cosine_NC, label_NC = exact_cosines(images_ND, classes_CD).numpy(), np.stack(labels)
-    precision_C = average_precisions(cosine_NC, label_NC)
-    result.outcomes[f"{evalset.name}/average_precision"] = precision_C
+    cosine_NY, label_NY = exact_cosines(images_NC, classes_YC).numpy(), np.stack(labels)
+    precision_Y = average_precisions(cosine_NY, label_NY)
+    result.outcomes[f"{evalset.name}/average_precision"] = precision_Y
     result.scores.append(
         Score(
-            dataset=evalset.name, metric=MAP, value=float(precision_C.mean()), higher_is_better=True,
-            chance=float(chance_average_precisions(label_NC).mean()), samples=len(label_NC), primary=primary == MAP,
-            **asdict(precision_uncertainty(cosine_NC, label_NC)),
+            dataset=evalset.name, metric=MAP, value=float(precision_Y.mean()), higher_is_better=True,
+            chance=float(chance_average_precisions(label_NY).mean()), samples=len(label_NY), primary=primary == MAP,
+            **asdict(precision_uncertainty(cosine_NY, label_NY)),
         )
     )  # fmt: skip
 

@@ -197,12 +197,12 @@ def test_leaking_labels_are_refused(root: Path, monkeypatch: pytest.MonkeyPatch)
     honest = features.encode_images
 
     def leaking(evalset: evalsets.EvalSet, context: EvalContext) -> tuple[Tensor, list[Any]]:
-        embeddings_ND, labels = honest(evalset, context)
+        embeddings_NC, labels = honest(evalset, context)
         if evalset.kind == "classification":
             texts = context.tokenizer([evalset.templates[0].format(c=name) for name in evalset.classnames])
             with torch.no_grad():
-                embeddings_ND = context.model.encode_text(texts, normalize=True)[torch.as_tensor(labels)]  # type: ignore[operator]
-        return embeddings_ND, labels
+                embeddings_NC = context.model.encode_text(texts, normalize=True)[torch.as_tensor(labels)]  # type: ignore[operator]
+        return embeddings_NC, labels
 
     monkeypatch.setattr("upcycle_bench.texts.encode_images", leaking)
     text = refused(root, tiny_clip())
@@ -280,7 +280,7 @@ def test_routing_margins_against_the_gates_own_probabilities() -> None:
         layer.gate.register_forward_hook(partial(_probabilities, seen, layer))
     margin = routing_margin(clip.model, clip.model.encode_image, image, context_of(clip))
     assert len(seen) == 2  # vision.1 and vision.3
-    slow = min(float(sorted(row)[-2] - sorted(row)[-3]) for probs_TN in seen for row in probs_TN.tolist())
+    slow = min(float(sorted(row)[-2] - sorted(row)[-3]) for probs_TE in seen for row in probs_TE.tolist())
     assert margin == pytest.approx(slow, abs=1e-7) and margin > 0
     dense = tiny_clip()
     assert routing_margin(dense.model, dense.model.encode_image, image, context_of(dense)) == math.inf
@@ -326,8 +326,8 @@ def test_differences_against_a_slow_reference() -> None:
     before = [nn.functional.normalize(torch.randn(n, 5, generator=generator), dim=1) for n in (30, 20)]
     again = [part + 0.05 * torch.randn(part.shape, generator=generator) for part in before]
 
-    def nearest(query_D: Tensor, gallery_GD: Tensor, but: int = -1) -> int:
-        cosines = [float(query_D @ other_D) if g != but else -2.0 for g, other_D in enumerate(gallery_GD)]
+    def nearest(query_C: Tensor, gallery_GC: Tensor, but: int = -1) -> int:
+        cosines = [float(query_C @ other_C) if g != but else -2.0 for g, other_C in enumerate(gallery_GC)]
         return max(range(len(cosines)), key=cosines.__getitem__)
 
     expected = []
@@ -345,9 +345,9 @@ def test_differences_against_a_slow_reference() -> None:
 @pytest.mark.parametrize(("shift", "found"), [(6e-6, []), (1e-5, [0])])
 def test_answers_as_near_as_rounding_are_the_same(shift: float, found: list[int]) -> None:
     """cos((1, -s), (0.8, +-0.6)) = 0.8 -+ 0.6 s: the answers are 1.2 s apart, and MARGIN is 1e-5."""
-    answers_GD = torch.tensor([[0.8, 0.6], [0.8, -0.6]], dtype=torch.float64)
+    answers_GC = torch.tensor([[0.8, 0.6], [0.8, -0.6]], dtype=torch.float64)
     before, again = torch.tensor([[[1, 1e-9]], [[1, -shift]]], dtype=torch.float64)
-    assert list(differences([before, answers_GD], [again, answers_GD])) == found
+    assert list(differences([before, answers_GC], [again, answers_GC])) == found
 
 
 def test_the_reservoir_is_a_fair_sample() -> None:
@@ -356,10 +356,10 @@ def test_the_reservoir_is_a_fair_sample() -> None:
     numbers = torch.arange(5000)
     for batch in numbers.split([1, 299, 700, 4000]):
         sample.add(None, batch[:, None], batch[:, None].float())
-    rows, embeddings_ND = sample.chosen()
+    rows, embeddings_NC = sample.chosen()
     assert len(sample.rows) == MOST == 512 and len(rows) == 500  # a tenth
     kept = torch.cat(sample.rows)
-    assert len(kept.unique()) == 512 and torch.equal(torch.cat(rows).float(), embeddings_ND[:, 0])
+    assert len(kept.unique()) == 512 and torch.equal(torch.cat(rows).float(), embeddings_NC[:, 0])
     assert torch.histc(kept.float(), 5, 0, 5000).tolist() == pytest.approx([102.4] * 5, abs=36)  # 4 sigma
 
 

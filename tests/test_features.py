@@ -63,14 +63,14 @@ def test_embeddings_flops_and_what_a_witness_sees(folder: Path) -> None:
         seen.append(embedded)
 
     with counted_flops() as counter:
-        features_ND, labels = encoded(folder, encode, on_encoded=witness)
-    count = len(features_ND)
+        features_NC, labels = encoded(folder, encode, on_encoded=witness)
+    count = len(features_NC)
     assert [int(label) for label in labels] == [number % 2 for number in range(count)]
-    assert len(seen) == count and torch.equal(torch.cat(seen), features_ND) and not features_ND.requires_grad
-    assert len(features_ND.unique(dim=0)) == count
+    assert len(seen) == count and torch.equal(torch.cat(seen), features_NC) and not features_NC.requires_grad
+    assert len(features_NC.unique(dim=0)) == count
     assert counter.get_total_flops() == 2 * count * 2 * PROJECTION.numel()  # the witness's, too
     expected = torch.cat([encode(images) for images, _ in evalsets.read(folder, transform, 1).batches])
-    assert torch.equal(features_ND, torch.nn.functional.normalize(expected, dim=-1))
+    assert torch.equal(features_NC, torch.nn.functional.normalize(expected, dim=-1))
 
 
 @pytest.mark.parametrize("batch_size", [1, 2])
@@ -86,10 +86,10 @@ def test_the_flops_are_those_of_every_image(
         return images_B3HW.flatten(1) @ (PROJECTION[:, :width] if width else PROJECTION)
 
     with counted_flops() as counter:
-        features_ND, _ = encoded(folder, encode, batch_size=batch_size)
+        features_NC, _ = encoded(folder, encode, batch_size=batch_size)
         seen = tuple(watched)
         encoded(folder, partial(encode, width=1), batch_size=batch_size)  # another model, the same images
-    count, (pixels, width) = len(features_ND), PROJECTION.shape
+    count, (pixels, width) = len(features_NC), PROJECTION.shape
     assert counter.get_total_flops() == count * 2 * pixels * (width + 1) > 0
     assert len(seen) == -(-count // batch_size)
     sizes = 1 + (count > batch_size and count % batch_size > 0)

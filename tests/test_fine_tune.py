@@ -137,12 +137,12 @@ def test_it_learns_charges_the_grid_and_leaves_the_model_alone(root, models, kin
 def test_at_step_0_it_is_the_zero_shot_classifier(root, models, kind):
     """The same answers for every sample as the zero-shot suite's, and its likelihoods at the model's own scale."""
     model, here = models[kind], context(root, models[kind])
-    classes_CD = class_embeddings(probe_tasks.first_set(suite().tasks["colours"], root), here, {})
-    logits_NC, label_N = predict(zero_shot_classifier(model, classes_CD), labelled.index(root / "dark", "test"), here)
+    classes_YC = class_embeddings(probe_tasks.first_set(suite().tasks["colours"], root), here, {})
+    logits_NY, label_N = predict(zero_shot_classifier(model, classes_YC), labelled.index(root / "dark", "test"), here)
     expected = ZeroShot(sets=("dark",), primary=("dark",)).evaluate(here)
-    correct_N = (logits_NC.argmax(1) == label_N).numpy()
+    correct_N = (logits_NY.argmax(1) == label_N).numpy()
     assert (correct_N == expected.outcomes["dark/correct@1"]).all() and 0 < correct_N.mean() < 1
-    log_likelihood_N = logits_NC.log_softmax(1).gather(1, label_N[:, None])[:, 0]
+    log_likelihood_N = logits_NY.log_softmax(1).gather(1, label_N[:, None])[:, 0]
     np.testing.assert_allclose(log_likelihood_N, expected.outcomes["dark/log_likelihood"], atol=1e-5)
 
 

@@ -132,8 +132,8 @@ def test_the_cache_gives_what_the_model_gives(towers: Towers) -> None:
     )
     for _ in range(2):
         known: dict[str, torch.Tensor] = {}
-        texts_ND = encode_texts(CAPTIONS, "x", towers.context(), known)
-        assert torch.equal(texts_ND, fresh[0]) and torch.equal(texts_ND[0], texts_ND[2])
+        texts_NC = encode_texts(CAPTIONS, "x", towers.context(), known)
+        assert torch.equal(texts_NC, fresh[0]) and torch.equal(texts_NC[0], texts_NC[2])
         assert torch.equal(class_embeddings(SET, towers.context(), {}), fresh[1])
         assert set(known) == set(CAPTIONS)
 

@@ -51,11 +51,11 @@ def model(root):
         clip = open_clip.CLIP(**SMOKE).eval()
     images, labels = zip(*evalsets.read(root / "digits-validation", TRANSFORM, 64).batches, strict=True)
     with torch.no_grad():
-        text_CD = clip.encode_text(TOKENIZER(list(digits.WORDS)), normalize=True)
+        text_YC = clip.encode_text(TOKENIZER(list(digits.WORDS)), normalize=True)
         projection, clip.visual.proj = clip.visual.proj, None
         pooled_NW = clip.encode_image(torch.cat(images))
-        target_ND = (text_CD - text_CD.mean(dim=0))[np.concatenate(labels)]
-        projection.copy_(torch.linalg.lstsq(pooled_NW, target_ND).solution)
+        target_NC = (text_YC - text_YC.mean(dim=0))[np.concatenate(labels)]
+        projection.copy_(torch.linalg.lstsq(pooled_NW, target_NC).solution)
         clip.visual.proj = projection
     return clip
 
@@ -198,11 +198,11 @@ def test_a_gallery_below_k_has_no_recall_at_k(model, root, tmp_path):
 
 def test_class_embeddings_equal_clip_benchmarks(model, root):
     evalset = evalsets.read(root / "digits-test", TRANSFORM, 64)
-    theirs_DC = zeroshot_classification.zero_shot_classifier(
+    theirs_CY = zeroshot_classification.zero_shot_classifier(
         model, TOKENIZER, list(evalset.classnames), list(evalset.templates), "cpu", amp=False
     )
     ours = classification_task(evalset, context(model, root, batch_size=7), {})
-    torch.testing.assert_close(ours.gallery_GD, theirs_DC.T, rtol=0, atol=1e-6)
+    torch.testing.assert_close(ours.gallery_GC, theirs_CY.T, rtol=0, atol=1e-6)
     assert ours.gallery_id_G.tolist() == list(range(10))
 
 

@@ -62,7 +62,7 @@ class Reservoir:
     rows: list[Tensor] = field(default_factory=list)
     embeddings: list[Tensor] = field(default_factory=list)
 
-    def add(self, encode: Any, inputs: Tensor, embedded_BD: Tensor) -> None:
+    def add(self, encode: Any, inputs: Tensor, embedded_BC: Tensor) -> None:
         self.encode = encode
         draws = torch.rand(len(inputs), generator=self.generator, dtype=torch.float64).tolist()
         for place, draw in enumerate(draws):
@@ -70,7 +70,7 @@ class Reservoir:
             slot = len(self.rows) if len(self.rows) < MOST else int(draw * self.seen)
             if slot < MOST:
                 self.rows[slot : slot + 1] = [inputs[place].clone()]
-                self.embeddings[slot : slot + 1] = [embedded_BD[place].clone()]
+                self.embeddings[slot : slot + 1] = [embedded_BC[place].clone()]
 
     def chosen(self) -> tuple[list[Tensor], Tensor | None]:
         """The inputs to encode again, each once, and their embeddings [N, C]."""
@@ -104,10 +104,10 @@ class Witness:
             self._handles.pop().remove()
 
     @uncounted()
-    def on_encoded(self, model: nn.Module, encode: Any, inputs: Tensor, embedded_BD: Tensor) -> None:
+    def on_encoded(self, model: nn.Module, encode: Any, inputs: Tensor, embedded_BC: Tensor) -> None:
         """Sample a batch of images (floating) or texts (integers) with their normalised embeddings on the CPU."""
         if model is self.model:
-            self.samples["images" if inputs.is_floating_point() else "texts"].add(encode, inputs, embedded_BD)
+            self.samples["images" if inputs.is_floating_point() else "texts"].add(encode, inputs, embedded_BC)
 
     def testify(self, suites: Mapping[str, Suite], context: EvalContext) -> CertificatePart | None:
         """The certificate; None where no suite let it see anything. Raises Unsound. `suites` are those that scored."""
@@ -159,7 +159,7 @@ class Witness:
         how = f"in batches of {batch_size}{', in another order,' if shuffled else ''}"
         rows = [row for sampled, _ in first for row in sampled]
         encoders = [sample.encode for sample, (sampled, _) in zip(kept, first, strict=True) for _ in sampled]
-        before = [embedded_ND for _, embedded_ND in first]
+        before = [embedded_NC for _, embedded_NC in first]
         again = []
         for sample, (sampled, _) in zip(kept, first, strict=True):
             order = list(range(len(sampled)))
@@ -222,9 +222,9 @@ def routing_margin(model: nn.Module, encode: Any, row: Tensor, context: EvalCont
 
     def at_gate(layer: MoEFFN, x_TD: Tensor) -> None:
         nonlocal least
-        probs_TN = torch.softmax(x_TD.float() @ layer.gate.wg.weight.float().T, dim=1)
-        if layer.gate.k < probs_TN.shape[1]:
-            top_TK = probs_TN.topk(layer.gate.k + 1, dim=1).values
+        probs_TE = torch.softmax(x_TD.float() @ layer.gate.wg.weight.float().T, dim=1)
+        if layer.gate.k < probs_TE.shape[1]:
+            top_TK = probs_TE.topk(layer.gate.k + 1, dim=1).values
             least = min(least, float((top_TK[:, -2] - top_TK[:, -1]).min()))
 
     layers = moe_layers(model).values()
@@ -275,8 +275,8 @@ def _encode(encode: Any, rows: Sequence[Tensor], order: list[int], batch_size: i
         places = list(group)
         for start in range(0, len(places), batch_size):
             batch = places[start : start + batch_size]
-            embedded_BD = embed(encode, torch.stack([rows[place] for place in batch]), context)
-            found.update(zip(batch, embedded_BD, strict=True))
+            embedded_BC = embed(encode, torch.stack([rows[place] for place in batch]), context)
+            found.update(zip(batch, embedded_BC, strict=True))
     return torch.stack([found[place] for place in range(len(rows))])
 
 

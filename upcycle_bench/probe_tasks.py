@@ -146,9 +146,9 @@ def load_features(task: ProbeTask, context: EvalContext) -> Data[Examples]:
 
     def joined(sets: Sequence[str]) -> Examples:
         label_N = torch.from_numpy(kept.labels(sets))
-        features_ND = torch.cat([parts[text].features_ND for text in sets])
+        features_NC = torch.cat([parts[text].features_NC for text in sets])
         chosen_N = label_N >= 0
-        return Examples(features_ND[chosen_N].to(context.device), label_N[chosen_N].to(context.device))
+        return Examples(features_NC[chosen_N].to(context.device), label_N[chosen_N].to(context.device))
 
     return _data(task, kept, joined)
 

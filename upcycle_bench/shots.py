@@ -1,7 +1,7 @@
 """Which samples a few-shot probe sees. Dataset, shots and draw alone choose them, so every model sees the same ones.
 
     manifest = choose("digits", label_N, classnames, shots=5, draw=0, sizes=Sizes(largest=16, validation=10))
-    manifest.train_K, manifest.validation_V, manifest.sha256
+    manifest.train_S, manifest.validation_V, manifest.sha256
 
 For each draw, each class is put into an order of its own. The first `shots` samples are for training, so 1, 2 and 5
 shots are nested. Validation begins after the `largest` number of shots, and is the same for all of them. What
@@ -45,14 +45,14 @@ class Manifest:
     dataset: str
     shots: int
     draw: int
-    train_K: np.ndarray
+    train_S: np.ndarray
     validation_V: np.ndarray
-    test_T: np.ndarray
+    test_U: np.ndarray
 
     @property
     def sha256(self) -> str:
         """Over dataset, shots, draw and all positions."""
-        parts = [part.tolist() for part in (self.train_K, self.validation_V, self.test_T)]
+        parts = [part.tolist() for part in (self.train_S, self.validation_V, self.test_U)]
         return hashlib.sha256(json.dumps([self.dataset, self.shots, self.draw, *parts]).encode()).hexdigest()
 
 

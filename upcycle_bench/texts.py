@@ -1,8 +1,8 @@
 """Text embeddings of evaluation sets: encoded in batches, without padding, and once for each file of weights.
 
     known: dict[str, Tensor] = {}                                         # text -> its embedding, of one evaluation
-    classes_CD = class_embeddings(evalset, context, known)
-    texts_ND = encode_texts(captions, evalset.name, context, known)
+    classes_YC = class_embeddings(evalset, context, known)
+    texts_NC = encode_texts(captions, evalset.name, context, known)
     task = classification_task(evalset, context, known)                   # its images against its classes
 
 The cache keeps class embeddings by weights, class names, templates and tokenizer, and captions likewise. A second
@@ -42,8 +42,8 @@ def class_embeddings(evalset: EvalSet, context: EvalContext, known: dict[str, Te
 
     def make(classes: int, known: dict[str, Tensor]) -> Arrays:
         chosen = prompts[: classes * len(evalset.templates)]
-        text_CTD = _encode(chosen, evalset.name, context, known).unflatten(0, (classes, -1))
-        return {"classes": F.normalize(text_CTD.mean(dim=1), dim=1).numpy()}
+        text_YPC = _encode(chosen, evalset.name, context, known).unflatten(0, (classes, -1))
+        return {"classes": F.normalize(text_YPC.mean(dim=1), dim=1).numpy()}
 
     what = ["classes", evalset.classnames, evalset.templates, _tokens_of(prompts, context)]
     classes = len(evalset.classnames)
@@ -53,9 +53,9 @@ def class_embeddings(evalset: EvalSet, context: EvalContext, known: dict[str, Te
 
 def classification_task(evalset: EvalSet, context: EvalContext, known: dict[str, Tensor]) -> Task:
     """Images that ask for their class: class embeddings are the gallery."""
-    classes_CD = class_embeddings(evalset, context, known)
-    images_QD, labels = encode_images(evalset, context)
-    return Task(images_QD, classes_CD, torch.as_tensor(labels), torch.arange(len(classes_CD)))
+    classes_YC = class_embeddings(evalset, context, known)
+    images_QC, labels = encode_images(evalset, context)
+    return Task(images_QC, classes_YC, torch.as_tensor(labels), torch.arange(len(classes_YC)))
 
 
 def retrieval_tasks(evalset: EvalSet, context: EvalContext, known: dict[str, Tensor]) -> tuple[Task, Task]:
@@ -89,8 +89,8 @@ def _encode(texts: Sequence[str], name: str, context: EvalContext, known: dict[s
         batch = unknown[start : start + context.batch_size]
         with uncounted():
             token_BL = context.tokenizer(batch)
-        text_BD = embed(encode, token_BL, context)
-        known.update(zip(batch, text_BD, strict=True))
+        text_BC = embed(encode, token_BL, context)
+        known.update(zip(batch, text_BC, strict=True))
     return finite(torch.stack([known[text] for text in texts]), name)
 
 
