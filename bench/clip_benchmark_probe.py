@@ -1,13 +1,13 @@
 """CLIP_benchmark's linear probe on the CPU, from features in memory: what row 15 compares `upcycle_bench.probe` with.
 
-    decay, logits_NC = linear_probe(train, validation, test, classes=100, workers=4, seed=0)
+    decay, logits_NY = linear_probe(train, validation, test, classes=100, workers=4, seed=0)
 
 `train`, `find_peak` and `linear_probe` are clip_benchmark.metrics.linear_probe's (1.6.2, MIT licence) `train`,
 `find_peak` and the part of `evaluate` after its features are there, line by line but for what needs a GPU and for what
 is shown: no `.cuda()`, no DataParallel, no pinned memory, no autocast (their amp=False), no progress messages. Data
 sets, learning rate, inference and accuracy are imported from there. tests/test_probe.py compares it with the original.
 
-Shape suffixes: N samples, C classes.
+Shape suffixes: N samples, Y classes.
 """
 
 from __future__ import annotations
@@ -92,13 +92,13 @@ def linear_probe(
     both = train_examples.and_also(validation)
     train_loader, val_loader, train_val_loader = (
         DataLoader(
-            FeatureDataset(part.features_ND, part.label_N), batch_size=batch_size, shuffle=True, num_workers=workers
+            FeatureDataset(part.features_NC, part.label_N), batch_size=batch_size, shuffle=True, num_workers=workers
         )
         for part in (train_examples, validation, both)
     )
     # theirs shuffles the test samples too, which changes no accuracy
-    test_loader = DataLoader(FeatureDataset(test.features_ND, test.label_N), batch_size=batch_size, num_workers=workers)
-    shape = train_examples.features_ND.shape[1], classes
+    test_loader = DataLoader(FeatureDataset(test.features_NC, test.label_N), batch_size=batch_size, num_workers=workers)
+    shape = train_examples.features_NC.shape[1], classes
     wd_list = np.logspace(-6, 2, num=97).tolist()
     wd_list_init = np.logspace(-6, 2, num=7).tolist()
     wd_init_idx = [i for i, val in enumerate(wd_list) if val in wd_list_init]

@@ -33,20 +33,20 @@ class Problem(NamedTuple):
     validation: Examples
     test: Examples
 
-    def accuracy(self, logits_NC: Tensor) -> float:
+    def accuracy(self, logits_NY: Tensor) -> float:
         """Share of the test samples that are right."""
-        return (logits_NC.argmax(dim=1) == self.test.label_N).double().mean().item()
+        return (logits_NY.argmax(dim=1) == self.test.label_N).double().mean().item()
 
 
 def problem() -> Problem:
     """Unit vectors around a direction for each class: 16 shots, 8 for validation, 20 for the test."""
     generator = torch.Generator().manual_seed(0)
-    centre_CD = torch.randn(CLASSES, WIDTH, generator=generator)
+    centre_YC = torch.randn(CLASSES, WIDTH, generator=generator)
 
     def examples(each: int) -> Examples:
         label_N = torch.arange(CLASSES).repeat(each)
-        features_ND = centre_CD[label_N] + NOISE * torch.randn(len(label_N), WIDTH, generator=generator)
-        return Examples(F.normalize(features_ND, dim=1), label_N)
+        features_NC = centre_YC[label_N] + NOISE * torch.randn(len(label_N), WIDTH, generator=generator)
+        return Examples(F.normalize(features_NC, dim=1), label_N)
 
     return Problem(examples(SHOTS), examples(8), examples(20))
 
@@ -55,12 +55,12 @@ def sides(given: Problem, workers: int, found: dict[str, tuple[float, float]]) -
     """Their probe and ours, search and last training; each puts (weight decay, accuracy) into `found`."""
 
     def theirs() -> None:
-        decay, logits_NC = linear_probe(*given, CLASSES, workers=workers)
-        found["theirs"] = decay, given.accuracy(logits_NC)
+        decay, logits_NY = linear_probe(*given, CLASSES, workers=workers)
+        found["theirs"] = decay, given.accuracy(logits_NY)
 
     def ours() -> None:
         fitted = fit(given.train, given.validation, CLASSES, Recipe(), refit=True)
-        found["ours"] = fitted.weight_decay, given.accuracy(fitted.logits(given.test.features_ND))
+        found["ours"] = fitted.weight_decay, given.accuracy(fitted.logits(given.test.features_NC))
 
     return theirs, ours
 

@@ -134,7 +134,7 @@ def evaluation(images: int, classes: int) -> Step:
     from PIL import Image
 
     from bench.training import lab_clip
-    from upcycle_bench import evalsets
+    from upcycle_bench import evalset_write
     from upcycle_bench.registry import load_registry
     from upcycle_bench.suite import EvalContext
 
@@ -143,7 +143,7 @@ def evaluation(images: int, classes: int) -> Step:
     pixels = np.random.default_rng(0).integers(256, size=(images, *clip.model.visual.image_size, 3), dtype=np.uint8)
     samples = ((Image.fromarray(image), number % classes) for number, image in enumerate(pixels))
     names = [f"thing number {number}" for number in range(classes)]
-    evalsets.write_classification(Path(folder.name) / "pixels", samples, names, ["a picture of a {c}"])
+    evalset_write.write_classification(Path(folder.name) / "pixels", samples, names, ["a picture of a {c}"])
     suite = load_registry().get("suite", "zero-shot").target(sets=("pixels",), primary=("pixels",))
 
     def evaluate() -> Any:

@@ -1,29 +1,8 @@
 """Hard negatives that differ by one word, in pairs: "arrow left" and "arrow right", "bell" and "bell off".
 
-    [suites.compositional]
-    sets = ["test-carbon-retrieval"]          # retrieval sets; each should be of one drawing style
-
-Pairs are chosen from the captions of a set alone (upcycle_bench/word_pairs.py): two images of that set whose captions
-differ by exactly one word, each image at most once. The record holds the hash of each set's pairs. Of a pair (i, a),
-(j, b), with s(image, caption) the cosine of the embeddings; a tie is wrong, as in Winoground:
-
-- text_score: each image prefers its caption, s(i, a) > s(i, b) and s(j, b) > s(j, a); by chance 1/4
-- image_score: each caption prefers its image, s(i, a) > s(j, a) and s(j, b) > s(i, b); by chance 1/4
-- group_score: both, which is primary; by chance 1/6 (4 independent numbers, the right two largest: 2! 2! / 4!)
-- pairwise_accuracy: share of these four comparisons that are right; by chance 1/2
-
-Chance is that of independent random similarities. A model that ignores images reaches 0 in text_score, not 1/4.
-
-Each also as METRIC[swapped], one word for another, and METRIC[added], one word more. The dataset `average` is the
-unweighted mean over the sets. Standard errors and 95 % intervals are over pairs in clusters of the same two words,
-across sets too: whoever cannot tell left from right fails all such pairs at once. Pairs share no image; that their
-other words may be alike is not counted.
-
-Notes: of each set its images, candidates, pairs and their sha256; of the most frequent word pairs the scores.
-Outcomes, one value a pair: SET/text, SET/image, SET/group (bool), SET/comparisons (int8, how many of the four).
-
+Settings, scores, notes and outcomes are described in docs/suites.md; word_pairs.py chooses the pairs.
 Source: T. Thrush et al., Winoground, arXiv:2204.03162.
-Shape suffixes: P pairs, I images and T texts of a pair, N images of the set, D embedding.
+Shape suffixes: P pairs, I images and S captions of a pair, N images of the set.
 """
 
 from __future__ import annotations
@@ -40,11 +19,10 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from upcycle_bench import evalsets, uncertainty
-from upcycle_bench.errors import UserError
 from upcycle_bench.evalsets import EvalSet
 from upcycle_bench.features import encode_images
 from upcycle_bench.hookspecs import hookimpl
-from upcycle_bench.suite import AVERAGE, EvalContext, Score, Suite, SuiteInfo, SuiteResult
+from upcycle_bench.suite import AVERAGE, EvalContext, Score, Suite, SuiteInfo, SuiteResult, UserError
 from upcycle_bench.texts import encode_texts
 from upcycle_bench.word_pairs import Chosen, choose, most_frequent
 
@@ -62,7 +40,7 @@ class Scored:
 
 @dataclass(frozen=True, kw_only=True)
 class Compositional(Suite):
-    """See the module docstring."""
+    """Its settings; see docs/suites.md."""
 
     info: ClassVar[SuiteInfo] = SuiteInfo(
         name="compositional",
@@ -108,7 +86,7 @@ class Compositional(Suite):
 
 def _score(evalset: EvalSet, context: EvalContext, known: dict[str, Tensor], result: SuiteResult) -> Scored | None:
     """The pairs of a set, with their outcomes and notes put into `result`; None if there are no pairs."""
-    images_ND, captions = encode_images(evalset, context)
+    images_NC, captions = encode_images(evalset, context)
     chosen = choose(captions)
     result.notes[evalset.name] = {
         "images": len(captions),
@@ -118,21 +96,21 @@ def _score(evalset: EvalSet, context: EvalContext, known: dict[str, Tensor], res
     }
     if not chosen.pairs:
         return None
-    images_PID = images_ND[torch.tensor([pair.images for pair in chosen.pairs])]
+    images_PIC = images_NC[torch.tensor([pair.images for pair in chosen.pairs])]
     texts = [text for pair in chosen.pairs for text in pair.captions]
-    texts_PTD = encode_texts(texts, evalset.name, context, known).unflatten(0, (-1, 2))
-    judged = judge_pairs(images_PID, texts_PTD)
+    texts_PSC = encode_texts(texts, evalset.name, context, known).unflatten(0, (-1, 2))
+    judged = judge_pairs(images_PIC, texts_PSC)
     for metric in ("text", "image", "group"):
         result.outcomes[f"{evalset.name}/{metric}"] = judged[f"{metric}_score"]
     result.outcomes[f"{evalset.name}/comparisons"] = (4 * judged["pairwise_accuracy"]).astype(np.int8)
     return Scored(chosen, judged)
 
 
-def judge_pairs(images_PID: Tensor, texts_PTD: Tensor) -> dict[str, np.ndarray]:
+def judge_pairs(images_PIC: Tensor, texts_PSC: Tensor) -> dict[str, np.ndarray]:
     """What each pair gets, metric -> [P]; the right text of image I is the one at the same place."""
     # Summed along D alone, so that equal embeddings tie whatever stands beside them.
-    s_PIT = (images_PID[:, :, None].double() * texts_PTD[:, None].double()).sum(dim=3).numpy()
-    ia, ib, ja, jb = s_PIT[:, 0, 0], s_PIT[:, 0, 1], s_PIT[:, 1, 0], s_PIT[:, 1, 1]
+    s_PIS = (images_PIC[:, :, None].double() * texts_PSC[:, None].double()).sum(dim=3).numpy()
+    ia, ib, ja, jb = s_PIS[:, 0, 0], s_PIS[:, 0, 1], s_PIS[:, 1, 0], s_PIS[:, 1, 1]
     right_P4 = np.stack([ia > ib, jb > ja, ia > ja, jb > ib], axis=1)
     text_P, image_P = right_P4[:, :2].all(axis=1), right_P4[:, 2:].all(axis=1)
     return {

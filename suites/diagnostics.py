@@ -1,29 +1,8 @@
 """What routers and experts of the final model do, and whether they specialise. It describes; no number is a judgement.
 
-    [suites.diagnostics]
-    images = ["digits-test"]                  # evaluation sets whose images are routed
-    texts = ["digits-retrieval"]              # likewise texts: captions, or the prompts of a classification set
-
-Each MoE layer is a dataset (`vision.3`), and so is each tower (`vision`: the mean over its layers). All sets are routed
-as one, in evaluation mode. Over their tokens:
-
-- expert_cosine: mean pairwise cosine of the experts' parameters; router_entropy: of the full softmax, nats;
-- utilisation_min, utilisation_max: the least and the largest share of the (token, choice) pairs of an expert;
-  load_variation: standard deviation of these shares over their mean; dead_experts: how many get none;
-- tokens_dropped: choices over capacity, of which evaluation has no limit (training's share is in the record's cost);
-- relative_compactness: as upcycle_bench/routing.py defines it (reconstructed); none where the experts' means coincide.
-
-Specialisation (upcycle_bench/agreement.py), with `class` and with `set`, which an image is from, a style or group:
-
-- nmi_WHAT: normalised mutual information with an image's main expert, the one that most of its tokens have as their
-  most probable expert; its chance is the mean over shuffled labels, which many labels lift far above 0;
-- ami_WHAT: the same adjusted for chance (scikit-learn): 0 by chance, whatever the number of labels;
-- token_nmi_WHAT: normalised mutual information with the most probable expert of each token.
-
-Notes: per layer the load and the routing probability of every expert (mean over the tokens routed to it).
-Outcomes: LAYER/main_expert (int16), per image or text. A dense model has no experts: skipped, with the reason.
-
-Sources: section 4.5 of arXiv:2604.13508; Vinh et al., JMLR 11, 2010 (AMI).
+Settings, scores, notes and outcomes are described in docs/suites.md; routes.py watches the layers.
+Sources: section 4.5 of arXiv:2604.13508; Vinh et al., JMLR 11, 2010 (adjusted mutual information).
+Shape suffixes: I images or texts.
 """
 
 from __future__ import annotations
@@ -46,7 +25,7 @@ from upcycle_bench.suite import EvalContext, Score, Suite, SuiteInfo, SuiteResul
 
 @dataclass(frozen=True, kw_only=True)
 class Diagnostics(Suite):
-    """See the module docstring."""
+    """Its settings; see docs/suites.md."""
 
     info: ClassVar[SuiteInfo] = SuiteInfo(
         name="diagnostics",
@@ -93,14 +72,14 @@ def _add(tower: str, routed: Routed, result: SuiteResult) -> None:
         "classes": int(routed.labels["class"].max(initial=-1)) + 1,
     }
     for name, layer in routed.layers.items():
-        result.notes[name] = {"load": layer.load_N.tolist(), "routing_probability": layer.routing_probability}
-        result.outcomes[f"{name}/main_expert"] = main_expert(layer.first_IN).astype(np.int16)
+        result.notes[name] = {"load": layer.load_E.tolist(), "routing_probability": layer.routing_probability}
+        result.outcomes[f"{name}/main_expert"] = main_expert(layer.first_IE).astype(np.int16)
 
 
 def _scores(name: str, layer: LayerRoutes, labels: Mapping[str, np.ndarray]) -> Iterable[Score]:
     for metric, value in layer.numbers().items():
         yield _score(name, metric, value, None, layer.tokens)
-    for metric, found in agreements(layer.first_IN, labels).items():
+    for metric, found in agreements(layer.first_IE, labels).items():
         yield _score(name, metric, found.value, found.chance, found.samples)
 
 

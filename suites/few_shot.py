@@ -1,24 +1,8 @@
 """Few-shot classification: a linear probe on frozen image features, k samples of each class.
 
-    [suites.few-shot]
-    draws = 5                                  # of the shots; their mean and 95 % interval are the score
-    solver = "adamw"                           # or "lbfgs"; see upcycle_bench/probe.py
-
-    [suites.few-shot.tasks.digits]
-    shots = [5, 10, 16]
-    validation = 10                            # samples of each class that choose the weight decay
-    pool = ["digits-validation"]               # and what upcycle_bench/probe_tasks.py says of tasks
-    test = ["digits-test"]
-
-The probe, its weight-decay search and its defaults are CLIP_benchmark's (tested). Two things are not: shots are chosen
-by (task, k, draw) alone, through a manifest whose hash stands in the record (CLIP_benchmark draws them from torch's
-global generator), and too few samples of a class are an error (CLIP_benchmark scores nothing, in silence).
-
-Scores of TASK/K-shot: acc1 (primary), acc5 where there are five classes, mean_per_class_recall; means over draws,
-standard errors and t-intervals of these means. Outcomes: TASK/K-shot/correct@1, bool [draws * test samples].
-A task whose data are not on this machine is skipped, with the reason in the record.
-
+Settings, scores, notes and outcomes are described in docs/suites.md; probe_tasks.py describes the tasks.
 Sources: A. Radford et al., arXiv:2103.00020, A.3; clip_benchmark.metrics.linear_probe (1.6.2).
+Shape suffixes: N samples.
 """
 
 from __future__ import annotations
@@ -34,7 +18,7 @@ from upcycle_bench import probe_tasks
 from upcycle_bench.hookspecs import hookimpl
 from upcycle_bench.probe import Examples, Recipe, Solver, fit
 from upcycle_bench.probe_scores import add_scores, classified
-from upcycle_bench.probe_tasks import Data, ProbeTask
+from upcycle_bench.probe_tasks import Data, ProbeSuite, ProbeTask, load_features, open_tasks
 from upcycle_bench.shots import Sizes, choose
 from upcycle_bench.suite import EvalContext, Suite, SuiteInfo, SuiteResult
 
@@ -54,8 +38,8 @@ class ShotTask(ProbeTask):
 
 
 @dataclass(frozen=True, kw_only=True)
-class FewShot(Suite):
-    """See the module docstring."""
+class FewShot(ProbeSuite):
+    """Its settings; see docs/suites.md."""
 
     info: ClassVar[SuiteInfo] = SuiteInfo(
         name="few-shot",
@@ -68,14 +52,6 @@ class FewShot(Suite):
     draws: int = Field(default=5, ge=1)
     solver: Solver = "adamw"
 
-    def datasets(self) -> list[str]:
-        """Sets below `root`, with the split where it is not `test`; tasks of other worlds bring theirs."""
-        return probe_tasks.datasets(self.tasks)
-
-    def sources(self, root: Path) -> dict[str, str]:
-        """Of all tasks that can run here."""
-        return probe_tasks.sources(self.tasks, root)
-
     @classmethod
     def of_set(cls, folder: Path) -> FewShot:
         """1 and 5 shots of the train split, and 5 samples of each class to choose the weight decay."""
@@ -84,9 +60,7 @@ class FewShot(Suite):
     def evaluate(self, context: EvalContext) -> SuiteResult:
         """Every task, number of shots and draw."""
         result = SuiteResult([], {})
-        for name, task in probe_tasks.runnable(self.tasks, context.root, result.skipped).items():
-            data = probe_tasks.load(task, context)
-            result.notes[name] = {"classes": len(data.classnames), "classes_left_out": data.left_out}
+        for name, task, data in open_tasks(self.tasks, load_features, context, result):
             for shots in task.shots:
                 self._score(f"{name}/{shots}-shot", name, task, shots, data, context, result)
         return result
@@ -106,10 +80,10 @@ class FewShot(Suite):
         rows, hashes = [], []
         for draw in context.track(range(self.draws), f"few-shot, {title}"):
             manifest = choose(name, label_N, data.classnames, shots=shots, draw=draw, sizes=sizes)
-            train, validation = data.pool.take(manifest.train_K), data.pool.take(manifest.validation_V)
-            test: Examples = data.pool.take(manifest.test_T) if data.test is None else data.test
+            train, validation = data.pool.take(manifest.train_S), data.pool.take(manifest.validation_V)
+            test: Examples = data.pool.take(manifest.test_U) if data.test is None else data.test
             fitted = fit(train, validation, classes, Recipe(solver=self.solver, seed=draw))
-            rows.append(classified(fitted.logits(test.features_ND), test.label_N))
+            rows.append(classified(fitted.logits(test.features_NC), test.label_N))
             hashes.append([manifest.sha256, fitted.weight_decay])
         result.notes[title] = {
             "manifests": [digest for digest, _ in hashes],

@@ -1,29 +1,8 @@
 """End-to-end fine-tuning of the image tower, from a zero-shot-initialised head: on k shots, or on all of a pool.
 
-    [suites.fine-tune]
-    rates = [3e-5, 1.5e-4, 7e-4, 3e-3]         # the grid of peak learning rates, the same for every model
-    steps = 50
-    batch_size = 64
-    draws = 1                                  # of the shots
-
-    [suites.fine-tune.tasks.digits]
-    shots = [5]                                # and all = true: everything that validation leaves
-    validation = 16                            # samples of each class that choose the learning rate
-    pool = ["digits-validation"]               # and what upcycle_bench/probe_tasks.py says of tasks
-    test = ["digits-test"]
-
-The schedule, the grid, the shots and the order of the batches are the same for every model: shots come from few-shot's
-manifests, so a task of the same name with the same largest number of shots and the same validation has the very same
-split. All rates are trained, the best on validation is tested; what the whole grid cost stands in the notes, and in the
-record's phase `evaluate`. See upcycle_bench/fine_tuning.py for the recipe.
-
-Scores of TASK/K-shot and TASK/all: acc1 (primary), acc5 where there are five classes, mean_per_class_recall; of one
-draw with the standard error over test samples, of several with that over draws. Outcomes: TASK/K-shot/correct@1, bool
-[draws * test samples]. A rate at the grid's edge that is better than all within is a warning, on the terminal and in
-the notes.
-
-Sources: M. Wortsman et al., Robust fine-tuning of zero-shot models, arXiv:2109.01903 (the head, AdamW); shots as in
-few_shot.py.
+Settings, scores, notes and outcomes are described in docs/suites.md; fine_tuning.py has the recipe.
+Source: M. Wortsman et al., Robust fine-tuning of zero-shot models, arXiv:2109.01903. Shots are those of few_shot.py.
+Shape suffixes: N samples, Y classes.
 """
 
 from __future__ import annotations
@@ -33,7 +12,6 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass as plain_dataclass
 from dataclasses import replace
-from pathlib import Path
 from typing import ClassVar, Literal
 
 import torch
@@ -42,12 +20,12 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from upcycle_bench import engine, probe_tasks
-from upcycle_bench.fine_tuning import Recipe, Tuned, predict, tune
+from upcycle_bench.fine_tuning import Recipe, predict, tune
 from upcycle_bench.flops import counted_flops
 from upcycle_bench.hookspecs import hookimpl
 from upcycle_bench.labelled import Labelled
 from upcycle_bench.probe_scores import add_scores, classified
-from upcycle_bench.probe_tasks import Data, ProbeTask
+from upcycle_bench.probe_tasks import Data, ProbeSuite, ProbeTask, load_images, open_tasks
 from upcycle_bench.rng import Stream
 from upcycle_bench.shots import Sizes, choose
 from upcycle_bench.suite import EvalContext, Suite, SuiteInfo, SuiteResult
@@ -76,8 +54,8 @@ class TuneTask(ProbeTask):
 
 
 @dataclass(frozen=True, kw_only=True)
-class FineTune(Suite):
-    """See the module docstring."""
+class FineTune(ProbeSuite):
+    """Its settings; see docs/suites.md."""
 
     info: ClassVar[SuiteInfo] = SuiteInfo(
         name="fine-tune",
@@ -102,37 +80,27 @@ class FineTune(Suite):
             raise ValueError("rates are different positive numbers, in ascending order")
         return self
 
-    def datasets(self) -> list[str]:
-        """Sets below `root`, with the split where it is not `test`; tasks of other worlds bring theirs."""
-        return probe_tasks.datasets(self.tasks)
-
-    def sources(self, root: Path) -> dict[str, str]:
-        """Of all tasks that can run here."""
-        return probe_tasks.sources(self.tasks, root)
-
     def evaluate(self, context: EvalContext) -> SuiteResult:
         """Every task and number of shots; the text tower makes the heads and is done."""
         result = SuiteResult([], {})
         context.model.eval()
         known: dict[str, Tensor] = {}
-        for name, task in probe_tasks.runnable(self.tasks, context.root, result.skipped).items():
-            data = probe_tasks.load_images(task, context.root)
+        for name, task, data in open_tasks(self.tasks, load_images, context, result):
             prompted = replace(probe_tasks.first_set(task, context.root), classnames=data.classnames)
-            classes_CD = class_embeddings(prompted, context, known)
-            result.notes[name] = {"classes": len(data.classnames), "classes_left_out": data.left_out}
+            classes_YC = class_embeddings(prompted, context, known)
             splits = {
-                f"{name}/{shots}-shot": [_of_shots(name, task, data, shots, draw) for draw in range(self.draws)]
+                f"{name}/{shots}-shot": [split_of_shots(name, task, data, shots, draw) for draw in range(self.draws)]
                 for shots in task.shots
             }
             if task.all:
-                splits[f"{name}/all"] = [_of_all(name, task, data)]
+                splits[f"{name}/all"] = [split_of_pool(name, task, data)]
             with engine.session(torch.get_num_threads()):
                 for title, draws in splits.items():
-                    self._score(title, draws, classes_CD, context, result)
+                    self._score(title, draws, classes_YC, context, result)
         return result
 
     def _score(
-        self, title: str, splits: Sequence[Split], classes_CD: Tensor, context: EvalContext, result: SuiteResult
+        self, title: str, splits: Sequence[Split], classes_YC: Tensor, context: EvalContext, result: SuiteResult
     ) -> None:
         recipe = Recipe(
             rates=self.rates,
@@ -147,10 +115,10 @@ class FineTune(Suite):
         with counted_flops() as counter:
             for draw, split in enumerate(splits):
                 rng = Stream(("fine-tune", title, draw))
-                tuned = tune(context.model, classes_CD, split.train, split.validation, recipe, rng, context, title)
+                tuned = tune(context.model, classes_YC, split.train, split.validation, recipe, rng, context, title)
                 rows.append(classified(*predict(tuned.classifier, split.test, context)))
                 chosen.append(tuned)
-        edges = [tuned.rate for tuned in chosen if self._beyond(tuned)]
+        edges = [tuned.rate for tuned in chosen if tuned.at_the_edge]
         result.notes[title] = {
             "manifests": [split.sha256 for split in splits],
             "test_samples": len(splits[0].test),
@@ -168,14 +136,7 @@ class FineTune(Suite):
                 f"({', '.join(f'{rate:g}' for rate in self.rates)}) in {len(edges)} of {len(splits)} draws.",
                 file=sys.stderr,
             )
-        add_scores(title, rows, len(classes_CD), result)
-
-    def _beyond(self, tuned: Tuned) -> bool:
-        """Whether an end of the grid is better than all within, so that a rate outside may be better still."""
-        inner = [value for rate in self.rates[1:-1] if (value := tuned.accuracies[rate]) is not None]
-        best = tuned.accuracies[tuned.rate]
-        assert best is not None, "training at the chosen rate went through"
-        return tuned.rate in (self.rates[0], self.rates[-1]) and best > max(inner, default=-1.0)
+        add_scores(title, rows, len(classes_YC), result)
 
 
 @plain_dataclass(frozen=True)
@@ -188,19 +149,20 @@ class Split:
     sha256: str
 
 
-def _of_shots(name: str, task: TuneTask, data: Data[Labelled], shots: int, draw: int) -> Split:
+def split_of_shots(name: str, task: TuneTask, data: Data[Labelled], shots: int, draw: int) -> Split:
+    """Some samples of each class, the same as few-shot's."""
     sizes = Sizes(max(task.shots), task.validation, test=data.test is None)
     manifest = choose(name, data.pool.label_N, data.classnames, shots=shots, draw=draw, sizes=sizes)
     pool = data.pool
-    test = pool.take(manifest.test_T) if data.test is None else data.test
-    return Split(pool.take(manifest.train_K), pool.take(manifest.validation_V), test, manifest.sha256)
+    test = pool.take(manifest.test_U) if data.test is None else data.test
+    return Split(pool.take(manifest.train_S), pool.take(manifest.validation_V), test, manifest.sha256)
 
 
-def _of_all(name: str, task: TuneTask, data: Data[Labelled]) -> Split:
-    """A manifest of no shots: what it leaves behind its validation samples is what the model is tuned on."""
+def split_of_pool(name: str, task: TuneTask, data: Data[Labelled]) -> Split:
+    """All but the validation samples of a manifest without shots: what it would leave for a test."""
     assert data.test is not None
     manifest = choose(name, data.pool.label_N, data.classnames, shots=0, draw=0, sizes=Sizes(0, task.validation, True))
-    return Split(data.pool.take(manifest.test_T), data.pool.take(manifest.validation_V), data.test, manifest.sha256)
+    return Split(data.pool.take(manifest.test_U), data.pool.take(manifest.validation_V), data.test, manifest.sha256)
 
 
 @hookimpl

@@ -1,21 +1,8 @@
 """A linear probe on frozen image features, trained on everything.
 
-    [suites.linear-probe]
-    validation = 0.2                           # the share of the pool that chooses the weight decay
-    solver = "adamw"                           # or "lbfgs"; see upcycle_bench/probe.py
-
-    [suites.linear-probe.tasks.digits]
-    pool = ["digits-validation"]               # see upcycle_bench/probe_tasks.py
-    test = ["digits-test"]
-
-The probe, its weight-decay search, and that it is then trained anew on all of the pool, are CLIP_benchmark's (tested).
-The validation split is drawn by the task's name alone.
-
-Scores of TASK: acc1 (primary), acc5 where there are five classes, mean_per_class_recall; errors and intervals are
-over test samples (upcycle_bench/uncertainty.py). Outcomes: TASK/correct@1, bool [test samples]. A task whose data are
-not on this machine is skipped, with the reason in the record.
-
+Settings, scores, notes and outcomes are described in docs/suites.md; probe_tasks.py describes the tasks.
 Sources: A. Radford et al., arXiv:2103.00020, A.3; clip_benchmark.metrics.linear_probe (1.6.2).
+Shape suffixes: N samples.
 """
 
 from __future__ import annotations
@@ -29,18 +16,17 @@ from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
 
 from upcycle_bench import probe_tasks
-from upcycle_bench.errors import UserError
 from upcycle_bench.hookspecs import hookimpl
 from upcycle_bench.probe import Recipe, Solver, fit
 from upcycle_bench.probe_scores import add_scores, classified
-from upcycle_bench.probe_tasks import ProbeTask
+from upcycle_bench.probe_tasks import ProbeSuite, ProbeTask, load_features, open_tasks
 from upcycle_bench.rng import Stream
-from upcycle_bench.suite import EvalContext, Suite, SuiteInfo, SuiteResult
+from upcycle_bench.suite import EvalContext, Suite, SuiteInfo, SuiteResult, UserError
 
 
 @dataclass(frozen=True, kw_only=True)
-class LinearProbe(Suite):
-    """See the module docstring."""
+class LinearProbe(ProbeSuite):
+    """Its settings; see docs/suites.md."""
 
     info: ClassVar[SuiteInfo] = SuiteInfo(
         name="linear-probe",
@@ -59,14 +45,6 @@ class LinearProbe(Suite):
             raise ValueError(f"a task needs a test set of its own: {', '.join(without)}")
         return self
 
-    def datasets(self) -> list[str]:
-        """Sets below `root`, with the split where it is not `test`; tasks of other worlds bring theirs."""
-        return probe_tasks.datasets(self.tasks)
-
-    def sources(self, root: Path) -> dict[str, str]:
-        """Of all tasks that can run here."""
-        return probe_tasks.sources(self.tasks, root)
-
     @classmethod
     def of_set(cls, folder: Path) -> LinearProbe:
         """From the train split to the test split."""
@@ -75,8 +53,7 @@ class LinearProbe(Suite):
     def evaluate(self, context: EvalContext) -> SuiteResult:
         """Every task."""
         result = SuiteResult([], {})
-        for name, task in probe_tasks.runnable(self.tasks, context.root, result.skipped).items():
-            data = probe_tasks.load(task, context)
+        for name, _, data in open_tasks(self.tasks, load_features, context, result):
             samples, classes = len(data.pool), len(data.classnames)
             held = round(self.validation * samples)
             if not 0 < held < samples:
@@ -86,13 +63,8 @@ class LinearProbe(Suite):
             for _ in context.track(range(1), f"linear-probe, {name}"):
                 fitted = fit(train, validation, classes, Recipe(solver=self.solver), refit=True)
             assert data.test is not None
-            result.notes[name] = {
-                "classes": classes,
-                "classes_left_out": data.left_out,
-                "training_samples": samples,
-                "weight_decay": fitted.weight_decay,
-            }
-            answers = classified(fitted.logits(data.test.features_ND), data.test.label_N)
+            result.notes[name] |= {"training_samples": samples, "weight_decay": fitted.weight_decay}
+            answers = classified(fitted.logits(data.test.features_NC), data.test.label_N)
             add_scores(name, [answers], classes, result)
         return result
 

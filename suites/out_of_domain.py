@@ -1,19 +1,8 @@
-"""Zero-shot classification of a world the model was not trained on: of the lab, handwritten digits.
+"""Zero-shot classification of a world that the model was not trained on: of the lab, handwritten digits.
 
-    [suites.out-of-domain]
-    world = "digits"                          # or "fashion-mnist"; never the world of the run
-    sets = ["digits-test"]                    # its classification sets
-    templates = ["{c}", "the digit {c}"]      # instead of the sets' own, which are for who was trained there
-    temperature_set = "digits-validation"     # the logit scale is refitted here; "": the model's own
-
-Scores: acc1 (primary), acc5 where there are five classes, and log_likelihood, the mean log softmax of the right class,
-each with its standard error over images. Templates stand in the protocol, and were chosen without a look at any score.
-A world that cannot be had (Fashion-MNIST without Debian's package) skips the suite, with the reason.
-
-Outcomes, one value an image, after SET/: log_likelihood (float32), rank (int32), correct@1 (bool).
-temperature/logit_scale (float64 [1]): the scale used.
-
-Source: A. Radford et al., arXiv:2103.00020 (MNIST as out-of-distribution). Shape suffixes: Q queries.
+Settings, scores and outcomes are described in docs/suites.md.
+Source: A. Radford et al., arXiv:2103.00020 (MNIST is out of the training distribution).
+Shape suffixes: Q queries.
 """
 
 from __future__ import annotations
@@ -30,17 +19,16 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from upcycle_bench import evalsets, uncertainty
-from upcycle_bench.errors import UserError
 from upcycle_bench.hookspecs import hookimpl
 from upcycle_bench.scoring import Task, fit_scale, judge
-from upcycle_bench.suite import EvalContext, Score, Suite, SuiteInfo, SuiteResult
+from upcycle_bench.suite import EvalContext, Score, Suite, SuiteInfo, SuiteResult, UserError
 from upcycle_bench.texts import classification_task
 from upcycle_bench.worlds import load_world
 
 
 @dataclass(frozen=True, kw_only=True)
 class OutOfDomain(Suite):
-    """See the module docstring."""
+    """Its settings; see docs/suites.md."""
 
     info: ClassVar[SuiteInfo] = SuiteInfo(
         name="out-of-domain",
@@ -102,7 +90,7 @@ class OutOfDomain(Suite):
 
 def _add(name: str, task: Task, scale: float, result: SuiteResult) -> None:
     """Scores and outcomes of one set."""
-    judged, classes = judge(task, scale, name), len(task.gallery_GD)
+    judged, classes = judge(task, scale, name), len(task.gallery_GC)
     rows = [("acc1", judged.rank_Q < 1, 1 / classes)]
     if classes >= 5:
         rows.append(("acc5", judged.rank_Q < 5, 5 / classes))

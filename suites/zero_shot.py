@@ -1,38 +1,8 @@
-"""Zero-shot classification and retrieval, with CLIP_benchmark's metrics and per-sample log-likelihoods.
+"""Zero-shot classification and retrieval, with CLIP_benchmark's metrics and the log-likelihood of every sample.
 
-    [suites.zero-shot]
-    sets = ["digits-test", "digits-retrieval"]      # of any kind, in CLIP_benchmark's layout
-    temperature_sets = ["digits-validation"]        # the logit scale is refitted here; []: the model's own
-    primary = ["digits-test"]
-    primary_metric = "log_likelihood"               # for a retrieval set: its text_retrieval_log_likelihood
-
-Classification: acc1, acc5, mean_per_class_recall. Retrieval, each way: recall@1, @5 and @10 (text retrieval asks with
-an image for its captions, image retrieval with a caption for its image). Beside them log_likelihood: the mean log
-softmax of the right answers at one logit scale. All these sets are one question: each query has its right answers in a
-gallery of classes, captions or images. A metric at k is left out of galleries below k. Multilabel (dataset_type.txt
-says so): mean_average_precision alone, the mean over classes of how well each ranks its images (average_precision.py).
-All equal CLIP_benchmark's (tested); what ours adds is the outcome of each sample.
-
-Logit scales: at most one temperature set of each kind, classification and retrieval. Sets of a kind use the scale
-fitted to the temperature set of that kind, or else of the other kind (retrieval: to both ways at once).
-
-Strata: where a set has them (evalsets.py), each metric but mean_per_class_recall is also given for the queries of each
-stratum, with the whole gallery, as acc1[STRATUM]; a caption's stratum is that of its image.
-
-Averages: where `primary` names several sets of a kind, the dataset `average` holds the unweighted mean over them of
-every score that they all have, with the sum of their samples and the mean of their chances.
-
-Standard errors and 95 % intervals are over samples (upcycle_bench/uncertainty.py); captions of one image are one.
-
-Texts are encoded in batches as long as their longest, and once for each file of weights (texts.py).
-
-Outcomes, one value per query, after SET/ (for retrieval: SET/text_retrieval_ and SET/image_retrieval_):
-log_likelihood (float32), rank (int32, 0: first), correct@k for the k above (bool, rank < k).
-Of a multilabel set: average_precision, one value per class (float64).
-Once for each kind of the scored sets: temperature/KIND/logit_scale (float64 [1]), the scale used.
-
-Sources: A. Radford et al., Learning Transferable Visual Models From Natural Language Supervision, arXiv:2103.00020;
-clip_benchmark.metrics (1.6.2). Shape suffixes: Q queries, G gallery, C classes, T templates, D embedding.
+Settings, scores and outcomes are described in docs/suites.md.
+Sources: A. Radford et al., arXiv:2103.00020; clip_benchmark.metrics (1.6.2).
+Shape suffixes: Q queries, G gallery, Y classes, N images.
 """
 
 from __future__ import annotations
@@ -40,16 +10,13 @@ from __future__ import annotations
 import math
 import statistics
 from collections import defaultdict
-from collections.abc import Callable, Iterable
-from concurrent.futures import Future
+from collections.abc import Iterable
 from dataclasses import asdict
 from dataclasses import dataclass as plain_dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import ClassVar
 
 import numpy as np
-import torch
 from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
 from torch import Tensor
@@ -60,13 +27,10 @@ from upcycle_bench.errors import UserError, unknown
 from upcycle_bench.evalsets import EvalSet
 from upcycle_bench.features import encode_images
 from upcycle_bench.hookspecs import hookimpl
-from upcycle_bench.scoring import Judged, Task, chance_at_k, exact_cosines, fit_scale, judge
+from upcycle_bench.scoring import Judged, Task, exact_cosines, fit_scale, judge, judged_metrics
 from upcycle_bench.suite import AVERAGE, EvalContext, Score, Suite, SuiteInfo, SuiteResult
-from upcycle_bench.texts import class_embeddings, classification_task, encode_texts
-from upcycle_bench.threads import beside
-from upcycle_bench.uncertainty import Uncertainty
+from upcycle_bench.texts import class_embeddings, classification_task, retrieval_tasks
 
-T = TypeVar("T")
 TOP_K = {
     "classification": {1: "acc1", 5: "acc5"},
     "retrieval": {1: "recall@1", 5: "recall@5", 10: "recall@10"},
@@ -92,25 +56,9 @@ class Question:
     strata_Q: np.ndarray
 
 
-@plain_dataclass(frozen=True)
-class Asked:
-    """A question that is being judged, without its embeddings."""
-
-    prefix: str
-    gallery: int
-    label_Q: np.ndarray
-    strata_Q: np.ndarray
-    judged: Future[Judged]
-
-    @classmethod
-    def of(cls, question: Question, judged: Future[Judged]) -> Asked:
-        task = question.task
-        return cls(question.prefix, len(task.gallery_GD), task.query_id_Q.numpy(), question.strata_Q, judged)
-
-
 @dataclass(frozen=True, kw_only=True)
 class ZeroShot(Suite):
-    """See the module docstring."""
+    """Its settings; see docs/suites.md."""
 
     info: ClassVar[SuiteInfo] = SuiteInfo(
         name="zero-shot",
@@ -158,35 +106,22 @@ class ZeroShot(Suite):
 
         context.model.eval()
         known: dict[str, Tensor] = {}  # text -> its embedding: many sets share their prompts
+        fitted = {
+            name: fit_scale([question.task for question in questions(opened[name], context, known)], name)
+            for name in self.temperature_sets
+            if name in temperature.values()
+        }
         own = math.exp(float(context.model.logit_scale.detach()))  # type: ignore[operator]
-        begun: list[Future[Any]] = []  # what is encoded is judged beside the encoding of what follows, in this order
-        try:
-            fitted = {}
-            for name in (name for name in opened if name in temperature.values()):
-                tasks = [question.task for question in questions(opened[name], context, known)]
-                fitted[name] = _begin(begun, partial(fit_scale, tasks, name))
-            scale = {kind: fitted[name].result if name else partial(float, own) for kind, name in temperature.items()}
-            parts = {name: SuiteResult([], {}) for name in self.sets}
-            asked: dict[str, list[Asked]] = {name: [] for name in self.sets}
-            for name, evalset in ((name, opened[name]) for name in self.sets):
-                if evalset.kind == "multilabel":
-                    add_average_precision(evalset, context, known, primary.get(name, ""), parts[name])
-                    continue
-                for question in questions(evalset, context, known):
-                    judged = _begin(begun, partial(_judge, question.task, scale[evalset.kind], name))
-                    asked[name].append(Asked.of(question, judged))
-            scales = {kind: np.array([scale[kind]()]) for kind in scale}
-            for name in self.sets:
-                for each in asked[name]:
-                    add_scores(opened[name], each, primary.get(name, ""), parts[name])
-        finally:
-            for future in begun:  # where something failed, nobody waits for the rest
-                future.cancel()
-
-        result = SuiteResult([], {f"temperature/{kind}/logit_scale": scales[kind] for kind in scales})
-        for part in parts.values():
-            result.scores.extend(part.scores)
-            result.outcomes.update(part.outcomes)
+        scale = {kind: fitted.get(name, own) for kind, name in temperature.items()}
+        result = SuiteResult([], {f"temperature/{kind}/logit_scale": np.array([scale[kind]]) for kind in scale})
+        for name in self.sets:
+            evalset = opened[name]
+            if evalset.kind == "multilabel":
+                add_average_precision(evalset, context, known, primary.get(name, ""), result)
+                continue
+            for question in questions(evalset, context, known):
+                judged = judge(question.task, scale[evalset.kind], name)
+                add_scores(evalset, question, judged, primary.get(name, ""), result)
         for kind in METRICS:
             result.scores.extend(averages(result.scores, [name for name in self.primary if opened[name].kind == kind]))
         return result
@@ -218,43 +153,30 @@ class ZeroShot(Suite):
         raise unknown(f"primary_metric of the {evalset.kind} set {evalset.name}", self.primary_metric, known)
 
 
-def _begin(begun: list[Future[Any]], work: Callable[[], T]) -> Future[T]:
-    """Begin it beside what follows, and raise what has gone wrong meanwhile."""
-    begun.append(beside(work))
-    for future in begun:
-        if future.done():
-            future.result()
-    return begun[-1]
-
-
-def _judge(task: Task, scale: Callable[[], float], name: str) -> Judged:
-    return judge(task, scale(), name)
-
-
-def add_scores(evalset: EvalSet, asked: Asked, primary: str, result: SuiteResult) -> None:
+def add_scores(evalset: EvalSet, question: Question, judged: Judged, primary: str, result: SuiteResult) -> None:
     """Add the scores and outcomes of one question, of the whole and of its strata, to `result`."""
-    names, judged, gallery, label_Q = TOP_K[evalset.kind], asked.judged.result(), asked.gallery, asked.label_Q
+    names, gallery, label_Q = TOP_K[evalset.kind], len(question.task.gallery_GC), question.task.query_id_Q.numpy()
     outcomes: dict[str, np.ndarray] = {
         "log_likelihood": judged.log_likelihood_Q.astype(np.float32),
         "rank": judged.rank_Q.astype(np.int32),
     }
     outcomes |= {f"correct@{k}": judged.rank_Q < k for k in names if k <= gallery}
     for name, values in outcomes.items():
-        result.outcomes[f"{evalset.name}/{asked.prefix}{name}"] = values
+        result.outcomes[f"{evalset.name}/{question.prefix}{name}"] = values
 
     sample_Q = None if evalset.kind == "classification" else label_Q  # captions of one image are one sample
-    rows = list(metrics(judged, gallery, names, sample_Q))
+    rows = list(judged_metrics(judged, gallery, names, sample_Q))
     if evalset.kind == "classification":
         correct_Q = judged.rank_Q == 0
         recalls = [np.mean(correct_Q[label_Q == label]) for label in np.unique(label_Q)]
         sure = uncertainty.of_recalls(correct_Q, label_Q)
         rows.append(("mean_per_class_recall", float(np.mean(recalls)), sure, 1 / gallery, len(label_Q)))
-    for stratum in np.unique(asked.strata_Q):
-        chosen_Q = asked.strata_Q == stratum
+    for stratum in np.unique(question.strata_Q):
+        chosen_Q = question.strata_Q == stratum
         chosen = None if sample_Q is None else sample_Q[chosen_Q]
-        rows.extend(metrics(judged.only(chosen_Q), gallery, names, chosen, f"[{stratum}]"))
+        rows.extend(judged_metrics(judged.only(chosen_Q), gallery, names, chosen, f"[{stratum}]"))
     for metric, value, sure, chance, samples in rows:
-        metric = asked.prefix + metric
+        metric = question.prefix + metric
         result.scores.append(
             Score(
                 dataset=evalset.name, metric=metric, value=value, higher_is_better=True, chance=chance,
@@ -267,40 +189,23 @@ def add_average_precision(
     evalset: EvalSet, context: EvalContext, known: dict[str, Tensor], primary: str, result: SuiteResult
 ) -> None:
     """Add the score of a multilabel set, and the average precision of each class, to `result`."""
-    classes_CD = class_embeddings(evalset, context, known)
-    images_ND, labels = encode_images(evalset, context)
-    if any(np.shape(label_C) != (len(classes_CD),) for label_C in labels):
+    classes_YC = class_embeddings(evalset, context, known)
+    images_NC, labels = encode_images(evalset, context)
+    if any(np.shape(label_Y) != (len(classes_YC),) for label_Y in labels):
         raise UserError(
-            f"evaluation set {evalset.name}: an image has not a 0 or 1 for each of {len(classes_CD)} classes; "
+            f"evaluation set {evalset.name}: an image has not a 0 or 1 for each of {len(classes_YC)} classes; "
             "`upcycle-bench data check` says which."
         )
-    cosine_NC, label_NC = exact_cosines(images_ND, classes_CD).numpy(), np.stack(labels)
-    precision_C = average_precisions(cosine_NC, label_NC)
-    result.outcomes[f"{evalset.name}/average_precision"] = precision_C
+    cosine_NY, label_NY = exact_cosines(images_NC, classes_YC).numpy(), np.stack(labels)
+    precision_Y = average_precisions(cosine_NY, label_NY)
+    result.outcomes[f"{evalset.name}/average_precision"] = precision_Y
     result.scores.append(
         Score(
-            dataset=evalset.name, metric=MAP, value=float(precision_C.mean()), higher_is_better=True,
-            chance=float(chance_average_precisions(label_NC).mean()), samples=len(label_NC), primary=primary == MAP,
-            **asdict(precision_uncertainty(cosine_NC, label_NC)),
+            dataset=evalset.name, metric=MAP, value=float(precision_Y.mean()), higher_is_better=True,
+            chance=float(chance_average_precisions(label_NY).mean()), samples=len(label_NY), primary=primary == MAP,
+            **asdict(precision_uncertainty(cosine_NY, label_NY)),
         )
     )  # fmt: skip
-
-
-def metrics(
-    judged: Judged, gallery: int, names: dict[int, str], sample_Q: np.ndarray | None = None, suffix: str = ""
-) -> Iterable[tuple[str, float, Uncertainty, float, int]]:
-    """(metric, value, its uncertainty, chance, samples); `names`: what a right answer among the first k is called.
-
-    Queries with the same number in `sample_Q` are one sample.
-    """
-    # Uniform guessing gives each of p right answers the probability 1/gallery.
-    rows = [("log_likelihood", judged.log_likelihood_Q, float(np.log(judged.right_Q / gallery).mean()))]
-    for k, name in names.items():
-        if k <= gallery:
-            rows.append((name, judged.rank_Q < k, chance_at_k(judged.right_Q, gallery, k)))
-    for name, outcome_Q, chance in rows:
-        known = uncertainty.of_outcomes(outcome_Q, sample_Q)
-        yield f"{name}{suffix}", float(outcome_Q.mean()), known, chance, len(outcome_Q)
 
 
 def averages(scores: Iterable[Score], sets: list[str]) -> list[Score]:
@@ -326,18 +231,9 @@ def questions(evalset: EvalSet, context: EvalContext, known: dict[str, Tensor]) 
     strata = np.array(evalset.strata)
     if evalset.kind == "classification":
         return [Question("", classification_task(evalset, context, known), strata)]
-    images_QD, captions = encode_images(evalset, context)
-    texts_GD = encode_texts([text for texts in captions for text in texts], evalset.name, context, known)
-    image_id = torch.arange(len(captions))
-    text_image_id = image_id.repeat_interleave(torch.tensor([len(texts) for texts in captions]))
-    return [
-        Question("text_retrieval_", Task(images_QD, texts_GD, image_id, text_image_id), strata),
-        Question(
-            "image_retrieval_",
-            Task(texts_GD, images_QD, text_image_id, image_id),
-            strata[text_image_id.numpy()] if evalset.strata else strata,
-        ),
-    ]
+    of_images, of_texts = retrieval_tasks(evalset, context, known)
+    text_strata = strata[of_texts.query_id_Q.numpy()] if evalset.strata else strata
+    return [Question("text_retrieval_", of_images, strata), Question("image_retrieval_", of_texts, text_strata)]
 
 
 @hookimpl

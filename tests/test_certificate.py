@@ -16,8 +16,8 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from tests.helpers import equal, threads, tiny_clip
-from upcycle_bench import api, certificate, control, display, evalsets, features
-from upcycle_bench.certificate import MARGIN, MOST, Witness, differences, routing_margin
+from upcycle_bench import api, certificate, control, display, evalset_write, evalsets, features
+from upcycle_bench.certificate import MARGIN, MOST, Reservoir, Witness, differences, routing_margin
 from upcycle_bench.costs import Meter
 from upcycle_bench.dense import Clip
 from upcycle_bench.errors import Unsound
@@ -48,14 +48,14 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tints = np.array([[200, 40, 40], [40, 200, 40], [40, 40, 200], [120, 120, 120]])
     noise = rng.integers(-40, 40, (200, 8, 8, 3))
     pictures = [Image.fromarray(p) for p in (tints[labels][:, None, None] + noise).astype(np.uint8)]
-    evalsets.write_classification(
+    evalset_write.write_classification(
         folder / "colours", zip(pictures, labels.tolist(), strict=True), NAMES, ("{c}", "all {c}")
     )
-    evalsets.write_classification(
+    evalset_write.write_classification(
         folder / "colours", zip(pictures, labels.tolist(), strict=True), NAMES, ("{c}",), split="train"
     )
     captions = [[f"{NAMES[label]} {i}"] for i, label in enumerate(labels)]
-    evalsets.write_retrieval(folder / "pairs", zip(pictures, captions, strict=True))
+    evalset_write.write_retrieval(folder / "pairs", zip(pictures, captions, strict=True))
     return folder
 
 
@@ -134,7 +134,7 @@ def test_few_inputs_do_not_hide_that_they_depend_on_the_batch(tmp_path: Path) ->
     """32 images are one batch of the evaluation; the first repeat takes them in other company all the same."""
     rng = np.random.default_rng(0)
     pictures = [Image.fromarray(p) for p in rng.integers(0, 256, (32, 8, 8, 3), dtype=np.uint8)]
-    evalsets.write_classification(tmp_path / "few", zip(pictures, [0, 1] * 16, strict=True), ("a", "b"), ("{c}",))
+    evalset_write.write_classification(tmp_path / "few", zip(pictures, [0, 1] * 16, strict=True), ("a", "b"), ("{c}",))
     suites = {"zero-shot": ZeroShot(sets=("few",), primary=("few",))}
     change = broken(lambda pooled_BD: (pooled_BD - pooled_BD.mean(dim=0)) / pooled_BD.std(dim=0))
     assert "in batches of 7; at most 1 in 10,000 may" in refused(tmp_path, change, suites)
@@ -158,12 +158,12 @@ def test_predictions_that_depend_on_the_order_are_refused(root: Path, monkeypatc
     def turned(pooled_BD: Tensor) -> Tensor:
         return pooled_BD * signs[: len(pooled_BD)]
 
-    monkeypatch.setattr(certificate._Sample, "chosen", _in_order)
+    monkeypatch.setattr(Reservoir, "chosen", _in_order)
     monkeypatch.setattr(certificate, "REPEATS", ((8, False), (100, True)))
     assert "encoded again in batches of 100, in another order,; at most" in refused(root, broken(turned))
 
 
-def _in_order(sample: certificate._Sample) -> tuple[list[Tensor], Tensor]:
+def _in_order(sample: Reservoir) -> tuple[list[Tensor], Tensor]:
     """The first of the reservoir as they came, so that places in a batch keep being even or odd."""
     return sample.rows[:128], torch.stack(sample.embeddings[:128])
 
@@ -197,12 +197,12 @@ def test_leaking_labels_are_refused(root: Path, monkeypatch: pytest.MonkeyPatch)
     honest = features.encode_images
 
     def leaking(evalset: evalsets.EvalSet, context: EvalContext) -> tuple[Tensor, list[Any]]:
-        embeddings_ND, labels = honest(evalset, context)
+        embeddings_NC, labels = honest(evalset, context)
         if evalset.kind == "classification":
             texts = context.tokenizer([evalset.templates[0].format(c=name) for name in evalset.classnames])
             with torch.no_grad():
-                embeddings_ND = context.model.encode_text(texts, normalize=True)[torch.as_tensor(labels)]  # type: ignore[operator]
-        return embeddings_ND, labels
+                embeddings_NC = context.model.encode_text(texts, normalize=True)[torch.as_tensor(labels)]  # type: ignore[operator]
+        return embeddings_NC, labels
 
     monkeypatch.setattr("upcycle_bench.texts.encode_images", leaking)
     text = refused(root, tiny_clip())
@@ -259,8 +259,10 @@ def test_who_encodes_unseen_has_no_certificate(root: Path, monkeypatch: pytest.M
     monkeypatch.setattr(ZeroShot, "evaluate", unseen)
     assert evaluate(root, tiny_clip())[1] is None
     with Witness(tiny_clip().model) as witness:
-        witness.saw(nn.Identity(), None, torch.zeros(2, 3, 8, 8), torch.zeros(2, 4))  # a copy that a suite trains
-    assert witness._samples["images"].seen == 0
+        witness.on_encoded(
+            nn.Identity(), None, torch.zeros(2, 3, 8, 8), torch.zeros(2, 4)
+        )  # a copy that a suite trains
+    assert witness.samples["images"].seen == 0
 
 
 def context_of(clip: Clip) -> EvalContext:
@@ -278,7 +280,7 @@ def test_routing_margins_against_the_gates_own_probabilities() -> None:
         layer.gate.register_forward_hook(partial(_probabilities, seen, layer))
     margin = routing_margin(clip.model, clip.model.encode_image, image, context_of(clip))
     assert len(seen) == 2  # vision.1 and vision.3
-    slow = min(float(sorted(row)[-2] - sorted(row)[-3]) for probs_TN in seen for row in probs_TN.tolist())
+    slow = min(float(sorted(row)[-2] - sorted(row)[-3]) for probs_TE in seen for row in probs_TE.tolist())
     assert margin == pytest.approx(slow, abs=1e-7) and margin > 0
     dense = tiny_clip()
     assert routing_margin(dense.model, dense.model.encode_image, image, context_of(dense)) == math.inf
@@ -306,8 +308,8 @@ def test_one_difference_may_be_traced_to_a_routing_margin(root: Path, scale: flo
     clip.model.visual = Broken(clip.model.visual, change)
     suites = {"zero-shot": ZeroShot(sets=("colours",), primary=("colours",))}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(certificate._Sample, "chosen", _in_order)
-        patch.setattr(control, "run", lambda *_: ([], "left out"))
+        patch.setattr(Reservoir, "chosen", _in_order)
+        patch.setattr(control, "score_shuffled", lambda *_: ([], "left out"))
         if sound:
             _, proof = evaluate(root, clip, suites)
             assert proof is not None
@@ -324,8 +326,8 @@ def test_differences_against_a_slow_reference() -> None:
     before = [nn.functional.normalize(torch.randn(n, 5, generator=generator), dim=1) for n in (30, 20)]
     again = [part + 0.05 * torch.randn(part.shape, generator=generator) for part in before]
 
-    def nearest(query_D: Tensor, gallery_GD: Tensor, but: int = -1) -> int:
-        cosines = [float(query_D @ other_D) if g != but else -2.0 for g, other_D in enumerate(gallery_GD)]
+    def nearest(query_C: Tensor, gallery_GC: Tensor, but: int = -1) -> int:
+        cosines = [float(query_C @ other_C) if g != but else -2.0 for g, other_C in enumerate(gallery_GC)]
         return max(range(len(cosines)), key=cosines.__getitem__)
 
     expected = []
@@ -343,21 +345,21 @@ def test_differences_against_a_slow_reference() -> None:
 @pytest.mark.parametrize(("shift", "found"), [(6e-6, []), (1e-5, [0])])
 def test_answers_as_near_as_rounding_are_the_same(shift: float, found: list[int]) -> None:
     """cos((1, -s), (0.8, +-0.6)) = 0.8 -+ 0.6 s: the answers are 1.2 s apart, and MARGIN is 1e-5."""
-    answers_GD = torch.tensor([[0.8, 0.6], [0.8, -0.6]], dtype=torch.float64)
+    answers_GC = torch.tensor([[0.8, 0.6], [0.8, -0.6]], dtype=torch.float64)
     before, again = torch.tensor([[[1, 1e-9]], [[1, -shift]]], dtype=torch.float64)
-    assert list(differences([before, answers_GD], [again, answers_GD])) == found
+    assert list(differences([before, answers_GC], [again, answers_GC])) == found
 
 
 def test_the_reservoir_is_a_fair_sample() -> None:
     """Rows 0 .. 4999 in uneven batches: `MOST` are kept, from everywhere alike, each with its own embedding."""
-    sample = certificate._Sample(torch.Generator().manual_seed(0))
+    sample = Reservoir(torch.Generator().manual_seed(0))
     numbers = torch.arange(5000)
     for batch in numbers.split([1, 299, 700, 4000]):
         sample.add(None, batch[:, None], batch[:, None].float())
-    rows, embeddings_ND = sample.chosen()
+    rows, embeddings_NC = sample.chosen()
     assert len(sample.rows) == MOST == 512 and len(rows) == 500  # a tenth
     kept = torch.cat(sample.rows)
-    assert len(kept.unique()) == 512 and torch.equal(torch.cat(rows).float(), embeddings_ND[:, 0])
+    assert len(kept.unique()) == 512 and torch.equal(torch.cat(rows).float(), embeddings_NC[:, 0])
     assert torch.histc(kept.float(), 5, 0, 5000).tolist() == pytest.approx([102.4] * 5, abs=36)  # 4 sigma
 
 
@@ -385,7 +387,7 @@ def test_labels_are_shuffled_and_balanced(root: Path, tmp_path: Path) -> None:
 def test_small_sets_and_other_labels_have_no_control(root: Path, tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     pictures = [Image.fromarray(p) for p in rng.integers(0, 256, (40, 8, 8, 3), dtype=np.uint8)]
-    evalsets.write_classification(tmp_path / "few", zip(pictures, [0, 1] * 20, strict=True), ("a", "b"), ("{c}",))
+    evalset_write.write_classification(tmp_path / "few", zip(pictures, [0, 1] * 20, strict=True), ("a", "b"), ("{c}",))
     _, proof = evaluate(tmp_path, tiny_clip(), {"zero-shot": ZeroShot(sets=("few",), primary=("few",))})
     assert proof is not None and proof.controls == ()
     assert proof.uncontrolled == "zero-shot: evaluation set few: 40 samples are too few for a control."

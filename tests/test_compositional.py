@@ -1,6 +1,6 @@
 """Pairs one word apart: scores against numbers worked by hand, chance, errors by clusters, what is skipped.
 
-Shape suffixes: P pairs, D embedding.
+Shape suffixes: P pairs, I images and S captions of a pair.
 """
 
 import math
@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from PIL import Image
 from pydantic import ValidationError
 
-from upcycle_bench import evalsets
+from upcycle_bench import evalset_write
 from upcycle_bench.errors import UserError
 from upcycle_bench.suite import EvalContext, SuiteResult
 from upcycle_bench.suites.compositional import CHANCE, Compositional, judge_pairs
@@ -46,9 +46,9 @@ def root(tmp_path: Path) -> Path:
     pictures = {name: Image.new("RGB", (4, 4), name) for name in ("red", "lime", "blue", "yellow")}
     shown = [("red", "box left"), ("lime", "box right"), ("blue", "bell"), ("yellow", "bell off"), ("red", "a star")]
     for name in ("squares", "again"):
-        evalsets.write_retrieval(tmp_path / name, [(pictures[colour], [caption]) for colour, caption in shown])
-    evalsets.write_retrieval(tmp_path / "lonely", [(pictures["red"], ["red"]), (pictures["blue"], ["blue"])])
-    evalsets.write_classification(tmp_path / "labels", [(pictures["red"], 0)], ("a", "b"), ("{c}",))
+        evalset_write.write_retrieval(tmp_path / name, [(pictures[colour], [caption]) for colour, caption in shown])
+    evalset_write.write_retrieval(tmp_path / "lonely", [(pictures["red"], ["red"]), (pictures["blue"], ["blue"])])
+    evalset_write.write_classification(tmp_path / "labels", [(pictures["red"], 0)], ("a", "b"), ("{c}",))
     return tmp_path
 
 
@@ -131,11 +131,11 @@ def embeddings(count: int, width: int, seed: int) -> torch.Tensor:
 def test_a_shuffled_control_is_at_chance(shuffled: bool) -> None:
     """Each image is near its caption; with the images of other pairs nothing is left but chance, as it is defined."""
     count = 8000
-    texts_PTD = embeddings(count, 256, 0)
-    images_PID = F.normalize(texts_PTD + 0.5 * embeddings(count, 256, 1), dim=-1)
+    texts_PSC = embeddings(count, 256, 0)
+    images_PIC = F.normalize(texts_PSC + 0.5 * embeddings(count, 256, 1), dim=-1)
     if shuffled:
-        images_PID = images_PID.roll(1, dims=0)
-    judged = judge_pairs(images_PID, texts_PTD)
+        images_PIC = images_PIC.roll(1, dims=0)
+    judged = judge_pairs(images_PIC, texts_PSC)
     for metric, chance in CHANCE.items():
         expected = chance if shuffled else 1.0
         error = float(judged[metric].std()) / math.sqrt(count)
@@ -145,16 +145,16 @@ def test_a_shuffled_control_is_at_chance(shuffled: bool) -> None:
 def test_captions_exchanged_by_a_coin_are_right_half_the_time() -> None:
     """Whatever a model knows; here its images are alike, as a real one's are, so other scores are not at chance."""
     count = 8000
-    texts_PTD = embeddings(count, 32, 0)
-    images_PID = F.normalize(texts_PTD + embeddings(1, 32, 1) + 0.5 * embeddings(count, 32, 2), dim=-1)
+    texts_PSC = embeddings(count, 32, 0)
+    images_PIC = F.normalize(texts_PSC + embeddings(1, 32, 1) + 0.5 * embeddings(count, 32, 2), dim=-1)
     exchanged = torch.rand(count, generator=torch.Generator().manual_seed(3)) < 0.5
-    control_PTD = torch.where(exchanged[:, None, None], texts_PTD.flip(1), texts_PTD)
-    judged = judge_pairs(images_PID, control_PTD)
-    assert judge_pairs(images_PID, texts_PTD)["pairwise_accuracy"].mean() > 0.9
+    control_PTD = torch.where(exchanged[:, None, None], texts_PSC.flip(1), texts_PSC)
+    judged = judge_pairs(images_PIC, control_PTD)
+    assert judge_pairs(images_PIC, texts_PSC)["pairwise_accuracy"].mean() > 0.9
     accuracy = judged["pairwise_accuracy"]
     assert accuracy.mean() == pytest.approx(0.5, abs=4 * accuracy.std() / math.sqrt(count))
     # A model that does not look has its texts right for one image of every two, so for no pair.
-    blind = judge_pairs(embeddings(1, 32, 1)[:, :1].expand(count, 2, 32), texts_PTD)
+    blind = judge_pairs(embeddings(1, 32, 1)[:, :1].expand(count, 2, 32), texts_PSC)
     assert (blind["text_score"].mean(), blind["image_score"].mean()) == (0, 0)
     # Two right of four for texts but for no image: equal images tie, and a tie is wrong.
     assert blind["pairwise_accuracy"].mean() == 0.25

@@ -12,7 +12,7 @@ from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor
 from typer.testing import CliRunner
 
-from upcycle_bench import evalcheck, evalsets
+from upcycle_bench import evalcheck, evalset_write, evalsets
 from upcycle_bench.cli import app
 from upcycle_bench.errors import UserError
 
@@ -22,7 +22,7 @@ def pictures(count: int) -> list[Image.Image]:
     return [Image.fromarray(each) for each in pixels]
 
 
-PNG = evalsets.png(pictures(1)[0])
+PNG = evalset_write.png(pictures(1)[0])
 
 
 @pytest.fixture
@@ -31,8 +31,8 @@ def sets(tmp_path: Path) -> Path:
     root = tmp_path / "sets"
     for split, labels in (("train", [0, 1] * 4), ("test", [0, 1, 1, 1])):
         samples = zip(pictures(len(labels)), labels, strict=True)
-        evalsets.write_classification(root / "ab", samples, ("a", "b"), ("{c}", "a {c}"), split=split)
-    evalsets.write_retrieval(root / "words", [(picture, ["one", "two"]) for picture in pictures(3)])
+        evalset_write.write_classification(root / "ab", samples, ("a", "b"), ("{c}", "a {c}"), split=split)
+    evalset_write.write_retrieval(root / "words", [(picture, ["one", "two"]) for picture in pictures(3)])
     return root
 
 
@@ -137,7 +137,7 @@ def npy(values: object) -> bytes:
 )
 def test_multilabel_vectors(tmp_path: Path, vector: bytes | None, problem: str) -> None:
     samples = zip(pictures(3), [(0, 1), (1, 2), ()], strict=True)
-    evalsets.write_multilabel(tmp_path / "many", samples, ("a", "b", "c"), ("{c}",))
+    evalset_write.write_multilabel(tmp_path / "many", samples, ("a", "b", "c"), ("{c}",))
     report = evalcheck.check(tmp_path / "many")
     assert (report.kind, report.samples, report.classes, report.rarest) == ("multilabel", {"test": 3}, 3, {"test": 1})
     assert report.problems == []

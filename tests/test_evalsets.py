@@ -1,6 +1,5 @@
 """Evaluation sets: the layout is CLIP_benchmark's, bytes are deterministic, and what is missing is said in one line."""
 
-import threading
 import warnings
 
 import numpy as np
@@ -9,7 +8,7 @@ import torch
 from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor
 
-from upcycle_bench import evalsets, threads
+from upcycle_bench import evalset_write, evalsets
 from upcycle_bench.errors import UserError
 from upcycle_bench.features import encode_images
 from upcycle_bench.flops import counted_flops
@@ -27,7 +26,9 @@ def images(n: int = 5) -> list[Image.Image]:
 @pytest.fixture
 def classification(tmp_path):
     folder = tmp_path / "sets" / "animals"
-    assert evalsets.write_classification(folder, zip(images(), [0, 2, 1, 1, 0], strict=True), CLASSES, TEMPLATES) == 5
+    assert (
+        evalset_write.write_classification(folder, zip(images(), [0, 2, 1, 1, 0], strict=True), CLASSES, TEMPLATES) == 5
+    )
     return folder
 
 
@@ -47,7 +48,7 @@ def test_classification_comes_back_as_written(classification):
 
 def test_retrieval_comes_back_as_written(tmp_path):
     captions = [["one"], ["two", "zwei"], ["three"]]
-    evalsets.write_retrieval(tmp_path / "words", zip(images(3), captions, strict=True))
+    evalset_write.write_retrieval(tmp_path / "words", zip(images(3), captions, strict=True))
     evalset = evalsets.read(tmp_path / "words", pil_to_tensor, batch_size=2)
     assert evalset.kind == "retrieval"
     assert evalset.classnames == evalset.templates == ()
@@ -60,7 +61,7 @@ STRATA = ["seen-caption", "unseen.caption", "unseen.caption", "a_1", "seen-capti
 @pytest.fixture
 def divided(tmp_path):
     folder = tmp_path / "sets" / "divided"
-    evalsets.write_classification(folder, zip(images(), [0, 2, 1, 1, 0], strict=True), CLASSES, TEMPLATES, STRATA)
+    evalset_write.write_classification(folder, zip(images(), [0, 2, 1, 1, 0], strict=True), CLASSES, TEMPLATES, STRATA)
     return folder
 
 
@@ -69,7 +70,7 @@ def test_strata_come_back_as_written(classification, divided, tmp_path):
     assert evalsets.read(classification, pil_to_tensor, batch_size=2).strata == ()
     # Captions share the stratum of their image, so that there is one for each image.
     pairs = zip(images(3), [["one"], ["two", "zwei"], ["three"]], strict=True)
-    evalsets.write_retrieval(tmp_path / "words", pairs, strata=("a", "b", "a"))
+    evalset_write.write_retrieval(tmp_path / "words", pairs, strata=("a", "b", "a"))
     assert evalsets.read(tmp_path / "words", pil_to_tensor, batch_size=2).strata == ("a", "b", "a")
 
 
@@ -77,7 +78,7 @@ def test_strata_are_for_the_samples_of_all_shards(divided):
     """Samples as webdataset makes them, in sets of others too: any keys, any folders, any extensions."""
     import webdataset
 
-    png = evalsets.png(images(1)[0])
+    png = evalset_write.png(images(1)[0])
     (divided / "test" / "nshards.txt").write_text("2\n")
     with webdataset.TarWriter(str(divided / "test" / "1.tar"), encoder=False) as tar:
         for key in ("s0000", "sub.folder/s0000"):
@@ -126,61 +127,38 @@ def test_strata_too_few_or_too_many_are_one_line(labels):
     evalsets.require_strata("x", [], 5)
 
 
-@pytest.fixture(params=[False, True], ids=["in turns", "read ahead"])
-def core_is_free(request, monkeypatch):
-    assert torch.get_num_threads() == 1
-    monkeypatch.setattr(threads, "cores", lambda: 1 + request.param)
-    monkeypatch.setenv(threads.SHARE, str(1 + request.param))
-    return request.param
-
-
-def test_batches_are_the_same_read_ahead_or_not_and_again(classification, core_is_free):
-    readers = set()
-
-    def transform(image):
-        readers.add(threading.current_thread())
-        return pil_to_tensor(image)
-
-    batches = evalsets.read(classification, transform, batch_size=2).batches
+def test_batches_are_the_same_again(classification):
+    batches = evalsets.read(classification, pil_to_tensor, batch_size=2).batches
     for _ in range(2):
         found = list(batches)
         assert [list(labels) for _, labels in found] == [[0, 2], [1, 1], [0]]
         assert torch.equal(torch.cat([part for part, _ in found]), torch.stack([*map(pil_to_tensor, images())]))
-    assert (threading.main_thread() in readers) is not core_is_free
 
 
-def test_reading_is_not_counted_and_ends_with_its_reader(classification, core_is_free):
+def test_reading_is_not_counted(classification):
     def transform(image):
         return pil_to_tensor(image).float() @ torch.eye(pil_to_tensor(image).shape[-1])
 
-    before = threading.active_count()
     with counted_flops() as counter:
         batches = iter(evalsets.read(classification, transform, batch_size=1).batches)
         torch.eye(2) @ torch.eye(2)
         next(batches)
         torch.eye(2) @ torch.eye(2)
-        assert threading.active_count() == before + core_is_free
-        batches.close()
-    assert threading.active_count() == before
     assert counter.get_total_flops() == 2 * 2 * 2**3
 
 
-def test_an_error_while_reading_arrives(classification, core_is_free):
+def test_an_error_while_reading_arrives(classification):
     def transform(image):
         raise ZeroDivisionError
 
-    before = threading.active_count()
     with pytest.raises(ZeroDivisionError):
         list(evalsets.read(classification, transform, batch_size=2).batches)
-    assert threading.active_count() == before
 
 
-def test_who_leaves_early_waits_for_one_batch_at_most(classification, core_is_free):
+def test_no_more_is_decoded_than_is_asked_for(classification):
     made = []
-    batches = iter(evalsets.read(classification, lambda image: made.append(1) or pil_to_tensor(image), 1).batches)
-    next(batches)
-    batches.close()
-    assert len(made) < 5
+    next(iter(evalsets.read(classification, lambda image: made.append(1) or pil_to_tensor(image), 2).batches))
+    assert len(made) == 2
 
 
 @pytest.mark.filterwarnings("ignore:WebDataset.shardshuffle")  # CLIP_benchmark leaves it open
@@ -198,7 +176,7 @@ def test_clip_benchmark_reads_it_through_its_own_front_door(classification):
 
 def test_two_writes_give_the_same_bytes(classification, tmp_path):
     again = tmp_path / "elsewhere" / "animals"
-    evalsets.write_classification(again, zip(images(), [0, 2, 1, 1, 0], strict=True), CLASSES, TEMPLATES)
+    evalset_write.write_classification(again, zip(images(), [0, 2, 1, 1, 0], strict=True), CLASSES, TEMPLATES)
     assert (again / "test" / "0.tar").read_bytes() == (classification / "test" / "0.tar").read_bytes()
     assert evalsets.digest(again) == evalsets.digest(classification)
 
@@ -254,12 +232,12 @@ def test_a_damaged_set_is_one_line(classification, file, content, message):
 
 def test_bad_samples_are_refused(tmp_path):
     with pytest.raises(ValueError, match="label 3"):
-        evalsets.write_classification(tmp_path / "a", [(images()[0], 3)], CLASSES, TEMPLATES)
+        evalset_write.write_classification(tmp_path / "a", [(images()[0], 3)], CLASSES, TEMPLATES)
     with pytest.raises(ValueError, match="must hold"):
-        evalsets.write_classification(tmp_path / "b", [], CLASSES, ["a photo"])
+        evalset_write.write_classification(tmp_path / "b", [], CLASSES, ["a photo"])
     for captions in ([], ["two\nlines"], [""]):
         with pytest.raises(ValueError, match="one line each"):
-            evalsets.write_retrieval(tmp_path / "c", [(images()[0], captions)])
+            evalset_write.write_retrieval(tmp_path / "c", [(images()[0], captions)])
     for strata in ([], ["a", "b"], [""], ["two words"], ["a[b]"], ["a/b"]):
         with pytest.raises(ValueError, match="1 samples need a stratum each"):
-            evalsets.write_retrieval(tmp_path / "d", [(images()[0], ["one"])], strata)
+            evalset_write.write_retrieval(tmp_path / "d", [(images()[0], ["one"])], strata)

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from tests import photos
 from tests.conftest import QUICK
-from upcycle_bench import api, evalsets, record
+from upcycle_bench import api, evalset_write, record
 from upcycle_bench.cache import cache_root
 from upcycle_bench.cli import app
 from upcycle_bench.errors import UserError
@@ -172,7 +172,7 @@ def test_bad_sets_are_skipped_with_the_reason_and_the_good_ones_scored(
     (root / "notes").mkdir()
     picture = Image.new("RGB", (8, 8))
     for name in ("average", "unreadable", "untemplated"):
-        evalsets.write_classification(root / name, [(picture, 0)], ("a", "b"), ("{c}",))
+        evalset_write.write_classification(root / name, [(picture, 0)], ("a", "b"), ("{c}",))
     (root / "untemplated" / "zeroshot_classification_templates.txt").write_text("a photo\n")
     shard = root / "unreadable" / "test" / "0.tar"
     shard.write_bytes(shard.read_bytes().replace(b"IHDR", b"IHDX"))

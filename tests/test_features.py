@@ -1,6 +1,5 @@
-"""Two batches of images encoded at once where a core is free: the same embeddings in the same order, errors and all."""
+"""Embeddings of images: in the order of the set, seen by a witness, with the FLOPs of every image; errors arrive."""
 
-import threading
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -14,11 +13,10 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 
-from upcycle_bench import evalsets, expert_backends, threads
+from upcycle_bench import evalset_write, evalsets, expert_backends
 from upcycle_bench.features import encode_images
 from upcycle_bench.flops import counted_flops, counting
 from upcycle_bench.suite import EvalContext
-from upcycle_bench.threads import spare_thread
 
 CPU = torch.device("cpu")
 PROJECTION = torch.randn(6 * 6 * 3, 4, generator=torch.Generator().manual_seed(0))
@@ -34,17 +32,8 @@ def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     """A set of that many images; in batches of one, an odd number has a last batch without a second."""
     pixels = np.random.default_rng(0).integers(0, 256, (request.param, 6, 6, 3), dtype=np.uint8)
     samples = [(Image.fromarray(p), number % 2) for number, p in enumerate(pixels)]
-    evalsets.write_classification(tmp_path / "x", samples, ("a", "b"), ("{c}",))
+    evalset_write.write_classification(tmp_path / "x", samples, ("a", "b"), ("{c}",))
     return tmp_path / "x"
-
-
-@pytest.fixture(params=[1, 2], ids=["one core", "two cores"])
-def cores(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
-    assert torch.get_num_threads() == 1
-    monkeypatch.setattr(threads, "cores", lambda: request.param)
-    monkeypatch.setenv(threads.SHARE, str(request.param))
-    number: int = request.param
-    return number
 
 
 def encoded(
@@ -63,41 +52,31 @@ def encoded(
     return encode_images(evalsets.read(folder, transform, batch_size), context)
 
 
-def test_embeddings_flops_and_what_a_witness_sees_do_not_depend_on_cores(folder: Path, cores: int) -> None:
-    where: list[str] = []
-    saw: list[Tensor] = []
-    begun = threading.Event()
-    pairs = cores == 2 and len(list(evalsets.read(folder, transform, 1).batches)) > 1
+def test_embeddings_flops_and_what_a_witness_sees(folder: Path) -> None:
+    seen: list[Tensor] = []
 
     def encode(images_B3HW: Tensor) -> Tensor:
-        where.append(threading.current_thread().name)
-        if where[-1].startswith("spare"):
-            begun.set()
-        elif pairs:
-            assert begun.wait(20)  # the other one is at the image before
         return images_B3HW.flatten(1) @ PROJECTION
 
-    def witness(_model: Any, _encode: Any, inputs: Tensor, embedded: Tensor) -> None:
-        assert torch.equal(torch.nn.functional.normalize(inputs.flatten(1) @ PROJECTION, dim=-1), embedded)
-        saw.append(embedded)
+    def witness(_model: Any, encode: Any, inputs: Tensor, embedded: Tensor) -> None:
+        assert torch.equal(torch.nn.functional.normalize(encode(inputs), dim=-1), embedded)
+        seen.append(embedded)
 
     with counted_flops() as counter:
-        features_ND, labels = encoded(folder, encode, saw=witness)
-    count = len(features_ND)
+        features_NC, labels = encoded(folder, encode, on_encoded=witness)
+    count = len(features_NC)
     assert [int(label) for label in labels] == [number % 2 for number in range(count)]
-    assert len(where) == count and torch.equal(torch.cat(saw), features_ND) and not features_ND.requires_grad
-    assert len(features_ND.unique(dim=0)) == count
-    elsewhere = any(name.startswith("spare") for name in where)
-    assert elsewhere is pairs or (cores == 2 and count == 1)  # a single one is whose thread comes first
+    assert len(seen) == count and torch.equal(torch.cat(seen), features_NC) and not features_NC.requires_grad
+    assert len(features_NC.unique(dim=0)) == count
     assert counter.get_total_flops() == 2 * count * 2 * PROJECTION.numel()  # the witness's, too
-    expected = torch.cat([images.flatten(1) @ PROJECTION for images, _ in evalsets.read(folder, transform, 1).batches])
-    assert torch.equal(features_ND, torch.nn.functional.normalize(expected, dim=-1))
+    expected = torch.cat([encode(images) for images, _ in evalsets.read(folder, transform, 1).batches])
+    assert torch.equal(features_NC, torch.nn.functional.normalize(expected, dim=-1))
 
 
 @pytest.mark.parametrize("batch_size", [1, 2])
 @pytest.mark.parametrize("backend", ["", "deepspeed"])
 def test_the_flops_are_those_of_every_image(
-    folder: Path, cores: int, batch_size: int, backend: str, monkeypatch: pytest.MonkeyPatch
+    folder: Path, batch_size: int, backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(expert_backends.VARIABLE, backend)
     watched: list[bool] = []
@@ -107,39 +86,23 @@ def test_the_flops_are_those_of_every_image(
         return images_B3HW.flatten(1) @ (PROJECTION[:, :width] if width else PROJECTION)
 
     with counted_flops() as counter:
-        features_ND, _ = encoded(folder, encode, batch_size=batch_size)
+        features_NC, _ = encoded(folder, encode, batch_size=batch_size)
         seen = tuple(watched)
         encoded(folder, partial(encode, width=1), batch_size=batch_size)  # another model, the same images
-    count, (pixels, width) = len(features_ND), PROJECTION.shape
+    count, (pixels, width) = len(features_NC), PROJECTION.shape
     assert counter.get_total_flops() == count * 2 * pixels * (width + 1) > 0
     assert len(seen) == -(-count // batch_size)
     sizes = 1 + (count > batch_size and count % batch_size > 0)
     if backend:  # whose rows depend on what the router does
         assert all(watched)
-    else:  # the first of each size, which may be in both threads
-        assert sizes <= sum(seen) <= sizes + cores - 1
-
-
-def test_a_spare_thread_that_is_busy_is_not_waited_for(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(threads, "cores", lambda: 2)
-    monkeypatch.setenv(threads.SHARE, "2")
-    spare, go_on, where = spare_thread(), threading.Event(), []
-    assert spare is not None
-    busy = spare.submit(go_on.wait, 20)
-
-    def encode(images_B3HW: Tensor) -> Tensor:
-        where.append(threading.current_thread())
-        return images_B3HW.flatten(1) @ PROJECTION
-
-    features_ND, _ = encoded(folder, encode)
-    go_on.set()
-    assert busy.result() and set(where) == {threading.main_thread()} and len(where) == len(features_ND)
+    else:  # the first of each size
+        assert sum(seen) == sizes
 
 
 @pytest.mark.parametrize("broken", [0, 1])
-def test_an_error_in_either_batch_arrives_and_nothing_goes_on(tmp_path: Path, cores: int, broken: int) -> None:
+def test_an_error_arrives_and_nothing_goes_on(tmp_path: Path, broken: int) -> None:
     samples = [(Image.fromarray(np.full((6, 6, 3), number, dtype=np.uint8)), 0) for number in range(4)]
-    evalsets.write_classification(tmp_path / "x", samples, ("a",), ("{c}",))
+    evalset_write.write_classification(tmp_path / "x", samples, ("a",), ("{c}",))
     done: list[int] = []
 
     def encode(images_B3HW: Tensor) -> Tensor:
@@ -149,9 +112,6 @@ def test_an_error_in_either_batch_arrives_and_nothing_goes_on(tmp_path: Path, co
         done.append(number)
         return images_B3HW.flatten(1) @ PROJECTION
 
-    before = threading.active_count()
     with pytest.raises(ZeroDivisionError):
         encoded(tmp_path / "x", encode)
-    spare = spare_thread()
-    assert spare is None or spare.submit(int).result(5) == 0
-    assert done in ([], [1 - broken]) and threading.active_count() <= before + (cores == 2)
+    assert done == list(range(broken))

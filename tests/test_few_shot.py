@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from upcycle_bench import embedding_cache, evalsets
+from upcycle_bench import embedding_cache, evalset_write, evalsets
 from upcycle_bench.environment import installed_version
 from upcycle_bench.errors import UserError
 from upcycle_bench.probe_scores import Classified, add_scores
@@ -43,7 +43,7 @@ def root(tmp_path_factory):
             pixels = rng.integers(0, 60, (4, 4, 3), dtype=np.uint8)
             pixels[..., label] += np.uint8(light // 2)
             pictures.append(Image.fromarray(pixels))
-        evalsets.write_classification(root / name, zip(pictures, labels, strict=True), NAMES, ("{c}",))
+        evalset_write.write_classification(root / name, zip(pictures, labels, strict=True), NAMES, ("{c}",))
     return root
 
 
@@ -69,12 +69,12 @@ def test_shots_are_nested_disjoint_and_the_same_for_everyone():
         for draw in (0, 1)
     }
     for (shots, draw), manifest in chosen.items():
-        parts = [manifest.train_K, manifest.validation_V, manifest.test_T]
+        parts = [manifest.train_S, manifest.validation_V, manifest.test_U]
         assert [len(part) for part in parts] == [2 * shots, 4, 10]
         assert len(np.unique(np.concatenate(parts))) == 2 * shots + 14
-        assert np.bincount(label_N[manifest.train_K]).tolist() == [shots, shots]
-        assert set(chosen[1, draw].train_K) <= set(manifest.train_K)
-        assert (manifest.test_T == chosen[1, draw].test_T).all()
+        assert np.bincount(label_N[manifest.train_S]).tolist() == [shots, shots]
+        assert set(chosen[1, draw].train_S) <= set(manifest.train_S)
+        assert (manifest.test_U == chosen[1, draw].test_U).all()
     assert len({manifest.sha256 for manifest in chosen.values()}) == 4
     # Neither torch's global state nor the day moves them: hashes as of version 1.
     torch.manual_seed(1)

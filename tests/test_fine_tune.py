@@ -1,6 +1,6 @@
 """Fine-tuning: begins as the zero-shot classifier, learns, leaves the model alone, and is the same for every model.
 
-Shape suffixes: N samples, C classes.
+Shape suffixes: N samples, S steps, Y classes.
 """
 
 import copy
@@ -15,7 +15,17 @@ from pydantic import ValidationError
 
 from tests.helpers import MODEL, threads, tiny_clip, tiny_moe
 from tests.moe_helpers import upcycled
-from upcycle_bench import distributed, engine, evalsets, fine_tuning, labelled, probe_tasks, record, weights
+from upcycle_bench import (
+    distributed,
+    engine,
+    evalset_write,
+    evalsets,
+    fine_tuning,
+    labelled,
+    probe_tasks,
+    record,
+    weights,
+)
 from upcycle_bench.dense import create_clip
 from upcycle_bench.ds import deepspeed
 from upcycle_bench.errors import UserError
@@ -30,7 +40,7 @@ from upcycle_bench.rng import Stream
 from upcycle_bench.run import run
 from upcycle_bench.suite import EvalContext
 from upcycle_bench.suites.few_shot import FewShot
-from upcycle_bench.suites.fine_tune import FineTune
+from upcycle_bench.suites.fine_tune import FineTune, split_of_pool
 from upcycle_bench.suites.zero_shot import ZeroShot
 from upcycle_bench.texts import class_embeddings
 from upcycle_bench.training.loop import parameter_groups
@@ -57,8 +67,8 @@ def root(tmp_path_factory):
             pixels = rng.integers(0, 50, (8, 8, 3), dtype=np.uint8)
             pixels[..., label] += np.uint8(light)
             pictures.append(Image.fromarray(pixels))
-        evalsets.write_classification(root / name, zip(pictures, labels, strict=True), NAMES, ("a {c} one", "{c}"))
-    evalsets.write_retrieval(root / "captions", [(pictures[0], ["red"])])
+        evalset_write.write_classification(root / name, zip(pictures, labels, strict=True), NAMES, ("a {c} one", "{c}"))
+    evalset_write.write_retrieval(root / "captions", [(pictures[0], ["red"])])
     return root
 
 
@@ -127,25 +137,25 @@ def test_it_learns_charges_the_grid_and_leaves_the_model_alone(root, models, kin
 def test_at_step_0_it_is_the_zero_shot_classifier(root, models, kind):
     """The same answers for every sample as the zero-shot suite's, and its likelihoods at the model's own scale."""
     model, here = models[kind], context(root, models[kind])
-    classes_CD = class_embeddings(probe_tasks.first_set(suite().tasks["colours"], root), here, {})
-    logits_NC, label_N = predict(zero_shot_classifier(model, classes_CD), labelled.index(root / "dark", "test"), here)
+    classes_YC = class_embeddings(probe_tasks.first_set(suite().tasks["colours"], root), here, {})
+    logits_NY, label_N = predict(zero_shot_classifier(model, classes_YC), labelled.index(root / "dark", "test"), here)
     expected = ZeroShot(sets=("dark",), primary=("dark",)).evaluate(here)
-    correct_N = (logits_NC.argmax(1) == label_N).numpy()
+    correct_N = (logits_NY.argmax(1) == label_N).numpy()
     assert (correct_N == expected.outcomes["dark/correct@1"]).all() and 0 < correct_N.mean() < 1
-    log_likelihood_N = logits_NC.log_softmax(1).gather(1, label_N[:, None])[:, 0]
+    log_likelihood_N = logits_NY.log_softmax(1).gather(1, label_N[:, None])[:, 0]
     np.testing.assert_allclose(log_likelihood_N, expected.outcomes["dark/log_likelihood"], atol=1e-5)
 
 
 def test_every_model_sees_the_same_samples_in_the_same_order_and_few_shot_does(root, models, monkeypatch):
     seen = {}
-    train = fine_tuning._train
+    train = fine_tuning.train
 
     def spy(classifier, images_N3HW, label_N, rows_SB, rate, recipe):
         content = hashlib.sha256(images_N3HW[rows_SB[:5].flatten()].numpy().tobytes()).hexdigest()
         seen.setdefault(name, []).append((content, label_N[rows_SB].tolist()))
         return train(classifier, images_N3HW, label_N, rows_SB, rate, recipe)
 
-    monkeypatch.setattr(fine_tuning, "_train", spy)
+    monkeypatch.setattr(fine_tuning, "train", spy)
     results = {}
     for name, model in models.items():
         torch.manual_seed(len(name))  # no global state has a say
@@ -164,17 +174,15 @@ def test_the_whole_pool(root, models):
     result = suite({"shots": (), "all": True}).evaluate(context(root, models["dense"]))
     assert acc1(result, "colours/all") == 1.0
     task = suite({"all": True}).tasks["colours"]
-    data = probe_tasks.load_images(task, root)
+    data = probe_tasks.load_images(task, context(root, models["dense"]))
     assert (len(data.pool), len(data.test), data.classnames) == (30, 30, NAMES)
-    from upcycle_bench.suites.fine_tune import _of_all
-
-    split = _of_all("colours", task, data)
+    split = split_of_pool("colours", task, data)
     assert (len(split.train), len(split.validation)) == (30 - 9, 9)
     offsets = [set(map(tuple, part.place_N3.tolist())) for part in (split.train, split.validation)]
     assert len(offsets[0] | offsets[1]) == 30
 
 
-def test_the_index_reads_what_the_sets_hold(root):
+def test_the_index_reads_what_the_sets_hold(root, models):
     """The slow way: evalsets.read decodes whole sets."""
     clip = tiny_clip()
     for name in ("light", "dark"):
@@ -183,7 +191,8 @@ def test_the_index_reads_what_the_sets_hold(root):
         assert samples.label_N.tolist() == [int(label) for _, labels in parts for label in labels]
         ours = torch.cat([images for images, _ in samples.batches(clip.transform, 4)])
         assert torch.equal(ours, torch.cat([torch.as_tensor(images) for images, _ in parts]))
-    both = probe_tasks.load_images(suite({"pool": ("light", "dark"), "test": ()}).tasks["colours"], root).pool
+    task = suite({"pool": ("light", "dark"), "test": ()}).tasks["colours"]
+    both = probe_tasks.load_images(task, context(root, models["dense"])).pool
     assert both.label_N.tolist() == [0, 1, 2] * 20
     dark = torch.cat([images for images, _ in both.take(np.arange(30, 60)).batches(clip.transform, 8)])
     assert torch.equal(dark, ours)
@@ -270,7 +279,7 @@ def test_only_a_strictly_better_edge_is_a_warning(accuracies, warned):
     rates = (1e-5, 1e-4, 1e-3, 1e-2)
     best = max(value for value in accuracies if value is not None)
     tuned = Tuned(None, rates[accuracies.index(best)], dict(zip(rates, accuracies, strict=True)), 0.1)
-    assert suite(rates=rates)._beyond(tuned) == warned
+    assert tuned.at_the_edge == warned
 
 
 def test_what_cannot_be_tuned_is_said_in_one_line(root, models, monkeypatch):

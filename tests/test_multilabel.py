@@ -12,7 +12,7 @@ from clip_benchmark.metrics.zeroshot_classification import average_precision_per
 from PIL import Image
 
 from tests.helpers import tiny_clip
-from upcycle_bench import evalsets
+from upcycle_bench import evalset_write
 from upcycle_bench.average_precision import average_precisions, chance_average_precisions, precision_uncertainty
 from upcycle_bench.errors import UserError
 from upcycle_bench.suite import EvalContext
@@ -32,8 +32,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pixels = rng.integers(0, 120, (8, 8, 3), dtype=np.uint8)
         pixels[..., shown] += 100
         samples.append((Image.fromarray(pixels), shown))
-    evalsets.write_multilabel(root / "colours", samples, NAMES, TEMPLATES)
-    evalsets.write_classification(root / "one", [(image, 0) for image, _ in samples], NAMES, TEMPLATES)
+    evalset_write.write_multilabel(root / "colours", samples, NAMES, TEMPLATES)
+    evalset_write.write_classification(root / "one", [(image, 0) for image, _ in samples], NAMES, TEMPLATES)
     return root
 
 
@@ -52,29 +52,29 @@ def context(root: Path, batch_size: int = 16) -> EvalContext:
 def test_average_precision_by_hand() -> None:
     # Class 0, by score: image 1 (right), 0 (wrong), 2 (right): (1/1 + 2/3) / 2. Class 1: the tie of 0 and 1 in the
     # set's order, then 2: the only right one is second, 1/2. Class 2 is never there.
-    score_NC = np.array([[0.5, 1.0, 0.3], [0.9, 1.0, 0.2], [0.1, 0.0, 0.1]])
-    label_NC = np.array([[0, 0, 0], [1, 1, 0], [1, 0, 0]])
-    assert average_precisions(score_NC, label_NC).tolist() == pytest.approx([5 / 6, 1 / 2, 0])
+    score_NY = np.array([[0.5, 1.0, 0.3], [0.9, 1.0, 0.2], [0.1, 0.0, 0.1]])
+    label_NY = np.array([[0, 0, 0], [1, 1, 0], [1, 0, 0]])
+    assert average_precisions(score_NY, label_NY).tolist() == pytest.approx([5 / 6, 1 / 2, 0])
 
 
 def test_its_uncertainty_against_resamples_sorted_anew() -> None:
     rng = np.random.default_rng(0)
-    label_NC = rng.random((80, 4)) < 0.3
-    score_NC = label_NC + rng.normal(size=(80, 4))
-    known = precision_uncertainty(score_NC, label_NC, draws=400)
+    label_NY = rng.random((80, 4)) < 0.3
+    score_NY = label_NY + rng.normal(size=(80, 4))
+    known = precision_uncertainty(score_NY, label_NY, draws=400)
     drawn = [rng.integers(0, 80, 80) for _ in range(400)]
-    slow = np.std([average_precisions(score_NC[rows], label_NC[rows]).mean() for rows in drawn], ddof=1)
+    slow = np.std([average_precisions(score_NY[rows], label_NY[rows]).mean() for rows in drawn], ddof=1)
     assert known.standard_error == pytest.approx(slow, rel=0.2) and slow > 0.02
-    mean = average_precisions(score_NC, label_NC).mean()
+    mean = average_precisions(score_NY, label_NY).mean()
     half = 1.96 * known.standard_error
     assert known.interval == pytest.approx((mean - half, mean + half), rel=1e-4)
-    assert precision_uncertainty(label_NC.astype(float), label_NC).interval == (1, 1)
+    assert precision_uncertainty(label_NY.astype(float), label_NY).interval == (1, 1)
 
 
 def test_rare_classes_that_are_not_drawn_are_no_errors() -> None:
     """A draw of 100 images misses a class of one image with (1 - 1/100)^100 = 37 %."""
-    label_NC = np.eye(100, 20, dtype=bool)
-    perfect = precision_uncertainty(label_NC.astype(float), label_NC)
+    label_NY = np.eye(100, 20, dtype=bool)
+    perfect = precision_uncertainty(label_NY.astype(float), label_NY)
     assert (perfect.standard_error, perfect.interval) == (0, (1, 1))
     with_empty = precision_uncertainty(np.eye(100, 21), np.eye(100, 21) * (np.arange(21) < 20))
     low, high = with_empty.interval
@@ -84,32 +84,32 @@ def test_rare_classes_that_are_not_drawn_are_no_errors() -> None:
 
     # Against draws sorted anew, each class that is there averaged, the one that no image shows at 0.
     rng = np.random.default_rng(0)
-    label_NC = rng.permuted(np.arange(60)[:, None] < np.array([0, 1, 1, 2, 3, 18, 24, 30]), axis=0)
-    score_NC = label_NC + 0.7 * rng.normal(size=(60, 8))
+    label_NY = rng.permuted(np.arange(60)[:, None] < np.array([0, 1, 1, 2, 3, 18, 24, 30]), axis=0)
+    score_NY = label_NY + 0.7 * rng.normal(size=(60, 8))
     slow = []
     for _ in range(400):
         rows = rng.integers(0, 60, 60)
-        drawn_C = label_NC[rows].any(axis=0)
-        slow.append(average_precisions(score_NC[rows], label_NC[rows])[drawn_C].mean() * 7 / 8)
-    known = precision_uncertainty(score_NC, label_NC, draws=400)
+        drawn_Y = label_NY[rows].any(axis=0)
+        slow.append(average_precisions(score_NY[rows], label_NY[rows])[drawn_Y].mean() * 7 / 8)
+    known = precision_uncertainty(score_NY, label_NY, draws=400)
     assert known.standard_error == pytest.approx(np.std(slow, ddof=1), rel=0.1)
-    value, (low, high) = average_precisions(score_NC, label_NC).mean(), known.interval
+    value, (low, high) = average_precisions(score_NY, label_NY).mean(), known.interval
     assert low < value < high
 
 
 def test_chance_is_the_mean_over_all_orders() -> None:
-    label_NC = np.array([[1, 1, 0, 1], [1, 0, 0, 0], [0, 1, 0, 0], [0, 1, 0, 0], [0, 1, 0, 0]])
+    label_NY = np.array([[1, 1, 0, 1], [1, 0, 0, 0], [0, 1, 0, 0], [0, 1, 0, 0], [0, 1, 0, 0]])
     orders = [np.array(order)[:, None].repeat(4, 1) for order in itertools.permutations(range(5))]
-    means = np.mean([average_precisions(order, label_NC) for order in orders], axis=0)
-    np.testing.assert_allclose(chance_average_precisions(label_NC), means, rtol=1e-12)
+    means = np.mean([average_precisions(order, label_NY) for order in orders], axis=0)
+    np.testing.assert_allclose(chance_average_precisions(label_NY), means, rtol=1e-12)
     assert chance_average_precisions(np.ones((1, 1))).tolist() == [1.0]
 
 
 def test_equals_clip_benchmarks_of_any_scores() -> None:
     rng = np.random.default_rng(0)
-    score_NC, label_NC = rng.normal(size=(500, 20)).astype(np.float32), rng.random((500, 20)) < rng.random(20) / 3
-    theirs_C = average_precision_per_class(torch.from_numpy(score_NC), torch.from_numpy(label_NC))
-    np.testing.assert_allclose(average_precisions(score_NC, label_NC), theirs_C.numpy(), rtol=2e-6)
+    score_NY, label_NY = rng.normal(size=(500, 20)).astype(np.float32), rng.random((500, 20)) < rng.random(20) / 3
+    theirs_Y = average_precision_per_class(torch.from_numpy(score_NY), torch.from_numpy(label_NY))
+    np.testing.assert_allclose(average_precisions(score_NY, label_NY), theirs_Y.numpy(), rtol=2e-6)
 
 
 @pytest.mark.filterwarnings("ignore:WebDataset.shardshuffle")
@@ -141,9 +141,9 @@ def test_the_suite_equals_clip_benchmark(root: Path) -> None:
     )
     assert {score.metric: score.value} == pytest.approx(theirs, abs=1e-6)
     assert (score.samples, score.primary, score.higher_is_better) == (50, True, True)
-    precision_C = result.outcomes["colours/average_precision"]
-    assert score.value == precision_C.mean() and precision_C[3] == 0
-    assert 0.3 < score.chance < 0.5 < precision_C[:3].max()  # half of the images show a colour; one class is empty
+    precision_Y = result.outcomes["colours/average_precision"]
+    assert score.value == precision_Y.mean() and precision_Y[3] == 0
+    assert 0.3 < score.chance < 0.5 < precision_Y[:3].max()  # half of the images show a colour; one class is empty
     assert list(result.outcomes) == ["colours/average_precision"]
     (again,) = suite.evaluate(context(root, batch_size=7)).scores
     assert again.value == pytest.approx(score.value, abs=1e-9)
@@ -171,8 +171,8 @@ def test_beside_other_kinds(root: Path) -> None:
 def test_labels_that_do_not_fit_are_errors(root: Path, tmp_path: Path) -> None:
     picture = Image.new("RGB", (8, 8))
     with pytest.raises(ValueError, match="label 4 is not one of 4 classes"):
-        evalsets.write_multilabel(tmp_path / "x", [(picture, (0, 4))], NAMES, TEMPLATES)
-    evalsets.write_multilabel(tmp_path / "short", [(picture, (0,))], NAMES, TEMPLATES)
+        evalset_write.write_multilabel(tmp_path / "x", [(picture, (0, 4))], NAMES, TEMPLATES)
+    evalset_write.write_multilabel(tmp_path / "short", [(picture, (0,))], NAMES, TEMPLATES)
     (tmp_path / "short" / "classnames.txt").write_text("a\nb\nc\n")
     with pytest.raises(UserError, match="short: an image has not a 0 or 1 for each of 3 classes") as caught:
         ZeroShot.of_set(tmp_path / "short").evaluate(context(tmp_path))

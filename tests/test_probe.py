@@ -14,10 +14,10 @@ CLASSES, WIDTH = 7, 12
 def examples(seed: int, each: int, noise: float = 1.0) -> Examples:
     """`each` samples of every class around its own direction, of unit length, in a random order."""
     generator = torch.Generator().manual_seed(seed)
-    centre_CD = torch.randn(CLASSES, WIDTH, generator=torch.Generator().manual_seed(99))
+    centre_YC = torch.randn(CLASSES, WIDTH, generator=torch.Generator().manual_seed(99))
     label_N = torch.arange(CLASSES).repeat(each)[torch.randperm(CLASSES * each, generator=generator)]
-    features_ND = centre_CD[label_N] + noise * torch.randn(len(label_N), WIDTH, generator=generator)
-    return Examples(nn.functional.normalize(features_ND, dim=1), label_N)
+    features_NC = centre_YC[label_N] + noise * torch.randn(len(label_N), WIDTH, generator=generator)
+    return Examples(nn.functional.normalize(features_NC, dim=1), label_N)
 
 
 class Cpu(str):
@@ -55,19 +55,19 @@ def test_equals_clip_benchmark(ported, tmp_path, shots):
         order = torch.randperm(len(train))  # in which they look through the training samples
         torch.manual_seed(5)
         theirs = ported.evaluate(
-            Identity(), *([(part.features_ND, part.label_N)] for part in (train, test)), shots, 16, 0, 0.1, 10,
+            Identity(), *([(part.features_NC, part.label_N)] for part in (train, test)), shots, 16, 0, 0.1, 10,
             "model", 3, str(tmp_path / "features"), Cpu("cpu"),
-            [(validation.features_ND, validation.label_N)], normalize=False, amp=False,
+            [(validation.features_NC, validation.label_N)], normalize=False, amp=False,
         )  # fmt: skip
     fitted = fit(train.take(order.numpy()), validation, CLASSES, Recipe(batch_size=16, seed=3), refit=shots < 0)
-    accuracy = (fitted.logits(test.features_ND).argmax(dim=1) == test.label_N).double().mean().item()
+    accuracy = (fitted.logits(test.features_NC).argmax(dim=1) == test.label_N).double().mean().item()
     assert (fitted.weight_decay, accuracy) == (theirs["weight_decay"], pytest.approx(theirs["lp_acc1"], abs=1e-6))
     assert 0.3 < accuracy < 0.95  # neither hopeless nor trivial
     if shots < 0:  # the baseline of `make bench`
-        decay, logits_NC = clip_benchmark_probe.linear_probe(
+        decay, logits_NY = clip_benchmark_probe.linear_probe(
             train.take(order.numpy()), validation, test, CLASSES, workers=0, seed=3, batch_size=16
         )
-        found = (logits_NC.argmax(dim=1) == test.label_N).double().mean().item()
+        found = (logits_NY.argmax(dim=1) == test.label_N).double().mean().item()
         assert (decay, found) == (theirs["weight_decay"], pytest.approx(theirs["lp_acc1"], abs=1e-12))
 
 
@@ -77,15 +77,15 @@ def test_weights_equal_clip_benchmarks_and_do_not_depend_on_company(ported):
     together = train_all(train, CLASSES, WEIGHT_DECAYS, recipe)  # the greatest of them diverge
     for index in (0, 30, 60, 70):
         loader = torch.utils.data.DataLoader(
-            ported.FeatureDataset(train.features_ND, train.label_N), batch_size=16, shuffle=True
+            ported.FeatureDataset(train.features_NC, train.label_N), batch_size=16, shuffle=True
         )
         with torch.random.fork_rng():
             theirs = ported.train(loader, WIDTH, CLASSES, WEIGHT_DECAYS[index], 0.1, 10, False, "cpu", 3)
         alone = train_all(train, CLASSES, WEIGHT_DECAYS[index : index + 1], recipe)
-        for weight_DC in (theirs.weight.detach().T, alone.weight_WDC[0]):
-            torch.testing.assert_close(together.weight_WDC[index], weight_DC, atol=2e-4, rtol=1e-4)
-        torch.testing.assert_close(together.bias_WC[index], theirs.bias.detach(), atol=2e-4, rtol=1e-4)
-    assert (together.weight_WDC[0] - together.weight_WDC[60]).abs().max() > 0.1
+        for weight_CY in (theirs.weight.detach().T, alone.weight_WCY[0]):
+            torch.testing.assert_close(together.weight_WCY[index], weight_CY, atol=2e-4, rtol=1e-4)
+        torch.testing.assert_close(together.bias_WY[index], theirs.bias.detach(), atol=2e-4, rtol=1e-4)
+    assert (together.weight_WCY[0] - together.weight_WCY[60]).abs().max() > 0.1
 
 
 def test_the_search_asks_for_whole_rounds_and_climbs():
@@ -109,9 +109,9 @@ def test_lbfgs_is_scikit_learns_also_of_two_classes_and_without_one():
         parts = [part.take((part.label_N < classes).nonzero()[:, 0].numpy()) for part in (train, validation, test)]
         fitted = fit(parts[0], parts[1], classes + 1, Recipe(solver="lbfgs"))
         theirs = LogisticRegression(C=1 / fitted.weight_decay, max_iter=1000)
-        theirs.fit(parts[0].features_ND.numpy(), parts[0].label_N.numpy())
-        ours = fitted.logits(parts[2].features_ND).argmax(dim=1).numpy()
-        assert (ours == theirs.predict(parts[2].features_ND.numpy())).all()
+        theirs.fit(parts[0].features_NC.numpy(), parts[0].label_N.numpy())
+        ours = fitted.logits(parts[2].features_NC).argmax(dim=1).numpy()
+        assert (ours == theirs.predict(parts[2].features_NC.numpy())).all()
         assert (ours == parts[2].label_N.numpy()).mean() > 0.6
 
 

@@ -14,7 +14,7 @@ from sklearn.metrics import adjusted_mutual_info_score, normalized_mutual_info_s
 
 from tests.helpers import initialise, threads, tiny_clip, tiny_moe
 from tests.test_record import make_record
-from upcycle_bench import board_formats, cli, evalsets, leaderboard, record, weights
+from upcycle_bench import board_formats, cli, evalset_write, evalsets, leaderboard, record, weights
 from upcycle_bench.agreement import agreement, agreements, main_expert
 from upcycle_bench.cache import cache_root
 from upcycle_bench.dense import Clip
@@ -51,9 +51,9 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for number in range(PER_SET):
             pixels = np.array(list(COLOURS.values())[number % 3]) + light + rng.integers(-15, 1, (16, 16, 3))
             pictures.append((Image.fromarray(pixels.clip(0, 255).astype(np.uint8)), number % 3))
-        evalsets.write_classification(root / name, pictures, tuple(COLOURS), ("{c}", "a {c} square"))
+        evalset_write.write_classification(root / name, pictures, tuple(COLOURS), ("{c}", "a {c} square"))
     captions = [(picture, (f"{list(COLOURS)[label]} number {n}",)) for n, (picture, label) in enumerate(pictures)]
-    evalsets.write_retrieval(root / "captions", captions)
+    evalset_write.write_retrieval(root / "captions", captions)
     return root
 
 
@@ -93,8 +93,8 @@ def test_mutual_information_is_that_of_scikit_learn() -> None:
     rng = np.random.default_rng(0)
     label_I = rng.integers(0, 30, 400)
     expert_I = np.where(rng.random(400) < 0.4, label_I % 5, rng.integers(0, 5, 400))
-    weight_IN = np.eye(5, dtype=int)[expert_I]
-    found = agreements(weight_IN, {"class": label_I})
+    weight_IE = np.eye(5, dtype=int)[expert_I]
+    found = agreements(weight_IE, {"class": label_I})
     assert found["nmi_class"].value == pytest.approx(normalized_mutual_info_score(label_I, expert_I), rel=1e-9)
     assert found["ami_class"].value == pytest.approx(adjusted_mutual_info_score(label_I, expert_I), rel=1e-9)
     # By chance: what is above it, as a share of what could be, is the adjusted value up to the 20 shuffles' noise.
@@ -102,14 +102,14 @@ def test_mutual_information_is_that_of_scikit_learn() -> None:
     assert 0.05 < nmi.chance < nmi.value
     assert (nmi.value - nmi.chance) / (1 - nmi.chance) == pytest.approx(found["ami_class"].value, abs=0.02)
     # Tokens: each counts, and the null model deals labels to items.
-    count_IN = rng.integers(0, 9, (400, 5))
-    tokens = agreement(count_IN, label_I)
+    count_IE = rng.integers(0, 9, (400, 5))
+    tokens = agreement(count_IE, label_I)
     each_label, each_expert = (
-        np.repeat(label_I, count_IN.sum(1)),
-        np.concatenate([np.repeat(range(5), n) for n in count_IN]),
+        np.repeat(label_I, count_IE.sum(1)),
+        np.concatenate([np.repeat(range(5), n) for n in count_IE]),
     )
     assert tokens.value == pytest.approx(normalized_mutual_info_score(each_label, each_expert), rel=1e-9)
-    assert tokens.samples == count_IN.sum()
+    assert tokens.samples == count_IE.sum()
 
 
 def test_perfect_independent_and_collapsed_routing() -> None:
@@ -155,31 +155,31 @@ def test_routes_by_loops_over_single_images_and_texts(clip: Clip, root: Path) ->
         routes = (images if name.startswith("vision") else texts).layers[name]
         chosen, entropies, first, probabilities = np.zeros(4), [], [], np.zeros(4)
         for x_TD in seen[name]:
-            probs_TN = torch.softmax(x_TD @ layer.gate.wg.weight.T, dim=1).detach().double().numpy()
-            entropies += [-(p * np.log(p)).sum() for p in probs_TN]
-            first.append([int((probs_TN.argmax(1) == expert).sum()) for expert in range(4)])
-            for p in probs_TN:
+            probs_TE = torch.softmax(x_TD @ layer.gate.wg.weight.T, dim=1).detach().double().numpy()
+            entropies += [-(p * np.log(p)).sum() for p in probs_TE]
+            first.append([int((probs_TE.argmax(1) == expert).sum()) for expert in range(4)])
+            for p in probs_TE:
                 for expert in np.argsort(-p)[:2]:
                     chosen[expert] += 1
                     probabilities[expert] += p[expert]
         found = routes.numbers()
-        assert routes.load_N == pytest.approx(chosen / chosen.sum()) and routes.load_N.sum() == pytest.approx(1)
+        assert routes.load_E == pytest.approx(chosen / chosen.sum()) and routes.load_E.sum() == pytest.approx(1)
         assert found["router_entropy"] == pytest.approx(np.mean(entropies), rel=1e-5)
         assert routes.routing_probability == pytest.approx(probabilities / chosen, rel=1e-5)
-        assert routes.first_IN.tolist() == first
+        assert routes.first_IE.tolist() == first
         assert found["load_variation"] == pytest.approx(np.std(chosen) / np.mean(chosen))
         assert (found["dead_experts"], found["tokens_dropped"]) == (0, 0)
-        assert found["utilisation_max"] == routes.load_N.max()
+        assert found["utilisation_max"] == routes.load_E.max()
 
 
 def test_compactness_from_moments_is_that_of_all_rows() -> None:
     generator = torch.Generator().manual_seed(3)
     out_RD = [torch.randn(n, 9, generator=generator) + place for place, n in enumerate((5, 0, 8, 30))]
-    rows_N = torch.tensor([float(len(rows)) for rows in out_RD], dtype=torch.float64)
-    sum_ND = torch.stack([rows.double().sum(0) for rows in out_RD])
+    rows_E = torch.tensor([float(len(rows)) for rows in out_RD], dtype=torch.float64)
+    sum_ED = torch.stack([rows.double().sum(0) for rows in out_RD])
     second_DD = sum(rows.double().T @ rows.double() for rows in out_RD)
-    assert compactness_of_moments(rows_N, sum_ND, second_DD) == pytest.approx(relative_compactness(out_RD), rel=1e-9)
-    assert compactness_of_moments(rows_N[:1], sum_ND[:1], second_DD) is None
+    assert compactness_of_moments(rows_E, sum_ED, second_DD) == pytest.approx(relative_compactness(out_RD), rel=1e-9)
+    assert compactness_of_moments(rows_E[:1], sum_ED[:1], second_DD) is None
 
 
 # ---- the suite ----------------------------------------------------------------------------------------------------
@@ -215,18 +215,18 @@ def specialised(clip: Clip, root: Path) -> Clip:
                 clip.model.encode_image(images)
             labels.append(torch.as_tensor(label_B).repeat_interleave(len(inputs[-1]) // len(images)))
     handle.remove()
-    wanted_TN = -20 * torch.ones(sum(map(len, inputs)), 4)
-    wanted_TN.scatter_(1, torch.cat(labels)[:, None], 20.0)
+    wanted_TE = -20 * torch.ones(sum(map(len, inputs)), 4)
+    wanted_TE.scatter_(1, torch.cat(labels)[:, None], 20.0)
     with torch.no_grad():
-        gate.wg.weight.copy_(torch.linalg.lstsq(torch.cat(inputs), wanted_TN).solution.T)
+        gate.wg.weight.copy_(torch.linalg.lstsq(torch.cat(inputs), wanted_TE).solution.T)
     return clip
 
 
 def test_experts_for_colours_agree_with_classes_and_not_with_sets(specialised: Clip, root: Path) -> None:
     routed = route_images(opened(specialised, root, "plain", "light"), context(specialised, root))
     routes = routed.layers["vision.1"]
-    assert list(main_expert(routes.first_IN)) == [n % 3 for n in range(PER_SET)] * 2
-    found = agreements(routes.first_IN, routed.labels)
+    assert list(main_expert(routes.first_IE)) == [n % 3 for n in range(PER_SET)] * 2
+    found = agreements(routes.first_IE, routed.labels)
     for metric in ("nmi_class", "ami_class", "token_nmi_class"):
         assert found[metric].value == pytest.approx(1)
     assert found["nmi_set"].value == pytest.approx(0, abs=1e-9) and found["nmi_class"].chance < 0.2
@@ -275,13 +275,13 @@ def test_sheets_have_the_right_images_in_the_right_rows(specialised: Clip, root:
             assert strongest == [expert] * 10
             assert all((cell == 255).all() for cell in cells[10:])  # there are ten of each colour
         assert (row[:, :LEFT] < 128).any()  # its number and load
-    assert sheets["vision.1"].load_N.sum() == pytest.approx(1)
+    assert sheets["vision.1"].load_E.sum() == pytest.approx(1)
 
 
 def test_most_taken_orders_by_share_then_probability(specialised: Clip, root: Path) -> None:
     routes = route_images(opened(specialised, root, "plain"), context(specialised, root)).layers["vision.3"]
     for expert, row in enumerate(most_taken(routes, 5)):
-        keys = [(-routes.first_IN[i, expert], -routes.mean_IN[i, expert], i) for i in range(PER_SET)]
+        keys = [(-routes.first_IE[i, expert], -routes.mean_IE[i, expert], i) for i in range(PER_SET)]
         assert row == [i for first, _, i in sorted(keys) if first][:5]
 
 

@@ -16,12 +16,12 @@ from upcycle_bench.scoring import Judged, Task, chance_at_k, fit_scale, judge
 
 def reference(task: Task, scale: float) -> Judged:
     """What `judge` computes, all cosines at once and with no thought of speed."""
-    cosine_QG = task.queries_QD.double() @ task.gallery_GD.double().T
+    cosine_QG = task.queries_QC.double() @ task.gallery_GC.double().T
     right_QG = task.query_id_Q[:, None] == task.gallery_id_G[None, :]
     best_Q1 = cosine_QG.masked_fill(~right_QG, -torch.inf).amax(dim=1, keepdim=True)
     equal_QG = cosine_QG == best_Q1
     first_Q1 = (equal_QG & right_QG).int().argmax(dim=1, keepdim=True)
-    ahead_QG = (cosine_QG > best_Q1) | (equal_QG & (torch.arange(len(task.gallery_GD)) < first_Q1))
+    ahead_QG = (cosine_QG > best_Q1) | (equal_QG & (torch.arange(len(task.gallery_GC)) < first_Q1))
     log_p_QG = torch.log_softmax(scale * cosine_QG, dim=1)
     log_likelihood_Q = log_p_QG.masked_fill(~right_QG, -torch.inf).logsumexp(dim=1)
     return Judged(ahead_QG.sum(dim=1).numpy(), log_likelihood_Q.numpy(), right_QG.sum(dim=1).numpy())
@@ -37,11 +37,11 @@ def unit(rows: int, width: int, seed: int, grid: float = 2**20) -> Tensor:
     return (vectors * grid).round() / grid
 
 
-def task_of(queries_QD: Tensor, gallery_GD: Tensor, ids: int, seed: int = 0) -> Task:
+def task_of(queries_QC: Tensor, gallery_GC: Tensor, ids: int, seed: int = 0) -> Task:
     """Ids drawn at random so that every query has one right answer, and most several."""
-    gallery_id_G = torch.randint(ids, (len(gallery_GD),), generator=generator(seed))
-    query_id_Q = gallery_id_G[torch.randint(len(gallery_GD), (len(queries_QD),), generator=generator(seed + 1))]
-    return Task(queries_QD, gallery_GD, query_id_Q, gallery_id_G)
+    gallery_id_G = torch.randint(ids, (len(gallery_GC),), generator=generator(seed))
+    query_id_Q = gallery_id_G[torch.randint(len(gallery_GC), (len(queries_QC),), generator=generator(seed + 1))]
+    return Task(queries_QC, gallery_GC, query_id_Q, gallery_id_G)
 
 
 TASKS = {
@@ -70,7 +70,7 @@ def test_judge_equals_the_reference(name, scale):
 def test_the_tasks_of_that_test_are_what_they_are_called():
     for name, ties in (("ties", True), ("ties, one right answer", True), ("one right answer", False)):
         task = TASKS[name]
-        cosine_QG = (task.queries_QD @ task.gallery_GD.T).numpy()
+        cosine_QG = (task.queries_QC @ task.gallery_GC.T).numpy()
         assert (min(len(set(row)) for row in cosine_QG.tolist()) < 60) is ties
     assert judge(TASKS["several right answers"], 1.0, "x").right_Q.max() > 5
     assert set(judge(TASKS["ties, one right answer"], 1.0, "x").right_Q) == {1}
@@ -85,12 +85,12 @@ def test_judge_by_hand():
         torch.tensor([5, 7]),
         torch.tensor([7, 6, 7]),
     )
-    tie = Task(task.queries_QD[:1], task.gallery_GD, torch.tensor([5]), torch.tensor([7, 6, 5]))
+    tie = Task(task.queries_QC[:1], task.gallery_GC, torch.tensor([5]), torch.tensor([7, 6, 5]))
     judged = judge(tie, 2.0, "x")
     assert judged.rank_Q.tolist() == [1]
     # softmax of 2 * (1, 0, 1): e^2 / (2 e^2 + 1)
     assert judged.log_likelihood_Q[0] == pytest.approx(2 - math.log(2 * math.exp(2) + 1))
-    both = judge(Task(task.queries_QD[1:], task.gallery_GD, torch.tensor([7]), task.gallery_id_G), 2.0, "x")
+    both = judge(Task(task.queries_QC[1:], task.gallery_GC, torch.tensor([7]), task.gallery_id_G), 2.0, "x")
     assert both.rank_Q.tolist() == [1]
     assert both.right_Q.tolist() == [2]
     # both right answers count: 2 e^1.2 / (2 e^1.2 + e^1.6)
@@ -109,7 +109,7 @@ def test_equal_answers_tie_whatever_the_block(width):
     place = torch.randperm(500, generator=generator(1))
     queries = F.normalize(torch.randn(300, width, generator=generator(2)), dim=1)
     task = Task(queries, answers.repeat(2, 1)[place], torch.arange(300), place)
-    twin = Task(queries, task.gallery_GD, (torch.arange(300) + 250) % 500, place)
+    twin = Task(queries, task.gallery_GC, (torch.arange(300) + 250) % 500, place)
     first, second = judge(task, 30.0, "x"), judge(twin, 30.0, "x")
     assert set(np.abs(first.rank_Q - second.rank_Q)[:250]) == {1}
     for block in (1, 7, 299):
@@ -123,11 +123,11 @@ def test_equal_answers_tie_whatever_the_block(width):
 def test_log_likelihoods_are_those_of_logsumexp_to_the_bit(queries, gallery, grid, threads):
     cosine_QG = unit(queries, 3, 0, grid) @ unit(gallery, 3, 1, grid).T
     cosine_QG = cosine_QG.double()
-    right_QR = cosine_QG[:, :2]
+    right_QA = cosine_QG[:, :2]
     with helpers.threads(threads):
         for scale in (0.01, 7.3, 100.0, 1000.0):
-            ours = scoring._log_likelihoods(cosine_QG, right_QR, cosine_QG.amax(1), scale)
-            plain = (scale * right_QR).logsumexp(1) - (scale * cosine_QG).logsumexp(1)
+            ours = scoring._log_likelihoods(cosine_QG, right_QA, cosine_QG.amax(1), scale)
+            plain = (scale * right_QA).logsumexp(1) - (scale * cosine_QG).logsumexp(1)
             assert torch.equal(ours, plain)
 
 
@@ -153,10 +153,10 @@ def test_only_chooses_queries():
 
 
 def noisy(queries: int, gallery: int, noise: float, seed: int = 0) -> Task:
-    gallery_GD = F.normalize(torch.randn(gallery, 16, generator=generator(seed)), dim=1)
+    gallery_GC = F.normalize(torch.randn(gallery, 16, generator=generator(seed)), dim=1)
     id_Q = torch.arange(queries) % gallery
-    queries_QD = gallery_GD[id_Q] + noise * torch.randn(queries, 16, generator=generator(seed + 1))
-    return Task(F.normalize(queries_QD, dim=1), gallery_GD, id_Q, torch.arange(gallery))
+    queries_QC = gallery_GC[id_Q] + noise * torch.randn(queries, 16, generator=generator(seed + 1))
+    return Task(F.normalize(queries_QC, dim=1), gallery_GC, id_Q, torch.arange(gallery))
 
 
 def best_scale(tasks: list[Task]) -> float:
@@ -172,7 +172,7 @@ def best_scale(tasks: list[Task]) -> float:
 def test_fitted_scale_is_scipys():
     task = noisy(600, 6, 0.7)
     assert fit_scale([task], "x") == pytest.approx(best_scale([task]), rel=1e-5)
-    several = Task(task.queries_QD, task.gallery_GD, task.query_id_Q % 4, task.gallery_id_G % 4)
+    several = Task(task.queries_QC, task.gallery_GC, task.query_id_Q % 4, task.gallery_id_G % 4)
     assert fit_scale([several], "x") == pytest.approx(best_scale([several]), rel=1e-5)
     # Both ways of retrieval weigh the same, however many queries each has.
     there, back = noisy(400, 40, 0.3), noisy(40, 400, 1.0, seed=5)
@@ -194,7 +194,7 @@ def test_many_queries_are_thinned_evenly(monkeypatch):
     whole = fit_scale([task], "x")
     monkeypatch.setattr(scoring, "FIT_QUERIES", 150)
     chosen = torch.arange(0, 600, 4)
-    part = Task(task.queries_QD[chosen], task.gallery_GD, task.query_id_Q[chosen], task.gallery_id_G)
+    part = Task(task.queries_QC[chosen], task.gallery_GC, task.query_id_Q[chosen], task.gallery_id_G)
     thinned = fit_scale([task], "x")
     assert thinned == fit_scale([part], "x")
     # What it costs on the whole task is of the order of 1 / (2 * 150) nats.

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from tests.helpers import MODEL, tiny_clip
-from upcycle_bench import evalsets, packed
+from upcycle_bench import evalset_write, packed
 from upcycle_bench.embedding_cache import remembered
 from upcycle_bench.evalsets import EvalSet
 from upcycle_bench.suite import EvalContext
@@ -78,12 +78,14 @@ def towers(features: Path, monkeypatch: pytest.MonkeyPatch) -> Towers:
 def test_a_second_evaluation_calls_no_text_tower(towers: Towers, tmp_path: Path) -> None:
     root, rng = tmp_path / "sets", np.random.default_rng(0)
     pictures = [Image.fromarray(p) for p in rng.integers(0, 256, (24, 8, 8, 3), dtype=np.uint8)]
-    evalsets.write_classification(
+    evalset_write.write_classification(
         root / "one", zip(pictures, [0, 1, 2] * 8, strict=True), SET.classnames, SET.templates
     )
-    evalsets.write_multilabel(root / "many", zip(pictures, [(0, 1)] * 24, strict=True), SET.classnames, SET.templates)
+    evalset_write.write_multilabel(
+        root / "many", zip(pictures, [(0, 1)] * 24, strict=True), SET.classnames, SET.templates
+    )
     pairs = [(picture, [f"number {i}", "a dog"]) for i, picture in enumerate(pictures)]
-    evalsets.write_retrieval(root / "pairs", pairs)
+    evalset_write.write_retrieval(root / "pairs", pairs)
     suite = ZeroShot(sets=("one", "many", "pairs"), primary=("one",))
 
     first = suite.evaluate(towers.context(root=root))
@@ -130,8 +132,8 @@ def test_the_cache_gives_what_the_model_gives(towers: Towers) -> None:
     )
     for _ in range(2):
         known: dict[str, torch.Tensor] = {}
-        texts_ND = encode_texts(CAPTIONS, "x", towers.context(), known)
-        assert torch.equal(texts_ND, fresh[0]) and torch.equal(texts_ND[0], texts_ND[2])
+        texts_NC = encode_texts(CAPTIONS, "x", towers.context(), known)
+        assert torch.equal(texts_NC, fresh[0]) and torch.equal(texts_NC[0], texts_NC[2])
         assert torch.equal(class_embeddings(SET, towers.context(), {}), fresh[1])
         assert set(known) == set(CAPTIONS)
 

@@ -1,24 +1,26 @@
 """The certificate: each evaluation proves that it is sound, or ends with one line that says why it is not.
 
     with Witness(model) as witness:                           # the model as it is scored, in evaluation mode
-        context = EvalContext(..., saw=witness.saw)
+        context = EvalContext(..., on_encoded=witness.on_encoded)
         results = {name: suite.evaluate(context) for name, suite in suites.items()}
     proof = witness.testify(suites_that_scored, context)      # record.CertificatePart, or Unsound
 
-While suites encode, the witness keeps a random sample of inputs with their embeddings: a tenth of all, at least 128 and
-at most 512 images and as many texts. Afterwards it encodes them again, in smaller batches, then in other ones in
-another order. A prediction is the nearest kept text of a kept image, or the nearest kept image of a kept text (where
-only one kind was encoded, the nearest other one), as the evaluation encoded those. It must stay the same. Answers whose
-cosines are within 1e-5 of each other are the same to the rounding of float32. Any other difference must be traced to a
-routing margin: a token of that input whose k-th and next expert have router probabilities within 1e-5, so that rounding
-picks. So must an embedding that moves by more than 0.001, whatever it predicts. Of these there may be 1 in 10,000
-predictions, and one where there are fewer.
+While suites encode, the witness keeps a random sample of images and of texts with their embeddings: a tenth of each
+kind, at least 128 and at most 512. Afterwards it encodes the sample twice more: in smaller batches, then in batches of
+another size and in another order. The prediction of a kept image is its nearest kept text, that of a kept text its
+nearest kept image; where only one kind was encoded, it is the nearest other input. The gallery is always what the
+evaluation encoded. Every prediction must stay the same. Answers whose cosines are within 1e-5 of each other count as
+the same, since float32 rounds.
 
-Besides, over the whole evaluation: no (token, choice) pair is dropped; the tensors of the model are the same before and
-after; and the suites' own pipeline with shuffled labels is at chance (upcycle_bench/control.py). Suites that train
-copies of the model and score these are named: of the copies nothing is said.
+Of all predictions 1 in 10,000 may differ, and one where there are fewer. Each of these must have a cause in the router:
+a token of that input whose k-th and next expert have router probabilities within 1e-5, so that rounding picks. An
+embedding that moves by more than 0.001 counts as a prediction that differs.
 
-Shape suffixes: I images, T texts, Q queries, G gallery, D embedding; at a gate T tokens, N experts, K choices.
+Three more checks cover the whole evaluation. No (token, choice) pair is dropped. The tensors of the model are the same
+before and after. The suites' own pipeline is at chance with shuffled labels (control.py). The certificate names the
+suites that train copies of the model and score these; of the copies it says nothing.
+
+Shape suffixes: N inputs of one kind, Q queries, G gallery.
 """
 
 from __future__ import annotations
@@ -51,7 +53,7 @@ MOVED = 1e-3  # distance from which an embedding counts as another one, whatever
 
 
 @dataclass
-class _Sample:
+class Reservoir:
     """A reservoir of one kind of input (Vitter's algorithm R): rows, their embeddings, and what last encoded them."""
 
     generator: torch.Generator
@@ -60,7 +62,7 @@ class _Sample:
     rows: list[Tensor] = field(default_factory=list)
     embeddings: list[Tensor] = field(default_factory=list)
 
-    def add(self, encode: Any, inputs: Tensor, embedded_BD: Tensor) -> None:
+    def add(self, encode: Any, inputs: Tensor, embedded_BC: Tensor) -> None:
         self.encode = encode
         draws = torch.rand(len(inputs), generator=self.generator, dtype=torch.float64).tolist()
         for place, draw in enumerate(draws):
@@ -68,10 +70,10 @@ class _Sample:
             slot = len(self.rows) if len(self.rows) < MOST else int(draw * self.seen)
             if slot < MOST:
                 self.rows[slot : slot + 1] = [inputs[place].clone()]
-                self.embeddings[slot : slot + 1] = [embedded_BD[place].clone()]
+                self.embeddings[slot : slot + 1] = [embedded_BC[place].clone()]
 
     def chosen(self) -> tuple[list[Tensor], Tensor | None]:
-        """The inputs to encode again, each once, and their embeddings [., D]."""
+        """The inputs to encode again, each once, and their embeddings [N, C]."""
         number = min(MOST, max(LEAST, self.seen // SHARE))
         order = torch.randperm(len(self.rows), generator=self.generator).tolist()[:number]
         once = {_key(self.rows[place]): place for place in order}
@@ -81,11 +83,11 @@ class _Sample:
 
 
 class Witness:
-    """Watches an evaluation of `model`; see the module docstring. Batches of other models are none of its business."""
+    """Watches an evaluation of `model`, as the module docstring says. It ignores batches of other models."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self._samples = {kind: _Sample(Stream(("certificate", kind)).generator()) for kind in ("images", "texts")}
+        self.samples = {kind: Reservoir(Stream(("certificate", kind)).generator()) for kind in ("images", "texts")}
         self._routed: dict[str, _Routed] = {}
         self._handles: list[Any] = []
         self._before: dict[str, str] = {}
@@ -102,23 +104,23 @@ class Witness:
             self._handles.pop().remove()
 
     @uncounted()
-    def saw(self, model: nn.Module, encode: Any, inputs: Tensor, embedded_BD: Tensor) -> None:
-        """A batch of images (floating) or texts (integers) and what became of it, normalised, on the CPU."""
+    def on_encoded(self, model: nn.Module, encode: Any, inputs: Tensor, embedded_BC: Tensor) -> None:
+        """Sample a batch of images (floating) or texts (integers) with their normalised embeddings on the CPU."""
         if model is self.model:
-            self._samples["images" if inputs.is_floating_point() else "texts"].add(encode, inputs, embedded_BD)
+            self.samples["images" if inputs.is_floating_point() else "texts"].add(encode, inputs, embedded_BC)
 
     def testify(self, suites: Mapping[str, Suite], context: EvalContext) -> CertificatePart | None:
         """The certificate; None where no suite let it see anything. Raises Unsound. `suites` are those that scored."""
         began = time.perf_counter()
-        context = replace(context, weights="", saw=None, track=lambda items, what: items)
+        context = replace(context, weights="", on_encoded=None, track=lambda items, what: items)
         self._unchanged()
         self._nothing_dropped()
-        kept = [sample for sample in self._samples.values() if sample.rows]
+        kept = [sample for sample in self.samples.values() if sample.rows]
         if not kept:
             return None
         first = [sample.chosen() for sample in kept]
         repeats = [self._repeat(kept, first, context, *repeat) for repeat in REPEATS]
-        controls, uncontrolled = control.run(suites, context)
+        controls, uncontrolled = control.score_shuffled(suites, context)
         return CertificatePart(
             predictions=sum(len(rows) for rows, _ in first),
             repeats=tuple(repeats),
@@ -148,7 +150,7 @@ class Witness:
 
     def _repeat(
         self,
-        kept: Sequence[_Sample],
+        kept: Sequence[Reservoir],
         first: Sequence[tuple[list[Tensor], Any]],
         context: EvalContext,
         batch_size: int,
@@ -157,7 +159,7 @@ class Witness:
         how = f"in batches of {batch_size}{', in another order,' if shuffled else ''}"
         rows = [row for sampled, _ in first for row in sampled]
         encoders = [sample.encode for sample, (sampled, _) in zip(kept, first, strict=True) for _ in sampled]
-        before = [embedded_ND for _, embedded_ND in first]
+        before = [embedded_NC for _, embedded_NC in first]
         again = []
         for sample, (sampled, _) in zip(kept, first, strict=True):
             order = list(range(len(sampled)))
@@ -195,7 +197,7 @@ class Witness:
 def differences(before: Sequence[Tensor], again: Sequence[Tensor]) -> Iterable[int]:
     """The queries, counted through all kinds of inputs, whose prediction differs.
 
-    before, again: embeddings of one kind [N, D], or of two, [I, D] and [T, D]. The gallery is always that of `before`,
+    before, again: embeddings [N, C] of one kind or of two. The gallery is always that of `before`,
     so that a difference is the query's own. Answers within MARGIN of each other for the query are no difference.
     """
     start = 0
@@ -220,9 +222,9 @@ def routing_margin(model: nn.Module, encode: Any, row: Tensor, context: EvalCont
 
     def at_gate(layer: MoEFFN, x_TD: Tensor) -> None:
         nonlocal least
-        probs_TN = torch.softmax(x_TD.float() @ layer.gate.wg.weight.float().T, dim=1)
-        if layer.gate.k < probs_TN.shape[1]:
-            top_TK = probs_TN.topk(layer.gate.k + 1, dim=1).values
+        probs_TE = torch.softmax(x_TD.float() @ layer.gate.wg.weight.float().T, dim=1)
+        if layer.gate.k < probs_TE.shape[1]:
+            top_TK = probs_TE.topk(layer.gate.k + 1, dim=1).values
             least = min(least, float((top_TK[:, -2] - top_TK[:, -1]).min()))
 
     layers = moe_layers(model).values()
@@ -250,7 +252,7 @@ def digests(model: nn.Module) -> dict[str, str]:
 class _Routed:
     """How many choices a gate made and dropped. A small object of its own: a copied model has its hooks copied."""
 
-    made: list[tuple[int, Tensor]] = field(default_factory=list)  # a list, since two threads may add to it at once
+    made: list[tuple[int, Tensor]] = field(default_factory=list)
 
     def count(self, _gate: nn.Module, _args: Any, output: tuple[Any, ...]) -> None:
         index_KT = output[3]
@@ -266,15 +268,15 @@ class _Routed:
 
 
 def _encode(encode: Any, rows: Sequence[Tensor], order: list[int], batch_size: int, context: EvalContext) -> Tensor:
-    """Embeddings [N, D] in the order of `rows`, encoded in that of `order`; inputs of one shape stand in a batch."""
+    """Embeddings [N, C] in the order of `rows`, encoded in that of `order`; inputs of one shape stand in a batch."""
     found: dict[int, Tensor] = {}
     by_shape = sorted(order, key=lambda place: rows[place].shape)
     for _, group in groupby(by_shape, key=lambda place: rows[place].shape):
         places = list(group)
         for start in range(0, len(places), batch_size):
             batch = places[start : start + batch_size]
-            embedded_BD = embed(encode, torch.stack([rows[place] for place in batch]), context)
-            found.update(zip(batch, embedded_BD, strict=True))
+            embedded_BC = embed(encode, torch.stack([rows[place] for place in batch]), context)
+            found.update(zip(batch, embedded_BC, strict=True))
     return torch.stack([found[place] for place in range(len(rows))])
 
 

@@ -1,15 +1,15 @@
-"""The control with shuffled labels: what a suite says of them must be chance, or labels leak into its answers.
+"""The control with shuffled labels: a suite must score them at chance, or labels leak into its answers.
 
-    controls, without = run(suites, context)
+    controls, without = score_shuffled(suites, context)
 
-A small set is made of a real one, in its format, with labels (or captions) dealt out anew, and the suite scores the
-model on it as on any set of a user's: reading, encoding, ranking, metrics. Of a classification set it has equally many
-samples of each class and no other class, so that whatever a model prefers, 1 / classes of its answers are right. No
+A small set is made of a real one, in the same format, with labels (or captions) dealt out anew. The suite scores the
+model on it as on any set of a user's: it reads, encodes, ranks and computes its metrics. A small classification set has
+equally many samples of each of its classes, so that 1 / classes of the answers are right whatever a model prefers. No
 score may stand 4 standard errors above chance. For the share of right answers that is the binomial test of the same
-odds, 1 in 30,000; for others the errors are the score's own.
+odds, 1 in 30,000; for other metrics the standard errors are the score's own.
 
-One set of each kind is enough, the first that a suite reads and that can be shuffled; it takes at least 64 samples. A
-suite that scored without a control is named, with the reason.
+One set of each kind is enough: the first that the suite reads and that can be shuffled, of at least 64 samples. A suite
+that has no control is named, with the reason.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ import torch
 
 from upcycle_bench import evalsets
 from upcycle_bench.errors import Unsound, UserError
+from upcycle_bench.evalset_write import write_shard
 from upcycle_bench.record import ControlPart
 from upcycle_bench.rng import Stream
 from upcycle_bench.suite import EvalContext, OnlyNamed, Score, Suite
@@ -44,7 +45,7 @@ class _Member:
     files: dict[str, tarfile.TarInfo]
 
 
-def run(suites: Mapping[str, Suite], context: EvalContext) -> tuple[list[ControlPart], str | None]:
+def score_shuffled(suites: Mapping[str, Suite], context: EvalContext) -> tuple[list[ControlPart], str | None]:
     """A control for each suite and kind of set it reads, and which suites have none, and why. Raises Unsound."""
     controls, without = [], []
     for name, suite in suites.items():
@@ -131,7 +132,7 @@ def shuffled(folder: Path, target: Path) -> int:
     order = torch.randperm(len(values), generator=rng).tolist()
     images = _images([members[place] for place in chosen], suffix)
     samples = (image | {suffix: values[place]} for image, place in zip(images, order, strict=True))
-    evalsets.write_shard(target / "test" / "0.tar", samples)
+    write_shard(target / "test" / "0.tar", samples)
     lines |= {"test/nshards.txt": ["1"], evalsets.TYPE: [evalsets.kind_of(folder)]}
     for name, each in lines.items():
         (target / name).write_text("".join(f"{line}\n" for line in each), encoding="utf-8")

@@ -2,9 +2,9 @@
 
     arrays = remembered(["images", digest, split], context, make, first)  # make() -> {"features": ..., "labels": ...}
 
-The key is `what`, the weights' hash (`EvalContext.weights`; without one nothing is kept) and what arithmetic depends
-on to the last bit. A file is read with its check sums: one that is damaged is said, deleted and made anew. One that is
-whole but not what the model gives, as far as its first rows show, makes a watched evaluation unsound.
+The key is made of `what`, of the weights' hash (`EvalContext.weights`; without one nothing is kept) and of all that
+changes the last bits of the arithmetic. A file is read with its check sums; a damaged one is deleted with a warning and
+made anew. Where a witness watches, the first rows are encoded again; if they differ, the evaluation is unsound.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ Arrays = Mapping[str, np.ndarray]
 def remembered(
     what: Sequence[Any], context: EvalContext, make: Callable[[], Arrays], first: Callable[[], Arrays]
 ) -> Arrays:
-    """What `make` gives, from the cache if these weights have made it before. `what` is JSON, and says which inputs.
+    """What `make` gives, from the cache if these weights have made it before. `what` (JSON) names the inputs.
 
-    `first` makes at most SPOT rows anew, of the arrays that are embeddings: under the eyes of a witness
-    (`EvalContext.saw`) they are compared, and Unsound is raised where they differ.
+    `first` encodes the first rows again, at most SPOT, of the arrays that are embeddings. Where a witness watches
+    (`EvalContext.on_encoded`), cached rows that differ from these raise Unsound.
     """
-    if not context.weights:  # nobody knows what these are
+    if not context.weights:  # nothing would tell these arrays from another model's
         return make()
     key = json.dumps([VERSION, what, context.weights, _arithmetic(context)])
     path = cache_root() / "features" / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.npz"
@@ -56,7 +56,7 @@ def remembered(
             warnings.warn(f"{path} is damaged ({error}); it is made anew.", stacklevel=2)
             path.unlink(missing_ok=True)
         else:
-            if context.saw is not None:
+            if context.on_encoded is not None:
                 _compare(arrays, first(), path)
             return arrays
     return _read(build_once(path, build))

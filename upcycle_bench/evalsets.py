@@ -15,27 +15,19 @@ Source: clip_benchmark.datasets.builder.build_wds_dataset (1.6.2), whose publish
 from __future__ import annotations
 
 import hashlib
-import io
 import re
 import warnings
-from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast, get_args
+from typing import Any, Literal, cast, get_args
 
 from upcycle_bench.cache import files_sha256
 from upcycle_bench.errors import UserError
-from upcycle_bench.flops import uncounted
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
 
 Kind = Literal["classification", "multilabel", "retrieval"]
 CLASSNAMES, TEMPLATES, TYPE = "classnames.txt", "zeroshot_classification_templates.txt", "dataset_type.txt"
 STRATA = "strata.txt"  # CLIP_benchmark ignores it
-AHEAD = 2  # batches: as many as are encoded at once where a core is free (`upcycle_bench.features`)
 STRATUM = re.compile(r"[\w.-]+")  # it becomes part of the names of metrics
 
 
@@ -45,8 +37,8 @@ class EvalSet:
 
     It yields (images float32 [B, 3, H, W], labels int [B]); for multilabel (images, [B, classes], not 0 where an image
     shows the class); for retrieval (images, list of B lists of captions).
-    `strata` holds one label for each sample in that order, or nothing if the set is not divided; that there are as many
-    as samples is for `require_strata` to say, when these have been read.
+    `strata` holds one label for each sample in that order, or nothing if the set is not divided. Whoever has read all
+    samples checks their number with `require_strata`.
     """
 
     name: str
@@ -55,121 +47,6 @@ class EvalSet:
     templates: tuple[str, ...]
     batches: Iterable[tuple[Any, Any]]
     strata: tuple[str, ...] = ()
-
-
-def png(image: Image) -> bytes:
-    """PNG without compression: for small images the bytes do not depend on the zlib of the machine."""
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG", compress_level=0)
-    return buffer.getvalue()
-
-
-def write_shard(path: Path, samples: Iterable[Mapping[str, bytes]]) -> int:
-    """Write samples ({"png": ..., "txt": ...}) as a tar of equal bytes every time; returns how many.
-
-    Keys are SHARD-NUMBER, so that they are unique in a folder of shards.
-    """
-    import webdataset
-
-    count = 0
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("wb") as file, webdataset.TarWriter(file, encoder=False, mtime=0) as tar:
-        for count, sample in enumerate(samples, start=1):
-            tar.write({"__key__": f"{path.stem}-{count - 1:08d}", **sample})
-    return count
-
-
-def write_classification(
-    folder: Path,
-    samples: Iterable[tuple[Image, int]],
-    classnames: Sequence[str],
-    templates: Sequence[str],
-    strata: Sequence[str] | None = None,
-    split: str = "test",
-) -> int:
-    """Write (image, class index) samples as one split of a zero-shot classification set; returns how many.
-
-    `strata` holds one label for each sample: letters, digits, `_`, `.` and `-`.
-    """
-
-    def encoded() -> Iterable[dict[str, bytes]]:
-        for image, label in samples:
-            _require_labels(folder, [label], classnames)
-            yield {"png": png(image), "cls": str(label).encode()}
-
-    _write_classes(folder, classnames, templates)
-    return _write(folder, "classification", encoded(), strata, split)
-
-
-def write_multilabel(
-    folder: Path,
-    samples: Iterable[tuple[Image, Collection[int]]],
-    classnames: Sequence[str],
-    templates: Sequence[str],
-    split: str = "test",
-) -> int:
-    """Write (image, indices of the classes that it shows) samples as a split of a multilabel set; returns how many."""
-    import numpy as np
-
-    def encoded() -> Iterable[dict[str, bytes]]:
-        for image, labels in samples:
-            _require_labels(folder, labels, classnames)
-            shown_C, buffer = np.zeros(len(classnames), dtype=np.uint8), io.BytesIO()
-            shown_C[list(labels)] = 1
-            np.save(buffer, shown_C)
-            yield {"png": png(image), "npy": buffer.getvalue()}
-
-    _write_classes(folder, classnames, templates)
-    return _write(folder, "multilabel", encoded(), None, split)
-
-
-def write_retrieval(
-    folder: Path, samples: Iterable[tuple[Image, Sequence[str]]], strata: Sequence[str] | None = None
-) -> int:
-    """Write (image, its captions) samples as a retrieval set; returns how many. `strata` as for classification."""
-
-    def encoded() -> Iterable[dict[str, bytes]]:
-        for image, captions in samples:
-            if not captions or any(len(caption.splitlines()) != 1 for caption in captions):
-                raise ValueError(f"{folder.name}: an image needs captions of one line each, got {list(captions)}")
-            yield {"png": png(image), "txt": "\n".join(captions).encode()}
-
-    return _write(folder, "retrieval", encoded(), strata)
-
-
-def _require_labels(folder: Path, labels: Iterable[int], classnames: Sequence[str]) -> None:
-    for label in labels:
-        if not 0 <= label < len(classnames):
-            raise ValueError(f"{folder.name}: label {label} is not one of {len(classnames)} classes")
-
-
-def _write_classes(folder: Path, classnames: Sequence[str], templates: Sequence[str]) -> None:
-    if not all("{c}" in template for template in templates):
-        raise ValueError(f"{folder.name}: every template must hold {{c}}")
-    folder.mkdir(parents=True, exist_ok=True)
-    _write_lines(folder / CLASSNAMES, classnames)
-    _write_lines(folder / TEMPLATES, templates)
-
-
-def _write(
-    folder: Path,
-    kind: Kind,
-    samples: Iterable[Mapping[str, bytes]],
-    strata: Sequence[str] | None,
-    split: str = "test",
-) -> int:
-    count = write_shard(folder / split / "0.tar", samples)
-    if strata is not None:
-        if len(strata) != count or not all(map(STRATUM.fullmatch, strata)):
-            raise ValueError(f"{folder.name}: {count} samples need a stratum each, of letters, digits, _ . and -")
-        _write_lines(folder / STRATA, strata)
-    _write_lines(folder / split / "nshards.txt", ["1"])
-    _write_lines(folder / TYPE, [kind])
-    return count
-
-
-def _write_lines(path: Path, lines: Sequence[str]) -> None:
-    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8", newline="\n")
 
 
 def require(root: Path, names: Iterable[str], split: str = "test") -> None:
@@ -208,40 +85,18 @@ def read(folder: Path, transform: Callable[[Any], Any], batch_size: int, split: 
 
 @dataclass(frozen=True)
 class _Batches:
-    """Batches, made while the model encodes those before where that leaves a core idle.
+    """Batches in the order of the shards, from the start each time.
 
-    No FLOP counter watches: looking at each operation on each image took a fifth of an evaluation.
+    No FLOP counter watches: to look at each operation on each image took a fifth of an evaluation.
     """
 
     batches: Iterable[tuple[Any, Any]]
 
     def __iter__(self) -> Iterator[tuple[Any, Any]]:
+        from upcycle_bench.flops import uncounted  # imports torch, which a leaderboard does without
+
         iterator = iter(self.batches)
-
-        @uncounted()
-        def following() -> tuple[Any, Any] | None:
-            return next(iterator, None)
-
-        if not _reads_ahead():
-            yield from iter(following, None)
-            return
-        thread = ThreadPoolExecutor(1, "reader")
-        try:
-            ahead = deque(thread.submit(following) for _ in range(AHEAD))
-            while (batch := ahead.popleft().result()) is not None:
-                ahead.append(thread.submit(following))
-                yield batch
-        finally:  # a reader that leaves early waits for one batch at most
-            thread.shutdown(cancel_futures=True)
-
-
-def _reads_ahead() -> bool:
-    """Whether reading can go on beside encoding: on a GPU, or where the threads that encode leave a core free."""
-    import torch
-
-    from upcycle_bench.threads import core_is_free
-
-    return torch.cuda.is_available() or core_is_free()
+        return iter(uncounted()(lambda: next(iterator, None)), None)
 
 
 def classnames(folder: Path) -> tuple[str, ...]:
@@ -276,7 +131,7 @@ def kind_of(folder: Path) -> Kind:
 
 
 def strata_of(folder: Path) -> tuple[str, ...]:
-    """The labels in a set's strata.txt; UserError for what is none. `require_strata` says whether they are enough."""
+    """The labels in a set's strata.txt; UserError for what is no label. `require_strata` checks how many they are."""
     path = folder / STRATA
     strata = path.read_text(encoding="utf-8").splitlines()
     if not strata or not all(map(STRATUM.fullmatch, strata)):
@@ -290,7 +145,7 @@ def strata_of(folder: Path) -> tuple[str, ...]:
 def require_strata(name: str, strata: Sequence[str], samples: int) -> None:
     """UserError unless there are as many strata as the test split has samples, or none at all.
 
-    For who has read all samples: to look for them in the shards alone took 4 % of an evaluation.
+    The caller has read all samples and knows their number: to count them in the shards took 4 % of an evaluation.
     """
     if strata and len(strata) != samples:
         raise UserError(

@@ -6,7 +6,7 @@ A row shows the images that the expert takes most: those with the largest share 
 is, and among equals those with the highest mean probability. Its number and its load stand at the left. An image of
 which it takes no token is never shown.
 
-Shape suffixes: I images, N experts.
+Shape suffixes: I images.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Sheet:
     """The picture of a layer, and what is said of the layer in it."""
 
     image: Image
-    load_N: np.ndarray
+    load_E: np.ndarray
     found: Mapping[str, Agreement]
 
 
@@ -69,7 +69,7 @@ def draw(clip: Clip, context: EvalContext, names: Sequence[str], *, columns: int
     pictures = _pictures(clip, context, names, wanted)
     sheets = {}
     for name, layer in routed.layers.items():
-        found = agreements(layer.first_IN, routed.labels)
+        found = agreements(layer.first_IE, routed.labels)
         said = "; ".join(
             f"NMI with {what} {found[key].value:.3f} (chance {found[key].chance:.3f})"
             for what in ("class", "set")
@@ -77,18 +77,18 @@ def draw(clip: Clip, context: EvalContext, names: Sequence[str], *, columns: int
         )
         about = f"{title}, {name}: {len(routed.labels['set']):,} images of {', '.join(names)}. {said}"
         thumbnails = [[pictures[image] for image in row] for row in rows[name]]
-        sheets[name] = Sheet(_sheet(about, layer.load_N, thumbnails, columns), layer.load_N, found)
+        sheets[name] = Sheet(_sheet(about, layer.load_E, thumbnails, columns), layer.load_E, found)
     return sheets
 
 
 def most_taken(layer: LayerRoutes, count: int) -> list[list[int]]:
     """For each expert up to `count` images, the one it takes most first."""
-    first_IN, mean_IN = layer.first_IN, layer.mean_IN
-    share_IN = first_IN / first_IN.sum(1, keepdims=True)
+    first_IE, mean_IE = layer.first_IE, layer.mean_IE
+    share_IE = first_IE / first_IE.sum(1, keepdims=True)
     rows = []
-    for expert in range(share_IN.shape[1]):
-        order_I = np.lexsort((-mean_IN[:, expert], -share_IN[:, expert]))  # stable; the last key counts first
-        rows.append([int(image) for image in order_I[:count] if first_IN[image, expert]])
+    for expert in range(share_IE.shape[1]):
+        order_I = np.lexsort((-mean_IE[:, expert], -share_IE[:, expert]))  # stable; the last key counts first
+        rows.append([int(image) for image in order_I[:count] if first_IE[image, expert]])
     return rows
 
 
@@ -113,7 +113,7 @@ def _thumbnail(image_3HW: np.ndarray) -> Image:
     return image.resize((side, side), Image.Resampling.NEAREST if image.width <= side else Image.Resampling.BOX)
 
 
-def _sheet(about: str, load_N: np.ndarray, rows: Sequence[Sequence[Any]], columns: int) -> Image:
+def _sheet(about: str, load_E: np.ndarray, rows: Sequence[Sequence[Any]], columns: int) -> Image:
     """Lines of text, then a row of thumbnails for each expert behind its number and load."""
     from PIL import Image, ImageDraw, ImageFont
 
@@ -125,7 +125,7 @@ def _sheet(about: str, load_N: np.ndarray, rows: Sequence[Sequence[Any]], column
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(12)
     for place, line in enumerate(lines):
         pen.text((GAP, GAP + place * LINE), line, fill="black", font=font)
-    for expert, (load, row) in enumerate(zip(load_N, rows, strict=True)):
+    for expert, (load, row) in enumerate(zip(load_E, rows, strict=True)):
         y = top + expert * (side + GAP)
         pen.text((GAP, y + side // 2 - 8), f"expert {expert}: {load:.1%}", fill="black", font=font)
         for column, picture in enumerate(row):

@@ -80,7 +80,7 @@ def experts(
         layers = {
             layer: {
                 "sheet": str(output / f"{layer}.png"),
-                "load": sheet.load_N.tolist(),
+                "load": sheet.load_E.tolist(),
                 "agreement": {metric: asdict(found) for metric, found in sheet.found.items()},
             }
             for layer, sheet in sheets.items()

@@ -1,15 +1,15 @@
 """End-to-end fine-tuning of a CLIP's image tower, under DeepSpeed's engine, from the zero-shot classifier.
 
-    tuned = tune(model, classes_CD, train, validation, recipe, Stream(("fine-tune", "digits", 5, 0)), context)
-    logits_NC, label_N = predict(tuned.classifier, test, context)
+    tuned = tune(model, classes_YC, train, validation, recipe, Stream(("fine-tune", "digits", 5, 0)), context)
+    logits_NY, label_N = predict(tuned.classifier, test, context)
 
 The head is linear on normalised features and begins as logit scale x class embeddings, so that at step 0 it answers as
 the zero-shot classifier does (WiSE-FT's). Every learning rate of the grid starts from the same weights and sees the
 same batches; the one with the best validation accuracy is kept. MoE layers train as in upcycling: capacity, dropping,
 the load-balancing loss. The model itself is never touched: its tower is copied.
 
-Sources: M. Wortsman et al., Robust fine-tuning of zero-shot models, arXiv:2109.01903. Shape suffixes: N samples, B
-batch, S steps, C classes, D embedding.
+Sources: M. Wortsman et al., Robust fine-tuning of zero-shot models, arXiv:2109.01903. Shape suffixes: N samples,
+S steps, Y classes.
 """
 
 from __future__ import annotations
@@ -53,22 +53,22 @@ class Recipe:
 
 
 class Classifier(nn.Module):
-    """An image tower and a linear head without bias on its normalised features: images [B, 3, H, W] -> logits [B, C].
+    """An image tower and a linear head without bias on its normalised features: images [B, 3, H, W] -> logits [B, Y].
 
     Autocast, where `precision` asks for it, is for training alone.
     """
 
-    def __init__(self, tower: nn.Module, head_CD: Tensor, precision: str) -> None:
+    def __init__(self, tower: nn.Module, head_YC: Tensor, precision: str) -> None:
         super().__init__()
         self.tower, self.precision = tower, precision
-        self.head = nn.Linear(head_CD.shape[1], head_CD.shape[0], bias=False)
-        self.head.weight = nn.Parameter(head_CD)
+        self.head = nn.Linear(head_YC.shape[1], head_YC.shape[0], bias=False)
+        self.head.weight = nn.Parameter(head_YC)
 
     def features(self, images: Tensor) -> Tensor:
-        """Normalised, float32 [B, D]."""
+        """Normalised, float32 [B, C]."""
         with autocast(images.device, self.precision if self.training else "fp32"):
-            features_BD = self.tower(images)
-        return F.normalize(features_BD.float(), dim=-1)
+            features_BC = self.tower(images)
+        return F.normalize(features_BC.float(), dim=-1)
 
     def forward(self, images: Tensor) -> Tensor:
         return self.head(self.features(images))
@@ -76,15 +76,25 @@ class Classifier(nn.Module):
 
 @dataclass(frozen=True)
 class Tuned:
-    """The best classifier, its rate, and what each rate reached on validation; None where training diverged."""
+    """The best classifier, its rate, and what each rate, ascending, reached on validation; None: training diverged."""
 
     classifier: Classifier
     rate: float
     accuracies: Mapping[float, float | None]
     accuracy_before: float
 
+    @property
+    def at_the_edge(self) -> bool:
+        """Whether an end of the grid is better than all within, so that a rate outside may be better still."""
+        first, *within, last = self.accuracies
+        best = self.accuracies[self.rate]
+        assert best is not None, "training at the chosen rate went through"
+        return self.rate in (first, last) and best > max(
+            (value for rate in within if (value := self.accuracies[rate]) is not None), default=-1.0
+        )
 
-def zero_shot_classifier(model: Any, classes_CD: Tensor, precision: str = "fp32") -> Classifier:
+
+def zero_shot_classifier(model: Any, classes_YC: Tensor, precision: str = "fp32") -> Classifier:
     """A copy of the model's image tower under the zero-shot head; UserError for a tower that is no ViT of open_clip's.
 
     Patch dropout is left out: a file of weights does not say it, so it would depend on where the model comes from.
@@ -97,13 +107,13 @@ def zero_shot_classifier(model: Any, classes_CD: Tensor, precision: str = "fp32"
     tower = copy.deepcopy(tower)
     tower.patch_dropout = nn.Identity()
     scale = model.logit_scale.detach().exp()
-    return Classifier(tower, scale * classes_CD.to(scale.device), precision).requires_grad_(True)
+    return Classifier(tower, scale * classes_YC.to(scale.device), precision).requires_grad_(True)
 
 
 def tune(
     model: Any,
-    classes_CD: Tensor,
-    train: Labelled,
+    classes_YC: Tensor,
+    training: Labelled,
     validation: Labelled,
     recipe: Recipe,
     rng: Stream,
@@ -117,19 +127,19 @@ def tune(
     """
     if distributed.world_size() > 1:
         raise UserError("fine-tune is the work of one process; score the record with `upcycle-bench evaluate RECORD`.")
-    images_N3HW, label_N = _in_memory(train, context)
+    images_N3HW, label_N = _in_memory(training, context)
     rows_SB = batch_rows(len(label_N), recipe.steps, recipe.batch_size, rng.child("order"))
-    before = zero_shot_classifier(model, classes_CD)
+    before = zero_shot_classifier(model, classes_YC)
     accuracy_before = _accuracy(before, validation, context)
     assert accuracy_before is not None, "the class embeddings are finite, and so were the features"
     accuracies: dict[float, float | None] = {}
     best: tuple[float, float, Classifier] | None = None
     with attention_kernel(context.device, longest_sequence(model)):
         for rate in context.track(recipe.rates, f"{title}: learning rates"):
-            classifier = zero_shot_classifier(model, classes_CD, recipe.precision)
+            classifier = zero_shot_classifier(model, classes_YC, recipe.precision)
             with torch.random.fork_rng(devices=[context.device] if context.device.type == "cuda" else []):
                 torch.manual_seed(rng.child("sampling").seed())  # of second experts, where the layers do that
-                _train(classifier, images_N3HW, label_N, rows_SB, rate, recipe)
+                train(classifier, images_N3HW, label_N, rows_SB, rate, recipe)
             accuracy = accuracies[rate] = _accuracy(classifier, validation, context)
             if accuracy is not None and (best is None or accuracy > best[0]):
                 best = accuracy, rate, classifier
@@ -139,14 +149,14 @@ def tune(
 
 
 def predict(classifier: Classifier, samples: Labelled, context: EvalContext) -> tuple[Tensor, Tensor]:
-    """Logits [N, C], in float64 so that rounding breaks no tie, and labels [N], on the CPU; the model is in float32."""
+    """Logits [N, Y], in float64 so that rounding breaks no tie, and labels [N], on the CPU; the model is in float32."""
     classifier.eval()
     logits, labels = [], []
-    head_CD = classifier.head.weight.detach().double()
+    head_YC = classifier.head.weight.detach().double()
     with torch.no_grad():
         for images_B3HW, label_B in samples.batches(context.transform, context.batch_size):
-            features_BD = classifier.features(images_B3HW.to(context.device))
-            logits.append((features_BD.double() @ head_CD.T).cpu())
+            features_BC = classifier.features(images_B3HW.to(context.device))
+            logits.append((features_BC.double() @ head_YC.T).cpu())
             labels.append(label_B)
     return torch.cat(logits), torch.cat(labels)
 
@@ -162,23 +172,39 @@ def batch_rows(samples: int, steps: int, batch_size: int, rng: Stream) -> Tensor
     return torch.cat(epochs)[:steps]
 
 
-def losses(logits_BC: Tensor, label_B: Tensor, layers: Mapping[str, MoEFFN], load_balance: float) -> dict[str, Tensor]:
+def losses(logits_BY: Tensor, label_B: Tensor, layers: Mapping[str, MoEFFN], load_balance: float) -> dict[str, Tensor]:
     """The terms of the loss by name, to be summed, after a forward pass of `layers` in training mode."""
-    terms = {"cross_entropy": F.cross_entropy(logits_BC, label_B)}
+    terms = {"cross_entropy": F.cross_entropy(logits_BY, label_B)}
     if layers:
         balance = torch.stack([layer.l_aux for layer in layers.values() if layer.l_aux is not None])
         terms["load_balance"] = load_balance * balance.sum().float()
     return terms
 
 
-def _train(
+def train(
     classifier: Classifier, images_N3HW: Tensor, label_N: Tensor, rows_SB: Tensor, rate: float, recipe: Recipe
 ) -> None:
-    """Train in place, with a fresh optimiser."""
+    """Train in place, with a fresh optimiser, to the peak learning rate `rate`; a row of `rows_SB` is a batch."""
     device = classifier.head.weight.device
-    schedule = Schedule(
+    layers = moe_layers(classifier)
+    schedule = _schedule(recipe, batch_size=max(2, rows_SB.shape[1]))
+    job = Job(purpose="fine-tune", schedule=schedule, peak_lr=rate, stop_step=recipe.steps, seed=0)
+    ds_engine = create_engine(classifier.train(), job)
+    for step, row_B in enumerate(rows_SB):
+        for group in ds_engine.optimizer.param_groups:
+            group["lr"] = learning_rate(step, recipe.steps, rate, WARMUP)
+        logits_BY = ds_engine(images_N3HW[row_B].to(device))
+        terms = losses(logits_BY, label_N[row_B].to(device), layers, recipe.load_balance)
+        ds_engine.backward(torch.stack(list(terms.values())).sum())
+        ds_engine.step()
+    ds_engine.destroy()
+
+
+def _schedule(recipe: Recipe, batch_size: int) -> Schedule:
+    """What DeepSpeed's engine is to know."""
+    return Schedule(
         steps=recipe.steps,
-        batch_size=max(2, rows_SB.shape[1]),
+        batch_size=batch_size,
         warmup_fraction=WARMUP,
         betas=BETAS,
         eps=EPS,
@@ -189,24 +215,13 @@ def _train(
         precision=recipe.precision,
         logit_scale_max=math.log(100),
     )
-    job = Job(purpose="fine-tune", schedule=schedule, peak_lr=rate, stop_step=recipe.steps, seed=0)
-    layers = moe_layers(classifier)
-    ds_engine = create_engine(classifier.train(), job)
-    for step, row_B in enumerate(rows_SB):
-        for group in ds_engine.optimizer.param_groups:
-            group["lr"] = learning_rate(step, recipe.steps, rate, WARMUP)
-        logits_BC = ds_engine(images_N3HW[row_B].to(device))
-        terms = losses(logits_BC, label_N[row_B].to(device), layers, recipe.load_balance)
-        ds_engine.backward(torch.stack(list(terms.values())).sum())
-        ds_engine.step()
-    ds_engine.destroy()
 
 
 def _accuracy(classifier: Classifier, samples: Labelled, context: EvalContext) -> float | None:
-    logits_NC, label_N = predict(classifier, samples, context)
-    if not logits_NC.isfinite().all():
+    logits_NY, label_N = predict(classifier, samples, context)
+    if not logits_NY.isfinite().all():
         return None
-    return float((logits_NC.argmax(dim=1) == label_N).double().mean())
+    return float((logits_NY.argmax(dim=1) == label_N).double().mean())
 
 
 def _in_memory(samples: Labelled, context: EvalContext) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,7 @@
 """A linear probe on frozen features: CLIP_benchmark's protocol, many weight decays trained at once.
 
-    fitted = fit(train, validation, classes=10)                          # Examples: features [N, D], labels [N]
-    predicted_N = fitted.logits(test.features_ND).argmax(dim=1)
+    fitted = fit(train, validation, classes=10)                          # Examples: features [N, C], labels [N]
+    predicted_N = fitted.logits(test.features_NC).argmax(dim=1)
 
 AdamW at a learning rate of 0.1 without warm-up, then cosine to zero, 10 epochs in batches of 64, cross-entropy, from
 `nn.Linear`'s own initial weights. The weight decay (AdamW's, on weights and bias) is the one of 97 from 1e-6 to 100
@@ -13,7 +13,7 @@ arithmetic costs, the 15 that the search looks at, in five.
 `lbfgs`: scikit-learn's logistic regression instead, with an L2 penalty of weight_decay / 2, chosen likewise.
 
 Source: clip_benchmark.metrics.linear_probe (1.6.2), which follows A.3 of Radford et al. 2021, arXiv:2103.00020.
-Shape suffixes: N samples, D features, I = D + 1 inputs, C classes, W weight decays, K = W * C, B batch.
+Shape suffixes: N samples, I = C + 1 inputs, Y classes, W weight decays, Z = W * Y.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ FIRST, SPANS = range(0, 97, 16), (8, 4, 2, 1)  # where find_peak looks first, an
 
 @dataclass(frozen=True)
 class Examples:
-    """Features [N, D] float32 and their labels [N] int64, on one device."""
+    """Features [N, C] float32 and their labels [N] int64, on one device."""
 
-    features_ND: Tensor
+    features_NC: Tensor
     label_N: Tensor
 
     def __len__(self) -> int:
@@ -48,11 +48,11 @@ class Examples:
     def take(self, rows: np.ndarray) -> Examples:
         """Those rows."""
         chosen = torch.as_tensor(rows, device=self.label_N.device)
-        return Examples(self.features_ND[chosen], self.label_N[chosen])
+        return Examples(self.features_NC[chosen], self.label_N[chosen])
 
     def and_also(self, other: Examples) -> Examples:
         """Both, one after the other."""
-        return Examples(torch.cat([self.features_ND, other.features_ND]), torch.cat([self.label_N, other.label_N]))
+        return Examples(torch.cat([self.features_NC, other.features_NC]), torch.cat([self.label_N, other.label_N]))
 
 
 @dataclass(frozen=True)
@@ -68,19 +68,19 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Probe:
-    """Linear classifiers, one for each weight decay: weights [W, D, C], biases [W, C]."""
+    """Linear classifiers, one for each weight decay: weights [W, C, Y], biases [W, Y]."""
 
-    weight_WDC: Tensor
-    bias_WC: Tensor
+    weight_WCY: Tensor
+    bias_WY: Tensor
 
-    def logits(self, features_ND: Tensor) -> Tensor:
-        """[W, N, C]."""
-        x_WND = features_ND.expand(len(self.bias_WC), -1, -1)
-        return torch.baddbmm(self.bias_WC[:, None], x_WND, self.weight_WDC)
+    def logits(self, features_NC: Tensor) -> Tensor:
+        """[W, N, Y]."""
+        x_WNC = features_NC.expand(len(self.bias_WY), -1, -1)
+        return torch.baddbmm(self.bias_WY[:, None], x_WNC, self.weight_WCY)
 
     def each(self) -> list[Probe]:
         """One by one."""
-        return [Probe(*pair) for pair in zip(self.weight_WDC.split(1), self.bias_WC.split(1), strict=True)]
+        return [Probe(*pair) for pair in zip(self.weight_WCY.split(1), self.bias_WY.split(1), strict=True)]
 
 
 @dataclass(frozen=True)
@@ -90,9 +90,9 @@ class Fitted:
     probe: Probe
     weight_decay: float
 
-    def logits(self, features_ND: Tensor) -> Tensor:
-        """[N, C]."""
-        return self.probe.logits(features_ND)[0]
+    def logits(self, features_NC: Tensor) -> Tensor:
+        """[N, Y]."""
+        return self.probe.logits(features_NC)[0]
 
 
 def fit(
@@ -102,7 +102,7 @@ def fit(
     recipe = recipe or Recipe()
     solve = train_all if recipe.solver == "adamw" else _lbfgs
     known: dict[int, tuple[float, Probe]] = {}
-    at_once = train.features_ND.is_cuda and recipe.solver == "adamw"
+    at_once = train.features_NC.is_cuda and recipe.solver == "adamw"
 
     def accuracies(indices: Sequence[int]) -> list[float]:
         if missing := [i for i in (range(len(WEIGHT_DECAYS)) if at_once else indices) if i not in known]:
@@ -131,29 +131,29 @@ def train_all(train: Examples, classes: int, weight_decays: Sequence[float], rec
     Each has its own loss and AdamW works element by element, so none sees the others: not even one that diverges,
     as CLIP_benchmark's own do where lr * weight_decay is above 2.
     """
-    device, number = train.features_ND.device, len(weight_decays)
-    x_NI = F.pad(train.features_ND, (0, 1), value=1.0)  # the bias is the weight of a feature that is always 1
-    onehot_NC = F.one_hot(train.label_N, classes).to(x_NI)
+    device, number = train.features_NC.device, len(weight_decays)
+    x_NI = F.pad(train.features_NC, (0, 1), value=1.0)  # the bias is the weight of a feature that is always 1
+    onehot_NY = F.one_hot(train.label_N, classes).to(x_NI)
     with torch.random.fork_rng(devices=[]):  # on the CPU: the same initial weights and batches on every device
         torch.manual_seed(recipe.seed)
-        linear = nn.Linear(train.features_ND.shape[1], classes)
-        start_IC = torch.cat([linear.weight.detach().T, linear.bias.detach()[None]])
+        linear = nn.Linear(train.features_NC.shape[1], classes)
+        start_IY = torch.cat([linear.weight.detach().T, linear.bias.detach()[None]])
         batches = [index_B.to(device) for index_B in _batches(len(train), recipe)]
-    weight_IK = nn.Parameter(start_IC.to(device).repeat(1, number))  # a step is one product forwards, one backwards
-    optimizer = torch.optim.Adam([weight_IK], lr=recipe.lr, fused=True)
-    decay_K = torch.tensor(weight_decays, dtype=torch.float64, device=device).repeat_interleave(classes)
+    weight_IZ = nn.Parameter(start_IY.to(device).repeat(1, number))  # a step is one product forwards, one backwards
+    optimizer = torch.optim.Adam([weight_IZ], lr=recipe.lr, fused=True)
+    decay_Z = torch.tensor(weight_decays, dtype=torch.float64, device=device).repeat_interleave(classes)
     for step, index_B in enumerate(batches):
         lr = 0.5 * (1 + math.cos(math.pi * step / len(batches))) * recipe.lr
         optimizer.param_groups[0]["lr"] = lr
-        x_BI, onehot_BC = x_NI[index_B], onehot_NC[index_B]
+        x_BI, onehot_BY = x_NI[index_B], onehot_NY[index_B]
         with torch.no_grad():
             # the gradient of the mean cross-entropy is x^T (softmax - onehot) / B
-            probability_BWC = (x_BI @ weight_IK).unflatten(1, (number, classes)).softmax(dim=2)
-            weight_IK.grad = x_BI.T @ probability_BWC.sub_(onehot_BC[:, None]).div_(len(index_B)).flatten(1)
-            weight_IK.mul_((1 - lr * decay_K).float())  # AdamW is this, then Adam
+            probability_BWY = (x_BI @ weight_IZ).unflatten(1, (number, classes)).softmax(dim=2)
+            weight_IZ.grad = x_BI.T @ probability_BWY.sub_(onehot_BY[:, None]).div_(len(index_B)).flatten(1)
+            weight_IZ.mul_((1 - lr * decay_Z).float())  # AdamW is this, then Adam
         optimizer.step()
-    weight_WIC = weight_IK.detach().unflatten(1, (number, classes)).permute(1, 0, 2)
-    return Probe(weight_WIC[:, :-1].contiguous(), weight_WIC[:, -1].contiguous())
+    weight_WIY = weight_IZ.detach().unflatten(1, (number, classes)).permute(1, 0, 2)
+    return Probe(weight_WIY[:, :-1].contiguous(), weight_WIY[:, -1].contiguous())
 
 
 def _batches(samples: int, recipe: Recipe) -> Iterator[Tensor]:
@@ -170,24 +170,24 @@ def _lbfgs(train: Examples, classes: int, weight_decays: Sequence[float], recipe
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
 
-    x_ND, y_N = train.features_ND.cpu().numpy(), train.label_N.cpu().numpy()
-    weight_WDC = torch.zeros(len(weight_decays), x_ND.shape[1], classes)
-    bias_WC = torch.full((len(weight_decays), classes), -torch.inf)
+    x_NC, y_N = train.features_NC.cpu().numpy(), train.label_N.cpu().numpy()
+    weight_WCY = torch.zeros(len(weight_decays), x_NC.shape[1], classes)
+    bias_WY = torch.full((len(weight_decays), classes), -torch.inf)
     for row, decay in enumerate(weight_decays):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)  # nearly without a penalty there is no optimum
-            found = LogisticRegression(C=1 / decay, max_iter=1000).fit(x_ND, y_N)
-        weight_CD, bias_C = torch.tensor(found.coef_).float(), torch.tensor(found.intercept_).float()
+            found = LogisticRegression(C=1 / decay, max_iter=1000).fit(x_NC, y_N)
+        weight_YC, bias_Y = torch.tensor(found.coef_).float(), torch.tensor(found.intercept_).float()
         if len(found.classes_) == 2:  # one row, for the second
-            weight_CD, bias_C = torch.cat([-weight_CD, weight_CD]) / 2, torch.cat([-bias_C, bias_C]) / 2
-        weight_WDC[row, :, found.classes_] = weight_CD.T
-        bias_WC[row, found.classes_] = bias_C
-    return Probe(weight_WDC.to(train.label_N.device), bias_WC.to(train.label_N.device))
+            weight_YC, bias_Y = torch.cat([-weight_YC, weight_YC]) / 2, torch.cat([-bias_Y, bias_Y]) / 2
+        weight_WCY[row, :, found.classes_] = weight_YC.T
+        bias_WY[row, found.classes_] = bias_Y
+    return Probe(weight_WCY.to(train.label_N.device), bias_WY.to(train.label_N.device))
 
 
 def _accuracies(probes: Probe, examples: Examples) -> list[float]:
     """Of each classifier, [W]."""
-    right_WN = probes.logits(examples.features_ND).argmax(dim=2) == examples.label_N
+    right_WN = probes.logits(examples.features_NC).argmax(dim=2) == examples.label_N
     accuracies: list[float] = right_WN.double().mean(dim=1).tolist()
     return accuracies
 

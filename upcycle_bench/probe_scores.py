@@ -1,8 +1,8 @@
-"""From the answers of probes and tuned models to scores: accuracies as CLIP_benchmark defines them, means over draws.
+"""Scores of probes and tuned models: accuracies as CLIP_benchmark defines them, and their means over draws.
 
-    add_scores("digits/5-shot", [classified(logits_NC, label_N) for each draw], classes=10, result=result)
+    add_scores("digits/5-shot", [classified(logits_NY, label_N) for each draw], classes=10, result=result)
 
-Shape suffixes: N test samples, C classes, K best answers.
+Shape suffixes: N test samples, Y classes, A best answers.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ class Classified:
     five_N: np.ndarray
 
 
-def classified(logits_NC: Tensor, label_N: Tensor) -> Classified:
+def classified(logits_NY: Tensor, label_N: Tensor) -> Classified:
     """What these logits make of a test set with these labels."""
-    top_NK = logits_NC.topk(min(5, logits_NC.shape[1]), dim=1).indices
-    right_NK = (top_NK == label_N[:, None]).cpu().numpy()
-    return Classified(label_N.cpu().numpy(), right_NK[:, 0], np.any(right_NK, axis=1))
+    top_NA = logits_NY.topk(min(5, logits_NY.shape[1]), dim=1).indices
+    right_NA = (top_NA == label_N[:, None]).cpu().numpy()
+    return Classified(label_N.cpu().numpy(), right_NA[:, 0], np.any(right_NA, axis=1))
 
 
 def add_scores(title: str, draws: Sequence[Classified], classes: int, result: SuiteResult) -> None:
@@ -62,7 +62,7 @@ def add_scores(title: str, draws: Sequence[Classified], classes: int, result: Su
 
 
 def _over_draws(values: Sequence[float]) -> Uncertainty:
-    """Standard error of the mean and its 95 % t-interval, within 0 and 1; none where all draws are alike."""
+    """Standard error of the mean and its 95 % t-interval within [0, 1]; no interval where all draws are alike."""
     from scipy.stats import t
 
     if len(set(values)) == 1:  # an interval of no width would say that the next draw is known

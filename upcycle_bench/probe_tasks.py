@@ -1,20 +1,20 @@
-"""What probes and fine-tuning are trained and tested on: evaluation sets pooled, with labels of one of three kinds.
+"""The data of probes and fine-tuning: evaluation sets in a pool, with labels of one of three kinds.
 
     [suites.NAME.tasks.concepts]
     pool = ["test-carbon", "photos:train"]     # SET, or SET:SPLIT where not its test split; training and validation
     test = []                                  # likewise; []: what shots and validation leave of the pool
-    label = "class"                            # "class", "set" (which set is an image from?) or "category" (lab)
+    label = "class"                            # "class", "set" (which set an image is from) or "category" (lab)
     at_least = 10                              # classes with fewer samples in the pool are left out; 0: all must do
     world = ""                                 # "digits", "fashion-mnist": the sets are that world's, not the run's
 
-`category` is what the icon's own family files it under, as the lab's index tells; an icon without one is left out.
+`category` is the category of an icon within its own family, from the lab's index; an icon without one is left out.
 
-Shape suffixes: N samples, D features.
+Shape suffixes: N samples.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass as plain_dataclass
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
@@ -31,13 +31,13 @@ from upcycle_bench.evalsets import EvalSet
 from upcycle_bench.features import image_features
 from upcycle_bench.labelled import Labelled
 from upcycle_bench.probe import Examples
-from upcycle_bench.suite import EvalContext
+from upcycle_bench.suite import EvalContext, Suite, SuiteResult
 from upcycle_bench.worlds import lab, load_world
 
 
 @dataclass(frozen=True, kw_only=True)
 class ProbeTask:
-    """See the module docstring."""
+    """What a probe learns from, and what it is tested on; the module docstring describes the fields."""
 
     pool: tuple[str, ...] = Field(min_length=1)
     test: tuple[str, ...] = ()
@@ -61,15 +61,22 @@ class ProbeTask:
         return found
 
 
-Task = TypeVar("Task", bound=ProbeTask)
+class ProbeSuite(Suite):
+    """Base of suites whose settings are tasks."""
 
+    tasks: Mapping[str, ProbeTask]
 
-def sources(tasks: Mapping[str, ProbeTask], root: Path) -> dict[str, str]:
-    """Content hashes of all tasks that can run here; UserError, the first one's reason, if none can."""
-    found: dict[str, str] = {}
-    for task in runnable(tasks, root, {}).values():
-        found |= task.sources(root)
-    return found
+    def datasets(self) -> list[str]:
+        """Sets below `root`, with the split where it is not `test`; tasks of other worlds bring theirs."""
+        texts = (text for task in self.tasks.values() if not task.world for text in (*task.pool, *task.test))
+        return list(dict.fromkeys(texts))
+
+    def sources(self, root: Path) -> dict[str, str]:
+        """Content hashes of all tasks that can run here; UserError, the reasons, if none can."""
+        found: dict[str, str] = {}
+        for task in runnable(self.tasks, root, {}).values():
+            found |= task.sources(root)
+        return found
 
 
 def of_set(folder: Path) -> dict[str, Any]:
@@ -82,10 +89,7 @@ def of_set(folder: Path) -> dict[str, Any]:
     return {"pool": (f"{folder.name}:train",), "test": (folder.name,)}
 
 
-def datasets(tasks: Mapping[str, ProbeTask]) -> list[str]:
-    """What the tasks read below the folder of evaluation sets, as they name it."""
-    texts = (text for task in tasks.values() if not task.world for text in (*task.pool, *task.test))
-    return list(dict.fromkeys(texts))
+Task = TypeVar("Task", bound=ProbeTask)
 
 
 def runnable(tasks: Mapping[str, Task], root: Path, skipped: dict[str, str]) -> dict[str, Task]:
@@ -115,7 +119,23 @@ class Data(Generic[Samples]):
     left_out: int
 
 
-def load(task: ProbeTask, context: EvalContext) -> Data[Examples]:
+def open_tasks(
+    tasks: Mapping[str, Task],
+    load: Callable[[ProbeTask, EvalContext], Data[Samples]],
+    context: EvalContext,
+    result: SuiteResult,
+) -> Iterator[tuple[str, Task, Data[Samples]]]:
+    """Name, task and data of each task that can run here, one after the other.
+
+    `result` gets a note of each task's classes, and the reasons of the tasks that cannot run.
+    """
+    for name, task in runnable(tasks, context.root, result.skipped).items():
+        data = load(task, context)
+        result.notes[name] = {"classes": len(data.classnames), "classes_left_out": data.left_out}
+        yield name, task, data
+
+
+def load_features(task: ProbeTask, context: EvalContext) -> Data[Examples]:
     """Features and labels, without the classes that have too few samples; new labels count from 0.
 
     Raises UserError for sets that are missing, of another kind, or with other classes than each other.
@@ -126,16 +146,16 @@ def load(task: ProbeTask, context: EvalContext) -> Data[Examples]:
 
     def joined(sets: Sequence[str]) -> Examples:
         label_N = torch.from_numpy(kept.labels(sets))
-        features_ND = torch.cat([parts[text].features_ND for text in sets])
+        features_NC = torch.cat([parts[text].features_NC for text in sets])
         chosen_N = label_N >= 0
-        return Examples(features_ND[chosen_N].to(context.device), label_N[chosen_N].to(context.device))
+        return Examples(features_NC[chosen_N].to(context.device), label_N[chosen_N].to(context.device))
 
     return _data(task, kept, joined)
 
 
-def load_images(task: ProbeTask, root: Path) -> Data[Labelled]:
+def load_images(task: ProbeTask, context: EvalContext) -> Data[Labelled]:
     """The same samples in the same order, but the images themselves, on disk: no model sees them here."""
-    root = task.root(root)
+    root = task.root(context.root)
     parts = {text: labelled.index(root / _split(text)[0], _split(text)[1]) for text in task.pool + task.test}
     kept = _kept(task, root, {text: part.label_N for text, part in parts.items()})
 

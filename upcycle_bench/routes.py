@@ -1,11 +1,10 @@
 """Where a model sends images and texts: what every router and expert does in evaluation, item by item.
 
     routed = route_images(evalsets, context)              # an item is an image; route_texts: a text
-    routed.layers["vision.3"].first_IN                    # tokens of each item by their most probable expert
+    routed.layers["vision.3"].first_IE                    # tokens of each item by their most probable expert
 
-All tokens of an image count, the class token included; of a text those up to its end. Nothing depends on the batches
-beyond the rounding of a matrix product. Shape suffixes: I items, B items of a batch, T tokens, N experts, D width,
-R rows of one expert.
+All tokens of an image count, the class token included; of a text those up to its end. Batches change nothing but the
+rounding of matrix products. Shape suffixes: I items.
 """
 
 from __future__ import annotations
@@ -38,73 +37,73 @@ class LayerRoutes:
         like = {"dtype": torch.float64, "device": layer.gate.wg.weight.device}
         self.layer = layer
         self.tokens, self.choices, self.dropped, self.entropy = 0, 0, 0, 0.0
-        self.routed_N, self.probability_N = torch.zeros(experts, **like), torch.zeros(experts, **like)
-        self.rows_N, self.sum_ND = torch.zeros(experts, **like), torch.zeros(experts, width, **like)
+        self.routed_E, self.probability_E = torch.zeros(experts, **like), torch.zeros(experts, **like)
+        self.rows_E, self.sum_ED = torch.zeros(experts, **like), torch.zeros(experts, width, **like)
         self.second_DD = torch.zeros(width, width, **like)
         self._first: list[Tensor] = []
         self._mean: list[Tensor] = []
 
     @property
-    def first_IN(self) -> np.ndarray:
+    def first_IE(self) -> np.ndarray:
         """How many of each item's tokens have each expert as their most probable one."""
         return torch.cat(self._first).numpy()
 
     @property
-    def mean_IN(self) -> np.ndarray:
+    def mean_IE(self) -> np.ndarray:
         """The router's mean probability of each expert over each item's tokens."""
         return torch.cat(self._mean).numpy()
 
     @property
-    def load_N(self) -> np.ndarray:
+    def load_E(self) -> np.ndarray:
         """The share of the (token, choice) pairs that each expert gets; they sum to 1."""
-        return (self.routed_N / self.routed_N.sum()).cpu().numpy()
+        return (self.routed_E / self.routed_E.sum()).cpu().numpy()
 
     @property
     def routing_probability(self) -> list[float | None]:
         """The mean probability of each expert over the tokens routed to it; None: no token."""
-        pairs = zip(self.probability_N.tolist(), self.routed_N.tolist(), strict=True)
+        pairs = zip(self.probability_E.tolist(), self.routed_E.tolist(), strict=True)
         return [total / tokens if tokens else None for total, tokens in pairs]
 
     def numbers(self) -> dict[str, float]:
         """Name -> value; the relative compactness is left out where the experts' means coincide."""
-        load_N = self.load_N
+        load_E = self.load_E
         found = {
             "expert_cosine": expert_cosine(self.layer.experts),
             "router_entropy": self.entropy / self.tokens,
-            "utilisation_min": float(load_N.min()),
-            "utilisation_max": float(load_N.max()),
-            "load_variation": float(load_N.std() / load_N.mean()),
-            "dead_experts": float((load_N == 0).sum()),
+            "utilisation_min": float(load_E.min()),
+            "utilisation_max": float(load_E.max()),
+            "load_variation": float(load_E.std() / load_E.mean()),
+            "dead_experts": float((load_E == 0).sum()),
             "tokens_dropped": self.dropped / self.choices,
         }
         # No rows were seen where DeepSpeed's own layer computes them (UPCYCLE_BENCH_EXPERTS=deepspeed).
-        seen = bool(self.rows_N.any())
-        compactness = compactness_of_moments(self.rows_N, self.sum_ND, self.second_DD) if seen else None
+        seen = bool(self.rows_E.any())
+        compactness = compactness_of_moments(self.rows_E, self.sum_ED, self.second_DD) if seen else None
         return found if compactness is None else found | {"relative_compactness": compactness}
 
     def gate_saw(self, x_TD: Tensor, routes: tuple[Any, ...], lengths_B: Tensor) -> None:
         """Add a batch: the gate's input, what it returned, and how many of the T tokens each item has."""
         index_KT = routes[3].long()
-        probs_TN = torch.softmax(x_TD.float() @ self.layer.gate.wg.weight.float().T, dim=1)
+        probs_TE = torch.softmax(x_TD.float() @ self.layer.gate.wg.weight.float().T, dim=1)
         self.tokens += len(x_TD)
         self.choices += index_KT.numel()
         self.dropped += int((index_KT < 0).sum())
-        self.entropy += float(-torch.special.xlogy(probs_TN, probs_TN).double().sum())
-        chosen_TN = torch.zeros_like(probs_TN).scatter_(1, probs_TN.topk(len(index_KT), dim=1).indices, 1)
-        self.routed_N += chosen_TN.double().sum(0)
-        self.probability_N += (probs_TN * chosen_TN).double().sum(0)
-        first_TN = torch.zeros_like(probs_TN).scatter_(1, probs_TN.argmax(1, keepdim=True), 1)
+        self.entropy += float(-torch.special.xlogy(probs_TE, probs_TE).double().sum())
+        chosen_TE = torch.zeros_like(probs_TE).scatter_(1, probs_TE.topk(len(index_KT), dim=1).indices, 1)
+        self.routed_E += chosen_TE.double().sum(0)
+        self.probability_E += (probs_TE * chosen_TE).double().sum(0)
+        first_TE = torch.zeros_like(probs_TE).scatter_(1, probs_TE.argmax(1, keepdim=True), 1)
         item_T = torch.repeat_interleave(torch.arange(len(lengths_B)), lengths_B).to(x_TD.device)
-        empty_BN = probs_TN.new_zeros(len(lengths_B), probs_TN.shape[1], dtype=torch.float64)
-        self._first.append(empty_BN.index_add(0, item_T, first_TN.double()).long().cpu())
-        mean_BN = empty_BN.index_add(0, item_T, probs_TN.double()) / lengths_B[:, None].to(x_TD.device)
-        self._mean.append(mean_BN.float().cpu())
+        empty_BE = probs_TE.new_zeros(len(lengths_B), probs_TE.shape[1], dtype=torch.float64)
+        self._first.append(empty_BE.index_add(0, item_T, first_TE.double()).long().cpu())
+        mean_BE = empty_BE.index_add(0, item_T, probs_TE.double()) / lengths_B[:, None].to(x_TD.device)
+        self._mean.append(mean_BE.float().cpu())
 
     def expert_made(self, expert: int, out_RD: Tensor) -> None:
         """Add the rows that an expert put out."""
         out_RD = out_RD.double()
-        self.rows_N[expert] += len(out_RD)
-        self.sum_ND[expert] += out_RD.sum(0)
+        self.rows_E[expert] += len(out_RD)
+        self.sum_ED[expert] += out_RD.sum(0)
         self.second_DD += out_RD.T @ out_RD
 
 

@@ -1,13 +1,13 @@
-"""Which samples a few-shot probe sees: chosen by dataset, shots and draw alone, so every model sees the same ones.
+"""Which samples a few-shot probe sees. Dataset, shots and draw alone choose them, so every model sees the same ones.
 
     manifest = choose("digits", label_N, classnames, shots=5, draw=0, sizes=Sizes(largest=16, validation=10))
-    manifest.train_K, manifest.validation_V, manifest.sha256
+    manifest.train_S, manifest.validation_V, manifest.sha256
 
-Each class is put into an order of its own for each draw. The first `shots` are for training, so 1, 2 and 5 shots are
-nested; validation begins behind the `largest` number of shots, and is the same for all of them. What is left behind
-it is the test set, for a dataset without one of its own.
+For each draw, each class is put into an order of its own. The first `shots` samples are for training, so 1, 2 and 5
+shots are nested. Validation begins after the `largest` number of shots, and is the same for all of them. What
+follows it is the test set of a dataset that has none of its own.
 
-Shape suffixes: N samples of the pool, K chosen for training, V for validation, T left for the test.
+Shape suffixes: N samples of the pool, S shots of all classes, V samples for validation, U used by neither.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from upcycle_bench.rng import Stream
 
 @dataclass(frozen=True)
 class Sizes:
-    """Samples of each class: the most shots, those for validation; `test`: one at least must be left."""
+    """Samples of each class: the most shots, and those for validation; with `test`, at least one more must be left."""
 
     largest: int
     validation: int
@@ -34,7 +34,7 @@ class Sizes:
 
     @property
     def needed(self) -> int:
-        """So many samples a class must have."""
+        """How many samples a class must have."""
         return self.largest + self.validation + self.test
 
 
@@ -45,14 +45,14 @@ class Manifest:
     dataset: str
     shots: int
     draw: int
-    train_K: np.ndarray
+    train_S: np.ndarray
     validation_V: np.ndarray
-    test_T: np.ndarray
+    test_U: np.ndarray
 
     @property
     def sha256(self) -> str:
-        """Over what it is for and all positions."""
-        parts = [part.tolist() for part in (self.train_K, self.validation_V, self.test_T)]
+        """Over dataset, shots, draw and all positions."""
+        parts = [part.tolist() for part in (self.train_S, self.validation_V, self.test_U)]
         return hashlib.sha256(json.dumps([self.dataset, self.shots, self.draw, *parts]).encode()).hexdigest()
 
 

@@ -1,8 +1,9 @@
 """The suite contract: an evaluation that scores one trained model and keeps what each sample did.
 
-A suite is one frozen, keyword-only pydantic dataclass; its fields are the settings a protocol gives in
-`[suites.NAME]`. It reads evaluation sets in CLIP_benchmark's webdataset layout and returns scores with their
-direction, chance level and number of samples, and per-sample outcomes, so that two runs can be compared in pairs.
+A suite is one frozen, keyword-only pydantic dataclass. Its fields are the settings that a protocol gives in
+`[suites.NAME]`. It reads evaluation sets in CLIP_benchmark's webdataset layout and returns scores with their direction,
+chance level and number of samples. It also returns per-sample outcomes, so that two runs can be compared in pairs.
+It encodes with `features.embed`, which reports every batch to `EvalContext.on_encoded`: there the certificate watches.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from upcycle_bench.errors import UserError
+from upcycle_bench import evalsets
+from upcycle_bench.errors import UserError  # what a suite raises; it can be imported from here
 
 if TYPE_CHECKING:
     import numpy as np
@@ -83,8 +85,9 @@ class EvalContext:
 
     model: an open_clip CLIP (dense or upcycled) in eval mode, float32, on `device`; `tokenizer`: list of strings ->
     int64 [B, L]; `transform`: PIL image -> float32 [3, H, W]; `root`: the folder that holds the evaluation sets;
-    `weights`: sha256 of the model's file, under which features are cached, or "" if it has none; `saw(model, encode,
-    inputs, embeddings)`: a witness, told of every batch by `features.embed`, so that it can encode some of it again.
+    `weights`: sha256 of the model's file, under which features are cached, or "" if it has none; `track(items, what)`:
+    yields the items and shows progress; `on_encoded(model, encode, inputs, embeddings)`: `features.embed` calls it
+    after each batch, so that a witness can encode some of it again.
     """
 
     model: nn.Module
@@ -95,7 +98,7 @@ class EvalContext:
     batch_size: int = 256
     weights: str = ""
     track: Callable[[Iterable[Any], str], Iterable[Any]] = field(default=lambda items, what: items)
-    saw: Callable[[nn.Module, Any, torch.Tensor, torch.Tensor], None] | None = None
+    on_encoded: Callable[[nn.Module, Any, torch.Tensor, torch.Tensor], None] | None = None
 
 
 class Suite(ABC):
@@ -109,8 +112,6 @@ class Suite(ABC):
 
     def sources(self, root: Path) -> dict[str, str]:
         """Content hashes of all data it reads, for its fingerprint; UserError, which names them, for missing sets."""
-        from upcycle_bench import evalsets
-
         evalsets.require(root, self.datasets())
         return {name: evalsets.digest(root / name) for name in self.datasets()}
 

@@ -1,15 +1,15 @@
 """Text embeddings of evaluation sets: encoded in batches, without padding, and once for each file of weights.
 
     known: dict[str, Tensor] = {}                                         # text -> its embedding, of one evaluation
-    classes_CD = class_embeddings(evalset, context, known)
-    texts_ND = encode_texts(captions, evalset.name, context, known)
+    classes_YC = class_embeddings(evalset, context, known)
+    texts_NC = encode_texts(captions, evalset.name, context, known)
     task = classification_task(evalset, context, known)                   # its images against its classes
 
-The cache knows classifiers by weights, class names, templates and tokenizer, captions likewise: a second evaluation of
-the same weights encodes no text, or some where a witness watches. A batch is as long as its longest text where the
-model lets padding be left out.
+The cache keeps class embeddings by weights, class names, templates and tokenizer, and captions likewise. A second
+evaluation of the same weights encodes no text, or a few where a witness watches. Where the model can do without
+padding, a batch is as long as its longest text.
 
-Shape suffixes: B batch, L tokens, Q queries, C classes, T templates, N texts, D embedding.
+Shape suffixes: N texts or images, Q queries, G gallery, Y classes, P templates.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ PROBES = 16  # texts whose tokens stand in a key for the tokenizer and its conte
 
 
 def class_embeddings(evalset: EvalSet, context: EvalContext, known: dict[str, Tensor]) -> Tensor:
-    """[C, D]: of each class the mean over templates, normalised, as in CLIP_benchmark's zero_shot_classifier."""
+    """[Y, C]: of each class the mean over templates, normalised, as in CLIP_benchmark's zero_shot_classifier."""
     prompts = [template.format(c=name) for name in evalset.classnames for template in evalset.templates]
 
     def make(classes: int, known: dict[str, Tensor]) -> Arrays:
         chosen = prompts[: classes * len(evalset.templates)]
-        text_CTD = _encode(chosen, evalset.name, context, known).unflatten(0, (classes, -1))
-        return {"classes": F.normalize(text_CTD.mean(dim=1), dim=1).numpy()}
+        text_YPC = _encode(chosen, evalset.name, context, known).unflatten(0, (classes, -1))
+        return {"classes": F.normalize(text_YPC.mean(dim=1), dim=1).numpy()}
 
     what = ["classes", evalset.classnames, evalset.templates, _tokens_of(prompts, context)]
     classes = len(evalset.classnames)
@@ -52,14 +52,23 @@ def class_embeddings(evalset: EvalSet, context: EvalContext, known: dict[str, Te
 
 
 def classification_task(evalset: EvalSet, context: EvalContext, known: dict[str, Tensor]) -> Task:
-    """Images against class embeddings."""
-    classes_CD = class_embeddings(evalset, context, known)
-    images_QD, labels = encode_images(evalset, context)
-    return Task(images_QD, classes_CD, torch.as_tensor(labels), torch.arange(len(classes_CD)))
+    """Images that ask for their class: class embeddings are the gallery."""
+    classes_YC = class_embeddings(evalset, context, known)
+    images_QC, labels = encode_images(evalset, context)
+    return Task(images_QC, classes_YC, torch.as_tensor(labels), torch.arange(len(classes_YC)))
+
+
+def retrieval_tasks(evalset: EvalSet, context: EvalContext, known: dict[str, Tensor]) -> tuple[Task, Task]:
+    """Images that ask for their captions, and captions that ask for their image; an id is an image's number."""
+    images_NC, captions = encode_images(evalset, context)
+    texts_GC = encode_texts([text for texts in captions for text in texts], evalset.name, context, known)
+    image_id = torch.arange(len(captions))
+    text_image_id = image_id.repeat_interleave(torch.tensor([len(texts) for texts in captions]))
+    return Task(images_NC, texts_GC, image_id, text_image_id), Task(texts_GC, images_NC, text_image_id, image_id)
 
 
 def encode_texts(texts: Sequence[str], name: str, context: EvalContext, known: dict[str, Tensor]) -> Tensor:
-    """Normalised text embeddings [N, D] of the set `name`; a text is encoded once, so that equal ones tie exactly."""
+    """Normalised text embeddings [N, C] of the set `name`; a text is encoded once, so that equal ones tie exactly."""
     different = list(dict.fromkeys(texts))
     what = ["texts", hashlib.sha256(json.dumps(different).encode()).hexdigest(), _tokens_of(different, context)]
 
@@ -72,7 +81,7 @@ def encode_texts(texts: Sequence[str], name: str, context: EvalContext, known: d
 
 
 def _encode(texts: Sequence[str], name: str, context: EvalContext, known: dict[str, Tensor]) -> Tensor:
-    """[N, D], and in `known`; only texts that are not there are encoded."""
+    """[N, C], and in `known`; only texts that are not there are encoded."""
     unknown = [text for text in dict.fromkeys(texts) if text not in known]
     model: Any = context.model
     encode = partial(packed.encode_text, model) if packed.packs(model) else model.encode_text
@@ -80,13 +89,13 @@ def _encode(texts: Sequence[str], name: str, context: EvalContext, known: dict[s
         batch = unknown[start : start + context.batch_size]
         with uncounted():
             token_BL = context.tokenizer(batch)
-        text_BD = embed(encode, token_BL, context)
-        known.update(zip(batch, text_BD, strict=True))
+        text_BC = embed(encode, token_BL, context)
+        known.update(zip(batch, text_BC, strict=True))
     return finite(torch.stack([known[text] for text in texts]), name)
 
 
 def _tokens_of(texts: Sequence[str], context: EvalContext) -> list[Any]:
-    """What tells tokenizers and their contexts apart without tokenizing everything: the tokens of some texts."""
+    """The tokens of some texts, which tell tokenizers and their context lengths apart without tokenizing all."""
     if not context.weights:
         return []
     chosen = [*texts[:: -(-len(texts) // PROBES)], max(texts, key=len)]

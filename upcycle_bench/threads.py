@@ -17,15 +17,3 @@ def one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def beside(work):  # TEMPORARY until wt-suites is merged
-    from concurrent.futures import Future
-
-    done = Future()
-    done.set_result(work())
-    return done
-
-
-def core_is_free():  # TEMPORARY
-    return False

@@ -3,10 +3,10 @@
     chosen = choose([["arrow left"], ["bell"], ["arrow right"], ["bell off"]])
     chosen.pairs[0]          # images 0 and 2, "arrow left" and "arrow right", words ("left", "right")
 
-Captions are lower-cased and split at white space. Either one word stands for another in the same place, or one caption
-has a word more, anywhere; they share at least one word. Neither image has the other's caption. `choose` takes an image
-at most once: it goes through all candidates in the order of a hash of their two captions, which favours no word, and
-takes those whose images are both still free. So the pairs depend on captions and the order of the images alone.
+Captions are lower-cased and split at white space. Two captions are a candidate if one word stands for another in the
+same place, or if one caption has a word more, anywhere. They share at least one word, and neither image has the other's
+caption. `choose` goes through all candidates in the order of a hash of their two captions, which favours no word, and
+takes those whose images are both still free. So the pairs depend on the captions and the order of the images alone.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class Chosen:
 
 
 def choose(captions: Sequence[Sequence[str]]) -> Chosen:
-    """Pairs among the images whose captions these are; see the module docstring."""
+    """Pairs among the images whose captions these are, chosen as the module docstring says."""
     found = sorted(candidates(captions), key=_place)
     free = [True] * len(captions)
     pairs = []

@@ -39,7 +39,7 @@ def score(
         device=meter.device,
         weights=digest,
         track=reporter.track,
-        saw=witness.saw,
+        on_encoded=witness.on_encoded,
     )
     results: dict[str, SuiteResult] = {}
     errors = []

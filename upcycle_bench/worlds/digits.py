@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from upcycle_bench.cache import build_once, cache_root
-from upcycle_bench.evalsets import png, write_classification, write_retrieval, write_shard
+from upcycle_bench.evalset_write import png, write_classification, write_retrieval, write_shard
 from upcycle_bench.progress import Reporter
 from upcycle_bench.rng import Stream
 from upcycle_bench.worlds import World, open_world, write_manifest

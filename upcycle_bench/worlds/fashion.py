@@ -20,7 +20,7 @@ import numpy as np
 
 from upcycle_bench.cache import build_once, cache_root
 from upcycle_bench.errors import UserError
-from upcycle_bench.evalsets import write_classification
+from upcycle_bench.evalset_write import write_classification
 from upcycle_bench.progress import Reporter
 from upcycle_bench.worlds import World, open_world, write_manifest
 

@@ -33,7 +33,7 @@ import numpy as np
 from upcycle_bench.cache import build_once, cache_root, locked
 from upcycle_bench.environment import cores
 from upcycle_bench.errors import UserError
-from upcycle_bench.evalsets import png, write_classification, write_retrieval, write_shard
+from upcycle_bench.evalset_write import png, write_classification, write_retrieval, write_shard
 from upcycle_bench.progress import Reporter
 from upcycle_bench.rng import Stream
 from upcycle_bench.workers import results
