@@ -118,9 +118,9 @@ def cluster_aware_total(settings: Settings) -> Iterator[Row]:
 def naive_ratio(settings: Settings) -> Iterator[Row]:
     """Naive / ours for one layer of ViT-B's width with 8 experts, clusters fitted on 8,192 of 32,768 tokens.
 
-    On one core each, and on two: the naive side by PyTorch's threads, ours by strips, clusters and experts; the tokens
-    are there before. Then memory beyond that of the process before, each in a process of its own, on 65,536 / on 16,384
-    tokens of width 256, made as they are asked for. At most three rounds, of the naive memory one.
+    On one core, then on two: the naive side by PyTorch's threads, ours by one thread. The tokens are there before. Then
+    memory beyond that of the process before, each in a process of its own, on 65,536 / on 16,384 tokens of width 256,
+    made as they are asked for. At most three rounds, of the naive memory one.
     """
     ffn = random_ffn(WIDTH, torch.Generator().manual_seed(0))
     ffn = replace(ffn, **{name: getattr(ffn, name).to(settings.device) for name in ("w1_HD", "b1_H", "w2_DH", "b2_D")})

@@ -3,7 +3,7 @@
 The same result as `upcycle_bench.strategies.cluster_aware` with the same tokens in its first `cluster_tokens`, to
 rounding. Memory grows with the data, and each expert takes a float64 SVD of an H x D matrix and an inverse.
 
-Shape suffixes: T tokens, D width, H hidden, N clusters, R singular values.
+Shape suffixes: T tokens, D width, H hidden, E experts, R singular values.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ class StoredActivations:
 def naive_experts(
     ffn: FFN, stored: StoredActivations, num_clusters: int, rng: Stream, *, cluster_tokens: int, tau: float = 0.9
 ) -> tuple[list[Tensor], Tensor]:
-    """(W1 of every expert, router [N, D]) by SVD_r(W1 S) S^-1 with S S^T the cluster's second moment."""
+    """(W1 of every expert, router [E, D]) by SVD_r(W1 S) S^-1 with S S^T the cluster's second moment."""
     x_TD = torch.cat(stored.kept)
     width = ffn.width
     clusters = spherical_kmeans(x_TD[:cluster_tokens], num_clusters, max(1, width // 8), rng, niter=25, nredo=1)
-    label_T = (x_TD @ clusters.router_ND.T.to(x_TD)).argmax(1)
+    label_T = (x_TD @ clusters.centroid_ED.T.to(x_TD)).argmax(1)
     experts = []
     for cluster in range(num_clusters):
         member_TD = x_TD[label_T == cluster].double()
@@ -46,4 +46,4 @@ def naive_experts(
         rank = max(int((energy_R < tau).sum()) + 1, math.floor(len(sigma_R) * 0.5) + 1)
         kept_HD = (u_HR[:, :rank] * sigma_R[:rank]) @ vt_RD[:rank]
         experts.append((kept_HD @ torch.linalg.inv(root_DD)).to(ffn.w1_HD.dtype))
-    return experts, clusters.router_ND
+    return experts, clusters.centroid_ED

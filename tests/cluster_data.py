@@ -3,7 +3,6 @@
 Shape suffixes: B batch, L sequence, T tokens, D width.
 """
 
-import importlib
 from typing import Any
 
 import torch
@@ -13,9 +12,9 @@ from tests.helpers import captions
 from upcycle_bench.registry import load_registry
 from upcycle_bench.rng import Stream
 from upcycle_bench.strategy import FFN, Layer, LayerInit
+from upcycle_bench.symmetric import Factors, decompose
 
 ClusterAware = load_registry().strategies["cluster-aware"].target
-fast = importlib.import_module(ClusterAware.__module__)  # truncate, kept_rank, EESD, ... of the strategy's file
 STREAM = Stream(("test", 0))
 
 
@@ -33,6 +32,11 @@ def make(strategy: Any, ffn: FFN, x_TD: Tensor, num_experts: int, chunk: int | N
     for part in x_TD.split(chunk or len(x_TD)):
         calibrator.update(part)
     return strategy.init_layer(ffn, layer_of(num_experts), calibrator, STREAM.child("init")), calibrator
+
+
+def truncate(w1_HD: Tensor, c_DD: Tensor, factors: Factors | None = None, **options: Any) -> Any:
+    """W1 for a cluster with second moment C, by a strategy with these options; (w1_HD, rank, energy_R, floor_binds)."""
+    return ClusterAware(**options).truncate(w1_HD, factors or decompose(w1_HD), c_DD)
 
 
 def w1(expert: nn.Module) -> Tensor:

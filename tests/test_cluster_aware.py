@@ -1,6 +1,6 @@
 """Cluster-aware upcycling as a whole: against its literal transcription, its edges and its options.
 
-Shape suffixes: B batch, L sequence, T tokens, D width, H hidden, N experts.
+Shape suffixes: B batch, L sequence, T tokens, D width, H hidden, E experts.
 """
 
 import copy
@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.cluster_data import STREAM, ClusterAware, fast, layer_of, make, relative, two_paddings, w1
+from tests.cluster_data import STREAM, ClusterAware, layer_of, make, relative, truncate, two_paddings, w1
 from tests.helpers import cones, features, initialise, orthonormal, random_ffn, threads, tiny_clip, tiny_moe
 from tests.literal import cluster_aware as literal
 from upcycle_bench.errors import UserError
@@ -71,7 +71,7 @@ def test_fast_strategy_equals_the_literal_one(
     # Centroids: faiss works in float32 on points that both sides rounded from another precision.
     np.testing.assert_allclose(init.router_ND.double().numpy(), router_ND, rtol=0, atol=1e-5)
     labels_T = literal.assign(x_TD.numpy(), router_ND)
-    assert calibrator.count_N.tolist() == np.bincount(labels_T, minlength=4).tolist()
+    assert calibrator.count_E.tolist() == np.bincount(labels_T, minlength=4).tolist()
     # Experts: float64 of equal tokens in another order and by another algorithm (eigh and QR against Cholesky, SVD
     # and solve), so rounding times the conditioning of C; float32 weights come out of two products in float32.
     for expert, expected_HD in zip(init.experts, w1_experts, strict=True):
@@ -86,7 +86,7 @@ def test_fast_strategy_equals_the_literal_one_on_clusters_with_few_tokens() -> N
     ffn = random_ffn(64, 24)
     x_TD, _ = cones(32, orthonormal(4, 24), seed=2)
     init, calibrator = make(strategy, ffn, x_TD, 4)
-    assert 0 < calibrator.count_N.min() <= calibrator.count_N.max() < 13
+    assert 0 < calibrator.count_E.min() <= calibrator.count_E.max() < 13
     w1_experts, router_ND = transcription(strategy, ffn, x_TD, 4)
     np.testing.assert_allclose(init.router_ND.double().numpy(), router_ND, rtol=0, atol=1e-5)
     for expert, expected_HD in zip(init.experts, w1_experts, strict=True):
@@ -118,8 +118,8 @@ def test_an_empty_cluster_keeps_the_dense_weights_and_is_counted() -> None:
     ffn = random_ffn(32, 16)
     with pytest.warns(UserWarning, match="a cluster is empty"):
         init, calibrator = make(ClusterAware(pca_divisor=4), ffn, x_TD, 2)
-    assert sorted(calibrator.count_N.tolist()) == [0, 100]
-    empty = int((calibrator.count_N == 0).nonzero())
+    assert sorted(calibrator.count_E.tolist()) == [0, 100]
+    empty = int((calibrator.count_E == 0).nonzero())
     assert torch.equal(w1(init.experts[empty]), ffn.w1_HD)
     assert not torch.equal(w1(init.experts[1 - empty]), ffn.w1_HD)
     assert init.notes["empty_clusters"] == 1
@@ -130,11 +130,8 @@ def test_notes_say_what_was_done() -> None:
     ffn = random_ffn(64, 24)
     x_TD, _ = cones(1000, orthonormal(4, 24), seed=1, noise=0.2)
     init, calibrator = make(ClusterAware(pca_divisor=4), ffn, x_TD, 4)
-    shares = [count / 1000 for count in calibrator.count_N.tolist()]
-    made = [
-        fast.truncate(ffn.w1_HD, moment_DD, tau=0.9, rank_floor=0.5)
-        for moment_DD in map(calibrator.moment, range(len(calibrator.count_N)))
-    ]
+    shares = [count / 1000 for count in calibrator.count_E.tolist()]
+    made = [truncate(ffn.w1_HD, moment_DD, tau=0.9, rank_floor=0.5) for moment_DD in map(calibrator.moment, range(4))]
     assert init.notes == pytest.approx(
         {
             "router_agreement": 1.0,
@@ -194,10 +191,7 @@ def test_missing_faiss_is_one_line_that_names_the_extras(monkeypatch: pytest.Mon
         ("eesd_tokens", "1.5"),
         ("eesd_mask_dropped", "perhaps"),
         ("rank_fraction", "1.1"),
-        ("method", "qr"),
         ("pca", "2"),
-        ("pca_center", "maybe"),
-        ("centroid_map", "mean"),
     ],
 )
 def test_a_bad_value_is_one_line_that_names_the_option(option: str, value: str) -> None:
@@ -225,8 +219,7 @@ def test_defaults_are_the_papers_or_methods() -> None:
     assert (strategy.eesd_weight, strategy.eesd_ema) == (1.0, 0.999)
     assert (strategy.eesd_feature_reduction, strategy.eesd_layer_reduction) == ("sum", "mean")
     assert (strategy.eesd_tokens, strategy.eesd_mask_dropped) == (1.0, False)
-    assert (strategy.pca, strategy.pca_center, strategy.centroid_map) == (True, False, "backproject")
-    assert (strategy.method, strategy.rank_fraction) == ("projection", 0.0)
+    assert (strategy.pca, strategy.rank_fraction) == (True, 0.0)
 
 
 # ---- The paper's ablations by name ----------------------------------------------------------------------------------

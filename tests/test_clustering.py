@@ -1,6 +1,6 @@
 """Spherical k-means of tokens (METHODS 6.3, pass 1): planted directions, all the data, lengths do not matter.
 
-Shape suffixes: T tokens, D width, P PCA dimensions, N clusters.
+Shape suffixes: T tokens, D width, P PCA dimensions, E clusters.
 """
 
 import sys
@@ -34,11 +34,11 @@ def cluster(
 ) -> Tensor:
     clusters = spherical_kmeans(sample_TD, number, pca_dim, rng, niter=niter, nredo=nredo)
     assert clusters.agreement > 0.999  # an uncentred PCA loses no assignment (centroids mapped back by the same basis)
-    return clusters.centroid_ND
+    return clusters.centroid_ED
 
 
-def labels(x_TD: Tensor, centroid_ND: Tensor) -> Tensor:
-    return (x_TD.double() @ centroid_ND.double().T).argmax(1)
+def labels(x_TD: Tensor, centroid_ED: Tensor) -> Tensor:
+    return (x_TD.double() @ centroid_ED.double().T).argmax(1)
 
 
 def same_partition(a_T: Tensor, b_T: Tensor) -> bool:
@@ -56,22 +56,22 @@ def unstructured(count: int = 800, width: int = 12, seed: int = 0) -> Tensor:
 
 @pytest.mark.parametrize("pca_dim", [4, 8, 32])
 def test_recovers_separated_directions(pca_dim: int) -> None:
-    directions_ND = orthonormal(4, 32)
-    x_TD, planted_T = cones(2000, directions_ND, seed=1, noise=0.05)
-    centroid_ND = cluster(x_TD, 4, pca_dim, nredo=3)
-    assert (centroid_ND.shape, centroid_ND.dtype) == ((4, 32), torch.float32)
-    assert_close(centroid_ND.norm(dim=1), torch.ones(4), rtol=0, atol=1e-6)
-    assert ((centroid_ND.double() @ directions_ND.T).amax(0) > 0.999).all()
-    assert same_partition(labels(x_TD, centroid_ND), planted_T)
+    directions_ED = orthonormal(4, 32)
+    x_TD, planted_T = cones(2000, directions_ED, seed=1, noise=0.05)
+    centroid_ED = cluster(x_TD, 4, pca_dim, nredo=3)
+    assert (centroid_ED.shape, centroid_ED.dtype) == ((4, 32), torch.float32)
+    assert_close(centroid_ED.norm(dim=1), torch.ones(4), rtol=0, atol=1e-6)
+    assert ((centroid_ED.double() @ directions_ED.T).amax(0) > 0.999).all()
+    assert same_partition(labels(x_TD, centroid_ED), planted_T)
 
 
 def test_same_stream_same_centroids_to_the_bit() -> None:
     x_TD = unstructured()
-    first_ND = cluster(x_TD, 5, 6)
-    assert torch.equal(first_ND, cluster(x_TD, 5, 6))
-    assert torch.equal(first_ND, cluster(x_TD.clone(), 5, 6, Stream(("test", 0))))
-    other_ND = cluster(x_TD, 5, 6, Stream(("test", 1)))
-    assert (first_ND @ other_ND.T).amax(1).min() < 0.999  # other starting points, other local optimum
+    first_ED = cluster(x_TD, 5, 6)
+    assert torch.equal(first_ED, cluster(x_TD, 5, 6))
+    assert torch.equal(first_ED, cluster(x_TD.clone(), 5, 6, Stream(("test", 0))))
+    other_ED = cluster(x_TD, 5, 6, Stream(("test", 1)))
+    assert (first_ED @ other_ED.T).amax(1).min() < 0.999  # other starting points, other local optimum
 
 
 def test_neither_draws_from_nor_seeds_global_generators() -> None:
@@ -83,10 +83,10 @@ def test_neither_draws_from_nor_seeds_global_generators() -> None:
 
 def test_threads_of_faiss_do_not_matter() -> None:
     x_TD = unstructured()
-    one_ND = cluster(x_TD, 5, 6)
+    one_ED = cluster(x_TD, 5, 6)
     faiss.omp_set_num_threads(2)
     try:
-        assert torch.equal(one_ND, cluster(x_TD, 5, 6))
+        assert torch.equal(one_ED, cluster(x_TD, 5, 6))
     finally:
         faiss.omp_set_num_threads(1)
 
@@ -106,10 +106,10 @@ def test_all_the_data_is_used() -> None:
     x_TD, _ = cones(20000, orthonormal(2, 16), seed=2, noise=0.3)
     unit_TD = F.normalize(x_TD.double(), dim=1)
 
-    def distance_to_mean(centroid_ND: Tensor) -> float:
-        label_T = labels(x_TD, centroid_ND)
-        mean_ND = torch.stack([F.normalize(unit_TD[label_T == i].sum(0), dim=0) for i in range(2)])
-        return float((centroid_ND.double() - mean_ND).norm(dim=1).min())
+    def distance_to_mean(centroid_ED: Tensor) -> float:
+        label_T = labels(x_TD, centroid_ED)
+        mean_ED = torch.stack([F.normalize(unit_TD[label_T == i].sum(0), dim=0) for i in range(2)])
+        return float((centroid_ED.double() - mean_ED).norm(dim=1).min())
 
     assert distance_to_mean(cluster(x_TD, 2, 16, niter=50)) < 5e-4
     default = faiss.Kmeans(16, 2, niter=50, spherical=True, seed=STREAM.child("kmeans").seed(bits=31))
@@ -130,10 +130,10 @@ def test_pca_over_the_whole_width_is_no_pca() -> None:
         min_points_per_centroid=1,
     )
     kmeans.train(F.normalize(x_TD, dim=1).numpy())
-    full_ND = cluster(x_TD, 5, 12)
-    assert_close(full_ND, torch.from_numpy(kmeans.centroids), rtol=0, atol=1e-6)
-    assert torch.equal(full_ND, cluster(x_TD, 5, 100))  # more than there is: the same
-    assert not torch.allclose(full_ND, cluster(x_TD, 5, 3), atol=1e-2)
+    full_ED = cluster(x_TD, 5, 12)
+    assert_close(full_ED, torch.from_numpy(kmeans.centroids), rtol=0, atol=1e-6)
+    assert torch.equal(full_ED, cluster(x_TD, 5, 100))  # more than there is: the same
+    assert not torch.allclose(full_ED, cluster(x_TD, 5, 3), atol=1e-2)
 
 
 @pytest.mark.parametrize("pca_dim", [1, 5, 11])
@@ -149,22 +149,22 @@ def test_principal_directions_are_the_right_singular_vectors(pca_dim: int) -> No
 
 def test_cluster_in_the_pca_plane_is_the_largest_product_in_full_width() -> None:
     x_TD = unstructured(width=16) + 3 * torch.randn(16, generator=torch.Generator().manual_seed(9))  # a strong mean
-    centroid_ND = cluster(x_TD, 6, 4)
+    centroid_ED = cluster(x_TD, 6, 4)
     basis_PD = principal_directions(F.normalize(x_TD, dim=1), 4)
-    assert_close(centroid_ND @ basis_PD.T @ basis_PD, centroid_ND, rtol=0, atol=1e-6)  # rows lie in the plane
-    in_plane_TN = F.normalize(x_TD @ basis_PD.T, dim=1) @ (centroid_ND @ basis_PD.T).T
-    assert torch.equal(in_plane_TN.argmax(1), (x_TD @ centroid_ND.T).argmax(1))
+    assert_close(centroid_ED @ basis_PD.T @ basis_PD, centroid_ED, rtol=0, atol=1e-6)  # rows lie in the plane
+    in_plane_TE = F.normalize(x_TD @ basis_PD.T, dim=1) @ (centroid_ED @ basis_PD.T).T
+    assert torch.equal(in_plane_TE.argmax(1), (x_TD @ centroid_ED.T).argmax(1))
 
 
 @pytest.mark.parametrize("pca_dim", [None, 5])
 def test_equals_the_literal_transcription(pca_dim: int | None) -> None:
     x_TD = unstructured()
-    expected_ND = literal.spherical_clusters(
+    expected_ED = literal.spherical_clusters(
         x_TD.numpy(), 5, pca_dim, niter=25, nredo=2, seed=STREAM.child("kmeans").seed(bits=31)
     )
     # float32 points on both sides, normalised in another precision and seen in a basis of other signs.
-    actual_ND = cluster(x_TD, 5, pca_dim or 12, nredo=2)
-    np.testing.assert_allclose(actual_ND.numpy(), expected_ND, rtol=0, atol=1e-5)
+    actual_ED = cluster(x_TD, 5, pca_dim or 12, nredo=2)
+    np.testing.assert_allclose(actual_ED.numpy(), expected_ED, rtol=0, atol=1e-5)
 
 
 def test_restarts_never_lose_and_can_win() -> None:
@@ -172,8 +172,8 @@ def test_restarts_never_lose_and_can_win() -> None:
     unit_TD = F.normalize(x_TD, dim=1)
 
     def objective(seed: int, nredo: int) -> float:  # Eq. 6
-        centroid_ND = cluster(x_TD, 7, 12, Stream(("test", seed)), nredo=nredo)
-        return float((unit_TD @ centroid_ND.T).amax(1).sum())
+        centroid_ED = cluster(x_TD, 7, 12, Stream(("test", seed)), nredo=nredo)
+        return float((unit_TD @ centroid_ED.T).amax(1).sum())
 
     gains = [objective(seed, 6) - objective(seed, 1) for seed in range(4)]
     assert min(gains) > -1e-3  # of about 600; the first of six is the only one of one

@@ -2,14 +2,13 @@
 
 Beside it the ordinary k-means of sample features, without faiss.
 
-Shape suffixes: T tokens, D width, P PCA dimensions, N clusters.
+Shape suffixes: P PCA dimensions, E clusters.
 """
 
 from __future__ import annotations
 
-import math
 from types import ModuleType
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,8 +16,7 @@ from torch import Tensor
 
 from upcycle_bench.errors import UserError
 from upcycle_bench.rng import Stream
-
-CentroidMap = Literal["backproject", "recompute"]
+from upcycle_bench.symmetric import second_moment
 
 
 def import_faiss() -> ModuleType:
@@ -33,38 +31,24 @@ def import_faiss() -> ModuleType:
 
 
 class Clusters(NamedTuple):
-    """Clusters of the directions of tokens x, and the router that stands for them; float32 on the CPU.
+    """Clusters of the directions of tokens x, float32 on the CPU.
 
-    centroid_ND: unit centroids of the PCA's coordinates, mapped back to full width;
-    agreement: share of the sample's tokens whose most similar row of `router_ND` is their cluster;
-    router_ND: `centroid_ND`, or with `recompute` the directions of the members' mean direction;
-    offset_N: the cluster of x is argmax_i of x / |x| . centroid_i - offset_i; None without centring, where it is 0.
+    centroid_ED: unit centroids in the PCA's coordinates, mapped back to full width;
+    agreement: share of the sample's tokens whose largest x . centroid_i is that of their cluster in the PCA's space.
     """
 
-    centroid_ND: Tensor
+    centroid_ED: Tensor
     agreement: float
-    router_ND: Tensor
-    offset_N: Tensor | None
 
 
 def spherical_kmeans(
-    sample_TD: Tensor,
-    num_clusters: int,
-    pca_dim: int,
-    rng: Stream,
-    *,
-    niter: int,
-    nredo: int,
-    center: bool = False,
-    centroid_map: CentroidMap = "backproject",
+    sample_TD: Tensor, num_clusters: int, pca_dim: int, rng: Stream, *, niter: int, nredo: int
 ) -> Clusters:
-    """Clusters of the directions of float32 tokens of any length.
+    """Clusters of the directions of float32 tokens of any length (arXiv:2604.13508, Eq. 6), by faiss.
 
-    By default the PCA is uncentred (top right-singular vectors of the normalised tokens), so that argmax_i of
-    x . centroid_i is the cluster of x for every token, inside or outside the subspace (`agreement` 1 but for rounding);
-    a centred one (`center`) leaves a constant per centroid that a router without bias cannot express.
-    `recompute` makes each router row the normalised sum of the sample's unit tokens in its cluster. `pca_dim` = D means
-    no PCA.
+    The PCA is uncentred (top right-singular vectors of the normalised tokens), so that argmax_i of x . centroid_i is
+    the cluster of x for every token, inside or outside the subspace (`agreement` is 1 but for rounding). A centred one
+    would leave a constant per centroid that a router without bias cannot express. `pca_dim` = D means no PCA.
 
     Raises UserError when faiss is missing or there are fewer tokens than clusters.
     """
@@ -74,10 +58,8 @@ def spherical_kmeans(
             f"calibration gave {len(sample_TD)} tokens for {num_clusters} clusters: raise pairs or cluster_tokens."
         )
     unit_TD = F.normalize(sample_TD.float(), dim=1)
-    mean_D = unit_TD.double().mean(0).to(unit_TD.dtype) if center else None
-    fitted_TD = unit_TD if mean_D is None else unit_TD - mean_D
-    basis_PD = principal_directions(fitted_TD, pca_dim)
-    points_TP = F.normalize(fitted_TD @ basis_PD.T, dim=1)
+    basis_PD = principal_directions(unit_TD, pca_dim)
+    points_TP = F.normalize(unit_TD @ basis_PD.T, dim=1)
     kmeans = faiss.Kmeans(
         points_TP.shape[1],
         num_clusters,
@@ -90,22 +72,15 @@ def spherical_kmeans(
         gpu=hasattr(faiss, "StandardGpuResources") and faiss.get_num_gpus() > 0,
     )
     kmeans.train(points_TP.cpu().contiguous().numpy())
-    centroids_NP = torch.from_numpy(kmeans.centroids.copy())
-    centroid_ND = F.normalize(centroids_NP @ basis_PD.cpu(), dim=1)
-    assigned_T = (points_TP.cpu() @ centroids_NP.T).argmax(1)
-    router_ND = centroid_ND
-    if centroid_map == "recompute":
-        sums_ND = torch.zeros(centroid_ND.shape, dtype=torch.float64)
-        sums_ND.index_add_(0, assigned_T, unit_TD.cpu().double())
-        empty_N1 = sums_ND.norm(dim=1, keepdim=True) == 0
-        router_ND = torch.where(empty_N1, centroid_ND, F.normalize(sums_ND, dim=1).float())
-    routed_T = (sample_TD.float().cpu() @ router_ND.T).argmax(1)
-    offset_N = None if mean_D is None else centroid_ND @ mean_D.cpu()
-    return Clusters(centroid_ND, float((assigned_T == routed_T).float().mean()), router_ND, offset_N)
+    centroid_EP = torch.from_numpy(kmeans.centroids.copy())
+    centroid_ED = F.normalize(centroid_EP @ basis_PD.cpu(), dim=1)
+    label_T = (points_TP.cpu() @ centroid_EP.T).argmax(1)
+    agrees_T = (sample_TD.float().cpu() @ centroid_ED.T).argmax(1) == label_T
+    return Clusters(centroid_ED, float(agrees_T.float().mean()))
 
 
 def minibatch_kmeans(points_TD: Tensor, num_clusters: int, rng: Stream) -> Tensor:
-    """Centroids [N, D] of float32 points, Euclidean, by scikit-learn's MiniBatchKMeans as CLIP-MoE's code calls it.
+    """Centroids [E, D] of float32 points, Euclidean, by scikit-learn's MiniBatchKMeans as CLIP-MoE's code calls it.
 
     On one thread, so that the result does not depend on the machine's cores. UserError for fewer points than clusters.
     """
@@ -127,9 +102,9 @@ def minibatch_kmeans(points_TD: Tensor, num_clusters: int, rng: Stream) -> Tenso
     return torch.from_numpy(kmeans.cluster_centers_).to(points_TD.dtype)
 
 
-def nearest(points_TD: Tensor, centroid_ND: Tensor) -> Tensor:
+def nearest(points_TD: Tensor, centroid_ED: Tensor) -> Tensor:
     """The closest centroid of every point, int64 [T]."""
-    return ((centroid_ND**2).sum(1) - 2 * points_TD @ centroid_ND.T).argmin(1)
+    return ((centroid_ED**2).sum(1) - 2 * points_TD @ centroid_ED.T).argmin(1)
 
 
 def principal_directions(unit_TD: Tensor, pca_dim: int) -> Tensor:
@@ -139,50 +114,3 @@ def principal_directions(unit_TD: Tensor, pca_dim: int) -> Tensor:
         return torch.eye(width, dtype=unit_TD.dtype, device=unit_TD.device)
     _, vectors_DD = torch.linalg.eigh(second_moment(unit_TD.double()))  # ascending
     return vectors_DD[:, -pca_dim:].flip(1).T.to(unit_TD.dtype)
-
-
-def second_moment(x_TD: Tensor) -> Tensor:
-    """x^T x, symmetric to the bit."""
-    lower_DD = x_TD.new_zeros(x_TD.shape[1], x_TD.shape[1])
-    add_second_moment(lower_DD, x_TD)
-    return symmetric(lower_DD)
-
-
-def add_second_moment(lower_DD: Tensor, x_TD: Tensor) -> None:
-    """Add x^T x to the lower triangle of `lower_DD`; what is above it is of no meaning (`symmetric`).
-
-    By strips of rows: eight of them take 9/16 of the products of the square. A core that is free does some.
-    """
-
-    @torch.no_grad()
-    def add(strip: slice) -> None:
-        part = lower_DD[strip, : strip.stop]
-        torch.addmm(part, x_TD[:, strip].T, x_TD[:, : strip.stop], out=part)  # FLOPs of `addmm_` are not counted
-
-    for strip in strips(len(lower_DD)):
-        add(strip)
-
-
-def congruent(r_RD: Tensor, c_DD: Tensor) -> Tensor:
-    """R C R^T for an upper triangular R and a symmetric C: its lower triangle; what is above it is of no meaning.
-
-    By strips, as above, and without R's zeros: about half of the products.
-    """
-    product_RD = torch.empty_like(r_RD)
-    lower_RR = r_RD.new_zeros(len(r_RD), len(r_RD))
-    for strip in strips(len(r_RD)):
-        product_RD[strip] = r_RD[strip, strip.start :] @ c_DD[strip.start :]
-    for strip in strips(len(r_RD)):
-        lower_RR[strip.start :, strip] = product_RD[strip.start :, strip.start :] @ r_RD[strip, strip.start :].T
-    return lower_RR
-
-
-def symmetric(lower_DD: Tensor) -> Tensor:
-    """A symmetric matrix from its lower triangle."""
-    return lower_DD.tril() + lower_DD.tril(-1).T
-
-
-def strips(width: int) -> list[slice]:
-    """At most eight strips of a matrix, of 64 rows or columns or more; the last has what is left."""
-    step = max(64, math.ceil(width / 8))
-    return [slice(start, min(start + step, width)) for start in range(0, width, step)]

@@ -2,7 +2,7 @@
 
 A reference for tests, written from METHODS 6.1-6.3 (arXiv 2604.13508, Eqs. 6, 8, 10; uncentred PCA, `backproject`).
 
-Legend: T tokens, D model width, P PCA width, H hidden width, N clusters = experts, R = min(H, D).
+Legend: T tokens, D model width, P PCA width, H hidden width, E experts = clusters, R = min(H, D).
 """
 
 import math
@@ -35,7 +35,7 @@ def spherical_clusters(
     nredo: int,
     seed: int,
 ) -> Array:
-    """Unit centroids [N, D] in the full width, A^T mu, where A [P, D] is the uncentred PCA of the unit tokens."""
+    """Unit centroids [E, D] in the full width, A^T mu, where A [P, D] is the uncentred PCA of the unit tokens."""
     unit_TD = unit_rows(sample_TD)
     projection_PD = np.eye(unit_TD.shape[1])
     if pca_dim is not None:
@@ -54,28 +54,28 @@ def spherical_clusters(
         min_points_per_centroid=1,
     )
     kmeans.train(points_TP)  # Eq. 6
-    mu_NP = unit_rows(np.asarray(kmeans.centroids))
-    return mu_NP @ projection_PD  # rows A^T mu
+    mu_EP = unit_rows(np.asarray(kmeans.centroids))
+    return mu_EP @ projection_PD  # rows A^T mu
 
 
-def assign(tokens_TD: Floats, centroids_ND: Floats) -> Labels:
+def assign(tokens_TD: Floats, centroids_ED: Floats) -> Labels:
     """The cluster of each token, [T]: largest x^T mu (so the length of x does not matter), lower index at a tie."""
     labels = []
     for x_D in np.asarray(tokens_TD, dtype=np.float64):
-        scores = [float(x_D @ mu_D) for mu_D in np.asarray(centroids_ND, dtype=np.float64)]
+        scores = [float(x_D @ mu_D) for mu_D in np.asarray(centroids_ED, dtype=np.float64)]
         labels.append(scores.index(max(scores)))  # Eq. 6
     return np.array(labels, dtype=np.int64)
 
 
 def second_moments(tokens_TD: Floats, labels_T: Labels, num_clusters: int) -> tuple[Array, Labels]:
-    """C_i = X_i X_i^T of the tokens as they are (not normalised, not centred, not divided), [N, D, D], and n_i [N]."""
+    """C_i = X_i X_i^T of the tokens as they are (not normalised, not centred, not divided), [E, D, D], and n_i [E]."""
     width = tokens_TD.shape[1]
-    c_NDD = np.zeros((num_clusters, width, width))
-    counts_N = np.zeros(num_clusters, dtype=np.int64)
+    c_EDD = np.zeros((num_clusters, width, width))
+    counts_E = np.zeros(num_clusters, dtype=np.int64)
     for x_D, label in zip(np.asarray(tokens_TD, dtype=np.float64), labels_T, strict=True):
-        c_NDD[label] += np.outer(x_D, x_D)
-        counts_N[label] += 1
-    return c_NDD, counts_N
+        c_EDD[label] += np.outer(x_D, x_D)
+        counts_E[label] += 1
+    return c_EDD, counts_E
 
 
 def square_root(c_DD: Floats) -> Array:
@@ -132,14 +132,14 @@ def cluster_aware(
     nredo: int,
     seed: int,
 ) -> tuple[list[Array], Array]:
-    """First linears of the experts (N of [H, D]) and the router [N, D]; an empty cluster keeps W1."""
-    router_ND = spherical_clusters(sample_TD, num_experts, pca_dim, niter=niter, nredo=nredo, seed=seed)  # Eq. 10
-    labels_T = assign(tokens_TD, router_ND)
-    c_NDD, counts_N = second_moments(tokens_TD, labels_T, num_experts)
+    """First linears of the experts (E of [H, D]) and the router [E, D]; an empty cluster keeps W1."""
+    router_ED = spherical_clusters(sample_TD, num_experts, pca_dim, niter=niter, nredo=nredo, seed=seed)  # Eq. 10
+    labels_T = assign(tokens_TD, router_ED)
+    c_EDD, counts_E = second_moments(tokens_TD, labels_T, num_experts)
     w1_experts = []
     for i in range(num_experts):
-        if counts_N[i] == 0:
+        if counts_E[i] == 0:
             w1_experts.append(np.array(w1_HD, dtype=np.float64))
         else:
-            w1_experts.append(truncate(w1_HD, c_NDD[i], tau=tau, rank_floor_fraction=rank_floor_fraction)[0])
-    return w1_experts, router_ND
+            w1_experts.append(truncate(w1_HD, c_EDD[i], tau=tau, rank_floor_fraction=rank_floor_fraction)[0])
+    return w1_experts, router_ED
