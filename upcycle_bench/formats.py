@@ -40,7 +40,12 @@ Columns = dict[str, list[str]]  # header -> one cell per row
 
 def render(boards: list[Board], format: str, width: int | None = None) -> str:
     """The boards as text; `width` is the terminal's (default: as found). Raises UserError for an unknown format."""
-    writers = {"terminal": partial(_terminal, width=width), "md": _markdown, "csv": _csv, "json": _json}
+    writers: dict[str, Callable[[list[Board]], str]] = {
+        "terminal": partial(_terminal, width=width),
+        "md": _markdown,
+        "csv": _csv,
+        "json": _json,
+    }
     if format not in writers:
         raise unknown("format", format, writers)
     return writers[format](boards)

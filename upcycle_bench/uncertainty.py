@@ -43,12 +43,13 @@ def of_outcomes(outcome_N: np.ndarray, cluster_N: np.ndarray | None = None) -> U
     value_N = outcome_N.astype(np.float64)
     mean, samples = float(value_N.mean()), len(value_N)
     is_share = outcome_N.dtype == np.bool_
-    clustered = cluster_N is not None and len(np.unique(cluster_N)) < samples
-    if is_share and clustered:
+    if cluster_N is not None and len(np.unique(cluster_N)) == samples:
+        cluster_N = None  # every sample is its own cluster
+    if is_share and cluster_N is not None:
         return of_shares([value_N], [cluster_N])
     if is_share:
         return Uncertainty(math.sqrt(mean * (1 - mean) / samples), wilson(mean, samples))
-    if clustered:
+    if cluster_N is not None:
         error = _clustered_error((value_N - mean) / samples, cluster_N)
     else:
         error = math.sqrt(float(value_N.var(ddof=1)) / samples) if samples > 1 else math.nan
