@@ -9,9 +9,10 @@ from pathlib import Path
 
 import typer
 
-from upcycle_bench import board_formats, leaderboard, record
+from upcycle_bench import formats, leaderboard, record
 from upcycle_bench.cli import app
 from upcycle_bench.cluster import bills
+from upcycle_bench.formats import markdown_table as table
 from upcycle_bench.listing import rows
 from upcycle_bench.protocol import load_protocol
 from upcycle_bench.registry import load_registry
@@ -19,12 +20,6 @@ from upcycle_bench.registry import load_registry
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [ROOT / "README.md", *(ROOT / "docs" / name for name in ("strategies.md", "performance.md", "lab.md"))]
 MARK = re.compile(r"<!-- generated: (\S+) -->\n.*?<!-- end -->", re.DOTALL)
-
-
-def table(header: list[str], lines: list[list[str]]) -> str:
-    """A Markdown table."""
-    escaped = [[cell.replace("|", "\\|") for cell in line] for line in [header, ["---"] * len(header), *lines]]
-    return "\n".join(f"| {' | '.join(line)} |" for line in escaped)
 
 
 def strategies() -> str:
@@ -77,13 +72,13 @@ def suites() -> str:
 def board() -> str:
     """The leaderboard of the records in results/lab, as the command prints it."""
     folder = ROOT / "results" / "lab"
-    shown = board_formats.render(leaderboard.build([record.read(path) for path in record.find(folder)]), "md")
+    shown = formats.render(leaderboard.build([record.read(path) for path in record.record_paths(folder)]), "md")
     return f"```console\n$ upcycle-bench leaderboard results/lab --format md\n```\n\n{shown.strip()}"
 
 
 def all_suites() -> str:
     """What the optional suites say of the records in results/lab-suites; strata and single layers left out."""
-    runs = [record.read(path) for path in record.find(ROOT / "results" / "lab-suites")]
+    runs = [record.read(path) for path in record.record_paths(ROOT / "results" / "lab-suites")]
     values: dict[tuple[str, str, str], dict[str, str]] = {}
     for run in sorted(runs, key=lambda run: run.strategy.label):
         for score in run.scores:

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from tests.test_record import make_record, score
-from upcycle_bench.board_formats import render
 from upcycle_bench.errors import UserError
-from upcycle_bench.leaderboard import Board, Estimate, Row, build
-from upcycle_bench.record import Record, find, read, write
+from upcycle_bench.formats import render
+from upcycle_bench.leaderboard import Board, Row, SeedMean, build
+from upcycle_bench.record import Record, read, record_paths, write
 
 # Student's t, 97.5 % quantile: 1 degree of freedom 12.706205, 2: 4.302653 (any printed table)
 T1, T2 = 12.706205, 4.302653
@@ -33,10 +33,10 @@ def only(boards: list[Board]) -> dict[str, Row]:
     return {row.label: row for row in board.rows}
 
 
-def close(estimate: Estimate | None, mean: float, half_width: float, n: int) -> None:
-    assert estimate is not None and estimate.half_width is not None
-    assert (estimate.mean, estimate.half_width) == pytest.approx((mean, half_width), rel=1e-6)
-    assert estimate.n == n
+def close(found: SeedMean | None, mean: float, half_width: float, n: int) -> None:
+    assert found is not None and found.half_width is not None
+    assert (found.mean, found.half_width) == pytest.approx((mean, half_width), rel=1e-6)
+    assert found.n == n
 
 
 # ---- numbers ---------------------------------------------------------------------------------------------------
@@ -87,8 +87,8 @@ def test_initialisations_of_one_training_seed_are_averaged_first() -> None:
 
 def test_one_seed_has_no_interval() -> None:
     boards = build(runs("dense", {0: 1.0}) + runs("new", {0: 1.5}))
-    assert only(boards)["new"].primary == Estimate(1.5, None, 1)
-    assert only(boards)["new"].difference == Estimate(0.5, None, 1)
+    assert only(boards)["new"].primary == SeedMean(1.5, None, 1)
+    assert only(boards)["new"].difference == SeedMean(0.5, None, 1)
     text = render(boards, "terminal", 200)
     assert "1.5000 (n=1)" in text and "+0.5000 (n=1)" in text and "1.5000 ±" not in text
 
@@ -225,7 +225,7 @@ def test_the_newest_success_counts() -> None:
     ]
     for order in (records, records[::-1]):
         row = only(build(order))["dense"]
-        assert row.primary == Estimate(2.0, None, 1)
+        assert row.primary == SeedMean(2.0, None, 1)
         assert (row.runs, row.failed, row.superseded) == (1, 1, 1) and row.outcome == "ok, 1 failed, 1 superseded"
 
 
@@ -269,7 +269,7 @@ def test_a_row_of_different_code_says_so(changes: dict[str, Any]) -> None:
 def test_from_files(tmp_path: Path) -> None:
     for record in (*runs("dense", {0: 1.0, 1: 3.0}), failure("new")):
         write(record, None, tmp_path)
-    rows = only(build([read(path) for path in find(tmp_path)]))
+    rows = only(build([read(path) for path in record_paths(tmp_path)]))
     close(rows["dense"].primary, 2.0, T1, 2)  # 1, 3: sd sqrt(2)
     assert rows["new"].rank is None
 

@@ -236,7 +236,7 @@ def test_others_go_on_past_a_failure_and_the_next_call_runs_what_is_missing(
     assert status == 0
     assert "run 1" not in err
     assert not any(row["ran"] for row in outcomes(out).values())
-    assert len(record.find(tmp_path)) == 2 + 2 + 2  # done, failed, made up for
+    assert len(record.record_paths(tmp_path)) == 2 + 2 + 2  # done, failed, made up for
 
 
 def test_a_dry_run_shows_the_matrix_and_writes_nothing(tmp_path: Path, command: Command) -> None:

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from upcycle_bench import record as module
 from upcycle_bench.errors import UserError
-from upcycle_bench.record import Record, find, json_schema, read, read_outcomes, write
+from upcycle_bench.record import Record, json_schema, read, read_outcomes, record_paths, write
 from upcycle_bench.strategy import Status
 
 
@@ -184,7 +184,7 @@ def test_write_then_read(tmp_path: Path) -> None:
     outcomes = {"digits-test/log_likelihood": np.array([-0.5, -1.5], np.float32), "file": np.array([1, 2])}
     path = write(record, outcomes, tmp_path)
     assert path == tmp_path / "smoke" / "cluster-aware-tau=0.8-i1-t2-20260102T030405-abcdef01.json"
-    assert files(tmp_path) == [path.name, path.with_suffix(".npz").name] and find(tmp_path) == [path]
+    assert files(tmp_path) == [path.name, path.with_suffix(".npz").name] and record_paths(tmp_path) == [path]
     back = read(path)
     assert back.hashes.outcomes is not None and len(back.hashes.outcomes) == 64
     assert back.model_copy(update={"hashes": record.hashes}) == record  # nothing but the hash was added
@@ -289,21 +289,21 @@ def test_names_cannot_leave_the_folder(tmp_path: Path) -> None:
 def test_a_bad_file_is_one_line_naming_it(tmp_path: Path, edit: Any, message: str) -> None:
     path = write(make_record(receipt={"drift": 0.0}), None, tmp_path)
     path.write_bytes(edit(path.read_text()).encode("utf-8", "surrogateescape"))
-    for reader in (read, lambda path: find(tmp_path)):
+    for reader in (read, lambda path: record_paths(tmp_path)):
         with pytest.raises(UserError, match=message) as error:
             reader(path)
         assert str(path) in str(error.value) and "\n" not in str(error.value)
 
 
 def test_find(tmp_path: Path) -> None:
-    assert find(tmp_path) == []
+    assert record_paths(tmp_path) == []
     late, early = (write(make_record(train=train), None, tmp_path) for train in (1, 0))
     (tmp_path / "notes.txt").write_text("not a record")
-    assert find(tmp_path) == [early, late] and find(late) == [late]
+    assert record_paths(tmp_path) == [early, late] and record_paths(late) == [late]
     with pytest.raises(UserError, match="no such file or folder"):
-        find(tmp_path / "nowhere")
+        record_paths(tmp_path / "nowhere")
     with pytest.raises(UserError, match=r"notes\.txt is not strict JSON"):
-        find(tmp_path / "notes.txt")
+        record_paths(tmp_path / "notes.txt")
 
 
 def test_the_schema_describes_what_is_written(tmp_path: Path) -> None:

@@ -14,12 +14,12 @@ from sklearn.metrics import adjusted_mutual_info_score, normalized_mutual_info_s
 
 from tests.helpers import initialise, threads, tiny_clip, tiny_moe
 from tests.test_record import make_record
-from upcycle_bench import board_formats, cli, evalset_write, evalsets, leaderboard, record, weights
+from upcycle_bench import cli, evalset_write, evalsets, formats, leaderboard, record, weights
 from upcycle_bench.agreement import agreement, agreements, main_expert
 from upcycle_bench.cache import cache_root
+from upcycle_bench.contact_sheets import GAP, LEFT, SMALL, draw, find_model, most_taken
 from upcycle_bench.dense import Clip
 from upcycle_bench.errors import UserError
-from upcycle_bench.experts import GAP, LEFT, SMALL, draw, find_model, most_taken
 from upcycle_bench.moe import moe_layers
 from upcycle_bench.planning.plan import make_plan
 from upcycle_bench.progress import Reporter
@@ -250,8 +250,8 @@ def test_what_describes_is_no_primary_score_and_stands_in_csv() -> None:
     }  # fmt: skip
     usual = make_record().model_dump(mode="json")["scores"]
     boards = leaderboard.build([make_record(), make_record("sparse-upcycling", scores=[*usual, part])])
-    assert "diagnostics/vision.1/nmi_class" in board_formats.render(boards, "csv")
-    assert "nmi_class" not in board_formats.render(boards, "md")
+    assert "diagnostics/vision.1/nmi_class" in formats.render(boards, "csv")
+    assert "nmi_class" not in formats.render(boards, "md")
     with pytest.raises(ValueError, match="primary scores must be higher-is-better"):
         make_record(primary=0.25, scores=[part | {"primary": True}])
 

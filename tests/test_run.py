@@ -153,7 +153,7 @@ def test_saved_weights_score_again(tmp_path: Path, quick: list[str]) -> None:
 def test_a_failure_is_a_record_with_a_reason(tmp_path: Path, quick: list[str]) -> None:
     with pytest.raises(ArithmeticError):
         run(plan("failing", quick), tmp_path, Reporter())
-    (path,) = record.find(tmp_path)
+    (path,) = record.record_paths(tmp_path)
     made = record.read(path)
     assert (made.status, made.reason) == ("failed", "ArithmeticError: singular matrix in vision.1")
     assert made.scores == []
@@ -168,7 +168,7 @@ def test_an_evaluation_that_is_not_sound_fails_the_run_and_keeps_the_weights(
         patch.setattr(certificate, "MARGIN", -2.0)  # every answer is then a difference
         with pytest.raises(Unsound, match="predictions come out otherwise"):
             run(planned, tmp_path, Reporter())
-    (path,) = record.find(tmp_path)
+    (path,) = record.record_paths(tmp_path)
     failed = record.read(path)
     assert failed.status == "failed" and failed.scores == [] and failed.certificate is None
     assert failed.reason is not None and failed.reason.startswith("Unsound: the evaluation is not sound: ")
@@ -291,7 +291,7 @@ def test_a_plugin_that_breaks_its_contract_is_told_in_one_line(
     with pytest.raises(UserError, match=message) as caught:
         run(plan("failing", quick), tmp_path, Reporter())
     assert "\n" not in str(caught.value)
-    (path,) = record.find(tmp_path)
+    (path,) = record.record_paths(tmp_path)
     assert message in (record.read(path).reason or "")
 
 

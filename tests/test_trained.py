@@ -160,7 +160,7 @@ def test_a_training_is_kept_when_only_its_evaluation_failed(
         for folder in ("1", "2"):  # the second failure is one of reused weights
             with pytest.raises(RuntimeError):
                 module.run(planned, tmp_path / folder, Reporter())
-    (failed,) = record.find(tmp_path / "2")
+    (failed,) = record.record_paths(tmp_path / "2")
     assert "training" in record.read(failed).environment
     assert run(planned, tmp_path / "3")[0].status == "ok"
     assert trainings == ["dense"]

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from upcycle_bench.command import interruptible, names_of, terminal_reporter, warn_broken, writable_file
 from upcycle_bench.errors import UserError
 from upcycle_bench.options import Json
+
+if TYPE_CHECKING:
+    from upcycle_bench.contact_sheets import Sheet
 
 
 def experts(
@@ -32,61 +34,32 @@ def experts(
     writable_file(output)
     if output.exists() and not output.is_dir():
         raise UserError(f"--output {output}: is a file; give a folder for the sheets.")
-    import torch
-
-    from upcycle_bench import engine
-    from upcycle_bench.experts import draw, find_model
+    from upcycle_bench import contact_sheets
     from upcycle_bench.planning.plan import make_suites
     from upcycle_bench.protocol import load_protocol
     from upcycle_bench.registry import load_registry
-    from upcycle_bench.suite import EvalContext
-    from upcycle_bench.worlds import load_world
 
     registry = load_registry()
     warn_broken(registry.broken)
-    clip, made = find_model(run)
+    clip, made = contact_sheets.find_model(run)
     name = protocol or (made.protocol.name if made else "lab")
     settings = load_protocol(registry.get("protocol", name).target)
     chosen = names_of(images, "--images")
     if not chosen:
         chosen = list(make_suites(registry, settings, ["diagnostics"])["diagnostics"].images)  # type: ignore[attr-defined]
-    local = settings.data.world == "local"
-    if local != (eval_data is not None):
-        raise UserError(
-            f"protocol {name} needs --eval-data, the folder with the evaluation sets."
-            if local
-            else f"protocol {name} brings its own data; --eval-data goes with clip-b32, clip-b16."
-        )
-    reporter = terminal_reporter()
     with interruptible("no sheet was written"):
-        device = engine.choose_device()
-        torch.set_num_threads(settings.threads)
-        context = EvalContext(
-            model=clip.model.to(device),
-            tokenizer=clip.tokenize,
-            transform=clip.transform,
-            root=eval_data or load_world(settings.data.world, settings.data.seed, reporter).eval_root,
-            device=device,
-            track=reporter.track,
-        )
+        context = contact_sheets.eval_context(clip, settings, eval_data, terminal_reporter())
         title = made.strategy.label if made else run.name
-        sheets = draw(clip, context, chosen, columns=columns, title=title)
-    output.mkdir(exist_ok=True)
-    for layer, sheet in sheets.items():
-        part = output / f".{layer}.png.part"
-        sheet.image.save(part, format="PNG", optimize=True)
-        os.replace(part, output / f"{layer}.png")
+        sheets = contact_sheets.draw(clip, context, chosen, columns=columns, title=title)
+    paths = contact_sheets.save(sheets, output)
+    _show(sheets, paths, chosen, as_json)
+
+
+def _show(sheets: Mapping[str, Sheet], paths: Mapping[str, Path], images: Sequence[str], as_json: bool) -> None:
     if as_json:
-        layers = {
-            layer: {
-                "sheet": str(output / f"{layer}.png"),
-                "load": sheet.load_E.tolist(),
-                "agreement": {metric: asdict(found) for metric, found in sheet.found.items()},
-            }
-            for layer, sheet in sheets.items()
-        }
-        print(json.dumps({"images": chosen, "layers": layers}, indent=2))
+        layers = {layer: {"sheet": str(paths[layer]), **sheet.facts()} for layer, sheet in sheets.items()}
+        print(json.dumps({"images": images, "layers": layers}, indent=2))
         return
     for layer, sheet in sheets.items():
         said = (f"{metric} {found.value:.3f} (chance {found.chance:.3f})" for metric, found in sheet.found.items())
-        print(f"{output / layer}.png: {', '.join(said)}")
+        print(f"{paths[layer]}: {', '.join(said)}")

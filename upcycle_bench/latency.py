@@ -3,26 +3,25 @@
     fast, slow = measure([load(a), load(b)], torch.device("cpu"))
     fast.image_ms, fast.texts_per_second
 
-All models take turns (A B A B ...) after a warm-up, on the same random pixels and the same short prompts; each number
-is a median over the turns. As in evaluation: float32 (or the file's own precision), no gradient, text without padding.
+All models take turns (A B A B ...) on the same random pixels and the same short prompts; each number is a median over
+the turns. In each turn PyTorch's `Timer` calls a model twice to warm up, then once to time it. As in evaluation:
+float32 (or the file's own precision), no gradient, text without padding.
 """
 
 from __future__ import annotations
 
-import statistics
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
+from torch.utils import benchmark
 
 from upcycle_bench import packed
 from upcycle_bench.dense import Clip
 
 BATCH = 256
-WARM_UP = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +40,7 @@ def measure(clips: Sequence[Clip], device: torch.device, repeats: int = 20) -> l
     seconds: dict[tuple[str, int], list[float]] = {}
     for size, rounds in ((1, repeats), (BATCH, max(1, repeats // 4))):
         for tower, encoder in (("image", image_encoder), ("text", text_encoder)):
-            seconds[tower, size] = in_turns([encoder(*model, size) for model in models], rounds, device)
+            seconds[tower, size] = in_turns([encoder(*model, size) for model in models], rounds)
     return [
         Speed(
             image_ms=1e3 * seconds["image", 1][number],
@@ -68,25 +67,16 @@ def text_encoder(clip: Clip, model: Any, size: int) -> Callable[[], Any]:
     return partial(_without_gradient, encode, texts.to(model.visual.conv1.weight.device))
 
 
-def in_turns(calls: Sequence[Callable[[], Any]], rounds: int, device: torch.device) -> list[float]:
-    """Median seconds of each call, from an idle device to an idle one."""
-    taken: list[list[float]] = [[] for _ in calls]
-    for number in range(WARM_UP + rounds):
-        for call, seconds in zip(calls, taken, strict=True):
-            _wait(device)
-            began = time.perf_counter()
-            call()
-            _wait(device)
-            if number >= WARM_UP:
-                seconds.append(time.perf_counter() - began)
-    return [statistics.median(seconds) for seconds in taken]
+def in_turns(
+    calls: Sequence[Callable[[], Any]], rounds: int, clock: Callable[[], float] = benchmark.timer
+) -> list[float]:
+    """Median seconds of each call; the default clock waits until the accelerator is idle."""
+    threads = torch.get_num_threads()
+    timers = [benchmark.Timer("call()", globals={"call": call}, timer=clock, num_threads=threads) for call in calls]
+    turns = [[timer.timeit(1) for timer in timers] for _ in range(rounds)]
+    return [benchmark.Measurement.merge(of_one)[0].median for of_one in zip(*turns, strict=True)]
 
 
 @torch.no_grad()
 def _without_gradient(encode: Callable[[Any], Any], inputs: Any) -> Any:
     return encode(inputs)
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

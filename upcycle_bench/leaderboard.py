@@ -1,11 +1,11 @@
-"""Records -> leaderboards: one per set of runs that may be compared. `board_formats.render` writes them.
+"""Records -> leaderboards: one for each set of runs that may be compared. `formats.render` writes them.
 
-    boards = build([read(path) for path in find(folder)])
+    boards = build([read(path) for path in record_paths(folder)])
     print(render(boards, "terminal"))        # or "md", "csv", "json"
 
-A value of a row is first made per training seed (initialisations of one training seed are averaged, since they are not
-independent of each other), then averaged; n counts training seeds, and the interval is Student's t over them. Apart
-from that stand the standard errors over evaluation samples, which all runs share: of a row the mean of its runs'.
+A row's value is a mean over training seeds, with Student's t interval; n counts training seeds. Initialisations of one
+training seed depend on each other, so they are averaged first. Standard errors over evaluation samples stand apart,
+because all runs share the samples: a row has the mean of its runs' errors.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from upcycle_bench.record import Record, ScoreRecord
 
 BASELINES = ("sparse-upcycling", "dense")  # differences are to the first of these that has a successful run
 
-Seeds = tuple[int, int]  # initialisation, training
+SeedPair = tuple[int, int]  # initialisation, training
 
 
 @dataclass(frozen=True)
-class Estimate:
+class SeedMean:
     """A mean over `n` training seeds and the half width of its 95 % confidence interval (None for one seed)."""
 
     mean: float
@@ -39,17 +39,17 @@ class Estimate:
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One strategy label: means over its runs that count. Values are None where no run succeeded."""
+    """One strategy label: means over the runs that count. Values are None where no run succeeded."""
 
     rank: int | None
     label: str
     strategy: str
-    kind: str  # what the row is marked with: reconstructed, parts reconstructed, control, unpublished; "": published
-    primary: Estimate | None
-    difference: Estimate | None  # to the baseline, paired by both seeds
+    kind: str  # the row's mark: reconstructed, parts reconstructed, control, unpublished; "": published
+    primary: SeedMean | None
+    difference: SeedMean | None  # to the baseline, paired by both seeds
     scores: dict[str, float]  # suite/dataset/metric -> mean
-    standard_errors: dict[str, float]  # of these over evaluation samples, where all runs have one
-    primary_standard_error: float | None  # likewise, at most
+    standard_errors: dict[str, float]  # over evaluation samples, of the scores where all runs have one
+    primary_standard_error: float | None  # over evaluation samples, an upper bound
     parameters_total: int | None
     parameters_active: int | None
     train_seconds: float | None
@@ -61,7 +61,7 @@ class Row:
     failed: int
     superseded: int
     mixed: bool  # the runs that count differ in configuration or plugin version
-    status: str  # "ok", or how the newest run ended if none succeeded
+    status: str  # "ok" where a run succeeded, else the status of the newest run
     reason: str | None
 
     @property
@@ -71,7 +71,7 @@ class Row:
 
     @property
     def outcome(self) -> str:
-        """What became of the runs, in words."""
+        """How the runs ended, in words."""
         failed = [f"{self.failed} failed"] if self.failed else []
         if self.primary is None:
             reason = textwrap.shorten(self.reason or "", 80, placeholder=" ...")
@@ -98,7 +98,7 @@ class Board:
 
 
 def build(records: list[Record]) -> list[Board]:
-    """Boards, sorted by protocol, closed division first. Raises UserError without records."""
+    """One board for each set of comparable records, by protocol, closed division first. UserError without records."""
     if not records:
         raise UserError("a leaderboard needs records: there are none.")
     groups: dict[tuple[Any, ...], list[Record]] = defaultdict(list)
@@ -110,24 +110,24 @@ def build(records: list[Record]) -> list[Board]:
     return [_board(groups[key]) for key in sorted(groups)]
 
 
-def estimate(by_training_seed: Mapping[int, list[float]]) -> Estimate:
-    """Mean and Student-t interval over training seeds, from the values of each seed's runs."""
+def seed_mean(by_training_seed: Mapping[int, list[float]]) -> SeedMean:
+    """Mean and Student-t interval over training seeds, from the values of each training seed's runs."""
     values = [statistics.fmean(of_one_seed) for of_one_seed in by_training_seed.values()]
     n = len(values)
     if n == 1:
-        return Estimate(values[0], None, 1)
+        return SeedMean(values[0], None, 1)
     from scipy.special import stdtrit  # quantile of Student's t
 
     half_width = float(stdtrit(n - 1, 0.975)) * statistics.stdev(values) / math.sqrt(n)
-    return Estimate(statistics.fmean(values), half_width, n)
+    return SeedMean(statistics.fmean(values), half_width, n)
 
 
 def _board(records: list[Record]) -> Board:
-    """`records` are the board's own, oldest first."""
+    """`records` are all of the board, oldest first."""
     by_label: dict[str, list[Record]] = defaultdict(list)
     for record in records:
         by_label[record.strategy.label].append(record)
-    # Of several successes with the same seeds the newest counts.
+    # Of several successes with the same seeds, the newest counts.
     counting = {
         label: {(run.seeds.init, run.seeds.train): run for run in runs if run.status == "ok"}
         for label, runs in by_label.items()
@@ -153,8 +153,8 @@ def _board(records: list[Record]) -> Board:
     )
 
 
-def _row(runs: list[Record], counting: dict[Seeds, Record], base: dict[Seeds, Record]) -> Row:
-    """`runs` are all of one label, oldest first; `counting` its successes that count, `base` the baseline's."""
+def _row(runs: list[Record], counting: dict[SeedPair, Record], base: dict[SeedPair, Record]) -> Row:
+    """`runs` are all of one label, oldest first; `counting` are its successes that count, `base` the baseline's."""
     primary: dict[int, list[float]] = defaultdict(list)
     difference: dict[int, list[float]] = defaultdict(list)
     scores: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
@@ -176,9 +176,9 @@ def _row(runs: list[Record], counting: dict[Seeds, Record], base: dict[Seeds, Re
         label=newest.strategy.label,
         strategy=newest.strategy.name,
         kind=_mark(newest),
-        primary=estimate(primary) if primary else None,
-        difference=estimate(difference) if difference else None,
-        scores={name: estimate(values).mean for name, values in sorted(scores.items())},
+        primary=seed_mean(primary) if primary else None,
+        difference=seed_mean(difference) if difference else None,
+        scores={name: seed_mean(values).mean for name, values in sorted(scores.items())},
         standard_errors={name: mean for name, each in sorted(errors.items()) if (mean := _mean(each)) is not None},
         primary_standard_error=_mean(
             uncertainty.of_scores(
@@ -205,7 +205,7 @@ def _row(runs: list[Record], counting: dict[Seeds, Record], base: dict[Seeds, Re
 
 
 def _mark(record: Record) -> str:
-    """A reconstruction says so wherever its name stands, in whole or in part."""
+    """The row's mark: a reconstruction, whole or in part, is named as such wherever its label stands."""
     if record.strategy.status == "published":
         return "parts reconstructed" if record.strategy.reconstructed else ""
     return record.strategy.status
@@ -216,12 +216,12 @@ def _column(score: ScoreRecord) -> str:
 
 
 def _sum(values: Iterable[int | None]) -> int | None:
-    """None if any is unknown: a sum of the rest would look cheaper than it was."""
+    """None if any value is unknown: the sum of the others would look too cheap."""
     known = list(values)
     return None if None in known else sum(value for value in known if value is not None)
 
 
 def _mean(values: Iterable[float | None]) -> float | None:
-    """None if any is unknown, or there is none."""
+    """None if any value is unknown, or there is none."""
     known = list(values)
     return statistics.fmean(value for value in known if value is not None) if known and None not in known else None

@@ -2,7 +2,7 @@
 
     draw(read_runs([Path("results/lab")]), "entropy", Path("entropy.svg"))
 
-A run is a record and the training metrics beside it. Runs of one label share a colour, whatever their seeds.
+A run is a record and the file of training metrics beside it. Runs of one label share a colour, whatever their seeds.
 """
 
 from __future__ import annotations
@@ -23,15 +23,16 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_Value = Callable[[dict[str, Any]], "float | None"]  # of a line of the metrics
+Metrics = dict[str, Any]  # one line of the training metrics: what was logged at one step
 
-Name = Literal["loss", "similarity", "entropy", "compactness", "utilisation", "probability", "drift"]
-_DEPTH: dict[str, tuple[str, str]] = {  # over training, and by depth at its end
+FigureName = Literal["loss", "similarity", "entropy", "compactness", "utilisation", "probability", "drift"]
+# Figure -> (key in the metrics of a layer, title).
+_BY_DEPTH: dict[str, tuple[str, str]] = {  # over training, and layer by layer at its end
     "similarity": ("expert_cosine", "mean pairwise cosine of the experts"),
     "entropy": ("router_entropy", "router entropy, nats"),
     "compactness": ("relative_compactness", "relative compactness (reconstructed)"),
 }
-_EXPERTS: dict[str, tuple[str, str]] = {  # expert by expert at the end, largest first
+_BY_EXPERT: dict[str, tuple[str, str]] = {  # expert by expert at the end of training, largest first
     "utilisation": ("load", "share of (token, choice) pairs"),
     "probability": ("routing_probability", "mean probability over the tokens routed to the expert"),
 }
@@ -39,42 +40,45 @@ _EXPERTS: dict[str, tuple[str, str]] = {  # expert by expert at the end, largest
 
 @dataclass(frozen=True)
 class Run:
-    """A record, and the lines of its training metrics (none: it was not trained)."""
+    """A record and its training metrics, one entry a logged step (none: the run did not train)."""
 
     path: Path
     record: Record
-    metrics: list[dict[str, Any]]
+    metrics: list[Metrics]
 
     @property
     def label(self) -> str:
-        """The strategy as tables name it; a reconstruction says so."""
+        """The strategy's label; a reconstruction is marked as such."""
         part = self.record.strategy
         marked = part.status == "reconstructed" and "reconstructed" not in part.label
         return f"{part.label} (reconstructed)" if marked else part.label
 
     def last_layers(self) -> dict[str, dict[str, Any]]:
-        """What was logged of every MoE layer at the last step."""
+        """MoE layer -> what was logged of it at the last step."""
         return self.metrics[-1]["layers"]
 
 
 def read_runs(paths: Sequence[Path]) -> list[Run]:
-    """The successful runs below those paths, by label and seed; UserError for what is no record, or where none is."""
-    found = [path for each in paths for path in record.find(each)]
+    """The successful runs below those paths, sorted by label and training seed.
+
+    Raises UserError for a *.json that is not a record, and where no run succeeded.
+    """
+    found = [path for each in paths for path in record.record_paths(each)]
     runs = [Run(path, made, _metrics(path)) for path in found if (made := record.read(path)).status == "ok"]
     if not runs:
         raise UserError(f"no successful run at {', '.join(map(str, paths))}: give records or folders with records.")
     return sorted(runs, key=lambda run: (run.record.strategy.label, run.record.seeds.train, run.record.created))
 
 
-def _metrics(path: Path) -> list[dict[str, Any]]:
+def _metrics(path: Path) -> list[Metrics]:
     beside = path.with_suffix(".jsonl")
     return [json.loads(line) for line in beside.read_text().splitlines()] if beside.is_file() else []
 
 
-def draw(runs: Sequence[Run], name: Name, output: Path) -> list[Path]:
-    """Write the figure in the format of the name's ending; returns the records in it.
+def draw(runs: Sequence[Run], name: FigureName, output: Path) -> list[Path]:
+    """Write the figure to `output`, whose suffix names the format; returns the paths of the records it shows.
 
-    Raises UserError where no run has what the figure shows, or for an ending that is no format.
+    Raises UserError for a suffix that names no format, and where no run has what the figure shows.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -93,14 +97,14 @@ def draw(runs: Sequence[Run], name: Name, output: Path) -> list[Path]:
         _over_training(figure.subplots(), shown, lambda row: row["contrastive"], "contrastive loss in training")
     elif name == "drift":
         _drift(figure, shown)
-    elif name in _DEPTH:
-        _depth(figure, shown, *_DEPTH[name])
+    elif name in _BY_DEPTH:
+        _depth(figure, shown, *_BY_DEPTH[name])
     else:
-        _experts(figure, shown, *_EXPERTS[name])
+        _experts(figure, shown, *_BY_EXPERT[name])
     first = figure.axes[0]
     handles = dict(zip(*reversed(first.get_legend_handles_labels()), strict=True))  # one entry for all seeds
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=2, fontsize="small")
-    drawing = io.BytesIO()  # an interruption while it is drawn leaves the old file
+    drawing = io.BytesIO()  # matplotlib writes to memory, so an interruption leaves the old file
     kind = output.suffix.removeprefix(".")
     figure.savefig(drawing, format=kind, dpi=150, metadata={"Date": None} if kind == "svg" else None)
     part = output.with_name(f".{output.name}.part")
@@ -109,13 +113,13 @@ def draw(runs: Sequence[Run], name: Name, output: Path) -> list[Path]:
     return [run.path for run in shown]
 
 
-def _has(run: Run, name: Name) -> bool:
-    """Whether the run was trained, was upcycled, and logged what the figure shows."""
+def _has(run: Run, name: FigureName) -> bool:
+    """Whether the run has what the figure shows."""
     if name == "drift":
         return bool((run.record.receipt or {}).get("layers"))
     if name == "loss":
         return bool(run.metrics)
-    key = (_DEPTH | _EXPERTS)[name][0]
+    key = (_BY_DEPTH | _BY_EXPERT)[name][0]
     layers = run.metrics[-1].get("layers", {}) if run.metrics else {}
     return any(numbers[key] is not None for numbers in layers.values())
 
@@ -125,9 +129,7 @@ def _colours(runs: Sequence[Run]) -> dict[str, str]:
     return {label: f"C{place % 10}" for place, label in enumerate(labels)}
 
 
-def _over_training(
-    axes: Axes, runs: Sequence[Run], value: Callable[[dict[str, Any]], float | None], title: str
-) -> None:
+def _over_training(axes: Axes, runs: Sequence[Run], value: Callable[[Metrics], float | None], title: str) -> None:
     colours = _colours(runs)
     for run in runs:
         points = [(row["step"], y) for row in run.metrics if (y := value(row)) is not None]
@@ -136,7 +138,7 @@ def _over_training(
 
 
 def _depth(figure: Figure, runs: Sequence[Run], key: str, title: str) -> None:
-    """A column for each tower: the mean over its layers while training, and layer by layer at the end."""
+    """A column for each tower: above the mean over its layers during training, below layer by layer at the end."""
     towers = _towers(runs)
     figure.set_size_inches(5 * len(towers), 7)
     panels = figure.subplots(2, len(towers), squeeze=False)

@@ -1,11 +1,11 @@
-"""The record of one run: strict JSON with a versioned schema, written atomically, its per-sample outcomes beside it.
+"""The record of one run: strict JSON with a versioned schema. The outcomes of each sample stand in a .npz beside it.
 
     path = write(record, outcomes, Path("results/records"))     # .../smoke/dense-i0-t0-20260101T000000-1f2e3d4c.json
-    records = [read(path) for path in find(Path("results/records"))]
+    records = [read(path) for path in record_paths(Path("results/records"))]
     outcomes = read_outcomes(path)                               # "digits-test/log_likelihood" -> float32 [samples]
 
-A failed run is a record too, with a reason; an interrupted one leaves none. NaN and infinity are never written: a
-ValidationError while a record is made is a bug of ours, a bad file is a UserError.
+A failed run has a record too, with a reason; an interrupted run has none. A record is written whole or not at all, and
+without NaN and infinity. A bad file raises UserError; a ValidationError while a record is made is a bug of ours.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Part(Frozen):
 
 
 class StrategyPart(Part):
-    """Which strategy ran, as configured, and who brought it."""
+    """The strategy as configured, and the package that brought it."""
 
     name: Name
     label: Name = Field(description="the row's name: `cluster-aware`, or `cluster-aware[tau=0.8]` off its defaults")
@@ -68,7 +68,7 @@ class StrategyPart(Part):
 
 
 class ProtocolPart(Part):
-    """What was held equal; only equal fingerprints share a table."""
+    """What all runs of a table have in common: only equal fingerprints share a table."""
 
     name: Name
     division: Literal["closed", "open"]
@@ -88,14 +88,14 @@ class ProtocolPart(Part):
 
 
 class Seeds(Part):
-    """Initialisation seed (the strategy's own randomness) and training seed (data order, augmentation, dropout)."""
+    """Seeds of the initialisation (the strategy's randomness) and of training (data order, augmentation, dropout)."""
 
     init: int = Field(ge=0)
     train: int = Field(ge=0)
 
 
 class ScoreRecord(Part):
-    """One score; `chance` is the value of uniform guessing, None where there is none."""
+    """One score; `chance` is the value that uniform guessing reaches, None where it has none."""
 
     suite: Name
     dataset: Name
@@ -110,17 +110,17 @@ class ScoreRecord(Part):
 
 
 class RepeatPart(Part):
-    """A sample of what was encoded, encoded again: in other batches, and maybe in another order."""
+    """Some of the inputs, encoded a second time: in batches of another size, and perhaps in another order."""
 
     batch_size: int = Field(ge=1)
     shuffled: bool
-    differing: int = Field(ge=0, description="predictions that came out otherwise, each with a margin in `margins`")
-    margins: tuple[float, ...] = Field(description="the routing margins, below 1e-5, that differing ones are traced to")
-    largest_distance: float = Field(ge=0, description="between the two embeddings of anything, of unit length")
+    differing: int = Field(ge=0, description="predictions that changed, each with a margin in `margins`")
+    margins: tuple[float, ...] = Field(description="the routing margins, below 1e-5, that explain the changes")
+    largest_distance: float = Field(ge=0, description="between two embeddings, of unit length, of one input")
 
 
 class ControlPart(Part):
-    """A suite's scores with shuffled labels: the metric furthest above chance, z of its own standard errors."""
+    """A suite's scores with shuffled labels: the metric furthest above chance, by z of its standard errors."""
 
     suite: Name
     dataset: Name
@@ -132,9 +132,9 @@ class ControlPart(Part):
 
 
 class CertificatePart(Part):
-    """Why the scores can be believed (upcycle_bench/certificate.py). An evaluation that is not sound has no record."""
+    """The checks that the evaluation passed (upcycle_bench/certificate.py); one that fails them leaves no record."""
 
-    predictions: int = Field(ge=1, description="that each of `repeats` compares with the evaluation's own")
+    predictions: int = Field(ge=1, description="that each of `repeats` compares with those of the evaluation")
     repeats: tuple[RepeatPart, ...] = Field(min_length=1)
     choices_routed: int = Field(ge=0, description="(token, choice) pairs in the whole evaluation; none was dropped")
     controls: tuple[ControlPart, ...]
@@ -143,11 +143,11 @@ class CertificatePart(Part):
         default=None, description="suites that score copies they trained, which this leaves out"
     )
     weights: Name = Field(description="sha256 of the model's tensors, the same before and after")
-    seconds: float = Field(ge=0, description="that all this took, the evaluation left out")
+    seconds: float = Field(ge=0, description="that these checks took, without the evaluation")
 
 
 class PhaseCost(Part):
-    """What one phase took; `flops` is None where they were not counted."""
+    """The cost of one phase; `flops` is None where they were not counted."""
 
     seconds: float = Field(ge=0)
     flops: int | None = Field(ge=0)
@@ -155,7 +155,7 @@ class PhaseCost(Part):
 
 
 class Cost(Part):
-    """What the run took. A phase that did not run is absent; all phases but `evaluate` are charged to the strategy."""
+    """The cost of the run. A phase that did not run is absent; all but `evaluate` are charged to the strategy."""
 
     phases: dict[Phase, PhaseCost]
     counting_rule: Name = Field(description="how FLOPs were counted")
@@ -168,7 +168,7 @@ class Cost(Part):
 
 
 class Hashes(Part):
-    """Content hashes; `weights` are the final ones, `outcomes` is the .npz beside the record (set by `write`)."""
+    """Content hashes: `weights` of the final model, `outcomes` of the .npz beside the record (set by `write`)."""
 
     dense: Name
     data: Name
@@ -177,7 +177,7 @@ class Hashes(Part):
 
 
 class Record(Part):
-    """One run, whole. A run that failed may lack receipt, scores and cost."""
+    """One run. A run that failed may lack receipt, scores and cost."""
 
     schema_version: Literal[1]
     run_id: str = Field(pattern=r"^[A-Za-z0-9_-]{8,}$")
@@ -234,10 +234,10 @@ class Record(Part):
 
 
 def write(record: Record, outcomes: dict[str, np.ndarray] | None, folder: Path) -> Path:
-    """Write `record` below `folder`, with `outcomes` in a .npz of the same name whose hash the record then holds.
+    """Write `record` below `folder`, and `outcomes` to a .npz of the same name, whose hash the record then holds.
 
-    Both appear whole or not at all, the record last; an existing record is never overwritten.
-    Raises UserError when the folder cannot be written.
+    Both files appear whole or not at all, the record last. Raises UserError for a record that exists, which is never
+    overwritten, and for a folder that cannot be written.
     """
     seeds, time = record.seeds, record.created_at.strftime("%Y%m%dT%H%M%S")
     name = f"{_slug(record.strategy.label)}-i{seeds.init}-t{seeds.train}-{time}-{record.run_id[:8]}.json"
@@ -257,7 +257,7 @@ def write(record: Record, outcomes: dict[str, np.ndarray] | None, folder: Path) 
 
 
 def read(path: Path) -> Record:
-    """Parse one record. Raises UserError, one line, naming the file and the field."""
+    """Parse one record. Raises UserError, which names the file and the field, in one line."""
     try:
         text = path.read_text(encoding="utf-8")
         tree = json.loads(text)
@@ -283,7 +283,7 @@ def read(path: Path) -> Record:
 
 
 def read_outcomes(path: Path) -> dict[str, np.ndarray]:
-    """Per-sample outcomes of the record at `path`; empty if it has none. Raises UserError if they are not its own."""
+    """Outcomes of each sample for the record at `path`; empty if it has none. UserError where the hash differs."""
     import numpy as np
 
     digest = read(path).hashes.outcomes
@@ -300,8 +300,11 @@ def read_outcomes(path: Path) -> dict[str, np.ndarray]:
         return dict(arrays)
 
 
-def find(path: Path) -> list[Path]:
-    """All records below `path`, sorted; a file is itself. Raises UserError for a *.json that is not a record."""
+def record_paths(path: Path) -> list[Path]:
+    """The paths of all records below `path`, sorted, or `path` itself where it is a file.
+
+    Raises UserError for a path that does not exist, and for a *.json that is not a record.
+    """
     if not path.exists():
         raise UserError(f"no records at {path}: there is no such file or folder.")
     paths = [path] if path.is_file() else sorted(path.rglob("*.json"))
@@ -320,12 +323,12 @@ def json_schema() -> dict[str, Any]:
 
 
 def _slug(text: str) -> str:
-    """A file name part: only letters that need no quoting, no leading dot, short enough for any file system."""
+    """Part of a file name: letters that need no quoting, no leading dot, short enough for any file system."""
     return re.sub(r"[^A-Za-z0-9.=_]+", "-", text).strip("-.")[:100] or "unnamed"
 
 
 def _npz(outcomes: dict[str, np.ndarray]) -> bytes:
-    """The arrays as .npz, byte for byte the same for the same arrays (np.savez keeps the order and reserves names)."""
+    """The arrays as .npz, sorted by name: equal arrays give equal bytes (np.savez keeps the order, reserves names)."""
     import numpy as np
 
     buffer = io.BytesIO()
@@ -339,7 +342,7 @@ def _npz(outcomes: dict[str, np.ndarray]) -> bytes:
 
 
 def _write_pair(path: Path, text: bytes, arrays: bytes | None) -> None:
-    """Outcomes first, so that a record never lacks them; outcomes without a record are taken back."""
+    """The outcomes are written first, so that no record lacks them; without a record they are removed again."""
     beside = path.with_suffix(".npz")
     try:
         if arrays is not None:
