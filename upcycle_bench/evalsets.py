@@ -25,8 +25,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
-from upcycle_bench.cache import files_sha256
 from upcycle_bench.errors import UserError
+from upcycle_bench.files import files_sha256
 from upcycle_bench.flops import uncounted
 
 if TYPE_CHECKING:

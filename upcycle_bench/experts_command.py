@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -36,6 +35,7 @@ def experts(
 
     from upcycle_bench import engine
     from upcycle_bench.experts import draw, find_model
+    from upcycle_bench.files import atomic
     from upcycle_bench.plan import make_suites
     from upcycle_bench.protocol import load_protocol
     from upcycle_bench.registry import load_registry
@@ -73,9 +73,8 @@ def experts(
         sheets = draw(clip, context, chosen, columns=columns, title=title)
     output.mkdir(exist_ok=True)
     for layer, sheet in sheets.items():
-        part = output / f".{layer}.png.part"
-        sheet.image.save(part, format="PNG", optimize=True)
-        os.replace(part, output / f"{layer}.png")
+        with atomic(output / f"{layer}.png") as part:
+            sheet.image.save(part, format="PNG", optimize=True)
     if as_json:
         layers = {
             layer: {

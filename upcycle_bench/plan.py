@@ -16,10 +16,10 @@ import torch
 from pydantic import ValidationError
 
 from upcycle_bench import costs, distributed, engine
-from upcycle_bench.cache import file_sha256
 from upcycle_bench.data import expand_shards, shards_digest
 from upcycle_bench.dense import model_config
 from upcycle_bench.errors import UserError, first_problem, unknown
+from upcycle_bench.files import file_sha256
 from upcycle_bench.progress import Reporter
 from upcycle_bench.protocol import MoE, Protocol
 from upcycle_bench.registry import Entry, Registry

@@ -16,13 +16,14 @@ from pathlib import Path
 from typing import Any
 
 from upcycle_bench import distributed, engine, environment, record, trained, weights
-from upcycle_bench.cache import cache_root, file_sha256, require_writable
+from upcycle_bench.cache import cache_root
 from upcycle_bench.certificate import Witness
 from upcycle_bench.costs import Meter, Phase, parameter_counts
 from upcycle_bench.data import PairDataset
 from upcycle_bench.dense import Clip
 from upcycle_bench.diagnostics import diagnose
 from upcycle_bench.errors import Unsound, UserError
+from upcycle_bench.files import file_sha256, require_writable
 from upcycle_bench.flops import counted_flops
 from upcycle_bench.job import Job, Progress
 from upcycle_bench.plan import Plan, fingerprint
