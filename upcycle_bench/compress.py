@@ -132,8 +132,8 @@ def compress(checkpoint: Path, base: Path, method: Method, output: Path, seed: i
             size_after += method.bits(experts) * base_OI.size / 8
     with safe_open(checkpoint, framework="pt") as file:
         metadata = file.metadata()
-    with atomic(output) as part:
-        save_file({key: value.contiguous() for key, value in state.items()}, part, metadata=metadata)
+    with atomic(output) as target:
+        save_file({key: value.contiguous() for key, value in state.items()}, target, metadata=metadata)
     return {
         "method": {"name": type(method).__name__.lower(), **asdict(method)},  # type: ignore[call-overload]
         "output": str(output),
