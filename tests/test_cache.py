@@ -1,11 +1,16 @@
 """The cache: where it is, and that nothing half-built or late ever stands at a final name."""
 
+import errno
+import fcntl
 import multiprocessing
+import os
+import signal
+import time
 from pathlib import Path
 
 import pytest
 
-from upcycle_bench.cache import build_once, cache_root, file_sha256, files_sha256
+from upcycle_bench.cache import build_once, cache_root, locked
 from upcycle_bench.errors import UserError
 
 
@@ -108,17 +113,71 @@ def test_an_unwritable_place_is_a_user_error(tmp_path):
         build_once(tmp_path / "file" / "thing", write_file)
 
 
-def test_file_sha256(tmp_path: Path) -> None:
-    (tmp_path / "x").write_bytes(b"abc")
-    # the published test vector of SHA-256
-    assert file_sha256(tmp_path / "x") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+def add_one(root: Path, barrier) -> None:
+    """Read, wait, write back one more: a second process within it would lose a count."""
+    barrier.wait(timeout=30)
+    for _ in range(5):
+        with locked(root / "thing"):
+            number = int((root / "count").read_text())
+            time.sleep(0.01)
+            (root / "count").write_text(str(number + 1))
 
 
-def test_several_files_are_hashed_in_order(tmp_path: Path) -> None:
-    paths = [tmp_path / str(number) for number in range(20)]
-    for path in paths:
-        path.write_bytes(path.name.encode() * 10_000)
-    assert files_sha256(iter(paths)) == [file_sha256(path) for path in paths]
-    assert len(set(files_sha256(paths))) == 20 and files_sha256([]) == []
-    with pytest.raises(FileNotFoundError):
-        files_sha256([paths[0], tmp_path / "absent"])
+@pytest.mark.parametrize("code", [None, errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+@pytest.mark.filterwarnings("ignore:flock not supported")
+def test_one_process_at_a_time_holds_a_lock(code: int | None, tmp_path: Path, monkeypatch) -> None:
+    """Also on a file system without flock, whatever it answers."""
+
+    def without_flock(*_: object) -> None:
+        raise OSError(code, os.strerror(code or 0))
+
+    if code is not None:
+        monkeypatch.setattr(fcntl, "flock", without_flock)
+    monkeypatch.setenv("UPCYCLE_BENCH_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "count").write_text("0")
+    context = multiprocessing.get_context("fork")
+    barrier = context.Barrier(3)
+    processes = [context.Process(target=add_one, args=(tmp_path, barrier)) for _ in range(3)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(timeout=60)
+        assert process.exitcode == 0
+    assert (tmp_path / "count").read_text() == "15"
+
+
+def hold(path: Path, held) -> None:
+    with locked(path):
+        held.set()
+        time.sleep(60)
+
+
+def test_a_lock_goes_with_its_process_and_others_are_free(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("UPCYCLE_BENCH_CACHE", str(tmp_path / "cache"))
+    context = multiprocessing.get_context("fork")
+    held = context.Event()
+    holder = context.Process(target=hold, args=(tmp_path / "thing", held))
+    holder.start()
+    assert held.wait(timeout=30)
+    with locked(tmp_path / "another"):
+        pass
+    os.kill(holder.pid or 0, signal.SIGKILL)
+    holder.join(timeout=30)
+    with locked(tmp_path / "thing"):  # would wait for ever
+        assert holder.exitcode == -signal.SIGKILL
+
+
+def test_a_lock_that_cannot_be_written_is_a_user_error(tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("UPCYCLE_BENCH_CACHE", str(tmp_path / "file"))
+    with pytest.raises(UserError, match=r"cannot write .*file.*UPCYCLE_BENCH_CACHE"), locked(tmp_path / "thing"):
+        pytest.fail("it has no lock")
+
+
+def test_an_error_within_a_lock_is_the_callers(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("UPCYCLE_BENCH_CACHE", str(tmp_path / "cache"))
+    with pytest.raises(OSError, match="of the work") as raised, locked(tmp_path / "thing"):
+        raise OSError(errno.ENOLCK, "of the work")
+    assert not isinstance(raised.value, UserError)
+    with locked(tmp_path / "thing"):  # and it was given back
+        pass

@@ -15,9 +15,9 @@ import typer
 
 from tests.test_distributed import launch
 from upcycle_bench import __version__, cli, display
-from upcycle_bench.cache import file_sha256
 from upcycle_bench.command import interruptible, uncollected, warn_broken
 from upcycle_bench.errors import UserError
+from upcycle_bench.files import file_sha256
 from upcycle_bench.progress import Reporter, TerminalReporter
 from upcycle_bench.worlds import World, load_world
 

@@ -18,7 +18,7 @@ from PIL import Image
 
 from tests.conftest import REAL_CACHE
 from tests.test_lineage import REQUIRED
-from upcycle_bench.cache import file_sha256
+from upcycle_bench.files import file_sha256
 from upcycle_bench.worlds import icons, lab
 from upcycle_bench.worlds.lineage import caption, skin_tones
 

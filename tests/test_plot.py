@@ -66,7 +66,7 @@ def test_every_figure_in_every_format(folder: Path, name: Any, ending: str) -> N
     records = draw(read_runs([folder]), name, output)
     assert len(records) == (3 if name == "loss" else 2)
     head = output.read_bytes()
-    assert not list(folder.glob(".*.part"))
+    assert not list(folder.glob(".*"))
     assert head.startswith(b"\x89PNG") if ending == "png" else b"<svg" in head
 
 

@@ -1,6 +1,7 @@
 """Records: validation, round trips, atomic writing, and one-line errors for bad files."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any, get_args
 
@@ -236,7 +237,7 @@ def test_interruption_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, function: str, call: int, stop: Any
 ) -> None:
     """Stopped while the outcomes (first call) or the record (second) are written or moved to their place."""
-    real, calls = getattr(module.os, function), []
+    real, calls = getattr(os, function), []
 
     def interrupted(*arguments: Any) -> None:
         calls.append(arguments)
@@ -244,7 +245,7 @@ def test_interruption_leaves_nothing(
             raise stop
         real(*arguments)
 
-    monkeypatch.setattr(module.os, function, interrupted)
+    monkeypatch.setattr(os, function, interrupted)
     with pytest.raises(KeyboardInterrupt if stop is KeyboardInterrupt else UserError):
         write(make_record(), {"a": np.arange(3)}, tmp_path)
     assert files(tmp_path) == []

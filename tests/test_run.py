@@ -16,8 +16,9 @@ from safetensors.torch import load_file
 
 from tests.helpers import heed_interrupts
 from upcycle_bench import certificate, record, weights
-from upcycle_bench.cache import cache_root, file_sha256
+from upcycle_bench.cache import cache_root
 from upcycle_bench.errors import Unsound, UserError
+from upcycle_bench.files import file_sha256
 from upcycle_bench.hookspecs import hookimpl
 from upcycle_bench.planning.plan import Plan, make_plan
 from upcycle_bench.progress import Reporter

@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import copy
 import os
-import shutil
-import tempfile
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
@@ -23,9 +21,10 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from upcycle_bench import protocol, surgery, weights
+from upcycle_bench import distributed, protocol, surgery, weights
 from upcycle_bench.dense import PREPROCESS, Clip, create_clip
 from upcycle_bench.errors import UserError, first_problem
+from upcycle_bench.files import temporary
 from upcycle_bench.initialise import make_experts
 from upcycle_bench.moe import moe_layers
 from upcycle_bench.registry import load_registry
@@ -97,16 +96,12 @@ def save(model: Any, path: str | os.PathLike[str], name: str) -> str:
     moe = next((layer.settings for layer in moe_layers(model).values()), None) or settings()
     clip = replace(form, model=model, preprocess=_preprocess(model, form.model))
     try:
-        # Beside its place, so that the rename is atomic.
-        folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.absolute().parent))
-        try:
-            digest = weights.save(clip, moe, folder)
-            if digest:  # rank 0 writes
-                (folder / "usual").touch()  # safetensors' own files are the owner's alone
-                (folder / f"{digest}.safetensors").chmod((folder / "usual").stat().st_mode)
-                os.replace(folder / f"{digest}.safetensors", path)
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
+        with temporary(path) as usual, temporary(path) as part:
+            if distributed.is_main():
+                usual.touch()
+            if digest := weights.write(clip, moe, part):
+                part.chmod(usual.stat().st_mode)  # safetensors' own files are the owner's alone
+                os.replace(part, path)
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror or error}).") from None
     return digest

@@ -11,43 +11,19 @@ which nobody ever reads.
 from __future__ import annotations
 
 import contextlib
-import fcntl
+import errno
 import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from upcycle_bench.environment import cores
+from filelock import FileLock, SoftFileLock
+
 from upcycle_bench.errors import UserError
 
-
-def require_writable(folder: Path, option: str) -> None:
-    """UserError unless `folder` (or, while it does not exist, the nearest folder above it) takes files."""
-    parent = folder.absolute()
-    while not parent.exists():
-        parent = parent.parent
-    try:  # os.access allows root everything, a file system without writing such as /proc included
-        tempfile.TemporaryFile(dir=parent).close()
-    except OSError:
-        raise UserError(f"{option} {folder}: {parent} is not a folder that can be written; choose another.") from None
-
-
-def file_sha256(path: Path) -> str:
-    """sha256 of a file's content, read in pieces."""
-    sha = hashlib.sha256()
-    with path.open("rb") as file:
-        while piece := file.read(1 << 20):
-            sha.update(piece)
-    return sha.hexdigest()
-
-
-def files_sha256(paths: Iterable[Path]) -> list[str]:
-    """`file_sha256` of each, by as many threads as there are cores: reading and hashing let others run."""
-    with ThreadPoolExecutor(cores()) as pool:
-        return list(pool.map(file_sha256, paths))
+NO_FLOCK = {errno.ENOLCK, errno.EOPNOTSUPP}  # what NFS without its lock service, and some FUSE file systems, answer
 
 
 def cache_root() -> Path:
@@ -63,18 +39,25 @@ def cache_root() -> Path:
 def locked(path: Path) -> Iterator[None]:
     """Let one process at a time work towards `path`: for work so long that two should not both do it.
 
-    Who had to wait must look again whether the work is done. The lock goes with the process, however it ends.
+    The process that waited for the lock must check the cache again. The lock goes with the process, however it ends.
+    Where the file system has no flock, a file that names its holder is the lock.
     """
-    folder = cache_root() / "locks"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / hashlib.sha256(str(path.absolute()).encode()).hexdigest()[:24]).open("w")
-    except OSError as error:
-        raise UserError(
-            f"cannot write to the cache folder {folder}: {error.strerror}; set UPCYCLE_BENCH_CACHE to another one."
-        ) from None
-    with file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    name = cache_root() / "locks" / hashlib.sha256(str(path.absolute()).encode()).hexdigest()[:24]
+    with contextlib.ExitStack() as held:
+        try:
+            name.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                held.enter_context(FileLock(name))  # takes the soft lock by itself where the error is ENOSYS
+            except OSError as error:
+                if error.errno not in NO_FLOCK:
+                    raise
+                # Another name: what FileLock made there would look like the soft lock of somebody else.
+                held.enter_context(SoftFileLock(name.with_suffix(".soft")))
+        except OSError as error:
+            raise UserError(
+                f"cannot write to the cache folder {name.parent}: {error.strerror}; set UPCYCLE_BENCH_CACHE to another "
+                "one."
+            ) from None
         yield
 
 

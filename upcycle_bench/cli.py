@@ -40,8 +40,8 @@ from upcycle_bench.errors import UserError, plain
 from upcycle_bench.options import Checkpoint, Data, EvalData, Json, Options, Overrides, ProtocolName, Strategies, Suites
 
 if TYPE_CHECKING:
-    from upcycle_bench.matrix import Cell
     from upcycle_bench.planning.plan import Plan
+    from upcycle_bench.planning_matrix import Cell
     from upcycle_bench.progress import Reporter
     from upcycle_bench.protocol import Protocol
 
@@ -112,15 +112,15 @@ def run(
 ) -> None:
     """Upcycle, train, score and record strategies under one protocol: one run, or what is missing of many."""
     with uncollected():
-        from upcycle_bench import matrix
+        from upcycle_bench import planning_matrix, run_many
 
-    pairs = matrix.seed_pairs(seed, seeds, init_seed, train_seed)
+    pairs = planning_matrix.seed_pairs(seed, seeds, init_seed, train_seed)
     if jobs > 1 and "RANK" in os.environ:
         raise UserError("--jobs starts processes of its own and does not go with torchrun; leave one of them out.")
     reporter = terminal_reporter()
     plans = _plans(strategy, protocol, option, overrides, data, checkpoint, eval_data, reporter, suite)
     settings = plans[0].protocol
-    cells = list(matrix.enumerate_cells(plans, pairs))
+    cells = list(planning_matrix.enumerate_cells(plans, pairs))
     if not plans[0].missing:
         _warn_emulated(settings)
     if dry_run:
@@ -144,7 +144,9 @@ def run(
     shared += ["--fresh"] if fresh else []
     again = "the same command without --fresh" if fresh else "the same command"
     with interruptible(f"{again} goes on with what is missing"):
-        outcomes = matrix.run_all(cells, results, reporter, jobs=jobs, fresh=fresh, shared=shared)
+        outcomes = run_many.run_all(
+            cells, results, reporter, jobs=jobs, fresh=fresh, shared=shared, show=display.show_matrix
+        )
     if is_main():
         display.show_outcomes(outcomes, as_json)
     if any(outcome.reason for outcome in outcomes):
@@ -189,14 +191,14 @@ def _plans(
 ) -> list[Plan]:
     """A plan for each strategy that is named, with the first seeds."""
     with uncollected():
-        from upcycle_bench import matrix
+        from upcycle_bench import planning_matrix
         from upcycle_bench.planning.plan import Paths, make_plan
         from upcycle_bench.protocol import load_protocol
         from upcycle_bench.registry import load_registry
 
         registry = load_registry()
     warn_broken(registry.broken)
-    names = matrix.strategy_names(registry, strategy)
+    names = planning_matrix.strategy_names(registry, strategy)
     if option and len(names) > 1:
         raise UserError("--option belongs to one strategy; run strategies with options one by one.")
     paths = Paths(data=data, checkpoint=checkpoint, eval_data=eval_data)
@@ -220,13 +222,13 @@ def _plans(
 
 
 def _show_dry_run(cells: list[Cell], results: Path, fresh: bool, as_json: bool) -> None:
-    from upcycle_bench import matrix
+    from upcycle_bench import planning_matrix
 
     if len(cells) == 1:
         display.show_plan(cells[0].plan, as_json)
         return
-    done = matrix.preview(cells, results, fresh)
-    flops, seconds = matrix.estimate([cell for cell, path in zip(cells, done, strict=True) if path is None])
+    done = planning_matrix.preview(cells, results, fresh)
+    flops, seconds = planning_matrix.estimate([cell for cell, path in zip(cells, done, strict=True) if path is None])
     display.show_preview(cells, done, flops, seconds, as_json)
 
 

@@ -63,7 +63,7 @@ def writable_file(output: Path) -> None:
     """UserError if its folder is missing or read-only."""
     if not output.absolute().parent.is_dir():
         raise UserError(f"--output {output}: {output.absolute().parent} is not a folder; make it, or choose another.")
-    from upcycle_bench.cache import require_writable
+    from upcycle_bench.files import require_writable
 
     require_writable(output.absolute().parent, "--output")
 

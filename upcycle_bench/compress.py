@@ -15,7 +15,6 @@ Shape suffixes: O outputs, I inputs of a matrix.
 
 from __future__ import annotations
 
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -25,9 +24,9 @@ import torch
 from numpy.typing import NDArray
 
 from upcycle_bench import weights
-from upcycle_bench.cache import file_sha256
 from upcycle_bench.dense import create_clip
 from upcycle_bench.errors import UserError
+from upcycle_bench.files import atomic, file_sha256
 from upcycle_bench.moe import moe_layers
 from upcycle_bench.rng import Stream
 
@@ -133,12 +132,8 @@ def compress(checkpoint: Path, base: Path, method: Method, output: Path, seed: i
             size_after += method.bits(experts) * base_OI.size / 8
     with safe_open(checkpoint, framework="pt") as file:
         metadata = file.metadata()
-    temporary = output.with_name(f".{os.getpid()}-{output.name}")
-    try:
-        save_file({key: value.contiguous() for key, value in state.items()}, temporary, metadata=metadata)
-        os.replace(temporary, output)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with atomic(output) as target:
+        save_file({key: value.contiguous() for key, value in state.items()}, target, metadata=metadata)
     return {
         "method": {"name": type(method).__name__.lower(), **asdict(method)},  # type: ignore[call-overload]
         "output": str(output),

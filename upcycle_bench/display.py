@@ -5,16 +5,16 @@ Nothing here decides anything. Heavy imports stand inside the functions, since `
 
 from __future__ import annotations
 
-import contextlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from upcycle_bench.matrix import Cell, Outcome
     from upcycle_bench.planning.plan import Plan
+    from upcycle_bench.planning_matrix import Cell
     from upcycle_bench.record import Record
+    from upcycle_bench.run_many import Outcome
     from upcycle_bench.worlds import World
 
 
@@ -297,34 +297,6 @@ def show_outcomes(outcomes: Sequence[Outcome], as_json: bool) -> None:
 def _identity(cell: Cell) -> dict[str, Any]:
     plan = cell.plan
     return {"strategy": plan.label, "seeds": {"init": plan.init_seed, "train": plan.train_seed}}
-
-
-class RunsBar:
-    """How many runs are over and how long the rest will take, below the lines that they say."""
-
-    def __init__(self, progress: Any, total: int) -> None:
-        self.progress = progress
-        self.task = progress.add_task("runs", total=total)
-
-    def say(self, line: str) -> None:
-        """A line above the bar."""
-        self.progress.console.print(line, markup=False, highlight=False, soft_wrap=True)
-
-    def advance(self) -> None:
-        """One run is over."""
-        self.progress.advance(self.task)
-
-
-@contextlib.contextmanager
-def runs_bar(total: int) -> Iterator[RunsBar]:
-    """The bar, on stderr; only the lines where stderr is no terminal."""
-    from rich import console, progress
-
-    stderr = console.Console(stderr=True)
-    columns = [progress.TextColumn("{task.description}"), progress.BarColumn(), progress.MofNCompleteColumn()]
-    times = [progress.TimeElapsedColumn(), progress.TimeRemainingColumn()]
-    with progress.Progress(*columns, *times, console=stderr, transient=True, disable=not stderr.is_terminal) as bar:
-        yield RunsBar(bar, total)
 
 
 def show_listing(kind: str, entries: Sequence[dict[str, Any]]) -> None:

@@ -22,8 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
-from upcycle_bench.cache import files_sha256
 from upcycle_bench.errors import UserError
+from upcycle_bench.files import files_sha256
 
 Kind = Literal["classification", "multilabel", "retrieval"]
 CLASSNAMES, TEMPLATES, TYPE = "classnames.txt", "zeroshot_classification_templates.txt", "dataset_type.txt"

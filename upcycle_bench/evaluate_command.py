@@ -63,7 +63,7 @@ def evaluate(
         facts = _execute(checkpoint, model, protocol, data, names_of(suite, "--suite"), terminal_reporter())
     text = json.dumps(facts, indent=2, allow_nan=False)
     if output is not None:
-        from upcycle_bench.record import write_atomically
+        from upcycle_bench.files import write_atomically
 
         write_atomically(output, f"{text}\n".encode())
     if as_json:
@@ -238,7 +238,7 @@ def _of_set(target: type[Suite], path: Path) -> Suite:
 def _load(path: Path) -> _Model:
     """A file of ours, or the weights of a record, which are in the cache."""
     from upcycle_bench import weights
-    from upcycle_bench.cache import file_sha256
+    from upcycle_bench.files import file_sha256
     from upcycle_bench.record import read
 
     if path.suffix != ".json":
@@ -256,8 +256,8 @@ def _load(path: Path) -> _Model:
 def _load_open_clip(checkpoint: str, name: str) -> _Model:
     """Weights of the open_clip model `name`: a file or a tag."""
     from upcycle_bench import weights
-    from upcycle_bench.cache import file_sha256
     from upcycle_bench.dense import create_clip, find_pretrained
+    from upcycle_bench.files import file_sha256
 
     path, preprocess = find_pretrained(name, checkpoint)
     if weights.is_ours(path):

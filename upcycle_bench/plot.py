@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from upcycle_bench import record
 from upcycle_bench.errors import UserError
+from upcycle_bench.files import write_atomically
 from upcycle_bench.record import Record
 
 if TYPE_CHECKING:
@@ -107,9 +107,7 @@ def draw(runs: Sequence[Run], name: FigureName, output: Path) -> list[Path]:
     drawing = io.BytesIO()  # matplotlib writes to memory, so an interruption leaves the old file
     kind = output.suffix.removeprefix(".")
     figure.savefig(drawing, format=kind, dpi=150, metadata={"Date": None} if kind == "svg" else None)
-    part = output.with_name(f".{output.name}.part")
-    part.write_bytes(drawing.getvalue())
-    os.replace(part, output)
+    write_atomically(output, drawing.getvalue())
     return [run.path for run in shown]
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import shutil
 import sys
 from dataclasses import asdict
@@ -23,10 +22,11 @@ import torch
 from torch import Tensor
 
 from upcycle_bench import distributed, environment
-from upcycle_bench.cache import cache_root, file_sha256, locked
+from upcycle_bench.cache import cache_root, locked
 from upcycle_bench.costs import Meter
 from upcycle_bench.data import PairDataset
 from upcycle_bench.dense import Clip, create_clip
+from upcycle_bench.files import atomic, file_sha256, write_atomically
 from upcycle_bench.job import Job
 from upcycle_bench.planning.fingerprint import dense_recipe
 from upcycle_bench.progress import Reporter
@@ -101,8 +101,8 @@ def pretrain(protocol: Protocol, world: World, path: Path, device: torch.device,
             "created": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
             "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
         }
-        path.with_suffix(".json").write_text(json.dumps(facts, indent=2) + "\n")
-        shutil.copyfile(work / "metrics.jsonl", path.with_suffix(".jsonl"))
+        write_atomically(path.with_suffix(".json"), (json.dumps(facts, indent=2) + "\n").encode())
+        write_atomically(path.with_suffix(".jsonl"), (work / "metrics.jsonl").read_bytes())
     distributed.barrier()
     if distributed.is_main():
         shutil.rmtree(work, ignore_errors=True)
@@ -116,8 +116,9 @@ def export(path: Path, target: Path) -> str:
     _write(target, {key: value.half() for key, value in load_file(path).items()})
     facts = json.loads(path.with_suffix(".json").read_text())
     digest = file_sha256(target)
-    target.with_suffix(".json").write_text(json.dumps({"half precision sha256": digest, **facts}, indent=2) + "\n")
-    shutil.copyfile(path.with_suffix(".jsonl"), target.with_suffix(".jsonl"))
+    text = json.dumps({"half precision sha256": digest, **facts}, indent=2) + "\n"
+    write_atomically(target.with_suffix(".json"), text.encode())
+    write_atomically(target.with_suffix(".jsonl"), path.with_suffix(".jsonl").read_bytes())
     return digest
 
 
@@ -125,9 +126,5 @@ def _write(path: Path, state: dict[str, Tensor]) -> None:
     from safetensors.torch import save_file
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{os.getpid()}-{path.name}")
-    try:
-        save_file(state, temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with atomic(path) as part:
+        save_file(state, part)

@@ -25,10 +25,10 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from upcycle_bench import evalsets, labelled
-from upcycle_bench.cache import file_sha256
 from upcycle_bench.errors import UserError
 from upcycle_bench.evalsets import EvalSet
 from upcycle_bench.features import image_features
+from upcycle_bench.files import file_sha256
 from upcycle_bench.labelled import Labelled
 from upcycle_bench.probe import Examples
 from upcycle_bench.suite import EvalContext, Suite, SuiteResult

@@ -29,6 +29,9 @@ class Reporter:
         """The same items, shown as they pass."""
         return items
 
+    def say(self, line: str) -> None:
+        """A line, above what goes on; any thread may call it."""
+
 
 class TerminalReporter(Reporter):
     """rich bars on stderr, which leave the terminal when done; plain lines where stderr is no terminal."""
@@ -67,6 +70,9 @@ class TerminalReporter(Reporter):
             for item in items:
                 yield item
                 progress.advance(task)
+
+    def say(self, line: str) -> None:
+        self.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     def _progress(self) -> Any:
         from rich import progress

@@ -14,7 +14,6 @@ import hashlib
 import io
 import json
 import math
-import os
 import re
 import zipfile
 from datetime import datetime
@@ -24,6 +23,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import AfterValidator, ConfigDict, Field, JsonValue, ValidationError, model_validator
 
 from upcycle_bench.errors import UserError, first_problem
+from upcycle_bench.files import write_atomically
 from upcycle_bench.protocol import Frozen
 
 if TYPE_CHECKING:
@@ -352,16 +352,3 @@ def _write_pair(path: Path, text: bytes, arrays: bytes | None) -> None:
         if not path.exists():
             beside.unlink(missing_ok=True)
         raise
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """All of `data` at `path`, or nothing: whatever stops us, KeyboardInterrupt included, the temporary file goes."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

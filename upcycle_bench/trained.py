@@ -23,9 +23,10 @@ from pydantic import JsonValue
 from torch import nn
 
 from upcycle_bench import distributed, environment, expert_backends, weights
-from upcycle_bench.cache import cache_root, file_sha256, locked
+from upcycle_bench.cache import cache_root, locked
 from upcycle_bench.dense import Clip
 from upcycle_bench.errors import UserError
+from upcycle_bench.files import file_sha256, write_atomically
 from upcycle_bench.job import Progress
 from upcycle_bench.moe import moe_layers
 from upcycle_bench.planning.fingerprint import fingerprint
@@ -65,8 +66,8 @@ def store(key: str, facts: Trained, metrics: Path) -> None:
     """Store a finished training, over an older one; its JSON comes last, so that it never stands alone."""
     target = metrics_of(key)
     target.parent.mkdir(parents=True, exist_ok=True)
-    _write(target, metrics.read_bytes())
-    _write(target.with_suffix(".json"), facts.model_dump_json(indent=1).encode())
+    write_atomically(target, metrics.read_bytes())
+    write_atomically(target.with_suffix(".json"), facts.model_dump_json(indent=1).encode())
 
 
 def look_up(key: str) -> tuple[Trained, Clip] | None:
@@ -135,12 +136,3 @@ def _form(module: nn.Module) -> Any:
     """Everything about a module but the values of its tensors."""
     parts = [(name, type(part), part.extra_repr()) for name, part in module.named_modules()]
     return parts, {name: (value.shape, value.dtype) for name, value in module.state_dict().items()}
-
-
-def _write(path: Path, data: bytes) -> None:
-    temporary = path.with_name(f".{os.getpid()}-{path.name}")
-    try:
-        temporary.write_bytes(data)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -23,9 +23,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from upcycle_bench import distributed, protocol
-from upcycle_bench.cache import cache_root, file_sha256
+from upcycle_bench.cache import cache_root
 from upcycle_bench.dense import Clip, Precision, create_clip
 from upcycle_bench.errors import UserError
+from upcycle_bench.files import file_sha256, temporary
 from upcycle_bench.moe import moe_layers
 from upcycle_bench.strategy import FFN, LayerInit
 from upcycle_bench.surgery import find_layers, hidden_widths, upcycle
@@ -55,7 +56,17 @@ def consolidate(clip: Clip) -> dict[str, Tensor]:
 
 
 def save(clip: Clip, moe: protocol.MoE, folder: Path) -> str:
-    """Write the consolidated model atomically; returns its sha256, on rank 0 (elsewhere an empty string)."""
+    """Write the consolidated model to `folder`/SHA256.safetensors; returns the sha256 on rank 0, "" on the others."""
+    if distributed.is_main():
+        folder.mkdir(parents=True, exist_ok=True)
+    with temporary(folder / "weights") as part:
+        if digest := write(clip, moe, part):
+            os.replace(part, folder / f"{digest}.safetensors")
+    return digest
+
+
+def write(clip: Clip, moe: protocol.MoE, path: Path) -> str:
+    """Write the consolidated model to `path`, as `save` does; all ranks take part, rank 0 writes."""
     from safetensors.torch import save_file
 
     state = consolidate(clip)
@@ -68,15 +79,8 @@ def save(clip: Clip, moe: protocol.MoE, folder: Path) -> str:
         settings["hidden"] = hidden  # else left out: the same model has the same file
     if clip.preprocess:
         settings["preprocess"] = dict(clip.preprocess)
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / f".{os.getpid()}.safetensors"
-    try:
-        save_file(state, temporary, metadata={FORMAT: json.dumps(settings)})
-        digest = file_sha256(temporary)
-        os.replace(temporary, folder / f"{digest}.safetensors")
-    finally:
-        temporary.unlink(missing_ok=True)
-    return digest
+    save_file(state, path, metadata={FORMAT: json.dumps(settings)})
+    return file_sha256(path)
 
 
 def is_ours(path: Path) -> bool:

@@ -14,9 +14,10 @@ from pydantic import ValidationError
 
 from upcycle_bench import costs, distributed, engine
 from upcycle_bench.assets import CHECKPOINTS
-from upcycle_bench.cache import cache_root, file_sha256, require_writable
+from upcycle_bench.cache import cache_root
 from upcycle_bench.data import expand_shards, shards_digest
 from upcycle_bench.errors import UserError, first_problem, unknown
+from upcycle_bench.files import file_sha256, require_writable
 from upcycle_bench.planning.fingerprint import (
     code_fingerprint,
     dense_recipe,

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import shutil
 import sys
 from collections.abc import Mapping
@@ -19,6 +18,7 @@ from typing import Any
 import torch
 
 from upcycle_bench import distributed
+from upcycle_bench.files import atomic
 from upcycle_bench.job import Job, Progress
 from upcycle_bench.strategy import ExtraLoss
 
@@ -31,9 +31,8 @@ class MetricsFile:
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
             before = path.read_text().splitlines() if path.is_file() and step else []
-            kept = path.with_name(f".{path.name}")
-            kept.write_text("".join(line + "\n" for line in before if json.loads(line)["step"] <= step))
-            os.replace(kept, path)
+            with atomic(path) as part:
+                part.write_text("".join(line + "\n" for line in before if json.loads(line)["step"] <= step))
 
     def __enter__(self) -> MetricsFile:
         if self.path is not None:

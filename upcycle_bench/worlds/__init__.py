@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from upcycle_bench.cache import files_sha256
 from upcycle_bench.errors import UserError, unknown
+from upcycle_bench.files import files_sha256
 from upcycle_bench.progress import Reporter
 
 MANIFEST = "manifest.json"

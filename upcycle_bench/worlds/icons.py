@@ -26,7 +26,7 @@ import numpy as np
 from upcycle_bench.cache import build_once, cache_root
 from upcycle_bench.environment import cores
 from upcycle_bench.errors import UserError
-from upcycle_bench.workers import results
+from upcycle_bench.processes import results
 from upcycle_bench.worlds.lineage import skin_tones
 
 PACKAGE, VERSION = "@iconify/json", "2.2.535"

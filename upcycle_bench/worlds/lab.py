@@ -34,9 +34,9 @@ from upcycle_bench.cache import build_once, cache_root, locked
 from upcycle_bench.environment import cores
 from upcycle_bench.errors import UserError
 from upcycle_bench.evalset_write import png, write_classification, write_retrieval, write_shard
+from upcycle_bench.processes import results
 from upcycle_bench.progress import Reporter
 from upcycle_bench.rng import Stream
-from upcycle_bench.workers import results
 from upcycle_bench.worlds import World, lineage, open_world, write_manifest
 from upcycle_bench.worlds.icons import PACKAGE, SIZE, Icons, download, render
 from upcycle_bench.worlds.icons import VERSION as ICONS_VERSION

@@ -1,4 +1,4 @@
-"""The matrix: which cells there are, which are done, and that the rest runs past failures, here and in processes."""
+"""Many runs: what is missing of a matrix is run past failures, here and in processes."""
 
 import json
 import os
@@ -6,9 +6,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,141 +15,16 @@ from pydantic.dataclasses import dataclass
 
 from tests.helpers import heed_interrupts
 from tests.test_distributed import launch
-from tests.test_record import make_record
 from tests.test_run import Failing
 from tests.test_run import plan as make_plan
-from upcycle_bench import cli, matrix, record, registry
+from upcycle_bench import cli, record, registry, run_many
 from upcycle_bench.cache import cache_root
 from upcycle_bench.errors import UserError
 from upcycle_bench.hookspecs import hookimpl
-from upcycle_bench.matrix import Cell, enumerate_cells, finished, read_records, seed_pairs, strategy_names
-from upcycle_bench.planning.plan import Plan
 from upcycle_bench.progress import Reporter
-from upcycle_bench.registry import Entry, Registry
+from upcycle_bench.registry import Entry
 from upcycle_bench.run import run
 from upcycle_bench.strategy import LayerInit, Strategy, StrategyInfo, random_router
-from upcycle_bench.threads import SHARE
-
-# ---- enumeration -------------------------------------------------------------------------------------------------
-
-
-def entry(name: str, status: str) -> Entry:
-    return Entry(name, SimpleNamespace(info=SimpleNamespace(status=status)), "package", "1")
-
-
-def planned(label: str) -> Plan:
-    """As much of a plan as the matrix looks at; it fits `make_record`'s protocol."""
-    return Plan(
-        protocol=SimpleNamespace(name="smoke", division="closed"),  # type: ignore[arg-type]
-        entry=entry(label, "control"),
-        strategy=None,  # type: ignore[arg-type]
-        moe=None,  # type: ignore[arg-type]
-        label=label,
-        suites={},
-        init_seed=0,
-        train_seed=0,
-        world=None,
-        checkpoint=None,
-        dense_identity="dense",
-        training_fingerprint="train-fingerprint",
-        suite_fingerprints={"zero-shot": "suite-fingerprint"},
-        skipped={},
-        missing=(),
-    )
-
-
-REGISTRY = Registry(
-    {
-        name: entry(name, status)
-        for name, status in (
-            ("aimed", "published"),
-            ("dense", "control"),
-            ("moved", "unpublished"),
-            ("scratch", "control"),
-        )
-    }
-)
-
-
-@pytest.mark.parametrize(
-    ("text", "names"),
-    [("all", ["dense", "scratch", "aimed", "moved"]), ("moved", ["moved"]), ("moved, dense", ["moved", "dense"])],
-)
-def test_strategy_names(text: str, names: list[str]) -> None:
-    assert strategy_names(REGISTRY, text) == names
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("dense,mved", "did you mean 'moved'"),
-        ("dense,", "unknown"),
-        ("dense,dense", "twice"),
-        ("all,dense", "stands alone"),
-    ],
-)
-def test_bad_strategy_names(text: str, message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        strategy_names(REGISTRY, text)
-
-
-def test_seed_pairs() -> None:
-    assert seed_pairs(0, 1) == [(0, 0)]
-    assert seed_pairs(3, 2) == [(3, 3), (4, 4)]
-    assert seed_pairs(3, 2, init_seed=0) == [(0, 3), (0, 4)]
-    assert seed_pairs(3, 2, train_seed=0) == [(3, 0), (4, 0)]
-    assert seed_pairs(3, 1, init_seed=1, train_seed=2) == [(1, 2)]
-    with pytest.raises(UserError, match="--seeds 2 leaves nothing to vary"):
-        seed_pairs(3, 2, init_seed=1, train_seed=2)
-
-
-def test_cells_go_seed_by_seed() -> None:
-    cells = enumerate_cells([planned("dense"), planned("moved")], [(0, 0), (0, 1)])
-    assert [(cell.strategy, cell.seed) for cell in cells] == [
-        ("dense", "0"),
-        ("moved", "0"),
-        ("dense", "0/1"),
-        ("moved", "0/1"),
-    ]
-
-
-# ---- what is done ------------------------------------------------------------------------------------------------
-
-CELL = Cell(plan=planned("dense"))
-
-
-def test_a_cell_is_done_by_the_newest_record_of_its_content() -> None:
-    older, newer = make_record(run_id="the-same"), make_record(run_id="the-same", created="2026-01-03T00:00:00Z")
-    assert finished(CELL, "the-same", {}) is None
-    assert finished(CELL, "the-same", {Path("z.json"): older, Path("a.json"): newer}) == Path("a.json")
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"run_id": "another-one"},
-        {"status": "failed", "reason": "out of memory"},
-        {"protocol": {"suite_fingerprints": {"zero-shot": "another"}}},
-        {"protocol": {"suite_fingerprints": {"zero-shot": "suite-fingerprint", "few-shot": "another"}}},
-        {"protocol": {"name": "lab"}},
-        {"protocol": {"division": "open"}},
-        {"seeds": {"init": 1}},
-        {"seeds": {"train": 1}},
-    ],
-    ids=str,
-)
-def test_other_content_leaves_it_to_do(changes: dict[str, Any]) -> None:
-    made = make_record(**({"run_id": "the-same"} | changes))
-    assert finished(CELL, "the-same", {Path("r.json"): made}) is None
-
-
-def test_files_that_are_no_records_do_not_count(tmp_path: Path) -> None:
-    assert read_records(tmp_path / "nowhere") == {}
-    (tmp_path / "notes.json").write_text("{}")
-    path = record.write(make_record(), None, tmp_path)
-    assert list(read_records(tmp_path)) == [path]
-    assert read_records(tmp_path, {path}) == {}
-
 
 # ---- through the command line ------------------------------------------------------------------------------------
 
@@ -307,20 +181,24 @@ def test_jobs_run_in_processes_of_their_own(
     assert theirs.command[:6] == ["upcycle-bench", "run", "--strategy", "dense", "--init-seed", "53"]
 
 
-@pytest.mark.parametrize(("own", "share"), [(5, "2"), (1, "1")])
-def test_jobs_share_the_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own: int, share: str) -> None:
-    seen: dict[str, str] = {}
-
-    def start(cell: Any, results: Path, shared: Any, environment: Mapping[str, str]) -> Any:
-        seen.update(environment)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(matrix, "own_cores", lambda: own)
-    monkeypatch.setattr(matrix, "_start", start)
-    todo: Any = ["a cell", "another", "a third"]
-    with pytest.raises(KeyboardInterrupt):
-        matrix.run_apart(todo, tmp_path, 2, [], {"HOME": "here", SHARE: "9"})
-    assert seen == {"HOME": "here", SHARE: share}
+def test_a_process_that_a_signal_ends_is_a_failed_run(
+    tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the kernel does when memory ends; what the process said last is no reason. Others go on."""
+    dies = ["import os, signal, sys", "print('all is well', file=sys.stderr, flush=True)", "os.kill(os.getpid(), 9)"]
+    (tmp_path / "faiss.py").write_text("\n".join(dies))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    results = tmp_path / "results"
+    arguments = ["-s", "cluster-aware,dense-frozen", "--seed", "55", "--jobs", "2", "--results", str(results), "--json"]
+    status, out, err = command(*arguments)
+    made = outcomes(out)
+    assert status == 1
+    assert "cluster-aware seed 55: all is well" in err
+    assert made["dense-frozen", 55]["status"] == "ok"
+    failed = made["cluster-aware", 55]
+    assert (failed["status"], failed["record"], failed["primary"]) == ("failed", None, None)
+    assert failed["reason"] == "killed by SIGKILL, perhaps for want of memory"
+    assert json.loads(command(*arguments[:-1], "--dry-run", "--json")[1])["to_do"] == 1
 
 
 def test_ctrl_c_stops_the_processes_and_leaves_nothing(tmp_path: Path, quick: list[str]) -> None:
@@ -374,7 +252,7 @@ def test_an_interruption_in_this_process_says_how_to_go_on(
     def interrupted(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(matrix, "run", interrupted)
+    monkeypatch.setattr(run_many, "run", interrupted)
     arguments = ["-s", "dense,dense-frozen", "--seed", "54", "--results", str(tmp_path)]
     status, out, err = command(*arguments)
     assert (status, out) == (130, "")

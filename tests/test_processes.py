@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -14,15 +15,15 @@ import pytest
 
 from tests.helpers import heed_interrupts
 from upcycle_bench.errors import UserError
-from upcycle_bench.workers import results
+from upcycle_bench.processes import results
 
 # The command as it is interrupted: slow work that leaves a file, into a folder that is deleted behind it.
 PROGRAM = """
 import sys, pathlib, typer
 from upcycle_bench.cache import build_once
 from upcycle_bench.command import interruptible
-from upcycle_bench.workers import results
-from tests.test_workers import write
+from upcycle_bench.processes import results
+from tests.test_processes import write
 
 def build(folder):
     folder.mkdir()
@@ -53,6 +54,22 @@ def die(number: int) -> int:
 
 def fail(number: int) -> int:
     raise ValueError(f"bad {number}")
+
+
+def cut_off(number: int) -> bytes:
+    """A result so long that its worker is killed when a part of it is sent: the parent has read a megabyte."""
+
+    def read() -> int:
+        lines = Path(f"/proc/{os.getppid()}/io").read_text().splitlines()
+        return int(dict(line.split(": ") for line in lines)["rchar"])
+
+    def kill(before: int) -> None:
+        while read() < before + (1 << 20):
+            time.sleep(0.001)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=kill, args=(read(),), daemon=True).start()
+    return bytes(1 << 29)
 
 
 class Odd(Exception):
@@ -140,6 +157,12 @@ def test_results_come_in_order_and_errors_as_they_are():
 def test_a_killed_worker_is_an_error_and_no_hang():
     with pytest.raises(UserError, match="counting: a worker was killed, perhaps for want of memory; try again"):
         results(die, [(n,) for n in range(8)], 2, what="counting")
+
+
+def test_a_worker_killed_while_it_sends_its_result_is_an_error_and_no_hang():
+    with pytest.raises(UserError, match="cutting: a worker was killed"):
+        results(cut_off, [(1,)], 2, what="cutting")
+    assert multiprocessing.active_children() == []
 
 
 @pytest.mark.parametrize(

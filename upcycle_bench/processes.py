@@ -2,10 +2,13 @@
 
     sizes = results(write, [(path, images), ...], processes=4)     # in the order of the work
 
-Ctrl-C, and a cluster's SIGTERM, go to a whole process group. The workers do not hear them; the parent does, and kills
-them, so that nobody writes into a folder which is being deleted. They share no queue and no lock, which one that is
-killed could hold or leave half-written (multiprocessing.Pool then hangs): each has a pipe of its own. A worker that
-dies otherwise (out of memory) is an error; one whose parent dies ends when its piece of work is done.
+Ctrl-C, and a cluster's SIGTERM, go to a whole process group. The workers do not hear them; the parent does. It kills
+the workers, so that no worker writes into a folder which is being deleted. A worker that dies otherwise (out of memory)
+is an error. A worker whose parent dies ends when its piece of work is done.
+
+Each worker has a pipe of its own. `concurrent.futures.ProcessPoolExecutor` has one queue for all workers, which fails
+twice: a worker killed while it sends a result leaves half of it there, and the executor waits for the rest for ever;
+and workers hold both ends of the queue, so that they outlive a parent that was killed.
 """
 
 from __future__ import annotations

@@ -1,0 +1,104 @@
+"""Files: whole or not there at all, and their hashes."""
+
+import multiprocessing
+from pathlib import Path
+
+import pytest
+
+from upcycle_bench.files import atomic, file_sha256, files_sha256, temporary, write_atomically
+
+
+def test_a_file_appears_whole_and_alone(tmp_path: Path) -> None:
+    path = tmp_path / "record.json"
+    path.write_text("old")
+    with atomic(path) as part:
+        assert part.parent == tmp_path and part != path and not part.exists()
+        part.write_text("new")
+        assert path.read_text() == "old"
+        assert list(tmp_path.rglob("*.json")) == [path]  # who reads a folder of records sees no half-written one
+    assert path.read_text() == "new"
+    assert list(tmp_path.iterdir()) == [path]
+    (tmp_path / "usual").touch()
+    assert path.stat().st_mode == (tmp_path / "usual").stat().st_mode  # others may read it as any other file
+
+
+def stopped(path: Path, half: bytes | None, error: BaseException) -> None:
+    with atomic(path) as part:
+        if half is not None:
+            part.write_bytes(half)
+        raise error
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+@pytest.mark.parametrize("begun", [True, False])
+def test_a_failure_leaves_the_old_file_alone(error: BaseException, begun: bool, tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_text("old")
+    with pytest.raises(type(error)):
+        stopped(path, b"half" if begun else None, error)
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_writer_that_wrote_nothing_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError), atomic(tmp_path / "file"):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_place_that_takes_no_file_is_said(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(IsADirectoryError):
+        write_atomically(tmp_path / "folder", b"x")
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+    (tmp_path / "file").touch()
+    with pytest.raises(NotADirectoryError):
+        write_atomically(tmp_path / "file" / "below", b"x")
+
+
+def write_often(path: Path, barrier, content: bytes) -> None:
+    barrier.wait(timeout=30)
+    for _ in range(50):
+        write_atomically(path, content)
+
+
+def test_two_processes_write_the_same_file_at_once(tmp_path: Path) -> None:
+    """At every moment it is the whole file of one of them."""
+    path, contents = tmp_path / "file", (b"a" * 100_000, b"b" * 70_000)
+    context = multiprocessing.get_context("fork")
+    barrier = context.Barrier(3)
+    write_atomically(path, contents[0])
+    processes = [context.Process(target=write_often, args=(path, barrier, content)) for content in contents]
+    for process in processes:
+        process.start()
+    barrier.wait(timeout=30)
+    seen = set()
+    while any(process.is_alive() for process in processes):
+        seen.add(path.read_bytes())
+    assert seen <= set(contents) and seen
+    assert [process.exitcode for process in processes] == [0, 0]
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_names_are_the_callers_alone(tmp_path: Path) -> None:
+    with temporary(tmp_path / "file") as one, temporary(tmp_path / "file") as two:
+        one.write_text("one")
+        two.write_text("two")
+        assert one.read_text() == "one" and one.name.startswith(".file.")
+        one.rename(tmp_path / "by-its-content")  # a name that was not known before
+    assert [path.name for path in tmp_path.iterdir()] == ["by-its-content"]
+
+
+def test_file_sha256(tmp_path: Path) -> None:
+    (tmp_path / "x").write_bytes(b"abc")
+    # the published test vector of SHA-256
+    assert file_sha256(tmp_path / "x") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+
+
+def test_several_files_are_hashed_in_order(tmp_path: Path) -> None:
+    paths = [tmp_path / str(number) for number in range(20)]
+    for path in paths:
+        path.write_bytes(path.name.encode() * 10_000)
+    assert files_sha256(iter(paths)) == [file_sha256(path) for path in paths]
+    assert len(set(files_sha256(paths))) == 20 and files_sha256([]) == []
+    with pytest.raises(FileNotFoundError):
+        files_sha256([paths[0], tmp_path / "absent"])

@@ -1,0 +1,213 @@
+"""Many runs: what is missing of a matrix, past failures.
+
+    outcomes = run_all(cells, results, reporter, jobs=1, fresh=False, shared=[])
+
+Cells run one after the other in this process (on all its ranks), or `jobs` at once in processes of their own. What
+became of a run is read from its record, wherever it ran.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections import deque
+from collections.abc import Callable, Collection, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+
+from upcycle_bench import costs, distributed, engine, record
+from upcycle_bench.errors import UserError
+from upcycle_bench.planning.plan import check_input, check_strategy, dense_path
+from upcycle_bench.planning_matrix import Cell, describes, finished_before, read_records
+from upcycle_bench.pretrain import load_dense
+from upcycle_bench.progress import Reporter
+from upcycle_bench.run import run
+
+# What is shown before anything runs: the cells, and for each the record that makes it done, or None.
+Show = Callable[[Sequence[Cell], Sequence[Path | None]], None]
+
+# Not `-m upcycle_bench`: that looks into the working folder first, where a clone may have the sources without plugins.
+START = (
+    "import sys; sys.path[:] = filter(None, sys.path); sys.argv[0] = 'upcycle-bench'; "
+    "from upcycle_bench.cli import main; main()"
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What became of a cell. A failed one has a reason, and a record unless it failed before anything ran."""
+
+    cell: Cell
+    path: Path | None = None
+    made: record.Record | None = None
+    reason: str | None = None
+    ran: bool = True  # False: it was done before
+
+
+def run_all(
+    cells: Sequence[Cell],
+    results: Path,
+    reporter: Reporter,
+    *,
+    jobs: int,
+    fresh: bool,
+    shared: Sequence[str],
+    show: Show = lambda cells, done: None,
+) -> list[Outcome]:
+    """Run what is missing, past failures; outcomes in the order of `cells`, without records on ranks other than 0.
+
+    `shared` are the options that processes of their own need to plan the same runs; rank 0 calls `show`. UserError
+    before anything runs.
+    """
+    plan = cells[0].plan
+    check_input(plan, results)
+    environment = dict(os.environ)  # before the session adds to it
+    # One session for all cells: under torchrun a process group cannot be made a second time.
+    with engine.session(plan.protocol.threads) as device:
+        assert plan.world is not None
+        # Once, or children would each train it.
+        dense_digest = load_dense(plan.protocol, plan.world, dense_path(plan), device, reporter)[1]
+        # Rank 0's view: a rank that saw another folder would wait in a run that the others skip.
+        view = finished_before(cells, results, dense_digest) if distributed.is_main() and not fresh else None
+        done = distributed.from_main(view or [None] * len(cells))
+        todo = [cell for cell, path in zip(cells, done, strict=True) if path is None]
+        if distributed.is_main():
+            show(cells, done)
+        if jobs == 1:
+            made = run_here(todo, results, reporter, fresh)
+    if jobs > 1:
+        made = run_apart(todo, results, reporter, jobs, shared, environment)
+    new = {(outcome.cell.strategy, outcome.cell.seed): outcome for outcome in made}
+    return [
+        new[cell.strategy, cell.seed]
+        if path is None
+        else Outcome(cell=cell, path=path, made=record.read(path) if distributed.is_main() else None, ran=False)
+        for cell, path in zip(cells, done, strict=True)
+    ]
+
+
+def run_here(todo: Sequence[Cell], results: Path, reporter: Reporter, fresh: bool) -> list[Outcome]:
+    """One after the other in this process; all ranks take part."""
+    outcomes = []
+    for number, cell in enumerate(todo, start=1):
+        reporter.say(f"run {number} of {len(todo)}: {cell.strategy}, seed {cell.seed}")
+        known = set(results.rglob("*.json"))
+        costs.forget_peak_memory()
+        try:
+            check_strategy(cell.plan)
+        except UserError as error:
+            reporter.say(f"the run failed: {error}")
+            outcomes.append(Outcome(cell=cell, reason=str(error)))
+            continue
+        try:
+            run(cell.plan, results, reporter, fresh=fresh)
+            reason = None
+        except Exception as error:
+            if distributed.world_size() > 1:
+                # The others may wait in a collective for this rank; only its end frees them.
+                reporter.say(f"a failure on several ranks ends the matrix; others run without {cell.strategy}")
+                raise
+            reason = f"{type(error).__name__}: {error}"
+        outcomes.append(_outcome(cell, results, known, reason))
+    return outcomes
+
+
+def _outcome(cell: Cell, results: Path, known: Collection[Path], reason: str | None) -> Outcome:
+    """What the record says that was written since `known`; `reason`: why it failed, if it did."""
+    if not distributed.is_main():
+        return Outcome(cell=cell, reason=reason)
+    status = "failed" if reason else "ok"
+    mine = {
+        path: made
+        for path, made in read_records(results, known).items()
+        if made.status == status and describes(made, cell)
+    }
+    path, made = max(mine.items(), key=lambda item: item[1].created_at, default=(None, None))
+    if made is None:
+        return Outcome(cell=cell, reason=reason or f"it ended without a record below {results}")
+    return Outcome(cell=cell, path=path, made=made, reason=made.reason)
+
+
+@dataclass
+class _Child:
+    """A run in a process of its own."""
+
+    cell: Cell
+    process: subprocess.Popen[bytes]
+    known: set[Path]
+
+    def forward(self, say: Callable[[str], None]) -> str | None:
+        """Say what it says on stderr, line by line, until it ends; why it failed, if it did."""
+        last = ""
+        assert self.process.stderr is not None
+        for line in self.process.stderr:
+            if text := line.decode(errors="replace").rstrip():
+                say(f"{self.cell.strategy} seed {self.cell.seed}: {text}")
+                last = text
+        return _why(self.process.wait(), last)
+
+
+def _why(code: int, last: str) -> str | None:
+    """Why a process that ended so failed; `last`: what it said last."""
+    if code < 0:
+        names = {each.value: each.name for each in signal.Signals}
+        return f"killed by {names.get(-code, f'signal {-code}')}{', perhaps for want of memory' * (code == -9)}"
+    return (last.removeprefix("error: ") or f"exit status {code}") if code else None
+
+
+def run_apart(
+    todo: Sequence[Cell],
+    results: Path,
+    reporter: Reporter,
+    jobs: int,
+    shared: Sequence[str],
+    environment: Mapping[str, str],
+) -> list[Outcome]:
+    """`jobs` at once, each in a process of its own that a thread listens to; an interruption stops them all."""
+    waiting = deque(todo)
+    children: dict[Future[str | None], _Child] = {}
+    outcomes = []
+    with ThreadPoolExecutor(jobs) as threads:
+        try:
+            for _ in reporter.track(range(len(todo)), "runs"):
+                while waiting and len(children) < jobs:
+                    child = _start(waiting.popleft(), results, shared, environment)
+                    children[threads.submit(child.forward, reporter.say)] = child
+                over = next(iter(wait(children, return_when=FIRST_COMPLETED).done))
+                child = children.pop(over)
+                outcomes.append(_outcome(child.cell, results, child.known, over.result()))
+        finally:
+            _stop([child.process for child in children.values()])
+    return outcomes
+
+
+def _start(cell: Cell, results: Path, shared: Sequence[str], environment: Mapping[str, str]) -> _Child:
+    seeds = ["--init-seed", str(cell.plan.init_seed), "--train-seed", str(cell.plan.train_seed)]
+    command = [sys.executable, "-c", START, "run", "--strategy", cell.plan.entry.name, *seeds, *shared]
+    known = set(results.rglob("*.json"))
+    process = subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        env=environment,
+        start_new_session=True,  # a terminal's Ctrl-C would reach it too, and a second one would stop its tidying up
+    )
+    return _Child(cell, process, known)
+
+
+def _stop(processes: Sequence[subprocess.Popen[bytes]]) -> None:
+    """SIGTERM, which a run takes as a Ctrl-C (SIGINT is ignored below a background shell); a second Ctrl-C kills."""
+    for process in processes:
+        process.terminate()
+    try:
+        for process in processes:
+            process.wait()  # its thread reads what it says
+    except KeyboardInterrupt:
+        for process in processes:
+            process.kill()
+            process.wait()
+        raise
