@@ -11,8 +11,8 @@ import typer
 
 from upcycle_bench import board_formats, leaderboard, record
 from upcycle_bench.cli import app
+from upcycle_bench.cli.listing import rows
 from upcycle_bench.cluster import bills
-from upcycle_bench.listing import rows
 from upcycle_bench.protocol import load_protocol
 from upcycle_bench.registry import load_registry
 

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from upcycle_bench.command import interruptible, names_of, terminal_reporter, warn_broken, writable_file
+from upcycle_bench.cli.common import Json, interruptible, names_of, terminal_reporter, warn_broken, writable_file
 from upcycle_bench.errors import UserError
-from upcycle_bench.options import Json
+
+if TYPE_CHECKING:
+    from upcycle_bench.experts import Sheet
+    from upcycle_bench.protocol import Protocol
 
 
 def experts(
@@ -50,13 +54,7 @@ def experts(
     chosen = names_of(images, "--images")
     if not chosen:
         chosen = list(make_suites(registry, settings, ["diagnostics"])["diagnostics"].images)  # type: ignore[attr-defined]
-    local = settings.data.world == "local"
-    if local != (eval_data is not None):
-        raise UserError(
-            f"protocol {name} needs --eval-data, the folder with the evaluation sets."
-            if local
-            else f"protocol {name} brings its own data; --eval-data goes with clip-b32, clip-b16."
-        )
+    _check_data(settings, eval_data)
     reporter = terminal_reporter()
     with interruptible("no sheet was written"):
         device = engine.choose_device()
@@ -71,11 +69,29 @@ def experts(
         )
         title = made.strategy.label if made else run.name
         sheets = draw(clip, context, chosen, columns=columns, title=title)
+    _save(sheets, output)
+    _show(sheets, output, chosen, as_json)
+
+
+def _check_data(settings: Protocol, eval_data: Path | None) -> None:
+    local = settings.data.world == "local"
+    if local != (eval_data is not None):
+        raise UserError(
+            f"protocol {settings.name} needs --eval-data, the folder with the evaluation sets."
+            if local
+            else f"protocol {settings.name} brings its own data; --eval-data goes with clip-b32, clip-b16."
+        )
+
+
+def _save(sheets: Mapping[str, Sheet], output: Path) -> None:
     output.mkdir(exist_ok=True)
     for layer, sheet in sheets.items():
         part = output / f".{layer}.png.part"
         sheet.image.save(part, format="PNG", optimize=True)
         os.replace(part, output / f"{layer}.png")
+
+
+def _show(sheets: Mapping[str, Sheet], output: Path, chosen: Sequence[str], as_json: bool) -> None:
     if as_json:
         layers = {
             layer: {
