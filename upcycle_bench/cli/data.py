@@ -20,7 +20,6 @@ app = typer.Typer(help="Build the data sets that ship as a recipe; check your ow
 
 
 @app.command()
-@app.command()
 def build(
     world: Annotated[str, typer.Argument(help="lab or digits.")],
     as_json: Json = False,
@@ -36,7 +35,6 @@ def build(
     show_world(made, made.eval_root.parent not in before, as_json)
 
 
-@app.command()
 @app.command()
 def check(
     folder: Annotated[Path, typer.Argument(help="An evaluation set, or a folder that holds some.")],
