@@ -1,9 +1,9 @@
 """Whole training steps to be timed: ours, and what it is compared with.
 
 `our_step` is the body of the loop of `upcycle_bench.training.loop.train`, `plain_step` the same without an engine,
-`open_clip_step` and `stock_step` what open_clip's training loop does, dense and with DeepSpeed's own MoE layer. All have
-the same loss,
-and fused AdamW with the same groups, learning rate and clipping; batches are made up and wait in memory.
+`open_clip_step` and `stock_step` what open_clip's training loop does, dense and with DeepSpeed's own MoE layer. All
+have the same loss, and fused AdamW with the same groups, learning rate and clipping; batches are made up and wait in
+memory.
 """
 
 from __future__ import annotations

@@ -11,9 +11,9 @@ import typer
 
 from upcycle_bench import formats, leaderboard, record
 from upcycle_bench.cli import app
+from upcycle_bench.cli.listing import rows
 from upcycle_bench.cluster import bills
 from upcycle_bench.formats import markdown_table as table
-from upcycle_bench.listing import rows
 from upcycle_bench.protocol import load_protocol
 from upcycle_bench.registry import load_registry
 

@@ -23,14 +23,16 @@ from torch import Tensor
 import upcycle_bench
 from tests.helpers import MODEL, equal, threads, tiny_batches, tiny_clip
 from tests.moe_helpers import create_dense, inputs_for
-from upcycle_bench import api, weights
+from upcycle_bench import weights
 from upcycle_bench.assets import MODELS
 from upcycle_bench.dense import create_clip
 from upcycle_bench.errors import UserError
 from upcycle_bench.moe import moe_layers
+from upcycle_bench.protocol import PUBLISHED_MOE
 from upcycle_bench.registry import load_registry
 from upcycle_bench.strategy import Strategy
 from upcycle_bench.surgery import find_layers, merge
+from upcycle_bench.upcycling.from_checkpoint import moe_settings
 
 STRATEGIES = sorted(  # those that train first are refused
     name
@@ -92,7 +94,7 @@ def test_every_strategy_in_every_precision(strategy: str, dtype: torch.dtype, tm
     model = upcycle_bench.upcycle(dense.model, strategy, calibration=tiny_batches(dense, pairs=32))
     assert torch.equal(torch.get_rng_state(), random)
     assert equal(dense.model.state_dict(), before)
-    layers = [layer.name for layer in find_layers(dense.model, api.settings())]
+    layers = [layer.name for layer in find_layers(dense.model, PUBLISHED_MOE)]
     assert list(upcycle_bench.moe_layers(model)) == layers and len(layers) >= 2
     assert {parameter.dtype for parameter in model.parameters()} == {dtype}
 
@@ -175,7 +177,7 @@ def test_a_round_trip_keeps_the_moe_settings(tmp_path: Path) -> None:
     model = upcycle_bench.upcycle(tiny_clip().model, "sparse-upcycling", **changes, min_capacity=0)
     upcycle_bench.save(model, tmp_path / "moe.safetensors", MODEL)
     for layer in moe_layers(upcycle_bench.load(tmp_path / "moe.safetensors").model).values():
-        assert layer.settings == api.settings(**changes, min_capacity=0)
+        assert layer.settings == moe_settings(**changes, min_capacity=0)
         assert layer.gate.own_factor == 1.25 and layer.gate.own_minimum == 0
     blocks = [*tiny_clip().model.visual.transformer.resblocks, *tiny_clip().model.transformer.resblocks]
     assert len(moe_layers(model)) == len(blocks)

@@ -16,8 +16,9 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from tests.helpers import equal, threads, tiny_clip
-from upcycle_bench import api, certificate, control, display, evalset_write, evalsets, features
+from upcycle_bench import api, certificate, control, evalset_write, evalsets, features
 from upcycle_bench.certificate import MARGIN, MOST, Reservoir, Witness, differences, routing_margin
+from upcycle_bench.cli.evaluate import show_certificate
 from upcycle_bench.costs import Meter
 from upcycle_bench.dense import Clip
 from upcycle_bench.errors import Unsound
@@ -412,7 +413,7 @@ def test_what_a_certificate_leaves_out_is_said_on_the_terminal(
     assert proof is not None and proof.uncovered == "named"
     assert proof.uncontrolled == "named: it scores only what a protocol names, and no protocol names shuffled labels."
     monkeypatch.setenv("COLUMNS", "72")
-    display.show_certificate(proof.model_dump(mode="json"))
+    show_certificate(proof.model_dump(mode="json"))
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) > 4 and max(map(len, lines)) <= 72
     assert lines[0].startswith("certificate: ") and all(line.startswith("  ") for line in lines[1:])

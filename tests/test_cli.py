@@ -14,8 +14,10 @@ import pytest
 import typer
 
 from tests.test_distributed import launch
-from upcycle_bench import __version__, cli, display
-from upcycle_bench.command import interruptible, uncollected, warn_broken
+from upcycle_bench import __version__, cli
+from upcycle_bench.cli.common import interruptible, uncollected, warn_broken
+from upcycle_bench.cli.data import show_world
+from upcycle_bench.cli.tables import table
 from upcycle_bench.errors import UserError
 from upcycle_bench.files import file_sha256
 from upcycle_bench.progress import Reporter, TerminalReporter
@@ -190,7 +192,7 @@ def test_bf16_that_is_emulated_is_not_silent(
     arguments = ["run", "-s", "dense", "-p", "smoke", "--dry-run", "--json"]
     bf16 = ["--set", "train.schedule.precision=bf16"]
     for supported, flags, lines in ((["amx"], bf16, 0), ([], [], 0), ([], bf16, 1)):
-        monkeypatch.setattr("upcycle_bench.doctor.cpu_bf16", lambda supported=supported: supported)
+        monkeypatch.setattr("upcycle_bench.cli.run.cpu_bf16", lambda supported=supported: supported)
         assert call(monkeypatch, *arguments, *flags) == 0
         captured = capsys.readouterr()
         assert len(captured.err.splitlines()) == lines
@@ -227,7 +229,7 @@ def test_what_a_table_says_of_the_lab(capsys: pytest.CaptureFixture[str], tmp_pa
         "files": {},
     }
     (tmp_path / "manifest.json").write_text(json.dumps(facts))
-    display.show_world(World("lab", (), tmp_path / "eval", "0"), built=False, as_json=False)
+    show_world(World("lab", (), tmp_path / "eval", "0"), built=False, as_json=False)
     out = [line.split() for line in capsys.readouterr().out.splitlines()]
     begin = next(number for number, words in enumerate(out) if words[:1] == ["training"])
     assert out[begin : begin + 5] == [
@@ -324,7 +326,7 @@ def test_rank_one_says_nothing(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
 
 
 def test_a_label_with_options_is_no_markup(capsys: pytest.CaptureFixture[str]) -> None:
-    display.table("cluster-aware[tau=0.8]", [{"strategy": "cluster-aware[tau=0.8]"}])
+    table("cluster-aware[tau=0.8]", [{"strategy": "cluster-aware[tau=0.8]"}])
     assert capsys.readouterr().out.count("cluster-aware[tau=0.8]") == 2
 
 

@@ -15,8 +15,9 @@ import pytest
 import torch
 from rich.console import Console
 
-from upcycle_bench import doctor, registry
-from upcycle_bench.doctor import Check, as_json, checks, healthy, render
+from upcycle_bench import registry
+from upcycle_bench.cli import doctor
+from upcycle_bench.cli.doctor import Check, checks, healthy, render, to_json
 from upcycle_bench.errors import UserError
 from upcycle_bench.progress import Reporter
 from upcycle_bench.registry import Registry
@@ -54,7 +55,7 @@ def test_nothing_is_printed_and_torch_is_not_imported_at_the_top() -> None:
     """In a process of its own: here DeepSpeed may have been imported before."""
     script = (
         "import sys\n"
-        "from upcycle_bench import doctor, environment, leaderboard, record\n"
+        "from upcycle_bench import environment, leaderboard, record; from upcycle_bench.cli import doctor\n"
         "assert 'torch' not in sys.modules and 'numpy' not in sys.modules and 'scipy' not in sys.modules\n"
         "doctor.checks()\n"
     )
@@ -240,7 +241,7 @@ def test_render_and_json() -> None:
     assert lines[-3] == ["ok", "one", "1.0"]
     assert lines[-2] == ["MISSING", "two", "missing", "pip", "install", "'upcycle-bench[cpu]'"]  # no markup was read
     assert lines[-1][:3] == ["note", "three", "missing"]
-    document = json.loads(as_json(found))
+    document = json.loads(to_json(found))
     assert document["ok"] is False
     assert document["checks"][1] == {
         "name": "two",

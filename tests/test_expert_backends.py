@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tests.helpers import threads
 from tests.moe_helpers import assert_gradients, create_layer, relative_error, settings_of
 from upcycle_bench import engine, environment, expert_backends, trained
-from upcycle_bench.doctor import checks
+from upcycle_bench.cli.doctor import checks
 from upcycle_bench.errors import UserError
 from upcycle_bench.expert_backends import BACKENDS, VARIABLE, Compute, default, multiple, refusal
 from upcycle_bench.flops import FlopCounter

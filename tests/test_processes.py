@@ -21,7 +21,7 @@ from upcycle_bench.processes import results
 PROGRAM = """
 import sys, pathlib, typer
 from upcycle_bench.cache import build_once
-from upcycle_bench.command import interruptible
+from upcycle_bench.cli.common import interruptible
 from upcycle_bench.processes import results
 from tests.test_processes import write
 

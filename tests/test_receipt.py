@@ -11,9 +11,10 @@ import torch
 
 from tests.test_run import plan
 from upcycle_bench import record
+from upcycle_bench.cli.receipt import show
 from upcycle_bench.errors import UserError
 from upcycle_bench.progress import Reporter
-from upcycle_bench.receipt import receipts, show
+from upcycle_bench.receipts import receipts
 from upcycle_bench.run import run
 
 
@@ -56,7 +57,7 @@ def test_errors_are_those_of_a_run(quick: list[str], monkeypatch: pytest.MonkeyP
     def missing(*_: Any) -> None:
         raise AssertionError("something was made")
 
-    monkeypatch.setattr("upcycle_bench.receipt.load_dense", missing)
+    monkeypatch.setattr("upcycle_bench.receipts.load_dense", missing)
     with pytest.raises(UserError, match="protocol smoke needs --data"):
         receipts([replace(planned, missing=("--data",))], Reporter())
     monkeypatch.setitem(sys.modules, "faiss", None)

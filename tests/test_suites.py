@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from upcycle_bench import display, planning_matrix, record
+from upcycle_bench import planning_matrix, record
+from upcycle_bench.cli.run import show_record
 from upcycle_bench.errors import UserError
 from upcycle_bench.planning.plan import Plan, make_plan, run_id
 from upcycle_bench.progress import Reporter
@@ -60,7 +61,7 @@ def test_a_suite_that_fails_is_skipped_and_its_run_is_not_done(
     assert (made.status, made.skipped) == ("ok", {"few-shot": "ZeroDivisionError: on a bad day"})
     assert made.primary is not None and {score.suite for score in made.scores} == {"zero-shot"}
     assert made.protocol.suite_fingerprints == plan(quick).suite_fingerprints
-    display.show_record(made, path)
+    show_record(made, path)
     assert "skipped: few-shot: ZeroDivisionError: on a bad day" in capsys.readouterr().out
     # The matrix knows the record as this cell's, but as one that lacks something.
     cell, records = planning_matrix.Cell(plan=planned), planning_matrix.read_records(tmp_path)

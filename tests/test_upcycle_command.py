@@ -16,7 +16,6 @@ from rich.console import Console
 import upcycle_bench
 from tests.helpers import MODEL, equal, threads, tiny_batches, tiny_clip
 from tests.test_cli import call
-from upcycle_bench import api
 from upcycle_bench.data import PairDataset
 from upcycle_bench.dense import create_clip, find_pretrained
 from upcycle_bench.errors import UserError
@@ -25,6 +24,7 @@ from upcycle_bench.moe import moe_layers
 from upcycle_bench.progress import TerminalReporter
 from upcycle_bench.rng import Stream
 from upcycle_bench.surgery import upcycle
+from upcycle_bench.upcycling.from_checkpoint import choose_strategy, moe_settings
 from upcycle_bench.worlds import load_world
 
 PHASES = ["load", "calibrate", "experts", "compare", "write"]
@@ -81,7 +81,7 @@ def test_cluster_aware_is_what_a_run_would_train(
     clip = create_clip(MODEL, dense)
     clip.model.eval()
     pairs, sample = PairDataset(shards, clip), Stream(("calibration", 3))
-    strategy, moe = api.choose("cluster-aware", {"pairs": 300, "tau": 0.8}), api.settings(experts=4)
+    strategy, moe = choose_strategy("cluster-aware", {"pairs": 300, "tau": 0.8}), moe_settings(experts=4)
     inits = make_experts(
         strategy,
         clip.model,
@@ -198,8 +198,8 @@ def test_an_interruption_leaves_nothing(
             Path(arguments[1]).write_bytes(b"half")
         raise KeyboardInterrupt
 
-    place = {"make_experts": "upcycle_bench.initialise.make_experts", "diagnose": "upcycle_bench.diagnostics.diagnose"}
-    monkeypatch.setattr(place.get(culprit, "safetensors.torch.save_file"), interrupted)
+    place = "safetensors.torch.save_file" if culprit == "save" else f"upcycle_bench.upcycling.from_checkpoint.{culprit}"
+    monkeypatch.setattr(place, interrupted)
     assert call(monkeypatch, *command(dense, tmp_path / "moe.safetensors", "-s", "sparse-upcycling")) == 130
     captured = capsys.readouterr()
     assert captured.out == "" and captured.err.endswith("interrupted: nothing was written\n")
@@ -262,7 +262,7 @@ def test_progress_on_a_terminal(
     """rich allows one display at a time."""
     reporter = TerminalReporter()
     reporter.console = Console(file=io.StringIO(), force_terminal=True)
-    monkeypatch.setattr("upcycle_bench.upcycle_command.terminal_reporter", lambda: reporter)
+    monkeypatch.setattr("upcycle_bench.cli.upcycle.terminal_reporter", lambda: reporter)
     more = ["--calibration", str(shards[0].parent), "-o", "pairs=100"]
     assert call(monkeypatch, *command(dense, tmp_path / "moe.safetensors", *more)) == 0
     shown = reporter.console.file.getvalue()  # type: ignore[attr-defined]

@@ -11,24 +11,23 @@ from __future__ import annotations
 
 import copy
 import os
-import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import ValidationError
 from torch import Tensor, nn
 
-from upcycle_bench import distributed, protocol, surgery, weights
+from upcycle_bench import distributed, surgery, weights
 from upcycle_bench.dense import PREPROCESS, Clip, create_clip
-from upcycle_bench.errors import UserError, first_problem
+from upcycle_bench.errors import UserError
 from upcycle_bench.files import temporary
 from upcycle_bench.initialise import make_experts
 from upcycle_bench.moe import moe_layers
-from upcycle_bench.registry import load_registry
-from upcycle_bench.strategy import Strategy, configure, resolve_moe
+from upcycle_bench.protocol import PUBLISHED_MOE
+from upcycle_bench.strategy import resolve_moe
+from upcycle_bench.upcycling.from_checkpoint import CalibrationPairs, choose_strategy, moe_settings
 
 
 def upcycle(
@@ -37,13 +36,13 @@ def upcycle(
     *,
     calibration: Iterable[tuple[Tensor, Tensor]] | None = None,
     seed: int = 0,
-    experts: int = 8,
-    top_k: int = 2,
-    every: int = 2,
-    offset: int = 1,
-    capacity_factor: float = 2.0,
-    min_capacity: int = 4,
-    second_expert_sampling: bool = False,
+    experts: int = PUBLISHED_MOE.experts,
+    top_k: int = PUBLISHED_MOE.top_k,
+    every: int = PUBLISHED_MOE.every,
+    offset: int = PUBLISHED_MOE.offset,
+    capacity_factor: float = PUBLISHED_MOE.capacity_factor,
+    min_capacity: int = PUBLISHED_MOE.min_capacity,
+    second_expert_sampling: bool = PUBLISHED_MOE.second_expert_sampling,
     **options: Any,
 ) -> Any:
     """A copy of `model` in which every `every`-th FFN from `offset` on is a mixture of experts; `model` is not changed.
@@ -56,8 +55,8 @@ def upcycle(
 
     Raises UserError, one line, for a model, strategy, option or calibration that does not do.
     """
-    chosen = choose(strategy, options)
-    moe = settings(
+    chosen = choose_strategy(strategy, options)
+    moe = moe_settings(
         experts=experts,
         top_k=top_k,
         every=every,
@@ -93,7 +92,7 @@ def save(model: Any, path: str | os.PathLike[str], name: str) -> str:
     if any(hasattr(expert, "merged") for expert in experts):  # the file has plain ones
         model = copy.deepcopy(model)
         surgery.merge(model)
-    moe = next((layer.settings for layer in moe_layers(model).values()), None) or settings()
+    moe = next((layer.settings for layer in moe_layers(model).values()), None) or PUBLISHED_MOE
     clip = replace(form, model=model, preprocess=_preprocess(model, form.model))
     try:
         with temporary(path) as usual, temporary(path) as part:
@@ -114,77 +113,6 @@ def load(path: str | os.PathLike[str]) -> Clip:
     `clip.transform(pil_image)` -> [3, H, W], `clip.name`. Raises UserError for a file that is not one of ours.
     """
     return weights.load(Path(path))
-
-
-def choose(name: str, options: Mapping[str, Any]) -> Strategy:
-    """The strategy of that name with those options, able to run here; UserError otherwise."""
-    strategy = configure(load_registry().get("strategy", name).target, options)
-    if not strategy.replaces_ffn:
-        raise UserError(f"{name} leaves the model dense; choose a strategy that makes experts.")
-    if type(strategy).prepare is not Strategy.prepare:
-        raise UserError(f"{name} trains before it upcycles, which takes a protocol: use `upcycle-bench run`.")
-    strategy.check()
-    return strategy
-
-
-def settings(**values: Any) -> protocol.MoE:
-    """The published MoE settings (arXiv:2604.13508, section 4.1) with `values` instead; UserError for bad ones."""
-    usual: dict[str, Any] = {
-        "experts": 8,
-        "top_k": 2,
-        "every": 2,
-        "offset": 1,
-        "capacity_factor": 2.0,
-        "min_capacity": 4,
-        "load_balance": 0.001,
-        "second_expert_sampling": False,
-        "ep_size": 1,
-    }
-    try:
-        return protocol.MoE(**usual | values)
-    except ValidationError as error:
-        where, what = first_problem(error)
-        raise UserError(f"{where or 'MoE settings'}: {what}.") from None
-
-
-class CalibrationPairs:
-    """A loader as `make_experts` wants it: as many pairs as asked for, on the model's device, images in its dtype."""
-
-    def __init__(self, strategy: str, model: Any, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
-        self.strategy, self.model, self.batches = strategy, model, batches
-        self.seen = 0
-
-    def __call__(self, pairs: int) -> Iterator[tuple[Tensor, Tensor]]:
-        weight = self.model.visual.conv1.weight
-        for batch in self.batches:
-            images, texts = _checked(batch)
-            images, texts = images[: pairs - self.seen], texts[: pairs - self.seen]
-            self.seen += len(images)
-            yield images.to(weight), texts.to(weight.device)
-            if self.seen >= pairs:
-                return
-        if not self.seen:
-            raise UserError(f"{self.strategy}: the calibration data are empty; it asks for {pairs:,} image-text pairs.")
-        warnings.warn(
-            f"{self.strategy} asks for {pairs:,} calibration pairs and saw {self.seen:,}; its statistics rest on "
-            "these.",
-            stacklevel=2,
-        )
-
-
-def _checked(batch: Any) -> tuple[Tensor, Tensor]:
-    if not (isinstance(batch, tuple | list) and len(batch) == 2 and all(isinstance(x, Tensor) for x in batch)):
-        raise UserError("calibration: a batch must be two tensors, images [B, 3, H, W] and tokenised texts [B, L].")
-    images, texts = batch
-    if images.dim() != 4 or texts.dim() != 2 or len(images) != len(texts):
-        shapes = f"{tuple(images.shape)} and {tuple(texts.shape)}"
-        raise UserError(f"calibration: images [B, 3, H, W] and texts [B, L] are wanted, but their shapes are {shapes}.")
-    if not images.is_floating_point() or texts.is_floating_point():
-        raise UserError(
-            f"calibration: images are {images.dtype} and texts {texts.dtype}; give images as the model takes them "
-            "(floats, after its transform) and token numbers."
-        )
-    return images, texts
 
 
 def _compare(model: Any, form: nn.Module, name: str) -> None:

@@ -14,7 +14,6 @@ Shape suffixes: I images, E experts, S side of a thumbnail in pixels.
 
 from __future__ import annotations
 
-import os
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -30,6 +29,7 @@ from upcycle_bench.agreement import Agreement, agreements
 from upcycle_bench.dense import Clip
 from upcycle_bench.engine import choose_device
 from upcycle_bench.errors import UserError
+from upcycle_bench.files import atomic
 from upcycle_bench.moe import moe_layers
 from upcycle_bench.progress import Reporter
 from upcycle_bench.protocol import Protocol
@@ -126,9 +126,8 @@ def save(sheets: Mapping[str, Sheet], folder: Path) -> dict[str, Path]:
     folder.mkdir(exist_ok=True)
     paths = {layer: folder / f"{layer}.png" for layer in sheets}
     for layer, path in paths.items():
-        part = folder / f".{layer}.png.part"
-        sheets[layer].image.save(part, format="PNG", optimize=True)
-        os.replace(part, path)
+        with atomic(path) as part:
+            sheets[layer].image.save(part, format="PNG", optimize=True)
     return paths
 
 

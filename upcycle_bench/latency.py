@@ -2,6 +2,7 @@
 
     fast, slow = measure([load(a), load(b)], torch.device("cpu"))
     fast.image_ms, fast.texts_per_second
+    facts = measure_files([Path("a.safetensors"), Path("b.safetensors")], repeats=20, threads=2)
 
 All models take turns (A B A B ...) on the same random pixels and the same short prompts; each number is a median over
 the turns. In each turn PyTorch's `Timer` calls a model twice to warm up, then once to time it. As in evaluation:
@@ -11,15 +12,18 @@ float32 (or the file's own precision), no gradient, text without padding.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils import benchmark
 
-from upcycle_bench import packed
+from upcycle_bench import packed, weights
+from upcycle_bench.costs import parameter_counts
 from upcycle_bench.dense import Clip
+from upcycle_bench.engine import choose_device
 
 BATCH = 256
 
@@ -32,6 +36,26 @@ class Speed:
     text_ms: float
     images_per_second: float
     texts_per_second: float
+
+
+def measure_files(files: Sequence[Path], repeats: int, threads: int | None = None) -> dict[str, Any]:
+    """Sizes and speeds of the models in files of ours, on this machine's device with `threads` CPU threads, else all.
+
+    Raises UserError for a file that is not one of ours. The number of threads is restored afterwards.
+    """
+    device = choose_device()
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads or before)
+    try:
+        clips = [weights.load(path) for path in files]
+        speeds = measure(clips, device, repeats)
+    finally:
+        torch.set_num_threads(before)
+    models = []
+    for path, clip, speed in zip(files, clips, speeds, strict=True):
+        total, active = parameter_counts(clip.model)
+        models.append({"file": str(path), "parameters_total": total, "parameters_active": active, **asdict(speed)})
+    return {"device": device.type, "threads": threads or before, "models": models}
 
 
 def measure(clips: Sequence[Clip], device: torch.device, repeats: int = 20) -> list[Speed]:

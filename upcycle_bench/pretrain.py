@@ -1,7 +1,8 @@
 """The dense model: trained on a protocol's own data up to the upcycling point, shipped with the package, or given.
 
     clip, sha256 = load_dense(protocol, world, path, device, reporter)      # trained first if the cache lacks it
-    facts = pretrain(protocol, world, path, device, reporter)    # what `upcycle-bench pretrain` does; resumable
+    path, trained = pretrain_once(protocol, world, reporter)     # what `upcycle-bench pretrain` does
+    facts = pretrain(protocol, world, path, device, reporter)    # the training itself; resumable
     export(path, Path("lab-vit.safetensors"))                # half precision, half the size
 
 Beside every pre-trained checkpoint stands a .json of the same name: recipe, last metrics, cost, environment.
@@ -21,14 +22,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from upcycle_bench import distributed, environment
+from upcycle_bench import distributed, engine, environment
 from upcycle_bench.cache import cache_root, locked
 from upcycle_bench.costs import Meter
 from upcycle_bench.data import PairDataset
 from upcycle_bench.dense import Clip, create_clip
 from upcycle_bench.files import atomic, file_sha256, write_atomically
 from upcycle_bench.job import Job
-from upcycle_bench.planning.fingerprint import dense_recipe
+from upcycle_bench.planning.fingerprint import dense_recipe, recipe_path
 from upcycle_bench.progress import Reporter
 from upcycle_bench.protocol import Protocol
 from upcycle_bench.training.loop import train
@@ -52,6 +53,21 @@ def load_dense(
     clip = create_clip(protocol.model, path if distributed.is_main() else None, patch_dropout=patch_dropout)
     distributed.send_from_main(clip.model.to(device))
     return clip, digest
+
+
+def pretrain_once(protocol: Protocol, world: World, reporter: Reporter) -> tuple[Path, bool]:
+    """The dense checkpoint of that protocol in the cache, trained now if it is not there; where, and whether it was.
+
+    On every rank. Of two processes that want the same one, the second waits and finds it.
+    """
+    with engine.session(protocol.threads) as device:
+        path = recipe_path(dense_recipe(protocol, world))
+        with locked(path) if distributed.is_main() else contextlib.nullcontext():
+            # The metrics are written last.
+            there = distributed.from_main(path.is_file() and path.with_suffix(".jsonl").is_file())
+            if not there:
+                pretrain(protocol, world, path, device, reporter)
+    return path, not there
 
 
 def pretrain(protocol: Protocol, world: World, path: Path, device: torch.device, reporter: Reporter) -> dict[str, Any]:

@@ -95,6 +95,20 @@ class MoE(Frozen):
         return self
 
 
+# arXiv:2604.13508, section 4.1, for ViT-B/32; protocols/clip-b32.toml has the same and names the source of each value.
+PUBLISHED_MOE = MoE(
+    experts=8,
+    top_k=2,
+    every=2,
+    offset=1,
+    capacity_factor=2.0,
+    min_capacity=4,
+    load_balance=0.001,
+    second_expert_sampling=False,
+    ep_size=1,
+)
+
+
 class Train(Frozen):
     """Upcycling training. Peak learning rate: the dense one at its checkpoint times `lr_factor`."""
 

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from upcycle_bench import distributed, engine
+from upcycle_bench.cache import cache_root
 from upcycle_bench.dense import model_config
 from upcycle_bench.errors import UserError
 from upcycle_bench.protocol import Protocol
@@ -47,6 +48,11 @@ def dense_recipe(protocol: Protocol, world: World) -> str:
     values["dense"] = {key: value for key, value in values["dense"].items() if key not in ("source", "shipped")}
     values["made by"] = [torch.__version__, engine.choose_device().type, distributed.world_size()]
     return fingerprint({**values, "config": model_config(protocol.model), "data": world.sha256, "numerics": NUMERICS})
+
+
+def recipe_path(recipe: str) -> Path:
+    """Where the cache keeps the dense model of that recipe."""
+    return cache_root() / "dense" / f"{recipe}.safetensors"
 
 
 def training_fingerprint(protocol: Protocol, world: World, dense_identity: str, unequal: str | None) -> str:

@@ -14,7 +14,6 @@ from pydantic import ValidationError
 
 from upcycle_bench import costs, distributed, engine
 from upcycle_bench.assets import CHECKPOINTS
-from upcycle_bench.cache import cache_root
 from upcycle_bench.data import expand_shards, shards_digest
 from upcycle_bench.errors import UserError, first_problem, unknown
 from upcycle_bench.files import file_sha256, require_writable
@@ -22,6 +21,7 @@ from upcycle_bench.planning.fingerprint import (
     code_fingerprint,
     dense_recipe,
     fingerprint,
+    recipe_path,
     suite_fingerprints,
     training_fingerprint,
 )
@@ -207,11 +207,6 @@ def _label(strategy: Strategy, usual: Strategy) -> str:
 def dense_path(plan: Plan) -> Path:
     """Where the dense checkpoint of a plan is, or will be once it has been trained."""
     return plan.checkpoint or recipe_path(str(plan.dense_identity))
-
-
-def recipe_path(recipe: str) -> Path:
-    """Where the cache keeps the dense model of that recipe."""
-    return cache_root() / "dense" / f"{recipe}.safetensors"
 
 
 def check_input(plan: Plan, results: Path) -> None:

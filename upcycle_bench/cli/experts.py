@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from upcycle_bench.command import interruptible, names_of, terminal_reporter, warn_broken, writable_file
+from upcycle_bench.cli.common import Json, interruptible, names_of, terminal_reporter, warn_broken, writable_file
 from upcycle_bench.errors import UserError
-from upcycle_bench.options import Json
+
+if TYPE_CHECKING:
+    from upcycle_bench.contact_sheets import Sheet
 
 if TYPE_CHECKING:
     from upcycle_bench.contact_sheets import Sheet

@@ -9,8 +9,7 @@ from typing import Annotated
 
 import typer
 
-from upcycle_bench.command import check_output, refuse_existing
-from upcycle_bench.options import Json
+from upcycle_bench.cli.common import Json, check_output, refuse_existing
 
 
 class Compression(str, Enum):

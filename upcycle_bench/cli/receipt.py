@@ -1,7 +1,4 @@
-"""Receipts without training: what strategies make of the dense model at step 0, side by side.
-
-    made = receipts(plans, reporter)                # by the steps of a run up to its initialisation
-    show(plans, made, as_json=False)
+"""`upcycle-bench receipt`: what strategies make of the dense model at step 0, side by side. Imports nothing heavy.
 
 Tables have a row per strategy, means over its layers; with --json everything, layer by layer.
 """
@@ -11,49 +8,51 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import asdict, replace
+from typing import TYPE_CHECKING, Annotated, Any
 
-from upcycle_bench import display, engine
-from upcycle_bench.costs import Meter, Phase, forget_peak_memory
-from upcycle_bench.data import PairDataset
-from upcycle_bench.planning.plan import Plan, check_ready, check_strategy, dense_path
-from upcycle_bench.pretrain import load_dense
-from upcycle_bench.progress import Reporter
-from upcycle_bench.step0 import initialise
+import typer
+
+from upcycle_bench.cli.common import (
+    Checkpoint,
+    Data,
+    EvalData,
+    Json,
+    Options,
+    Overrides,
+    ProtocolName,
+    Strategies,
+    interruptible,
+    is_main,
+    make_plans,
+    terminal_reporter,
+)
+from upcycle_bench.cli.tables import table
+
+if TYPE_CHECKING:
+    from upcycle_bench.receipts import Receipt
 
 
-@dataclass(frozen=True, kw_only=True)
-class Receipt:
-    """One strategy at step 0, as its record would say it, and what it cost to get there."""
+def receipt(
+    strategy: Strategies,
+    protocol: ProtocolName = "lab",
+    option: Options = None,
+    overrides: Overrides = None,
+    init_seed: Annotated[int, typer.Option(min=0, help="The strategy's own randomness.")] = 0,
+    data: Data = None,
+    checkpoint: Checkpoint = None,
+    eval_data: EvalData = None,
+    as_json: Json = False,
+) -> None:
+    """Show what strategies make of the dense model at step 0, without training."""
+    from upcycle_bench.receipts import receipts
 
-    plan: Plan
-    receipt: Mapping[str, Any]
-    phases: Mapping[str, Phase]
-
-
-def receipts(plans: Sequence[Plan], reporter: Reporter) -> list[Receipt]:
-    """The receipts of `plans`, which share a protocol; empty on ranks other than 0.
-
-    Raises UserError, before anything is made, for what `run` would refuse.
-    """
-    for plan in plans:
-        check_ready(plan)
-        check_strategy(plan)
-    made = []
-    with engine.session(plans[0].protocol.threads) as device:
-        protocol, world = plans[0].protocol, plans[0].world
-        assert world is not None
-        dense, _ = load_dense(protocol, world, dense_path(plans[0]), device, reporter)
-        data = PairDataset(world.train_shards, dense, protocol.train.schedule.augmentation)
-        for plan in plans:
-            meter = Meter(device)
-            forget_peak_memory()
-            arguments = plan.strategy, protocol, world, plan.init_seed
-            _, receipt = initialise(*arguments, dense, data, meter, reporter)
-            if receipt is not None:
-                made.append(Receipt(plan=plan, receipt=receipt, phases=meter.phases))
-    return made
+    reporter = terminal_reporter()
+    plans = make_plans(strategy, protocol, option, overrides, data, checkpoint, eval_data, reporter)
+    with interruptible("nothing was written"):
+        made = receipts([replace(plan, init_seed=init_seed) for plan in plans], reporter)
+    if is_main():
+        show(made, as_json)
 
 
 def show(made: Sequence[Receipt], as_json: bool) -> None:
@@ -63,19 +62,19 @@ def show(made: Sequence[Receipt], as_json: bool) -> None:
         return
     protocol, pairs = made[0].plan.protocol.name, made[0].receipt["training_pair_retrieval"]
     dense = {"strategy": "(dense model)"} | dict.fromkeys(_function(made[0]), "") | _retrieval(pairs["dense"])
-    display.table(
+    table(
         f"protocol {protocol}, step 0: drift from the dense model, and retrieval among {pairs['pairs']} training pairs "
         f"(log-likelihood, chance {pairs['chance_log_likelihood']:.2f}; recall@1)",
         [*({"strategy": each.plan.label} | _function(each) for each in made), dense],
     )
     rows = [{"strategy": each.plan.label} | _experts(each) for each in made if each.receipt["layers"]]
     if rows:
-        display.table(
+        table(
             "experts: cosine and distance of pairs; router: entropy (1: uniform), share of the busiest expert, how "
             "often the first choice is the cluster; how often the rank floor binds",
             rows,
         )
-    display.table("cost of initialisation", [{"strategy": each.plan.label} | _cost(each) for each in made])
+    table("cost of initialisation", [{"strategy": each.plan.label} | _cost(each) for each in made])
 
 
 def _tree(made: Receipt) -> dict[str, Any]:

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from upcycle_bench import display
-from upcycle_bench.command import interruptible, terminal_reporter
-from upcycle_bench.options import Json
+from upcycle_bench.cli.common import Json, interruptible, terminal_reporter
+from upcycle_bench.cli.tables import table
 
 if TYPE_CHECKING:
     from upcycle_bench.evalcheck import Report
+    from upcycle_bench.worlds import World
 
 app = typer.Typer(help="Build the data sets that ship as a recipe; check your own.", no_args_is_help=True)
 
@@ -32,7 +32,7 @@ def build(
     reporter = terminal_reporter()
     with interruptible("nothing half-built was left"):
         made = load_world(world, 0, reporter)
-    display.show_world(made, made.eval_root.parent not in before, as_json)
+    show_world(made, made.eval_root.parent not in before, as_json)
 
 
 @app.command()
@@ -47,7 +47,7 @@ def check(
     if as_json:
         print(json.dumps({"folder": str(folder), "sets": [asdict(report) for report in reports]}, indent=2))
     else:
-        display.table(str(folder), [_counts(report) for report in reports])
+        table(str(folder), [_counts(report) for report in reports])
         for report in reports:
             for problem in report.problems:
                 print(f"{report.name}: {problem}")
@@ -64,3 +64,26 @@ def _counts(report: Report) -> dict[str, str]:
         parts.append(f"{report.captions:,} captions")
     valid = "no" if report.problems else "yes"
     return {"set": report.name, "kind": report.kind, "valid": valid, "holds": "; ".join(parts) or "nothing"}
+
+
+def show_world(world: World, built: bool, as_json: bool) -> None:
+    """What is in a data set, by its manifest."""
+    from upcycle_bench.protocol import flatten
+    from upcycle_bench.worlds import MANIFEST
+
+    folder = world.eval_root.parent
+    manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    del manifest["files"]
+    if as_json:
+        print(json.dumps({**manifest, "folder": str(folder), "sha256": world.sha256}, indent=2))
+        return
+    counts = manifest["counts"]
+    # The lab's counts are those of icons in each split, and with "set " before them those of what was written.
+    sets = {key.removeprefix("set "): n for key, n in counts.items() if key.startswith("set ")} or counts
+    rows = {"training pairs": sets["train"]}
+    rows |= {f"evaluation set {name}": n for name, n in sets.items() if name != "train"}
+    rows |= {f"removed: {key.replace('.', ' ', 1)}": n for key, n in flatten(manifest.get("removed", {})).items()}
+    rows |= {"classes": manifest["classes"]} if "classes" in manifest else {}
+    title = f"{world.name}, just built" if built else f"{world.name}, in the cache already; every file was checked"
+    table(title, [{"what": key, "count": f"{value:,}"} for key, value in rows.items()])
+    print(f"folder: {folder}")

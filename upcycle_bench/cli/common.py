@@ -1,4 +1,4 @@
-"""What the commands share: checks of what was given, how a command ends. Imports nothing heavy."""
+"""What the commands share: options, checks of what was given, how a command ends. Imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -9,14 +9,37 @@ import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from upcycle_bench.errors import UserError
 
 if TYPE_CHECKING:
+    from upcycle_bench.planning.plan import Plan
     from upcycle_bench.progress import Reporter
+    from upcycle_bench.protocol import Protocol
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else there.")]
+
+Strategies = Annotated[
+    str, typer.Option("--strategy", "-s", help="Which strategies: one, a,b,c or all; see `list strategies`.")
+]
+ProtocolName = Annotated[str, typer.Option("--protocol", "-p", help="Which protocol; see `list protocols`.")]
+Options = Annotated[
+    list[str] | None, typer.Option("--option", "-o", metavar="KEY=VALUE", help="A strategy's option, tau=0.8.")
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override the protocol, moe.experts=4: open division."),
+]
+Data = Annotated[str | None, typer.Option(help="Training shards (clip-*): a folder, or train/{000..127}.tar.")]
+Checkpoint = Annotated[Path | None, typer.Option(help="The dense open_clip model (clip-*).")]
+EvalData = Annotated[Path | None, typer.Option(help="Folder with the evaluation sets (clip-*).")]
+Suites = Annotated[
+    str | None,
+    typer.Option("--suite", help="Which of the protocol's suites: a,b or all; else those that are not optional."),
+]
 
 
 @contextlib.contextmanager
@@ -100,3 +123,45 @@ def warn_broken(broken: dict[str, str]) -> None:
     if is_main():
         for plugin, reason in broken.items():
             print(f"warning: plugin {plugin} did not load: {reason}", file=sys.stderr)
+
+
+def make_plans(
+    strategy: str,
+    protocol: str,
+    option: list[str] | None,
+    overrides: list[str] | None,
+    data: str | None,
+    checkpoint: Path | None,
+    eval_data: Path | None,
+    reporter: Reporter,
+    suite: str | None = None,
+) -> list[Plan]:
+    """A plan for each strategy that is named, with the first seeds."""
+    with uncollected():
+        from upcycle_bench import plans
+        from upcycle_bench.planning.plan import Paths
+        from upcycle_bench.planning_matrix import strategy_names
+        from upcycle_bench.protocol import load_protocol
+        from upcycle_bench.registry import load_registry
+
+        registry = load_registry()
+    warn_broken(registry.broken)
+    names = strategy_names(registry, strategy)
+    if option and len(names) > 1:
+        raise UserError("--option belongs to one strategy; run strategies with options one by one.")
+    paths = Paths(data=data, checkpoint=checkpoint, eval_data=eval_data)
+    options = dict(key_value(text) for text in option or [])
+    settings = load_protocol(registry.get("protocol", protocol).target, overrides)
+    suites = names_of(suite, "--suite")
+    with uncollected():
+        import open_clip  # noqa: F401  (the longest import of all; a plan needs its configurations)
+    with interruptible("nothing was written"):  # the data are built here if the cache lacks them
+        return plans.make_plans(
+            registry, names, settings, options=options, paths=paths, suites=suites, reporter=reporter
+        )
+
+
+def resumption(protocol: Protocol) -> str:
+    """What becomes of an interrupted training under that protocol."""
+    resumes = protocol.train.checkpoint_every > 0
+    return "the same command goes on from the last checkpoint" if resumes else "no record was written"

@@ -9,8 +9,7 @@ from typing import Annotated
 
 import typer
 
-from upcycle_bench.command import writable_file
-from upcycle_bench.options import Json
+from upcycle_bench.cli.common import Json, writable_file
 
 
 class Figure(str, Enum):

@@ -1,7 +1,7 @@
-"""What this machine can do, and one command for each thing it cannot.
+"""`upcycle-bench doctor`: what this machine can do, and one command for each thing it cannot.
 
     found = checks()
-    rich.print(render(found))       # or print(as_json(found)); healthy(found) decides the exit code
+    rich.print(render(found))       # or print(to_json(found)); healthy(found) decides the exit code
 
 Packages are really imported, since that is where mismatched builds fail.
 """
@@ -18,6 +18,10 @@ from collections import defaultdict
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
+import typer
+
+from upcycle_bench.cli.common import Json
+from upcycle_bench.cli.tables import show
 from upcycle_bench.environment import cores, device_name, installed_version
 from upcycle_bench.errors import UserError
 
@@ -26,6 +30,17 @@ if TYPE_CHECKING:
 
 FAISS = ("faiss-cpu", "faiss-gpu", "faiss-gpu-cu11", "faiss-gpu-cu12")  # all of them import as `faiss`
 MIN_FREE_BYTES = 1_000_000_000
+
+
+def doctor(as_json: Json = False) -> None:
+    """Check what this machine can do: a tick, or the remedy."""
+    found = checks()
+    if as_json:
+        print(to_json(found))
+    else:
+        show(render(found))
+    if not healthy(found):
+        raise typer.Exit(1)
 
 
 @dataclass(frozen=True)
@@ -84,7 +99,7 @@ def render(found: list[Check]) -> Table:
     return table
 
 
-def as_json(found: list[Check]) -> str:
+def to_json(found: list[Check]) -> str:
     """The checks as one JSON document."""
     return json.dumps({"ok": healthy(found), "checks": [asdict(check) for check in found]}, indent=2)
 

@@ -1,96 +1,43 @@
-"""`upcycle-bench evaluate`: any checkpoint through the suites.
+"""Any checkpoint through the suites, as a run would score its own, or on every valid set in a folder.
+
+    facts = score_checkpoint(registry, "run.json", None, None, None, [], reporter)       # what `evaluate` writes
 
 A checkpoint is a file of ours (upcycled, trained or dense: it says what it is), the record of a run, whose weights are
 in the cache, or weights of an open_clip model, with its name. Scored are the sets of a protocol, as a run would, or
-every valid set in a folder of one's own, each apart. Heavy imports stand inside the functions, since `--help` imports
-this module.
+every valid set in a folder of one's own, each apart.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Any
 
-import typer
+import torch
+from pydantic import ValidationError
 
-from upcycle_bench import display
-from upcycle_bench.command import (
-    interruptible,
-    names_of,
-    refuse_existing,
-    terminal_reporter,
-    warn_broken,
-    writable_file,
-)
+from upcycle_bench import engine, environment, evalcheck, record, weights
+from upcycle_bench.costs import Meter, parameter_counts
+from upcycle_bench.dense import Clip, create_clip, find_pretrained
 from upcycle_bench.errors import UserError, first_problem
-from upcycle_bench.options import Json, Suites
-
-if TYPE_CHECKING:
-    from upcycle_bench.dense import Clip
-    from upcycle_bench.progress import Reporter
-    from upcycle_bench.registry import Registry
-    from upcycle_bench.suite import Suite
-
-
-def evaluate(
-    checkpoint: Annotated[str, typer.Argument(help="A file or a record of ours, or an open_clip model's file or tag.")],
-    model: Annotated[
-        str | None, typer.Option("--model", "-m", help="open_clip's name of the model, for what is not ours.")
-    ] = None,
-    protocol: Annotated[
-        str | None, typer.Option("--protocol", "-p", help="Whose suites; else the record's protocol, or lab.")
-    ] = None,
-    data: Annotated[
-        Path | None, typer.Option(help="Your evaluation sets, a folder: every valid one, or those of --protocol.")
-    ] = None,
-    suite: Suites = None,
-    output: Annotated[Path | None, typer.Option(metavar="FILE.json", help="Where the scores go.")] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
-    as_json: Json = False,
-) -> None:
-    """Score any checkpoint, dense or upcycled, by a protocol's suites or on your own data."""
-    if os.environ.get("WORLD_SIZE", "1") != "1":
-        raise UserError("evaluate is the work of one process; start it without torchrun.")
-    if output is not None:
-        writable_file(output)
-        refuse_existing(output, force)
-    with interruptible("nothing was written"):
-        facts = _execute(checkpoint, model, protocol, data, names_of(suite, "--suite"), terminal_reporter())
-    text = json.dumps(facts, indent=2, allow_nan=False)
-    if output is not None:
-        from upcycle_bench.files import write_atomically
-
-        write_atomically(output, f"{text}\n".encode())
-    if as_json:
-        print(text)
-    else:
-        _show(facts, output)
-
-
-def _show(facts: Mapping[str, Any], output: Path | None) -> None:
-    from upcycle_bench.suite import AVERAGE
-
-    scored = f"protocol {facts['protocol']}" if facts["protocol"] else facts["data"]
-    display.show_scores(f"{facts['checkpoint']} ({facts['model']}), {scored}", facts["scores"])
-    display.show_skipped(facts["skipped"])
-    if any(score["dataset"] == AVERAGE for score in facts["scores"]):
-        print(f"all {len(facts['scores'])} scores, of each set and stratum, are what --output or --json has")
-    total, active = facts["parameters_total"], facts["parameters_active"]
-    print(f"{total:,} parameters, {active:,} active; {facts['seconds']:.1f} s; sha256 {facts['sha256']}")
-    display.show_certificate(facts["certificate"])
-    if output is not None:
-        print(f"scores: {output}")
+from upcycle_bench.evaluation.score import score, scores_of, skips_of
+from upcycle_bench.files import file_sha256
+from upcycle_bench.planning.fingerprint import suite_fingerprints
+from upcycle_bench.planning.plan import Paths, find_world, make_suites
+from upcycle_bench.progress import Reporter
+from upcycle_bench.protocol import load_protocol
+from upcycle_bench.registry import Registry
+from upcycle_bench.suite import OnlyNamed, Suite
 
 
 @dataclass(frozen=True)
-class _Model:
-    """`identity`: what features are cached under, since a foreign file does not say its model.
+class Checkpoint:
+    """A model that can be scored.
 
+    `identity`: what its features are cached under, since a foreign file does not say its model.
     `protocol` with `overrides`: of the run that made it, if a record says so; else None.
     """
 
@@ -102,7 +49,7 @@ class _Model:
 
 
 @dataclass(frozen=True)
-class _Suites:
+class Chosen:
     """Suites by name, where their sets are, and why others do not run. `threads` of the CPU; None: as they are."""
 
     protocol: str | None
@@ -112,25 +59,27 @@ class _Suites:
     threads: int | None = None
 
 
-def _execute(
-    checkpoint: str, name: str | None, protocol: str | None, data: Path | None, names: list[str], reporter: Reporter
+def score_checkpoint(
+    registry: Registry,
+    checkpoint: str,
+    model_name: str | None,
+    protocol: str | None,
+    data: Path | None,
+    names: Sequence[str],
+    reporter: Reporter,
 ) -> dict[str, Any]:
-    """Find suites (which may build a world) and model, score; what is shown."""
-    import torch
+    """Find the model and its suites (which may build a world), score; the facts, ready for JSON.
 
-    from upcycle_bench import engine, environment
-    from upcycle_bench.costs import Meter, parameter_counts
-    from upcycle_bench.planning.fingerprint import suite_fingerprints
-    from upcycle_bench.registry import load_registry
-    from upcycle_bench.run import score, scores_of, skips_of
-
-    registry = load_registry()
-    warn_broken(registry.broken)
+    checkpoint: a file of ours or a record, or with `model_name` a file or a tag of that open_clip model.
+    protocol: whose suites; None: with `data` every valid set in that folder, else the protocol of the record, or lab.
+    names: of suites; none: those that are not optional, or with `data` alone zero-shot.
+    Raises UserError for what cannot be loaded, found or scored.
+    """
     for suite in names:
         if suite != "all":
             registry.get("suite", suite)  # a typo is said before anything is loaded
     with reporter.task(f"loading {checkpoint}"):
-        model = _load_open_clip(checkpoint, name) if name else _load(Path(checkpoint))
+        model = _load_open_clip(checkpoint, model_name) if model_name else _load(Path(checkpoint))
     model.clip.model.float()  # suites ask for it; files may have half of it
     if protocol is not None:
         found = _of_protocol(registry, protocol, (), data, names, reporter)
@@ -171,7 +120,7 @@ def _execute(
     }
 
 
-def _usual_protocol(checkpoint: str, model: _Model) -> str:
+def _usual_protocol(checkpoint: str, model: Checkpoint) -> str:
     """Where none was given; says which and why before its data are built, which may take a download."""
     name = model.protocol or "lab"
     why = "the record's" if model.protocol else f"the default, since {checkpoint} does not say how it was trained"
@@ -184,28 +133,21 @@ def _of_protocol(
     name: str,
     overrides: Sequence[str],
     data: Path | None,
-    names: list[str],
+    names: Sequence[str],
     reporter: Reporter,
-) -> _Suites:
+) -> Chosen:
     """As a run would: the protocol's suites on its own world, or on sets of the same names in `data`."""
-    from upcycle_bench.planning.plan import Paths, find_world, make_suites
-    from upcycle_bench.protocol import load_protocol
-
     settings = load_protocol(registry.get("protocol", name).target, list(overrides))
     suites = make_suites(registry, settings, names)
     if data is None and settings.data.world == "local":
         raise UserError(f"protocol {name} has no data of its own; give --data, the folder with its evaluation sets.")
     root = data if data is not None else find_world(settings, Paths(), reporter).eval_root
-    return _Suites(name, root, suites, threads=settings.threads)
+    return Chosen(name, root, suites, threads=settings.threads)
 
 
-def _of_folder(registry: Registry, folder: Path, names: list[str]) -> _Suites:
+def _of_folder(registry: Registry, folder: Path, names: Sequence[str]) -> Chosen:
     """Each suite on each valid set apart, so that none takes another down; UserError if there is nothing to score."""
-    from pydantic import ValidationError
-
-    from upcycle_bench import evalcheck
-
-    chosen = list(registry.suites) if names == ["all"] else names or ["zero-shot"]
+    chosen = list(registry.suites) if list(names) == ["all"] else names or ["zero-shot"]
     targets = {name: registry.get("suite", name).target for name in chosen}
     suites: dict[str, Suite] = {}
     skipped: dict[str, str] = {}
@@ -223,45 +165,35 @@ def _of_folder(registry: Registry, folder: Path, names: list[str]) -> _Suites:
     if not suites:
         reasons = " ".join(f"{name}: {why}" for name, why in skipped.items())
         raise UserError(f"--data {folder}: nothing can be scored. {reasons}")
-    return _Suites(None, paths[0].parent, suites, skipped)
+    return Chosen(None, paths[0].parent, suites, skipped)
 
 
 def _of_set(target: type[Suite], path: Path) -> Suite:
-    from upcycle_bench.suite import OnlyNamed
-
     try:
         return target.of_set(path)
     except OnlyNamed as error:
         raise UserError(f"{str(error).removesuffix('.')}; give --protocol.") from None
 
 
-def _load(path: Path) -> _Model:
+def _load(path: Path) -> Checkpoint:
     """A file of ours, or the weights of a record, which are in the cache."""
-    from upcycle_bench import weights
-    from upcycle_bench.files import file_sha256
-    from upcycle_bench.record import read
-
     if path.suffix != ".json":
         if not path.is_file():
             raise UserError(f"{path}: no such file; a tag or a file of open_clip's goes with --model.")
         if not weights.is_ours(path):
             raise UserError(f"{path}: not written by upcycle-bench; say with --model which open_clip model it is.")
         digest = file_sha256(path)
-        return _Model(weights.load(path), digest, digest)
-    made = read(path)
+        return Checkpoint(weights.load(path), digest, digest)
+    made = record.read(path)
     kept = weights.of_record(path, made.hashes.weights)
-    return _Model(weights.load(kept), kept.stem, kept.stem, made.protocol.name, made.protocol.overrides)
+    return Checkpoint(weights.load(kept), kept.stem, kept.stem, made.protocol.name, made.protocol.overrides)
 
 
-def _load_open_clip(checkpoint: str, name: str) -> _Model:
+def _load_open_clip(checkpoint: str, name: str) -> Checkpoint:
     """Weights of the open_clip model `name`: a file or a tag."""
-    from upcycle_bench import weights
-    from upcycle_bench.dense import create_clip, find_pretrained
-    from upcycle_bench.files import file_sha256
-
     path, preprocess = find_pretrained(name, checkpoint)
     if weights.is_ours(path):
         raise UserError(f"{checkpoint} is a file of ours, which says its model; leave out --model.")
     digest = file_sha256(path)
     identity = f"{digest} {name} {json.dumps(dict(preprocess), sort_keys=True)}"
-    return _Model(create_clip(name, path, preprocess=preprocess), digest, identity)
+    return Checkpoint(create_clip(name, path, preprocess=preprocess), digest, identity)

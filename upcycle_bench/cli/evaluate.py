@@ -1,0 +1,114 @@
+"""`upcycle-bench evaluate`: any checkpoint through the suites. Imports nothing heavy."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from upcycle_bench.cli.common import (
+    Json,
+    Suites,
+    interruptible,
+    names_of,
+    refuse_existing,
+    terminal_reporter,
+    warn_broken,
+    writable_file,
+)
+from upcycle_bench.cli.tables import show_scores, show_skipped
+from upcycle_bench.errors import UserError
+
+
+def evaluate(
+    checkpoint: Annotated[str, typer.Argument(help="A file or a record of ours, or an open_clip model's file or tag.")],
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="open_clip's name of the model, for what is not ours.")
+    ] = None,
+    protocol: Annotated[
+        str | None, typer.Option("--protocol", "-p", help="Whose suites; else the record's protocol, or lab.")
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Your evaluation sets, a folder: every valid one, or those of --protocol.")
+    ] = None,
+    suite: Suites = None,
+    output: Annotated[Path | None, typer.Option(metavar="FILE.json", help="Where the scores go.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Score any checkpoint, dense or upcycled, by a protocol's suites or on your own data."""
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise UserError("evaluate is the work of one process; start it without torchrun.")
+    if output is not None:
+        writable_file(output)
+        refuse_existing(output, force)
+    names = names_of(suite, "--suite")
+    with interruptible("nothing was written"):
+        from upcycle_bench.evaluation.checkpoint import score_checkpoint
+        from upcycle_bench.registry import load_registry
+
+        registry = load_registry()
+        warn_broken(registry.broken)
+        facts = score_checkpoint(registry, checkpoint, model, protocol, data, names, terminal_reporter())
+    text = json.dumps(facts, indent=2, allow_nan=False)
+    if output is not None:
+        from upcycle_bench.record import write_atomically
+
+        write_atomically(output, f"{text}\n".encode())
+    if as_json:
+        print(text)
+    else:
+        show_evaluation(facts, output)
+
+
+def show_evaluation(facts: Mapping[str, Any], output: Path | None) -> None:
+    """Scores, size and certificate of the model, and where the file with all of it is."""
+    from upcycle_bench.suite import AVERAGE
+
+    scored = f"protocol {facts['protocol']}" if facts["protocol"] else facts["data"]
+    show_scores(f"{facts['checkpoint']} ({facts['model']}), {scored}", facts["scores"])
+    show_skipped(facts["skipped"])
+    if any(score["dataset"] == AVERAGE for score in facts["scores"]):
+        print(f"all {len(facts['scores'])} scores, of each set and stratum, are what --output or --json has")
+    total, active = facts["parameters_total"], facts["parameters_active"]
+    print(f"{total:,} parameters, {active:,} active; {facts['seconds']:.1f} s; sha256 {facts['sha256']}")
+    show_certificate(facts["certificate"])
+    if output is not None:
+        print(f"scores: {output}")
+
+
+def show_certificate(proof: Mapping[str, Any] | None) -> None:
+    """What an evaluation's certificate says, and what it leaves out, in the terminal's width."""
+    import textwrap
+
+    from rich.console import Console
+
+    text = "none; no suite let the model be watched" if proof is None else "; ".join(_certified(proof))
+    width = Console().width
+    print(textwrap.fill(f"certificate: {text}", width, subsequent_indent="  ", break_on_hyphens=False))
+
+
+def _certified(proof: Mapping[str, Any]) -> Iterator[str]:
+    sizes = " and ".join(str(repeat["batch_size"]) for repeat in proof["repeats"])
+    differing = sum(repeat["differing"] for repeat in proof["repeats"])
+    same = f"{differing} differ, by a tie of experts" if differing else "the same"
+    yield f"{proof['predictions']:,} predictions again in batches of {sizes}, the last in another order: {same}"
+    if proof["choices_routed"]:
+        yield f"0 of {proof['choices_routed']:,} choices of tokens dropped"
+    for control in proof["controls"]:
+        yield (
+            f"labels of {control['dataset']} shuffled: {control['metric']} {control['value']:.4f}, chance "
+            f"{control['chance']:.4f} on {control['samples']} samples"
+        )
+    if proof["controls"]:
+        yield "these are balanced subsets with fewer classes or captions, so their chance is not the tables'"
+    if proof["uncontrolled"]:
+        yield f"not controlled: {proof['uncontrolled'].rstrip('.')}"
+    if proof["uncovered"]:
+        yield f"not covered: the fine-tuned copies that {proof['uncovered']} scores"
+    yield "weights unchanged"
+    yield f"{proof['seconds']:.1f} s"

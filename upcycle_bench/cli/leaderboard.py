@@ -1,0 +1,37 @@
+"""`upcycle-bench leaderboard`: records as tables. Imports nothing heavy."""
+
+from __future__ import annotations
+
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from upcycle_bench.cli.common import Json
+from upcycle_bench.errors import UserError
+
+
+class Format(str, Enum):
+    """Leaderboard formats."""
+
+    terminal = "terminal"
+    md = "md"
+    csv = "csv"
+    json = "json"
+
+
+def leaderboard(
+    path: Annotated[Path, typer.Argument(help="Records: a folder or one file.")] = Path("results"),
+    format: Annotated[Format, typer.Option("--format", "-f", help="How to print it.")] = Format.terminal,
+    as_json: Json = False,
+) -> None:
+    """Turn records into tables: only runs with equal fingerprints share one."""
+    from upcycle_bench import board_formats, record
+    from upcycle_bench.leaderboard import build
+
+    records = [record.read(each) for each in record.find(path)]
+    if not records:
+        raise UserError(f"no records below {path}; make one with: upcycle-bench run --strategy cluster-aware")
+    chosen = "json" if as_json else format.value
+    print(board_formats.render(build(records), chosen), end="")

@@ -1,0 +1,89 @@
+"""The command line: one file a command, registered here.
+
+Heavy imports stand inside the commands, so that `--help` is instant. Results go to stdout, progress and errors to
+stderr. With `--json` a command prints one JSON document on stdout and nothing else there.
+Exit status: 0 done, 1 the run failed (its record says why), 2 bad input, 130 Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Annotated
+
+import typer
+
+from upcycle_bench.cli import data
+from upcycle_bench.cli.common import is_main
+from upcycle_bench.cli.compress import compress
+from upcycle_bench.cli.doctor import doctor
+from upcycle_bench.cli.evaluate import evaluate
+from upcycle_bench.cli.experts import experts
+from upcycle_bench.cli.latency import latency
+from upcycle_bench.cli.leaderboard import leaderboard
+from upcycle_bench.cli.listing import list_
+from upcycle_bench.cli.plot import plot
+from upcycle_bench.cli.pretrain import pretrain
+from upcycle_bench.cli.receipt import receipt
+from upcycle_bench.cli.run import run
+from upcycle_bench.cli.schema import schema
+from upcycle_bench.cli.upcycle import upcycle
+from upcycle_bench.errors import UserError, plain
+
+app = typer.Typer(
+    name="upcycle-bench",
+    help="A fair benchmark of ways to turn a dense CLIP into a mixture of experts.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.add_typer(data.app, name="data")
+app.command()(run)
+app.command()(receipt)
+app.command()(pretrain)
+app.command()(compress)
+app.command()(upcycle)
+app.command()(evaluate)
+app.command()(plot)
+app.command()(latency)
+app.command()(experts)
+app.command("list")(list_)
+app.command()(leaderboard)
+app.command()(schema)
+app.command()(doctor)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from upcycle_bench import __version__
+
+        print(f"upcycle-bench {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and leave.")
+    ] = False,
+) -> None:
+    pass
+
+
+def main() -> None:
+    """Entry point: one line for bad input, no traceback."""
+    try:
+        sys.exit(app(prog_name="upcycle-bench", standalone_mode=False) or 0)
+    except UserError as error:
+        print(f"error: {error}" if is_main() else f"error (rank {os.environ['RANK']}): {error}", file=sys.stderr)
+        sys.exit(2)
+    except typer.Abort:
+        sys.exit(130)
+    except typer.TyperException as error:  # a missing or bad option, an unknown command
+        context = getattr(error, "ctx", None)
+        path = context.command_path if context else "upcycle-bench"
+        message = " ".join(plain(error.format_message()).split())
+        if message:  # none: it has just printed the help
+            end = "" if message.endswith((".", "?")) else "."
+            print(f"error: {path}: {message}{end} See: {path} --help", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,269 @@
+"""`upcycle-bench run`: one run, or what is missing of a matrix of runs; `--dry-run` says what it would cost."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from upcycle_bench.cli.common import (
+    Checkpoint,
+    Data,
+    EvalData,
+    Json,
+    Options,
+    Overrides,
+    ProtocolName,
+    Strategies,
+    Suites,
+    interruptible,
+    is_main,
+    make_plans,
+    resumption,
+    terminal_reporter,
+    uncollected,
+)
+from upcycle_bench.cli.doctor import cpu_bf16
+from upcycle_bench.cli.evaluate import show_certificate
+from upcycle_bench.cli.tables import show_scores, show_skipped, table, with_error
+from upcycle_bench.errors import UserError
+
+if TYPE_CHECKING:
+    from upcycle_bench.planning.plan import Plan
+    from upcycle_bench.planning_matrix import Cell
+    from upcycle_bench.progress import Reporter
+    from upcycle_bench.protocol import Protocol
+    from upcycle_bench.record import Record
+    from upcycle_bench.run_many import Outcome
+
+
+def run(
+    strategy: Strategies,
+    protocol: ProtocolName = "lab",
+    option: Options = None,
+    overrides: Overrides = None,
+    seed: Annotated[int, typer.Option(min=0, help="Both seeds.")] = 0,
+    seeds: Annotated[int, typer.Option(min=1, help="How many seeds, from --seed on.")] = 1,
+    init_seed: Annotated[int | None, typer.Option(min=0, help="The strategy's own randomness.")] = None,
+    train_seed: Annotated[int | None, typer.Option(min=0, help="Data order, augmentation, dropout.")] = None,
+    jobs: Annotated[int, typer.Option("--jobs", "-j", min=1, help="Of several runs, how many at once.")] = 1,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Train again what was trained before.")] = False,
+    results: Annotated[Path, typer.Option(help="Where the record goes.")] = Path("results"),
+    data: Data = None,
+    checkpoint: Checkpoint = None,
+    eval_data: EvalData = None,
+    suite: Suites = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would run and what it costs.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Upcycle, train, score and record strategies under one protocol: one run, or what is missing of many."""
+    with uncollected():
+        from upcycle_bench import planning_matrix
+
+    pairs = planning_matrix.seed_pairs(seed, seeds, init_seed, train_seed)
+    if jobs > 1 and "RANK" in os.environ:
+        raise UserError("--jobs starts processes of its own and does not go with torchrun; leave one of them out.")
+    reporter = terminal_reporter()
+    plans = make_plans(strategy, protocol, option, overrides, data, checkpoint, eval_data, reporter, suite)
+    cells = list(planning_matrix.enumerate_cells(plans, pairs))
+    if not plans[0].missing:
+        _warn_emulated(plans[0].protocol)
+    if dry_run:
+        _show_dry_run(cells, results, fresh, as_json)
+    elif len(cells) == 1:
+        _run_one(cells[0].plan, results, reporter, fresh, as_json)
+    else:
+        shared = _written_out(
+            {
+                "--protocol": protocol,
+                "--option": option,
+                "--set": overrides,
+                "--results": results,
+                "--data": data,
+                "--checkpoint": checkpoint,
+                "--eval-data": eval_data,
+                "--suite": suite,
+            }
+        )
+        _run_matrix(cells, results, reporter, jobs, fresh, shared, as_json)
+
+
+def _written_out(given: Mapping[str, object]) -> list[str]:
+    """Options as they were given, for the processes of a matrix, which plan the same runs."""
+    values = {name: value if isinstance(value, list) else [value] for name, value in given.items() if value}
+    return [str(part) for name in values for value in values[name] for part in (name, value)]
+
+
+def _run_matrix(
+    cells: list[Cell], results: Path, reporter: Reporter, jobs: int, fresh: bool, shared: list[str], as_json: bool
+) -> None:
+    from upcycle_bench import run_many
+
+    shared += ["--fresh"] if fresh else []
+    again = "the same command without --fresh" if fresh else "the same command"
+    with interruptible(f"{again} goes on with what is missing"):
+        outcomes = run_many.run_all(cells, results, reporter, jobs=jobs, fresh=fresh, shared=shared, show=show_matrix)
+    if is_main():
+        show_outcomes(outcomes, as_json)
+    if any(outcome.reason for outcome in outcomes):
+        raise typer.Exit(1)
+
+
+def _run_one(plan: Plan, results: Path, reporter: Reporter, fresh: bool, as_json: bool) -> None:
+    from upcycle_bench import record
+    from upcycle_bench.run import run as execute
+
+    with interruptible(resumption(plan.protocol)):
+        path = execute(plan, results, reporter, fresh=fresh)
+    if path is None:  # not rank 0
+        return
+    if as_json:
+        print(path.read_text(), end="")
+    else:
+        show_record(record.read(path), path)
+
+
+def _warn_emulated(protocol: Protocol) -> None:
+    """bf16 stays bf16 on a CPU that has none, but not in silence."""
+    from upcycle_bench.engine import choose_device
+
+    wanted = protocol.train.schedule.precision == "bf16"
+    if wanted and is_main() and choose_device().type == "cpu" and not cpu_bf16():
+        print(
+            "warning: this CPU has no bf16 instructions, so torch emulates them, slowly; the protocol lab-fp32 does "
+            "without.",
+            file=sys.stderr,
+        )
+
+
+def _show_dry_run(cells: Sequence[Cell], results: Path, fresh: bool, as_json: bool) -> None:
+    from upcycle_bench import plans
+    from upcycle_bench.planning_matrix import preview
+
+    if not is_main():
+        return
+    if len(cells) == 1:
+        show_facts(plans.dry_run(cells[0].plan), as_json)
+    else:
+        done = preview(cells, results, fresh)
+        show_preview(cells, done, plans.dry_run_of_matrix(cells, done), as_json)
+
+
+def show_facts(facts: Mapping[str, Any], as_json: bool) -> None:
+    """What would run and what it costs."""
+    if as_json:
+        print(json.dumps(facts, indent=2))
+        return
+    table("dry run", [{"what": key.replace("_", " "), "is": _plain(value)} for key, value in facts.items()])
+
+
+def _plain(value: Any) -> str:
+    if value is None:
+        return "open until everything is given"
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_plain(item)}" for key, item in value.items())
+    if isinstance(value, list):
+        return ", ".join(value) or "none"
+    if isinstance(value, int) and value >= 10**12:
+        return f"{value:.3e}"
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def show_record(made: Record, path: Path) -> None:
+    """Scores and cost of a run, and where its files are."""
+    from upcycle_bench.suite import AVERAGE
+    from upcycle_bench.uncertainty import of_scores
+
+    assert made.cost is not None and made.primary is not None
+    averaged = any(score.dataset == AVERAGE for score in made.scores)
+    seeds = made.seeds
+    title = f"{made.strategy.label}, protocol {made.protocol.name}, seeds {seeds.init} and {seeds.train}"
+    show_scores(title, [score.model_dump() for score in made.scores])
+    show_skipped(made.skipped)
+    primaries = sum(score.primary for score in made.scores)
+    rest = f"; all {len(made.scores)} scores, strata included, stand in the record" if averaged else ""
+    error = of_scores((score.dataset, score.metric, score.standard_error) for score in made.scores if score.primary)
+    mean_of = f", the mean of {primaries} scores" if primaries > 1 else ""
+    print(f"primary: {with_error(made.primary, error)}{mean_of}{rest}")
+    cost = made.cost
+    parts = [f"{name} {phase.seconds:.1f} s" for name, phase in cost.phases.items()]
+    parts.append(f"{cost.parameters_total:,} parameters, {cost.parameters_active:,} active")
+    if cost.samples_per_second:
+        parts.append(f"{cost.samples_per_second:,.0f} samples/s")
+    if cost.tokens_dropped is not None:
+        parts.append(f"{cost.tokens_dropped:.1%} of choices dropped")
+    print("; ".join(parts))
+    show_certificate(made.certificate.model_dump() if made.certificate else None)
+    from upcycle_bench.cache import cache_root
+
+    print(f"weights: {cache_root() / 'weights' / f'{made.hashes.weights}.safetensors'}")
+    print(f"record: {path}")
+
+
+def show_matrix(cells: Sequence[Cell], done: Sequence[Path | None], *, stderr: bool = True) -> None:
+    """A row per strategy, a column per seed: what is done and what is to do."""
+    rows: dict[str, dict[str, str]] = {}
+    for cell, path in zip(cells, done, strict=True):
+        row = rows.setdefault(cell.strategy, {"strategy": cell.strategy})
+        row[f"seed {cell.seed}"] = "to do" if path is None else "done"
+    table(f"protocol {cells[0].plan.protocol.name}", list(rows.values()), stderr=stderr)
+
+
+def show_preview(cells: Sequence[Cell], done: Sequence[Path | None], facts: Mapping[str, Any], as_json: bool) -> None:
+    """A dry run of several cells: which are done, and the cost of those to do."""
+    if not as_json:
+        show_matrix(cells, done, stderr=False)
+        show_facts(facts, as_json=False)
+        return
+    rows = [
+        {**_identity(cell), "done": path is not None, "record": str(path) if path else None}
+        for cell, path in zip(cells, done, strict=True)
+    ]
+    show_facts({**facts, "matrix": rows}, as_json=True)
+
+
+def show_outcomes(outcomes: Sequence[Outcome], as_json: bool) -> None:
+    """What became of the cells, strategy by strategy: with --json one document, else a table."""
+    strategies = [outcome.cell.strategy for outcome in outcomes]
+    outcomes = sorted(outcomes, key=lambda outcome: strategies.index(outcome.cell.strategy))
+    rows = []
+    for outcome in outcomes:
+        made = outcome.made
+        train = made.cost.phases.get("train") if made and made.cost else None
+        rows.append(
+            {
+                **_identity(outcome.cell),
+                "status": "failed" if outcome.reason else "ok",
+                "ran": outcome.ran,
+                "primary": made.primary if made else None,
+                "train_seconds": train.seconds if train else None,
+                "record": str(outcome.path) if outcome.path else None,
+                "reason": outcome.reason,
+            }
+        )
+    if as_json:
+        print(json.dumps({"runs": rows}, indent=2))
+        return
+    shown = [
+        {
+            "strategy": row["strategy"],
+            "seed": outcome.cell.seed,
+            "primary": "failed" if row["primary"] is None else f"{row['primary']:.4f}",
+            "train s": "" if row["train_seconds"] is None else f"{row['train_seconds']:.1f}",
+            "status": row["status"],
+        }
+        for row, outcome in zip(rows, outcomes, strict=True)
+    ]
+    table(f"protocol {outcomes[0].cell.plan.protocol.name}", shown)
+    for row, outcome in zip(rows, outcomes, strict=True):  # whole, so that they can be copied
+        print(f"{row['strategy']}, seed {outcome.cell.seed}: {row['reason'] or row['record'] or ''}")
+
+
+def _identity(cell: Cell) -> dict[str, Any]:
+    plan = cell.plan
+    return {"strategy": plan.label, "seeds": {"init": plan.init_seed, "train": plan.train_seed}}

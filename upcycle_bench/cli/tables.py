@@ -1,0 +1,94 @@
+"""What commands print for people: tables on stdout, by rich, and scores in them.
+
+Nothing here decides anything. Heavy imports stand inside the functions, since `--help` imports this module.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+
+def table(title: str, rows: Sequence[dict[str, str]], *, stderr: bool = False) -> None:
+    """Rows with the same keys, which head the columns."""
+    from rich import box
+    from rich.console import Group
+    from rich.markup import escape  # `cluster-aware[tau=0.8]` is no markup
+    from rich.table import Table
+
+    # On a narrow terminal these are folded, so that no digit of the others is cut off.
+    wide = ("summary", "paper", "is", "from", "holds", "record or reason", "suite", "dataset", "metric")
+    made = Table(
+        title=escape(title),
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        show_edge=False,
+        collapse_padding=True,
+    )
+    for column in rows[0] if rows else ["none"]:
+        made.add_column(column, overflow="fold", no_wrap=column not in wide)
+    for row in rows:
+        made.add_row(*map(escape, row.values()))
+    show(Group(made, ""), stderr=stderr)
+
+
+def show(renderable: Any, *, stderr: bool = False) -> None:
+    """Print what rich can render."""
+    from rich.console import Console
+
+    Console(highlight=False, stderr=stderr).print(renderable)
+
+
+def show_scores(title: str, scores: Sequence[Mapping[str, Any]]) -> None:
+    """A table for each suite, and what the signs in them mean; of a suite with averages these only, without strata."""
+    suites = list(dict.fromkeys(score["suite"] for score in scores))
+    if len(suites) > 1:
+        print(f"{title}\n")
+    shown = []
+    for suite in suites:
+        rows = score_rows([score for score in scores if score["suite"] == suite])
+        heads = {"value": "value (± SE)"} if any("±" in row["value"] for row in rows) else {}
+        table(suite if len(suites) > 1 else title, [{heads.get(key, key): row[key] for key in row} for row in rows])
+        shown += rows
+    show_key(shown)
+
+
+def score_rows(scores: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
+    """The lines of one suite's table."""
+    from upcycle_bench.suite import AVERAGE
+
+    averaged = any(score["dataset"] == AVERAGE for score in scores)
+    return [
+        {
+            "dataset": score["dataset"],
+            "metric": score["metric"] + (" (primary)" if score["primary"] else ""),
+            "value": with_error(score["value"], score["standard_error"], score["interval"]),
+            "chance": "" if score["chance"] is None else f"{score['chance']:.4f}",
+            "n": f"{score['samples']:,}",
+        }
+        for score in scores
+        if not averaged or (score["dataset"] == AVERAGE and "[" not in score["metric"])
+    ]
+
+
+def with_error(value: float, error: float | None, interval: Sequence[float] | None = None) -> str:
+    """A value with its standard error; of a share of 0 or 1, where that is 0, with the other end of its interval."""
+    if error == 0 and interval is not None and interval[0] < interval[1]:
+        return f"{value:.4f} " + (f"[≥{interval[0]:.3f}]" if value > interval[0] else f"[≤{interval[1]:.3f}]")
+    return f"{value:.4f}" + ("" if error is None else f" ± {error:.4f}")
+
+
+def show_key(rows: Sequence[Mapping[str, str]]) -> None:
+    """What the signs in a table of scores mean."""
+    if any("±" in row["value"] for row in rows):
+        print("±, SE: one standard error, over evaluation samples (where a suite draws several times, over its draws)")
+    if any("[" in row["value"] for row in rows):
+        print("[≥a], [≤b]: the end of the 95 % interval, where that error is 0")
+
+
+def show_skipped(skipped: Mapping[str, str]) -> None:
+    """What did not run, and why: each reason once."""
+    for reason in dict.fromkeys(skipped.values()):
+        names = ", ".join(name for name, why in skipped.items() if why == reason)
+        print(f"skipped: {names}: {reason}")

@@ -1,0 +1,52 @@
+"""Receipts without training: what strategies make of the dense model at step 0.
+
+made = receipts(plans, reporter)                # by the steps of a run up to its initialisation
+made[0].receipt["layers"]["vision.1"]           # as in the record of a run
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from upcycle_bench import engine
+from upcycle_bench.costs import Meter, Phase, forget_peak_memory
+from upcycle_bench.data import PairDataset
+from upcycle_bench.planning.plan import Plan, check_ready, check_strategy, dense_path
+from upcycle_bench.pretrain import load_dense
+from upcycle_bench.progress import Reporter
+from upcycle_bench.step0 import initialise
+
+
+@dataclass(frozen=True, kw_only=True)
+class Receipt:
+    """One strategy at step 0, as its record would say it, and what it cost to get there."""
+
+    plan: Plan
+    receipt: Mapping[str, Any]
+    phases: Mapping[str, Phase]
+
+
+def receipts(plans: Sequence[Plan], reporter: Reporter) -> list[Receipt]:
+    """The receipts of `plans`, which share a protocol; empty on ranks other than 0.
+
+    Raises UserError, before anything is made, for what `run` would refuse.
+    """
+    for plan in plans:
+        check_ready(plan)
+        check_strategy(plan)
+    made = []
+    with engine.session(plans[0].protocol.threads) as device:
+        protocol, world = plans[0].protocol, plans[0].world
+        assert world is not None
+        dense, _ = load_dense(protocol, world, dense_path(plans[0]), device, reporter)
+        data = PairDataset(world.train_shards, dense, protocol.train.schedule.augmentation)
+        for plan in plans:
+            meter = Meter(device)
+            forget_peak_memory()
+            arguments = plan.strategy, protocol, world, plan.init_seed
+            _, receipt = initialise(*arguments, dense, data, meter, reporter)
+            if receipt is not None:
+                made.append(Receipt(plan=plan, receipt=receipt, phases=meter.phases))
+    return made
