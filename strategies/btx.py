@@ -1,21 +1,19 @@
-"""Branch-Train-MiX, BTX (Sukhbaatar et al., 2024, arXiv:2403.07816).
+"""Branch-Train-MiX, BTX (Sukhbaatar et al., 2024, arXiv:2403.07816, https://arxiv.org/abs/2403.07816).
 
-Copies of the dense model are trained apart, each with all its parameters on one domain of the data. Their FFNs become
-the experts; all other parameters are averaged over the branches; the router is random.
+Copies of the dense model, the branches, are trained apart, each with all its parameters on one domain of the data.
+Their FFNs become the experts; all other parameters are averaged over the branches; the router is random.
 
-Domains are what the data know: the lab's lineage groups and the digits' classes, gathered into M domains of about equal
-size (largest first, each to the domain that is smallest so far), or M runs of shards for data of one's own. M is the
-number of experts unless `branches` says otherwise; with fewer branches expert i of N is branch floor(i M / N).
-
-The branches are charged to the phase `prepare` and may together cost `budget` of the training that follows: each takes
-as many steps as that pays, at most `epochs` over its domain.
+Domains are what the data know. The lab's lineages or the digits' classes are gathered into domains of about equal size
+(largest first, each to the domain that is smallest so far); other data are cut into runs of shards. There are as many
+branches as experts unless `branches` says otherwise: expert e of E is then branch floor(e * branches / E). All branches
+together may cost `budget` of the training that follows: each takes the steps that this pays, at most `epochs`.
 
 Where we differ: the paper trains Llama-2 7B on 42 to 210 billion tokens for each of three domains and keeps the seed
-model as a fourth expert; here every expert has a domain, and the budget is that of a comparison at equal cost. Averaged
-are all parameters outside the replaced FFNs, so also the FFNs of blocks that stay dense (the paper replaces all).
-Optimiser, schedule and batch size of the branches are the protocol's, `lr_factor` times its peak learning rate.
+model as a fourth expert. Here every expert has a domain, and the budget is that of a comparison at equal cost. The
+average includes the FFNs of blocks that stay dense (the paper replaces all). Optimiser, schedule and batch size are the
+protocol's, with `lr_factor` times its peak learning rate.
 
-Shape suffixes: S samples, B batch.
+Shape suffixes: S samples.
 """
 
 from __future__ import annotations
@@ -28,24 +26,16 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
+from upcycle_bench import draws
 from upcycle_bench.errors import UserError
 from upcycle_bench.hookspecs import hookimpl
 from upcycle_bench.rng import Stream
-from upcycle_bench.strategy import (
-    FFN,
-    Layer,
-    LayerInit,
-    Preparation,
-    RouterInit,
-    Strategy,
-    StrategyInfo,
-    random_router,
-)
-from upcycle_bench.workshop import Groups, Workshop
+from upcycle_bench.strategy import FFN, Layer, LayerInit, Preparation, Strategy, StrategyInfo, random_router
+from upcycle_bench.workshop import BranchStrategy, Groups, Workshop
 
 
 @dataclass(frozen=True, kw_only=True)
-class BTX(Strategy):
+class BTX(BranchStrategy):
     """FFNs of branches trained on domains, everything else averaged, a random router."""
 
     info: ClassVar[StrategyInfo] = StrategyInfo(
@@ -63,16 +53,6 @@ class BTX(Strategy):
 
     branches: int = Field(default=0, ge=0, description="0: as many as experts")
     epochs: int = Field(default=1, ge=1, description="of its domain that a branch trains at most")
-    lr_factor: float = Field(
-        default=1.0, gt=0, allow_inf_nan=False, description="branches' peak learning rate, times the protocol's"
-    )
-    budget: float = Field(
-        default=1.0, gt=0, allow_inf_nan=False, description="what all branches may cost, times the training's FLOPs"
-    )
-    router_init: RouterInit = "deepspeed"
-
-    def preparation_budget(self) -> float:
-        return self.budget
 
     def prepare(self, workshop: Workshop) -> Preparation:
         number, batch_size = self.branches or workshop.experts, workshop.batch_size
@@ -87,12 +67,11 @@ class BTX(Strategy):
             )
         ceilings = [self.epochs * (len(domain_S) // batch_size) for domain_S in found]
         paid = workshop.steps_per_branch(number, max(ceilings), budget=self.budget)
-        notes: dict[str, float] = {}
-        branches = []
+        branches, notes = [], {}
         for place, (domain_S, ceiling) in enumerate(zip(found, ceilings, strict=True)):
             steps = min(paid, ceiling)
-            branch = workshop.dense()
             rows_SB = domain_batches(domain_S, batch_size, steps, workshop.rng.child("domain", place))
+            branch = workshop.dense()
             workshop.train(branch, rows_SB, f"branch {place + 1} of {number}", lr_factor=self.lr_factor)
             branches.append(branch)
             notes |= {f"branch {place + 1} steps": steps, f"branch {place + 1} samples": len(domain_S)}
@@ -132,7 +111,7 @@ def domain_batches(domain_S: Tensor, batch_size: int, steps: int, rng: Stream) -
     per_epoch = len(domain_S) // batch_size
     epochs = []
     for epoch in range(-(-steps // per_epoch)):
-        order_S = torch.randperm(len(domain_S), generator=rng.child("epoch", epoch).generator())
+        order_S = draws.permutation(len(domain_S), rng.child("epoch", epoch))
         epochs.append(domain_S[order_S[: per_epoch * batch_size]].view(per_epoch, batch_size))
     return torch.cat(epochs)[:steps]
 

@@ -1,26 +1,25 @@
-"""CLIP-MoE, Diversified Multiplet Upcycling (Zhang et al., EMNLP 2025, arXiv:2409.19291), as a baseline trained as all.
+"""CLIP-MoE, Diversified Multiplet Upcycling (Zhang et al., EMNLP 2025, https://arxiv.org/abs/2409.19291), a baseline.
 
-Experts are FFNs of CLIPs that were trained to see different things (multistage contrastive learning, MCL, Zhang et al.,
+Experts are FFNs of CLIPs that were trained to see different things (multistage contrastive learning, Zhang et al.,
 ECCV 2024, arXiv:2402.11816). Before each stage the model of the stage before sorts the data into clusters; the stage
-starts from the dense model again and trains its FFNs alone, on batches from one cluster each: what was seen so far does
+starts from the dense model again and trains its FFNs alone, on batches from one cluster each. What was seen so far does
 not tell such pairs apart, so something new must be learned.
 
-    c_s = K c_text + c_image          stage s: k-means with K = 3 of each modality's features under theta_{s-1}
-    a_s = (K^2 a_{s-1} + c_s) mod K^(2 A)          the labels of the last A = max_accumulated_stages stages; a_0 = 0
+    c_s = M c_text + c_image              stage s: k-means with M = 3 of each modality's features under theta_{s-1}
+    a_s = (M^2 a_{s-1} + c_s) mod M^(2 A)     labels of the last A = max_accumulated_stages stages together; a_0 = 0
     theta_s: from theta_0, batches homogeneous in a_s, clusters visited in turn, those smaller than a batch skipped
 
-Expert 0 is the dense FFN, expert s that of theta_s; all other weights are the dense model's; the router is random. With
-8 experts the 7 stages are a training of their own; they are charged to the phase `prepare` and may cost `budget` of the
-training that follows. The published recipe gives each stage an epoch of all data. What the budget pays is n <= that
-steps for each stage: then the same n batches' worth of random samples is clustered and trained on in all stages.
+Expert 0 is the dense FFN, expert s that of theta_s; all other weights are the dense model's; the router is random. The
+stages are charged to the phase `prepare` and may cost `budget` of the training that follows. The published recipe gives
+each stage an epoch of all data. If the budget pays n steps instead, all stages cluster and train on the same n batches'
+worth of random samples.
 
-Where we differ: batch size, schedule and optimiser are the protocol's (the code: batches of 800, cosine, warm-up 200);
-the learning rate is the protocol's peak, `lr_factor` times, since 1e-5 is for a CLIP at the end of its training and the
-protocol's peak is the dense model's own rate where it was stopped; k-means is fitted on at most 1,000,000 samples, as
-many as the code's batches of it have. Router tuning (the code's last step, gates only) is left out: the comparison
-trains all parameters instead. No dropout inside experts.
+Where we differ: batch size, schedule and optimiser are the protocol's (the code: batches of 800, cosine, warm-up 200).
+The learning rate is the protocol's peak, `lr_factor` times: 1e-5 is for a CLIP at the end of its training, the peak is
+the dense model's own rate where it was stopped. k-means is fitted on at most 1,000,000 samples, as many as the code's
+batches of it have. All parameters are trained afterwards, instead of the gates alone. No dropout inside experts.
 
-Shape suffixes: S samples, B batch, E embedding, K clusters.
+Shape suffixes: S samples, M clusters of a modality.
 """
 
 from __future__ import annotations
@@ -33,28 +32,19 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from upcycle_bench import distributed
+from upcycle_bench import distributed, draws
 from upcycle_bench.clustering import minibatch_kmeans, nearest
 from upcycle_bench.errors import UserError
 from upcycle_bench.hookspecs import hookimpl
 from upcycle_bench.rng import Stream
-from upcycle_bench.strategy import (
-    FFN,
-    Layer,
-    LayerInit,
-    Preparation,
-    RouterInit,
-    Strategy,
-    StrategyInfo,
-    random_router,
-)
-from upcycle_bench.workshop import Workshop
+from upcycle_bench.strategy import FFN, Layer, LayerInit, Preparation, Strategy, StrategyInfo, random_router
+from upcycle_bench.workshop import BranchStrategy, Workshop
 
 FITTED_SAMPLES = 1_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
-class ClipMoE(Strategy):
+class ClipMoE(BranchStrategy):
     """The dense FFN and those of multistage contrastive learning, a random router."""
 
     info: ClassVar[StrategyInfo] = StrategyInfo(
@@ -76,16 +66,6 @@ class ClipMoE(Strategy):
     clusters: int = Field(default=3, ge=1, description="k-means clusters of each modality in each stage")
     max_accumulated_stages: int = Field(default=3, ge=1, description="a batch shares the labels of so many last stages")
     label_smoothing: float = Field(default=0.1, ge=0, lt=1)
-    lr_factor: float = Field(
-        default=1.0, gt=0, allow_inf_nan=False, description="stages' peak learning rate, times the protocol's"
-    )
-    budget: float = Field(
-        default=1.0, gt=0, allow_inf_nan=False, description="what all stages may cost, times the training's FLOPs"
-    )
-    router_init: RouterInit = "deepspeed"
-
-    def preparation_budget(self) -> float:
-        return self.budget
 
     def prepare(self, workshop: Workshop) -> Preparation:
         stages, batch_size = workshop.experts - 1, workshop.batch_size
@@ -94,14 +74,13 @@ class ClipMoE(Strategy):
             stages, epoch, budget=self.budget, encoded_per_step=batch_size, trainable=in_ffn
         )
         samples = len(workshop) if steps == epoch else steps * batch_size
-        order = torch.randperm(len(workshop), generator=workshop.rng.child("samples").generator())
-        index_S = order[:samples]
-        label_S = torch.zeros(samples, dtype=torch.long)
+        index_S = draws.permutation(len(workshop), workshop.rng.child("samples"))[:samples]
+        label_S = torch.zeros(samples, dtype=torch.long)  # a_0
         notes: dict[str, float] = {"samples": samples}
-        branches = [workshop.dense()]
+        models = [workshop.dense()]  # theta_0, theta_1, ...
         for stage in range(1, stages + 1):
             rng, name = workshop.rng.child("stage", stage), f"stage {stage} of {stages}"
-            stage_label_S = self._stage_labels(workshop, branches[-1], index_S, rng)
+            stage_label_S = stage_labels(workshop, models[-1], index_S, self.clusters, rng)
             label_S = accumulate(label_S, stage_label_S, self.clusters, self.max_accumulated_stages)
             rows_SB, lost = cluster_batches(label_S, batch_size, rng.child("batches"))
             if not len(rows_SB):
@@ -109,30 +88,18 @@ class ClipMoE(Strategy):
                     f"{self.info.name}: {name}: all {len(label_S.unique())} clusters of {samples} samples are smaller "
                     f"than a batch of {batch_size}; lower max_accumulated_stages or clusters, or raise budget."
                 )
-            branch = workshop.dense()
+            model = workshop.dense()
             workshop.train(
-                branch,
+                model,
                 index_S[rows_SB],
                 name,
                 trainable=in_ffn,
                 lr_factor=self.lr_factor,
                 label_smoothing=self.label_smoothing,
             )
-            branches.append(branch)
+            models.append(model)
             notes |= {f"stage {stage} steps": len(rows_SB), f"stage {stage} share in skipped clusters": lost}
-        return Preparation(branches[0], branches[1:], notes)
-
-    def _stage_labels(self, workshop: Workshop, model: Any, index_S: Tensor, rng: Stream) -> Tensor:
-        """c_s of those samples, int64 [S]."""
-        fitted, rest = index_S[:FITTED_SAMPLES], index_S[FITTED_SAMPLES:]
-        image_SE, text_SE = (torch.cat(parts) for parts in zip(*workshop.encode(model, fitted), strict=True))
-        image_KE = minibatch_kmeans(image_SE, self.clusters, rng.child("image"))
-        text_KE = minibatch_kmeans(text_SE, self.clusters, rng.child("text"))
-        labels = [self.clusters * nearest(text_SE, text_KE) + nearest(image_SE, image_KE)]
-        for image_BE, text_BE in workshop.encode(model, rest):
-            labels.append(self.clusters * nearest(text_BE, text_KE) + nearest(image_BE, image_KE))
-        label_S: Tensor = distributed.from_main(torch.cat(labels))  # ranks must not differ in a rounding
-        return label_S
+        return Preparation(models[0], models[1:], notes)
 
     def init_layer(self, ffn: FFN, layer: Layer, calibration: Sequence[FFN], rng: Stream) -> LayerInit:
         return LayerInit(
@@ -146,6 +113,19 @@ def in_ffn(name: str) -> bool:
     return "mlp" in name
 
 
+def stage_labels(workshop: Workshop, model: Any, index_S: Tensor, clusters: int, rng: Stream) -> Tensor:
+    """c_s = M c_text + c_image of those samples, int64 [S]; k-means of each modality on the first FITTED_SAMPLES."""
+    fitted_S, rest_S = index_S[:FITTED_SAMPLES], index_S[FITTED_SAMPLES:]
+    image_SC, text_SC = (torch.cat(parts) for parts in zip(*workshop.encode(model, fitted_S), strict=True))
+    image_MC = minibatch_kmeans(image_SC, clusters, rng.child("image"))
+    text_MC = minibatch_kmeans(text_SC, clusters, rng.child("text"))
+    labels = [clusters * nearest(text_SC, text_MC) + nearest(image_SC, image_MC)]
+    for image_BC, text_BC in workshop.encode(model, rest_S):
+        labels.append(clusters * nearest(text_BC, text_MC) + nearest(image_BC, image_MC))
+    label_S: Tensor = distributed.from_main(torch.cat(labels))  # ranks must not differ in a rounding
+    return label_S
+
+
 def accumulate(before_S: Tensor, stage_S: Tensor, clusters: int, stages: int) -> Tensor:
     """a_s of a_{s-1} and c_s: the last `stages` labels as the digits of one number, the newest last."""
     radix = clusters**2
@@ -157,7 +137,7 @@ def cluster_batches(label_S: Tensor, batch_size: int, rng: Stream) -> tuple[Tens
 
     Within a cluster the order is random and the incomplete end left out; clusters take turns, in the order of labels.
     """
-    order_S = torch.randperm(len(label_S), generator=rng.generator())
+    order_S = draws.permutation(len(label_S), rng)
     order_S = order_S[label_S[order_S].argsort(stable=True)]
     sizes = label_S.unique(return_counts=True)[1]
     kept = [members for members in order_S.split(sizes.tolist()) if len(members) >= batch_size]

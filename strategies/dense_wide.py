@@ -1,11 +1,9 @@
 """Control: a dense model whose FFNs are as wide as the experts a token meets: what the FLOPs give without routing.
 
-In every block that would become an MoE layer the hidden width is multiplied by top-k. The new rows of W1 (and numbers
-of b1) are drawn from a normal distribution with the mean and the standard deviation of the dense ones, one scalar each
-per block; the new columns of W2 are zero. So the model computes what it did, and training moves the new columns at
-once, each in a direction of its own. Data, schedule, optimiser and everything else are the strategies' own.
-
-Shape suffixes: D width, H hidden neurons.
+In every block that would become an MoE layer the hidden width is multiplied by K. The new rows of W1 (and numbers of
+b1) are normal with the mean and the standard deviation of the dense ones, one scalar each per block; the new columns of
+W2 are zero. So the model computes what it did, and training moves the new columns at once, each in a direction of its
+own. Data, schedule, optimiser and everything else are those of every strategy.
 """
 
 from __future__ import annotations
@@ -16,8 +14,8 @@ from typing import Any, ClassVar
 
 import torch
 from pydantic.dataclasses import dataclass
-from torch import Tensor
 
+from upcycle_bench import draws
 from upcycle_bench.hookspecs import hookimpl
 from upcycle_bench.protocol import MoE
 from upcycle_bench.rng import Stream
@@ -52,17 +50,9 @@ def _widened(ffn: FFN, factor: int, rng: Stream) -> FFN:
     more = wide.hidden - ffn.hidden
     return replace(
         wide,
-        w1_HD=torch.cat([ffn.w1_HD, _like(ffn.w1_HD, more, rng.child("w1"))]),
-        b1_H=torch.cat([ffn.b1_H, _like(ffn.b1_H, more, rng.child("b1"))]),
+        w1_HD=torch.cat([ffn.w1_HD, draws.redrawn(ffn.w1_HD, rng.child("w1"), more)]),
+        b1_H=torch.cat([ffn.b1_H, draws.redrawn(ffn.b1_H, rng.child("b1"), more)]),
     )
-
-
-def _like(rows: Tensor, count: int, rng: Stream) -> Tensor:
-    """`count` more rows, normal with the mean and the standard deviation (n - 1) of these."""
-    numbers = rows.double().cpu().numpy()  # numpy, because torch's sums depend on the number of threads
-    mean, std = float(numbers.mean()), float(numbers.std(ddof=1))
-    noise = torch.randn((count, *rows.shape[1:]), generator=rng.generator(), dtype=torch.float64)
-    return (mean + std * noise).to(rows)
 
 
 @hookimpl

@@ -1,19 +1,19 @@
-"""Drop-SVD, a baseline of cluster-aware upcycling (Chu et al., CVPR 2026, arXiv:2604.13508, supplement A).
+"""Drop-SVD, a baseline of cluster-aware upcycling (Chu et al., CVPR 2026, supplement A, https://arxiv.org/abs/2604.13508).
 
-Every expert keeps the strong part of each weight matrix's spectrum and gets new singular vectors for the weak part:
-with W = U diag(s) V^T and c kept of R components,
+Every expert keeps the strong part of each weight matrix's spectrum and gets new singular vectors for the weak part.
+With W = U diag(s) V^T and c of M components kept, t = M - c drawn anew,
 
     W_e = U_c diag(s_c) V_c^T + U'_t diag(s_t) V'_t^T
 
-where U'_t and V'_t are random, orthonormal and at right angles to what is kept. Singular values are those of W. Biases
-are copied, the router is random.
+where U'_t and V'_t are random, orthonormal and at right angles to what is kept. Biases are copied; the router is
+random.
 
 The paper gives one sentence ("reinitializes only the singular vectors corresponding to the lowest 25% of the
 spectrum") and no code; the rest is our choice, listed in `info.reconstructed`. Of a tall matrix the right vectors that
 are dropped fill all that the kept ones leave, so V'_t is V_t turned, while U'_t is mostly new; of a wide one the
 sides change places.
 
-Shape suffixes: O outputs, I inputs, R components (min(O, I)), t those of them that are drawn anew, c those kept.
+Shape suffixes: O outputs, I inputs, M components (min(O, I)), t those of them that are drawn anew, c those kept.
 """
 
 from __future__ import annotations
@@ -27,13 +27,12 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
+from upcycle_bench import draws
 from upcycle_bench.errors import UserError
 from upcycle_bench.hookspecs import hookimpl
 from upcycle_bench.rng import Stream
 from upcycle_bench.strategy import FFN, Layer, LayerInit, RouterInit, Strategy, StrategyInfo, random_router
-from upcycle_bench.threads import one_thread
 
-Vectors = Literal["orthonormal", "gaussian"]
 DEFAULT_FRACTION = 0.25
 
 
@@ -55,7 +54,6 @@ class DropSVD(Strategy):
             "both linears, each expert and matrix with draws of its own; biases copied; router random",
         ),
     )
-    preserves_function: ClassVar[bool] = False
 
     fraction: float = Field(
         default=DEFAULT_FRACTION,
@@ -69,7 +67,7 @@ class DropSVD(Strategy):
         le=1,
         description="in place of `fraction`: draw anew the longest tail that holds at most this share of sum s^2",
     )
-    vectors: Vectors = Field(
+    vectors: Literal["orthonormal", "gaussian"] = Field(
         default="orthonormal",
         description="gaussian: normal numbers with the mean and standard deviation of the dropped vectors' numbers",
     )
@@ -80,57 +78,53 @@ class DropSVD(Strategy):
             raise UserError("drop-svd: fraction and energy_fraction exclude each other; give one of them.")
 
     def init_layer(self, ffn: FFN, layer: Layer, calibration: Any, rng: Stream) -> LayerInit:
-        with one_thread():
-            first, second = self._split(ffn.w1_HD), self._split(ffn.w2_DH)
-            experts = []
-            for number in range(layer.num_experts):
-                stream = rng.child("expert", number)
-                w1_HD = self._redrawn(first, stream.child("w1"))
-                w2_DH = self._redrawn(second, stream.child("w2"))
-                experts.append(ffn.expert(w1_HD=w1_HD, w2_DH=w2_DH))
-        return LayerInit(
-            experts,
-            random_router(ffn, layer, rng, self.router_init),
-            {
-                "redrawn_vectors_w1": len(first.s_t),
-                "redrawn_vectors_w2": len(second.s_t),
-                "redrawn_energy_w1": first.energy,
-                "redrawn_energy_w2": second.energy,
-            },
-        )
+        first, second = self._split(ffn.w1_HD), self._split(ffn.w2_DH)
+        experts = []
+        for number in range(layer.num_experts):
+            stream = rng.child("expert", number)
+            w1_HD = self._with_new_vectors(first, stream.child("w1"))
+            w2_DH = self._with_new_vectors(second, stream.child("w2"))
+            experts.append(ffn.expert(w1_HD=w1_HD, w2_DH=w2_DH))
+        notes = {
+            "redrawn_vectors_w1": len(first.s_t),
+            "redrawn_vectors_w2": len(second.s_t),
+            "redrawn_energy_w1": first.energy,
+            "redrawn_energy_w2": second.energy,
+        }
+        return LayerInit(experts, random_router(ffn, layer, rng, self.router_init), notes)
 
-    def _split(self, weight_OI: Tensor) -> _Spectrum:
-        """The spectrum of a matrix, which all experts share, cut where this configuration says; float64 on the CPU."""
+    def _split(self, weight_OI: Tensor) -> Split:
+        """A matrix, the same for all experts, cut where this configuration says."""
         weight_OI = weight_OI.double().cpu()
-        u_OR, s_R, v_IR = _svd(weight_OI)
-        squares_R = s_R.numpy()[::-1] ** 2  # weakest first
-        tail_R = np.cumsum(squares_R)  # numpy, because torch's sums depend on the number of threads
+        u_OM, s_M, vt_MI = draws.svd(weight_OI)
+        v_IM = vt_MI.T
+        tail_M = np.cumsum(s_M.numpy()[::-1] ** 2)  # weakest first; NumPy's sums do not depend on the number of threads
         if self.energy_fraction is None:
-            dropped = int(self.fraction * len(s_R))
+            dropped = int(self.fraction * len(s_M))
         else:
-            dropped = int((tail_R <= self.energy_fraction * tail_R[-1]).sum())
-        kept = len(s_R) - dropped
-        u_Ot, s_t, v_It = u_OR[:, kept:], s_R[kept:], v_IR[:, kept:]
-        energy = float(tail_R[dropped - 1] / tail_R[-1]) if dropped and tail_R[-1] > 0 else 0.0
+            dropped = int((tail_M <= self.energy_fraction * tail_M[-1]).sum())
+        kept = len(s_M) - dropped
+        u_Ot, s_t, v_It = u_OM[:, kept:], s_M[kept:], v_IM[:, kept:]
+        energy = float(tail_M[dropped - 1] / tail_M[-1]) if dropped and tail_M[-1] > 0 else 0.0
         base_OI = weight_OI - (u_Ot * s_t) @ v_It.T  # to the bit W where nothing is dropped
-        return _Spectrum(base_OI, u_OR[:, :kept], v_IR[:, :kept], u_Ot, s_t, v_It, energy)
+        return Split(base_OI, u_OM[:, :kept], v_IM[:, :kept], u_Ot, s_t, v_It, energy)
 
-    def _redrawn(self, spectrum: _Spectrum, rng: Stream) -> Tensor:
+    def _with_new_vectors(self, split: Split, rng: Stream) -> Tensor:
         """W_e [O, I]."""
         left, right = rng.child("left"), rng.child("right")
         if self.vectors == "orthonormal":
-            u_Ot = _orthonormal(spectrum.u_Oc, len(spectrum.s_t), left)
-            v_It = _orthonormal(spectrum.v_Ic, len(spectrum.s_t), right)
+            u_Ot = orthonormal(split.u_Oc, len(split.s_t), left)
+            v_It = orthonormal(split.v_Ic, len(split.s_t), right)
         else:
-            u_Ot, v_It = _alike(spectrum.u_Ot, left), _alike(spectrum.v_It, right)
-        return spectrum.base_OI + (u_Ot * spectrum.s_t) @ v_It.T
+            u_Ot, v_It = draws.redrawn(split.u_Ot, left), draws.redrawn(split.v_It, right)
+        return split.base_OI + (u_Ot * split.s_t) @ v_It.T
 
 
 @plain_dataclass(frozen=True)
-class _Spectrum:
-    """A matrix without its weakest components, and those; float64."""
+class Split:
+    """A matrix without its weakest components, and those; float64 on the CPU."""
 
-    base_OI: Tensor
+    base_OI: Tensor  # U_c diag(s_c) V_c^T
     u_Oc: Tensor
     v_Ic: Tensor
     u_Ot: Tensor
@@ -139,35 +133,18 @@ class _Spectrum:
     energy: float  # share of sum s^2 in s_t
 
 
-def _svd(weight_OI: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """U [O, R], s [R] descending, V [I, R]; each left vector's largest entry is positive."""
-    u_OR, s_R, vt_RI = torch.linalg.svd(weight_OI, full_matrices=False)
-    sign_R = torch.sign(u_OR.gather(0, u_OR.abs().argmax(0, keepdim=True)))[0]
-    return u_OR * sign_R, s_R, vt_RI.T * sign_R
-
-
-def _orthonormal(kept_Oc: Tensor, count: int, rng: Stream) -> Tensor:
+def orthonormal(kept_Oc: Tensor, count: int, rng: Stream) -> Tensor:
     """Random orthonormal columns [O, count] at right angles to the orthonormal `kept_Oc`, uniformly distributed.
 
     Normal numbers less their projection, orthonormalised with a positive diagonal of R, as Gram and Schmidt do, so
     that LAPACK's signs do not matter; all that twice, because one pass leaves what rounding lets through.
     """
-    shape = (len(kept_Oc), count)
-    z_Ot = torch.randn(shape, generator=rng.generator(), dtype=torch.float64)
+    z_Ot = draws.normal((len(kept_Oc), count), rng)
     for _ in range(2):
         z_Ot = z_Ot - kept_Oc @ (kept_Oc.T @ z_Ot)
         q_Ot, r_tt = torch.linalg.qr(z_Ot)
         z_Ot = q_Ot * torch.sign(r_tt.diagonal())
     return z_Ot
-
-
-def _alike(block: Tensor, rng: Stream) -> Tensor:
-    """Normal draws with the block's mean and standard deviation (n - 1); fewer than two numbers stay as they are."""
-    if block.numel() < 2:
-        return block
-    numbers = block.numpy()
-    mean, std = float(numbers.mean()), float(numbers.std(ddof=1))
-    return mean + std * torch.randn(block.shape, generator=rng.generator(), dtype=torch.float64)
 
 
 @hookimpl

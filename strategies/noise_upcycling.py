@@ -1,25 +1,25 @@
 """Random-noise upcycling (RNU), a baseline of Drop-Upcycling (Nakamura et al., ICLR 2025, arXiv:2502.19261).
 
-Every expert is a copy of the dense FFN in which a random share of the neurons gets noise: N(0, std) is added to those
-rows of W1 and columns of W2. Nothing is lost, and experts differ a little from the start.
+Every expert is a copy of the dense FFN in which a random share of the neurons gets noise: N(0, std^2) is added to those
+rows of W1 and columns of W2. Nothing is lost, and experts differ a little from the start. As in the authors' code
+(`conversions/noise_upcycling.py`), the neurons of each expert are first permuted, which changes no function, and each
+matrix has an index set of its own. The standard deviation is absolute: its effect depends on the scale of the weights.
 
-As in the authors' code (`conversions/noise_upcycling.py`), the neurons of each expert are first permuted, which changes
-no function, and each matrix has an index set of its own. Where we differ: LLaMA has no biases, CLIP's are copied (b1
-goes with its neurons); noise is drawn and added in float64 (the code: bfloat16); the router is drawn as for every other
-strategy. The standard deviation is absolute: what it means depends on the scale of the dense weights.
+Where we differ: LLaMA has no biases, CLIP's are copied (b1 goes with its neurons). Noise is drawn and added in float64
+(the code: bfloat16). The router is drawn as for every other strategy.
 
-Shape suffixes: D width, H hidden neurons, S those of them that get noise.
+Shape suffixes: S neurons that get noise.
 """
 
 from __future__ import annotations
 
 from typing import Any, ClassVar
 
-import torch
 from pydantic import Field
 from pydantic.dataclasses import dataclass
-from torch import Tensor, nn
+from torch import nn
 
+from upcycle_bench import draws
 from upcycle_bench.hookspecs import hookimpl
 from upcycle_bench.rng import Stream
 from upcycle_bench.strategy import FFN, Layer, LayerInit, RouterInit, Strategy, StrategyInfo, random_router
@@ -37,7 +37,6 @@ class NoiseUpcycling(Strategy):
         status="published",
         reconstructed=("biases (LLaMA has none): copied, without noise",),
     )
-    preserves_function: ClassVar[bool] = False
 
     ratio: float = Field(default=0.5, ge=0, le=1, description="share of the neurons of each matrix that get noise")
     std: float = Field(default=0.02, ge=0, allow_inf_nan=False, description="standard deviation of the noise, absolute")
@@ -52,22 +51,13 @@ class NoiseUpcycling(Strategy):
         )
 
     def _expert(self, ffn: FFN, count: int, rng: Stream) -> nn.Sequential:
-        order_H = _order(ffn.hidden, rng.child("permutation"))
-        first_S = _order(ffn.hidden, rng.child("w1", "indices"))[:count]
-        second_S = _order(ffn.hidden, rng.child("w2", "indices"))[:count]
+        order_H = draws.permutation(ffn.hidden, rng.child("permutation"))
+        first_S = draws.permutation(ffn.hidden, rng.child("w1", "indices"))[:count]
+        second_S = draws.permutation(ffn.hidden, rng.child("w2", "indices"))[:count]
         w1_HD, b1_H, w2_DH = ffn.w1_HD[order_H], ffn.b1_H[order_H], ffn.w2_DH[:, order_H]  # copies
-        w1_HD[first_S] = self._noisy(w1_HD[first_S], rng.child("w1", "values"))
-        w2_DH[:, second_S] = self._noisy(w2_DH[:, second_S], rng.child("w2", "values"))
+        w1_HD[first_S] = draws.noisy(w1_HD[first_S], self.std, rng.child("w1", "values"))
+        w2_DH[:, second_S] = draws.noisy(w2_DH[:, second_S], self.std, rng.child("w2", "values"))
         return ffn.expert(w1_HD=w1_HD, b1_H=b1_H, w2_DH=w2_DH)
-
-    def _noisy(self, block: Tensor, rng: Stream) -> Tensor:
-        noise = torch.randn(block.shape, generator=rng.generator(), dtype=torch.float64)
-        return (block.double().cpu() + self.std * noise).to(block)
-
-
-def _order(hidden: int, rng: Stream) -> Tensor:
-    """The neurons in a random order [H]."""
-    return torch.randperm(hidden, generator=rng.generator())
 
 
 @hookimpl

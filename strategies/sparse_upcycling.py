@@ -1,12 +1,12 @@
-"""Sparse upcycling (Komatsuzaki et al., ICLR 2023, arXiv:2212.05055).
+"""Sparse upcycling (Komatsuzaki et al., ICLR 2023, arXiv:2212.05055, https://arxiv.org/abs/2212.05055).
 
-Every expert is a copy of the dense FFN and the router is random, so that with renormalised gates the upcycled model
-computes what the dense one did, and training breaks the symmetry. Where we differ: the paper's vision models use
-Expert Choice routing and resume the optimiser; here routing, capacity and optimiser are the protocol's, as in the
-comparison of arXiv:2604.13508 (token choice, fresh optimiser state).
+Every expert is a copy of the dense FFN and the router is random. With renormalised gates the upcycled model computes
+what the dense one did, and training breaks the symmetry.
 
-Noise on the copies or on the router is an option; the literature reports no gain from it. Noise on W1 and W2 (biases
-stay copies) gives the function at step 0 up, noise on the router does not.
+Where we differ: the paper's vision models use Expert Choice routing and resume the optimiser. Here routing, capacity
+and optimiser are the protocol's, as in the comparison of arXiv:2604.13508 (token choice, fresh optimiser state). Noise
+on the copies or on the router is an option; the literature reports no gain from it. Noise on W1 and W2 (biases stay
+copies) gives the function at step 0 up, noise on the router does not.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from __future__ import annotations
 import math
 from typing import Any, ClassVar
 
-import torch
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
+from upcycle_bench import draws
 from upcycle_bench.hookspecs import hookimpl
 from upcycle_bench.rng import Stream
 from upcycle_bench.strategy import FFN, Layer, LayerInit, RouterInit, Strategy, StrategyInfo, random_router
@@ -26,7 +26,7 @@ from upcycle_bench.strategy import FFN, Layer, LayerInit, RouterInit, Strategy, 
 
 @dataclass(frozen=True, kw_only=True)
 class SparseUpcycling(Strategy):
-    """N copies of the FFN, a random router."""
+    """E copies of the FFN, a random router."""
 
     info: ClassVar[StrategyInfo] = StrategyInfo(
         name="sparse-upcycling",
@@ -52,30 +52,23 @@ class SparseUpcycling(Strategy):
     )
 
     def init_layer(self, ffn: FFN, layer: Layer, calibration: Any, rng: Stream) -> LayerInit:
+        router_ED = random_router(ffn, layer, rng, self.router_init)
         return LayerInit(
             [self._expert(ffn, rng.child("expert", number)) for number in range(layer.num_experts)],
-            _noisy(random_router(ffn, layer, rng, self.router_init), self.router_noise_std, rng.child("router noise")),
+            draws.noisy(router_ED, self.router_noise_std, rng.child("router noise")),
         )
 
     def _expert(self, ffn: FFN, rng: Stream) -> nn.Sequential:
         return ffn.expert(
-            w1_HD=_noisy(ffn.w1_HD, self._noise_std(ffn.w1_HD), rng.child("w1")),
-            w2_DH=_noisy(ffn.w2_DH, self._noise_std(ffn.w2_DH), rng.child("w2")),
+            w1_HD=draws.noisy(ffn.w1_HD, self._noise_std(ffn.w1_HD), rng.child("w1")),
+            w2_DH=draws.noisy(ffn.w2_DH, self._noise_std(ffn.w2_DH), rng.child("w2")),
         )
 
     def _noise_std(self, weight: Tensor) -> float:
-        """Standard deviation of the sum of both noises; n - 1, 0 for a single number."""
-        if self.expert_noise_rel == 0 or weight.numel() < 2:
+        """Standard deviation of the sum of both noises."""
+        if self.expert_noise_rel == 0:
             return self.expert_noise_std
-        numbers = weight.double().cpu().numpy()  # numpy, because torch's sums depend on the number of threads
-        return math.hypot(self.expert_noise_std, self.expert_noise_rel * float(numbers.std(ddof=1)))
-
-
-def _noisy(weight: Tensor, std: float, rng: Stream) -> Tensor:
-    if std == 0:
-        return weight
-    noise = torch.randn(weight.shape, generator=rng.generator(), dtype=torch.float64)
-    return (weight.double().cpu() + std * noise).to(weight)
+        return math.hypot(self.expert_noise_std, self.expert_noise_rel * draws.mean_and_std(weight)[1])
 
 
 @hookimpl

@@ -1,36 +1,33 @@
-"""SPRI, SVD-partitioned residual initialisation (Shan et al., arXiv:2606.16456), reconstructed from its abstract.
+"""SPRI, SVD-partitioned residual initialisation (Shan et al., https://arxiv.org/abs/2606.16456), from its abstract.
 
 Each matrix of the FFN is split by its singular values: all experts get the leading part, and the residual's components
 are dealt out among them, so that experts differ in what the dense model uses least. Training has two stages: first the
 experts' residuals alone (with the router and the rest of the model), then everything.
 
-Neither full text nor code was found: the abstract and a digest tell of SVD, a partitioned residual and two stages, and
-everything else here is our choice. In stage 1 a residual is trained as two factors of rank |P_e|, A_e = U diag(s)^1/2
-and B_e = diag(s)^1/2 V^T over its components P_e, since a full matrix would make stage 1 the ordinary training of W_e;
-the base and the biases stay. Stage 2 adds them up (A_e B_e to the base, exact to rounding) and trains plain experts.
+Neither full text nor code was found: the abstract and a digest tell of SVD, a partitioned residual and two stages; the
+rest is our choice. In stage 1 a residual is trained as two factors over its components P_e, A_e = U diag(s)^1/2 and
+B_e = diag(s)^1/2 V^T: a full matrix would make stage 1 the ordinary training of W_e. Base and biases stay. Stage 2 adds
+A_e B_e to the base (exact to rounding) and trains plain experts.
 
-Shape suffixes: T tokens, D width, H hidden, I and O inputs and outputs of a matrix, K singular values, P an expert's.
+Shape suffixes: O outputs and I inputs of a matrix, M singular values (min(O, I)), P those of one expert.
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field
 from pydantic.dataclasses import dataclass
-from torch import Tensor, nn
+from torch import Tensor
 
+from upcycle_bench import draws
+from upcycle_bench.deltas import DeltaExpert, LowRank
 from upcycle_bench.hookspecs import hookimpl
+from upcycle_bench.moe import MoEFFN
 from upcycle_bench.rng import Stream
 from upcycle_bench.strategy import FFN, Layer, LayerInit, RouterInit, Strategy, StrategyInfo, random_router
-from upcycle_bench.threads import one_thread
-
-if TYPE_CHECKING:
-    from upcycle_bench.moe import MoEFFN
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,13 +56,13 @@ class Spri(Strategy):
         default="interleaved", description="how the residual's components are dealt out"
     )
     mode: Literal["base_plus_residual", "additive"] = Field(
-        default="base_plus_residual", description="W_e = B + scale R_e, or W + scale (R_e - (W - B) / N)"
+        default="base_plus_residual", description="W_e = B + scale R_e, or W + scale (R_e - (W - B) / E)"
     )
     scale: float = Field(
         default=1.0,
         gt=0,
         allow_inf_nan=False,
-        description="of the residual; N keeps the experts' mean in mode base_plus_residual",
+        description="of R_e; E keeps the experts' mean in mode base_plus_residual",
     )
     which: Literal["both", "w1", "w2"] = Field(default="both", description="the matrices to partition")
     stage1_fraction: float = Field(
@@ -74,20 +71,19 @@ class Spri(Strategy):
     router_init: RouterInit = "deepspeed"
 
     def init_layer(self, ffn: FFN, layer: Layer, calibration: Any, rng: Stream) -> LayerInit:
-        parts = {}
-        for name, weight_OI in (("w1", ffn.w1_HD), ("w2", ffn.w2_DH)):
-            if self.which in ("both", name):
-                parts[name] = self._parts(weight_OI, layer.num_experts, rng.child(name))
-            else:
-                parts[name] = [Factored(weight_OI, None) for _ in range(layer.num_experts)]
-        experts = [Expert(ffn, first, second) for first, second in zip(parts["w1"], parts["w2"], strict=True)]
-        dealt = {f"{name}_components": sum(part.rank for part in parts[name]) for name in parts}
-        in_stages = self.stage1_fraction > 0 and any(dealt.values())
-        return LayerInit(
-            experts if in_stages else [expert.merged() for expert in experts],
-            random_router(ffn, layer, rng, self.router_init),
-            dealt,
-        )
+        w1_HD, residuals1 = self._split("w1", ffn.w1_HD, layer.num_experts, rng)
+        w2_DH, residuals2 = self._split("w2", ffn.w2_DH, layer.num_experts, rng)
+        experts: list[Any] = []
+        for residual1, residual2 in zip(residuals1, residuals2, strict=True):
+            base = ffn.expert(w1_HD=w1_HD, w2_DH=w2_DH).requires_grad_(False)
+            experts.append(DeltaExpert(base, residual1, residual2))
+        notes = {
+            "w1_components": sum(len(residual.b_PI) for residual in residuals1),
+            "w2_components": sum(len(residual.b_PI) for residual in residuals2),
+        }
+        if self.stage1_fraction == 0 or not any(notes.values()):
+            experts = [expert.merged() for expert in experts]
+        return LayerInit(experts, random_router(ffn, layer, rng, self.router_init), notes)
 
     def stages(self, steps: int) -> Sequence[int]:
         """Stage 2 begins after `stage1_fraction` of the steps, at least one."""
@@ -100,91 +96,40 @@ class Spri(Strategy):
         for layer in layers.values():
             layer.merge()
 
-    def _parts(self, weight_OI: Tensor, num_experts: int, rng: Stream) -> list[Factored]:
-        """The matrix of each expert: a frozen base and the factors of its residual."""
+    def _split(self, name: str, weight_OI: Tensor, experts: int, rng: Stream) -> tuple[Tensor, list[LowRank]]:
+        """The base of a matrix, which all experts have, and the residual of each as two factors."""
         w_OI = weight_OI.double().cpu()
-        u_OK, s_K, vt_KI = _svd(w_OI)
-        rank = _kept(s_K, self.rank_fraction, self.rank_by)
-        groups = _deal(len(s_K) - rank, num_experts, self.partition, rng)
-        if len(s_K) == rank:
-            return [Factored(weight_OI, None) for _ in groups]
-        tail_OI = (u_OK[:, rank:] * s_K[rank:]) @ vt_KI[rank:]
-        share = 1.0 if self.mode == "base_plus_residual" else self.scale / num_experts
-        base_OI = w_OI - share * tail_OI  # B = W - tail, the same to rounding as the leading components
-        parts = []
-        for group_P in groups:
-            index_P = rank + group_P
-            root_P = (self.scale * s_K[index_P]).sqrt()
-            factors = u_OK[:, index_P] * root_P, root_P[:, None] * vt_KI[index_P]
-            parts.append(Factored(base_OI.to(weight_OI), factors))
-        return parts
+        u_OM, s_M, vt_MI = draws.svd(w_OI)
+        split = self.which in ("both", name)
+        rank = kept(s_M, self.rank_fraction, self.rank_by) if split else len(s_M)
+        base_OI = weight_OI
+        if rank < len(s_M):
+            tail_OI = (u_OM[:, rank:] * s_M[rank:]) @ vt_MI[rank:]
+            share = 1.0 if self.mode == "base_plus_residual" else self.scale / experts
+            base_OI = (w_OI - share * tail_OI).to(weight_OI)  # B = W - tail, as U_r diag(s_r) V_r^T to rounding
+        residuals = []
+        for dealt_P in deal(len(s_M) - rank, experts, self.partition, rng.child(name)):
+            index_P = rank + dealt_P
+            root_P = (self.scale * s_M[index_P]).sqrt()
+            factors = {"a_OP": u_OM[:, index_P] * root_P, "b_PI": root_P[:, None] * vt_MI[index_P]}
+            residuals.append(LowRank(weight_OI, **factors))
+        return base_OI, residuals
 
 
-class Factored(nn.Module):
-    """base + A B with a frozen base, [O, I]; without components just the base."""
-
-    def __init__(self, base_OI: Tensor, factors: tuple[Tensor, Tensor] | None) -> None:
-        super().__init__()
-        self.base_OI = nn.Parameter(base_OI.detach().clone(), requires_grad=False)
-        self.rank = factors[0].shape[1] if factors else 0
-        a_OP, b_PI = factors if factors and self.rank else (None, None)
-        self.a_OP = None if a_OP is None else nn.Parameter(a_OP.to(base_OI))
-        self.b_PI = None if b_PI is None else nn.Parameter(b_PI.to(base_OI))
-
-    def forward(self, x_TI: Tensor, bias_O: Tensor) -> Tensor:
-        y_TO = F.linear(x_TI, self.base_OI, bias_O)
-        if self.a_OP is None or self.b_PI is None:
-            return y_TO
-        return y_TO + F.linear(F.linear(x_TI, self.b_PI), self.a_OP)
-
-    def weight(self) -> Tensor:
-        """base + A B."""
-        if self.a_OP is None or self.b_PI is None:
-            return self.base_OI
-        return (self.base_OI.double() + self.a_OP.double() @ self.b_PI.double()).to(self.base_OI)
-
-
-class Expert(nn.Module):
-    """An expert of stage 1, [T, D] -> [T, D]: only the residuals' factors are trained."""
-
-    def __init__(self, ffn: FFN, first: Factored, second: Factored) -> None:
-        super().__init__()
-        self.first, self.second = first, second
-        self.b1_H = nn.Parameter(ffn.b1_H.clone(), requires_grad=False)
-        self.b2_D = nn.Parameter(ffn.b2_D.clone(), requires_grad=False)
-        self.act = copy.deepcopy(ffn.act)
-
-    def forward(self, x_TD: Tensor) -> Tensor:
-        return self.second(self.act(self.first(x_TD, self.b1_H)), self.b2_D)
-
-    @torch.no_grad()
-    def merged(self) -> nn.Sequential:
-        """The plain FFN of stage 2."""
-        return FFN(self.first.weight(), self.b1_H, self.second.weight(), self.b2_D, self.act).expert()
-
-
-def _svd(w_OI: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """U [O, K], s [K] (descending), V^T [K, I]; signs such that the largest entry of each column of U is positive."""
-    with one_thread():
-        u_OK, s_K, vt_KI = torch.linalg.svd(w_OI, full_matrices=False)
-    sign_K = u_OK.gather(0, u_OK.abs().argmax(0)[None])[0].sign()
-    return u_OK * sign_K, s_K, vt_KI * sign_K[:, None]
-
-
-def _kept(s_K: Tensor, fraction: float, by: str) -> int:
+def kept(s_M: Tensor, fraction: float, by: str) -> int:
     """How many leading components all experts keep."""
     if by == "count":
-        return round(fraction * len(s_K))
-    energy_K = s_K.square().cumsum(0)
+        return round(fraction * len(s_M))
+    energy_M = s_M.square().cumsum(0)
     # Rounding must not ask for more than all; fraction 0 keeps none.
-    return min(len(s_K), int((energy_K < fraction * energy_K[-1]).sum()) + (fraction > 0))
+    return min(len(s_M), int((energy_M < fraction * energy_M[-1]).sum()) + (fraction > 0))
 
 
-def _deal(count: int, hands: int, partition: str, rng: Stream) -> list[Tensor]:
+def deal(count: int, hands: int, partition: str, rng: Stream) -> list[Tensor]:
     """`count` components, in descending order, into `hands` disjoint groups whose sizes differ by one at most."""
     if partition == "interleaved":
         return [torch.arange(count)[first::hands] for first in range(hands)]
-    order = torch.arange(count) if partition == "contiguous" else torch.randperm(count, generator=rng.generator())
+    order = torch.arange(count) if partition == "contiguous" else draws.permutation(count, rng)
     return [group.sort().values for group in order.tensor_split(hands)]
 
 

@@ -1,18 +1,19 @@
-"""Virtual-group upcycling (He et al., Upcycling LLMs into Mixture of Experts, 2024, arXiv:2410.07524).
+"""Virtual-group upcycling (He et al., Upcycling LLMs into Mixture of Experts, 2024, https://arxiv.org/abs/2410.07524).
 
-Fine-grained experts: each copy of the FFN is cut along its hidden neurons into G shards, which are experts of their
-own, and all shards of a copy have the same row of the router, so that a token which takes one takes all of them (they
-form a virtual group). The protocol's N experts become N G of width h / G, and a token takes k G of them: the active
-parameters and the FLOPs stay what they were, but for a larger router.
+Each copy of the FFN is cut along its hidden neurons into G shards, which are experts of their own. All shards of a copy
+have the same row of the router, so that a token which takes one takes all of them (they form a virtual group). The
+protocol's V experts become E = V G of width H / G, and a token takes G times as many of them: the active parameters and
+the FLOPs stay what they were, but for a larger router.
 
 The shards of a copy add up to the FFN, each weighted by 1 / G of the copy's gate; hence a scale on the weights. For
 the paper's topk-then-softmax (our gate, softmax then top-k then renormalised, equals it) it is G, given in equal parts
-to W1 and W2 (`scaling="megatron"`, as Megatron-LM does), which is exact only for activations like ReLU. Where we
-differ: by default W2 alone is scaled, which is exact for GELU too; the paper's models have no biases, CLIP has: b1 is
-cut with W1 and b2 is copied, since the gates of a copy sum to 1. The paper found softmax-then-topk better, but gate,
-losses and learning rate are the protocol's.
+to W1 and W2 (`scaling="megatron"`, as Megatron-LM does), which is exact only for activations like ReLU.
 
-Shape suffixes: D width, H hidden, S = H / G hidden of a shard, N experts (all shards of all copies), C copies.
+Where we differ: by default W2 alone is scaled, which is exact for GELU too. The paper's models have no biases, CLIP
+has: b1 is cut with W1 and b2 is copied, since the gates of a copy sum to 1. The paper found softmax-then-topk better,
+but gate, losses and learning rate are the protocol's.
+
+Shape suffixes: V copies (virtual groups), G shards of a copy, S = H / G hidden neurons of a shard.
 """
 
 from __future__ import annotations
@@ -68,10 +69,10 @@ class VirtualGroup(Strategy):
 
     def init_layer(self, ffn: FFN, layer: Layer, calibration: Any, rng: Stream) -> LayerInit:
         copies = layer.num_experts // self.granularity
-        router_CD = random_router(ffn, layer, rng, self.router_init)[:copies]
+        router_VD = random_router(ffn, layer, rng, self.router_init)[:copies]
         return LayerInit(
             [self._shard(ffn, number) for _ in range(copies) for number in range(self.granularity)],
-            router_CD.repeat_interleave(self.granularity, dim=0),
+            router_VD.repeat_interleave(self.granularity, dim=0),
         )
 
     def _shard(self, ffn: FFN, number: int) -> nn.Sequential:

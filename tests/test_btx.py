@@ -3,7 +3,6 @@
 Shape suffixes: S samples, B batch, T tokens.
 """
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -16,7 +15,6 @@ from tests.helpers import (
     equal,
     features,
     initialise,
-    threads,
     tiny_batches,
     tiny_clip,
     tiny_moe,
@@ -30,12 +28,6 @@ from upcycle_bench.strategies import btx
 from upcycle_bench.workshop import Groups
 
 BTX = load_registry().strategies["btx"].target
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    with threads(1):
-        yield
 
 
 def groups(sizes: list[int], kind: Any = "group") -> Groups:
@@ -89,7 +81,7 @@ def test_batches_are_epochs_of_the_domain() -> None:
 
 def test_all_branches_equal_is_sparse_upcycling(monkeypatch: pytest.MonkeyPatch) -> None:
     """The invariant: untrained branches give copies of the dense FFN, and an average that is the dense model's."""
-    monkeypatch.setattr(TinyWorkshop, "_fit", lambda *_: 0)
+    monkeypatch.setattr(TinyWorkshop, "train", lambda *_, **__: None)
     for branches in (0, 3):
         clip = tiny_clip()
         made = initialise(BTX(branches=branches), clip, seed=0)

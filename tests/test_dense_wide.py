@@ -4,7 +4,7 @@ Shape suffixes: D width, H hidden, M new neurons.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from tests.helpers import contrastive_loss, features, threads, tiny_batches, tiny_clip, tiny_moe, upcycled
+from tests.helpers import contrastive_loss, features, tiny_batches, tiny_clip, tiny_moe, upcycled
 from upcycle_bench import trained, weights
 from upcycle_bench.diagnostics import diagnose
 from upcycle_bench.errors import PluginError, UserError
@@ -25,12 +25,6 @@ from upcycle_bench.surgery import find_layers, hidden_widths
 
 DenseWide = load_registry().strategies["dense-wide"].target
 SIGMAS = 5
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    with threads(1):
-        yield
 
 
 def pairs(dense: Any, wide: Any) -> list[tuple[FFN, FFN]]:

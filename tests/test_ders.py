@@ -1,10 +1,9 @@
 """DeRS: METHODS 4a, R1 to R5, and its options; R6 is in test_compress.
 
-Shape suffixes: T tokens, D width, H hidden, N experts, S places.
+Shape suffixes: T tokens, D width, H hidden, E experts, S places.
 """
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -12,22 +11,16 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from tests.helpers import dense_forward, moe_layer, random_ffn, threads
+from tests.helpers import dense_forward, moe_layer, random_ffn
 from upcycle_bench.errors import UserError
 from upcycle_bench.registry import load_registry
 from upcycle_bench.rng import Stream
-from upcycle_bench.strategy import FFN, Layer, LayerInit, configure
+from upcycle_bench.strategy import FFN, Layer, LayerInit
 
 STRATEGIES = {name: entry.target for name, entry in load_registry().strategies.items() if name.startswith("ders")}
 BOTH = pytest.mark.parametrize("name", ["ders-lm", "ders-sm"])
 BIASES = pytest.mark.parametrize("bias_deltas", [False, True])
 HIDDEN, WIDTH = 32, 12
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    with threads(1):
-        yield
 
 
 def make(name: str, ffn: FFN | None = None, num_experts: int = 4, **options: Any) -> LayerInit:
@@ -58,17 +51,17 @@ def trained(init: LayerInit, steps: int = 5) -> list[Any]:
 
 @BOTH
 @BIASES
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_r1_every_weight_is_the_dense_one_to_the_bit(name: str, bias_deltas: bool, dtype: torch.dtype) -> None:
-    ffn = random_ffn(HIDDEN, WIDTH, dtype=dtype)
-    init = make(name, ffn, bias_deltas=bias_deltas)
-    for expert in init.experts:
-        plain: Any = expert.merged()  # type: ignore[operator]
-        for ours in (plain, expert.base):
-            parts = ours.c_fc.weight, ours.c_fc.bias, ours.c_proj.weight, ours.c_proj.bias
-            assert all(map(torch.equal, parts, (ffn.w1_HD, ffn.b1_H, ffn.w2_DH, ffn.b2_D)))
-    x_TD = tokens().to(dtype)
-    assert_close(moe_layer(init).eval()(x_TD), dense_forward(ffn, x_TD))
+def test_r1_every_weight_is_the_dense_one_to_the_bit(name: str, bias_deltas: bool) -> None:
+    for dtype in (torch.float32, torch.float64):
+        ffn = random_ffn(HIDDEN, WIDTH, dtype=dtype)
+        init = make(name, ffn, bias_deltas=bias_deltas)
+        for expert in init.experts:
+            plain: Any = expert.merged()  # type: ignore[operator]
+            for ours in (plain, expert.base):
+                parts = ours.c_fc.weight, ours.c_fc.bias, ours.c_proj.weight, ours.c_proj.bias
+                assert all(map(torch.equal, parts, (ffn.w1_HD, ffn.b1_H, ffn.w2_DH, ffn.b2_D)))
+        x_TD = tokens().to(dtype)
+        assert_close(moe_layer(init).eval()(x_TD), dense_forward(ffn, x_TD))
 
 
 # ---- R2: what moves first -------------------------------------------------------------------------------------------
@@ -81,7 +74,7 @@ def test_r2_at_step_0_only_the_zero_factor_and_the_base_have_gradients(name: str
         expert(tokens()).sin().sum().backward()
         for key, parameter in expert.named_parameters():
             assert parameter.grad is not None, key
-            assert bool(parameter.grad.any()) == ("down" not in key), key
+            assert bool(parameter.grad.any()) == (not key.endswith("b_PI")), key
 
 
 @BOTH
@@ -150,9 +143,9 @@ def test_r4_the_difference_to_the_base_has_rank_r_after_training(rank: int) -> N
     for expert in experts:
         plain = expert.merged()
         for ours, base in ((plain.c_fc, expert.base.c_fc), (plain.c_proj, expert.base.c_proj)):
-            s_K = torch.linalg.svdvals(ours.weight.detach() - base.weight.detach())
-            assert s_K[rank - 1] > 1e-3
-            assert s_K[rank] < 1e-12
+            s_P = torch.linalg.svdvals(ours.weight.detach() - base.weight.detach())
+            assert s_P[rank - 1] > 1e-3
+            assert s_P[rank] < 1e-12
     assert not torch.equal(experts[0].merged().c_fc.weight, experts[1].merged().c_fc.weight)
 
 
@@ -188,7 +181,7 @@ def test_the_random_factor_is_kaiming_uniform() -> None:
     """U(-1/sqrt I, 1/sqrt I), std 1/sqrt(3 I); 4 x 12 x 32 numbers, five deviations of the mean and of the variance."""
     init = make("ders-lm", rank=12)
     for name, inputs in (("delta1", WIDTH), ("delta2", HIDDEN)):
-        drawn = torch.cat([getattr(expert, name).down_RI.detach().flatten() for expert in init.experts])
+        drawn = torch.cat([getattr(expert, name).b_PI.detach().flatten() for expert in init.experts])
         unit = drawn * math.sqrt(inputs)
         assert unit.abs().max() <= 1
         assert abs(float(unit.mean())) < 5 / math.sqrt(3 * len(unit))
@@ -206,22 +199,6 @@ def test_an_expert_does_not_depend_on_how_many_there_are(name: str) -> None:
 def test_what_leaves_nothing_to_train_or_exceeds_full_rank_is_one_line() -> None:
     with pytest.raises(UserError, match=r"rate 0\.999 leaves no entry of a 32 x 12 matrix"):
         make("ders-sm", rate=0.999)
-    with pytest.raises(UserError, match=r"rank 13 exceeds full rank 12 at vision\.1"):
+    with pytest.raises(UserError, match=r"rank 13 exceeds the full rank of a 32 x 12 matrix; lower it"):
         make("ders-lm", rank=13)
     assert make("ders-lm", rank=12).experts
-
-
-@pytest.mark.parametrize(("name", "option", "value"), [
-    ("ders-lm", "rank", "0"), ("ders-lm", "rank", "2.5"), ("ders-sm", "rate", "1"), ("ders-sm", "rate", "-0.1"),
-    ("ders-sm", "rate", "nan"), ("ders-sm", "bias_deltas", "perhaps"), ("ders-lm", "router_init", "zeros"),
-])  # fmt: skip
-def test_a_bad_value_is_one_line_that_names_the_option(name: str, option: str, value: str) -> None:
-    with pytest.raises(UserError, match=f"^{name}: {option}: ") as error:
-        configure(STRATEGIES[name], {option: value})
-    assert "\n" not in str(error.value)
-
-
-def test_defaults() -> None:
-    shared = {"bias_deltas": False, "router_init": "deepspeed"}
-    assert STRATEGIES["ders-lm"]().config() == {"rank": 4, **shared}
-    assert STRATEGIES["ders-sm"]().config() == {"rate": 0.999, **shared}

@@ -1,6 +1,5 @@
 """The transcription of DeRS: hand-worked numbers, and the fast strategies and compression agree with it."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -8,7 +7,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from tests.helpers import random_ffn, threads
+from tests.helpers import random_ffn
 from tests.literal import ders as literal
 from upcycle_bench.compress import Quantise, Sparsify
 from upcycle_bench.registry import load_registry
@@ -16,12 +15,6 @@ from upcycle_bench.rng import Stream
 from upcycle_bench.strategy import Layer
 
 STRATEGIES = {name: entry.target for name, entry in load_registry().strategies.items()}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    with threads(1):
-        yield
 
 
 def test_by_hand() -> None:
@@ -54,7 +47,7 @@ def test_fast_experts_equal_the_literal_ones(name: str, options: dict[str, Any],
         matrices = []
         for matrix, delta in (("base.c_fc.weight", "delta1"), ("base.c_proj.weight", "delta2")):
             if name == "ders-lm":
-                matrices.append(literal.low_rank(own[matrix], own[f"{delta}.down_RI"], own[f"{delta}.up_OR"]))
+                matrices.append(literal.low_rank(own[matrix], own[f"{delta}.b_PI"], own[f"{delta}.a_OP"]))
             else:
                 places = getattr(expert, delta).place_S.tolist()
                 matrices.append(literal.sparse(own[matrix], places, own[f"{delta}.value_S"]))

@@ -6,7 +6,6 @@ H hidden, S neurons with noise.
 
 import itertools
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -14,23 +13,16 @@ import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from tests.helpers import dense_forward, moe_layer, random_ffn, threads
+from tests.helpers import dense_forward, moe_layer, random_ffn
 from tests.literal import noise_upcycling as literal
-from upcycle_bench.errors import UserError
 from upcycle_bench.registry import load_registry
 from upcycle_bench.rng import Stream
-from upcycle_bench.strategy import FFN, Layer, LayerInit, configure
+from upcycle_bench.strategy import FFN, Layer, LayerInit
 
 NoiseUpcycling = load_registry().strategies["noise-upcycling"].target
 HIDDEN, WIDTH = 256, 64
 SIGMAS = 5
 STREAM = Stream(("test", 0))
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    with threads(1):
-        yield
 
 
 def make(ffn: FFN, num_experts: int = 4, **options: Any) -> LayerInit:
@@ -146,17 +138,3 @@ def test_fast_strategy_equals_the_literal_one(ratio: float, dtype: torch.dtype) 
         for ours, theirs in zip(expert.parameters(), made, strict=True):
             assert ours.dtype == dtype
             assert torch.equal(ours, torch.tensor(theirs, dtype=torch.float64).to(dtype))
-
-
-# ---- Options --------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("option", "value"), [("ratio", "1.01"), ("ratio", "-0.1"), ("std", "-1"), ("std", "inf")])
-def test_a_bad_value_is_one_line_that_names_the_option(option: str, value: str) -> None:
-    with pytest.raises(UserError, match=f"^noise-upcycling: {option}: ") as error:
-        configure(NoiseUpcycling, {option: value})
-    assert "\n" not in str(error.value)
-
-
-def test_defaults_are_the_codes() -> None:
-    assert NoiseUpcycling().config() == {"ratio": 0.5, "std": 0.02, "router_init": "deepspeed"}

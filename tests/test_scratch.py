@@ -5,14 +5,13 @@ Statistical bounds are five standard deviations of what the sample size allows.
 
 import itertools
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.helpers import random_ffn, threads
+from tests.helpers import random_ffn
 from upcycle_bench.dense import create_clip
 from upcycle_bench.registry import load_registry
 from upcycle_bench.rng import Stream
@@ -21,12 +20,6 @@ from upcycle_bench.strategy import FFN, Layer
 REGISTRY = load_registry()
 Scratch = REGISTRY.strategies["scratch"].target
 SIGMAS = 5
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    with threads(1):
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -17,8 +17,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+import pydantic.dataclasses
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor
 
 from upcycle_bench import distributed, packed
@@ -31,7 +33,7 @@ from upcycle_bench.job import Job
 from upcycle_bench.progress import OnStep, Reporter
 from upcycle_bench.protocol import Protocol
 from upcycle_bench.rng import Stream
-from upcycle_bench.strategy import Preparation, Strategy
+from upcycle_bench.strategy import Preparation, RouterInit, Strategy
 from upcycle_bench.surgery import find_layers
 from upcycle_bench.training.loop import train
 from upcycle_bench.worlds import World, training_groups
@@ -243,3 +245,19 @@ class Workshop:
         if len(order_S) < self.batch_size:
             raise UserError(f"the training set has {len(self)} pairs, fewer than one batch of {self.batch_size}.")
         return order_S[: self.batch_size]
+
+
+@pydantic.dataclasses.dataclass(frozen=True, kw_only=True)
+class BranchStrategy(Strategy):
+    """Base of a strategy whose experts are FFNs of branches: copies of the dense CLIP, trained within a budget."""
+
+    lr_factor: float = Field(
+        default=1.0, gt=0, allow_inf_nan=False, description="branches' peak learning rate, times the protocol's"
+    )
+    budget: float = Field(
+        default=1.0, gt=0, allow_inf_nan=False, description="what all branches may cost, times the training's FLOPs"
+    )
+    router_init: RouterInit = "deepspeed"
+
+    def preparation_budget(self) -> float:
+        return self.budget

@@ -2,7 +2,7 @@
 
 A reference for tests, written from METHODS 4 (arXiv 2503.01359). Torch is used only so that autograd gives gradients.
 
-Legend: T tokens, I inputs and O outputs of a matrix, R rank, S places of a sparse delta.
+Legend: T tokens, I inputs and O outputs of a matrix, P rank, S places of a sparse delta.
 """
 
 from collections.abc import Callable
@@ -13,15 +13,15 @@ from torch import Tensor
 Matrix = list[list[float]]
 
 
-def low_rank(shared_OI: Tensor, down_RI: Tensor, up_OR: Tensor) -> Tensor:
-    """W_i[o, i] = W_shared[o, i] + sum_r up[o, r] down[r, i] (Eq. 3)."""
+def low_rank(shared_OI: Tensor, down_PI: Tensor, up_OP: Tensor) -> Tensor:
+    """W_i[o, i] = W_shared[o, i] + sum_p up[o, p] down[p, i] (Eq. 3)."""
     rows = []
     for o in range(shared_OI.shape[0]):
         row = []
         for i in range(shared_OI.shape[1]):
             entry = shared_OI[o, i]
-            for r in range(down_RI.shape[0]):
-                entry = entry + up_OR[o, r] * down_RI[r, i]
+            for p in range(down_PI.shape[0]):
+                entry = entry + up_OP[o, p] * down_PI[p, i]
             row.append(entry)
         rows.append(torch.stack(row))
     return torch.stack(rows)

@@ -1,6 +1,6 @@
 """Sparse upcycling of one layer, number by number; the random draws are arguments.
 
-A reference for tests, written from METHODS 1. Legend: D model width, H hidden width, N experts.
+A reference for tests, written from METHODS 1. Legend: D model width, H hidden width, E experts.
 """
 
 import math
@@ -28,7 +28,7 @@ def expert(dense: Expert, w1_normal: Matrix, w2_normal: Matrix, absolute: float,
     return noisy(w1_HD, std1, w1_normal), list(b1_H), noisy(w2_DH, std2, w2_normal), list(b2_D)
 
 
-def router(uniform_ND: Matrix, std: float, normal_ND: Matrix) -> Matrix:
+def router(uniform_ED: Matrix, std: float, normal_ED: Matrix) -> Matrix:
     """U(-1/sqrt(D), 1/sqrt(D)) from U(0, 1), plus noise."""
-    width = len(uniform_ND[0])
-    return noisy([[(2 * u - 1) / math.sqrt(width) for u in row] for row in uniform_ND], std, normal_ND)
+    width = len(uniform_ED[0])
+    return noisy([[(2 * u - 1) / math.sqrt(width) for u in row] for row in uniform_ED], std, normal_ED)

@@ -3,7 +3,7 @@
 A reference for tests, written from METHODS 8 (arXiv 2410.07524, Megatron-LM's `upcycling_utils.py`) and METHODS 0.2.
 Torch is used only so that autograd gives the gradients.
 
-Legend: T tokens, D model width, H hidden width, S = H / G hidden of a shard, C copies, N = C * G experts.
+Legend: T tokens, D model width, H hidden width, S = H / G hidden of a shard, V copies, E = V * G experts.
 """
 
 import math
@@ -42,39 +42,39 @@ def shard(dense: Expert, granularity: int, number: int, scaling: Literal["exact"
 
 
 def upcycle(
-    dense: Expert, router_ND: Tensor, granularity: int, scaling: Literal["exact", "megatron"] = "exact"
+    dense: Expert, router_ED: Tensor, granularity: int, scaling: Literal["exact", "megatron"] = "exact"
 ) -> tuple[list[Expert], Tensor]:
-    """[shard 0 .. G - 1] for every copy, and the router: its first C rows, each G times one after the other."""
-    copies = len(router_ND) // granularity
+    """[shard 0 .. G - 1] for every copy, and the router: its first V rows, each G times one after the other."""
+    copies = len(router_ED) // granularity
     experts, rows = [], []
     for c in range(copies):
         for number in range(granularity):
             experts.append(shard(dense, granularity, number, scaling))
-            rows.append(router_ND[c])
+            rows.append(router_ED[c])
     return experts, torch.stack(rows)
 
 
 def forward(
-    x_TD: Tensor, router_ND: Tensor, experts: list[Expert], act: Callable[[Tensor], Tensor], k: int
+    x_TD: Tensor, router_ED: Tensor, experts: list[Expert], act: Callable[[Tensor], Tensor], k: int
 ) -> tuple[Tensor, Tensor, list[list[int]]]:
     """Output [T, D], l_aux for k > 2, and the chosen experts of each token, without capacity; ties: the lower index."""
     num_experts = len(experts)
     outputs, chosen_T, probs_T = [], [], []
     for x_D in x_TD:
-        probs_N = torch.softmax(router_ND @ x_D, dim=0)  # over all experts, then top-k
-        order = sorted(range(num_experts), key=lambda e: (-probs_N[e].item(), e))
+        probs_E = torch.softmax(router_ED @ x_D, dim=0)  # over all experts, then top-k
+        order = sorted(range(num_experts), key=lambda e: (-probs_E[e].item(), e))
         chosen = order[:k]
-        total = sum((probs_N[e] for e in chosen), torch.zeros((), dtype=x_D.dtype))
+        total = sum((probs_E[e] for e in chosen), torch.zeros((), dtype=x_D.dtype))
         y_D = torch.zeros_like(x_D)
         for e in chosen:
             w1_HD, b1_H, w2_DH, b2_D = experts[e]
-            y_D = y_D + probs_N[e] / total * (w2_DH @ act(w1_HD @ x_D + b1_H) + b2_D)
+            y_D = y_D + probs_E[e] / total * (w2_DH @ act(w1_HD @ x_D + b1_H) + b2_D)
         outputs.append(y_D)
         chosen_T.append(chosen)
-        probs_T.append(probs_N)
+        probs_T.append(probs_E)
     l_aux = torch.zeros((), dtype=x_TD.dtype)
     for e in range(num_experts):
         f = sum(e in chosen for chosen in chosen_T) / (len(x_TD) * k)  # all choices count, divided by k
-        p_mean = sum((probs_N[e] for probs_N in probs_T), torch.zeros_like(l_aux)) / len(x_TD)
+        p_mean = sum((probs_E[e] for probs_E in probs_T), torch.zeros_like(l_aux)) / len(x_TD)
         l_aux = l_aux + num_experts * f * p_mean
     return torch.stack(outputs), l_aux, chosen_T
