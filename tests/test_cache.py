@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from upcycle_bench.cache import build_once, cache_root, file_sha256, files_sha256
+from upcycle_bench.cache import build_once, cache_root, file_sha256, files_sha256, locked
 from upcycle_bench.errors import UserError
 
 
@@ -122,3 +122,28 @@ def test_several_files_are_hashed_in_order(tmp_path: Path) -> None:
     assert len(set(files_sha256(paths))) == 20 and files_sha256([]) == []
     with pytest.raises(FileNotFoundError):
         files_sha256([paths[0], tmp_path / "absent"])
+
+
+def wait_for_a_lock(path: Path, go, asking, got) -> None:
+    go.wait(timeout=30)
+    with locked(path.with_name("another")):  # nobody has that one
+        asking.set()
+        with locked(path):
+            got.set()
+
+
+def test_one_process_at_a_time_has_a_lock(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    go, asking, got = (context.Event() for _ in range(3))
+    other = context.Process(target=wait_for_a_lock, args=(tmp_path / "thing", go, asking, got))
+    other.start()  # before this process has the lock, which a fork would share
+    try:
+        with locked(tmp_path / "thing"):
+            go.set()
+            assert asking.wait(timeout=30)
+            assert not got.wait(timeout=0.5)
+        assert got.wait(timeout=30)
+        other.join(timeout=30)
+        assert other.exitcode == 0
+    finally:
+        other.kill()

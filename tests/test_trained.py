@@ -2,6 +2,7 @@
 
 import importlib
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -235,3 +236,12 @@ def test_files_of_a_strategys_bases_belong_to_it(tmp_path: Path, monkeypatch: py
     assert module._source(leaf) == before
     (tmp_path / "its_base.py").write_text((tmp_path / "its_base.py").read_text() + "# changed\n")
     assert module._source(leaf) != before
+
+
+@pytest.mark.parametrize("library", ["torch", "torchvision", "open_clip_torch", "deepspeed", "numpy"])
+def test_another_version_of_one_library_is_another_training(monkeypatch: pytest.MonkeyPatch, library: str) -> None:
+    real, cpu = metadata.version, torch.device("cpu")
+    before = trained.key("one", cpu)
+    assert trained.key("one", cpu) == before
+    monkeypatch.setattr(metadata, "version", lambda name: "another" if name == library else real(name))
+    assert trained.key("one", cpu) != before
