@@ -181,3 +181,28 @@ def test_an_error_within_a_lock_is_the_callers(tmp_path: Path, monkeypatch) -> N
     assert not isinstance(raised.value, UserError)
     with locked(tmp_path / "thing"):  # and it was given back
         pass
+
+
+def wait_for_a_lock(path: Path, go, asking, got) -> None:
+    go.wait(timeout=30)
+    with locked(path.with_name("another")):  # nobody has that one
+        asking.set()
+        with locked(path):
+            got.set()
+
+
+def test_one_process_at_a_time_has_a_lock(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    go, asking, got = (context.Event() for _ in range(3))
+    other = context.Process(target=wait_for_a_lock, args=(tmp_path / "thing", go, asking, got))
+    other.start()  # before this process has the lock, which a fork would share
+    try:
+        with locked(tmp_path / "thing"):
+            go.set()
+            assert asking.wait(timeout=30)
+            assert not got.wait(timeout=0.5)
+        assert got.wait(timeout=30)
+        other.join(timeout=30)
+        assert other.exitcode == 0
+    finally:
+        other.kill()

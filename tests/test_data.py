@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from upcycle_bench.data import PairDataset, expand_shards, shards_digest
+from upcycle_bench.data import PairDataset, PickedBatches, expand_shards, shards_digest
 from upcycle_bench.dense import Clip, create_clip
 from upcycle_bench.errors import UserError
 from upcycle_bench.labelled import Labelled
@@ -162,3 +162,29 @@ def test_unusable_shards_are_one_line(tmp_path: Path, clip: Clip) -> None:
     tarfile.open(empty, "w").close()
     with pytest.raises(UserError, match="no sample with an image"):
         PairDataset([empty], clip)
+
+
+def test_captions_and_crops_are_drawn_anew_for_every_step_and_seed(pairs: PairDataset, clip: Clip) -> None:
+    """All 55 pairs at once: the same pairs in each step, with one of two captions and a crop of their own."""
+    cropped = PairDataset(pairs.shards, clip, "random-resized-crop")
+    picked = PickedBatches(cropped, torch.arange(55).expand(2, -1))
+    for source in (pairs, cropped, picked):
+        first, *others = (source.batch(seed, step, 55) for seed, step in ((0, 0), (0, 1), (1, 0)))
+        for other in others:
+            ours, theirs = (batch.index.argsort() for batch in (first, other))
+            assert torch.equal(first.index[ours], other.index[theirs])
+            new_captions = (first.texts[ours] != other.texts[theirs]).any(dim=1).sum()
+            new_crops = (first.images[ours] != other.images[theirs]).flatten(1).any(dim=1).sum()
+            assert 10 < new_captions < 45  # half of them, on average
+            assert new_crops == 0 if source is pairs else new_crops > 45
+
+
+def test_shards_digest_sees_both_ends_of_a_large_shard(tmp_path: Path) -> None:
+    (shard := tmp_path / "large.tar").write_bytes(bytes(3 << 20))
+    digests = {shards_digest([shard])}
+    for place in (0, (1 << 20) - 1, 2 << 20, -1):
+        content = bytearray(3 << 20)
+        content[place] = 1
+        shard.write_bytes(content)
+        digests.add(shards_digest([shard]))
+    assert len(digests) == 5

@@ -1,5 +1,7 @@
 """Two gloo processes with captions of different lengths, against one process: outputs, gradients, l_aux, weights.
 
+Also: the group's capacity for many numbers of tokens, and that each rank drops patches of its own.
+
 Both processes run once and write down what they computed (`work`); the tests compare it with the same computation in
 this process. All of it in float64. Shape suffixes: B batch, L sequence, T tokens, D width, N experts, K choices.
 """
@@ -33,10 +35,15 @@ from tests.moe_helpers import (
     upcycled,
 )
 from upcycle_bench import engine, weights
+from upcycle_bench.data import Batch
 from upcycle_bench.dense import create_clip
 from upcycle_bench.ds import TopKGate
+from upcycle_bench.job import Job
 from upcycle_bench.moe import MoEFFN, moe_layers
 from upcycle_bench.padding import Padding
+from upcycle_bench.protocol import load_protocol
+from upcycle_bench.registry import load_registry
+from upcycle_bench.train import train
 
 WORLD = 2
 EXPERTS, WIDTH, CONTEXT = 4, 6, 10
@@ -90,6 +97,8 @@ def work(rank: int, folder: Path) -> None:
         results = {case: run_layer(rank, *case) for case in CASES}
         results["model"] = run_model(rank)
         results["weights"] = run_weights(folder)
+        results["capacities"] = run_capacities(rank)
+        results["patches"] = run_patch_dropout()
         torch.save(results, folder / f"rank{rank}.pt")
         dist.barrier()
     dist.destroy_process_group()
@@ -156,6 +165,42 @@ def run_weights(folder: Path) -> dict[str, Any]:
     for layer in moe_layers(clip.model).values():
         layer.moe.set_deepspeed_parallelism()
     return {"state": weights.consolidate(clip), "digest": weights.save(clip, moe, folder / "weights")}
+
+
+COUNTS = [(small, large) for large in range(20, 60) for small in (large // 2, large)]  # tokens of rank 0 and rank 1
+FACTORS = {1: 1.0, 2: 1.0, 3: 1.5}  # of top_k; with these DeepSpeed's float32 rounds many capacities up
+
+
+def run_capacities(rank: int) -> dict[int, list[int]]:
+    """top_k -> the capacity with which the gate routed, for each of COUNTS."""
+    found: dict[int, list[int]] = {}
+    for top_k, factor in FACTORS.items():
+        layer = layer_of(2, top_k, factor)
+        layer.moe.set_deepspeed_parallelism()
+        used: list[int] = []
+        layer.gate.register_forward_hook(lambda module, args, output, used=used: used.append(int(output[1])))
+        for counts in COUNTS:
+            layer(torch.randn(1, counts[rank], WIDTH, dtype=torch.float64))
+        found[top_k] = used
+    return found
+
+
+class SamePairs:
+    """The same four pairs in every step and on every rank."""
+
+    def batches(self, *_: Any, **__: Any) -> Iterator[Batch]:
+        images = torch.arange(4 * 3 * 8 * 8).view(4, 3, 8, 8).remainder(256).to(torch.uint8)
+        yield Batch(images, captions([3, 5, 7, 9], 12, end=49407), torch.arange(4))
+
+
+def run_patch_dropout() -> Tensor:
+    """What was left of the patches [B, tokens, D] in one step of a training."""
+    clip, kept = create_clip("smoke-vit", patch_dropout=0.5), []
+    clip.model.visual.patch_dropout.register_forward_hook(lambda module, args, output: kept.append(output.detach()))
+    schedule = load_protocol(load_registry().get("protocol", "smoke").target).train.schedule
+    job = Job(schedule=schedule.model_copy(update={"batch_size": 8}), peak_lr=1e-3, stop_step=1, seed=0)
+    train(clip, SamePairs(), job)  # type: ignore[arg-type]
+    return kept[0]
 
 
 # ---- the comparison -----------------------------------------------------------------------------------------------
@@ -321,3 +366,18 @@ def test_consolidate_gathers_experts_under_their_global_numbers(ranks: list[dict
     assert other == "" and os.listdir(folder / "weights") == [f"{digest}.safetensors"]
     loaded = weights.load(folder / "weights" / f"{digest}.safetensors").model.state_dict()
     assert all(torch.equal(loaded[key], expected[key]) for key in expected)
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 3])
+def test_the_groups_capacity_is_exact_for_every_number_of_tokens(ranks: list[dict[Any, Any]], top_k: int) -> None:
+    """The gate hands DeepSpeed a factor that must give this capacity again, however float32 rounds it."""
+    own = [literal.capacity(max(counts), EXPERTS, FACTORS[top_k], top_k, 1) for counts in COUNTS]
+    for result in ranks:
+        assert result["capacities"][top_k] == own
+
+
+def test_each_rank_drops_patches_of_its_own(ranks: list[dict[Any, Any]]) -> None:
+    """The same images and weights on both ranks: only what was drawn differs."""
+    first, second = (result["patches"] for result in ranks)
+    assert first.shape == second.shape
+    assert not torch.equal(first, second)

@@ -1,12 +1,15 @@
 """Plans: fingerprints move with what they must and with nothing else; what is missing is named."""
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 
 from upcycle_bench.errors import UserError
-from upcycle_bench.planning.fingerprint import fingerprint
-from upcycle_bench.planning.plan import Paths, Plan, find_world, make_plan
+from upcycle_bench.planning.fingerprint import dense_recipe, fingerprint, suite_fingerprint
+from upcycle_bench.planning.plan import Paths, Plan, find_world, make_plan, run_id
 from upcycle_bench.protocol import load_protocol
 from upcycle_bench.registry import load_registry
 
@@ -153,3 +156,43 @@ def test_a_width_that_cannot_be_is_one_line_before_anything_runs() -> None:
     with pytest.raises(UserError, match="granularity 5 does not divide") as caught:
         plan("virtual-group", options={"granularity": "5"})
     assert "\n" not in str(caught.value)
+
+
+def test_name_version_settings_and_data_of_a_suite_are_part_of_its_fingerprint(tmp_path: Path) -> None:
+    def suite(name: str = "words", version: int = 1, sets: str = "a", sha256: str = "0") -> Any:
+        info = SimpleNamespace(name=name, version=version)
+        return SimpleNamespace(info=info, config=lambda: {"sets": sets}, sources=lambda root: {sets: sha256})
+
+    suites = [suite(), suite(name="pictures"), suite(version=2), suite(sets="b"), suite(sha256="1")]
+    assert len({suite_fingerprint(each, tmp_path) for each in suites}) == len(suites)
+    assert suite_fingerprint(suite(), tmp_path) == suite_fingerprint(suite(), tmp_path / "elsewhere")
+
+
+def test_the_number_of_ranks_is_part_of_every_identity(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the training, also of a given dense model, of the run, and of a dense model that is trained on the spot."""
+    (checkpoint := tmp_path / "dense.pt").write_bytes(b"weights")
+    world = plan().world
+    assert world is not None
+    paths = Paths(data=str(world.train_shards[0].parent), checkpoint=checkpoint, eval_data=world.eval_root)
+    sets = ('suites.zero-shot.sets=["digits-test"]', 'suites.zero-shot.primary=["digits-test"]')
+    given = plan("sparse-upcycling", *sets, protocol="clip-b32", paths=paths)
+
+    def identities() -> list[str | None]:
+        again = plan("sparse-upcycling", *sets, protocol="clip-b32", paths=paths)
+        return [again.training_fingerprint, run_id(given, "dense"), dense_recipe(plan().protocol, world)]
+
+    one = identities()
+    assert identities() == one
+    monkeypatch.setenv("WORLD_SIZE", "2")  # as torchrun sets it
+    two = identities()
+    assert None not in one
+    assert not set(one) & set(two)
+
+
+def test_torchs_version_is_part_of_a_dense_models_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
+    protocol, world = plan().protocol, plan().world
+    assert world is not None
+    before = dense_recipe(protocol, world)
+    assert dense_recipe(protocol, world) == before
+    monkeypatch.setattr(torch, "__version__", "another")
+    assert dense_recipe(protocol, world) != before

@@ -260,3 +260,18 @@ def test_an_interruption_in_this_process_says_how_to_go_on(
     status, _, err = command(*arguments, "--fresh")
     assert status == 130
     assert "interrupted: the same command without --fresh goes on" in err
+
+
+def test_a_run_whose_process_is_killed_has_failed(
+    tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Python imports `sitecustomize` as it starts; here that is SIGKILL, as where memory runs out."""
+    (tmp_path / "sitecustomize.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGKILL)\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    arguments = ["-s", "dense", "--seed", "56", "--seeds", "2", "--jobs", "2", "--results", str(tmp_path / "results")]
+    status, out, _ = command(*arguments, "--json")
+    assert status == 1
+    made = outcomes(out)
+    assert set(made) == {("dense", 56), ("dense", 57)}
+    assert {(row["status"], row["record"]) for row in made.values()} == {("failed", None)}
+    assert all(row["reason"] for row in made.values())

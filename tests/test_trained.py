@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -293,3 +294,12 @@ def test_a_comment_leaves_a_strategy_what_it_is_and_a_constant_in_clustering_doe
     assert code() == before
     clustering.write_text(clustering.read_text() + "A_CONSTANT = 1\n")
     assert code() != before
+
+
+@pytest.mark.parametrize("library", ["torch", "torchvision", "open_clip_torch", "deepspeed", "numpy"])
+def test_another_version_of_one_library_is_another_training(monkeypatch: pytest.MonkeyPatch, library: str) -> None:
+    real, cpu = metadata.version, torch.device("cpu")
+    before = trained.key("one", cpu)
+    assert trained.key("one", cpu) == before
+    monkeypatch.setattr(metadata, "version", lambda name: "another" if name == library else real(name))
+    assert trained.key("one", cpu) != before

@@ -446,3 +446,15 @@ def test_global_random_state_is_left_alone(model, root):
     before = torch.get_rng_state()
     ZeroShot(sets=["three"], primary=["three"]).evaluate(context(model, root))
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_the_chance_of_a_log_likelihood_is_the_mean_of_logs(result, model, divided):
+    """Uniform guessing gives p right answers of G the probability p / G; the score is the mean of its logarithm."""
+    # 14 images have one of the 79 captions, 13 have two and 13 have three; each caption has one of 40 images
+    whole = (14 * math.log(1) + 13 * math.log(2) + 13 * math.log(3)) / 40 - math.log(79)
+    assert by_name(result)["captions/text_retrieval_log_likelihood"].chance == pytest.approx(whole)
+    assert by_name(result)["captions/image_retrieval_log_likelihood"].chance == pytest.approx(-math.log(40))
+    # of the ten images 0, 4, ..., 36 (seen) four have one caption, three have two and three have three
+    seen = (4 * math.log(1) + 3 * math.log(2) + 3 * math.log(3)) / 10 - math.log(79)
+    found = by_name(ZeroShot(sets=("pairs",), primary=("pairs",)).evaluate(context(model, divided)))
+    assert found["pairs/text_retrieval_log_likelihood[seen]"].chance == pytest.approx(seen)
