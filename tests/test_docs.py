@@ -1,19 +1,38 @@
 """Documentation that cannot rot: generated parts are fresh, examples run, named files and commands exist."""
 
+import importlib
 import re
 import sys
-import types
 from pathlib import Path
 
 import pytest
 import typer
 
 from tests.generate_docs import DOCUMENTS as GENERATED
-from tests.generate_docs import MARK, PARTS, ROOT, generate
+from tests.generate_docs import FIGURE, MARK, PARTS, ROOT, caption, draw, generate
+from upcycle_bench import record
 from upcycle_bench.cli import app
-from upcycle_bench.registry import load_registry
+from upcycle_bench.plan import make_plan
+from upcycle_bench.progress import Reporter
+from upcycle_bench.protocol import load_protocol
+from upcycle_bench.registry import Registry, load_registry
+from upcycle_bench.run import run
 
-DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCS = ROOT / "docs"
+DOCUMENTS = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "results/README.md")),
+    *sorted(DOCS.rglob("*.md")),
+    *sorted((ROOT / "upcycle_bench").rglob("*.md")),
+]
+MEASURED = re.compile(r"<!-- measured: \S+ -->\n.*?<!-- end -->", re.DOTALL)
+IMPORTS = re.compile(r"^(?:from|import) (upcycle_bench[\w.]*)", re.MULTILINE)
+
+each_document = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+
+
+def blocks(document: Path, language: str = "python") -> list[str]:
+    """The code blocks of one language, in their order."""
+    return re.findall(rf"```{language}\n(.*?)```", document.read_text(), re.DOTALL)
 
 
 def test_generated_parts_are_fresh() -> None:
@@ -22,27 +41,68 @@ def test_generated_parts_are_fresh() -> None:
     assert [generate(text) for text in texts] == texts, "run `make docs`"
 
 
-def test_the_readmes_leaderboard_has_every_strategy_with_two_seeds() -> None:
-    rows = PARTS["leaderboard"]()
-    for name in ("cluster-aware", "sparse-upcycling", "dense", "dense-frozen"):
-        assert name in rows
+def test_the_picture_shows_the_records(tmp_path: Path) -> None:
+    """The picture says what it shows; matplotlib's own version may move its strokes."""
+    draw(tmp_path / "again.svg")
+    assert caption() in (tmp_path / "again.svg").read_text()
+    assert caption() in FIGURE.read_text(), "run `make docs`"
+    assert f"]({FIGURE.relative_to(ROOT)})" in (ROOT / "README.md").read_text()
 
 
-def test_the_readmes_example_strategy_works() -> None:
-    """The code block is executed, registered and asked for experts."""
-    (code,) = re.findall(r"```python\n# my_idea\.py\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    module = types.ModuleType("my_idea")
-    sys.modules["my_idea"] = module
-    try:
-        exec(code, module.__dict__)
-        entry = load_registry({"my-package": module}).get("strategy", "my-idea")
-    finally:
-        del sys.modules["my_idea"]
-    from tests.helpers import initialise, tiny_clip
+def test_the_readme_is_short_and_names_every_strategy() -> None:
+    text = (ROOT / "README.md").read_text()
+    assert len(text.splitlines()) <= 150
+    assert all(f"`{name}`" in PARTS["names"]() for name in load_registry().strategies)
+    for name in ("cluster-aware (parts reconstructed)", "sparse-upcycling", "dense (control)", "dense-frozen"):
+        assert f"| {name}" in PARTS["results"]()
 
-    inits = initialise(entry.target(spread=0.1), tiny_clip(), seed=0).inits
-    first, second = (inits["vision.1"].experts[n].c_fc.weight for n in (0, 1))
-    assert not first.equal(second)
+
+def plugin(code: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Registry, str]:
+    """The block as the file that its first line names, imported from `folder` and registered; its module's name."""
+    (file,) = re.findall(r"\A# (\w+)\.py\n", code)
+    assert {*IMPORTS.findall(code)} <= {"upcycle_bench.hookspecs", "upcycle_bench.strategy", "upcycle_bench.suite"}
+    (folder / f"{file}.py").write_text(code)
+    monkeypatch.syspath_prepend(folder)
+    sys.modules.pop(file, None)
+    return load_registry({file: importlib.import_module(file)}), file
+
+
+STRATEGIES = blocks(DOCS / "add-a-strategy.md")
+
+
+def test_the_readmes_strategy_is_the_first_of_its_page() -> None:
+    assert blocks(ROOT / "README.md") == STRATEGIES[:1]
+
+
+@pytest.mark.parametrize("place", range(len(STRATEGIES)))
+def test_strategies_of_the_documents_run(
+    place: int, quick: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registry, file = plugin(STRATEGIES[place], tmp_path, monkeypatch)
+    ((name, entry),) = [item for item in registry.strategies.items() if item[1].owner == file]
+    planned = make_plan(registry, name, load_protocol(registry.protocols["smoke"].target, quick))
+    made = record.read(run(planned, tmp_path / "results", Reporter()))
+    assert (made.status, made.strategy.name, made.strategy.status) == ("ok", name, "unpublished")
+    assert made.receipt["layers"]["vision.1"]["expert_cosine"] == pytest.approx(1, abs=0.01)
+    shares = made.diagnostics["loss_shares_at_start"]
+    assert (0 < shares.get("router-z", 0) < 0.5) == ("ExtraLoss" in STRATEGIES[place])
+    assert (name == "token-router") == (entry.target().calibration_pairs > 0)
+
+
+def test_the_suite_of_the_documents_runs(quick: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As its page says: smoke's protocol under another name, with the table of the page."""
+    document = DOCS / "add-a-suite.md"
+    (code,), (settings,) = blocks(document), blocks(document, "toml")
+    smoke = load_registry().protocols["smoke"].target.read_text()
+    (tmp_path / "my-smoke.toml").write_text(f"{smoke}\n{settings}")
+    registry, _ = plugin(code, tmp_path, monkeypatch)
+    protocol = load_protocol(registry.get("protocol", "my-smoke").target, quick)
+    planned = make_plan(registry, "dense-frozen", protocol, suites=["class-names"])
+    made = record.read(run(planned, tmp_path / "results", Reporter()))
+    (score,) = made.scores
+    assert (made.status, score.suite, score.dataset) == ("ok", "class-names", "digits-test")
+    assert (score.samples, score.chance) == (10, 0.1)
+    assert score.value > score.chance
 
 
 def test_the_api_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -50,28 +110,36 @@ def test_the_api_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     from tests.helpers import MODEL, threads, tiny_batches, tiny_clip
 
     monkeypatch.chdir(tmp_path)
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "api.md").read_text(), re.DOTALL)
     names: dict[str, object] = {}
     size = tiny_batches(tiny_clip(), pairs=16)[0][0].shape[-1]
     with threads(1):
-        for block in blocks:
+        for block in blocks(DOCS / "api.md"):
             exec(block.replace("ViT-B-32", MODEL).replace("224", str(size)), names)
-    assert len(blocks) == 3
+    assert len(blocks(DOCS / "api.md")) == 3
     assert names["clip"].name == MODEL  # type: ignore[attr-defined]
     assert all(p.grad is not None for p in names["model"].parameters())  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+@each_document
+def test_lines_are_short(document: Path) -> None:
+    """160 characters; a row of a table that a program writes cannot be broken."""
+    text = MARK.sub(lambda part: re.sub(r"^\|.*", "", part[0], flags=re.MULTILINE), document.read_text())
+    long = [line for line in MEASURED.sub("", text).splitlines() if len(line) > 160]
+    assert not long
+
+
+@each_document
 def test_links_lead_somewhere(document: Path) -> None:
     for target in re.findall(r"\]\((?!https?://)([^)#]+)\)", document.read_text()):
         assert (document.parent / target).exists(), target
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+@each_document
 def test_named_files_commands_and_options_exist(document: Path) -> None:
     text = document.read_text()
-    for path in re.findall(r"`((?:upcycle_bench|strategies|suites|tests|docs)/[\w/.]+?)`", text):
-        assert (ROOT / path).exists(), path
+    if "notes" not in document.parts and document.name != "CHANGELOG.md":  # these speak of what was
+        for path in re.findall(r"`((?:upcycle_bench|strategies|suites|tests|docs)/[\w/.]+?)`", text):
+            assert (ROOT / path).exists(), path
     group = typer.main.get_command(app)
     options = {opt for option in group.commands["run"].params for opt in option.opts}  # type: ignore[attr-defined]
     for line in re.findall(r"upcycle-bench (.+)", text):
@@ -79,6 +147,15 @@ def test_named_files_commands_and_options_exist(document: Path) -> None:
         if words and words[0] == "run":
             used = {word.rstrip(".,;") for word in words if word.startswith("-")}
             assert used <= options | {"--help", "--json"}, line
+
+
+def test_every_goal_that_is_missed_has_its_reason() -> None:
+    """Rows of the bench that say `no` stand in the table of reasons, by their number."""
+    text = (DOCS / "performance.md").read_text()
+    (measured,) = [part for part in MEASURED.findall(text) if "measured: bench" in part]
+    missed = {row.split(" | ")[0] for row in measured.splitlines() if row.endswith("| no |")}
+    reasons = text.partition("## Slower than the goal")[2].partition("\n## ")[0]
+    assert missed <= {row.split(" | ")[0] for row in reasons.splitlines() if row.startswith("| ")}
 
 
 def test_make_targets_of_the_documents_exist() -> None:

@@ -36,6 +36,22 @@ if TYPE_CHECKING:
     from upcycle_bench.moe import MoEFFN
     from upcycle_bench.workshop import Workshop
 
+# What a plugin imports from here; with `hookspecs.hookimpl` that is all it needs.
+__all__ = [
+    "FFN",
+    "Calibrator",
+    "ExtraLoss",
+    "Layer",
+    "LayerInit",
+    "Preparation",
+    "RouterInit",
+    "Strategy",
+    "StrategyInfo",
+    "Stream",
+    "UserError",
+    "random_router",
+]
+
 Status = Literal["published", "reconstructed", "control", "unpublished"]
 RouterInit = Literal["deepspeed", "normal", "lecun"]
 SHAPE = ("experts", "top_k")  # the MoE settings that a strategy may change

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+# What a plugin imports from here; with `hookspecs.hookimpl` that is all it needs.
+__all__ = ["EvalContext", "Score", "Suite", "SuiteInfo", "SuiteResult", "UserError"]
 
 AVERAGE = "average"  # the dataset of a suite's means over sets: where it is, tables for people leave the sets out
 
