@@ -67,7 +67,8 @@ class BTX(BranchStrategy):
             )
         ceilings = [self.epochs * (len(domain_S) // batch_size) for domain_S in found]
         paid = workshop.steps_per_branch(number, max(ceilings), budget=self.budget)
-        branches, notes = [], {}
+        branches: list[Any] = []
+        notes: dict[str, float] = {}
         for place, (domain_S, ceiling) in enumerate(zip(found, ceilings, strict=True)):
             steps = min(paid, ceiling)
             rows_SB = domain_batches(domain_S, batch_size, steps, workshop.rng.child("domain", place))

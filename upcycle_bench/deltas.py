@@ -46,12 +46,11 @@ class DeltaExpert(nn.Module):
     def __init__(self, base: nn.Module, delta1: nn.Module, delta2: nn.Module, bias_deltas: bool = False) -> None:
         """`base` is what `FFN.expert` makes; `bias_deltas` adds differences to its biases, zero at first."""
         super().__init__()
-        self.base: Any = base
-        self.delta1: Any = delta1
-        self.delta2: Any = delta2
+        plain: Any = base
+        self.base, self.delta1, self.delta2 = plain, delta1, delta2
         self.bias1_H, self.bias2_D = (
             nn.Parameter(torch.zeros_like(linear.bias)) if bias_deltas else None
-            for linear in (self.base.c_fc, self.base.c_proj)
+            for linear in (plain.c_fc, plain.c_proj)
         )
 
     def forward(self, x_TD: Tensor) -> Tensor:

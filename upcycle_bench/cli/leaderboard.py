@@ -27,11 +27,11 @@ def leaderboard(
     as_json: Json = False,
 ) -> None:
     """Turn records into tables: only runs with equal fingerprints share one."""
-    from upcycle_bench import board_formats, record
+    from upcycle_bench import formats, record
     from upcycle_bench.leaderboard import build
 
-    records = [record.read(each) for each in record.find(path)]
+    records = [record.read(each) for each in record.record_paths(path)]
     if not records:
         raise UserError(f"no records below {path}; make one with: upcycle-bench run --strategy cluster-aware")
     chosen = "json" if as_json else format.value
-    print(board_formats.render(build(records), chosen), end="")
+    print(formats.render(build(records), chosen), end="")
