@@ -32,8 +32,8 @@ def main(
     from bench.report import machine, put_into, write_json
     from bench.report import markdown as as_markdown
     from bench.rows import MEASURES, Settings, SkippedError
-    from upcycle_bench import engine
-    from upcycle_bench.memory import return_freed_memory
+    from upcycle_bench.training import session
+    from upcycle_bench.training.allocator import return_freed_memory
 
     chosen = {
         number: measure
@@ -45,7 +45,7 @@ def main(
         raise typer.BadParameter(f"no such row; there are {names}")
     results: dict[int, Any] = {}
     failures: dict[int, str] = {}
-    with engine.session(threads) as found:
+    with session.open_session(threads) as found:
         if found.type != device:
             raise typer.BadParameter(f"--device {device}: this machine has only {found.type}")
         settings = Settings(threads=threads, rounds=rounds, device=found)

@@ -1,4 +1,4 @@
-"""CLIP_benchmark's linear probe on the CPU, from features in memory: what row 15 compares `upcycle_bench.probe` with.
+"""CLIP_benchmark's linear probe on the CPU, from features in memory: row 15 compares `evaluation.probe` with it.
 
     decay, logits_NY = linear_probe(train, validation, test, classes=100, workers=4, seed=0)
 
@@ -23,7 +23,7 @@ from clip_benchmark.metrics.linear_probe import FeatureDataset, accuracy, cosine
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from upcycle_bench.probe import Examples
+from upcycle_bench.evaluation.probe import Examples
 
 WORKERS, BATCH_SIZE, LEARNING_RATE, EPOCHS = 4, 64, 0.1, 10  # the defaults of its command
 

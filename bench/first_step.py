@@ -22,6 +22,6 @@ if __name__ == "__main__":
         loop.compute_losses = leave  # type: ignore[assignment]
         main()
     else:
-        import upcycle_bench.ds  # noqa: F401  (torch and DeepSpeed, as everything here imports them)
+        import upcycle_bench.model.deepspeed_import  # noqa: F401  (torch and DeepSpeed, as everything here imports them)
 
         leave()

@@ -13,7 +13,7 @@ import torch
 
 from bench.rows import Settings
 from bench.timing import Step, clock
-from upcycle_bench.flops import FlopCounter
+from upcycle_bench.util.flops import FlopCounter
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 ADAMW_BYTES = 28  # of each float32 parameter: weight, gradient and two moments read; weight and moments written

@@ -24,14 +24,15 @@ from bench.naive import StoredActivations, naive_experts
 from bench.rows import Row, Settings, measures
 from bench.timing import compare
 from bench.training import lab_clip, lab_protocol, made_up_batches
-from upcycle_bench.dense import create_clip
-from upcycle_bench.initialise import make_experts
-from upcycle_bench.memory import return_freed_memory
-from upcycle_bench.registry import load_registry
-from upcycle_bench.rng import Stream
-from upcycle_bench.strategy import FFN, Layer, configure
-from upcycle_bench.surgery import upcycle
-from upcycle_bench.threads import one_thread
+from upcycle_bench.model.clip import create_clip
+from upcycle_bench.model.ffn import FFN, Layer
+from upcycle_bench.model.surgery import put_experts
+from upcycle_bench.planning.registry import load_registry
+from upcycle_bench.strategy import configure
+from upcycle_bench.training.allocator import return_freed_memory
+from upcycle_bench.upcycling.initialise import make_experts
+from upcycle_bench.util.rng import Stream
+from upcycle_bench.util.threads import one_thread
 
 WIDTH, EXPERTS = 768, 8  # of the single layer of row 8: ViT-B's
 MEMORY_WIDTH = 256  # where its memory is measured, which is not a matter of width
@@ -96,7 +97,7 @@ def cluster_aware_total(settings: Settings) -> Iterator[Row]:
             yield clip.normalise(batch.images), batch.texts
 
     def initialise() -> Any:
-        return upcycle(model, make_experts(strategy, model, lab.moe, 0, inputs), lab.moe)
+        return put_experts(model, make_experts(strategy, model, lab.moe, 0, inputs), lab.moe)
 
     @torch.no_grad()
     def forward() -> None:
@@ -167,7 +168,7 @@ def surgery(settings: Settings) -> Iterator[Row]:
     strategy = configure(load_registry().get("strategy", "sparse-upcycling").target, {})
 
     def operate() -> Any:
-        return upcycle(dense, make_experts(strategy, dense, moe, 0, lambda pairs: ()), moe)
+        return put_experts(dense, make_experts(strategy, dense, moe, 0, lambda pairs: ()), moe)
 
     tensors = list(operate().state_dict().values())
 
@@ -191,7 +192,7 @@ def surgery(settings: Settings) -> Iterator[Row]:
 
 def child(kind: str, tokens: int, threads: int) -> int:
     """Peak memory in bytes beyond that before the work."""
-    from upcycle_bench.costs import forget_peak_memory, peak_memory
+    from upcycle_bench.util.meter import forget_peak_memory, peak_memory
 
     torch.set_num_threads(threads)
     work = {"ours": our_experts, "naive": stored_experts}[kind]

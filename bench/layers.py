@@ -18,9 +18,9 @@ from bench.floor import floor
 from bench.rows import Row, Settings, measures
 from bench.timing import compare
 from upcycle_bench import protocol
-from upcycle_bench.ds import MOELayer
-from upcycle_bench.moe import MoEFFN
-from upcycle_bench.strategy import FFN, Layer
+from upcycle_bench.model.deepspeed_import import MOELayer
+from upcycle_bench.model.ffn import FFN, Layer
+from upcycle_bench.model.moe import MoEFFN
 
 TOKENS, EXPERTS, TOP_K = 2048, 8, 2
 PRECISIONS = ("fp32", "bf16")

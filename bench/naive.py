@@ -13,9 +13,9 @@ import math
 import torch
 from torch import Tensor
 
-from upcycle_bench.clustering import spherical_kmeans
-from upcycle_bench.rng import Stream
-from upcycle_bench.strategy import FFN
+from upcycle_bench.model.ffn import FFN
+from upcycle_bench.upcycling.clustering import spherical_kmeans
+from upcycle_bench.util.rng import Stream
 
 
 class StoredActivations:

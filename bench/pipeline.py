@@ -22,16 +22,19 @@ from bench.floor import floor
 from bench.rows import Row, Settings, SkippedError, measures
 from bench.timing import Sample, compare, interleave, ratio_row, seconds_row
 from bench.training import lab_clip, lab_job, lab_protocol, made_up_batches, our_step, upcycled
-from upcycle_bench import evalsets, latency, packed, run
-from upcycle_bench.cache import cache_root
-from upcycle_bench.costs import Meter
-from upcycle_bench.data import PairDataset
+from upcycle_bench import run
+from upcycle_bench.data import evalset as evalsets
+from upcycle_bench.data.pairs import PairDataset
+from upcycle_bench.data.worlds.lab import VERSION
+from upcycle_bench.model import padding
 from upcycle_bench.planning.plan import Plan, make_plan
-from upcycle_bench.progress import Reporter
+from upcycle_bench.planning.registry import load_registry
 from upcycle_bench.protocol import Protocol
-from upcycle_bench.registry import load_registry
-from upcycle_bench.threads import one_thread
-from upcycle_bench.worlds.lab import VERSION
+from upcycle_bench.reporting import latency
+from upcycle_bench.util.cache import cache_root
+from upcycle_bench.util.meter import Meter
+from upcycle_bench.util.progress import Reporter
+from upcycle_bench.util.threads import one_thread
 
 ROOT = Path(__file__).parent.parent
 SCORED, TEMPERATURE = (tuple(f"{name}{kind}" for kind in ("", "-retrieval")) for name in ("validation", "temperature"))
@@ -161,7 +164,7 @@ def encode_once(plan: Plan, clip: Any, device: torch.device, size: int = 256) ->
     every = list(texts)
     for start in range(0, len(every), size):
         text_BL = clip.tokenize(every[start : start + size]).to(device)
-        F.normalize(packed.encode_text(clip.model, text_BL), dim=-1).cpu()
+        F.normalize(padding.encode_text(clip.model, text_BL), dim=-1).cpu()
     return images + len(every)
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from bench.clip_benchmark_probe import WORKERS, linear_probe
 from bench.rows import Row, Settings, SkippedError, measures
 from bench.timing import Sample, Step, clock, interleave, ratio_row
-from upcycle_bench.probe import Examples, Recipe, fit
+from upcycle_bench.evaluation.probe import Examples, Recipe, fit
 
 CLASSES, WIDTH, SHOTS, NOISE = 50, 512, 16, 5.0  # features as wide as ViT-B/32's
 TOLERANCE = 0.005  # of the accuracies: rounding may move a sample of 1,000 across a border

@@ -15,7 +15,7 @@ from typing import Any
 
 from bench.floor import Rates
 from bench.rows import Row, Settings
-from upcycle_bench import environment
+from upcycle_bench.util import environment
 
 KEYS = ("name", "goal", "value", "min", "max", "unit")
 HEADER = ("#", "measured", "goal", "median", "least to greatest", "CPU time", "seconds", "floor of ours", "reached")

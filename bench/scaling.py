@@ -134,8 +134,8 @@ def evaluation(images: int, classes: int) -> Step:
     from PIL import Image
 
     from bench.training import lab_clip
-    from upcycle_bench import evalset_write
-    from upcycle_bench.registry import load_registry
+    from upcycle_bench.data import evalset_write
+    from upcycle_bench.planning.registry import load_registry
     from upcycle_bench.suite import EvalContext
 
     clip = lab_clip(torch.device("cpu"))
@@ -162,7 +162,7 @@ def evaluation(images: int, classes: int) -> Step:
 
 def measure(experiment: Experiment, settings: Settings, rates: Rates) -> Curve:
     """Time all its points in turns and count their FLOPs."""
-    from upcycle_bench.flops import counted_flops
+    from upcycle_bench.util.flops import counted_flops
 
     steps = [experiment.step(x) for x in experiment.x]
     floors = []

@@ -29,7 +29,7 @@ class MadeUpPairs:
 
     def batches(self, seed: Any, start: int, stop: int, size: int, *_: int, **__: int) -> Iterator[Any]:
         """Batches of the steps [start, stop)."""
-        from upcycle_bench.data import Batch
+        from upcycle_bench.data.pairs import Batch
 
         for _step in range(start, stop):
             images = torch.randint(256, (size, 3, 32, 32), dtype=torch.uint8, generator=self.generator)
@@ -42,20 +42,21 @@ class MadeUpPairs:
 
 def child(kind: str, threads: int, batch: int) -> None:
     """Print the median seconds of a step."""
-    from upcycle_bench import engine
-    from upcycle_bench.dense import create_clip
-    from upcycle_bench.job import Job
+    from upcycle_bench.model.clip import create_clip
+    from upcycle_bench.model.ffn import FFN
+    from upcycle_bench.model.surgery import find_layers, put_experts
+    from upcycle_bench.planning.registry import load_registry
     from upcycle_bench.protocol import load_protocol
-    from upcycle_bench.registry import load_registry
-    from upcycle_bench.rng import Stream
-    from upcycle_bench.strategy import FFN, configure
-    from upcycle_bench.surgery import find_layers, upcycle
+    from upcycle_bench.strategy import configure
+    from upcycle_bench.training import session
+    from upcycle_bench.training.job import Job
     from upcycle_bench.training.loop import train
+    from upcycle_bench.util.rng import Stream
 
     registry = load_registry()
     protocol = load_protocol(registry.get("protocol", "lab").target)
     schedule = protocol.train.schedule.model_copy(update={"steps": STEPS, "batch_size": batch})
-    with engine.session(threads):
+    with session.open_session(threads):
         clip = create_clip(protocol.model)
         strategy = configure(registry.get("strategy", "sparse-upcycling").target, {})
         rng = Stream(("bench",))
@@ -65,7 +66,7 @@ def child(kind: str, threads: int, batch: int) -> None:
                 layer.name: strategy.init_layer(FFN.of(model.get_submodule(layer.mlp_path)), layer, None, rng)
                 for layer in find_layers(model, protocol.moe)
             }
-            clip = replace(clip, model=upcycle(model, inits, protocol.moe))
+            clip = replace(clip, model=put_experts(model, inits, protocol.moe))
         job = Job(schedule=schedule, peak_lr=1e-4, stop_step=STEPS, seed=0, log_every=STEPS)
         times = [time.perf_counter()]
         pairs: Any = MadeUpPairs(clip.model.context_length)

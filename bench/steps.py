@@ -25,11 +25,11 @@ from bench.training import (
     stock_upcycled,
     upcycled,
 )
-from upcycle_bench.dense import Clip, create_clip
-from upcycle_bench.moe import moe_layers
-from upcycle_bench.registry import load_registry
-from upcycle_bench.rng import Stream
+from upcycle_bench.model.clip import Clip, create_clip
+from upcycle_bench.model.moe import moe_layers
+from upcycle_bench.planning.registry import load_registry
 from upcycle_bench.strategy import configure
+from upcycle_bench.util.rng import Stream
 
 # Four blocks of width 512 in both towers, 65 image tokens; a small vocabulary, so that the token embedding and its
 # optimiser, equal on both sides, do not dilute the ratio. With k = 2 in every other block the ideal is 64 / 48 = 1.33.

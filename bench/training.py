@@ -20,21 +20,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from upcycle_bench.data import Batch
-from upcycle_bench.dense import Clip, create_clip
-from upcycle_bench.ds import MoE, deepspeed
-from upcycle_bench.job import Job
+from upcycle_bench.data.pairs import Batch
+from upcycle_bench.model.clip import Clip, create_clip
+from upcycle_bench.model.deepspeed_import import MoE, deepspeed
+from upcycle_bench.model.ffn import FFN, LayerInit
+from upcycle_bench.model.moe import MoEFFN, moe_layers
 from upcycle_bench.model.precision import attention_kernel, autocast, longest_sequence
-from upcycle_bench.moe import MoEFFN, moe_layers
+from upcycle_bench.model.surgery import find_layers, put_experts
 from upcycle_bench.planning.plan import shipped_checkpoint
+from upcycle_bench.planning.registry import load_registry
 from upcycle_bench.protocol import MoE as MoESettings
 from upcycle_bench.protocol import Protocol, load_protocol
-from upcycle_bench.registry import load_registry
-from upcycle_bench.rng import Stream
-from upcycle_bench.strategy import FFN, ExtraLoss, LayerInit, configure
-from upcycle_bench.surgery import find_layers, upcycle
+from upcycle_bench.strategy import ExtraLoss, configure
+from upcycle_bench.training.job import Job
 from upcycle_bench.training.loop import create_engine, parameter_groups
 from upcycle_bench.training.step import Features, clamp_logit_scale, compute_losses
+from upcycle_bench.util.rng import Stream
 
 Step = Callable[[], Any]
 
@@ -102,7 +103,7 @@ def _sparse_upcycling() -> Any:
 
 def upcycled(clip: Clip, moe: MoESettings) -> Clip:
     """The clip after sparse upcycling; the dense one is not touched."""
-    return replace(clip, model=upcycle(clip.model, sparse_inits(clip.model, moe), moe))
+    return replace(clip, model=put_experts(clip.model, sparse_inits(clip.model, moe), moe))
 
 
 def our_step(

@@ -26,12 +26,22 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from upcycle_bench import draws
-from upcycle_bench.errors import UserError
 from upcycle_bench.hookspecs import hookimpl
-from upcycle_bench.rng import Stream
-from upcycle_bench.strategy import FFN, Layer, LayerInit, Preparation, Strategy, StrategyInfo, random_router
-from upcycle_bench.workshop import BranchStrategy, Groups, Workshop
+from upcycle_bench.strategy import (
+    FFN,
+    Groups,
+    Layer,
+    LayerInit,
+    Preparation,
+    Strategy,
+    StrategyInfo,
+    Stream,
+    UserError,
+    Workshop,
+    random_router,
+)
+from upcycle_bench.upcycling import draws
+from upcycle_bench.upcycling.preparation import BranchStrategy
 
 
 @dataclass(frozen=True, kw_only=True)

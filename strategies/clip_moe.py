@@ -32,13 +32,23 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from upcycle_bench import distributed, draws
-from upcycle_bench.clustering import minibatch_kmeans, nearest
-from upcycle_bench.errors import UserError
 from upcycle_bench.hookspecs import hookimpl
-from upcycle_bench.rng import Stream
-from upcycle_bench.strategy import FFN, Layer, LayerInit, Preparation, Strategy, StrategyInfo, random_router
-from upcycle_bench.workshop import BranchStrategy, Workshop
+from upcycle_bench.strategy import (
+    FFN,
+    Layer,
+    LayerInit,
+    Preparation,
+    Strategy,
+    StrategyInfo,
+    Stream,
+    UserError,
+    Workshop,
+    random_router,
+)
+from upcycle_bench.upcycling import draws
+from upcycle_bench.upcycling.clustering import minibatch_kmeans, nearest
+from upcycle_bench.upcycling.preparation import BranchStrategy
+from upcycle_bench.util import distributed
 
 FITTED_SAMPLES = 1_000_000
 

@@ -8,7 +8,7 @@ copied, and the router's rows are the centroids. With X_i [D, n_i] the tokens of
                 r > R/2 is the smallest rank that keeps tau of the energy sum_j sigma_j^2
     Eq. 9       |W1 X_i - W1_i X_i|^2 = sum_{j>r} sigma_j^2
     Eq. 10      router = [mu_1; ...; mu_E]
-    Eqs. 11-13  while training, an ensemble of all experts teaches the top-k mixture (EESD: `upcycle_bench.eesd`)
+    Eqs. 11-13  while training, an ensemble of all experts teaches the top-k mixture (`upcycling.eesd`)
 
 Where we differ, and why: the text we hold lost the formulas, so they are rebuilt from its sentences. `reconstructed`
 lists what it does not state. Clusters are fitted to the first `cluster_tokens` tokens of the stream, all are assigned.
@@ -25,11 +25,10 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from upcycle_bench import clustering, eesd, symmetric
 from upcycle_bench.hookspecs import hookimpl
-from upcycle_bench.moments import ClusterStatistics
-from upcycle_bench.rng import Stream
-from upcycle_bench.strategy import FFN, Layer, LayerInit, RouterInit, Strategy, StrategyInfo, random_router
+from upcycle_bench.strategy import FFN, Layer, LayerInit, RouterInit, Strategy, StrategyInfo, Stream, random_router
+from upcycle_bench.upcycling import clustering, eesd, symmetric
+from upcycle_bench.upcycling.moments import ClusterStatistics
 
 PAPER = "Chu et al., Cluster-aware Upcycling, CVPR 2026, arXiv:2604.13508"
 FORMULAS = "all formulas (lost in the text we hold; rebuilt from its sentences)"

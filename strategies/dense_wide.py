@@ -15,11 +15,9 @@ from typing import Any, ClassVar
 import torch
 from pydantic.dataclasses import dataclass
 
-from upcycle_bench import draws
 from upcycle_bench.hookspecs import hookimpl
-from upcycle_bench.protocol import MoE
-from upcycle_bench.rng import Stream
-from upcycle_bench.strategy import FFN, Layer, Strategy, StrategyInfo
+from upcycle_bench.strategy import FFN, Layer, MoE, Strategy, StrategyInfo, Stream
+from upcycle_bench.upcycling import draws
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,12 +26,20 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
-from upcycle_bench import draws
-from upcycle_bench.deltas import DeltaExpert, LowRank
-from upcycle_bench.errors import UserError
 from upcycle_bench.hookspecs import hookimpl
-from upcycle_bench.rng import Stream
-from upcycle_bench.strategy import FFN, Layer, LayerInit, RouterInit, Strategy, StrategyInfo, random_router
+from upcycle_bench.strategy import (
+    FFN,
+    Layer,
+    LayerInit,
+    RouterInit,
+    Strategy,
+    StrategyInfo,
+    Stream,
+    UserError,
+    random_router,
+)
+from upcycle_bench.upcycling import draws
+from upcycle_bench.upcycling.deltas import DeltaExpert, LowRank
 
 SHARED_BIASES = "biases (LLMs have none): one trainable pair, shared; differences per expert with option `bias_deltas`"
 

@@ -27,11 +27,19 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from upcycle_bench import draws
-from upcycle_bench.errors import UserError
 from upcycle_bench.hookspecs import hookimpl
-from upcycle_bench.rng import Stream
-from upcycle_bench.strategy import FFN, Layer, LayerInit, RouterInit, Strategy, StrategyInfo, random_router
+from upcycle_bench.strategy import (
+    FFN,
+    Layer,
+    LayerInit,
+    RouterInit,
+    Strategy,
+    StrategyInfo,
+    Stream,
+    UserError,
+    random_router,
+)
+from upcycle_bench.upcycling import draws
 
 DEFAULT_FRACTION = 0.25
 

@@ -23,10 +23,9 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import nn
 
-from upcycle_bench import draws
 from upcycle_bench.hookspecs import hookimpl
-from upcycle_bench.rng import Stream
-from upcycle_bench.strategy import FFN, Layer, LayerInit, RouterInit, Strategy, StrategyInfo, random_router
+from upcycle_bench.strategy import FFN, Layer, LayerInit, RouterInit, Strategy, StrategyInfo, Stream, random_router
+from upcycle_bench.upcycling import draws
 
 
 @dataclass(frozen=True, kw_only=True)

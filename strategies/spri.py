@@ -22,12 +22,20 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from upcycle_bench import draws
-from upcycle_bench.deltas import DeltaExpert, LowRank
 from upcycle_bench.hookspecs import hookimpl
-from upcycle_bench.moe import MoEFFN
-from upcycle_bench.rng import Stream
-from upcycle_bench.strategy import FFN, Layer, LayerInit, RouterInit, Strategy, StrategyInfo, random_router
+from upcycle_bench.strategy import (
+    FFN,
+    Layer,
+    LayerInit,
+    MoEFFN,
+    RouterInit,
+    Strategy,
+    StrategyInfo,
+    Stream,
+    random_router,
+)
+from upcycle_bench.upcycling import draws
+from upcycle_bench.upcycling.deltas import DeltaExpert, LowRank
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,11 +24,19 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import nn
 
-from upcycle_bench.errors import UserError
 from upcycle_bench.hookspecs import hookimpl
-from upcycle_bench.protocol import MoE
-from upcycle_bench.rng import Stream
-from upcycle_bench.strategy import FFN, Layer, LayerInit, RouterInit, Strategy, StrategyInfo, random_router
+from upcycle_bench.strategy import (
+    FFN,
+    Layer,
+    LayerInit,
+    MoE,
+    RouterInit,
+    Strategy,
+    StrategyInfo,
+    Stream,
+    UserError,
+    random_router,
+)
 
 
 @dataclass(frozen=True, kw_only=True)

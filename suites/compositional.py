@@ -18,13 +18,14 @@ from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from upcycle_bench import evalsets, uncertainty
-from upcycle_bench.evalsets import EvalSet
-from upcycle_bench.features import encode_images
+from upcycle_bench.data import evalset as evalsets
+from upcycle_bench.data.evalset import EvalSet
+from upcycle_bench.evaluation.features import encode_images
+from upcycle_bench.evaluation.texts import encode_texts
+from upcycle_bench.evaluation.word_pairs import Chosen, choose, most_frequent
 from upcycle_bench.hookspecs import hookimpl
 from upcycle_bench.suite import AVERAGE, EvalContext, Score, Suite, SuiteInfo, SuiteResult, UserError
-from upcycle_bench.texts import encode_texts
-from upcycle_bench.word_pairs import Chosen, choose, most_frequent
+from upcycle_bench.util import uncertainty
 
 CHANCE = {"text_score": 1 / 4, "image_score": 1 / 4, "group_score": 1 / 6, "pairwise_accuracy": 1 / 2}
 FREQUENT = 20  # word pairs in the notes

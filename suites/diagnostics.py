@@ -15,11 +15,11 @@ import numpy as np
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from upcycle_bench import evalsets
-from upcycle_bench.agreement import agreements, main_expert
+from upcycle_bench.data import evalset
+from upcycle_bench.evaluation.agreement import agreements, main_expert
+from upcycle_bench.evaluation.routes import LayerRoutes, Routed, route_images, route_texts
 from upcycle_bench.hookspecs import hookimpl
-from upcycle_bench.moe import moe_layers
-from upcycle_bench.routes import LayerRoutes, Routed, route_images, route_texts
+from upcycle_bench.model.moe import moe_layers
 from upcycle_bench.suite import EvalContext, Score, Suite, SuiteInfo, SuiteResult
 
 
@@ -49,7 +49,7 @@ class Diagnostics(Suite):
             result.skipped["experts"] = "a dense model has no experts and no routers"
             return result
         images, texts = (
-            [evalsets.read(context.root / name, transform, context.batch_size) for name in names]
+            [evalset.read(context.root / name, transform, context.batch_size) for name in names]
             for names, transform in ((self.images, context.transform), (self.texts, _no_pixels))
         )
         _add("vision", route_images(images, context), result)

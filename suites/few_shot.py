@@ -14,12 +14,12 @@ from typing import ClassVar
 from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
 
-from upcycle_bench import probe_tasks
+from upcycle_bench.evaluation import probe_tasks
+from upcycle_bench.evaluation.probe import Examples, Recipe, Solver, fit
+from upcycle_bench.evaluation.probe_scores import add_scores, classified
+from upcycle_bench.evaluation.probe_tasks import Data, ProbeSuite, ProbeTask, load_features, open_tasks
+from upcycle_bench.evaluation.shots import Sizes, choose
 from upcycle_bench.hookspecs import hookimpl
-from upcycle_bench.probe import Examples, Recipe, Solver, fit
-from upcycle_bench.probe_scores import add_scores, classified
-from upcycle_bench.probe_tasks import Data, ProbeSuite, ProbeTask, load_features, open_tasks
-from upcycle_bench.shots import Sizes, choose
 from upcycle_bench.suite import EvalContext, Suite, SuiteInfo, SuiteResult
 
 

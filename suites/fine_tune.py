@@ -19,17 +19,18 @@ from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from upcycle_bench import engine, probe_tasks
-from upcycle_bench.fine_tuning import Recipe, predict, tune
-from upcycle_bench.flops import counted_flops
+from upcycle_bench.data.labelled import Labelled
+from upcycle_bench.evaluation import probe_tasks
+from upcycle_bench.evaluation.fine_tuning import Recipe, predict, tune
+from upcycle_bench.evaluation.probe_scores import add_scores, classified
+from upcycle_bench.evaluation.probe_tasks import Data, ProbeSuite, ProbeTask, load_images, open_tasks
+from upcycle_bench.evaluation.shots import Sizes, choose
+from upcycle_bench.evaluation.texts import class_embeddings
 from upcycle_bench.hookspecs import hookimpl
-from upcycle_bench.labelled import Labelled
-from upcycle_bench.probe_scores import add_scores, classified
-from upcycle_bench.probe_tasks import Data, ProbeSuite, ProbeTask, load_images, open_tasks
-from upcycle_bench.rng import Stream
-from upcycle_bench.shots import Sizes, choose
 from upcycle_bench.suite import EvalContext, Suite, SuiteInfo, SuiteResult
-from upcycle_bench.texts import class_embeddings
+from upcycle_bench.training import session
+from upcycle_bench.util.flops import counted_flops
+from upcycle_bench.util.rng import Stream
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +95,7 @@ class FineTune(ProbeSuite):
             }
             if task.all:
                 splits[f"{name}/all"] = [split_of_pool(name, task, data)]
-            with engine.session(torch.get_num_threads()):
+            with session.open_session(torch.get_num_threads()):
                 for title, draws in splits.items():
                     self._score(title, draws, classes_YC, context, result)
         return result

@@ -15,13 +15,13 @@ import torch
 from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
 
-from upcycle_bench import probe_tasks
+from upcycle_bench.evaluation import probe_tasks
+from upcycle_bench.evaluation.probe import Recipe, Solver, fit
+from upcycle_bench.evaluation.probe_scores import add_scores, classified
+from upcycle_bench.evaluation.probe_tasks import ProbeSuite, ProbeTask, load_features, open_tasks
 from upcycle_bench.hookspecs import hookimpl
-from upcycle_bench.probe import Recipe, Solver, fit
-from upcycle_bench.probe_scores import add_scores, classified
-from upcycle_bench.probe_tasks import ProbeSuite, ProbeTask, load_features, open_tasks
-from upcycle_bench.rng import Stream
 from upcycle_bench.suite import EvalContext, Suite, SuiteInfo, SuiteResult, UserError
+from upcycle_bench.util.rng import Stream
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,12 +18,13 @@ from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from upcycle_bench import evalsets, uncertainty
+from upcycle_bench.data import evalset as evalsets
+from upcycle_bench.data.worlds import load_world
+from upcycle_bench.evaluation.ranking import Task, fit_scale, judge
+from upcycle_bench.evaluation.texts import classification_task
 from upcycle_bench.hookspecs import hookimpl
-from upcycle_bench.scoring import Task, fit_scale, judge
 from upcycle_bench.suite import EvalContext, Score, Suite, SuiteInfo, SuiteResult, UserError
-from upcycle_bench.texts import classification_task
-from upcycle_bench.worlds import load_world
+from upcycle_bench.util import uncertainty
 
 
 @dataclass(frozen=True, kw_only=True)

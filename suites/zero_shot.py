@@ -21,15 +21,20 @@ from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from upcycle_bench import evalsets, uncertainty
-from upcycle_bench.average_precision import average_precisions, chance_average_precisions, precision_uncertainty
-from upcycle_bench.errors import UserError, unknown
-from upcycle_bench.evalsets import EvalSet
-from upcycle_bench.features import encode_images
+from upcycle_bench.data import evalset as evalsets
+from upcycle_bench.data.evalset import EvalSet
+from upcycle_bench.evaluation.average_precision import (
+    average_precisions,
+    chance_average_precisions,
+    precision_uncertainty,
+)
+from upcycle_bench.evaluation.features import encode_images
+from upcycle_bench.evaluation.ranking import Judged, Task, exact_cosines, fit_scale, judge, judged_metrics
+from upcycle_bench.evaluation.texts import class_embeddings, classification_task, retrieval_tasks
 from upcycle_bench.hookspecs import hookimpl
-from upcycle_bench.scoring import Judged, Task, exact_cosines, fit_scale, judge, judged_metrics
 from upcycle_bench.suite import AVERAGE, EvalContext, Score, Suite, SuiteInfo, SuiteResult
-from upcycle_bench.texts import class_embeddings, classification_task, retrieval_tasks
+from upcycle_bench.util import uncertainty
+from upcycle_bench.util.errors import UserError, unknown
 
 TOP_K = {
     "classification": {1: "acc1", 5: "acc5"},

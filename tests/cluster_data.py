@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from tests.helpers import captions
-from upcycle_bench.registry import load_registry
-from upcycle_bench.rng import Stream
-from upcycle_bench.strategy import FFN, Layer, LayerInit
-from upcycle_bench.symmetric import Factors, decompose
+from upcycle_bench.model.ffn import FFN, Layer, LayerInit
+from upcycle_bench.planning.registry import load_registry
+from upcycle_bench.upcycling.symmetric import Factors, decompose
+from upcycle_bench.util.rng import Stream
 
 ClusterAware = load_registry().strategies["cluster-aware"].target
 STREAM = Stream(("test", 0))

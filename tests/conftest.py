@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from upcycle_bench.cache import cache_root
+from upcycle_bench.util.cache import cache_root
 
 REAL_CACHE = cache_root()  # the user's own, before the tests get theirs
 
@@ -52,17 +52,17 @@ def quick_flags() -> list[str]:
 @pytest.fixture(scope="module")
 def session() -> Iterator[None]:
     """A training session of one thread, for all tests of a file."""
-    from upcycle_bench import engine
+    from upcycle_bench.training import session as engine
 
-    with engine.session(threads=1):
+    with engine.open_session(threads=1):
         yield
 
 
 @pytest.fixture(scope="module")
 def pairs() -> Any:
     """The digits' training pairs, as `smoke` reads them: a PairDataset."""
-    from upcycle_bench.data import PairDataset
-    from upcycle_bench.dense import create_clip
-    from upcycle_bench.worlds import load_world
+    from upcycle_bench.data.pairs import PairDataset
+    from upcycle_bench.data.worlds import load_world
+    from upcycle_bench.model.clip import create_clip
 
     return PairDataset(load_world("digits", 0).train_shards, create_clip("smoke-vit"))

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from upcycle_bench.cache import cache_root
-from upcycle_bench.worlds import lab
+from upcycle_bench.data.worlds import lab
+from upcycle_bench.util.cache import cache_root
 
 COLUMNS, CELL, LABEL = 22, 38, 250
 TRAINING_ROWS = 4

@@ -10,14 +10,15 @@ from pathlib import Path
 
 import typer
 
-from upcycle_bench import formats, leaderboard, record
+from upcycle_bench import record
 from upcycle_bench.cli import app
 from upcycle_bench.cli.listing import rows
-from upcycle_bench.cluster import bills
-from upcycle_bench.formats import markdown_table as table
-from upcycle_bench.leaderboard import Board, SeedMean
+from upcycle_bench.planning.cluster_cost import bills
+from upcycle_bench.planning.registry import load_registry
 from upcycle_bench.protocol import load_protocol
-from upcycle_bench.registry import load_registry
+from upcycle_bench.reporting import formats, leaderboard
+from upcycle_bench.reporting.formats import markdown_table as table
+from upcycle_bench.reporting.leaderboard import Board, SeedMean
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -196,7 +197,7 @@ def all_suites() -> str:
 
 
 def cluster() -> str:
-    """What the published protocols would take on 64 GPUs, by `upcycle_bench.cluster`."""
+    """What the published protocols would take on 64 GPUs, by `upcycle_bench.planning.cluster_cost`."""
     registry = load_registry()
     dense, sparse = (registry.get("strategy", name).target() for name in ("dense", "sparse-upcycling"))
     lines = []

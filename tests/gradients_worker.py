@@ -8,21 +8,22 @@ import sys
 import torch
 import torch.distributed as dist
 
-from upcycle_bench import distributed, engine
-from upcycle_bench.costs import Meter
-from upcycle_bench.data import PairDataset
-from upcycle_bench.dense import create_clip
-from upcycle_bench.job import Job
-from upcycle_bench.moe import moe_layers
+from upcycle_bench.data.pairs import PairDataset
+from upcycle_bench.model.clip import create_clip
+from upcycle_bench.model.moe import moe_layers
+from upcycle_bench.model.weights import EXPERT_KEY
 from upcycle_bench.planning.plan import make_plan
-from upcycle_bench.progress import Reporter
+from upcycle_bench.planning.registry import load_registry
 from upcycle_bench.protocol import load_protocol
-from upcycle_bench.registry import load_registry
-from upcycle_bench.rng import Stream
-from upcycle_bench.step0 import initialise
+from upcycle_bench.training import session
+from upcycle_bench.training.job import Job
 from upcycle_bench.training.loop import create_engine
 from upcycle_bench.training.step import Features, compute_losses
-from upcycle_bench.weights import EXPERT_KEY
+from upcycle_bench.upcycling.starting_model import initialise
+from upcycle_bench.util import distributed
+from upcycle_bench.util.meter import Meter
+from upcycle_bench.util.progress import Reporter
+from upcycle_bench.util.rng import Stream
 
 
 def main(output: str, ep_size: str, strategy: str) -> None:
@@ -31,7 +32,7 @@ def main(output: str, ep_size: str, strategy: str) -> None:
     overrides = [f"moe.ep_size={ep_size}", "moe.capacity_factor=8.0", "train.schedule.batch_size=32"]
     protocol = load_protocol(registry.get("protocol", "smoke").target, overrides)
     plan = make_plan(registry, strategy, protocol)
-    with engine.session(threads=1) as device:
+    with session.open_session(threads=1) as device:
         dense = create_clip(protocol.model, seed=3)
         data = PairDataset(plan.world.train_shards, dense, protocol.train.schedule.augmentation)
         model, _ = initialise(

@@ -1,4 +1,4 @@
-"""A tiny CLIP, data for it, and a strategy's work on it by the steps of `upcycle_bench.initialise.make_experts`.
+"""A tiny CLIP, data for it, and a strategy's work on it by the steps of `upcycling.initialise.make_experts`.
 
 Shape suffixes: B batch, L sequence, T tokens, D width, H hidden width, N experts.
 """
@@ -18,17 +18,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from upcycle_bench.calibration import calibrate
-from upcycle_bench.data import Batch
-from upcycle_bench.dense import Clip, create_clip
-from upcycle_bench.initialise import make_dense
-from upcycle_bench.moe import MoEFFN
+from upcycle_bench.data.pairs import Batch
+from upcycle_bench.model.clip import Clip, create_clip
+from upcycle_bench.model.ffn import FFN, Layer, LayerInit
+from upcycle_bench.model.moe import MoEFFN
+from upcycle_bench.model.surgery import find_layers, put_experts
+from upcycle_bench.planning.registry import load_registry
 from upcycle_bench.protocol import MoE, load_protocol
-from upcycle_bench.registry import load_registry
-from upcycle_bench.rng import Stream
-from upcycle_bench.strategy import FFN, Layer, LayerInit, Strategy, resolve_moe
-from upcycle_bench.surgery import find_layers, upcycle
-from upcycle_bench.workshop import Workshop
+from upcycle_bench.strategy import Strategy, resolve_moe
+from upcycle_bench.upcycling.calibration import calibrate
+from upcycle_bench.upcycling.initialise import make_dense
+from upcycle_bench.upcycling.preparation import TrainingWorkshop
+from upcycle_bench.util.rng import Stream
 
 START_OF_TEXT, END_OF_TEXT = 49406, 49407  # CLIP's tokenizer
 MODEL = "smoke-vit"
@@ -105,7 +106,7 @@ class TinyPairs:
             yield Batch(images[index], texts[index], index)
 
 
-class TinyWorkshop(Workshop):
+class TinyWorkshop(TrainingWorkshop):
     """A workshop without an engine: training is noise on the chosen parameters, drawn for the name and the rows."""
 
     def __init__(self, clip: Clip, moe: MoE, rng: Stream) -> None:
@@ -201,7 +202,7 @@ def upcycled(strategy: Strategy, clip: Clip, seed: int, moe: MoE | None = None) 
     if not strategy.replaces_ffn:
         return replace(clip, model=make_dense(strategy, clip.model, own, seed))
     made = initialise(strategy, clip, seed, moe=moe)
-    return replace(clip, model=upcycle(made.model, made.inits, own))
+    return replace(clip, model=put_experts(made.model, made.inits, own))
 
 
 def features(model: nn.Module, images: Tensor, texts: Tensor) -> Tensor:

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from upcycle_bench import protocol
-from upcycle_bench.dense import model_config
-from upcycle_bench.moe import MoEFFN
-from upcycle_bench.padding import Padding
-from upcycle_bench.registry import load_registry
-from upcycle_bench.rng import Stream
-from upcycle_bench.strategy import FFN, Layer, LayerInit
-from upcycle_bench.surgery import find_layers, upcycle
+from upcycle_bench.model.clip import model_config
+from upcycle_bench.model.ffn import FFN, Layer, LayerInit
+from upcycle_bench.model.moe import MoEFFN
+from upcycle_bench.model.padding import Padding
+from upcycle_bench.model.surgery import find_layers, put_experts
+from upcycle_bench.planning.registry import load_registry
+from upcycle_bench.util.rng import Stream
 
 MOE = protocol.MoE(
     experts=8,
@@ -54,7 +54,7 @@ def sparse_inits(dense: nn.Module, moe: protocol.MoE, router_init: str = "deepsp
 def upcycled(dense: nn.Module, moe: protocol.MoE = MOE, **changes: Any) -> Any:
     """The dense model after sparse upcycling, under `moe` with `changes`."""
     moe = protocol.MoE(**(moe.model_dump() | changes))
-    return upcycle(dense, sparse_inits(dense, moe), moe)
+    return put_experts(dense, sparse_inits(dense, moe), moe)
 
 
 def create_dense(config: Mapping[str, Any] | str = SIX_LAYERS, seed: int = 0, **changes: Any) -> Any:

@@ -23,16 +23,16 @@ from torch import Tensor
 import upcycle_bench
 from tests.helpers import MODEL, equal, threads, tiny_batches, tiny_clip
 from tests.moe_helpers import create_dense, inputs_for
-from upcycle_bench import weights
 from upcycle_bench.assets import MODELS
-from upcycle_bench.dense import create_clip
-from upcycle_bench.errors import UserError
-from upcycle_bench.moe import moe_layers
+from upcycle_bench.model import weights
+from upcycle_bench.model.clip import create_clip
+from upcycle_bench.model.moe import moe_layers
+from upcycle_bench.model.surgery import find_layers, merge
+from upcycle_bench.planning.registry import load_registry
 from upcycle_bench.protocol import PUBLISHED_MOE
-from upcycle_bench.registry import load_registry
 from upcycle_bench.strategy import Strategy
-from upcycle_bench.surgery import find_layers, merge
 from upcycle_bench.upcycling.from_checkpoint import moe_settings
+from upcycle_bench.util.errors import UserError
 
 STRATEGIES = sorted(  # those that train first are refused
     name

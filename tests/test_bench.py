@@ -14,9 +14,9 @@ from bench.report import KEYS, markdown, put_into, write_json
 from bench.rows import MEASURES, Row, Settings
 from bench.timing import Sample, interleave, ratio_row, seconds_row
 from tests.moe_helpers import assert_gradients, relative_error
-from upcycle_bench import engine
-from upcycle_bench.dense import create_clip
-from upcycle_bench.job import Job
+from upcycle_bench.model.clip import create_clip
+from upcycle_bench.training import session
+from upcycle_bench.training.job import Job
 
 ROW = Row(name="a / b", goal="<= 1.1", value=1.05, min=1.0, max=1.2, cpu=1.0, sides=(1.05, 1.0), floor=0.5)
 
@@ -120,7 +120,7 @@ def test_training_steps_agree() -> None:
     moe = training.lab_protocol().moe.model_copy(update={"capacity_factor": 8.0, "load_balance": 0.0})
     job = replace(smoke_job(), load_balance=0.0)
     batches = training.made_up_batches(create_clip("smoke-vit"), 12)
-    with engine.session(1):
+    with session.open_session(1):
         after = {}
         for name, kind, stage in (
             ("dense", training.our_step, 0),

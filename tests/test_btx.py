@@ -21,11 +21,11 @@ from tests.helpers import (
     upcycled,
 )
 from tests.literal import btx as literal
-from upcycle_bench.errors import UserError
-from upcycle_bench.registry import load_registry
-from upcycle_bench.rng import Stream
+from upcycle_bench.planning.registry import load_registry
 from upcycle_bench.strategies import btx
-from upcycle_bench.workshop import Groups
+from upcycle_bench.upcycling.preparation import Groups
+from upcycle_bench.util.errors import UserError
+from upcycle_bench.util.rng import Stream
 
 BTX = load_registry().strategies["btx"].target
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from upcycle_bench.cache import build_once, cache_root, locked
-from upcycle_bench.errors import UserError
+from upcycle_bench.util.cache import build_once, cache_root, locked
+from upcycle_bench.util.errors import UserError
 
 
 def test_cache_root_prefers_own_variable_then_xdg_then_home(monkeypatch, tmp_path):

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from tests.helpers import threads
 from tests.moe_helpers import END, MOE, captions, create_dense, inputs_for, upcycled
-from upcycle_bench.calibration import calibrate
-from upcycle_bench.moe import moe_layers
-from upcycle_bench.strategy import Layer
-from upcycle_bench.surgery import find_layers
+from upcycle_bench.model.ffn import Layer
+from upcycle_bench.model.moe import moe_layers
+from upcycle_bench.model.surgery import find_layers
+from upcycle_bench.upcycling.calibration import calibrate
 
 
 @pytest.fixture(autouse=True)

@@ -16,19 +16,22 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from tests.helpers import equal, threads, tiny_clip
-from upcycle_bench import api, certificate, control, evalset_write, evalsets, features
-from upcycle_bench.certificate import MARGIN, MOST, Reservoir, Witness, differences, routing_margin
+from upcycle_bench import api
 from upcycle_bench.cli.evaluate import show_certificate
-from upcycle_bench.costs import Meter
-from upcycle_bench.dense import Clip
-from upcycle_bench.errors import Unsound
+from upcycle_bench.data import evalset as evalsets
+from upcycle_bench.data import evalset_write
+from upcycle_bench.evaluation import certificate, features, shuffled_labels
+from upcycle_bench.evaluation.certificate import MARGIN, MOST, Reservoir, Witness, differences, routing_margin
 from upcycle_bench.evaluation.score import score
-from upcycle_bench.moe import moe_layers
-from upcycle_bench.progress import Reporter
+from upcycle_bench.model.clip import Clip
+from upcycle_bench.model.moe import moe_layers
 from upcycle_bench.record import CertificatePart
 from upcycle_bench.suite import EvalContext, Suite, SuiteInfo, SuiteResult
 from upcycle_bench.suites.few_shot import FewShot
 from upcycle_bench.suites.zero_shot import ZeroShot
+from upcycle_bench.util.errors import Unsound
+from upcycle_bench.util.meter import Meter
+from upcycle_bench.util.progress import Reporter
 
 NAMES = ("red", "green", "blue", "grey")
 SUITES = {"zero-shot": ZeroShot(sets=("colours", "pairs"), primary=("colours",))}
@@ -205,7 +208,7 @@ def test_leaking_labels_are_refused(root: Path, monkeypatch: pytest.MonkeyPatch)
                 embeddings_NC = context.model.encode_text(texts, normalize=True)[torch.as_tensor(labels)]  # type: ignore[operator]
         return embeddings_NC, labels
 
-    monkeypatch.setattr("upcycle_bench.texts.encode_images", leaking)
+    monkeypatch.setattr("upcycle_bench.evaluation.texts.encode_images", leaking)
     text = refused(root, tiny_clip())
     assert text.count("standard errors above") == 1
     assert re.search(
@@ -215,7 +218,7 @@ def test_leaking_labels_are_refused(root: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_features_of_another_model_in_the_cache_are_refused(root: Path, tmp_path: Path) -> None:
-    from upcycle_bench.cache import cache_root
+    from upcycle_bench.util.cache import cache_root
 
     task = {"pool": ("colours:train",), "test": ("colours",), "shots": (1,), "validation": 2}
     suites = {"few-shot": FewShot(tasks={"colours": task}, draws=1)}
@@ -236,7 +239,7 @@ def test_features_of_another_model_in_the_cache_are_refused(root: Path, tmp_path
 
 @pytest.mark.parametrize("part", ["classes", "texts"])
 def test_texts_of_another_model_in_the_cache_are_refused(root: Path, part: str) -> None:
-    from upcycle_bench.cache import cache_root
+    from upcycle_bench.util.cache import cache_root
 
     clip, meter, digest = tiny_clip(), Meter(torch.device("cpu")), f"{part} of"
     others, changed = set((cache_root() / "features").glob("*")), {}
@@ -310,7 +313,7 @@ def test_one_difference_may_be_traced_to_a_routing_margin(root: Path, scale: flo
     suites = {"zero-shot": ZeroShot(sets=("colours",), primary=("colours",))}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Reservoir, "chosen", _in_order)
-        patch.setattr(control, "score_shuffled", lambda *_: ([], "left out"))
+        patch.setattr(shuffled_labels, "score_shuffled", lambda *_: ([], "left out"))
         if sound:
             _, proof = evaluate(root, clip, suites)
             assert proof is not None
@@ -365,7 +368,7 @@ def test_the_reservoir_is_a_fair_sample() -> None:
 
 
 def test_labels_are_shuffled_and_balanced(root: Path, tmp_path: Path) -> None:
-    assert control.shuffled(root / "colours", tmp_path / "colours") == 120  # 40 of the first three
+    assert shuffled_labels.shuffled(root / "colours", tmp_path / "colours") == 120  # 40 of the first three
     made = evalsets.read(tmp_path / "colours", np.asarray, 200)
     ((images, labels),) = made.batches
     counts = np.bincount(labels)
@@ -377,7 +380,7 @@ def test_labels_are_shuffled_and_balanced(root: Path, tmp_path: Path) -> None:
     agree = np.mean(np.array(true)[labels] == tints)
     assert agree == pytest.approx(1 / len(counts), abs=0.12)  # 3 sigma
 
-    assert control.shuffled(root / "pairs", tmp_path / "pairs") == 200
+    assert shuffled_labels.shuffled(root / "pairs", tmp_path / "pairs") == 200
     ((images, captions),) = evalsets.read(tmp_path / "pairs", np.asarray, 200).batches
     ((originals, true_captions),) = evalsets.read(root / "pairs", np.asarray, 200).batches
     of_image = {image.tobytes(): texts for image, texts in zip(originals, true_captions, strict=True)}

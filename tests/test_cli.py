@@ -18,10 +18,11 @@ from upcycle_bench import __version__, cli
 from upcycle_bench.cli.common import interruptible, uncollected, warn_broken
 from upcycle_bench.cli.data import show_world
 from upcycle_bench.cli.tables import table
-from upcycle_bench.errors import UserError
-from upcycle_bench.files import file_sha256
-from upcycle_bench.progress import Reporter, TerminalReporter
-from upcycle_bench.worlds import World, load_world
+from upcycle_bench.data.world import World
+from upcycle_bench.data.worlds import load_world
+from upcycle_bench.util.errors import UserError
+from upcycle_bench.util.files import file_sha256
+from upcycle_bench.util.progress import Reporter, TerminalReporter
 
 
 def command(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
@@ -274,7 +275,7 @@ def test_an_interrupted_pretraining(
     def interrupted(*arguments: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("upcycle_bench.pretrain.pretrain", interrupted)
+    monkeypatch.setattr("upcycle_bench.training.pretrain.pretrain", interrupted)
     flags = ["--set", "dense.seed=77", "--set", f"train.checkpoint_every={every}"]
     assert call(monkeypatch, "pretrain", *QUICKER, *flags) == 130
     captured = capsys.readouterr()
@@ -293,7 +294,7 @@ def test_pretrain_with_local_data_and_two_ranks() -> None:
 def test_a_broken_plugin_is_named_and_list_still_works(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from upcycle_bench import registry
+    from upcycle_bench.planning import registry
 
     real = registry.load_registry()
     real.broken["outsider:bad"] = "ImportError: no"

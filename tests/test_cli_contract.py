@@ -12,8 +12,8 @@ import typer
 from upcycle_bench import api
 from upcycle_bench.cli import app
 from upcycle_bench.cli.upcycle import upcycle
+from upcycle_bench.planning.registry import load_registry
 from upcycle_bench.protocol import PUBLISHED_MOE, load_protocol
-from upcycle_bench.registry import load_registry
 
 ROOT = Path(__file__).parent.parent
 LONGEST = 40  # lines of a command below its signature

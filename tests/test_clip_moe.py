@@ -23,12 +23,12 @@ from tests.helpers import (
     tiny_clip,
     tiny_moe,
 )
-from upcycle_bench.errors import UserError
-from upcycle_bench.registry import load_registry
-from upcycle_bench.rng import Stream
+from upcycle_bench.model.ffn import Layer
+from upcycle_bench.model.surgery import put_experts
+from upcycle_bench.planning.registry import load_registry
 from upcycle_bench.strategies import clip_moe
-from upcycle_bench.strategy import Layer
-from upcycle_bench.surgery import upcycle
+from upcycle_bench.util.errors import UserError
+from upcycle_bench.util.rng import Stream
 
 ClipMoE = load_registry().strategies["clip-moe"].target
 CAPS = pytest.mark.parametrize("cap", [1, 2, 3, 7])
@@ -181,7 +181,7 @@ def test_c4_expert_0_is_dense_and_routed_to_alone_gives_the_dense_model() -> Non
         for expert, branch in zip(others, made.branches, strict=True):
             theirs = branch.get_submodule(layer.mlp_path).state_dict()
             assert equal(expert.state_dict(), theirs) and not equal(theirs, dense)
-    model = upcycle(made.model, made.inits, tiny_moe(top_k=1))
+    model = put_experts(made.model, made.inits, tiny_moe(top_k=1))
     force_expert_0(model)
     batch = tiny_batches(clip, seed=5)[0]
     assert_close(features(model, *batch), features(clip.model, *batch), rtol=1e-5, atol=1e-5)
@@ -189,7 +189,7 @@ def test_c4_expert_0_is_dense_and_routed_to_alone_gives_the_dense_model() -> Non
 
 def force_expert_0(model: Any) -> None:
     """Replace what the gates say: all tokens to expert 0 with weight 1."""
-    from upcycle_bench.moe import moe_layers
+    from upcycle_bench.model.moe import moe_layers
 
     def only_0(_module: Any, _args: Any, routes: tuple[Any, ...]) -> tuple[Any, ...]:
         l_aux, capacity, experts, index_KT, location_KT, gates_KT, counts = routes

@@ -2,11 +2,11 @@
 
 import pytest
 
-from upcycle_bench.cluster import Cluster, bills
-from upcycle_bench.costs import estimate
-from upcycle_bench.errors import UserError
+from upcycle_bench.planning.cluster_cost import Cluster, bills
+from upcycle_bench.planning.estimate import estimate
+from upcycle_bench.planning.registry import load_registry
 from upcycle_bench.protocol import load_protocol
-from upcycle_bench.registry import load_registry
+from upcycle_bench.util.errors import UserError
 
 REGISTRY = load_registry()
 DENSE, SPARSE = (REGISTRY.get("strategy", name).target() for name in ("dense", "sparse-upcycling"))

@@ -17,11 +17,12 @@ from torch import Tensor
 from tests.cluster_data import STREAM, ClusterAware, layer_of, make, relative, truncate, two_paddings, w1
 from tests.helpers import cones, features, initialise, orthonormal, random_ffn, threads, tiny_clip, tiny_moe
 from tests.literal import cluster_aware as literal
-from upcycle_bench.errors import UserError
-from upcycle_bench.moe import moe_layers
-from upcycle_bench.registry import load_registry
-from upcycle_bench.strategy import FFN, configure
-from upcycle_bench.surgery import upcycle
+from upcycle_bench.model.ffn import FFN
+from upcycle_bench.model.moe import moe_layers
+from upcycle_bench.model.surgery import put_experts
+from upcycle_bench.planning.registry import load_registry
+from upcycle_bench.strategy import configure
+from upcycle_bench.util.errors import UserError
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -148,7 +149,7 @@ def test_notes_say_what_was_done() -> None:
 def test_a_model_from_cluster_aware_differs_from_dense_but_is_near() -> None:
     clip = tiny_clip()
     made = initialise(ClusterAware(tau=0.99), clip, seed=0)
-    model = upcycle(clip.model, copy.deepcopy(made.inits), tiny_moe())
+    model = put_experts(clip.model, copy.deepcopy(made.inits), tiny_moe())
     text_BL, _, _ = two_paddings(clip)
     images = torch.randn(48, 3, *clip.model.visual.image_size, generator=torch.Generator().manual_seed(0))
     drift = relative(features(model, images, text_BL), features(clip.model, images, text_BL))
@@ -234,7 +235,7 @@ def test_cluster_only_is_cluster_aware_without_its_loss() -> None:
     assert all(torch.equal(w1(a), w1(b)) for a, b in zip(both.experts, only.experts, strict=True))
     made, other = (initialise(strategy(), tiny_clip(), 0).inits for strategy in (ClusterOnly, ClusterAware))
     assert all(torch.equal(made[name].router_ND, other[name].router_ND) for name in made)  # in a run as well
-    layers = moe_layers(upcycle(tiny_clip().model, made, tiny_moe()))
+    layers = moe_layers(put_experts(tiny_clip().model, made, tiny_moe()))
     assert ClusterOnly().loss(layers, STREAM) is None
     assert ClusterAware().loss(layers, STREAM) is not None
     own = {field.name for field in fields(ClusterOnly)}
@@ -249,7 +250,7 @@ def test_eesd_only_is_sparse_upcycling_with_cluster_awares_loss() -> None:
     assert torch.equal(made.router_ND, copies.router_ND)
     for a, b in zip(made.experts, copies.experts, strict=True):
         assert all(map(torch.equal, a.state_dict().values(), b.state_dict().values()))
-    layers = moe_layers(upcycle(tiny_clip().model, initialise(EESDOnly(), tiny_clip(), 0).inits, tiny_moe()))
+    layers = moe_layers(put_experts(tiny_clip().model, initialise(EESDOnly(), tiny_clip(), 0).inits, tiny_moe()))
     assert type(EESDOnly().loss(layers, STREAM)) is type(ClusterAware().loss(layers, STREAM))
     loss_options = {field.name for field in fields(ClusterAware) if field.name.startswith("eesd_")}
     assert {field.name for field in fields(EESDOnly)} == loss_options | {"router_init"}

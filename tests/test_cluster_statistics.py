@@ -27,13 +27,13 @@ from tests.helpers import (
     tiny_moe,
 )
 from tests.literal import cluster_aware as literal
-from upcycle_bench.calibration import calibrate
-from upcycle_bench.errors import UserError
-from upcycle_bench.flops import counted_flops
-from upcycle_bench.moe import MoEFFN, moe_layers
-from upcycle_bench.rng import Stream
-from upcycle_bench.strategy import FFN
-from upcycle_bench.surgery import find_layers, upcycle
+from upcycle_bench.model.ffn import FFN
+from upcycle_bench.model.moe import MoEFFN, moe_layers
+from upcycle_bench.model.surgery import find_layers, put_experts
+from upcycle_bench.upcycling.calibration import calibrate
+from upcycle_bench.util.errors import UserError
+from upcycle_bench.util.flops import counted_flops
+from upcycle_bench.util.rng import Stream
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -77,7 +77,7 @@ def test_k7_on_the_calibration_tokens_of_a_clip() -> None:
     clip = tiny_clip()
     strategy = ClusterAware()
     made = initialise(strategy, clip, seed=0)
-    model = upcycle(clip.model, made.inits, tiny_moe()).eval()
+    model = put_experts(clip.model, made.inits, tiny_moe()).eval()
     for name, layer in moe_layers(model).items():
         # The same tokens go once more through the dense model, and to this layer's gate.
         counts_E = torch.zeros(4, dtype=torch.long)

@@ -16,9 +16,9 @@ from torch.testing import assert_close
 
 from tests.helpers import cones, orthonormal, threads
 from tests.literal import cluster_aware as literal
-from upcycle_bench.clustering import principal_directions, spherical_kmeans
-from upcycle_bench.errors import UserError
-from upcycle_bench.rng import Stream
+from upcycle_bench.upcycling.clustering import principal_directions, spherical_kmeans
+from upcycle_bench.util.errors import UserError
+from upcycle_bench.util.rng import Stream
 
 STREAM = Stream(("test", 0))
 

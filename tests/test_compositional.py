@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from PIL import Image
 from pydantic import ValidationError
 
-from upcycle_bench import evalset_write
-from upcycle_bench.errors import UserError
+from upcycle_bench.data import evalset_write
 from upcycle_bench.suite import EvalContext, SuiteResult
 from upcycle_bench.suites.compositional import CHANCE, Compositional, judge_pairs
+from upcycle_bench.util.errors import UserError
 
 
 class Coloured(torch.nn.Module):

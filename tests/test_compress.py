@@ -15,13 +15,14 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from tests.helpers import threads, tiny_clip, tiny_moe, upcycled
-from upcycle_bench import record, weights
+from upcycle_bench import record
 from upcycle_bench.cli import app
-from upcycle_bench.compress import Quantise, Sparsify, compress
-from upcycle_bench.errors import UserError
-from upcycle_bench.moe import moe_layers
-from upcycle_bench.registry import load_registry
-from upcycle_bench.rng import Stream
+from upcycle_bench.model import weights
+from upcycle_bench.model.compress import Quantise, Sparsify, compress
+from upcycle_bench.model.moe import moe_layers
+from upcycle_bench.planning.registry import load_registry
+from upcycle_bench.util.errors import UserError
+from upcycle_bench.util.rng import Stream
 
 MATRIX = 64 * 256  # of smoke-vit's FFNs
 STREAM = Stream(("test", 0))

@@ -33,14 +33,15 @@ from tests.helpers import (
     tiny_moe,
     upcycled,
 )
-from upcycle_bench.dense import Clip
-from upcycle_bench.errors import UserError
-from upcycle_bench.initialise import CalibrationSource, make_dense, make_experts
-from upcycle_bench.moe import moe_layers
-from upcycle_bench.registry import load_registry
-from upcycle_bench.rng import Stream
-from upcycle_bench.strategy import FFN, Status, Strategy, StrategyInfo, configure, resolve_moe
-from upcycle_bench.surgery import find_layers
+from upcycle_bench.model.clip import Clip
+from upcycle_bench.model.ffn import FFN
+from upcycle_bench.model.moe import moe_layers
+from upcycle_bench.model.surgery import find_layers
+from upcycle_bench.planning.registry import load_registry
+from upcycle_bench.strategy import Status, Strategy, StrategyInfo, configure, resolve_moe
+from upcycle_bench.upcycling.initialise import CalibrationSource, make_dense, make_experts
+from upcycle_bench.util.errors import UserError
+from upcycle_bench.util.rng import Stream
 
 REGISTRY = load_registry()
 
@@ -345,7 +346,7 @@ def test_every_parameter_is_accounted_for(strategy: Strategy) -> None:
         return
     layers = moe_layers(model)
     assert list(layers) == [layer.name for layer in initialise(strategy, clip, seed=0).layers]
-    prefixes = tuple(f"{layer.layer.mlp_path}." for layer in layers.values())
+    prefixes = tuple(f"{layer.place.mlp_path}." for layer in layers.values())
     kept = {key for key in dense if not key.startswith(prefixes)}
     assert {key for key in ours if not key.startswith(prefixes)} == kept
     for key in kept:

@@ -14,13 +14,14 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from tests.helpers import contrastive_loss, equal, features, threads, tiny_batches, tiny_clip, tiny_moe, upcycled
-from upcycle_bench import trained, weights
-from upcycle_bench.dense import Clip
-from upcycle_bench.moe import moe_layers
-from upcycle_bench.registry import load_registry
-from upcycle_bench.rng import Stream
+from upcycle_bench.model import weights
+from upcycle_bench.model.clip import Clip
+from upcycle_bench.model.moe import moe_layers
+from upcycle_bench.model.surgery import merge
+from upcycle_bench.planning.registry import load_registry
 from upcycle_bench.strategy import ExtraLoss, Strategy, configure, resolve_moe
-from upcycle_bench.surgery import merge
+from upcycle_bench.training import finished
+from upcycle_bench.util.rng import Stream
 
 REGISTRY = load_registry()
 
@@ -90,7 +91,7 @@ def test_everything_trains(strategy: Strategy) -> None:
     trained = 0
     for name, layer in layers.items():
         assert layer.gate.wg.weight.grad.any(dim=1).all(), name  # every row, if only by the load-balancing loss
-        reaching_T = reaching(model, layer.layer, text_BL)
+        reaching_T = reaching(model, layer.place, text_BL)
         for number, expert in enumerate(layer.experts):
             gradients = [p.grad for p in expert.parameters() if p.grad is not None]
             if (routes[name] == number)[:, reaching_T].any():  # dropped choices are -1
@@ -161,7 +162,7 @@ def test_merged_experts_compute_the_same_and_stand_alone(strategy: Strategy) -> 
     assert len({p.untyped_storage().data_ptr() for p in experts}) == len(experts)
     assert not [expert for layer in moe_layers(model).values() for expert in layer.experts if hasattr(expert, "merged")]
     if any(hasattr(expert, "merged") for expert in before):
-        assert trained.can_be_rebuilt(model, clip.model)
+        assert finished.can_be_rebuilt(model, clip.model)
 
 
 def test_round_trips(strategy: Strategy, tmp_path: Path) -> None:
@@ -184,4 +185,4 @@ def test_round_trips(strategy: Strategy, tmp_path: Path) -> None:
     assert torch.equal(features(loaded.model, *batch), expected)
     assert len(moe_layers(loaded.model)) == len(moe_layers(made.model))
     assert weights.save(loaded, moe, tmp_path) == digest  # same content, same name
-    assert trained.can_be_rebuilt(made.model, clip.model)
+    assert finished.can_be_rebuilt(made.model, clip.model)

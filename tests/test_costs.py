@@ -7,22 +7,16 @@ from typing import Any
 import pytest
 import torch
 
-from upcycle_bench.costs import (
-    Meter,
-    dense_forward_flops,
-    estimate,
-    estimate_seconds,
-    high_water,
-    parameter_counts,
-    peak_memory,
-    unequal_shape,
-)
-from upcycle_bench.dense import create_clip
+from upcycle_bench.model.clip import create_clip
+from upcycle_bench.model.ffn import FFN
+from upcycle_bench.model.moe import parameter_counts
+from upcycle_bench.model.surgery import find_layers, put_experts
+from upcycle_bench.planning.estimate import dense_forward_flops, estimate, estimate_seconds, unequal_shape
+from upcycle_bench.planning.registry import load_registry
 from upcycle_bench.protocol import load_protocol
-from upcycle_bench.registry import load_registry
-from upcycle_bench.rng import Stream
-from upcycle_bench.strategy import FFN, Strategy, resolve_moe
-from upcycle_bench.surgery import find_layers, upcycle
+from upcycle_bench.strategy import Strategy, resolve_moe
+from upcycle_bench.util.meter import Meter, high_water, peak_memory
+from upcycle_bench.util.rng import Stream
 
 REGISTRY = load_registry()
 PROTOCOLS = {name: load_protocol(entry.target) for name, entry in REGISTRY.protocols.items()}
@@ -133,7 +127,7 @@ def test_the_estimate_is_what_the_model_has(protocol: str, name: str, options: d
         for layer in find_layers(dense, moe):
             ffn = FFN.of(dense.get_submodule(layer.mlp_path))
             inits[layer.name] = made.init_layer(ffn, layer, None, Stream(("test", 0)))
-        model = upcycle(dense, inits, moe)
+        model = put_experts(dense, inits, moe)
     else:
         model = dense
         for layer in find_layers(dense, moe):

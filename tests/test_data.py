@@ -9,11 +9,12 @@ import pytest
 import torch
 from PIL import Image
 
-from upcycle_bench.data import PairDataset, PickedBatches, expand_shards, shards_digest
-from upcycle_bench.dense import Clip, create_clip
-from upcycle_bench.errors import UserError
-from upcycle_bench.labelled import Labelled
-from upcycle_bench.rng import Stream
+from upcycle_bench.data.labelled import Labelled
+from upcycle_bench.data.pairs import PairDataset, PickedBatches
+from upcycle_bench.data.shards import expand_shards, shards_digest
+from upcycle_bench.model.clip import Clip, create_clip
+from upcycle_bench.util.errors import UserError
+from upcycle_bench.util.rng import Stream
 
 
 @pytest.fixture(scope="module")

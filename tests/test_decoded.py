@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from tests.test_data import write_tar
-from upcycle_bench import decoded as module
-from upcycle_bench.data import PairDataset
-from upcycle_bench.decoded import Decoded, decoded
-from upcycle_bench.dense import Clip, create_clip
-from upcycle_bench.rng import Stream
+from upcycle_bench.data import decoded as module
+from upcycle_bench.data.decoded import Decoded, decoded
+from upcycle_bench.data.pairs import PairDataset
+from upcycle_bench.model.clip import Clip, create_clip
+from upcycle_bench.util.rng import Stream
 
 
 @pytest.fixture(scope="module")

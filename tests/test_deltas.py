@@ -10,9 +10,9 @@ import torch
 from torch.testing import assert_close
 
 from tests.helpers import dense_forward, random_ffn
-from upcycle_bench import draws
-from upcycle_bench.deltas import DeltaExpert, LowRank
-from upcycle_bench.rng import Stream
+from upcycle_bench.upcycling import draws
+from upcycle_bench.upcycling.deltas import DeltaExpert, LowRank
+from upcycle_bench.util.rng import Stream
 
 RNG = Stream(("test", 0))
 HIDDEN, WIDTH = 12, 6

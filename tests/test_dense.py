@@ -7,8 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from upcycle_bench.dense import create_clip, model_config
-from upcycle_bench.errors import UserError
+from upcycle_bench.model.clip import create_clip, model_config
+from upcycle_bench.util.errors import UserError
 
 
 def test_a_checkpoint_is_loaded_whole(tmp_path: Path) -> None:

@@ -12,10 +12,10 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from tests.helpers import dense_forward, moe_layer, random_ffn
-from upcycle_bench.errors import UserError
-from upcycle_bench.registry import load_registry
-from upcycle_bench.rng import Stream
-from upcycle_bench.strategy import FFN, Layer, LayerInit
+from upcycle_bench.model.ffn import FFN, Layer, LayerInit
+from upcycle_bench.planning.registry import load_registry
+from upcycle_bench.util.errors import UserError
+from upcycle_bench.util.rng import Stream
 
 STRATEGIES = {name: entry.target for name, entry in load_registry().strategies.items() if name.startswith("ders")}
 BOTH = pytest.mark.parametrize("name", ["ders-lm", "ders-sm"])

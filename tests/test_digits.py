@@ -8,9 +8,10 @@ import pytest
 import webdataset
 from torchvision.transforms.functional import pil_to_tensor
 
-from upcycle_bench import evalsets
-from upcycle_bench.errors import UserError
-from upcycle_bench.worlds import digits, load_world, open_world
+from upcycle_bench.data import evalset
+from upcycle_bench.data.world import open_world
+from upcycle_bench.data.worlds import digits, load_world
+from upcycle_bench.util.errors import UserError
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +27,7 @@ def training_samples(world) -> list[tuple[np.ndarray, list[str]]]:
 
 
 def evaluation_samples(world, name: str) -> list[tuple[np.ndarray, object]]:
-    batches = evalsets.read(world.eval_root / name, pil_to_tensor, batch_size=64).batches
+    batches = evalset.read(world.eval_root / name, pil_to_tensor, batch_size=64).batches
     return [(x.numpy().transpose(1, 2, 0), y) for images, ys in batches for x, y in zip(images, ys, strict=True)]
 
 

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.helpers import heed_interrupts
-from upcycle_bench.cache import cache_root
+from upcycle_bench.util.cache import cache_root
 
 WORKER = Path(__file__).with_name("gradients_worker.py")
 

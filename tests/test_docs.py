@@ -13,10 +13,10 @@ from tests.generate_docs import FIGURE, MARK, PARTS, ROOT, caption, draw, genera
 from upcycle_bench import record
 from upcycle_bench.cli import app
 from upcycle_bench.plan import make_plan
-from upcycle_bench.progress import Reporter
+from upcycle_bench.planning.registry import Registry, load_registry
 from upcycle_bench.protocol import load_protocol
-from upcycle_bench.registry import Registry, load_registry
 from upcycle_bench.run import run
+from upcycle_bench.util.progress import Reporter
 
 DOCS = ROOT / "docs"
 DOCUMENTS = [

@@ -15,13 +15,13 @@ import pytest
 import torch
 from rich.console import Console
 
-from upcycle_bench import registry
 from upcycle_bench.cli import doctor
 from upcycle_bench.cli.doctor import Check, checks, healthy, render, to_json
-from upcycle_bench.errors import UserError
-from upcycle_bench.progress import Reporter
-from upcycle_bench.registry import Registry
-from upcycle_bench.worlds import icons, lab
+from upcycle_bench.data.worlds import icons, lab
+from upcycle_bench.planning import registry
+from upcycle_bench.planning.registry import Registry
+from upcycle_bench.util.errors import UserError
+from upcycle_bench.util.progress import Reporter
 
 
 def check(name: str) -> Check:

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from upcycle_bench import draws
-from upcycle_bench.rng import Stream
+from upcycle_bench.upcycling import draws
+from upcycle_bench.util.rng import Stream
 
 RNG = Stream(("test", 0))
 SIGMAS = 5

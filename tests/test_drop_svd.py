@@ -16,12 +16,13 @@ from torch.testing import assert_close
 
 from tests.helpers import dense_forward, moe_layer, orthonormal, random_ffn, tiny_clip, tiny_moe
 from tests.literal import drop_svd as literal
-from upcycle_bench.errors import UserError
-from upcycle_bench.initialise import make_experts
-from upcycle_bench.registry import load_registry
-from upcycle_bench.rng import Stream
-from upcycle_bench.strategy import FFN, Layer, LayerInit, configure
-from upcycle_bench.surgery import find_layers
+from upcycle_bench.model.ffn import FFN, Layer, LayerInit
+from upcycle_bench.model.surgery import find_layers
+from upcycle_bench.planning.registry import load_registry
+from upcycle_bench.strategy import configure
+from upcycle_bench.upcycling.initialise import make_experts
+from upcycle_bench.util.errors import UserError
+from upcycle_bench.util.rng import Stream
 
 DropSVD = load_registry().strategies["drop-svd"].target
 HIDDEN, WIDTH = 64, 16

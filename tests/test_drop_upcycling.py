@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from tests.helpers import dense_forward, moe_layer, random_ffn
-from upcycle_bench.registry import load_registry
-from upcycle_bench.rng import Stream
-from upcycle_bench.strategy import FFN, Layer, LayerInit
+from upcycle_bench.model.ffn import FFN, Layer, LayerInit
+from upcycle_bench.planning.registry import load_registry
+from upcycle_bench.util.rng import Stream
 
 DropUpcycling = load_registry().strategies["drop-upcycling"].target
 BOTH = pytest.mark.parametrize("shared_indices", [True, False])

@@ -16,9 +16,9 @@ from torch.testing import assert_close
 from tests.cluster_data import STREAM, ClusterAware, relative, tokens, two_paddings
 from tests.helpers import initialise, moe_layer, random_ffn, threads, tiny_clip, tiny_moe
 from tests.literal import moe_layer as literal_moe
-from upcycle_bench.moe import MoEFFN, moe_layers
-from upcycle_bench.strategy import LayerInit
-from upcycle_bench.surgery import upcycle
+from upcycle_bench.model.ffn import LayerInit
+from upcycle_bench.model.moe import MoEFFN, moe_layers
+from upcycle_bench.model.surgery import put_experts
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -315,8 +315,8 @@ def test_k9_padding_does_not_influence_eesd() -> None:
     *texts, lengths = two_paddings(clip)
     made = initialise(ClusterAware(), clip, seed=0)
     moe = tiny_moe(capacity_factor=1.0)  # with drops: padding must not take anyone's place
-    model = upcycle(clip.model, made.inits, moe).train()
-    layers = {name: layer for name, layer in moe_layers(model).items() if layer.layer.tower == "text"}
+    model = put_experts(clip.model, made.inits, moe).train()
+    layers = {name: layer for name, layer in moe_layers(model).items() if layer.place.tower == "text"}
     loss = distil(layers)
     values, gradients = [], []
     for text_BL in texts:

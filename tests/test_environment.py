@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from upcycle_bench import environment
-from upcycle_bench.environment import capture, cpu_name, git_state, installed_version
+from upcycle_bench.util import environment
+from upcycle_bench.util.environment import capture, cpu_name, git_state, installed_version
 
 
 def git(folder: Path, *arguments: str) -> str:

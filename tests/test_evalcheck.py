@@ -12,9 +12,9 @@ from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor
 from typer.testing import CliRunner
 
-from upcycle_bench import evalcheck, evalset_write, evalsets
 from upcycle_bench.cli import app
-from upcycle_bench.errors import UserError
+from upcycle_bench.data import evalset, evalset_check, evalset_write
+from upcycle_bench.util.errors import UserError
 
 
 def pictures(count: int) -> list[Image.Image]:
@@ -79,7 +79,7 @@ def test_one_bad_set_is_status_1_and_named(sets: Path) -> None:
 def test_a_folder_without_sets_is_no_input(sets: Path, tmp_path: Path) -> None:
     for folder, message in ((sets / "ab" / "test", "holds none"), (tmp_path / "nowhere", "no such folder")):
         with pytest.raises(UserError, match=message):
-            evalcheck.find(folder)
+            evalset_check.find(folder)
 
 
 @pytest.mark.parametrize(
@@ -110,9 +110,9 @@ def test_a_folder_without_sets_is_no_input(sets: Path, tmp_path: Path) -> None:
 )
 def test_bad_samples(sets: Path, members: dict[str, bytes], problems: list[str]) -> None:
     shard(sets / "ab" / "test" / "0.tar", members)
-    assert evalcheck.check(sets / "ab").problems == problems
+    assert evalset_check.check(sets / "ab").problems == problems
     if not problems:  # and so it is read
-        ((images, labels),) = evalsets.read(sets / "ab", pil_to_tensor, batch_size=4).batches
+        ((images, labels),) = evalset.read(sets / "ab", pil_to_tensor, batch_size=4).batches
         assert (images.shape, list(labels)) == ((1, 3, 6, 6), [1])
 
 
@@ -138,12 +138,12 @@ def npy(values: object) -> bytes:
 def test_multilabel_vectors(tmp_path: Path, vector: bytes | None, problem: str) -> None:
     samples = zip(pictures(3), [(0, 1), (1, 2), ()], strict=True)
     evalset_write.write_multilabel(tmp_path / "many", samples, ("a", "b", "c"), ("{c}",))
-    report = evalcheck.check(tmp_path / "many")
+    report = evalset_check.check(tmp_path / "many")
     assert (report.kind, report.samples, report.classes, report.rarest) == ("multilabel", {"test": 3}, 3, {"test": 1})
     assert report.problems == []
     members = {"x.png": PNG} | ({} if vector is None else {"x.npy": vector})
     shard(tmp_path / "many" / "test" / "0.tar", members)
-    assert evalcheck.check(tmp_path / "many").problems == ([f"test/0.tar: x: {problem}."] if problem else [])
+    assert evalset_check.check(tmp_path / "many").problems == ([f"test/0.tar: x: {problem}."] if problem else [])
 
 
 @pytest.mark.parametrize(
@@ -157,7 +157,7 @@ def test_multilabel_vectors(tmp_path: Path, vector: bytes | None, problem: str) 
 )
 def test_bad_captions(sets: Path, text: bytes | None, problem: str) -> None:
     shard(sets / "words" / "test" / "0.tar", {"x.png": PNG} | ({} if text is None else {"x.txt": text}))
-    assert evalcheck.check(sets / "words").problems == [f"test/0.tar: x: {problem}."]
+    assert evalset_check.check(sets / "words").problems == [f"test/0.tar: x: {problem}."]
 
 
 @pytest.mark.parametrize(
@@ -181,7 +181,7 @@ def test_bad_captions(sets: Path, text: bytes | None, problem: str) -> None:
 def test_bad_files(sets: Path, name: str, text: str | bytes | None, problem: str) -> None:
     path = sets / "ab" / name
     path.unlink() if text is None else path.write_bytes(text if isinstance(text, bytes) else text.encode())
-    first, *others = evalcheck.check(sets / "ab").problems
+    first, *others = evalset_check.check(sets / "ab").problems
     assert re.search(problem, first)
     assert all(re.fullmatch(r"(test|train) holds no samples\.", other) for other in others)
     assert "\n" not in first
@@ -190,20 +190,20 @@ def test_bad_files(sets: Path, name: str, text: str | bytes | None, problem: str
 def test_a_shard_that_breaks_off(sets: Path) -> None:
     path = sets / "ab" / "test" / "0.tar"
     path.write_bytes(path.read_bytes()[:2000])
-    problems = evalcheck.check(sets / "ab").problems
+    problems = evalset_check.check(sets / "ab").problems
     assert any(problem.startswith("test/0.tar cannot be read to its end") for problem in problems)
 
 
 def test_what_is_scored_is_all_that_must_be_valid(sets: Path) -> None:
     (sets / "ab" / "train" / "nshards.txt").write_text("3")
-    evalcheck.require_valid(sets / "ab", {"test"})
+    evalset_check.require_valid(sets / "ab", {"test"})
     with pytest.raises(UserError, match=r"no valid set, .* 1\.tar, 2\.tar missing"):
-        evalcheck.require_valid(sets / "ab", {"test", "train"})
+        evalset_check.require_valid(sets / "ab", {"test", "train"})
 
 
 def test_without_decoding_all_but_images_is_checked(sets: Path) -> None:
     shard(sets / "ab" / "test" / "0.tar", {"x.png": b"", "x.cls": b"0", "y.png": b""})
-    assert evalcheck.check(sets / "ab", decode=False).problems == [
+    assert evalset_check.check(sets / "ab", decode=False).problems == [
         "test/0.tar: y: no .cls, which holds the class index."
     ]
 
@@ -214,4 +214,4 @@ def test_everything_that_is_wrong_is_said_at_once(sets: Path) -> None:
     (folder / "zeroshot_classification_templates.txt").write_text("a\nb\n")
     shard(folder / "test" / "0.tar", {"x.png": b"no", "x.cls": b"one"})
     (folder / "train" / "nshards.txt").write_text("3")
-    assert len(evalcheck.check(folder).problems) == 7
+    assert len(evalset_check.check(folder).problems) == 7

@@ -8,11 +8,12 @@ import torch
 from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor
 
-from upcycle_bench import evalset_write, evalsets
-from upcycle_bench.errors import UserError
-from upcycle_bench.features import encode_images
-from upcycle_bench.flops import counted_flops
+from upcycle_bench.data import evalset as evalsets
+from upcycle_bench.data import evalset_write
+from upcycle_bench.evaluation.features import encode_images
 from upcycle_bench.suite import EvalContext
+from upcycle_bench.util.errors import UserError
+from upcycle_bench.util.flops import counted_flops
 
 CLASSES = ("cat", "dog", "émeu")
 TEMPLATES = ("a photo of a {c}", "{c}")

@@ -13,16 +13,17 @@ from typer.testing import CliRunner
 
 from tests import photos
 from tests.conftest import QUICK
-from upcycle_bench import api, evalset_write, record
-from upcycle_bench.cache import cache_root
+from upcycle_bench import api, record
 from upcycle_bench.cli import app
-from upcycle_bench.errors import UserError
+from upcycle_bench.data import evalset_write
+from upcycle_bench.data.worlds import lab
 from upcycle_bench.planning.plan import make_plan
-from upcycle_bench.progress import Reporter
+from upcycle_bench.planning.registry import load_registry
 from upcycle_bench.protocol import load_protocol
-from upcycle_bench.registry import load_registry
 from upcycle_bench.run import run
-from upcycle_bench.worlds import lab
+from upcycle_bench.util.cache import cache_root
+from upcycle_bench.util.errors import UserError
+from upcycle_bench.util.progress import Reporter
 
 ROOT = Path(__file__).parent.parent
 REGISTRY = load_registry()

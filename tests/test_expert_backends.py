@@ -17,15 +17,17 @@ from torch import Tensor, nn
 
 from tests.helpers import threads
 from tests.moe_helpers import assert_gradients, create_layer, relative_error, settings_of
-from upcycle_bench import engine, environment, expert_backends, trained
 from upcycle_bench.cli.doctor import checks
-from upcycle_bench.errors import UserError
-from upcycle_bench.expert_backends import BACKENDS, VARIABLE, Compute, default, multiple, refusal
-from upcycle_bench.flops import FlopCounter
-from upcycle_bench.moe import MoEFFN
-from upcycle_bench.routes import LayerRoutes, _at_experts
-from upcycle_bench.routing import watch
-from upcycle_bench.rows import Layout
+from upcycle_bench.evaluation.routes import LayerRoutes, _at_experts
+from upcycle_bench.model import backends
+from upcycle_bench.model.backends import BACKENDS, VARIABLE, default, multiple, refusal
+from upcycle_bench.model.dispatch import Compute, Layout
+from upcycle_bench.model.moe import MoEFFN
+from upcycle_bench.training import finished, session
+from upcycle_bench.training.router_log import watch
+from upcycle_bench.util import environment
+from upcycle_bench.util.errors import UserError
+from upcycle_bench.util.flops import FlopCounter
 
 WIDTH, HIDDEN, EXPERTS, TOKENS = 16, 24, 5, 40
 CPU = torch.device("cpu")
@@ -34,7 +36,7 @@ CPU = torch.device("cpu")
 @pytest.fixture(autouse=True)
 def _alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.delenv(VARIABLE, raising=False)
-    expert_backends._say_once.cache_clear()
+    backends._say_once.cache_clear()
     with threads(1), warnings.catch_warnings():
         warnings.simplefilter("error")  # no backend falls back unless a test expects it
         yield
@@ -114,7 +116,7 @@ def used(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return call
 
     for name in ("loop", "grouped_mm"):
-        monkeypatch.setattr(expert_backends, name, spy(name, getattr(expert_backends, name)))
+        monkeypatch.setattr(backends, name, spy(name, getattr(backends, name)))
     return calls
 
 
@@ -164,7 +166,7 @@ def test_rows_are_padded_in_bf16_and_nothing_else_changes(monkeypatch: pytest.Mo
         for pads in (True, False):
             with monkeypatch.context() as patch, torch.autocast("cpu", torch.bfloat16):
                 if not pads:
-                    patch.setattr(expert_backends, "multiple", lambda rows, mean: 1)
+                    patch.setattr(backends, "multiple", lambda rows, mean: 1)
                 y_TD = layer(x_TD[None])[0]
             results.append([y_TD, *gradients(layer, y_TD, x_TD)])
         padded, exact = rooms[-2:]
@@ -188,7 +190,7 @@ def test_what_is_watched_and_counted_does_not_depend_on_padding(monkeypatch: pyt
     for pads in (True, False):
         with monkeypatch.context() as patch, torch.autocast("cpu", torch.bfloat16):
             if not pads:
-                patch.setattr(expert_backends, "multiple", lambda rows, mean: 1)
+                patch.setattr(backends, "multiple", lambda rows, mean: 1)
             with watch({"vision.1": layer}) as seen:
                 layer(x_TD[None])
             with FlopCounter() as counter:
@@ -300,16 +302,19 @@ def test_what_is_watched_and_counted_does_not_depend_on_the_backend(monkeypatch:
 
 def test_an_unknown_name_is_said_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(VARIABLE, "groupedmm")
-    with pytest.raises(UserError, match=r"'groupedmm': did you mean 'grouped_mm'.*Or unset it"), engine.session(1):
+    with (
+        pytest.raises(UserError, match=r"'groupedmm': did you mean 'grouped_mm'.*Or unset it"),
+        session.open_session(1),
+    ):
         pass
     found = next(check for check in checks() if check.name == "experts")
     assert not found.ok and found.remedy == f"unset {VARIABLE}"
 
 
 def test_doctor_and_record_name_the_backend(monkeypatch: pytest.MonkeyPatch) -> None:
-    usual = trained.key("run", CPU)
+    usual = finished.key("run", CPU)
     assert environment.capture("cpu")["experts"] == "loop"
     monkeypatch.setenv(VARIABLE, "grouped_mm")
     assert environment.capture("cpu")["experts"] == "grouped_mm"
     assert next(check.found for check in checks() if check.name == "experts") == f"grouped_mm, forced by {VARIABLE}"
-    assert trained.key("run", CPU) != usual  # what another backend trained is not taken for it
+    assert finished.key("run", CPU) != usual  # what another backend trained is not taken for it

@@ -34,16 +34,17 @@ from tests.moe_helpers import (
     settings_of,
     upcycled,
 )
-from upcycle_bench import engine, weights
-from upcycle_bench.data import Batch
-from upcycle_bench.dense import create_clip
-from upcycle_bench.ds import TopKGate
-from upcycle_bench.job import Job
-from upcycle_bench.moe import MoEFFN, moe_layers
-from upcycle_bench.padding import Padding
+from upcycle_bench.data.pairs import Batch
+from upcycle_bench.model import weights
+from upcycle_bench.model.clip import create_clip
+from upcycle_bench.model.deepspeed_import import TopKGate
+from upcycle_bench.model.moe import MoEFFN, moe_layers
+from upcycle_bench.model.padding import Padding
+from upcycle_bench.planning.registry import load_registry
 from upcycle_bench.protocol import load_protocol
-from upcycle_bench.registry import load_registry
 from upcycle_bench.train import train
+from upcycle_bench.training import session
+from upcycle_bench.training.job import Job
 
 WORLD = 2
 EXPERTS, WIDTH, CONTEXT = 4, 6, 10
@@ -92,7 +93,7 @@ def work(rank: int, folder: Path) -> None:
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(WORLD), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(WORLD))
     store = dist.FileStore(str(folder / "store"), WORLD)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=WORLD, timeout=timedelta(seconds=60))
-    with engine.session(threads=2):
+    with session.open_session(threads=2):
         assert torch.get_num_threads() == 1
         results = {case: run_layer(rank, *case) for case in CASES}
         results["model"] = run_model(rank)

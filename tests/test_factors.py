@@ -12,7 +12,7 @@ from tests.cluster_data import relative, truncate
 from tests.helpers import cones, orthonormal
 from tests.literal import cluster_aware as literal
 from tests.test_truncation import CASES, SEEDS, energy, problem
-from upcycle_bench.symmetric import Factors, congruent, decompose, project, spectrum
+from upcycle_bench.upcycling.symmetric import Factors, congruent, decompose, project, spectrum
 
 
 @CASES

@@ -13,10 +13,11 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 
-from upcycle_bench import evalset_write, evalsets, expert_backends
-from upcycle_bench.features import encode_images
-from upcycle_bench.flops import counted_flops, counting
+from upcycle_bench.data import evalset, evalset_write
+from upcycle_bench.evaluation.features import encode_images
+from upcycle_bench.model import backends
 from upcycle_bench.suite import EvalContext
+from upcycle_bench.util.flops import counted_flops, counting
 
 CPU = torch.device("cpu")
 PROJECTION = torch.randn(6 * 6 * 3, 4, generator=torch.Generator().manual_seed(0))
@@ -49,7 +50,7 @@ def encoded(
         batch_size=batch_size,
         **more,
     )
-    return encode_images(evalsets.read(folder, transform, batch_size), context)
+    return encode_images(evalset.read(folder, transform, batch_size), context)
 
 
 def test_embeddings_flops_and_what_a_witness_sees(folder: Path) -> None:
@@ -69,7 +70,7 @@ def test_embeddings_flops_and_what_a_witness_sees(folder: Path) -> None:
     assert len(seen) == count and torch.equal(torch.cat(seen), features_NC) and not features_NC.requires_grad
     assert len(features_NC.unique(dim=0)) == count
     assert counter.get_total_flops() == 2 * count * 2 * PROJECTION.numel()  # the witness's, too
-    expected = torch.cat([encode(images) for images, _ in evalsets.read(folder, transform, 1).batches])
+    expected = torch.cat([encode(images) for images, _ in evalset.read(folder, transform, 1).batches])
     assert torch.equal(features_NC, torch.nn.functional.normalize(expected, dim=-1))
 
 
@@ -78,7 +79,7 @@ def test_embeddings_flops_and_what_a_witness_sees(folder: Path) -> None:
 def test_the_flops_are_those_of_every_image(
     folder: Path, batch_size: int, backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv(expert_backends.VARIABLE, backend)
+    monkeypatch.setenv(backends.VARIABLE, backend)
     watched: list[bool] = []
 
     def encode(images_B3HW: Tensor, width: int = 0) -> Tensor:

@@ -9,16 +9,18 @@ import pytest
 import torch
 from PIL import Image
 
-from upcycle_bench import embedding_cache, evalset_write, evalsets
-from upcycle_bench.environment import installed_version
-from upcycle_bench.errors import UserError
-from upcycle_bench.probe_scores import Classified, add_scores
-from upcycle_bench.progress import Reporter
-from upcycle_bench.shots import Sizes, choose
+from upcycle_bench.data import evalset as evalsets
+from upcycle_bench.data import evalset_write
+from upcycle_bench.data.worlds import fashion
+from upcycle_bench.evaluation import embedding_cache
+from upcycle_bench.evaluation.probe_scores import Classified, add_scores
+from upcycle_bench.evaluation.shots import Sizes, choose
 from upcycle_bench.suite import EvalContext, SuiteResult
 from upcycle_bench.suites.few_shot import FewShot
 from upcycle_bench.suites.linear_probe import LinearProbe
-from upcycle_bench.worlds import fashion
+from upcycle_bench.util.environment import installed_version
+from upcycle_bench.util.errors import UserError
+from upcycle_bench.util.progress import Reporter
 
 NAMES = ("red", "green", "blue")
 

@@ -10,10 +10,10 @@ from open_clip.transformer import QuickGELU
 from torch import Tensor, nn
 
 from tests.helpers import threads
-from upcycle_bench.expert_backends import as_one, loop
-from upcycle_bench.flops import FlopCounter
+from upcycle_bench.model.backends import as_one, loop
 from upcycle_bench.model.expert_ffns import expert_ffns
-from upcycle_bench.strategy import FFN
+from upcycle_bench.model.ffn import FFN
+from upcycle_bench.util.flops import FlopCounter
 
 WIDTH, HIDDEN = 16, 24
 ROOMS = [7, 0, 20, 5]

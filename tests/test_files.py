@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from upcycle_bench.files import atomic, file_sha256, files_sha256, temporary, write_atomically
+from upcycle_bench.util.files import atomic, file_sha256, files_sha256, temporary, write_atomically
 
 
 def test_a_file_appears_whole_and_alone(tmp_path: Path) -> None:

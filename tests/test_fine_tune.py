@@ -15,35 +15,30 @@ from pydantic import ValidationError
 
 from tests.helpers import MODEL, threads, tiny_clip, tiny_moe
 from tests.moe_helpers import upcycled
-from upcycle_bench import (
-    distributed,
-    engine,
-    evalset_write,
-    evalsets,
-    fine_tuning,
-    labelled,
-    probe_tasks,
-    record,
-    weights,
-)
-from upcycle_bench.dense import create_clip
-from upcycle_bench.ds import deepspeed
-from upcycle_bench.errors import UserError
-from upcycle_bench.fine_tuning import Tuned, batch_rows, losses, predict, zero_shot_classifier
-from upcycle_bench.flops import counted_flops
-from upcycle_bench.moe import moe_layers
+from upcycle_bench import record
+from upcycle_bench.data import evalset, evalset_write, labelled
+from upcycle_bench.evaluation import fine_tuning, probe_tasks
+from upcycle_bench.evaluation.fine_tuning import Tuned, batch_rows, losses, predict, zero_shot_classifier
+from upcycle_bench.evaluation.texts import class_embeddings
+from upcycle_bench.model import weights
+from upcycle_bench.model.clip import create_clip
+from upcycle_bench.model.deepspeed_import import deepspeed
+from upcycle_bench.model.moe import moe_layers
 from upcycle_bench.planning.plan import make_plan
-from upcycle_bench.progress import Reporter
+from upcycle_bench.planning.registry import load_registry
 from upcycle_bench.protocol import load_protocol
-from upcycle_bench.registry import load_registry
-from upcycle_bench.rng import Stream
 from upcycle_bench.run import run
 from upcycle_bench.suite import EvalContext
 from upcycle_bench.suites.few_shot import FewShot
 from upcycle_bench.suites.fine_tune import FineTune, split_of_pool
 from upcycle_bench.suites.zero_shot import ZeroShot
-from upcycle_bench.texts import class_embeddings
+from upcycle_bench.training import session
 from upcycle_bench.training.loop import parameter_groups
+from upcycle_bench.util import distributed
+from upcycle_bench.util.errors import UserError
+from upcycle_bench.util.flops import counted_flops
+from upcycle_bench.util.progress import Reporter
+from upcycle_bench.util.rng import Stream
 
 REGISTRY = load_registry()
 NAMES = ("red", "green", "blue")
@@ -186,7 +181,7 @@ def test_the_index_reads_what_the_sets_hold(root, models):
     """The slow way: evalsets.read decodes whole sets."""
     clip = tiny_clip()
     for name in ("light", "dark"):
-        parts = list(evalsets.read(root / name, clip.transform, 7).batches)
+        parts = list(evalset.read(root / name, clip.transform, 7).batches)
         samples = labelled.index(root / name, "test")
         assert samples.label_N.tolist() == [int(label) for _, labels in parts for label in labels]
         ours = torch.cat([images for images, _ in samples.batches(clip.transform, 4)])
@@ -214,7 +209,7 @@ def test_the_load_balancing_loss_reaches_the_routers(models):
 def test_a_model_that_an_engine_trained_can_be_copied(models):
     """Its layers belong to process groups, which cannot be copied, and DeepSpeed's marks, which a copy would lose."""
     model = copy.deepcopy(models["moe"])
-    with engine.session(1):
+    with session.open_session(1):
         optimizer = torch.optim.SGD(parameter_groups(model, 0.0), lr=0.1)
         config = {"train_batch_size": 2, "train_micro_batch_size_per_gpu": 2}
         deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0].destroy()

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from tests.helpers import captions, tiny_clip, upcycled
-from upcycle_bench import packed
-from upcycle_bench.flops import FlopCounter, counted_flops, counted_once, counting, flop_formulas, uncounted
-from upcycle_bench.registry import load_registry
+from upcycle_bench.model import padding
+from upcycle_bench.planning.registry import load_registry
 from upcycle_bench.strategy import configure
+from upcycle_bench.util.flops import FlopCounter, counted_flops, counted_once, counting, flop_formulas, uncounted
 
 
 def by_pytorch(work: Callable[[], Any]) -> int:
@@ -53,7 +53,7 @@ def test_the_count_is_pytorchs(kind: str, mode: str) -> None:
     images, texts = images_of(model, 3), captions([3, 6, 4], model.context_length, torch.Generator().manual_seed(0))
 
     def work() -> None:
-        image_BD, text_BD = model.encode_image(images), packed.encode_text(model, texts)
+        image_BD, text_BD = model.encode_image(images), padding.encode_text(model, texts)
         scores = F.normalize(image_BD, dim=1) @ F.normalize(text_BD, dim=1).T
         if mode == "training":
             F.cross_entropy(scores, torch.arange(3)).backward()

@@ -9,9 +9,9 @@ import pytest
 
 from tests.test_leaderboard import failure, runs
 from tests.test_record import make_record, score
-from upcycle_bench.errors import UserError
-from upcycle_bench.formats import NOTES, render
-from upcycle_bench.leaderboard import Board, build
+from upcycle_bench.reporting.formats import NOTES, render
+from upcycle_bench.reporting.leaderboard import Board, build
+from upcycle_bench.util.errors import UserError
 
 
 @pytest.fixture

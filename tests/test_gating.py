@@ -8,9 +8,9 @@ from torch import Tensor
 
 from tests.helpers import threads
 from tests.moe_helpers import create_layer, settings_of
-from upcycle_bench.ds import top2gating
-from upcycle_bench.gating import top2
-from upcycle_bench.ragged import Gate
+from upcycle_bench.model.deepspeed_import import top2gating
+from upcycle_bench.model.gate import Gate
+from upcycle_bench.model.top2 import top2
 
 
 @settings(max_examples=150, deadline=None, derandomize=True, database=None)

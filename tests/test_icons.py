@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from tests.icon_families import document, drawing, write_tarball
-from upcycle_bench.errors import UserError
-from upcycle_bench.worlds import icons
-from upcycle_bench.worlds.icons import Family, Icons, download, npm_command, read_families, render, svg
+from upcycle_bench.data.worlds import icons
+from upcycle_bench.data.worlds.icons import Family, Icons, download, npm_command, read_families, render, svg
+from upcycle_bench.util.errors import UserError
 
 FULL = '<path fill="currentColor" d="M0 0h24v24H0z"/>'
 INK, WHITE = [0x30] * 3, [255] * 3

@@ -18,14 +18,15 @@ from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor
 
 from tests.icon_families import document, drawing, write_tarball
-from upcycle_bench import evalsets
-from upcycle_bench.data import PairDataset
-from upcycle_bench.dense import create_clip
-from upcycle_bench.errors import UserError
-from upcycle_bench.progress import Reporter
-from upcycle_bench.worlds import World, lab, open_world
-from upcycle_bench.worlds.icons import Family, Icons, render
-from upcycle_bench.worlds.lineage import base_name, caption
+from upcycle_bench.data import evalset
+from upcycle_bench.data.pairs import PairDataset
+from upcycle_bench.data.world import World, open_world
+from upcycle_bench.data.worlds import lab
+from upcycle_bench.data.worlds.icons import Family, Icons, render
+from upcycle_bench.data.worlds.lineage import base_name, caption
+from upcycle_bench.model.clip import create_clip
+from upcycle_bench.util.errors import UserError
+from upcycle_bench.util.progress import Reporter
 
 WORDS = [f"{a}-{b}" for a in ("red", "big", "old") for b in ("house", "tree", "boat", "lamp")]
 NEARLY = 0.05  # a shift of a drawing that no eye sees: about 6 grey levels root mean square
@@ -136,7 +137,7 @@ def training(world: World) -> list[tuple[np.ndarray, str]]:
 
 def samples(world: World, name: str) -> list[tuple[np.ndarray, Any]]:
     """What an evaluation set holds: images [32, 32, 3] with labels or lists of captions."""
-    batches = evalsets.read(world.eval_root / name, lambda image: pil_to_tensor(image.convert("RGB")), 16).batches
+    batches = evalset.read(world.eval_root / name, lambda image: pil_to_tensor(image.convert("RGB")), 16).batches
     return [(x.numpy().transpose(1, 2, 0), y) for images, ys in batches for x, y in zip(images, ys, strict=True)]
 
 
@@ -270,7 +271,7 @@ def test_classification_sets(
     training: list[tuple[np.ndarray, str]],
 ):
     rows = [row for row in index if row["split"] == split and row["class"]]
-    opened = evalsets.read(world.eval_root / split, pil_to_tensor, 16)
+    opened = evalset.read(world.eval_root / split, pil_to_tensor, 16)
     assert opened.kind == "classification" and opened.classnames == tuple(caption(word) for word in sorted(WORDS))
     assert opened.templates == lab.TEMPLATES
     known = {text for _, text in training}
@@ -308,7 +309,7 @@ def test_galleries_hold_one_image_for_each_caption_and_each_drawing(
     for row, number in zip(rows, drawing_of, strict=True):  # and nothing is missing without need
         assert row["caption"] in captions or number in drawings
     known = {text for _, text in training}
-    opened = evalsets.read(world.eval_root / f"{split}-retrieval", pil_to_tensor, 16)
+    opened = evalset.read(world.eval_root / f"{split}-retrieval", pil_to_tensor, 16)
     assert opened.kind == "retrieval"
     assert list(opened.strata) == ["seen-caption" if text in known else "unseen-caption" for text in captions]
 

@@ -18,9 +18,9 @@ from PIL import Image
 
 from tests.conftest import REAL_CACHE
 from tests.test_lineage import REQUIRED
-from upcycle_bench.files import file_sha256
-from upcycle_bench.worlds import icons, lab
-from upcycle_bench.worlds.lineage import caption, skin_tones
+from upcycle_bench.data.worlds import icons, lab
+from upcycle_bench.data.worlds.lineage import caption, skin_tones
+from upcycle_bench.util.files import file_sha256
 
 FOLDER = REAL_CACHE / "worlds" / f"lab-{lab.VERSION}"
 QUERIES = 300  # evaluation images that are compared with all of training

@@ -9,10 +9,11 @@ from typer.testing import CliRunner
 
 from tests.helpers import tiny_clip, tiny_moe, upcycled
 from tests.moe_helpers import relative_error
-from upcycle_bench import latency, weights
 from upcycle_bench.cli import app
-from upcycle_bench.errors import UserError
-from upcycle_bench.registry import load_registry
+from upcycle_bench.model import weights
+from upcycle_bench.planning.registry import load_registry
+from upcycle_bench.reporting import latency
+from upcycle_bench.util.errors import UserError
 
 
 @pytest.fixture(scope="module")

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from tests.test_record import make_record, score
-from upcycle_bench.errors import UserError
-from upcycle_bench.formats import render
-from upcycle_bench.leaderboard import Board, Row, SeedMean, build
 from upcycle_bench.record import Record, read, record_paths, write
+from upcycle_bench.reporting.formats import render
+from upcycle_bench.reporting.leaderboard import Board, Row, SeedMean, build
+from upcycle_bench.util.errors import UserError
 
 # Student's t, 97.5 % quantile: 1 degree of freedom 12.706205, 2: 4.302653 (any printed table)
 T1, T2 = 12.706205, 4.302653

@@ -7,8 +7,8 @@ from itertools import count
 
 import pytest
 
-from upcycle_bench.worlds import lineage
-from upcycle_bench.worlds.lineage import base_name, caption, group_families, overlapping, skin_tones
+from upcycle_bench.data.worlds import lineage
+from upcycle_bench.data.worlds.lineage import base_name, caption, group_families, overlapping, skin_tones
 
 # The descents that must hold: each line is one group.
 REQUIRED = [

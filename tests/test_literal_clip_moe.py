@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from tests.literal import clip_moe as literal
-from upcycle_bench.rng import Stream
 from upcycle_bench.strategies import clip_moe
+from upcycle_bench.util.rng import Stream
 
 
 def test_labels_by_hand() -> None:

@@ -9,10 +9,10 @@ from torch.testing import assert_close
 
 from tests.helpers import random_ffn
 from tests.literal import ders as literal
-from upcycle_bench.compress import Quantise, Sparsify
-from upcycle_bench.registry import load_registry
-from upcycle_bench.rng import Stream
-from upcycle_bench.strategy import Layer
+from upcycle_bench.model.compress import Quantise, Sparsify
+from upcycle_bench.model.ffn import Layer
+from upcycle_bench.planning.registry import load_registry
+from upcycle_bench.util.rng import Stream
 
 STRATEGIES = {name: entry.target for name, entry in load_registry().strategies.items()}
 

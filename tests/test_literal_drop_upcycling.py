@@ -13,9 +13,9 @@ from torch.testing import assert_close
 
 from tests.helpers import random_ffn
 from tests.literal import drop_upcycling as literal
-from upcycle_bench.registry import load_registry
-from upcycle_bench.rng import Stream
-from upcycle_bench.strategy import FFN, Layer
+from upcycle_bench.model.ffn import FFN, Layer
+from upcycle_bench.planning.registry import load_registry
+from upcycle_bench.util.rng import Stream
 
 DropUpcycling = load_registry().strategies["drop-upcycling"].target
 STREAM = Stream(("test", 0))

@@ -9,9 +9,10 @@ from torch.testing import assert_close
 
 from tests.helpers import moe_layer, random_ffn, tiny_moe
 from tests.literal import virtual_group as literal
-from upcycle_bench.registry import load_registry
-from upcycle_bench.rng import Stream
-from upcycle_bench.strategy import Layer, random_router
+from upcycle_bench.model.ffn import Layer
+from upcycle_bench.planning.registry import load_registry
+from upcycle_bench.strategy import random_router
+from upcycle_bench.util.rng import Stream
 
 VirtualGroup = load_registry().strategies["virtual-group"].target
 STREAM = Stream(("test", 0))

@@ -12,7 +12,7 @@ import torch
 CHILD = """
 import json, resource, sys
 import torch
-from upcycle_bench.memory import keep_freed_memory, return_freed_memory
+from upcycle_bench.training.allocator import keep_freed_memory, return_freed_memory
 
 def resident():
     with open("/proc/self/statm") as pages:

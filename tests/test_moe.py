@@ -25,8 +25,8 @@ from tests.moe_helpers import (
     settings_of,
     upcycled,
 )
-from upcycle_bench.ds import MOELayer, TopKGate
-from upcycle_bench.moe import moe_layers
+from upcycle_bench.model.deepspeed_import import MOELayer, TopKGate
+from upcycle_bench.model.moe import moe_layers
 
 GELU = torch.nn.functional.gelu
 EXAMPLES = settings(max_examples=80, deadline=None, derandomize=True, database=None)
@@ -235,7 +235,7 @@ def test_block_0_can_be_upcycled(dtype: torch.dtype) -> None:
     """open_clip asks the first block's `mlp.c_fc` for its dtype before it embeds a text."""
     dense = create_dense().to(dtype)
     model = upcycled(dense, offset=0, every=1).eval()
-    assert {name for name, layer in moe_layers(model).items() if layer.layer.block == 0} == {"vision.0", "text.0"}
+    assert {name for name, layer in moe_layers(model).items() if layer.place.block == 0} == {"vision.0", "text.0"}
     assert model.transformer.get_cast_dtype() == model.visual.transformer.get_cast_dtype() == dtype
     images, texts = inputs_for(dense, dtype=dtype)
     with torch.no_grad():

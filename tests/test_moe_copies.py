@@ -12,8 +12,8 @@ from torch.testing import assert_close
 
 from tests.helpers import threads
 from tests.moe_helpers import assert_gradients, create_layer, random_ffn, relative_error, router_of, settings_of
-from upcycle_bench.moe import MoEFFN
-from upcycle_bench.strategy import FFN
+from upcycle_bench.model.ffn import FFN
+from upcycle_bench.model.moe import MoEFFN
 
 GELU = torch.nn.functional.gelu
 ROUTERS = pytest.mark.parametrize("router", ["random", "sharp", "zero", "twins"])

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from tests.helpers import threads
 from tests.literal import moe_layer as literal
 from tests.moe_helpers import END, assert_gradients, captions, create_dense, create_layer, settings_of, upcycled
-from upcycle_bench.moe import moe_layers
-from upcycle_bench.padding import Padding
+from upcycle_bench.model.moe import moe_layers
+from upcycle_bench.model.padding import Padding
 
 
 @pytest.fixture(autouse=True)
@@ -118,7 +118,7 @@ def test_padding_takes_no_part_in_the_model(changes: dict[str, Any]) -> None:
     for text_BL in (texts, others):
         model.zero_grad()
         features = model.encode_text(text_BL)
-        l_aux = [layer.l_aux for layer in moe_layers(model).values() if layer.layer.tower == "text"]
+        l_aux = [layer.l_aux for layer in moe_layers(model).values() if layer.place.tower == "text"]
         (features.square().sum() + torch.stack(l_aux).sum()).backward()
         drops = [layer.gate.take_dropped() for layer in moe_layers(model).values()]
         gradients = [p.grad for name, p in model.named_parameters() if ".moe." in name and p.grad is not None]

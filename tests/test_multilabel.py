@@ -12,12 +12,16 @@ from clip_benchmark.metrics.zeroshot_classification import average_precision_per
 from PIL import Image
 
 from tests.helpers import tiny_clip
-from upcycle_bench import evalset_write
-from upcycle_bench.average_precision import average_precisions, chance_average_precisions, precision_uncertainty
-from upcycle_bench.errors import UserError
+from upcycle_bench.data import evalset_write
+from upcycle_bench.evaluation.average_precision import (
+    average_precisions,
+    chance_average_precisions,
+    precision_uncertainty,
+)
 from upcycle_bench.suite import EvalContext
 from upcycle_bench.suites.few_shot import FewShot
 from upcycle_bench.suites.zero_shot import ZeroShot
+from upcycle_bench.util.errors import UserError
 
 NAMES, TEMPLATES = ("red", "green", "blue", "nothing"), ("a {c} square", "{c}")
 

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from upcycle_bench.worlds import near
-from upcycle_bench.worlds.near import components, near_pairs
+from upcycle_bench.data.worlds import near
+from upcycle_bench.data.worlds.near import components, near_pairs
 
 RMS = 12.0
 

@@ -15,9 +15,9 @@ from torch.testing import assert_close
 
 from tests.helpers import dense_forward, moe_layer, random_ffn
 from tests.literal import noise_upcycling as literal
-from upcycle_bench.registry import load_registry
-from upcycle_bench.rng import Stream
-from upcycle_bench.strategy import FFN, Layer, LayerInit
+from upcycle_bench.model.ffn import FFN, Layer, LayerInit
+from upcycle_bench.planning.registry import load_registry
+from upcycle_bench.util.rng import Stream
 
 NoiseUpcycling = load_registry().strategies["noise-upcycling"].target
 HIDDEN, WIDTH = 256, 64

@@ -15,12 +15,12 @@ from typer.testing import CliRunner
 from tests.helpers import tiny_clip
 from upcycle_bench import api
 from upcycle_bench.cli import app
-from upcycle_bench.errors import UserError
+from upcycle_bench.data.worlds import fashion, load_world
+from upcycle_bench.planning.registry import load_registry
 from upcycle_bench.protocol import load_protocol
-from upcycle_bench.registry import load_registry
 from upcycle_bench.suite import EvalContext
 from upcycle_bench.suites.out_of_domain import OutOfDomain
-from upcycle_bench.worlds import fashion, load_world
+from upcycle_bench.util.errors import UserError
 
 PATHS = {name: entry.target for name, entry in load_registry().protocols.items()}
 TEMPLATES = ("{c}", "the digit {c}")

@@ -5,10 +5,9 @@ import torch
 from torch import nn
 
 from tests.helpers import captions, tiny_clip, upcycled
-from upcycle_bench.moe import moe_layers
-from upcycle_bench.packed import encode_text, packs
-from upcycle_bench.padding import Padding
-from upcycle_bench.registry import load_registry
+from upcycle_bench.model.moe import moe_layers
+from upcycle_bench.model.padding import Padding, encode_text, packs
+from upcycle_bench.planning.registry import load_registry
 from upcycle_bench.strategy import configure
 
 
@@ -23,7 +22,7 @@ def model_of(kind: str) -> nn.Module:
 def features_and_gradients(model: nn.Module, packed: bool, text_BL: torch.Tensor) -> list[torch.Tensor]:
     model.zero_grad()
     text_BE = encode_text(model, text_BL) if packed else model.encode_text(text_BL)
-    balance = sum((layer.l_aux for layer in moe_layers(model).values() if layer.layer.tower == "text"), torch.zeros(()))
+    balance = sum((layer.l_aux for layer in moe_layers(model).values() if layer.place.tower == "text"), torch.zeros(()))
     (text_BE.square().sum() + 0.1 * balance).backward()
     # a copy: the packed gradient replaces the other in place
     return [text_BE.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]

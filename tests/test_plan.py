@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 
-from upcycle_bench.errors import UserError
 from upcycle_bench.planning.fingerprint import dense_recipe, fingerprint, suite_fingerprint
 from upcycle_bench.planning.plan import Paths, Plan, find_world, make_plan, run_id
+from upcycle_bench.planning.registry import load_registry
 from upcycle_bench.protocol import load_protocol
-from upcycle_bench.registry import load_registry
+from upcycle_bench.util.errors import UserError
 
 REGISTRY = load_registry()
 

@@ -8,10 +8,10 @@ import pytest
 
 from tests.test_record import make_record
 from upcycle_bench import record
-from upcycle_bench.errors import UserError
+from upcycle_bench.planning.matrix import Cell, enumerate_cells, finished, read_records, seed_pairs, strategy_names
 from upcycle_bench.planning.plan import Plan
-from upcycle_bench.planning_matrix import Cell, enumerate_cells, finished, read_records, seed_pairs, strategy_names
-from upcycle_bench.registry import Entry, Registry
+from upcycle_bench.planning.registry import Entry, Registry
+from upcycle_bench.util.errors import UserError
 
 # ---- enumeration -------------------------------------------------------------------------------------------------
 

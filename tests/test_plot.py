@@ -10,8 +10,8 @@ from matplotlib.figure import Figure
 
 from tests.test_record import make_record
 from upcycle_bench import cli, record
-from upcycle_bench.errors import UserError
-from upcycle_bench.plot import draw, read_runs
+from upcycle_bench.reporting.figures import draw, read_runs
+from upcycle_bench.util.errors import UserError
 
 LAYERS = ("vision.1", "vision.3", "text.1")
 

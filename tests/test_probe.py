@@ -6,7 +6,7 @@ from clip_benchmark.metrics import linear_probe
 from torch import nn
 
 from bench import clip_benchmark_probe
-from upcycle_bench.probe import WEIGHT_DECAYS, Examples, Recipe, find_peak, fit, train_all
+from upcycle_bench.evaluation.probe import WEIGHT_DECAYS, Examples, Recipe, find_peak, fit, train_all
 
 CLASSES, WIDTH = 7, 12
 

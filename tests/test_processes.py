@@ -14,15 +14,15 @@ from pathlib import Path
 import pytest
 
 from tests.helpers import heed_interrupts
-from upcycle_bench.errors import UserError
-from upcycle_bench.processes import results
+from upcycle_bench.util.errors import UserError
+from upcycle_bench.util.processes import results
 
 # The command as it is interrupted: slow work that leaves a file, into a folder that is deleted behind it.
 PROGRAM = """
 import sys, pathlib, typer
-from upcycle_bench.cache import build_once
+from upcycle_bench.util.cache import build_once
 from upcycle_bench.cli.common import interruptible
-from upcycle_bench.processes import results
+from upcycle_bench.util.processes import results
 from tests.test_processes import write
 
 def build(folder):

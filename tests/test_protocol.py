@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from upcycle_bench.errors import UserError
+from upcycle_bench.planning.registry import load_registry
 from upcycle_bench.protocol import Protocol, flatten, learning_rate, load_protocol
-from upcycle_bench.registry import load_registry
+from upcycle_bench.util.errors import UserError
 
 PATHS = {name: entry.target for name, entry in load_registry().protocols.items()}
 

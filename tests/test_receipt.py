@@ -12,10 +12,10 @@ import torch
 from tests.test_run import plan
 from upcycle_bench import record
 from upcycle_bench.cli.receipt import show
-from upcycle_bench.errors import UserError
-from upcycle_bench.progress import Reporter
 from upcycle_bench.receipts import receipts
 from upcycle_bench.run import run
+from upcycle_bench.util.errors import UserError
+from upcycle_bench.util.progress import Reporter
 
 
 def test_it_is_the_receipt_of_a_run(tmp_path: Path, quick: list[str], capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from pydantic import ValidationError
 
 from upcycle_bench import record as module
-from upcycle_bench.errors import UserError
 from upcycle_bench.record import Record, json_schema, read, read_outcomes, record_paths, write
 from upcycle_bench.strategy import Status
+from upcycle_bench.util.errors import UserError
 
 
 def make_record(

@@ -12,11 +12,11 @@ from typing import ClassVar
 import pytest
 from pydantic.dataclasses import dataclass
 
-from upcycle_bench import registry as registry_module
-from upcycle_bench.errors import UserError
 from upcycle_bench.hookspecs import hookimpl
-from upcycle_bench.registry import load_registry
+from upcycle_bench.planning import registry as registry_module
+from upcycle_bench.planning.registry import load_registry
 from upcycle_bench.strategy import Strategy, StrategyInfo
+from upcycle_bench.util.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,7 +2,7 @@
 
 import torch
 
-from upcycle_bench.rng import Stream
+from upcycle_bench.util.rng import Stream
 
 
 def test_streams_depend_on_their_key_alone() -> None:

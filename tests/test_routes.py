@@ -14,23 +14,27 @@ from sklearn.metrics import adjusted_mutual_info_score, normalized_mutual_info_s
 
 from tests.helpers import initialise, threads, tiny_clip, tiny_moe
 from tests.test_record import make_record
-from upcycle_bench import cli, evalset_write, evalsets, formats, leaderboard, record, weights
-from upcycle_bench.agreement import agreement, agreements, main_expert
-from upcycle_bench.cache import cache_root
-from upcycle_bench.contact_sheets import GAP, LEFT, SMALL, draw, find_model, most_taken
-from upcycle_bench.dense import Clip
-from upcycle_bench.errors import UserError
-from upcycle_bench.moe import moe_layers
+from upcycle_bench import cli, record
+from upcycle_bench.data import evalset as evalsets
+from upcycle_bench.data import evalset_write
+from upcycle_bench.evaluation.agreement import agreement, agreements, main_expert
+from upcycle_bench.evaluation.routes import route_images, route_texts
+from upcycle_bench.model import weights
+from upcycle_bench.model.clip import Clip
+from upcycle_bench.model.measure import compactness_of_moments, relative_compactness
+from upcycle_bench.model.moe import moe_layers
+from upcycle_bench.model.surgery import put_experts
 from upcycle_bench.planning.plan import make_plan
-from upcycle_bench.progress import Reporter
+from upcycle_bench.planning.registry import load_registry
 from upcycle_bench.protocol import load_protocol
-from upcycle_bench.registry import load_registry
-from upcycle_bench.routes import route_images, route_texts
-from upcycle_bench.routing import compactness_of_moments, relative_compactness
+from upcycle_bench.reporting import formats, leaderboard
+from upcycle_bench.reporting.contact_sheets import GAP, LEFT, SMALL, draw, find_model, most_taken
 from upcycle_bench.run import run
 from upcycle_bench.suite import EvalContext
 from upcycle_bench.suites.diagnostics import Diagnostics
-from upcycle_bench.surgery import upcycle
+from upcycle_bench.util.cache import cache_root
+from upcycle_bench.util.errors import UserError
+from upcycle_bench.util.progress import Reporter
 
 COLOURS = {"red": (230, 20, 20), "green": (20, 230, 20), "blue": (20, 20, 230)}
 PER_SET = 15
@@ -62,7 +66,7 @@ def clip() -> Clip:
     """Four experts a layer, all different."""
     clip, moe = tiny_clip(), tiny_moe()
     strategy = load_registry().strategies["sparse-upcycling"].target()
-    model = upcycle(clip.model, initialise(strategy, clip, seed=0).inits, moe).eval()
+    model = put_experts(clip.model, initialise(strategy, clip, seed=0).inits, moe).eval()
     torch.manual_seed(0)
     with torch.no_grad():
         for layer in moe_layers(model).values():

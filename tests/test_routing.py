@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from tests.moe_helpers import create_layer, settings_of
-from upcycle_bench.flops import FlopCounter
-from upcycle_bench.routing import relative_compactness, watch
+from upcycle_bench.model.measure import relative_compactness
+from upcycle_bench.training.router_log import watch
+from upcycle_bench.util.flops import FlopCounter
 
 WIDTH, EXPERTS, TOP_K, TOKENS = 6, 4, 2, 40
 

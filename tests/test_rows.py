@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from tests.helpers import threads
-from upcycle_bench.rows import combine_rows, lay_out, select_rows
+from upcycle_bench.model.dispatch import lay_out
+from upcycle_bench.model.token_rows import combine_rows, select_rows
 
 SIZES = {
     "seed": st.integers(0, 2**31),

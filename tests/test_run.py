@@ -15,17 +15,20 @@ from pydantic.dataclasses import dataclass
 from safetensors.torch import load_file
 
 from tests.helpers import heed_interrupts
-from upcycle_bench import certificate, record, weights
-from upcycle_bench.cache import cache_root
-from upcycle_bench.errors import Unsound, UserError
-from upcycle_bench.files import file_sha256
+from upcycle_bench import record
+from upcycle_bench.evaluation import certificate
 from upcycle_bench.hookspecs import hookimpl
+from upcycle_bench.model import weights
+from upcycle_bench.model.ffn import LayerInit
 from upcycle_bench.planning.plan import Plan, make_plan
-from upcycle_bench.progress import Reporter
+from upcycle_bench.planning.registry import load_registry
 from upcycle_bench.protocol import load_protocol
-from upcycle_bench.registry import load_registry
 from upcycle_bench.run import run
-from upcycle_bench.strategy import LayerInit, Strategy, StrategyInfo, random_router
+from upcycle_bench.strategy import Strategy, StrategyInfo, random_router
+from upcycle_bench.util.cache import cache_root
+from upcycle_bench.util.errors import Unsound, UserError
+from upcycle_bench.util.files import file_sha256
+from upcycle_bench.util.progress import Reporter
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,8 +143,8 @@ def test_saved_weights_score_again(tmp_path: Path, quick: list[str]) -> None:
     """A new suite can score an old run: the weights in the cache give the scores of the record."""
     import torch
 
-    from upcycle_bench.costs import Meter
     from upcycle_bench.run import evaluate
+    from upcycle_bench.util.meter import Meter
 
     planned = plan("cluster-aware", quick)
     made = record.read(run(planned, tmp_path, Reporter(), fresh=True))
@@ -326,9 +329,9 @@ def test_experts_of_ones_own_are_trained_scored_and_saved(
 @pytest.mark.parametrize("zero_stage", [0, 1])
 def test_a_cluster_protocol_runs_on_local_shards_with_a_local_checkpoint(tmp_path: Path, zero_stage: int) -> None:
     """clip-b32 as it stands (bf16, patch dropout, crops, checkpoints), on a small model, a few steps, digits."""
-    from upcycle_bench.dense import create_clip
+    from upcycle_bench.data.worlds import load_world
+    from upcycle_bench.model.clip import create_clip
     from upcycle_bench.planning.plan import Paths
-    from upcycle_bench.worlds import load_world
 
     world = load_world("digits", 0)
     torch.save(create_clip("smoke-vit", seed=3).model.state_dict(), tmp_path / "dense.pt")

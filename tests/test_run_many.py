@@ -17,14 +17,16 @@ from tests.helpers import heed_interrupts
 from tests.test_distributed import launch
 from tests.test_run import Failing
 from tests.test_run import plan as make_plan
-from upcycle_bench import cli, record, registry, run_many
-from upcycle_bench.cache import cache_root
-from upcycle_bench.errors import UserError
+from upcycle_bench import cli, record, run_many
 from upcycle_bench.hookspecs import hookimpl
-from upcycle_bench.progress import Reporter
-from upcycle_bench.registry import Entry
+from upcycle_bench.model.ffn import LayerInit
+from upcycle_bench.planning import registry
+from upcycle_bench.planning.registry import Entry
 from upcycle_bench.run import run
-from upcycle_bench.strategy import LayerInit, Strategy, StrategyInfo, random_router
+from upcycle_bench.strategy import Strategy, StrategyInfo, random_router
+from upcycle_bench.util.cache import cache_root
+from upcycle_bench.util.errors import UserError
+from upcycle_bench.util.progress import Reporter
 
 # ---- through the command line ------------------------------------------------------------------------------------
 

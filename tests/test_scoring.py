@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tests import helpers
-from upcycle_bench import scoring
-from upcycle_bench.errors import UserError
-from upcycle_bench.scoring import Judged, Task, chance_at_k, fit_scale, judge
+from upcycle_bench.evaluation import ranking
+from upcycle_bench.evaluation.ranking import Judged, Task, chance_at_k, fit_scale, judge
+from upcycle_bench.util.errors import UserError
 
 
 def reference(task: Task, scale: float) -> Judged:
@@ -126,7 +126,7 @@ def test_log_likelihoods_are_those_of_logsumexp_to_the_bit(queries, gallery, gri
     right_QA = cosine_QG[:, :2]
     with helpers.threads(threads):
         for scale in (0.01, 7.3, 100.0, 1000.0):
-            ours = scoring._log_likelihoods(cosine_QG, right_QA, cosine_QG.amax(1), scale)
+            ours = ranking._log_likelihoods(cosine_QG, right_QA, cosine_QG.amax(1), scale)
             plain = (scale * right_QA).logsumexp(1) - (scale * cosine_QG).logsumexp(1)
             assert torch.equal(ours, plain)
 
@@ -136,7 +136,7 @@ def test_chunks_change_nothing(name, monkeypatch):
     task = TASKS[name]
     before, scale = judge(task, 30.0, "x"), fit_scale([task], "x")
     for chunk in (1, 1000):
-        monkeypatch.setattr(scoring, "CHUNK", chunk)
+        monkeypatch.setattr(ranking, "CHUNK", chunk)
         after = judge(task, 30.0, "x")
         np.testing.assert_array_equal(after.rank_Q, before.rank_Q)
         np.testing.assert_array_equal(after.log_likelihood_Q, before.log_likelihood_Q)
@@ -184,7 +184,7 @@ def test_fitted_scale_is_scipys():
 def test_perfect_and_reversed_answers_have_a_scale_within_bounds():
     perfect = Task(torch.eye(4), torch.eye(4), torch.arange(4), torch.arange(4))
     scale = fit_scale([perfect], "x")  # the more the better, until float64 sees no difference
-    assert 30 < scale <= scoring.SCALE_BOUNDS[1]
+    assert 30 < scale <= ranking.SCALE_BOUNDS[1]
     assert judge(perfect, scale, "x").log_likelihood_Q == pytest.approx(0, abs=1e-12)
     assert fit_scale([Task(-torch.eye(4), *list(vars(perfect).values())[1:])], "x") == pytest.approx(0.01, rel=1e-4)
 
@@ -192,7 +192,7 @@ def test_perfect_and_reversed_answers_have_a_scale_within_bounds():
 def test_many_queries_are_thinned_evenly(monkeypatch):
     task = noisy(600, 6, 0.7)
     whole = fit_scale([task], "x")
-    monkeypatch.setattr(scoring, "FIT_QUERIES", 150)
+    monkeypatch.setattr(ranking, "FIT_QUERIES", 150)
     chosen = torch.arange(0, 600, 4)
     part = Task(task.queries_QC[chosen], task.gallery_GC, task.query_id_Q[chosen], task.gallery_id_G)
     thinned = fit_scale([task], "x")

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from tests.helpers import random_ffn
-from upcycle_bench.dense import create_clip
-from upcycle_bench.registry import load_registry
-from upcycle_bench.rng import Stream
-from upcycle_bench.strategy import FFN, Layer
+from upcycle_bench.model.clip import create_clip
+from upcycle_bench.model.ffn import FFN, Layer
+from upcycle_bench.planning.registry import load_registry
+from upcycle_bench.util.rng import Stream
 
 REGISTRY = load_registry()
 Scratch = REGISTRY.strategies["scratch"].target

@@ -14,9 +14,10 @@ from torch.testing import assert_close
 
 from tests.helpers import dense_forward, moe_layer, random_ffn
 from tests.literal import sparse_upcycling as literal
-from upcycle_bench.registry import load_registry
-from upcycle_bench.rng import Stream
-from upcycle_bench.strategy import FFN, Layer, LayerInit, random_router
+from upcycle_bench.model.ffn import FFN, Layer, LayerInit
+from upcycle_bench.planning.registry import load_registry
+from upcycle_bench.strategy import random_router
+from upcycle_bench.util.rng import Stream
 
 SparseUpcycling = load_registry().strategies["sparse-upcycling"].target
 STREAM = Stream(("test", 0))

@@ -16,15 +16,15 @@ from tests import helpers
 from tests.helpers import dense_forward, moe_layer, random_ffn, tiny_clip
 from tests.literal import spri as literal
 from tests.test_train import job
-from upcycle_bench import engine
-from upcycle_bench.data import PairDataset
-from upcycle_bench.dense import create_clip
-from upcycle_bench.moe import moe_layers
-from upcycle_bench.registry import load_registry
-from upcycle_bench.rng import Stream
-from upcycle_bench.strategy import FFN, Layer, LayerInit
+from upcycle_bench.data.pairs import PairDataset
+from upcycle_bench.data.worlds import load_world
+from upcycle_bench.model.clip import create_clip
+from upcycle_bench.model.ffn import FFN, Layer, LayerInit
+from upcycle_bench.model.moe import moe_layers
+from upcycle_bench.planning.registry import load_registry
+from upcycle_bench.training import session
 from upcycle_bench.training.loop import train
-from upcycle_bench.worlds import load_world
+from upcycle_bench.util.rng import Stream
 
 Spri = load_registry().strategies["spri"].target
 PARTITIONS = pytest.mark.parametrize("partition", ["interleaved", "contiguous", "random"])
@@ -140,7 +140,7 @@ def test_p6_stage_1_leaves_the_base_to_the_bit_and_the_rank_bounded_and_merging_
                     assert delta.a_OP.shape[1] == 4
                     assert s_M[3] > 1e-3
                     assert s_M[4] < 1e-5 * s_M[0]  # rounding to float32
-                prefix = f"{layer.layer.mlp_path}.moe.deepspeed_moe.experts.deepspeed_experts.{number}"
+                prefix = f"{layer.place.mlp_path}.moe.deepspeed_moe.experts.deepspeed_experts.{number}"
                 for key, value in expert.state_dict().items():
                     frozen = key.startswith("base.")
                     assert torch.equal(value, before[f"{prefix}.{key}"]) == frozen, key
@@ -149,7 +149,7 @@ def test_p6_stage_1_leaves_the_base_to_the_bit_and_the_rank_bounded_and_merging_
                 assert_close(expert(x_TD), output, rtol=1e-4, atol=1e-5)
             seen[name] = [p.detach().clone() for p in layer.experts.parameters() if p.ndim == 2]
 
-    with engine.session(threads=1):
+    with session.open_session(threads=1):
         pairs = PairDataset(load_world("digits", 0).train_shards, create_clip("smoke-vit"))
         train(clip, pairs, job(), stages=strategy.stages(8), next_stage=next_stage)
     assert list(seen) == ["vision.1", "vision.3", "text.1"]

@@ -16,20 +16,21 @@ from tests import helpers
 from tests.helpers import threads, tiny_clip, tiny_moe
 from tests.test_run import plan
 from tests.test_train import eesd, job, schedule, state
-from upcycle_bench import engine, record, trained
+from upcycle_bench import record
 from upcycle_bench import run as module
-from upcycle_bench.cache import cache_root
-from upcycle_bench.costs import parameter_counts
-from upcycle_bench.data import PairDataset
-from upcycle_bench.dense import Clip, create_clip
-from upcycle_bench.errors import PluginError, UserError
-from upcycle_bench.moe import moe_layers
-from upcycle_bench.progress import Reporter
+from upcycle_bench.data.pairs import PairDataset
+from upcycle_bench.data.worlds import load_world
+from upcycle_bench.model.clip import Clip, create_clip
+from upcycle_bench.model.moe import moe_layers, parameter_counts
+from upcycle_bench.model.surgery import merge, put_experts
+from upcycle_bench.planning.registry import load_registry
 from upcycle_bench.protocol import learning_rate
-from upcycle_bench.registry import load_registry
-from upcycle_bench.surgery import merge, upcycle
+from upcycle_bench.training import finished, session
 from upcycle_bench.training.loop import parameter_groups, train
-from upcycle_bench.worlds import load_world
+from upcycle_bench.util import distributed
+from upcycle_bench.util.cache import cache_root
+from upcycle_bench.util.errors import PluginError, UserError
+from upcycle_bench.util.progress import Reporter
 
 STRATEGIES = {name: entry.target for name, entry in load_registry().strategies.items()}
 SPRI = STRATEGIES["spri"]()
@@ -37,7 +38,7 @@ SPRI = STRATEGIES["spri"]()
 
 @pytest.fixture(scope="module")
 def pairs() -> Iterator[PairDataset]:
-    with engine.session(threads=1), threads(1):
+    with session.open_session(threads=1), threads(1):
         yield PairDataset(load_world("digits", 0).train_shards, create_clip("smoke-vit"))
 
 
@@ -190,7 +191,7 @@ def test_a_record_counts_the_trained_form_and_reuse_does_too(tmp_path: Path, qui
     )
     facts = json.loads(kept.read_text())
     assert facts.pop("parameters") == list(expected)
-    assert trained.Trained.model_validate_json(json.dumps(facts)).parameters is None
+    assert finished.Trained.model_validate_json(json.dumps(facts)).parameters is None
 
 
 # ---- Expert parallelism -------------------------------------------------------------------------------------------
@@ -200,7 +201,7 @@ def test_a_record_counts_the_trained_form_and_reuse_does_too(tmp_path: Path, qui
 def test_shared_parameters_and_expert_parallelism_are_refused_in_one_line(
     tmp_path: Path, quick: list[str], monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    monkeypatch.setattr(engine, "check_world", lambda batch_size, ep_size: None)  # as if there were two processes
+    monkeypatch.setattr(distributed, "check_world", lambda batch_size, ep_size: None)  # as if there were two processes
     with pytest.raises(UserError, match=r"^ders-..: its experts share .* moe\.ep_size=1\.$") as error:
         module.run(plan(name, [*quick, "moe.ep_size=2"]), tmp_path, Reporter())
     assert "\n" not in str(error.value)
@@ -211,7 +212,7 @@ def test_a_plugin_that_does_not_say_it_shares_is_refused_too() -> None:
     dense = tiny_clip()
     made = helpers.initialise(STRATEGIES["ders-lm"](), dense, 0)
     with pytest.raises(PluginError, match=r"share parameters, which needs moe\.ep_size=1"):
-        upcycle(dense.model, made.inits, tiny_moe(ep_size=2))
+        put_experts(dense.model, made.inits, tiny_moe(ep_size=2))
 
 
 # ---- DeepSpeed ----------------------------------------------------------------------------------------------------

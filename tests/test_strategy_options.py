@@ -4,9 +4,9 @@ from typing import Any
 
 import pytest
 
-from upcycle_bench.errors import UserError
-from upcycle_bench.registry import load_registry
+from upcycle_bench.planning.registry import load_registry
 from upcycle_bench.strategy import configure
+from upcycle_bench.util.errors import UserError
 
 STRATEGIES = load_registry().strategies
 REFUSED = {

@@ -4,16 +4,17 @@ from pathlib import Path
 
 import pytest
 
-from upcycle_bench import planning_matrix, record
+from upcycle_bench import record
 from upcycle_bench.cli.run import show_record
-from upcycle_bench.errors import UserError
+from upcycle_bench.planning import matrix
 from upcycle_bench.planning.plan import Plan, make_plan, run_id
-from upcycle_bench.progress import Reporter
+from upcycle_bench.planning.registry import load_registry
 from upcycle_bench.protocol import load_protocol
-from upcycle_bench.registry import load_registry
 from upcycle_bench.run import run
 from upcycle_bench.suites.few_shot import FewShot
 from upcycle_bench.suites.zero_shot import ZeroShot
+from upcycle_bench.util.errors import UserError
+from upcycle_bench.util.progress import Reporter
 
 REGISTRY = load_registry()
 
@@ -64,11 +65,11 @@ def test_a_suite_that_fails_is_skipped_and_its_run_is_not_done(
     show_record(made, path)
     assert "skipped: few-shot: ZeroDivisionError: on a bad day" in capsys.readouterr().out
     # The matrix knows the record as this cell's, but as one that lacks something.
-    cell, records = planning_matrix.Cell(plan=planned), planning_matrix.read_records(tmp_path)
-    assert planning_matrix.describes(made, cell)
-    assert planning_matrix.finished(cell, run_id(planned, made.hashes.dense), records) is None
-    usual = planning_matrix.Cell(plan=plan(quick))
-    assert planning_matrix.finished(usual, run_id(planned, made.hashes.dense), records) == path
+    cell, records = matrix.Cell(plan=planned), matrix.read_records(tmp_path)
+    assert matrix.describes(made, cell)
+    assert matrix.finished(cell, run_id(planned, made.hashes.dense), records) is None
+    usual = matrix.Cell(plan=plan(quick))
+    assert matrix.finished(usual, run_id(planned, made.hashes.dense), records) == path
     with pytest.raises(ZeroDivisionError):
         run(plan(quick, "few-shot"), tmp_path / "alone", Reporter())
 

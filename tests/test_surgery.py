@@ -11,13 +11,12 @@ from torch import nn
 
 from tests.helpers import random_ffn, threads
 from tests.moe_helpers import MOE, SIX_LAYERS, captions, create_dense, inputs_for, sparse_inits, upcycled
-from upcycle_bench import surgery
-from upcycle_bench.costs import parameter_counts
-from upcycle_bench.dense import model_config
-from upcycle_bench.errors import PluginError, UserError
-from upcycle_bench.moe import moe_layers
-from upcycle_bench.strategy import FFN, LayerInit
-from upcycle_bench.surgery import find_layers, upcycle
+from upcycle_bench.model import surgery
+from upcycle_bench.model.clip import model_config
+from upcycle_bench.model.ffn import FFN, LayerInit
+from upcycle_bench.model.moe import moe_layers, parameter_counts
+from upcycle_bench.model.surgery import find_layers, put_experts
+from upcycle_bench.util.errors import PluginError, UserError
 
 
 @pytest.fixture(autouse=True)
@@ -155,7 +154,7 @@ def test_a_copy_of_the_result_keeps_its_own_padding() -> None:
         keep_T = moe_layers(model)["text.1"].padding.keep_T
         assert torch.equal(twin.encode_text(texts), expected)
         twin.encode_text(captions([1, 1]))
-    paddings = {id(layer.padding) for layer in moe_layers(twin).values() if layer.layer.tower == "text"}
+    paddings = {id(layer.padding) for layer in moe_layers(twin).values() if layer.place.tower == "text"}
     assert len(paddings) == 1 and id(moe_layers(model)["text.1"].padding) not in paddings
     assert moe_layers(model)["text.1"].padding.keep_T is keep_T
 
@@ -210,7 +209,7 @@ def test_wrong_number_of_experts() -> None:
     inits = sparse_inits(dense, MOE)
     inits["text.3"] = LayerInit(inits["text.3"].experts[:7], inits["text.3"].router_ND)
     with pytest.raises(ValueError, match=r"text\.3: 7 experts were made, the protocol wants 8"):
-        upcycle(dense, inits, MOE)
+        put_experts(dense, inits, MOE)
 
 
 def test_wrong_router_shape() -> None:
@@ -218,7 +217,7 @@ def test_wrong_router_shape() -> None:
     inits = sparse_inits(dense, MOE)
     inits["vision.5"] = LayerInit(inits["vision.5"].experts, inits["vision.5"].router_ND.T)
     with pytest.raises(ValueError, match=r"vision\.5: the router's shape is \(32, 8\), it must be \(8, 32\)"):
-        upcycle(dense, inits, MOE)
+        put_experts(dense, inits, MOE)
 
 
 @pytest.mark.parametrize("name", ["c_fc.weight", "c_fc.bias", "c_proj.weight", "c_proj.bias"])
@@ -229,14 +228,14 @@ def test_s7_an_expert_that_shares_storage_with_the_dense_model(name: str) -> Non
     shared = dense.get_submodule("transformer.resblocks.1.mlp").get_parameter(name)
     setattr(inits["text.1"].experts[4].get_submodule(owner), leaf, nn.Parameter(shared.detach()))
     with pytest.raises(ValueError, match=r"text\.1: expert 4 shares storage"):
-        upcycle(dense, inits, MOE)
+        put_experts(dense, inits, MOE)
 
 
 def test_layers_must_be_those_of_the_protocol() -> None:
     dense = create_dense()
     inits = sparse_inits(dense, MOE)
     with pytest.raises(ValueError, match="were initialised, but the protocol replaces"):
-        upcycle(dense, dict(list(inits.items())[1:]), MOE)
+        put_experts(dense, dict(list(inits.items())[1:]), MOE)
 
 
 @pytest.mark.parametrize("name", ["RN50", "ViT-B-16-SigLIP", "coca_ViT-B-32"])
@@ -313,4 +312,4 @@ def test_an_expert_that_is_not_finite_is_named() -> None:
     with torch.no_grad():
         bad.c_proj.bias[0] = torch.nan
     with pytest.raises(PluginError, match=r"text\.3: expert 5 holds values that are not finite"):
-        upcycle(dense, inits, MOE)
+        put_experts(dense, inits, MOE)

@@ -11,12 +11,13 @@ import torch
 from PIL import Image
 
 from tests.helpers import MODEL, tiny_clip
-from upcycle_bench import evalset_write, packed
-from upcycle_bench.embedding_cache import remembered
-from upcycle_bench.evalsets import EvalSet
+from upcycle_bench.data import evalset_write
+from upcycle_bench.data.evalset import EvalSet
+from upcycle_bench.evaluation.embedding_cache import remembered
+from upcycle_bench.evaluation.texts import class_embeddings, encode_texts
+from upcycle_bench.model import padding as packed
 from upcycle_bench.suite import EvalContext
 from upcycle_bench.suites.zero_shot import ZeroShot
-from upcycle_bench.texts import class_embeddings, encode_texts
 
 SET = EvalSet("animals", "classification", ("dog", "cat", "owl"), ("{c}", "a photo of a {c}"), ())
 CAPTIONS = ("a dog", "two cats", "a dog")

@@ -10,16 +10,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from upcycle_bench.data import Batch, PairDataset
-from upcycle_bench.dense import Clip, create_clip
-from upcycle_bench.job import Job
-from upcycle_bench.moe import moe_layers
+from upcycle_bench.data.pairs import Batch, PairDataset
+from upcycle_bench.model.clip import Clip, create_clip
+from upcycle_bench.model.ffn import FFN
+from upcycle_bench.model.moe import moe_layers
+from upcycle_bench.model.surgery import find_layers, put_experts
+from upcycle_bench.planning.registry import load_registry
 from upcycle_bench.protocol import Schedule, learning_rate, load_protocol
-from upcycle_bench.registry import load_registry
-from upcycle_bench.rng import Stream
-from upcycle_bench.strategy import FFN, ExtraLoss
-from upcycle_bench.surgery import find_layers, upcycle
+from upcycle_bench.strategy import ExtraLoss
+from upcycle_bench.training.job import Job
 from upcycle_bench.training.loop import parameter_groups, train
+from upcycle_bench.util.rng import Stream
 
 REGISTRY = load_registry()
 PROTOCOL = load_protocol(REGISTRY.protocols["smoke"].target)
@@ -41,7 +42,7 @@ def upcycled(seed: int = 0) -> Clip:
     for layer in find_layers(clip.model, PROTOCOL.moe):
         ffn = FFN.of(clip.model.get_submodule(layer.mlp_path))
         inits[layer.name] = strategy.init_layer(ffn, layer, None, Stream(("test", layer.name)))
-    return replace(clip, model=upcycle(clip.model, inits, PROTOCOL.moe))
+    return replace(clip, model=put_experts(clip.model, inits, PROTOCOL.moe))
 
 
 def eesd(layers: Mapping[str, Any]) -> Any:
@@ -209,7 +210,7 @@ def test_weight_decay_on_matrices_only() -> None:
 
 
 def test_the_data_set_must_fill_a_batch(pairs: PairDataset) -> None:
-    from upcycle_bench.errors import UserError
+    from upcycle_bench.util.errors import UserError
 
     with pytest.raises(UserError, match="1079 pairs, fewer than one batch of 2000"):
         train(create_clip("smoke-vit"), pairs, job(schedule=schedule(batch_size=2000)))

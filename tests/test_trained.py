@@ -18,15 +18,17 @@ from torch import nn
 import upcycle_bench
 from tests.helpers import tiny_clip, tiny_moe, upcycled
 from tests.test_run import Delta, plan
-from upcycle_bench import record, trained
+from upcycle_bench import record
 from upcycle_bench import run as module
-from upcycle_bench.cache import cache_root
-from upcycle_bench.moe import moe_layers
+from upcycle_bench.model.ffn import FFN
+from upcycle_bench.model.moe import moe_layers
 from upcycle_bench.planning.fingerprint import code_fingerprint
 from upcycle_bench.planning.plan import Plan
-from upcycle_bench.progress import Reporter
-from upcycle_bench.registry import load_registry
-from upcycle_bench.strategy import FFN, configure
+from upcycle_bench.planning.registry import load_registry
+from upcycle_bench.strategy import configure
+from upcycle_bench.training import finished
+from upcycle_bench.util.cache import cache_root
+from upcycle_bench.util.progress import Reporter
 
 
 @pytest.fixture
@@ -96,11 +98,11 @@ def test_another_suite_scores_the_same_training(tmp_path: Path, quick: list[str]
 
 def test_other_seeds_and_libraries_are_other_trainings(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu = torch.device("cpu")
-    keys = {trained.key("one", cpu), trained.key("two", cpu)}
-    monkeypatch.setattr(trained.environment, "installed_version", lambda name: f"another {name}")
-    keys.add(trained.key("one", cpu))
-    monkeypatch.setattr(trained.environment, "device_name", lambda device: "another CPU")
-    keys.add(trained.key("one", cpu))
+    keys = {finished.key("one", cpu), finished.key("two", cpu)}
+    monkeypatch.setattr(finished.environment, "installed_version", lambda name: f"another {name}")
+    keys.add(finished.key("one", cpu))
+    monkeypatch.setattr(finished.environment, "device_name", lambda device: "another CPU")
+    keys.add(finished.key("one", cpu))
     assert len(keys) == 4
 
 
@@ -132,21 +134,21 @@ def flip(path: Path) -> None:
 def test_what_was_damaged_is_trained_again(tmp_path: Path, quick: list[str], trainings: list[str]) -> None:
     planned = plan("dense", quick, train_seed=44)
     first, _ = run(planned, tmp_path / "1")
-    key = trained.key(first.run_id, torch.device("cpu"))
+    key = finished.key(first.run_id, torch.device("cpu"))
     weights = cache_root() / "weights" / f"{first.hashes.weights}.safetensors"
-    metrics = trained.metrics_of(key)
+    metrics = finished.metrics_of(key)
     facts = metrics.with_suffix(".json")
     for path, damage in ((weights, cut), (weights, Path.unlink), (facts, cut), (metrics, Path.unlink), (weights, flip)):
-        assert trained.look_up(key) is not None
+        assert finished.look_up(key) is not None
         whole = path.read_bytes()
         damage(path)
-        assert trained.look_up(key) is None, (path, damage)
+        assert finished.look_up(key) is None, (path, damage)
         if damage is not flip:
             path.write_bytes(whole)
     second, _ = run(planned, tmp_path / "2")
     assert trainings == ["dense", "dense"]
     assert second.hashes == first.hashes
-    assert trained.look_up(key) is not None
+    assert finished.look_up(key) is not None
 
 
 def test_a_training_is_kept_when_only_its_evaluation_failed(
@@ -185,7 +187,7 @@ def test_a_training_that_fails_is_not_kept(tmp_path: Path, quick: list[str], mon
 def replace_expert(model: Any, make: Callable[[FFN, nn.ModuleList], nn.Module]) -> None:
     """Put another module in the place of the last expert of the last layer."""
     layer = list(moe_layers(model).values())[-1]
-    ffn = FFN.of(tiny_clip().model.get_submodule(layer.layer.mlp_path))
+    ffn = FFN.of(tiny_clip().model.get_submodule(layer.place.mlp_path))
     layer.experts[-1] = make(ffn, layer.experts)
 
 
@@ -226,11 +228,11 @@ def test_only_plain_experts_can_be_rebuilt(make: Any, can: bool) -> None:
     strategy = configure(load_registry().get("strategy", "sparse-upcycling").target, {})
     model = upcycled(strategy, dense, 0, tiny_moe()).model
     replace_expert(model, make)
-    assert trained.can_be_rebuilt(model, dense.model) is can
+    assert finished.can_be_rebuilt(model, dense.model) is can
 
 
 def test_a_dense_model_can_be_rebuilt() -> None:
-    assert trained.can_be_rebuilt(tiny_clip().model, tiny_clip().model)
+    assert finished.can_be_rebuilt(tiny_clip().model, tiny_clip().model)
 
 
 def test_code_of_a_strategys_bases_belongs_to_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -299,7 +301,7 @@ def test_a_comment_leaves_a_strategy_what_it_is_and_a_constant_in_clustering_doe
 @pytest.mark.parametrize("library", ["torch", "torchvision", "open_clip_torch", "deepspeed", "numpy"])
 def test_another_version_of_one_library_is_another_training(monkeypatch: pytest.MonkeyPatch, library: str) -> None:
     real, cpu = metadata.version, torch.device("cpu")
-    before = trained.key("one", cpu)
-    assert trained.key("one", cpu) == before
+    before = finished.key("one", cpu)
+    assert finished.key("one", cpu) == before
     monkeypatch.setattr(metadata, "version", lambda name: "another" if name == library else real(name))
-    assert trained.key("one", cpu) != before
+    assert finished.key("one", cpu) != before

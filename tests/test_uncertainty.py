@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 
 from tests.test_record import make_record, score
-from upcycle_bench import uncertainty
 from upcycle_bench.cli.run import show_record
 from upcycle_bench.cli.tables import score_rows, show_key, show_scores
-from upcycle_bench.leaderboard import build
+from upcycle_bench.reporting.leaderboard import build
 from upcycle_bench.suite import AVERAGE
-from upcycle_bench.uncertainty import of_mean, of_outcomes, of_recalls, of_scores, of_shares, wilson
+from upcycle_bench.util import uncertainty
+from upcycle_bench.util.uncertainty import of_mean, of_outcomes, of_recalls, of_scores, of_shares, wilson
 
 
 def bootstrap(statistic, samples: int, draws: int = 4000) -> float:

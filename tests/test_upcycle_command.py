@@ -16,16 +16,16 @@ from rich.console import Console
 import upcycle_bench
 from tests.helpers import MODEL, equal, threads, tiny_batches, tiny_clip
 from tests.test_cli import call
-from upcycle_bench.data import PairDataset
-from upcycle_bench.dense import create_clip, find_pretrained
-from upcycle_bench.errors import UserError
-from upcycle_bench.initialise import make_experts
-from upcycle_bench.moe import moe_layers
-from upcycle_bench.progress import TerminalReporter
-from upcycle_bench.rng import Stream
-from upcycle_bench.surgery import upcycle
+from upcycle_bench.data.pairs import PairDataset
+from upcycle_bench.data.worlds import load_world
+from upcycle_bench.model.clip import create_clip, find_pretrained
+from upcycle_bench.model.moe import moe_layers
+from upcycle_bench.model.surgery import put_experts
 from upcycle_bench.upcycling.from_checkpoint import choose_strategy, moe_settings
-from upcycle_bench.worlds import load_world
+from upcycle_bench.upcycling.initialise import make_experts
+from upcycle_bench.util.errors import UserError
+from upcycle_bench.util.progress import TerminalReporter
+from upcycle_bench.util.rng import Stream
 
 PHASES = ["load", "calibrate", "experts", "compare", "write"]
 
@@ -90,7 +90,7 @@ def test_cluster_aware_is_what_a_run_would_train(
         lambda wanted: ((clip.normalise(b.images), b.texts) for b in pairs.calibration(sample, wanted, 256)),
     )
     loaded = upcycle_bench.load(output).model
-    assert equal(loaded.state_dict(), upcycle(clip.model, inits, moe).state_dict())
+    assert equal(loaded.state_dict(), put_experts(clip.model, inits, moe).state_dict())
 
     assert list(facts["layers"]) == list(moe_layers(loaded)) == list(inits)
     assert all(0 < layer["function_drift"] < 1 and "mean_rank" in layer for layer in facts["layers"].values())

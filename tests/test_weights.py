@@ -14,10 +14,10 @@ import torch
 
 from tests.helpers import threads
 from tests.moe_helpers import MOE, inputs_for, upcycled
-from upcycle_bench import weights
-from upcycle_bench.dense import Clip, create_clip
-from upcycle_bench.errors import UserError
-from upcycle_bench.moe import moe_layers
+from upcycle_bench.model import weights
+from upcycle_bench.model.clip import Clip, create_clip
+from upcycle_bench.model.moe import moe_layers
+from upcycle_bench.util.errors import UserError
 
 SMALL = MOE.model_copy(update={"experts": 4})
 
@@ -69,7 +69,7 @@ def test_round_trip_of_an_upcycled_model(clip: Clip, tmp_path: Path) -> None:
     assert_same(loaded, clip)
     assert not loaded.model.training
     assert loaded.name == "smoke-vit" and loaded.tokenize(["a"]).tolist() == clip.tokenize(["a"]).tolist()
-    assert {name: layer.layer for name, layer in moe_layers(loaded.model).items()} == {
+    assert {name: layer.place for name, layer in moe_layers(loaded.model).items()} == {
         name: layer.layer for name, layer in moe_layers(clip.model).items()
     }
 

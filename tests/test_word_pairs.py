@@ -5,7 +5,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from upcycle_bench.word_pairs import Pair, candidates, choose, most_frequent
+from upcycle_bench.evaluation.word_pairs import Pair, candidates, choose, most_frequent
 
 CAPTIONS = [["arrow left"], ["bell"], ["Arrow  right"], ["bell off"], ["star"], ["left arrow"]]
 

@@ -11,30 +11,34 @@ from open_clip.loss import ClipLoss
 from tests import workshop_worker
 from tests.helpers import SMOKE, equal, initialise, tiny_moe
 from tests.test_distributed import launch
-from upcycle_bench import clustering
-from upcycle_bench.data import PairDataset, PickedBatches
-from upcycle_bench.dense import create_clip
-from upcycle_bench.errors import UserError
-from upcycle_bench.job import Job
-from upcycle_bench.moe import moe_layers
+from upcycle_bench.data.pairs import PairDataset, PickedBatches
+from upcycle_bench.data.world import World
+from upcycle_bench.data.worlds import lab, load_world, training_groups
+from upcycle_bench.model.clip import create_clip
+from upcycle_bench.model.moe import moe_layers
+from upcycle_bench.model.surgery import put_experts
+from upcycle_bench.planning.registry import load_registry
 from upcycle_bench.protocol import load_protocol
-from upcycle_bench.registry import load_registry
-from upcycle_bench.rng import Stream
-from upcycle_bench.surgery import upcycle
+from upcycle_bench.strategy import Groups
+from upcycle_bench.training.job import Job
 from upcycle_bench.training.loop import train
 from upcycle_bench.training.step import compute_losses
-from upcycle_bench.workshop import Groups, Workshop
-from upcycle_bench.worlds import World, lab, load_world, training_groups
+from upcycle_bench.upcycling import clustering
+from upcycle_bench.upcycling.preparation import TrainingWorkshop
+from upcycle_bench.util.errors import UserError
+from upcycle_bench.util.rng import Stream
 
 SETTINGS = ["train.schedule.batch_size=32", "train.schedule.steps=40"]
 BIASES = {"trainable": lambda name: name.endswith("mlp.c_fc.bias")}
 pytestmark = pytest.mark.usefixtures("session")
 
 
-def workshop(pairs: PairDataset, seed: int = 0) -> Workshop:
+def workshop(pairs: PairDataset, seed: int = 0) -> TrainingWorkshop:
     protocol = load_protocol(SMOKE, SETTINGS)
     groups = training_groups(load_world("digits", 0))
-    return Workshop(create_clip("smoke-vit", seed=3), pairs, protocol, Stream(("test", seed)), groups, label="test")
+    return TrainingWorkshop(
+        create_clip("smoke-vit", seed=3), pairs, protocol, Stream(("test", seed)), groups, label="test"
+    )
 
 
 def test_features_are_the_models_own_whatever_the_batch(pairs: PairDataset) -> None:
@@ -98,7 +102,7 @@ def test_two_ranks_do_what_one_does(tmp_path: Path) -> None:
 def test_what_a_budget_pays_by_hand(monkeypatch: pytest.MonkeyPatch, pairs: PairDataset) -> None:
     """A training step costs 4,000, a branch's 2,000 and the encoding of 32 samples at 30 each, 2,960 in all."""
 
-    def counted() -> Workshop:
+    def counted() -> TrainingWorkshop:
         shop = workshop(pairs)
 
         def charge(flops: int) -> int:
@@ -130,7 +134,7 @@ def test_the_training_it_is_measured_by_is_that_of_the_upcycled_model(pairs: Pai
     moe = tiny_moe(experts=8, capacity_factor=8.0)  # nothing is dropped
     clip = replace(pairs.clip, model=shop.dense())
     strategy = load_registry().strategies["sparse-upcycling"].target()
-    model = upcycle(clip.model, initialise(strategy, clip, 0, moe=moe).inits, moe)
+    model = put_experts(clip.model, initialise(strategy, clip, 0, moe=moe).inits, moe)
     schedule = load_protocol(SMOKE, SETTINGS).train.schedule
     job = Job(schedule=schedule, peak_lr=1.0, stop_step=1, seed=0)
     progress = train(replace(clip, model=model), PickedBatches(pairs, shop._probe()[None]), job)
@@ -171,7 +175,7 @@ def test_digits_groups_are_the_classes_of_the_captions(pairs: PairDataset) -> No
 def test_local_data_have_shards(pairs: PairDataset) -> None:
     world = load_world("digits", 0)
     assert training_groups(replace(world, name="local")) is None
-    shop = Workshop(pairs.clip, pairs, load_protocol(SMOKE), Stream(("a",)))
+    shop = TrainingWorkshop(pairs.clip, pairs, load_protocol(SMOKE), Stream(("a",)))
     found = shop.groups()
     assert found.kind == "shard"
     assert isinstance(found, Groups)

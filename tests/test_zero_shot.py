@@ -12,15 +12,17 @@ from clip_benchmark.metrics import zeroshot_classification, zeroshot_retrieval
 from PIL import Image
 from pydantic import ValidationError
 
-from upcycle_bench import evalset_write, evalsets
 from upcycle_bench.assets import MODELS
-from upcycle_bench.errors import UserError
-from upcycle_bench.scoring import judge
+from upcycle_bench.data import evalset as evalsets
+from upcycle_bench.data import evalset_write
+from upcycle_bench.data.world import open_world
+from upcycle_bench.data.worlds import digits
+from upcycle_bench.evaluation.ranking import judge
+from upcycle_bench.evaluation.texts import classification_task, encode_texts
 from upcycle_bench.suite import EvalContext
 from upcycle_bench.suites import zero_shot
 from upcycle_bench.suites.zero_shot import ZeroShot
-from upcycle_bench.texts import classification_task, encode_texts
-from upcycle_bench.worlds import digits, open_world
+from upcycle_bench.util.errors import UserError
 
 SMOKE = json.loads((MODELS / "smoke-vit.json").read_text())
 TRANSFORM = open_clip.image_transform(8, is_train=False)

@@ -8,14 +8,15 @@ from typing import Any
 
 import torch
 
-from upcycle_bench import distributed, engine
-from upcycle_bench.data import PairDataset
-from upcycle_bench.dense import create_clip
+from upcycle_bench.data.pairs import PairDataset
+from upcycle_bench.data.worlds import load_world
+from upcycle_bench.model.clip import create_clip
+from upcycle_bench.planning.registry import load_registry
 from upcycle_bench.protocol import load_protocol
-from upcycle_bench.registry import load_registry
-from upcycle_bench.rng import Stream
-from upcycle_bench.workshop import Workshop
-from upcycle_bench.worlds import load_world
+from upcycle_bench.training import session
+from upcycle_bench.upcycling.preparation import TrainingWorkshop
+from upcycle_bench.util import distributed
+from upcycle_bench.util.rng import Stream
 
 
 def work() -> dict[str, Any]:
@@ -24,7 +25,9 @@ def work() -> dict[str, Any]:
     protocol = load_protocol(smoke, ["train.schedule.batch_size=32", "train.schedule.eps=0.01"])
     clip = create_clip("smoke-vit", seed=3 + distributed.rank())
     distributed.send_from_main(clip.model)
-    workshop = Workshop(clip, PairDataset(load_world("digits", 0).train_shards, clip), protocol, Stream(("test",)))
+    workshop = TrainingWorkshop(
+        clip, PairDataset(load_world("digits", 0).train_shards, clip), protocol, Stream(("test",))
+    )
     model = workshop.dense()
     index_S = torch.arange(0, 1035, 3)  # 345: on two ranks the last part is odd
     features = [torch.cat(parts) for parts in zip(*workshop.encode(model, index_S), strict=True)]
@@ -34,7 +37,7 @@ def work() -> dict[str, Any]:
 
 
 def main(output: str) -> None:
-    with engine.session(threads=1):
+    with session.open_session(threads=1):
         made = work()
         every = [distributed.gather(value[None]) for value in made["state"].values()]
         assert all(torch.equal(value[0], each) for value in every for each in value)  # the ranks agree

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from upcycle_bench.api import load, save, upcycle
-    from upcycle_bench.moe import moe_layers
+    from upcycle_bench.model.moe import moe_layers
 
 __all__ = ["__version__", "load", "moe_layers", "save", "upcycle"]
 __version__ = version("upcycle-bench")

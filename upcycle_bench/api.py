@@ -19,15 +19,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from upcycle_bench import distributed, surgery, weights
-from upcycle_bench.dense import PREPROCESS, Clip, create_clip
-from upcycle_bench.errors import UserError
-from upcycle_bench.files import temporary
-from upcycle_bench.initialise import make_experts
-from upcycle_bench.moe import moe_layers
+from upcycle_bench.model import surgery, weights
+from upcycle_bench.model.clip import PREPROCESS, Clip, create_clip
+from upcycle_bench.model.moe import moe_layers
 from upcycle_bench.protocol import PUBLISHED_MOE
 from upcycle_bench.strategy import resolve_moe
 from upcycle_bench.upcycling.from_checkpoint import CalibrationPairs, choose_strategy, moe_settings
+from upcycle_bench.upcycling.initialise import make_experts
+from upcycle_bench.util import distributed
+from upcycle_bench.util.errors import UserError
+from upcycle_bench.util.files import temporary
 
 
 def upcycle(
@@ -73,7 +74,7 @@ def upcycle(
     moe = resolve_moe(chosen, moe)
     inits = make_experts(chosen, model, moe, seed, CalibrationPairs(strategy, model, calibration or ()))
     with torch.random.fork_rng(devices=[]):  # DeepSpeed's gate draws weights, which are then replaced
-        return surgery.upcycle(model, inits, moe)
+        return surgery.put_experts(model, inits, moe)
 
 
 def save(model: Any, path: str | os.PathLike[str], name: str) -> str:
@@ -117,7 +118,7 @@ def load(path: str | os.PathLike[str]) -> Clip:
 
 def _compare(model: Any, form: nn.Module, name: str) -> None:
     """UserError unless `model` is `form`, apart from FFNs that became experts: a file under another name is useless."""
-    replaced = tuple(f"{layer.layer.mlp_path}." for layer in moe_layers(model).values())
+    replaced = tuple(f"{layer.place.mlp_path}." for layer in moe_layers(model).values())
     ours, theirs = _shapes(model), _shapes(form)
     differ = [key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key)]
     activations = [{repr(part) for part in module.modules() if _is_activation(part)} for module in (model, form)]

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from upcycle_bench.errors import UserError, first_problem, unknown
+from upcycle_bench.util.errors import UserError, first_problem, unknown
 
 if sys.version_info >= (3, 11):
     import tomllib

@@ -10,13 +10,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from upcycle_bench import engine
-from upcycle_bench.costs import Meter, Phase, forget_peak_memory
-from upcycle_bench.data import PairDataset
+from upcycle_bench.data.pairs import PairDataset
 from upcycle_bench.planning.plan import Plan, check_ready, check_strategy, dense_path
-from upcycle_bench.pretrain import load_dense
-from upcycle_bench.progress import Reporter
-from upcycle_bench.step0 import initialise
+from upcycle_bench.training import session
+from upcycle_bench.training.pretrain import load_dense
+from upcycle_bench.upcycling.starting_model import initialise
+from upcycle_bench.util.meter import Meter, Phase, forget_peak_memory
+from upcycle_bench.util.progress import Reporter
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +37,7 @@ def receipts(plans: Sequence[Plan], reporter: Reporter) -> list[Receipt]:
         check_ready(plan)
         check_strategy(plan)
     made = []
-    with engine.session(plans[0].protocol.threads) as device:
+    with session.open_session(plans[0].protocol.threads) as device:
         protocol, world = plans[0].protocol, plans[0].world
         assert world is not None
         dense, _ = load_dense(protocol, world, dense_path(plans[0]), device, reporter)

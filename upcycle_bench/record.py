@@ -22,9 +22,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import AfterValidator, ConfigDict, Field, JsonValue, ValidationError, model_validator
 
-from upcycle_bench.errors import UserError, first_problem
-from upcycle_bench.files import write_atomically
 from upcycle_bench.protocol import Frozen
+from upcycle_bench.util.errors import UserError, first_problem
+from upcycle_bench.util.files import write_atomically
 
 if TYPE_CHECKING:
     import numpy as np
@@ -132,7 +132,7 @@ class ControlPart(Part):
 
 
 class CertificatePart(Part):
-    """The checks that the evaluation passed (upcycle_bench/certificate.py); one that fails them leaves no record."""
+    """The checks that the evaluation passed (`evaluation.certificate`); one that fails them leaves no record."""
 
     predictions: int = Field(ge=1, description="that each of `repeats` compares with those of the evaluation")
     repeats: tuple[RepeatPart, ...] = Field(min_length=1)

@@ -11,22 +11,25 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from upcycle_bench import distributed, engine, trained, weights
-from upcycle_bench.cache import cache_root
-from upcycle_bench.costs import Meter, Phase, parameter_counts
-from upcycle_bench.data import PairDataset
-from upcycle_bench.dense import Clip
-from upcycle_bench.diagnostics import diagnose
+from upcycle_bench.data.pairs import PairDataset
 from upcycle_bench.evaluation.score import Scored, score
-from upcycle_bench.job import Job, Progress
+from upcycle_bench.model import weights
+from upcycle_bench.model.clip import Clip
+from upcycle_bench.model.measure import diagnose
+from upcycle_bench.model.moe import parameter_counts
+from upcycle_bench.model.surgery import merge
 from upcycle_bench.planning.plan import Plan, check_input, check_strategy, dense_path, run_id
-from upcycle_bench.pretrain import load_dense
-from upcycle_bench.progress import Reporter
-from upcycle_bench.rng import Stream
 from upcycle_bench.run_state import RunState, machine, now, write_failure, write_record
-from upcycle_bench.step0 import diagnosed, initialise
-from upcycle_bench.surgery import merge
+from upcycle_bench.training import finished, session
+from upcycle_bench.training.job import Job, Progress
 from upcycle_bench.training.loop import train
+from upcycle_bench.training.pretrain import load_dense
+from upcycle_bench.upcycling.starting_model import diagnosed, initialise
+from upcycle_bench.util import distributed
+from upcycle_bench.util.cache import cache_root
+from upcycle_bench.util.meter import Meter, Phase
+from upcycle_bench.util.progress import Reporter
+from upcycle_bench.util.rng import Stream
 
 
 def run(plan: Plan, results: Path, reporter: Reporter, *, fresh: bool = False) -> Path | None:
@@ -39,13 +42,13 @@ def run(plan: Plan, results: Path, reporter: Reporter, *, fresh: bool = False) -
     check_strategy(plan)
     protocol, weights_folder = plan.protocol, cache_root() / "weights"
     assert plan.world is not None
-    with engine.session(protocol.threads) as device:
+    with session.open_session(protocol.threads) as device:
         state = RunState(plan, Meter(device))
         try:
             dense, state.dense = load_dense(protocol, plan.world, dense_path(plan), device, reporter)
             data = PairDataset(plan.world.train_shards, dense, protocol.train.schedule.augmentation)
-            key = trained.key(run_id(plan, state.dense), device)
-            with trained.work_folder(key, protocol.train.checkpoint_every > 0, fresh) as work:
+            key = finished.key(run_id(plan, state.dense), device)
+            with finished.work_folder(key, protocol.train.checkpoint_every > 0, fresh) as work:
                 if fresh or not recall(state, key):
                     model, state.receipt = initialise(
                         plan.strategy, protocol, plan.world, plan.init_seed, dense, data, state.meter, reporter
@@ -131,7 +134,7 @@ def whole_model(plan: Plan, model: Clip, digest: str) -> Clip:
 def remember(state: RunState, key: str, model: Clip, dense: Clip, work: Path) -> None:
     """Store the finished training: evaluated here or not, it need not be done again."""
     state.metrics = work / "metrics.jsonl"
-    if not (state.plan.strategy.trains and trained.can_be_rebuilt(model.model, dense.model) and distributed.is_main()):
+    if not (state.plan.strategy.trains and finished.can_be_rebuilt(model.model, dense.model) and distributed.is_main()):
         return
     assert state.progress is not None
     tree = {
@@ -143,8 +146,8 @@ def remember(state: RunState, key: str, model: Clip, dense: Clip, work: Path) ->
         "environment": machine(state),
         "time": now(),
     }
-    facts = trained.Trained.model_validate_json(json.dumps(tree, allow_nan=False))
-    trained.store(key, facts, state.metrics)
+    facts = finished.Trained.model_validate_json(json.dumps(tree, allow_nan=False))
+    finished.store(key, facts, state.metrics)
 
 
 def recall(state: RunState, key: str) -> bool:
@@ -152,13 +155,13 @@ def recall(state: RunState, key: str) -> bool:
 
     It wins over an interrupted run's checkpoints: it is the same training, finished.
     """
-    found = trained.look_up(key) if distributed.is_main() else None
+    found = finished.look_up(key) if distributed.is_main() else None
     if found is not None:
         facts, state.final = found
         state.weights, state.receipt, state.progress = facts.weights, facts.receipt, facts.progress
         state.parameters = facts.parameters
         state.meter.phases |= {name: Phase(**cost.model_dump()) for name, cost in facts.phases.items()}
-        state.metrics = trained.metrics_of(key)
+        state.metrics = finished.metrics_of(key)
         state.training = {"time": facts.time, "environment": facts.environment}
         print(f"{state.plan.label} was trained on {facts.time}: weights reused (--fresh trains again)", file=sys.stderr)
     return distributed.from_main(found is not None)

@@ -18,13 +18,15 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 
-from upcycle_bench import costs, distributed, engine, record
-from upcycle_bench.errors import UserError
+from upcycle_bench import record
+from upcycle_bench.planning.matrix import Cell, describes, finished_before, read_records
 from upcycle_bench.planning.plan import check_input, check_strategy, dense_path
-from upcycle_bench.planning_matrix import Cell, describes, finished_before, read_records
-from upcycle_bench.pretrain import load_dense
-from upcycle_bench.progress import Reporter
 from upcycle_bench.run import run
+from upcycle_bench.training import session
+from upcycle_bench.training.pretrain import load_dense
+from upcycle_bench.util import distributed, meter
+from upcycle_bench.util.errors import UserError
+from upcycle_bench.util.progress import Reporter
 
 # What is shown before anything runs: the cells, and for each the record that makes it done, or None.
 Show = Callable[[Sequence[Cell], Sequence[Path | None]], None]
@@ -66,7 +68,7 @@ def run_all(
     check_input(plan, results)
     environment = dict(os.environ)  # before the session adds to it
     # One session for all cells: under torchrun a process group cannot be made a second time.
-    with engine.session(plan.protocol.threads) as device:
+    with session.open_session(plan.protocol.threads) as device:
         assert plan.world is not None
         # Once, or children would each train it.
         dense_digest = load_dense(plan.protocol, plan.world, dense_path(plan), device, reporter)[1]
@@ -95,7 +97,7 @@ def run_here(todo: Sequence[Cell], results: Path, reporter: Reporter, fresh: boo
     for number, cell in enumerate(todo, start=1):
         reporter.say(f"run {number} of {len(todo)}: {cell.strategy}, seed {cell.seed}")
         known = set(results.rglob("*.json"))
-        costs.forget_peak_memory()
+        meter.forget_peak_memory()
         try:
             check_strategy(cell.plan)
         except UserError as error:

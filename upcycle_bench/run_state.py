@@ -11,14 +11,17 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from upcycle_bench import distributed, environment, expert_backends, record
-from upcycle_bench.costs import Meter, parameter_counts
-from upcycle_bench.dense import Clip
+from upcycle_bench import record
 from upcycle_bench.evaluation.score import scores_of, skips_of
-from upcycle_bench.flops import COUNTING_RULE
-from upcycle_bench.job import Progress
+from upcycle_bench.model import backends
+from upcycle_bench.model.clip import Clip
+from upcycle_bench.model.moe import parameter_counts
 from upcycle_bench.planning.plan import Plan, run_id
 from upcycle_bench.suite import SuiteResult
+from upcycle_bench.training.job import Progress
+from upcycle_bench.util import distributed, environment
+from upcycle_bench.util.flops import COUNTING_RULE
+from upcycle_bench.util.meter import Meter
 
 
 @dataclass
@@ -42,7 +45,7 @@ class RunState:
 def machine(state: RunState) -> dict[str, Any]:
     """Where the run runs, and by which backend its experts are computed in bf16."""
     device = state.meter.device
-    backend = expert_backends.forced() or expert_backends.default(device)
+    backend = backends.forced() or backends.default(device)
     return environment.capture(device.type) | {"experts": backend}
 
 

@@ -11,44 +11,43 @@ does. The engine finds it in the registry, calls it layer by layer and never lea
         def init_layer(self, ffn, layer, calibration, rng):
             return LayerInit([ffn.expert(w1_HD=...) for _ in range(layer.num_experts)], random_router(ffn, layer, rng))
 
-Shape suffixes: T tokens, D model width, H hidden width, N experts.
+Shape suffixes: S samples.
 """
 
 from __future__ import annotations
 
-import copy
 import math
 from abc import ABC, abstractmethod
-from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, get_args
+from typing import Any, ClassVar, Literal, Protocol, get_args
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from upcycle_bench.errors import PluginError, UserError, first_problem, unknown
-from upcycle_bench.rng import Stream
-
-if TYPE_CHECKING:
-    from upcycle_bench import protocol
-    from upcycle_bench.moe import MoEFFN
-    from upcycle_bench.workshop import Workshop
+from upcycle_bench.model.ffn import FFN, Layer, LayerInit
+from upcycle_bench.model.moe import MoEFFN
+from upcycle_bench.protocol import MoE
+from upcycle_bench.util.errors import PluginError, UserError, first_problem, unknown
+from upcycle_bench.util.rng import Stream
 
 # What a plugin imports from here; with `hookspecs.hookimpl` that is all it needs.
 __all__ = [
     "FFN",
     "Calibrator",
     "ExtraLoss",
+    "Groups",
     "Layer",
     "LayerInit",
+    "MoE",
+    "MoEFFN",
     "Preparation",
     "RouterInit",
     "Strategy",
     "StrategyInfo",
     "Stream",
     "UserError",
+    "Workshop",
     "random_router",
 ]
 
@@ -77,112 +76,6 @@ class StrategyInfo:
 
 
 @dataclass(frozen=True)
-class FFN:
-    """One dense feed-forward block, FFN(x) = W2 act(W1 x + b1) + b2; tensors are the dense model's own, read-only."""
-
-    w1_HD: Tensor
-    b1_H: Tensor
-    w2_DH: Tensor
-    b2_D: Tensor
-    act: nn.Module
-
-    @classmethod
-    def of(cls, mlp: Any) -> FFN:
-        """Read open_clip's `mlp` (c_fc, gelu, c_proj)."""
-        return cls(
-            mlp.c_fc.weight.detach(),
-            mlp.c_fc.bias.detach(),
-            mlp.c_proj.weight.detach(),
-            mlp.c_proj.bias.detach(),
-            mlp.gelu,
-        )
-
-    @property
-    def width(self) -> int:
-        """D."""
-        return self.w1_HD.shape[1]
-
-    @property
-    def hidden(self) -> int:
-        """H."""
-        return self.w1_HD.shape[0]
-
-    def resized(self, hidden: int) -> FFN:
-        """Its first `hidden` neurons, or, where it has fewer, neurons of zeros behind its own: the same function."""
-        if hidden == self.hidden:
-            return self
-        more = max(0, hidden - self.hidden)
-        return FFN(
-            F.pad(self.w1_HD, (0, 0, 0, more))[:hidden],
-            F.pad(self.b1_H, (0, more))[:hidden],
-            F.pad(self.w2_DH, (0, more))[:, :hidden],
-            self.b2_D,
-            self.act,
-        )
-
-    def put_into(self, mlp: Any) -> None:
-        """Give open_clip's `mlp` copies of these tensors, whatever its hidden width was."""
-        made: Any = self.expert()
-        mlp.c_fc, mlp.c_proj = made.c_fc, made.c_proj
-
-    def expert(
-        self,
-        *,
-        w1_HD: Tensor | None = None,
-        b1_H: Tensor | None = None,
-        w2_DH: Tensor | None = None,
-        b2_D: Tensor | None = None,
-    ) -> nn.Sequential:
-        """A trainable copy of this FFN with storage of its own; given tensors replace the dense ones."""
-        parts = [
-            own if given is None else given
-            for own, given in ((self.w1_HD, w1_HD), (self.b1_H, b1_H), (self.w2_DH, w2_DH), (self.b2_D, b2_D))
-        ]
-        w1, b1, w2, b2 = (nn.Parameter(part.detach().to(self.w1_HD, copy=True)) for part in parts)
-        c_fc, c_proj = (nn.Linear(w.shape[1], w.shape[0], device="meta") for w in (w1, w2))
-        c_fc.weight, c_fc.bias, c_proj.weight, c_proj.bias = w1, b1, w2, b2
-        return nn.Sequential(OrderedDict(c_fc=c_fc, gelu=copy.deepcopy(self.act), c_proj=c_proj))
-
-
-@dataclass(frozen=True)
-class Layer:
-    """Where an MoE layer stands and what the protocol wants of it; `depth` is the number of blocks of its tower."""
-
-    tower: Literal["vision", "text"]
-    block: int
-    depth: int
-    num_experts: int
-    top_k: int
-
-    @property
-    def name(self) -> str:
-        """Short unique name, as in diagnostics: `vision.1`."""
-        return f"{self.tower}.{self.block}"
-
-    @property
-    def mlp_path(self) -> str:
-        """The module's path in an open_clip CLIP."""
-        prefix = "visual." if self.tower == "vision" else ""
-        return f"{prefix}transformer.resblocks.{self.block}.mlp"
-
-
-@dataclass(frozen=True)
-class LayerInit:
-    """What a strategy makes of one FFN.
-
-    experts: N modules [T, D] -> [T, D], global order; router_ND: rows are router directions, no bias;
-    notes: numbers for the step-0 receipt (ranks kept, agreement rate, ...).
-
-    An expert that is not what `FFN.expert` makes may have `merged() -> nn.Module`: the plain FFN that computes the same
-    function, with storage of its own. Trained experts are merged before they are saved and scored.
-    """
-
-    experts: Sequence[nn.Module]
-    router_ND: Tensor
-    notes: Mapping[str, float] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
 class Preparation:
     """What a strategy trained before the surgery.
 
@@ -193,6 +86,67 @@ class Preparation:
     model: Any
     branches: Sequence[Any]
     notes: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Which group every training sample belongs to, int64 [S], numbered from 0; shards, where nothing else is known."""
+
+    kind: Literal["group", "shard"]
+    number_S: Tensor
+
+
+class Workshop(Protocol):
+    """What `Strategy.prepare` may use. All of it gives the same on every rank; every FLOP is charged to the strategy.
+
+    rng: the preparation's own randomness; experts: of the protocol's MoE; batch_size: of its training.
+    """
+
+    rng: Stream
+    experts: int
+    batch_size: int
+
+    def __len__(self) -> int:
+        """The number of training samples."""
+
+    def dense(self) -> Any:
+        """A fresh copy of the dense CLIP."""
+
+    def groups(self) -> Groups:
+        """The groups of the training samples: the lab's lineages, the digits' classes, the shards of local data."""
+
+    def steps_per_branch(
+        self,
+        branches: int,
+        ceiling: int,
+        *,
+        budget: float,
+        encoded_per_step: int = 0,
+        trainable: Callable[[str], bool] = lambda name: True,
+    ) -> int:
+        """How many steps each of `branches` trainings may take, at most `ceiling`.
+
+        `budget` is a share of the FLOPs of the protocol's training of the upcycled model; each step may need the
+        encoding of `encoded_per_step` samples. UserError when the budget does not pay a single step each.
+        """
+
+    def encode(self, model: Any, index_S: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Normalised features of those samples in order: batches of (images [B, C], texts [B, C]), float32, on the CPU."""
+
+    def train(
+        self,
+        model: Any,
+        rows_SB: Tensor,
+        name: str,
+        *,
+        trainable: Callable[[str], bool] = lambda name: True,
+        lr_factor: float = 1.0,
+        label_smoothing: float = 0.0,
+    ) -> None:
+        """Train `model` in place by the protocol's loop, optimiser and schedule, one step for every row of samples.
+
+        `trainable` chooses parameters by name, `lr_factor` multiplies the protocol's peak learning rate.
+        """
 
 
 class Calibrator(Protocol):
@@ -243,11 +197,11 @@ class Strategy(ABC):
         """How many training pairs `calibrator` wants to see; 0 for a strategy without calibration."""
         return 0
 
-    def moe_settings(self, moe: protocol.MoE) -> protocol.MoE:
+    def moe_settings(self, moe: MoE) -> MoE:
         """The MoE that this strategy makes in place of the protocol's; only `experts` and `top_k` may differ."""
         return moe
 
-    def ffn_hidden(self, hidden: int, moe: protocol.MoE) -> int:
+    def ffn_hidden(self, hidden: int, moe: MoE) -> int:
         """Hidden width in the blocks of `moe_settings`, of each expert or of the dense FFN; `hidden` is the dense one.
 
         UserError for a width that cannot be.
@@ -318,7 +272,7 @@ def configure(strategy: type[Strategy], options: Mapping[str, Any]) -> Strategy:
         raise UserError(f"{strategy.info.name}: {where or 'configuration'}: {what}.") from None
 
 
-def resolve_moe(strategy: Strategy, moe: protocol.MoE) -> protocol.MoE:
+def resolve_moe(strategy: Strategy, moe: MoE) -> MoE:
     """`Strategy.moe_settings`, checked. Raises PluginError for settings that cannot be, or are the protocol's alone."""
     own = strategy.moe_settings(moe)
     if own == moe:
@@ -335,7 +289,7 @@ def resolve_moe(strategy: Strategy, moe: protocol.MoE) -> protocol.MoE:
 
 
 def random_router(ffn: FFN, layer: Layer, rng: Stream, init: RouterInit = "deepspeed") -> Tensor:
-    """A random router [N, D] in the FFN's dtype.
+    """A random router [E, D] in the FFN's dtype.
 
     deepspeed: U(-1/sqrt(D), 1/sqrt(D)), what `nn.Linear(bias=False)` and so DeepSpeed's gate draws;
     normal: N(0, 0.02) (flaxformer); lecun: N(0, 1/D) (vmoe).
@@ -343,8 +297,8 @@ def random_router(ffn: FFN, layer: Layer, rng: Stream, init: RouterInit = "deeps
     generator = rng.child("router").generator()
     shape = (layer.num_experts, ffn.width)
     if init == "deepspeed":
-        router_ND = (torch.rand(shape, generator=generator, dtype=torch.float64) * 2 - 1) / math.sqrt(ffn.width)
+        router_ED = (torch.rand(shape, generator=generator, dtype=torch.float64) * 2 - 1) / math.sqrt(ffn.width)
     else:
         std = 0.02 if init == "normal" else 1 / math.sqrt(ffn.width)
-        router_ND = torch.randn(shape, generator=generator, dtype=torch.float64) * std
-    return router_ND.to(ffn.w1_HD.dtype)
+        router_ED = torch.randn(shape, generator=generator, dtype=torch.float64) * std
+    return router_ED.to(ffn.w1_HD.dtype)

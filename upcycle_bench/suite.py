@@ -14,8 +14,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from upcycle_bench import evalsets
-from upcycle_bench.errors import UserError  # what a suite raises; it can be imported from here
+from upcycle_bench.data import evalset
+from upcycle_bench.util.errors import UserError  # what a suite raises; it can be imported from here
 
 if TYPE_CHECKING:
     import numpy as np
@@ -53,7 +53,7 @@ class Score:
     """One number of a table. `chance` is the value of uniform guessing; None where there is none.
 
     `higher_is_better` is None for what describes a model and does not judge it; it is never primary.
-    `standard_error` and `interval` (95 %) say how sure it is, over samples (upcycle_bench/uncertainty.py) or draws,
+    `standard_error` and `interval` (95 %) say how sure it is, over samples (`util.uncertainty`) or draws,
     where the suite knows.
     """
 
@@ -114,8 +114,8 @@ class Suite(ABC):
 
     def sources(self, root: Path) -> dict[str, str]:
         """Content hashes of all data it reads, for its fingerprint; UserError, which names them, for missing sets."""
-        evalsets.require(root, self.datasets())
-        return {name: evalsets.digest(root / name) for name in self.datasets()}
+        evalset.require(root, self.datasets())
+        return {name: evalset.digest(root / name) for name in self.datasets()}
 
     @abstractmethod
     def evaluate(self, context: EvalContext) -> SuiteResult:

@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from upcycle_bench.errors import UserError
+from upcycle_bench.util.errors import UserError
 
 if TYPE_CHECKING:
     from upcycle_bench.planning.plan import Plan
-    from upcycle_bench.progress import Reporter
     from upcycle_bench.protocol import Protocol
+    from upcycle_bench.util.progress import Reporter
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else there.")]
 
@@ -70,7 +70,7 @@ def interruptible(then: str) -> Iterator[None]:
 
 def terminal_reporter() -> Reporter:
     """Progress on this rank's terminal; silence on the others."""
-    from upcycle_bench.progress import Reporter, TerminalReporter
+    from upcycle_bench.util.progress import Reporter, TerminalReporter
 
     return TerminalReporter() if is_main() else Reporter()
 
@@ -86,7 +86,7 @@ def writable_file(output: Path) -> None:
     """UserError if its folder is missing or read-only."""
     if not output.absolute().parent.is_dir():
         raise UserError(f"--output {output}: {output.absolute().parent} is not a folder; make it, or choose another.")
-    from upcycle_bench.files import require_writable
+    from upcycle_bench.util.files import require_writable
 
     require_writable(output.absolute().parent, "--output")
 
@@ -138,11 +138,11 @@ def make_plans(
 ) -> list[Plan]:
     """A plan for each strategy that is named, with the first seeds."""
     with uncollected():
-        from upcycle_bench import plans
+        from upcycle_bench.planning import plans
+        from upcycle_bench.planning.matrix import strategy_names
         from upcycle_bench.planning.plan import Paths
-        from upcycle_bench.planning_matrix import strategy_names
+        from upcycle_bench.planning.registry import load_registry
         from upcycle_bench.protocol import load_protocol
-        from upcycle_bench.registry import load_registry
 
         registry = load_registry()
     warn_broken(registry.broken)

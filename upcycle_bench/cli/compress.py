@@ -33,8 +33,8 @@ def compress(
     as_json: Json = False,
 ) -> None:
     """Compress trained experts as DeRS does, and say how small they are."""
-    from upcycle_bench.compress import Quantise, Sparsify
-    from upcycle_bench.compress import compress as execute
+    from upcycle_bench.model.compress import Quantise, Sparsify
+    from upcycle_bench.model.compress import compress as execute
 
     if checkpoint.suffix == ".json":
         checkpoint = _of_record(checkpoint)
@@ -52,6 +52,7 @@ def compress(
 
 
 def _of_record(path: Path) -> Path:
-    from upcycle_bench import record, weights
+    from upcycle_bench import record
+    from upcycle_bench.model import weights
 
     return weights.of_record(path, record.read(path).hashes.weights)

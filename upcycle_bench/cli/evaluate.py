@@ -21,7 +21,7 @@ from upcycle_bench.cli.common import (
     writable_file,
 )
 from upcycle_bench.cli.tables import show_scores, show_skipped
-from upcycle_bench.errors import UserError
+from upcycle_bench.util.errors import UserError
 
 
 def evaluate(
@@ -49,7 +49,7 @@ def evaluate(
     names = names_of(suite, "--suite")
     with interruptible("nothing was written"):
         from upcycle_bench.evaluation.checkpoint import score_checkpoint
-        from upcycle_bench.registry import load_registry
+        from upcycle_bench.planning.registry import load_registry
 
         registry = load_registry()
         warn_broken(registry.broken)

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from upcycle_bench.cli.common import Json, interruptible, names_of, terminal_reporter, warn_broken, writable_file
-from upcycle_bench.errors import UserError
+from upcycle_bench.util.errors import UserError
 
 if TYPE_CHECKING:
-    from upcycle_bench.contact_sheets import Sheet
+    from upcycle_bench.reporting.contact_sheets import Sheet
 
 if TYPE_CHECKING:
-    from upcycle_bench.contact_sheets import Sheet
+    from upcycle_bench.reporting.contact_sheets import Sheet
 
 
 def experts(
@@ -36,10 +36,10 @@ def experts(
     writable_file(output)
     if output.exists() and not output.is_dir():
         raise UserError(f"--output {output}: is a file; give a folder for the sheets.")
-    from upcycle_bench import contact_sheets
     from upcycle_bench.planning.plan import make_suites
+    from upcycle_bench.planning.registry import load_registry
     from upcycle_bench.protocol import load_protocol
-    from upcycle_bench.registry import load_registry
+    from upcycle_bench.reporting import contact_sheets
 
     registry = load_registry()
     warn_broken(registry.broken)

@@ -20,7 +20,7 @@ def latency(
     as_json: Json = False,
 ) -> None:
     """Time inference of models in turns: one image or text alone, and batches of 256."""
-    from upcycle_bench.latency import measure_files
+    from upcycle_bench.reporting.latency import measure_files
 
     with interruptible("nothing was written"):
         facts = measure_files(files, repeats, threads)

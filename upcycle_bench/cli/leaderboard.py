@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from upcycle_bench.cli.common import Json
-from upcycle_bench.errors import UserError
+from upcycle_bench.util.errors import UserError
 
 
 class Format(str, Enum):
@@ -27,8 +27,9 @@ def leaderboard(
     as_json: Json = False,
 ) -> None:
     """Turn records into tables: only runs with equal fingerprints share one."""
-    from upcycle_bench import formats, record
-    from upcycle_bench.leaderboard import build
+    from upcycle_bench import record
+    from upcycle_bench.reporting import formats
+    from upcycle_bench.reporting.leaderboard import build
 
     records = [record.read(each) for each in record.record_paths(path)]
     if not records:

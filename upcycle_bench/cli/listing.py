@@ -12,10 +12,10 @@ import typer
 
 from upcycle_bench.cli.common import Json, uncollected, warn_broken
 from upcycle_bench.cli.tables import table
-from upcycle_bench.errors import UserError
+from upcycle_bench.util.errors import UserError
 
 if TYPE_CHECKING:
-    from upcycle_bench.registry import Registry
+    from upcycle_bench.planning.registry import Registry
 
 
 class Kind(str, Enum):
@@ -35,7 +35,7 @@ def list_(
 ) -> None:
     """List strategies, suites and protocols, and who brings them."""
     with uncollected():
-        from upcycle_bench.registry import load_registry
+        from upcycle_bench.planning.registry import load_registry
 
         registry = load_registry()
     warn_broken(registry.broken)

@@ -28,7 +28,7 @@ from upcycle_bench.cli.receipt import receipt
 from upcycle_bench.cli.run import run
 from upcycle_bench.cli.schema import schema
 from upcycle_bench.cli.upcycle import upcycle
-from upcycle_bench.errors import UserError, plain
+from upcycle_bench.util.errors import UserError, plain
 
 app = typer.Typer(
     name="upcycle-bench",

@@ -32,7 +32,7 @@ def plot(
 ) -> None:
     """Draw what routers and experts did in training: entropy, similarity, utilisation, drift, loss."""
     writable_file(output)
-    from upcycle_bench.plot import draw, read_runs
+    from upcycle_bench.reporting.figures import draw, read_runs
 
     drawn = draw(read_runs(runs), figure.value, output)
     if as_json:

@@ -18,7 +18,7 @@ from upcycle_bench.cli.common import (
     terminal_reporter,
     warn_broken,
 )
-from upcycle_bench.errors import UserError
+from upcycle_bench.util.errors import UserError
 
 
 def pretrain(
@@ -33,11 +33,11 @@ def pretrain(
     as_json: Json = False,
 ) -> None:
     """Train the dense model of a protocol by its recipe, into the cache."""
-    from upcycle_bench.engine import check_world
     from upcycle_bench.planning.plan import Paths, find_world
-    from upcycle_bench.pretrain import export, pretrain_once
+    from upcycle_bench.planning.registry import load_registry
     from upcycle_bench.protocol import load_protocol
-    from upcycle_bench.registry import load_registry
+    from upcycle_bench.training.pretrain import export, pretrain_once
+    from upcycle_bench.util.distributed import check_world
 
     registry = load_registry()
     warn_broken(registry.broken)

@@ -31,15 +31,15 @@ from upcycle_bench.cli.common import (
 from upcycle_bench.cli.doctor import cpu_bf16
 from upcycle_bench.cli.evaluate import show_certificate
 from upcycle_bench.cli.tables import show_scores, show_skipped, table, with_error
-from upcycle_bench.errors import UserError
+from upcycle_bench.util.errors import UserError
 
 if TYPE_CHECKING:
+    from upcycle_bench.planning.matrix import Cell
     from upcycle_bench.planning.plan import Plan
-    from upcycle_bench.planning_matrix import Cell
-    from upcycle_bench.progress import Reporter
     from upcycle_bench.protocol import Protocol
     from upcycle_bench.record import Record
     from upcycle_bench.run_many import Outcome
+    from upcycle_bench.util.progress import Reporter
 
 
 def run(
@@ -63,14 +63,14 @@ def run(
 ) -> None:
     """Upcycle, train, score and record strategies under one protocol: one run, or what is missing of many."""
     with uncollected():
-        from upcycle_bench import planning_matrix
+        from upcycle_bench.planning import matrix
 
-    pairs = planning_matrix.seed_pairs(seed, seeds, init_seed, train_seed)
+    pairs = matrix.seed_pairs(seed, seeds, init_seed, train_seed)
     if jobs > 1 and "RANK" in os.environ:
         raise UserError("--jobs starts processes of its own and does not go with torchrun; leave one of them out.")
     reporter = terminal_reporter()
     plans = make_plans(strategy, protocol, option, overrides, data, checkpoint, eval_data, reporter, suite)
-    cells = list(planning_matrix.enumerate_cells(plans, pairs))
+    cells = list(matrix.enumerate_cells(plans, pairs))
     if not plans[0].missing:
         _warn_emulated(plans[0].protocol)
     if dry_run:
@@ -130,7 +130,7 @@ def _run_one(plan: Plan, results: Path, reporter: Reporter, fresh: bool, as_json
 
 def _warn_emulated(protocol: Protocol) -> None:
     """bf16 stays bf16 on a CPU that has none, but not in silence."""
-    from upcycle_bench.engine import choose_device
+    from upcycle_bench.util.distributed import choose_device
 
     wanted = protocol.train.schedule.precision == "bf16"
     if wanted and is_main() and choose_device().type == "cpu" and not cpu_bf16():
@@ -142,8 +142,8 @@ def _warn_emulated(protocol: Protocol) -> None:
 
 
 def _show_dry_run(cells: Sequence[Cell], results: Path, fresh: bool, as_json: bool) -> None:
-    from upcycle_bench import plans
-    from upcycle_bench.planning_matrix import preview
+    from upcycle_bench.planning import plans
+    from upcycle_bench.planning.matrix import preview
 
     if not is_main():
         return
@@ -177,7 +177,7 @@ def _plain(value: Any) -> str:
 def show_record(made: Record, path: Path) -> None:
     """Scores and cost of a run, and where its files are."""
     from upcycle_bench.suite import AVERAGE
-    from upcycle_bench.uncertainty import of_scores
+    from upcycle_bench.util.uncertainty import of_scores
 
     assert made.cost is not None and made.primary is not None
     averaged = any(score.dataset == AVERAGE for score in made.scores)
@@ -199,7 +199,7 @@ def show_record(made: Record, path: Path) -> None:
         parts.append(f"{cost.tokens_dropped:.1%} of choices dropped")
     print("; ".join(parts))
     show_certificate(made.certificate.model_dump() if made.certificate else None)
-    from upcycle_bench.cache import cache_root
+    from upcycle_bench.util.cache import cache_root
 
     print(f"weights: {cache_root() / 'weights' / f'{made.hashes.weights}.safetensors'}")
     print(f"record: {path}")

@@ -24,7 +24,7 @@ from upcycle_bench.cli.common import (
     warn_broken,
 )
 from upcycle_bench.cli.tables import table
-from upcycle_bench.errors import UserError
+from upcycle_bench.util.errors import UserError
 
 
 def upcycle(
@@ -52,8 +52,8 @@ def upcycle(
 ) -> None:
     """Turn a dense open_clip model into one with experts: one file that loads and serves."""
     from upcycle_bench import api
-    from upcycle_bench.data import expand_shards
-    from upcycle_bench.registry import load_registry
+    from upcycle_bench.data.shards import expand_shards
+    from upcycle_bench.planning.registry import load_registry
     from upcycle_bench.strategy import resolve_moe
     from upcycle_bench.upcycling.from_checkpoint import Job, choose_strategy, moe_settings, upcycle_checkpoint
 

@@ -19,18 +19,23 @@ from typing import Any
 import torch
 from pydantic import ValidationError
 
-from upcycle_bench import engine, environment, evalcheck, record, weights
-from upcycle_bench.costs import Meter, parameter_counts
-from upcycle_bench.dense import Clip, create_clip, find_pretrained
-from upcycle_bench.errors import UserError, first_problem
+from upcycle_bench import record
+from upcycle_bench.data import evalset_check
 from upcycle_bench.evaluation.score import score, scores_of, skips_of
-from upcycle_bench.files import file_sha256
+from upcycle_bench.model import weights
+from upcycle_bench.model.clip import Clip, create_clip, find_pretrained
+from upcycle_bench.model.moe import parameter_counts
 from upcycle_bench.planning.fingerprint import suite_fingerprints
 from upcycle_bench.planning.plan import Paths, find_world, make_suites
-from upcycle_bench.progress import Reporter
+from upcycle_bench.planning.registry import Registry
 from upcycle_bench.protocol import load_protocol
-from upcycle_bench.registry import Registry
 from upcycle_bench.suite import OnlyNamed, Suite
+from upcycle_bench.training import session
+from upcycle_bench.util import environment
+from upcycle_bench.util.errors import UserError, first_problem
+from upcycle_bench.util.files import file_sha256
+from upcycle_bench.util.meter import Meter
+from upcycle_bench.util.progress import Reporter
 
 
 @dataclass(frozen=True)
@@ -88,7 +93,7 @@ def score_checkpoint(
     else:
         found = _of_protocol(registry, _usual_protocol(checkpoint, model), model.overrides, None, names, reporter)
     fingerprints, missing = suite_fingerprints(found.suites, found.root)
-    with engine.session(found.threads or torch.get_num_threads()) as device:
+    with session.open_session(found.threads or torch.get_num_threads()) as device:
         meter = Meter(device)
         suites = {key: suite for key, suite in found.suites.items() if key not in missing}
         try:
@@ -151,14 +156,14 @@ def _of_folder(registry: Registry, folder: Path, names: Sequence[str]) -> Chosen
     targets = {name: registry.get("suite", name).target for name in chosen}
     suites: dict[str, Suite] = {}
     skipped: dict[str, str] = {}
-    paths = evalcheck.find(folder)
+    paths = evalset_check.find(folder)
     for path in paths:
         for name, target in targets.items():
             key = f"{name}/{path.name}"
             try:
                 suites[key] = _of_set(target, path)
                 splits = {text.partition(":")[2] or "test" for text in suites[key].datasets()}
-                evalcheck.require_valid(path, splits)
+                evalset_check.require_valid(path, splits)
             except (UserError, ValidationError) as error:  # the latter: a name that the suite keeps for itself
                 suites.pop(key, None)
                 skipped[key] = str(error) if isinstance(error, UserError) else f"{first_problem(error)[1]}."

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from upcycle_bench import record
-from upcycle_bench.certificate import Witness
-from upcycle_bench.costs import Meter
-from upcycle_bench.dense import Clip
-from upcycle_bench.errors import Unsound, UserError
-from upcycle_bench.flops import counted_flops
-from upcycle_bench.progress import Reporter
+from upcycle_bench.evaluation.certificate import Witness
+from upcycle_bench.model.clip import Clip
 from upcycle_bench.suite import EvalContext, Suite, SuiteResult
+from upcycle_bench.util.errors import Unsound, UserError
+from upcycle_bench.util.flops import counted_flops
+from upcycle_bench.util.meter import Meter
+from upcycle_bench.util.progress import Reporter
 
 Scored = tuple[dict[str, SuiteResult], record.CertificatePart | None]
 

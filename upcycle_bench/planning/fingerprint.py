@@ -18,14 +18,15 @@ from typing import Any
 
 import torch
 
-from upcycle_bench import distributed, engine
-from upcycle_bench.cache import cache_root
-from upcycle_bench.dense import model_config
-from upcycle_bench.errors import UserError
+from upcycle_bench.data.world import World
+from upcycle_bench.model.clip import model_config
 from upcycle_bench.protocol import Protocol
 from upcycle_bench.strategy import Strategy
 from upcycle_bench.suite import Suite
-from upcycle_bench.worlds import World
+from upcycle_bench.util import distributed
+from upcycle_bench.util import distributed as engine
+from upcycle_bench.util.cache import cache_root
+from upcycle_bench.util.errors import UserError
 
 # Raise it when the same protocol, data and seeds would give other weights: it is part of the training fingerprint.
 NUMERICS = 2

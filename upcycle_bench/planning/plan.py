@@ -12,11 +12,11 @@ from typing import Any, Literal
 
 from pydantic import ValidationError
 
-from upcycle_bench import costs, distributed, engine
 from upcycle_bench.assets import CHECKPOINTS
-from upcycle_bench.data import expand_shards, shards_digest
-from upcycle_bench.errors import UserError, first_problem, unknown
-from upcycle_bench.files import file_sha256, require_writable
+from upcycle_bench.data.shards import expand_shards, shards_digest
+from upcycle_bench.data.world import World
+from upcycle_bench.data.worlds import load_world
+from upcycle_bench.planning import estimate
 from upcycle_bench.planning.fingerprint import (
     code_fingerprint,
     dense_recipe,
@@ -25,12 +25,15 @@ from upcycle_bench.planning.fingerprint import (
     suite_fingerprints,
     training_fingerprint,
 )
-from upcycle_bench.progress import Reporter
+from upcycle_bench.planning.registry import Entry, Registry
 from upcycle_bench.protocol import MoE, Protocol
-from upcycle_bench.registry import Entry, Registry
 from upcycle_bench.strategy import Strategy, configure, resolve_moe
 from upcycle_bench.suite import Suite
-from upcycle_bench.worlds import World, load_world
+from upcycle_bench.util import distributed
+from upcycle_bench.util import distributed as engine
+from upcycle_bench.util.errors import UserError, first_problem, unknown
+from upcycle_bench.util.files import file_sha256, require_writable
+from upcycle_bench.util.progress import Reporter
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +98,7 @@ def make_plan(
     entry = registry.get("strategy", strategy_name)
     usual = configure(entry.target, protocol.strategies.get(strategy_name, {}))
     strategy = configure(entry.target, protocol.strategies.get(strategy_name, {}) | (options or {}))
-    moe, unequal = resolve_moe(strategy, protocol.moe), costs.unequal_shape(protocol, strategy)
+    moe, unequal = resolve_moe(strategy, protocol.moe), estimate.unequal_shape(protocol, strategy)
     wanted = make_suites(registry, protocol, suites)
     missing = []
     dense_identity, checkpoint = None, paths.checkpoint

@@ -20,12 +20,12 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
-from upcycle_bench import distributed
-from upcycle_bench.flops import FlopCounter
-from upcycle_bench.job import SHARE_STEPS, Job, Progress
-from upcycle_bench.moe import MoEFFN
-from upcycle_bench.routing import Watched
+from upcycle_bench.model.moe import MoEFFN
 from upcycle_bench.training.checkpoint import MetricsFile
+from upcycle_bench.training.job import SHARE_STEPS, Job, Progress
+from upcycle_bench.training.router_log import Watched
+from upcycle_bench.util import distributed
+from upcycle_bench.util.flops import FlopCounter
 
 
 class Bookkeeping:
@@ -103,7 +103,7 @@ class Bookkeeping:
     def collect(self) -> None:
         """Bring `progress` up to date with what layers and device still hold; every rank must call it."""
         for layer in self.layers.values():
-            dropped, routed = layer.gate.take_dropped()
+            dropped, routed = layer.take_dropped()
             self.progress.dropped += distributed.sum_over_ranks(dropped)
             self.progress.routed += distributed.sum_over_ranks(routed)
         if not self._first:

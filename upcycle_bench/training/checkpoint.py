@@ -17,10 +17,10 @@ from typing import Any
 
 import torch
 
-from upcycle_bench import distributed
-from upcycle_bench.files import atomic
-from upcycle_bench.job import Job, Progress
 from upcycle_bench.strategy import ExtraLoss
+from upcycle_bench.training.job import Job, Progress
+from upcycle_bench.util import distributed
+from upcycle_bench.util.files import atomic
 
 
 class MetricsFile:

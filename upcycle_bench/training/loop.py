@@ -21,20 +21,20 @@ from typing import Any
 import torch
 from torch import nn
 
-from upcycle_bench import distributed
-from upcycle_bench.data import BatchSource
-from upcycle_bench.dense import Clip
-from upcycle_bench.errors import PluginError
-from upcycle_bench.job import Job, Progress
-from upcycle_bench.memory import return_freed_memory
+from upcycle_bench.data.pairs import BatchSource
+from upcycle_bench.model.clip import Clip
+from upcycle_bench.model.moe import MoEFFN, moe_layers
 from upcycle_bench.model.precision import attention_kernel, longest_sequence
-from upcycle_bench.moe import MoEFFN, moe_layers
 from upcycle_bench.protocol import learning_rate
-from upcycle_bench.routing import watch
 from upcycle_bench.strategy import ExtraLoss
+from upcycle_bench.training.allocator import return_freed_memory
 from upcycle_bench.training.bookkeeping import Bookkeeping
 from upcycle_bench.training.checkpoint import last_checkpoint, resume, save
+from upcycle_bench.training.job import Job, Progress
+from upcycle_bench.training.router_log import watch
 from upcycle_bench.training.step import Features, clamp_logit_scale, compute_losses, patch_dropout_stream
+from upcycle_bench.util import distributed
+from upcycle_bench.util.errors import PluginError
 
 MakeLoss = Callable[[Mapping[str, MoEFFN]], ExtraLoss | None]
 OnStep = Callable[[int, Mapping[str, float]], None]
@@ -119,7 +119,7 @@ def _stage(
 
 def create_engine(model: nn.Module, job: Job) -> Any:
     """DeepSpeed's engine around the model, with torch's AdamW; needs `engine.session`."""
-    from upcycle_bench.ds import deepspeed
+    from upcycle_bench.model.deepspeed_import import deepspeed
 
     world = distributed.world_size()
     optimizer = torch.optim.AdamW(

@@ -17,14 +17,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from upcycle_bench import distributed, packed
-from upcycle_bench.data import Batch
-from upcycle_bench.dense import Clip
-from upcycle_bench.job import Job
+from upcycle_bench.data.pairs import Batch
+from upcycle_bench.model import padding
+from upcycle_bench.model.clip import Clip
+from upcycle_bench.model.moe import MoEFFN
 from upcycle_bench.model.precision import autocast
-from upcycle_bench.moe import MoEFFN
-from upcycle_bench.rng import Stream
 from upcycle_bench.strategy import ExtraLoss
+from upcycle_bench.training.job import Job
+from upcycle_bench.util import distributed
+from upcycle_bench.util.rng import Stream
 
 
 class Features(nn.Module):
@@ -33,13 +34,13 @@ class Features(nn.Module):
     def __init__(self, clip: nn.Module, precision: str) -> None:
         super().__init__()
         self.clip, self.precision = clip, precision
-        self.packs = packed.packs(clip)
+        self.packs = padding.packs(clip)
 
     def forward(self, images: Tensor, text_BL: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         clip: Any = self.clip
         with autocast(images.device, self.precision):
             image_BC = clip.encode_image(images, normalize=True)
-            text_BC = packed.encode_text(clip, text_BL) if self.packs else clip.encode_text(text_BL)
+            text_BC = padding.encode_text(clip, text_BL) if self.packs else clip.encode_text(text_BL)
             text_BC = F.normalize(text_BC, dim=-1)
         return image_BC.float(), text_BC.float(), clip.logit_scale.exp().float().squeeze()
 

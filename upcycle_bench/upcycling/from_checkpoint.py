@@ -21,19 +21,21 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from upcycle_bench import engine, surgery
-from upcycle_bench.costs import Meter, parameter_counts
-from upcycle_bench.data import PairDataset
-from upcycle_bench.dense import Clip, create_clip, find_pretrained
-from upcycle_bench.diagnostics import diagnose
-from upcycle_bench.errors import UserError, first_problem
-from upcycle_bench.initialise import make_experts
-from upcycle_bench.progress import Reporter
+from upcycle_bench.data.pairs import PairDataset
+from upcycle_bench.model import surgery
+from upcycle_bench.model.clip import Clip, create_clip, find_pretrained
+from upcycle_bench.model.measure import diagnose
+from upcycle_bench.model.moe import parameter_counts
+from upcycle_bench.planning.registry import load_registry
 from upcycle_bench.protocol import PUBLISHED_MOE, MoE
-from upcycle_bench.registry import load_registry
-from upcycle_bench.rng import Stream
-from upcycle_bench.step0 import CALIBRATION_BATCH
 from upcycle_bench.strategy import Strategy, configure
+from upcycle_bench.upcycling.initialise import make_experts
+from upcycle_bench.upcycling.starting_model import CALIBRATION_BATCH
+from upcycle_bench.util import distributed
+from upcycle_bench.util.errors import UserError, first_problem
+from upcycle_bench.util.meter import Meter
+from upcycle_bench.util.progress import Reporter
+from upcycle_bench.util.rng import Stream
 
 PHASES = ("load", "calibrate", "experts", "compare", "write")
 COMPARED_PAIRS = 64  # some 3,000 tokens of images and a thousand of text a layer
@@ -90,7 +92,7 @@ def moe_settings(**values: Any) -> MoE:
 
 def upcycle_checkpoint(job: Job, reporter: Reporter) -> Made:
     """Load, calibrate, make experts, compare with the dense model. UserError for weights or data that do not do."""
-    device = engine.choose_device()
+    device = distributed.choose_device()
     meter = Meter(device)
     with meter.phase("load"), reporter.task(f"loading {job.model}"):
         checkpoint, preprocess = find_pretrained(job.model, job.pretrained)
@@ -110,7 +112,7 @@ def upcycle_checkpoint(job: Job, reporter: Reporter) -> Made:
             if not job.strategy.calibration_pairs:
                 after_calibration.enter_context(reporter.task(what))
             inits = make_experts(job.strategy, dense.model, job.moe, job.seed, calibration)
-            model = surgery.upcycle(dense.model, inits, job.moe)
+            model = surgery.put_experts(dense.model, inits, job.moe)
     if "calibrate" in meter.phases:  # it happened within
         phase.seconds -= meter.phases["calibrate"].seconds
     with meter.phase("compare"), reporter.task("comparing with the dense model"):

@@ -1,0 +1,1 @@
+"""Training pairs, evaluation sets and the worlds that bring both."""

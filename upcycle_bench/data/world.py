@@ -1,0 +1,51 @@
+"""A world: a sealed folder of training shards and evaluation sets."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from upcycle_bench.util.errors import UserError
+from upcycle_bench.util.files import files_sha256
+
+MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True)
+class World:
+    """Training shards and evaluation sets; `sha256` is the hash of the manifest and so of all content."""
+
+    name: str
+    train_shards: tuple[Path, ...]
+    eval_root: Path
+    sha256: str
+
+
+def write_manifest(folder: Path, facts: Mapping[str, Any]) -> None:
+    """Seal a folder just built: `facts` (name, version, seed, counts) and the hash of every file."""
+    paths = [path for path in folder.rglob("*") if path.is_file()]
+    names = (path.relative_to(folder).as_posix() for path in paths)
+    files = dict(zip(names, files_sha256(paths), strict=True))
+    text = json.dumps({**facts, "files": files}, indent=1, sort_keys=True)
+    (folder / MANIFEST).write_text(text + "\n", encoding="utf-8", newline="\n")
+
+
+def open_world(name: str, folder: Path) -> World:
+    """Read a sealed folder; raises UserError if a file is not what the manifest says."""
+    manifest = folder / MANIFEST
+    again = f"delete {folder} and it will be built again."
+    if not manifest.is_file():
+        raise UserError(f"world {name}: {manifest} is missing; {again}")
+    files: dict[str, str] = json.loads(manifest.read_text(encoding="utf-8"))["files"]
+    paths = [folder / relative for relative in files]
+    there = [path for path in paths if path.is_file()]
+    found = dict(zip(there, files_sha256(there), strict=True))
+    for path, sha256 in zip(paths, files.values(), strict=True):
+        if found.get(path) != sha256:
+            raise UserError(f"world {name}: {path} is missing or was changed; {again}")
+    shards = sorted(folder / relative for relative in files if relative.startswith("train/"))
+    return World(name, tuple(shards), folder / "eval", hashlib.sha256(manifest.read_bytes()).hexdigest())

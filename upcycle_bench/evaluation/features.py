@@ -1,0 +1,93 @@
+"""Embeddings of evaluation sets. Image features are encoded once for each model: the cache knows them by its weights.
+
+    features_NC, labels = encode_images(evalset, context)                  # of a retrieval set: captions, not labels
+    examples = image_features(root / "digits-test", "test", context)       # cached if the weights have a hash
+
+Shape suffixes: N samples.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Hashable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from upcycle_bench.data import evalset as evalsets
+from upcycle_bench.data.evalset import EvalSet
+from upcycle_bench.evaluation.embedding_cache import SPOT, Arrays, remembered
+from upcycle_bench.evaluation.probe import Examples
+from upcycle_bench.model import backends
+from upcycle_bench.suite import EvalContext
+from upcycle_bench.util.errors import UserError
+from upcycle_bench.util.flops import counted_once
+
+
+def image_features(folder: Path, split: str, context: EvalContext) -> Examples:
+    """Normalised image embeddings and labels of a classification set, on the CPU, from the cache if they are there."""
+
+    def make() -> Arrays:
+        evalset = evalsets.read(folder, context.transform, context.batch_size, split)
+        if evalset.kind != "classification":
+            raise UserError(f"evaluation set {folder.name}: a {evalset.kind} set; a probe needs a classification set.")
+        context.model.eval()
+        features_NC, labels = encode_images(evalset, context)
+        return {"features": features_NC.numpy(), "labels": torch.as_tensor(labels, dtype=torch.int64).numpy()}
+
+    def first() -> Arrays:
+        images_B3HW, _ = next(iter(evalsets.read(folder, context.transform, SPOT, split).batches))
+        return {"features": embed(context.model.encode_image, images_B3HW, context).numpy()}
+
+    what = ["images", evalsets.digest(folder, split), split] if context.weights else []
+    arrays = remembered(what, context, make, first)
+    return Examples(torch.from_numpy(arrays["features"]), torch.from_numpy(arrays["labels"]))
+
+
+def encode_images(evalset: EvalSet, context: EvalContext) -> tuple[Tensor, list[Any]]:
+    """Normalised image embeddings [N, C], and each image's label or captions.
+
+    Raises UserError for an image that cannot be read, a stratum too few or too many, and numbers that are not finite.
+    """
+    from webdataset.autodecode import DecodingError
+
+    embeddings, labels_or_captions = [], []
+    flops: dict[Hashable, int] = {}
+    # A model does the same for each image. But DeepSpeed's layer computes as many rows for each expert as the busiest
+    # has, so there each batch is counted.
+    alike = backends.forced() != "deepspeed"
+    try:
+        for images_B3HW, beside in context.track(evalset.batches, f"{evalset.name}: images"):
+            with counted_once(flops, images_B3HW.shape) if alike else contextlib.nullcontext():
+                embeddings.append(embed(context.model.encode_image, images_B3HW, context))
+            labels_or_captions.extend(beside)
+    except DecodingError as error:  # it has no words of its own
+        raise UserError(
+            f"evaluation set {evalset.name}: the .{error.k} of sample {error.key} cannot be read; `upcycle-bench data "
+            "check` says what else is wrong."
+        ) from error
+    evalsets.require_strata(evalset.name, evalset.strata, len(labels_or_captions))
+    return finite(torch.cat(embeddings), evalset.name), labels_or_captions
+
+
+@torch.no_grad()
+def embed(encode: Any, inputs: Tensor, context: EvalContext) -> Tensor:
+    """One batch [B, C], normalised, float32, on the CPU. `encode` is a method of `context.model`, or calls one.
+
+    `context.on_encoded` hears of it.
+    """
+    with torch.autocast(context.device.type, enabled=False):
+        embedded_BC = F.normalize(encode(inputs.to(context.device)).float(), dim=-1).cpu()
+    if context.on_encoded is not None:
+        context.on_encoded(context.model, encode, inputs, embedded_BC)
+    return embedded_BC
+
+
+def finite(embeddings: Tensor, name: str) -> Tensor:
+    """The same, or a UserError: NaN compares as "not ahead of me", so a diverged model would win everything."""
+    if not embeddings.isfinite().all():
+        raise UserError(f"the model's embeddings of {name} are not finite; the run has diverged.")
+    return embeddings

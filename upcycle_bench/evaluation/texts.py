@@ -1,0 +1,107 @@
+"""Text embeddings of evaluation sets: encoded in batches, without padding, and once for each file of weights.
+
+    known: dict[str, Tensor] = {}                                         # text -> its embedding, of one evaluation
+    classes_YC = class_embeddings(evalset, context, known)
+    texts_NC = encode_texts(captions, evalset.name, context, known)
+    task = classification_task(evalset, context, known)                   # its images against its classes
+
+The cache keeps class embeddings by weights, class names, templates and tokenizer, and captions likewise. A second
+evaluation of the same weights encodes no text, or a few where a witness watches. Where the model can do without
+padding, a batch is as long as its longest text.
+
+Shape suffixes: N texts or images, Q queries, G gallery, Y classes, P templates.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from functools import partial
+from importlib import metadata
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from upcycle_bench.data.evalset import EvalSet
+from upcycle_bench.evaluation.embedding_cache import SPOT, Arrays, remembered
+from upcycle_bench.evaluation.features import embed, encode_images, finite
+from upcycle_bench.evaluation.ranking import Task
+from upcycle_bench.model import padding
+from upcycle_bench.suite import EvalContext
+from upcycle_bench.util.flops import uncounted
+
+PROBES = 16  # texts whose tokens stand in a key for the tokenizer and its context
+
+
+def class_embeddings(evalset: EvalSet, context: EvalContext, known: dict[str, Tensor]) -> Tensor:
+    """[Y, C]: of each class the mean over templates, normalised, as in CLIP_benchmark's zero_shot_classifier."""
+    prompts = [template.format(c=name) for name in evalset.classnames for template in evalset.templates]
+
+    def make(classes: int, known: dict[str, Tensor]) -> Arrays:
+        chosen = prompts[: classes * len(evalset.templates)]
+        text_YPC = _encode(chosen, evalset.name, context, known).unflatten(0, (classes, -1))
+        return {"classes": F.normalize(text_YPC.mean(dim=1), dim=1).numpy()}
+
+    what = ["classes", evalset.classnames, evalset.templates, _tokens_of(prompts, context)]
+    classes = len(evalset.classnames)
+    arrays = remembered(what, context, partial(make, classes, known), partial(make, min(SPOT, classes), {}))
+    return torch.from_numpy(arrays["classes"])
+
+
+def classification_task(evalset: EvalSet, context: EvalContext, known: dict[str, Tensor]) -> Task:
+    """Images that ask for their class: class embeddings are the gallery."""
+    classes_YC = class_embeddings(evalset, context, known)
+    images_QC, labels = encode_images(evalset, context)
+    return Task(images_QC, classes_YC, torch.as_tensor(labels), torch.arange(len(classes_YC)))
+
+
+def retrieval_tasks(evalset: EvalSet, context: EvalContext, known: dict[str, Tensor]) -> tuple[Task, Task]:
+    """Images that ask for their captions, and captions that ask for their image; an id is an image's number."""
+    images_NC, captions = encode_images(evalset, context)
+    texts_GC = encode_texts([text for texts in captions for text in texts], evalset.name, context, known)
+    image_id = torch.arange(len(captions))
+    text_image_id = image_id.repeat_interleave(torch.tensor([len(texts) for texts in captions]))
+    return Task(images_NC, texts_GC, image_id, text_image_id), Task(texts_GC, images_NC, text_image_id, image_id)
+
+
+def encode_texts(texts: Sequence[str], name: str, context: EvalContext, known: dict[str, Tensor]) -> Tensor:
+    """Normalised text embeddings [N, C] of the set `name`; a text is encoded once, so that equal ones tie exactly."""
+    different = list(dict.fromkeys(texts))
+    what = ["texts", hashlib.sha256(json.dumps(different).encode()).hexdigest(), _tokens_of(different, context)]
+
+    def make(number: int, known: dict[str, Tensor]) -> Arrays:
+        return {"texts": _encode(different[:number], name, context, known).numpy()}
+
+    arrays = remembered(what, context, partial(make, len(different), known), partial(make, SPOT, {}))
+    known.update(zip(different, torch.from_numpy(arrays["texts"]), strict=True))
+    return torch.stack([known[text] for text in texts])
+
+
+def _encode(texts: Sequence[str], name: str, context: EvalContext, known: dict[str, Tensor]) -> Tensor:
+    """[N, C], and in `known`; only texts that are not there are encoded."""
+    unknown = [text for text in dict.fromkeys(texts) if text not in known]
+    model: Any = context.model
+    encode = partial(padding.encode_text, model) if padding.packs(model) else model.encode_text
+    for start in context.track(range(0, len(unknown), context.batch_size), f"{name}: texts"):
+        batch = unknown[start : start + context.batch_size]
+        with uncounted():
+            token_BL = context.tokenizer(batch)
+        text_BC = embed(encode, token_BL, context)
+        known.update(zip(batch, text_BC, strict=True))
+    return finite(torch.stack([known[text] for text in texts]), name)
+
+
+def _tokens_of(texts: Sequence[str], context: EvalContext) -> list[Any]:
+    """The tokens of some texts, which tell tokenizers and their context lengths apart without tokenizing all."""
+    if not context.weights:
+        return []
+    chosen = [*texts[:: -(-len(texts) // PROBES)], max(texts, key=len)]
+    token_BL = context.tokenizer(chosen)
+    return [
+        metadata.version("open_clip_torch"),
+        list(token_BL.shape),
+        hashlib.sha256(token_BL.numpy().tobytes()).hexdigest(),
+    ]

@@ -1,0 +1,119 @@
+"""Hard negatives from captions as they are: two images whose captions differ by exactly one word.
+
+    chosen = choose([["arrow left"], ["bell"], ["arrow right"], ["bell off"]])
+    chosen.pairs[0]          # images 0 and 2, "arrow left" and "arrow right", words ("left", "right")
+
+Captions are lower-cased and split at white space. Two captions are a candidate if one word stands for another in the
+same place, or if one caption has a word more, anywhere. They share at least one word, and neither image has the other's
+caption. `choose` goes through all candidates in the order of a hash of their two captions, which favours no word, and
+takes those whose images are both still free. So the pairs depend on the captions and the order of the images alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import combinations
+
+from upcycle_bench.util.rng import Stream
+
+NOTHING = ""  # stands where one caption has a word and the other has none
+Words = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two images and a caption of each; `words` are what differs, in the same order, NOTHING where a word is added."""
+
+    images: tuple[int, int]
+    captions: tuple[str, str]
+    words: tuple[str, str]
+
+    @property
+    def swapped(self) -> str:
+        """What differs, the same name whichever comes first: "left / right", "- / off"."""
+        return " / ".join(sorted(word or "-" for word in self.words))
+
+    @property
+    def added(self) -> bool:
+        """Whether one caption is the other and a word more."""
+        return NOTHING in self.words
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """Pairs that share no image, ascending by their first, of so many candidates."""
+
+    pairs: tuple[Pair, ...]
+    candidates: int
+
+    @cached_property
+    def sha256(self) -> str:
+        """Of the images and captions of all pairs."""
+        rows = [[*pair.images, *pair.captions] for pair in self.pairs]
+        return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+
+
+def choose(captions: Sequence[Sequence[str]]) -> Chosen:
+    """Pairs among the images whose captions these are, chosen as the module docstring says."""
+    found = sorted(candidates(captions), key=_place)
+    free = [True] * len(captions)
+    pairs = []
+    for pair in found:
+        first, second = pair.images
+        if free[first] and free[second]:
+            free[first] = free[second] = False
+            pairs.append(pair)
+    return Chosen(tuple(sorted(pairs, key=lambda pair: pair.images)), len(found))
+
+
+def candidates(captions: Sequence[Sequence[str]]) -> Iterator[Pair]:
+    """All pairs, each once, the smaller image first; of two images with several captions each way they can be one."""
+    texts = [(image, text, tuple(text.lower().split())) for image, own in enumerate(captions) for text in own]
+    words_of = [{tuple(text.lower().split()) for text in own} for own in captions]
+    for (one, one_text, one_words), (two, two_text, two_words), differing in _one_word_apart(texts):
+        if one != two and one_words not in words_of[two] and two_words not in words_of[one]:
+            pair = Pair((one, two), (one_text, two_text), differing)
+            yield pair if one < two else Pair((two, one), (two_text, one_text), differing[::-1])
+
+
+Text = tuple[int, str, Words]  # image, caption, its words
+
+
+def _one_word_apart(texts: Sequence[Text]) -> Iterator[tuple[Text, Text, tuple[str, str]]]:
+    """Texts that share all words but one, found by what is left without it, not by comparing each with each."""
+    same_words: dict[Words, list[Text]] = defaultdict(list)
+    without: dict[tuple[int, Words], list[tuple[Text, str]]] = defaultdict(list)
+    for text in texts:
+        words = text[2]
+        same_words[words].append(text)
+        for place, word in enumerate(words):
+            without[place, words[:place] + words[place + 1 :]].append((text, word))
+    for (_, rest), group in without.items():
+        if rest:
+            yield from (
+                (one, two, (word, other)) for (one, word), (two, other) in combinations(group, 2) if word != other
+            )
+    for text in texts:
+        words = text[2]
+        # The same word twice in a row can be left out in two ways with one result.
+        shorter = {words[:place] + words[place + 1 :]: word for place, word in enumerate(words)}
+        for rest, word in shorter.items():
+            yield from ((bare, text, (NOTHING, word)) for bare in (same_words.get(rest, ()) if rest else ()))
+
+
+def _place(pair: Pair) -> tuple[int, tuple[int, int], tuple[str, str]]:
+    """Where a candidate stands in the order: by its captions, equal ones by their images."""
+    return Stream(("word pairs", *sorted(pair.captions))).seed(), pair.images, pair.captions
+
+
+def most_frequent(pairs: Iterable[Pair], number: int) -> list[str]:
+    """The names of the words that differ most often, equally frequent ones in alphabetical order."""
+    counts: dict[str, int] = defaultdict(int)
+    for pair in pairs:
+        counts[pair.swapped] += 1
+    return sorted(counts, key=lambda name: (-counts[name], name))[:number]

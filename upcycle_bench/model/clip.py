@@ -1,0 +1,164 @@
+"""The dense model: an open_clip CLIP with its tokenizer and transforms, loaded strictly or pre-trained on the spot.
+
+clip = create_clip("ViT-B-32", checkpoint=Path("epoch_15.pt"), patch_dropout=0.5)
+clip.model, clip.tokenize(["a photo of a cat"]), clip.resize(pil_image), clip.normalise(uint8_B3HW)
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from upcycle_bench.assets import MODELS
+from upcycle_bench.util.errors import UserError, unknown
+
+Precision = Literal["fp32", "fp16", "bf16"]
+PREPROCESS = ("mean", "std", "interpolation", "resize_mode")  # what open_clip lets a pretrained tag say of transforms
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A CLIP and what its inputs go through.
+
+    tokenize: list of strings -> int64 [B, L]; resize: PIL image -> uint8 [3, H, W] (deterministic);
+    augment: PIL image -> uint8 [3, H, W] (open_clip's random resized crop, draws from torch's global generator);
+    transform: PIL image -> float32 [3, H, W], open_clip's own evaluation transform;
+    preprocess: open_clip's settings of the transforms where they are not those of the name (some pretrained tags).
+    """
+
+    name: str
+    model: Any  # open_clip.CLIP, which has no type information
+    tokenize: Callable[[list[str]], Tensor]
+    resize: Callable[[Any], np.ndarray]
+    augment: Callable[[Any], np.ndarray]
+    transform: Callable[[Any], Tensor]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    preprocess: Mapping[str, Any] | None = None
+
+    def normalise(self, images_B3HW: Tensor) -> Tensor:
+        """uint8 -> float32, as open_clip's ToTensor and Normalize do one by one."""
+        device = images_B3HW.device
+        mean, std = (torch.tensor(value, device=device).view(1, 3, 1, 1) for value in (self.mean, self.std))
+        return images_B3HW.float().div_(255).sub_(mean).div_(std)
+
+
+def create_clip(
+    name: str,
+    checkpoint: Path | None = None,
+    *,
+    patch_dropout: float = 0.0,
+    seed: int = 0,
+    precision: Precision = "fp32",
+    preprocess: Mapping[str, Any] | None = None,
+) -> Clip:
+    """Build `name` (open_clip's or ours); weights from `checkpoint`, all of them, or random from `seed`.
+
+    `precision` is open_clip's: fp16 and bf16 leave LayerNorms and embeddings in float32.
+    Raises UserError for an unknown model, a missing file, a missing or superfluous weight. A state dict does not say
+    its activation: weights trained with QuickGELU (OpenAI's, LAION-400M's ViT-B-32) need `ViT-B-32-quickgelu`.
+    """
+    import open_clip
+
+    model_config(name)
+    if checkpoint is not None and not checkpoint.is_file():
+        raise UserError(f"checkpoint {checkpoint}: no such file; give an open_clip state dict.")
+    level = logging.getLogger().level
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        logging.getLogger().setLevel(logging.ERROR)  # open_clip warns of random weights, which are what we asked for
+        try:
+            model, train_transform, transform = open_clip.create_model_and_transforms(
+                name,
+                pretrained=str(checkpoint) if checkpoint else None,
+                require_pretrained=checkpoint is not None,
+                precision=precision,
+                **{f"image_{key}": value for key, value in (preprocess or {}).items()},
+                force_patch_dropout=patch_dropout or None,
+                device=torch.get_default_device(),  # `with torch.device("meta")` makes a model without memory
+                nonscalar_logit_scale=True,  # DeepSpeed cannot broadcast a tensor without dimensions
+            )
+        except Exception as error:  # a file that is no state dict makes torch.load fail in many ways
+            if checkpoint is None:
+                raise
+            raise UserError(f"checkpoint {checkpoint} does not fit {name}: {_first_lines(error)}") from None
+        finally:
+            logging.getLogger().setLevel(level)
+    tokenizer = open_clip.get_tokenizer(name)
+    *resize, to_tensor, normalize = transform.transforms  # Resize, CenterCrop, RGB, ToTensor, Normalize
+    *augment, _, _ = train_transform.transforms
+    assert "ToTensor" in type(to_tensor).__name__ and type(normalize).__name__ == "Normalize", transform
+    return Clip(
+        name,
+        model,
+        tokenizer,
+        _to_uint8(resize),
+        _to_uint8(augment),
+        transform,
+        tuple(normalize.mean),
+        tuple(normalize.std),
+        preprocess or None,
+    )
+
+
+def model_config(name: str) -> dict[str, Any]:
+    """open_clip's configuration of that name, ours included; UserError for an unknown one."""
+    import open_clip
+
+    open_clip.add_model_config(MODELS)
+    if name not in open_clip.list_models():
+        raise unknown("open_clip model", name, open_clip.list_models())
+    return open_clip.get_model_config(name)
+
+
+def find_pretrained(name: str, source: str) -> tuple[Path, Mapping[str, Any]]:
+    """The weights that `source` names, a file or one of open_clip's tags for `name`, and their own transform settings.
+
+    A tag is fetched into open_clip's cache. Raises UserError for what is neither, cannot be fetched, or was trained
+    with another activation than that of `name`.
+    """
+    import open_clip
+    from open_clip.transform import PreprocessCfg
+
+    config = model_config(name)
+    if (file := Path(source)).is_file():
+        return file, {}
+    pretrained = open_clip.get_pretrained_cfg(name, source)
+    if not pretrained and (file.suffix or len(file.parts) > 1):  # no tag of open_clip's has a dot or a slash
+        raise UserError(f"{source}: no such file; give one with weights of {name}, or a tag of open_clip's for it.")
+    if not pretrained:
+        tags = open_clip.list_pretrained_tags_by_model(name)
+        raise unknown(f"pretrained weights of {name}", source, tags, "Or give a file: there is none of that name.")
+    if pretrained.get("quick_gelu", False) != config.get("quick_gelu", False):
+        other = f"{name}-quickgelu" if pretrained.get("quick_gelu", False) else name.removesuffix("-quickgelu")
+        raise UserError(f"{source} weights were trained with another activation than that of {name}: choose {other}.")
+    try:
+        path = Path(open_clip.download_pretrained(pretrained))
+    except Exception as error:  # of urllib, huggingface_hub and open_clip, each with its own
+        raise UserError(
+            f"cannot fetch the {source} weights of {name} ({_first_lines(error)}); download them where there is a "
+            "network and give the file."
+        ) from None
+    usual = asdict(PreprocessCfg())
+    return path, {key: pretrained[key] for key in PREPROCESS if pretrained.get(key, usual[key]) != usual[key]}
+
+
+def _to_uint8(steps: list[Callable[[Any], Any]]) -> Callable[[Any], np.ndarray]:
+    def apply(image: Any) -> np.ndarray:
+        for step in steps:
+            image = step(image)
+        return np.asarray(image).transpose(2, 0, 1)
+
+    return apply
+
+
+def _first_lines(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    return text if len(text) < 400 else text[:400] + " ..."

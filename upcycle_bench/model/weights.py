@@ -1,0 +1,167 @@
+"""Final weights: one safetensors file for the whole model, named by its content, that loads without the run.
+
+    digest = save(clip, plan.moe, folder)            # on every rank; rank 0 writes folder/<sha256>.safetensors
+    clip = load(folder / f"{digest}.safetensors")    # one process, all experts, any machine
+
+Experts that expert parallelism spread over ranks are gathered under their global numbers. The file's metadata holds
+the open_clip model name and the MoE configuration, which is all that is needed to build the module again, and where
+they are not the name's own, the settings of the transforms and the hidden widths.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from upcycle_bench import protocol
+from upcycle_bench.model.clip import Clip, Precision, create_clip
+from upcycle_bench.model.ffn import FFN, LayerInit
+from upcycle_bench.model.moe import EXPERTS, moe_layers
+from upcycle_bench.model.surgery import find_layers, hidden_widths, put_experts
+from upcycle_bench.util import distributed
+from upcycle_bench.util.cache import cache_root
+from upcycle_bench.util.errors import UserError
+from upcycle_bench.util.files import file_sha256, temporary
+
+FORMAT = "upcycle-bench/1"  # the metadata's one key: safetensors writes several in a random order
+EXPERT_KEY = re.compile(rf"(.*)\.{re.escape(EXPERTS)}\.(\d+)\.(.*)")  # the layer's path, the expert, its part
+
+
+def consolidate(clip: Clip) -> dict[str, Tensor]:
+    """The whole model's state dict on the CPU, every expert under its global number; the same on every rank."""
+    state = {}
+    layers = {layer.place.mlp_path: layer for layer in moe_layers(clip.model).values()}
+    for key, value in clip.model.state_dict().items():
+        match = EXPERT_KEY.fullmatch(key)
+        layer = layers[match[1]] if match else None
+        if match is None or layer is None or layer.settings.ep_size == 1:
+            # Tied tensors are written twice.
+            state[key] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
+            continue
+        path, local, part = match.groups()
+        shards = [torch.empty_like(value) for _ in range(layer.settings.ep_size)]
+        dist.all_gather(shards, value.contiguous(), group=layer.expert_group)
+        for rank, shard in enumerate(shards):
+            number = rank * len(layer.experts) + int(local)
+            state[f"{path}.{layer.state_key(number, part)}"] = shard.cpu()
+    return state
+
+
+def save(clip: Clip, moe: protocol.MoE, folder: Path) -> str:
+    """Write the consolidated model to `folder`/SHA256.safetensors; returns the sha256 on rank 0, "" on the others."""
+    if distributed.is_main():
+        folder.mkdir(parents=True, exist_ok=True)
+    with temporary(folder / "weights") as part:
+        if digest := write(clip, moe, part):
+            os.replace(part, folder / f"{digest}.safetensors")
+    return digest
+
+
+def write(clip: Clip, moe: protocol.MoE, path: Path) -> str:
+    """Write the consolidated model to `path`, as `save` does; all ranks take part, rank 0 writes."""
+    from safetensors.torch import save_file
+
+    state = consolidate(clip)
+    if not distributed.is_main():
+        return ""
+    settings: dict[str, Any] = {"model": clip.name, "moe": moe.model_dump() if moe_layers(clip.model) else None}
+    with torch.device("meta"):
+        usual = hidden_widths(create_clip(clip.name).model)
+    if hidden := {path: width for path, width in hidden_widths(clip.model).items() if width != usual.get(path)}:
+        settings["hidden"] = hidden  # else left out: the same model has the same file
+    if clip.preprocess:
+        settings["preprocess"] = dict(clip.preprocess)
+    save_file(state, path, metadata={FORMAT: json.dumps(settings)})
+    return file_sha256(path)
+
+
+def is_ours(path: Path) -> bool:
+    """Whether `save` wrote that file, by its metadata."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            return FORMAT in (file.metadata() or {})
+    except (OSError, SafetensorError):
+        return False
+
+
+def of_record(record: Path, digest: str | None) -> Path:
+    """The file in the cache with the weights of that record, whose sha256 `digest` is; UserError if it is not whole."""
+    if digest is None:
+        raise UserError(f"{record}: the record of a run that failed before it had weights; give one that went through.")
+    file = cache_root() / "weights" / f"{digest}.safetensors"
+    if not file.is_file():
+        raise UserError(
+            f"{record}: its weights are not in this machine's cache ({file}); copy them from where the run was made, "
+            "or run it again with `run --fresh`."
+        )
+    if file_sha256(file) != digest:
+        raise UserError(f"{file}: is not what its name says; delete it, and copy it again or train with `run --fresh`.")
+    return file
+
+
+def load(path: Path) -> Clip:
+    """The model of a file that `save` wrote, in eval mode, all experts in this process, in the file's dtypes.
+
+    Raises UserError for a file that is not one of ours or does not fit its own metadata.
+    """
+    from safetensors import SafetensorError, safe_open
+    from safetensors.torch import load_file
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            text = (file.metadata() or {}).get(FORMAT)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path}: not a readable safetensors file ({error}).") from None
+    if text is None:
+        raise UserError(f"{path}: not written by upcycle-bench ({FORMAT}); give what run, upcycle or compress wrote.")
+    try:
+        settings = json.loads(text)
+        state = load_file(path)
+        clip = create_clip(settings["model"], precision=_precision(state), preprocess=settings.get("preprocess"))
+        for mlp_path, hidden in settings.get("hidden", {}).items():
+            mlp = clip.model.get_submodule(mlp_path)
+            FFN.of(mlp).resized(hidden).put_into(mlp)
+        if settings["moe"] is not None:
+            moe = protocol.MoE.model_validate(settings["moe"] | {"ep_size": 1})
+            inits = {}
+            for layer in find_layers(clip.model, moe):
+                ffn = FFN.of(clip.model.get_submodule(layer.mlp_path))
+                router_ND = torch.zeros(layer.num_experts, ffn.width)
+                inits[layer.name] = LayerInit([ffn.expert() for _ in range(layer.num_experts)], router_ND)
+            clip = replace(clip, model=put_experts(clip.model, inits, moe))
+        _follow(clip.model, state)
+        clip.model.load_state_dict(state, strict=True)
+    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:400]
+        raise UserError(f"{path}: does not fit its own metadata ({reason}).") from None
+    clip.model.eval()
+    return clip
+
+
+def _precision(state: Mapping[str, Tensor]) -> Precision:
+    """open_clip's mixed precision needs LayerNorms of another class; where all dtypes are one, they only follow."""
+    weight, norm = state.get("visual.conv1.weight"), state.get("ln_final.weight")
+    if weight is None or norm is None or weight.dtype == norm.dtype:
+        return "fp32"
+    return "bf16" if weight.dtype == torch.bfloat16 else "fp16"
+
+
+def _follow(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Give the tensors of `model` the dtypes of `state`, and the logit scale its number of dimensions."""
+    for key, value in model.state_dict(keep_vars=True).items():
+        if key in state:
+            value.data = value.data.to(state[key].dtype)
+    scale = state.get("logit_scale")
+    if isinstance(model.logit_scale, nn.Parameter) and scale is not None and scale.numel() == 1:
+        model.logit_scale.data = model.logit_scale.data.reshape(scale.shape)

@@ -1,0 +1,139 @@
+"""The matrix, strategies by seeds under one protocol: its cells, which of them are done, what the rest costs.
+
+    cells = list(enumerate_cells(plans, seed_pairs(seed=0, count=3)))          # pure: a cell is a plan
+    done = finished_before(cells, results, dense_digest)                       # for each cell its record, or None
+
+Nothing here trains; `run_many` runs what is missing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from upcycle_bench import record
+from upcycle_bench.planning import estimate as costs
+from upcycle_bench.planning.plan import Plan, dense_path, run_id
+from upcycle_bench.planning.registry import Registry
+from upcycle_bench.util import distributed
+from upcycle_bench.util.errors import UserError
+from upcycle_bench.util.files import file_sha256
+
+Seeds = tuple[int, int]  # initialisation, training
+Records = Mapping[Path, record.Record]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """One run of the matrix."""
+
+    plan: Plan
+
+    @property
+    def strategy(self) -> str:
+        """The row."""
+        return self.plan.label
+
+    @property
+    def seed(self) -> str:
+        """The column: `0`, or `0/1` where initialisation and training have seeds of their own."""
+        init, train = self.plan.init_seed, self.plan.train_seed
+        return str(init) if init == train else f"{init}/{train}"
+
+
+def strategy_names(registry: Registry, text: str) -> list[str]:
+    """`a,b,c`, or `all`: every registered strategy, controls first. UserError for a name unknown or given twice."""
+    if text == "all":
+        strategies = registry.strategies
+        return sorted(strategies, key=lambda name: (strategies[name].target.info.status != "control", name))
+    names = [name.strip() for name in text.split(",")]
+    if "all" in names:
+        raise UserError(f"--strategy {text}: 'all' stands alone; it names every strategy.")
+    for name in names:
+        registry.get("strategy", name)
+        if names.count(name) > 1:
+            raise UserError(f"--strategy names {name} twice; every strategy is one row.")
+    return names
+
+
+def seed_pairs(seed: int, count: int, init_seed: int | None = None, train_seed: int | None = None) -> list[Seeds]:
+    """`count` seeds from `seed` on, for both purposes; one that is given stays fixed."""
+    if count > 1 and init_seed is not None and train_seed is not None:
+        raise UserError(f"--seeds {count} leaves nothing to vary; give --init-seed or --train-seed, not both.")
+    return [
+        (number if init_seed is None else init_seed, number if train_seed is None else train_seed)
+        for number in range(seed, seed + count)
+    ]
+
+
+def enumerate_cells(plans: Sequence[Plan], seeds: Iterable[Seeds]) -> Iterator[Cell]:
+    """Seed by seed: however early a matrix is stopped, its finished seeds compare all strategies."""
+    for init, train in seeds:
+        for plan in plans:
+            yield Cell(plan=replace(plan, init_seed=init, train_seed=train))
+
+
+def finished(cell: Cell, run_id: str, records: Records) -> Path | None:
+    """The newest record that this cell would make again; by content, since anyone may rename a file."""
+    fitting = [
+        (made.created_at, path)
+        for path, made in records.items()
+        if made.status == "ok" and made.run_id == run_id and describes(made, cell) and _complete(made, cell)
+    ]
+    return max(fitting)[1] if fitting else None
+
+
+def describes(made: record.Record, cell: Cell) -> bool:
+    """Whether a record, of a success or a failure, is of this cell."""
+    plan, protocol = cell.plan, made.protocol
+    return (
+        made.strategy.label == plan.label
+        and (protocol.name, protocol.division) == (plan.protocol.name, plan.division)
+        and protocol.training_fingerprint == plan.training_fingerprint
+        and protocol.suite_fingerprints.items() <= plan.suite_fingerprints.items()
+        and plan.suite_fingerprints.keys() - protocol.suite_fingerprints.keys() <= made.skipped.keys()
+        and (made.seeds.init, made.seeds.train) == (plan.init_seed, plan.train_seed)
+    )
+
+
+def _complete(made: record.Record, cell: Cell) -> bool:
+    """Whether no suite that this cell wants was skipped."""
+    return made.protocol.suite_fingerprints == cell.plan.suite_fingerprints
+
+
+def read_records(results: Path, known: Collection[Path] = ()) -> dict[Path, record.Record]:
+    """The records below `results` but for the `known` ones. A file that is none does not count as a run."""
+    found = {}
+    for path in sorted(set(results.rglob("*.json")) - set(known)):
+        with contextlib.suppress(UserError):
+            found[path] = record.read(path)
+    return found
+
+
+def finished_before(cells: Sequence[Cell], results: Path, dense_digest: str) -> list[Path | None]:
+    """For each cell the record that makes it done, or None."""
+    records = read_records(results)
+    return [finished(cell, run_id(cell.plan, dense_digest), records) for cell in cells]
+
+
+def preview(cells: Sequence[Cell], results: Path, fresh: bool) -> list[Path | None]:
+    """`finished_before` for a dry run: without the dense model there is nothing to go by, and none is made."""
+    plan = cells[0].plan
+    path = dense_path(plan)
+    if fresh or plan.missing or not path.is_file():
+        return [None] * len(cells)
+    return finished_before(cells, results, file_sha256(path))
+
+
+def estimate(cells: Sequence[Cell]) -> tuple[int, float]:
+    """FLOPs of preparation (at most) and training without what losses of strategies add; seconds on one such device."""
+    if not cells:
+        return 0, 0.0
+    protocol = cells[0].plan.protocol
+    strategies = {cell.plan.label: cell.plan.strategy for cell in cells}
+    estimates = {label: costs.estimate(protocol, strategy) for label, strategy in strategies.items()}
+    each = {label: made.prepare_flops_at_most + made.train_flops for label, made in estimates.items()}
+    flops = sum(each[cell.plan.label] for cell in cells)
+    return flops, costs.estimate_seconds(protocol, flops, distributed.choose_device()) if flops else 0.0

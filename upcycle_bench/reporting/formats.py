@@ -1,0 +1,269 @@
+"""Leaderboards as text, in four formats with the same rows: for a terminal, Markdown, csv and json.
+
+print(render(boards, "terminal"))        # or "md", "csv", "json"
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+import textwrap
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
+from functools import partial, reduce
+from operator import or_
+from typing import TYPE_CHECKING
+
+from upcycle_bench.reporting.leaderboard import Board, Row, SeedMean
+from upcycle_bench.suite import AVERAGE
+from upcycle_bench.util.errors import unknown
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+# The metrics in tables for people; csv and json have all.
+SHOWN = re.compile(r"acc1|(.*_)?(recall|r)@1|(text|image|group)_score", re.IGNORECASE)
+FOLDED = 24  # characters of a strategy's name on one line, where the terminal is too narrow for one table
+NOTES = (
+    "± is the half width of a 95 % Student-t confidence interval over n training seeds (several initialisations of one "
+    "training seed are averaged first). Over few seeds such an interval is wide; over one (n=1) there is none.",
+    "In parentheses behind other metrics: the standard error over evaluation samples, where the records have it.",
+    "Differences are paired by initialisation and training seed; their n counts the training seeds with a pair.",
+    "Charged FLOPs: all phases before evaluation. Times and FLOPs are means per run.",
+)
+
+Columns = dict[str, list[str]]  # header -> one cell per row
+
+
+def render(boards: list[Board], format: str, width: int | None = None) -> str:
+    """The boards as text; `width` is the terminal's (default: as found). Raises UserError for an unknown format."""
+    writers: dict[str, Callable[[list[Board]], str]] = {
+        "terminal": partial(_terminal, width=width),
+        "md": _markdown,
+        "csv": _csv,
+        "json": _json,
+    }
+    if format not in writers:
+        raise unknown("format", format, writers)
+    return writers[format](boards)
+
+
+def markdown_table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    """A Markdown table of the header and the lines below it, each a cell per column."""
+    cells = ([cell.replace("|", "\\|") for cell in line] for line in (header, ["---"] * len(header), *lines))
+    return "\n".join(f"| {' | '.join(line)} |" for line in cells)
+
+
+def _terminal(boards: list[Board], width: int | None) -> str:
+    """One table per board. A terminal too narrow for it gets several, each with rank and strategy."""
+    from rich.console import Console
+    from rich.measure import Measurement
+
+    output = io.StringIO()
+    console = Console(file=output, width=width, color_system=None)
+
+    def fits(columns: Columns) -> bool:
+        table = _rich_table(columns)
+        return Measurement.get(console, console.options.update(width=100_000), table).maximum <= console.width
+
+    for board in boards:
+        who, *groups = _groups(board)
+        tables = [reduce(or_, groups, who)]
+        if not fits(tables[0]):
+            folded = [textwrap.fill(title, FOLDED, break_on_hyphens=True) for title in who["strategy"]]
+            tables = _split_to_fit(who | {"strategy": folded}, groups, fits)
+        console.print(_heading(board), *map(_rich_table, tables), *_caption(board), "", sep="\n", markup=False)
+    console.print(*NOTES, sep="\n", markup=False)
+    return "\n".join(line.rstrip() for line in output.getvalue().splitlines()) + "\n"
+
+
+def _markdown(boards: list[Board]) -> str:
+    blocks = []
+    for board in boards:
+        columns = reduce(or_, _groups(board))
+        table = markdown_table(list(columns), zip(*columns.values(), strict=True))
+        caption = "\n".join(f"- {sentence}" for sentence in _caption(board))
+        blocks.append(f"### {_heading(board)}\n\n{table}\n\n{caption}")
+    return "\n\n".join([*blocks, *NOTES]) + "\n"
+
+
+def _csv(boards: list[Board]) -> str:
+    """One flat table: each row repeats its board's facts; the scores of all boards are columns of every row."""
+    names = sorted({name for board in boards for row in board.rows for name in row.scores})
+    lines = []
+    for board in boards:
+        facts = asdict(board) | {
+            "overrides": " ".join(board.overrides),
+            "primary": " ".join(board.primary),
+            "suite_fingerprints": " ".join(f"{suite}={value}" for suite, value in board.suite_fingerprints.items()),
+        }
+        del facts["rows"]
+        for row in board.rows:
+            line = {f"board_{key}": value for key, value in facts.items()}
+            for key, value in asdict(row).items():
+                if key in ("primary", "difference"):
+                    line |= {f"{key}_{part}": (value or {}).get(part) for part in ("mean", "half_width", "n")}
+                elif key == "scores":
+                    line |= {name: value.get(name) for name in names}
+                elif key == "standard_errors":
+                    line |= {f"{name} standard error": value.get(name) for name in names}
+                else:
+                    line[key] = value
+            lines.append(line)
+    output = io.StringIO()
+    writer = csv.DictWriter(output, list(lines[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(lines)
+    return output.getvalue()
+
+
+def _json(boards: list[Board]) -> str:
+    document = {"notes": NOTES, "boards": [asdict(board) | {"caption": _caption(board)} for board in boards]}
+    return json.dumps(document, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
+
+
+def _heading(board: Board) -> str:
+    suites = "".join(f", {suite} {fingerprint[:8]}" for suite, fingerprint in board.suite_fingerprints.items())
+    where = f"training {board.training_fingerprint[:8]}{suites}, dense {board.dense[:8]}"
+    return f"{board.protocol}, {board.division} division ({where})"
+
+
+def _caption(board: Board) -> list[str]:
+    """Sentences that say what this board's numbers are; NOTES holds for all boards."""
+    sentences = []
+    if board.division == "open":
+        settings = [" ".join(f"--set {override}" for override in board.overrides), board.unequal or ""]
+        sentences.append(f"Open division, not to be compared with other tables: {'; '.join(filter(None, settings))}")
+    if board.primary:
+        sentences.append(f"Primary: mean of {_primary_scores(board.primary)}; higher is better.")
+    if board.baseline:
+        sentences.append(f"vs {board.baseline}: the primary minus that of {board.baseline}.")
+    errors = [row.primary_standard_error for row in board.rows if row.primary_standard_error is not None]
+    if errors:
+        sentences.append(
+            f"Over evaluation samples the standard error of the primary is {max(errors):.4f} at most; rows share the "
+            "samples, so their differences are surer."
+        )
+    scored = {name for row in board.rows for name in row.scores}
+    shown = {_split(name)[0] for name in (*_shown(scored), *board.primary)}
+    if scored and (hidden := sorted(board.suite_fingerprints.keys() - shown)):
+        sentences.append(
+            f"No column here for {', '.join(hidden)}: scores are in csv and json, all they say in the records."
+        )
+    runs = sum(row.runs for row in board.rows)
+    if without := runs - sum(row.certified for row in board.rows):
+        sentences.append(
+            f"There are {without} of {runs} runs without a certificate of their evaluation (docs/protocols.md)."
+        )
+    return sentences
+
+
+def _primary_scores(primary: tuple[str, ...]) -> str:
+    """Up to four primary scores by name, more as sets grouped by suite and metric."""
+    if len(primary) <= 4:
+        return ", ".join(primary)
+    suites: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
+    for column in primary:
+        suite, dataset, metric = _split(column)
+        suites[suite][metric].append(dataset)
+    groups = [
+        f"{suite} " + "; ".join(f"{metric} on {', '.join(datasets)}" for metric, datasets in sorted(metrics.items()))
+        for suite, metrics in suites.items()
+    ]
+    return f"{len(primary)} scores ({'; '.join(groups)})"
+
+
+def _groups(board: Board) -> list[Columns]:
+    """Columns for people in five groups: who, result, scores, cost, runs."""
+    rows = board.rows
+    who = {"#": [str(row.rank or "-") for row in rows], "strategy": [row.title for row in rows]}
+    result = {"n": [str(row.primary.n if row.primary else 0) for row in rows]}
+    primaries = [_seed_mean(row.primary) for row in rows]
+    result["primary" + _unit(primaries)] = primaries
+    if board.baseline:
+        differences = ["-" if row.label == board.baseline else _seed_mean(row.difference, "+") for row in rows]
+        result[f"vs {board.baseline}" + _unit(differences)] = differences
+    shown = _shown({name for row in rows for name in row.scores})
+    scores = {name: [_score(row, name) for row in rows] for name in shown}
+    cost = {
+        "total parameters": [_number(row.parameters_total, ",.2f", "M") for row in rows],
+        "active parameters": [_number(row.parameters_active, ",.2f", "M") for row in rows],
+        "train s": [_number(row.train_seconds, ",.1f") for row in rows],
+        "train FLOPs": [_number(row.train_flops, ".2e") for row in rows],
+        "charged FLOPs": [_number(row.charged_flops, ".2e") for row in rows],
+        "tokens dropped": [_number(row.tokens_dropped, ".2%") for row in rows],
+    }
+    return [who, result, scores, cost, {"runs": [row.outcome for row in rows]}]
+
+
+def _shown(columns: Iterable[str]) -> list[str]:
+    """The columns of scores in tables for people: of a suite with averages, these alone."""
+    parts = {column: _split(column) for column in columns}
+    averaging = {suite for suite, dataset, _ in parts.values() if dataset == AVERAGE}
+    return sorted(
+        column
+        for column, (suite, dataset, metric) in parts.items()
+        if SHOWN.fullmatch(metric) and (dataset == AVERAGE or suite not in averaging)
+    )
+
+
+def _split(column: str) -> tuple[str, str, str]:
+    """The suite, dataset and metric of a column; a dataset may hold slashes."""
+    suite, _, rest = column.partition("/")
+    dataset, _, metric = rest.rpartition("/")
+    return suite, dataset, metric
+
+
+def _seed_mean(value: SeedMean | None, sign: str = "") -> str:
+    if value is None:
+        return ""
+    interval = "" if value.half_width is None else f" ± {value.half_width:.4f}"
+    n = f" (n={value.n})" if sign or value.half_width is None else ""
+    return f"{value.mean:{sign}.4f}{interval}{n}"
+
+
+def _unit(cells: list[str]) -> str:
+    """What ± means in a column, for its header: here an interval, in `run` and `evaluate` a standard error."""
+    return " (± 95 %)" if any("±" in cell for cell in cells) else ""
+
+
+def _score(row: Row, name: str) -> str:
+    error = row.standard_errors.get(name)
+    return _number(row.scores.get(name), ".4f") + ("" if error is None else f" ({error:.4f})")
+
+
+def _number(value: float | None, form: str, unit: str = "") -> str:
+    return "" if value is None else format(value / 1e6 if unit == "M" else value, form) + unit
+
+
+def _split_to_fit(who: Columns, groups: Iterable[Columns], fits: Callable[[Columns], bool]) -> list[Columns]:
+    """As few tables as fit, all with `who`. A group that does not fit whole into the last table begins a new one."""
+    tables = [who]
+    for group in groups:
+        if fits(tables[-1] | group):
+            tables[-1] = tables[-1] | group
+            continue
+        tables.append(who)
+        for header, cells in group.items():
+            if len(tables[-1]) > len(who) and not fits(tables[-1] | {header: cells}):
+                tables.append(who)
+            tables[-1] = tables[-1] | {header: cells}
+    return [table for table in tables if len(table) > len(who)]
+
+
+def _rich_table(columns: Columns) -> Table:
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text  # labels hold brackets, which rich would read as markup
+
+    table = Table(box=box.SIMPLE, collapse_padding=True)
+    for header in columns:
+        left = header in ("strategy", "runs")  # only these two fold; numbers stay whole
+        lines = re.sub(r"/| (?![\d%])|_(?=retrieval)|(?<=retrieval)_", "\n", header)
+        table.add_column(Text(lines), justify="left" if left else "right", overflow="fold", no_wrap=not left)
+    for cells in zip(*columns.values(), strict=True):
+        table.add_row(*map(Text, cells))
+    return table

@@ -1,0 +1,227 @@
+"""Records -> leaderboards: one for each set of runs that may be compared. `formats.render` writes them.
+
+    boards = build([read(path) for path in record_paths(folder)])
+    print(render(boards, "terminal"))        # or "md", "csv", "json"
+
+A row's value is a mean over training seeds, with Student's t interval; n counts training seeds. Initialisations of one
+training seed depend on each other, so they are averaged first. Standard errors over evaluation samples stand apart,
+because all runs share the samples: a row has the mean of its runs' errors.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+import textwrap
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from upcycle_bench.record import Record, ScoreRecord
+from upcycle_bench.util import uncertainty
+from upcycle_bench.util.errors import UserError
+
+BASELINES = ("sparse-upcycling", "dense")  # differences are to the first of these that has a successful run
+
+SeedPair = tuple[int, int]  # initialisation, training
+
+
+@dataclass(frozen=True)
+class SeedMean:
+    """A mean over `n` training seeds and the half width of its 95 % confidence interval (None for one seed)."""
+
+    mean: float
+    half_width: float | None
+    n: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One strategy label: means over the runs that count. Values are None where no run succeeded."""
+
+    rank: int | None
+    label: str
+    strategy: str
+    kind: str  # the row's mark: reconstructed, parts reconstructed, control, unpublished; "": published
+    primary: SeedMean | None
+    difference: SeedMean | None  # to the baseline, paired by both seeds
+    scores: dict[str, float]  # suite/dataset/metric -> mean
+    standard_errors: dict[str, float]  # over evaluation samples, of the scores where all runs have one
+    primary_standard_error: float | None  # over evaluation samples, an upper bound
+    parameters_total: int | None
+    parameters_active: int | None
+    train_seconds: float | None
+    train_flops: float | None
+    charged_flops: float | None  # every phase before evaluation
+    tokens_dropped: float | None
+    runs: int  # that count
+    certified: int  # of these
+    failed: int
+    superseded: int
+    mixed: bool  # the runs that count differ in configuration or plugin version
+    status: str  # "ok" where a run succeeded, else the status of the newest run
+    reason: str | None
+
+    @property
+    def title(self) -> str:
+        """The label with its mark."""
+        return f"{self.label} ({self.kind})" if self.kind else self.label
+
+    @property
+    def outcome(self) -> str:
+        """How the runs ended, in words."""
+        failed = [f"{self.failed} failed"] if self.failed else []
+        if self.primary is None:
+            reason = textwrap.shorten(self.reason or "", 80, placeholder=" ...")
+            return f"{self.status}: {reason}" + (f" ({failed[0]})" if self.failed > 1 else "")
+        superseded = [f"{self.superseded} superseded"] if self.superseded else []
+        mixed = ["mixes configurations or versions"] if self.mixed else []
+        return ", ".join(["ok", *failed, *superseded, *mixed])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Board:
+    """Runs with equal protocol, division, fingerprints and dense model."""
+
+    protocol: str
+    division: str
+    overrides: tuple[str, ...]
+    unequal: str | None
+    training_fingerprint: str
+    suite_fingerprints: dict[str, str]
+    dense: str
+    primary: tuple[str, ...]  # the scores whose mean is the primary score
+    baseline: str | None
+    rows: tuple[Row, ...]
+
+
+def build(records: list[Record]) -> list[Board]:
+    """One board for each set of comparable records, by protocol, closed division first. UserError without records."""
+    if not records:
+        raise UserError("a leaderboard needs records: there are none.")
+    groups: dict[tuple[Any, ...], list[Record]] = defaultdict(list)
+    for record in sorted(records, key=lambda r: (r.created_at, r.run_id)):  # so the last of every list is the newest
+        protocol = record.protocol
+        suites = tuple(sorted(protocol.suite_fingerprints.items()))
+        key = (protocol.name, protocol.division, protocol.training_fingerprint, suites, record.hashes.dense)
+        groups[key].append(record)
+    return [_board(groups[key]) for key in sorted(groups)]
+
+
+def seed_mean(by_training_seed: Mapping[int, list[float]]) -> SeedMean:
+    """Mean and Student-t interval over training seeds, from the values of each training seed's runs."""
+    values = [statistics.fmean(of_one_seed) for of_one_seed in by_training_seed.values()]
+    n = len(values)
+    if n == 1:
+        return SeedMean(values[0], None, 1)
+    from scipy.special import stdtrit  # quantile of Student's t
+
+    half_width = float(stdtrit(n - 1, 0.975)) * statistics.stdev(values) / math.sqrt(n)
+    return SeedMean(statistics.fmean(values), half_width, n)
+
+
+def _board(records: list[Record]) -> Board:
+    """`records` are all of the board, oldest first."""
+    by_label: dict[str, list[Record]] = defaultdict(list)
+    for record in records:
+        by_label[record.strategy.label].append(record)
+    # Of several successes with the same seeds, the newest counts.
+    counting = {
+        label: {(run.seeds.init, run.seeds.train): run for run in runs if run.status == "ok"}
+        for label, runs in by_label.items()
+    }
+    baseline = next((label for label in BASELINES if counting.get(label)), None)
+    rows = [
+        _row(runs, counting[label], counting[baseline] if baseline and label != baseline else {})
+        for label, runs in by_label.items()
+    ]
+    rows.sort(key=lambda row: (row.primary is None, -row.primary.mean if row.primary else 0.0, row.label))
+    newest = records[-1]
+    return Board(
+        protocol=newest.protocol.name,
+        division=newest.protocol.division,
+        overrides=newest.protocol.overrides,
+        unequal=newest.protocol.unequal,
+        training_fingerprint=newest.protocol.training_fingerprint,
+        suite_fingerprints=dict(sorted(newest.protocol.suite_fingerprints.items())),
+        dense=newest.hashes.dense,
+        primary=tuple(sorted({_column(s) for r in records if r.status == "ok" for s in r.scores if s.primary})),
+        baseline=baseline,
+        rows=tuple(replace(row, rank=rank) if row.primary else row for rank, row in enumerate(rows, start=1)),
+    )
+
+
+def _row(runs: list[Record], counting: dict[SeedPair, Record], base: dict[SeedPair, Record]) -> Row:
+    """`runs` are all of one label, oldest first; `counting` are its successes that count, `base` the baseline's."""
+    primary: dict[int, list[float]] = defaultdict(list)
+    difference: dict[int, list[float]] = defaultdict(list)
+    scores: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
+    errors: dict[str, list[float | None]] = defaultdict(list)
+    for seeds, run in sorted(counting.items()):
+        assert run.primary is not None, "a run that is ok has a primary score"
+        primary[seeds[1]].append(run.primary)
+        if seeds in base:
+            difference[seeds[1]].append(run.primary - (base[seeds].primary or 0.0))
+        for score in run.scores:
+            scores[_column(score)][seeds[1]].append(score.value)
+            errors[_column(score)].append(score.standard_error)
+    failures = [run for run in runs if run.status != "ok"]
+    newest = runs[-1]
+    sources = {json.dumps(run.strategy.model_dump(mode="json"), sort_keys=True) for run in counting.values()}
+    costs = [run.cost for run in counting.values() if run.cost]
+    return Row(
+        rank=None,
+        label=newest.strategy.label,
+        strategy=newest.strategy.name,
+        kind=_mark(newest),
+        primary=seed_mean(primary) if primary else None,
+        difference=seed_mean(difference) if difference else None,
+        scores={name: seed_mean(values).mean for name, values in sorted(scores.items())},
+        standard_errors={name: mean for name, each in sorted(errors.items()) if (mean := _mean(each)) is not None},
+        primary_standard_error=_mean(
+            uncertainty.of_scores(
+                (score.dataset, score.metric, score.standard_error) for score in run.scores if score.primary
+            )
+            for run in counting.values()
+        ),
+        parameters_total=costs[0].parameters_total if costs else None,
+        parameters_active=costs[0].parameters_active if costs else None,
+        train_seconds=_mean(cost.phases["train"].seconds if "train" in cost.phases else 0 for cost in costs),
+        train_flops=_mean(cost.phases["train"].flops if "train" in cost.phases else 0 for cost in costs),
+        charged_flops=_mean(
+            _sum(phase.flops for name, phase in cost.phases.items() if name != "evaluate") for cost in costs
+        ),
+        tokens_dropped=_mean(cost.tokens_dropped for cost in costs),
+        runs=len(counting),
+        certified=sum(run.certificate is not None for run in counting.values()),
+        failed=len(failures),
+        superseded=len(runs) - len(failures) - len(counting),
+        mixed=len(sources) > 1,
+        status="ok" if counting else newest.status,
+        reason=None if counting else newest.reason,
+    )
+
+
+def _mark(record: Record) -> str:
+    """The row's mark: a reconstruction, whole or in part, is named as such wherever its label stands."""
+    if record.strategy.status == "published":
+        return "parts reconstructed" if record.strategy.reconstructed else ""
+    return record.strategy.status
+
+
+def _column(score: ScoreRecord) -> str:
+    return f"{score.suite}/{score.dataset}/{score.metric}"
+
+
+def _sum(values: Iterable[int | None]) -> int | None:
+    """None if any value is unknown: the sum of the others would look too cheap."""
+    known = list(values)
+    return None if None in known else sum(value for value in known if value is not None)
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    """None if any value is unknown, or there is none."""
+    known = list(values)
+    return statistics.fmean(value for value in known if value is not None) if known and None not in known else None

@@ -1,0 +1,139 @@
+"""Trained once, scored ever after: what the cache keeps of a finished training, so that a new suite trains nothing.
+
+    key = trained.key(run_id, device)              # who was trained how, by which libraries, on which hardware
+    trained.store(key, facts, metrics)              # cache/trained/KEY.json and KEY.jsonl, by rank 0
+    found = trained.look_up(key)                      # (Trained, the model), or None: train
+
+The weights themselves stand in cache/weights under their sha256. Only a training that went through is kept; what was
+damaged since is not found, which costs a training and is never an error.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import JsonValue
+from torch import nn
+
+from upcycle_bench.model import backends, weights
+from upcycle_bench.model.clip import Clip
+from upcycle_bench.model.ffn import FFN
+from upcycle_bench.model.moe import moe_layers
+from upcycle_bench.model.surgery import hidden_widths
+from upcycle_bench.planning.fingerprint import fingerprint
+from upcycle_bench.record import Part, Phase, PhaseCost, Timestamp
+from upcycle_bench.training.job import Progress
+from upcycle_bench.util import distributed, environment
+from upcycle_bench.util.cache import cache_root, locked
+from upcycle_bench.util.errors import UserError
+from upcycle_bench.util.files import file_sha256, write_atomically
+
+
+class Trained(Part):
+    """A finished training: its weights, what a record says of it, where and when it ran."""
+
+    weights: str
+    parameters: tuple[int, int] | None = None  # total, active, of the trained form; None: count those of the weights
+    receipt: dict[str, JsonValue] | None
+    phases: dict[Phase, PhaseCost]
+    progress: Progress
+    environment: dict[str, JsonValue]
+    time: Timestamp
+
+
+def key(run_id: str, device: torch.device) -> str:
+    """Name of a training: other libraries or other hardware would round otherwise, so they have keys of their own.
+
+    So does a forced backend of the experts.
+    """
+    versions = [environment.installed_version(name) for name in environment.PACKAGES if name != "upcycle-bench"]
+    forced = [name] if (name := backends.forced()) else []
+    return fingerprint([run_id, versions, device.type, environment.device_name(device.type), *forced])
+
+
+def metrics_of(key: str) -> Path:
+    """The training metrics of that key, JSON lines."""
+    return cache_root() / "trained" / f"{key}.jsonl"
+
+
+def store(key: str, facts: Trained, metrics: Path) -> None:
+    """Store a finished training, over an older one; its JSON comes last, so that it never stands alone."""
+    target = metrics_of(key)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(target, metrics.read_bytes())
+    write_atomically(target.with_suffix(".json"), facts.model_dump_json(indent=1).encode())
+
+
+def look_up(key: str) -> tuple[Trained, Clip] | None:
+    """The stored training and its model, all experts in this process; None unless everything is there and whole."""
+    metrics = metrics_of(key)
+    try:
+        facts = Trained.model_validate_json(metrics.with_suffix(".json").read_bytes())
+        path = cache_root() / "weights" / f"{facts.weights}.safetensors"
+        if not metrics.is_file() or file_sha256(path) != facts.weights:
+            return None
+        return facts, weights.load(path)
+    except (OSError, ValueError, UserError):  # missing; not ours to read; another version's
+        return None
+
+
+@contextlib.contextmanager
+def work_folder(key: str, resumable: bool, fresh: bool = False) -> Iterator[Path]:
+    """Where checkpoints and metrics live while a training goes on; kept after an interruption if there is a checkpoint.
+
+    It is this process's own: another one with the same training (`lab` and `lab-dev` share theirs) waits until it is
+    through, and then finds it trained. `fresh` forgets an interrupted run.
+    """
+    path = cache_root() / "runs" / key
+    if not resumable:
+        path = path.with_name(f"{path.name}-{distributed.from_main(os.getpid())}")
+    with locked(path) if distributed.is_main() else contextlib.nullcontext():
+        if fresh and distributed.is_main():
+            shutil.rmtree(path, ignore_errors=True)
+        distributed.barrier()
+        path.mkdir(parents=True, exist_ok=True)
+        try:
+            yield path
+        except BaseException:
+            if not (path / "checkpoints" / "latest").is_file() and distributed.is_main():
+                shutil.rmtree(path, ignore_errors=True)
+            raise
+        if distributed.is_main():
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def can_be_rebuilt(model: nn.Module, dense: Any) -> bool:
+    """Whether `weights.load` makes this very model: each expert, on every rank, is what `FFN.expert` makes.
+
+    A plugin's own expert modules are not: the file has their tensors, but not what they compute. Hidden widths may be
+    others than the dense model's, the same for all experts of a layer; nothing else may.
+    """
+    strange, layers, widths = 0, moe_layers(model), hidden_widths(model)
+    for layer in layers.values():
+        ffn = FFN.of(dense.get_submodule(layer.place.mlp_path))
+        plain = ffn.resized(widths.get(layer.place.mlp_path, ffn.hidden)).expert()
+        strange += sum(_form(expert) != _form(plain) for expert in layer.experts)
+        # Experts that share a tensor would come back with one each.
+        strange += len(list(layer.experts.parameters())) != len(layer.experts) * len(list(plain.parameters()))
+    if not layers:
+        memo = {id(value): nn.Parameter(value.to("meta")) for value in dense.parameters()}
+        rebuilt = copy.deepcopy(dense, memo)
+        for path, width in widths.items():
+            mlp = rebuilt.get_submodule(path)
+            if FFN.of(mlp).hidden != width:
+                FFN.of(mlp).resized(width).put_into(mlp)
+        strange += _form(model) != _form(rebuilt)
+    return distributed.sum_over_ranks(strange) == 0
+
+
+def _form(module: nn.Module) -> Any:
+    """Everything about a module but the values of its tensors."""
+    parts = [(name, type(part), part.extra_repr()) for name, part in module.named_modules()]
+    return parts, {name: (value.shape, value.dtype) for name, value in module.state_dict().items()}

@@ -1,0 +1,147 @@
+"""The dense model: trained on a protocol's own data up to the upcycling point, shipped with the package, or given.
+
+    clip, sha256 = load_dense(protocol, world, path, device, reporter)      # trained first if the cache lacks it
+    path, trained = pretrain_once(protocol, world, reporter)     # what `upcycle-bench pretrain` does
+    facts = pretrain(protocol, world, path, device, reporter)    # the training itself; resumable
+    export(path, Path("lab-vit.safetensors"))                # half precision, half the size
+
+Beside every pre-trained checkpoint stands a .json of the same name: recipe, last metrics, cost, environment.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+import sys
+from dataclasses import asdict
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from upcycle_bench.data.pairs import PairDataset
+from upcycle_bench.data.world import World
+from upcycle_bench.model.clip import Clip, create_clip
+from upcycle_bench.planning.fingerprint import dense_recipe, recipe_path
+from upcycle_bench.protocol import Protocol
+from upcycle_bench.training import session
+from upcycle_bench.training.job import Job
+from upcycle_bench.training.loop import train
+from upcycle_bench.util import distributed, environment
+from upcycle_bench.util.cache import cache_root, locked
+from upcycle_bench.util.files import atomic, file_sha256, write_atomically
+from upcycle_bench.util.meter import Meter
+from upcycle_bench.util.progress import Reporter
+
+
+def load_dense(
+    protocol: Protocol, world: World, path: Path, device: torch.device, reporter: Reporter
+) -> tuple[Clip, str]:
+    """The dense model of the checkpoint at `path`, and its sha256; on every rank.
+
+    A protocol that trains its dense model on the spot does so here, if the cache has none.
+    """
+    if protocol.dense.source == "pretrain":
+        with locked(path) if distributed.is_main() else contextlib.nullcontext():
+            if not distributed.from_main(path.is_file()):
+                pretrain(protocol, world, path, device, reporter)
+    digest = distributed.from_main(file_sha256(path) if distributed.is_main() else "")
+    # Other ranks may not see the file; they get the weights from rank 0.
+    patch_dropout = protocol.train.schedule.patch_dropout
+    clip = create_clip(protocol.model, path if distributed.is_main() else None, patch_dropout=patch_dropout)
+    distributed.send_from_main(clip.model.to(device))
+    return clip, digest
+
+
+def pretrain_once(protocol: Protocol, world: World, reporter: Reporter) -> tuple[Path, bool]:
+    """The dense checkpoint of that protocol in the cache, trained now if it is not there; where, and whether it was.
+
+    On every rank. Of two processes that want the same one, the second waits and finds it.
+    """
+    with session.open_session(protocol.threads) as device:
+        path = recipe_path(dense_recipe(protocol, world))
+        with locked(path) if distributed.is_main() else contextlib.nullcontext():
+            # The metrics are written last.
+            there = distributed.from_main(path.is_file() and path.with_suffix(".jsonl").is_file())
+            if not there:
+                pretrain(protocol, world, path, device, reporter)
+    return path, not there
+
+
+def pretrain(protocol: Protocol, world: World, path: Path, device: torch.device, reporter: Reporter) -> dict[str, Any]:
+    """Train the dense model to the upcycling point and write it to `path`, atomically; returns what the .json says.
+
+    Must run inside `engine.session`, on every rank. With `train.checkpoint_every` an interrupted one goes on.
+    """
+    schedule = protocol.dense.schedule
+    recipe = dense_recipe(protocol, world)
+    work = cache_root() / "runs" / f"dense-{recipe}"
+    every = protocol.train.checkpoint_every
+    clip = create_clip(protocol.model, patch_dropout=schedule.patch_dropout, seed=protocol.dense.seed)
+    clip.model.to(device)
+    stop = round(protocol.dense.stop_fraction * schedule.steps)
+    job = Job(
+        purpose="dense",
+        schedule=schedule,
+        peak_lr=protocol.dense.lr,
+        stop_step=stop,
+        seed=protocol.dense.seed,
+        log_every=protocol.train.log_every,
+        metrics=work / "metrics.jsonl",
+        checkpoints=work / "checkpoints",
+        checkpoint_every=every,
+    )
+    meter = Meter(device)
+    with meter.phase("train") as phase, reporter.bar("dense model", stop) as bar:
+        progress = train(clip, PairDataset(world.train_shards, clip, schedule.augmentation), job, on_step=bar)
+    phase.seconds = progress.seconds
+    counted = distributed.sum_over_ranks(progress.counted_flops)
+    phase.flops = counted * progress.step // max(1, progress.counted_steps)
+    facts: dict[str, Any] = {}
+    if distributed.is_main():
+        _write(path, {key: value.cpu().contiguous() for key, value in clip.model.state_dict().items()})
+        facts = {
+            "protocol": protocol.name,
+            "recipe": recipe,
+            "dense": protocol.dense.model_dump(mode="json"),
+            "model": protocol.model,
+            "threads": protocol.threads,
+            "data": world.sha256,
+            "sha256": file_sha256(path),
+            "last metrics": progress.last,
+            "cost": asdict(phase),
+            "samples": progress.step * schedule.batch_size,
+            "environment": environment.capture(device.type),
+            "created": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
+            "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        }
+        write_atomically(path.with_suffix(".json"), (json.dumps(facts, indent=2) + "\n").encode())
+        write_atomically(path.with_suffix(".jsonl"), (work / "metrics.jsonl").read_bytes())
+    distributed.barrier()
+    if distributed.is_main():
+        shutil.rmtree(work, ignore_errors=True)
+    return facts
+
+
+def export(path: Path, target: Path) -> str:
+    """Write the checkpoint at `path` in half precision to `target`, .json and .jsonl beside it; returns the sha256."""
+    from safetensors.torch import load_file
+
+    _write(target, {key: value.half() for key, value in load_file(path).items()})
+    facts = json.loads(path.with_suffix(".json").read_text())
+    digest = file_sha256(target)
+    text = json.dumps({"half precision sha256": digest, **facts}, indent=2) + "\n"
+    write_atomically(target.with_suffix(".json"), text.encode())
+    write_atomically(target.with_suffix(".jsonl"), path.with_suffix(".jsonl").read_bytes())
+    return digest
+
+
+def _write(path: Path, state: dict[str, Tensor]) -> None:
+    from safetensors.torch import save_file
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic(path) as part:
+        save_file(state, part)

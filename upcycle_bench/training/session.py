@@ -1,0 +1,67 @@
+"""A training session: device, process group, CPU threads; everything that must be there before DeepSpeed's engine.
+
+    with engine.session(threads=2) as device: ...
+
+One process needs no ports (an in-memory store); several come from torchrun.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from upcycle_bench.model import backends
+from upcycle_bench.training.allocator import keep_compiled_kernels, keep_freed_memory
+from upcycle_bench.util import distributed
+from upcycle_bench.util.distributed import choose_device
+
+
+@contextlib.contextmanager
+def open_session(threads: int) -> Iterator[torch.device]:
+    """A process group and `threads` CPU threads shared by this machine's processes; both undone at the end."""
+    from upcycle_bench.model.deepspeed_import import deepspeed
+
+    backends.forced()  # a wrong name is said before anything is made
+    device = choose_device()
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32
+    if device.type == "cpu":
+        keep_freed_memory()
+        keep_compiled_kernels()
+    before = torch.get_num_threads()
+    torch.set_num_threads(max(1, threads // distributed.local_world_size()))
+    started = not dist.is_initialized()
+    if started:
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        if "RANK" in os.environ:
+            # Rank 0 calibrates and evaluates alone while the others wait in a collective.
+            dist.init_process_group(backend, timeout=timedelta(days=1))
+        else:
+            os.environ.setdefault("LOCAL_RANK", "0")  # deepspeed.initialize insists on it
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+        yield device
+    finally:
+        torch.set_num_threads(before)
+        if started:
+            _forget_groups()
+            dist.destroy_process_group()
+
+
+def _forget_groups() -> None:
+    """DeepSpeed keeps process groups and its backend in module globals; they die with the process group."""
+    import deepspeed.comm.comm as comm
+    from deepspeed.utils import groups
+
+    comm.cdb = None
+    for name in vars(groups):
+        if name.startswith("_") and name.isupper() and "GROUP" in name:
+            value = getattr(groups, name)
+            setattr(groups, name, {} if isinstance(value, dict) else None)

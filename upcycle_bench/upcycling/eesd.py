@@ -1,0 +1,187 @@
+"""Expert-ensemble self-distillation (EESD) of arXiv:2604.13508: what strategies that distil share.
+
+    class MyIdea(Distilled): ...          # adds the options eesd_* and the training term
+
+An EMA ensemble of all experts teaches the top-k mixture (Eqs. 11 and 12, in the form that fits the paper's
+sentences: its formulas were lost in the text we hold).
+
+Shape suffixes: T tokens, D width, N experts, K choices per token.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+from torch import Tensor, nn
+
+from upcycle_bench.strategy import ExtraLoss, Strategy
+from upcycle_bench.util import distributed
+from upcycle_bench.util.distributed import mean_weight
+from upcycle_bench.util.rng import Stream
+
+if TYPE_CHECKING:
+    from upcycle_bench.model.moe import MoEFFN
+
+Reduction = Literal["sum", "mean"]
+RECONSTRUCTED = (
+    "EESD summed over features, averaged over layers (not stated)",
+    "EESD includes tokens that capacity dropped (not stated)",
+)
+
+_CACHED = 2048  # rows that all experts see in turn on a CPU: what a hidden layer takes then stays in a core's cache
+
+
+@dataclass(frozen=True, kw_only=True)
+class Distilled(Strategy):
+    """Base of strategies that train with EESD: its options and its loss."""
+
+    eesd_weight: float = Field(
+        default=1.0, ge=0, allow_inf_nan=False, description="0: no distillation; the paper's B/16 has 0.1"
+    )
+    eesd_ema: float = Field(default=0.999, ge=0, le=1)
+    eesd_feature_reduction: Reduction = "sum"
+    eesd_layer_reduction: Reduction = "mean"
+    eesd_tokens: float = Field(default=1.0, gt=0, le=1, description="share of tokens, drawn at each step, it sees")
+    eesd_mask_dropped: bool = Field(default=False, description="leave out tokens that lost a choice to capacity")
+
+    def loss(self, layers: Mapping[str, MoEFFN], rng: Stream) -> ExtraLoss | None:
+        return EESD(self, layers, rng) if self.eesd_weight > 0 else None
+
+
+class EESD(ExtraLoss):
+    """Expert-ensemble self-distillation (Eqs. 11 and 12): || y - sg[sum_i g_i E_i(x)] ||^2 with EMA experts and router.
+
+    The teacher sees the student's input of each layer (padding left out), runs every expert without capacity or
+    top-k, and is never trained. Tokens that capacity dropped are included unless `eesd_mask_dropped`. With expert
+    parallelism each rank keeps the teachers of its own experts, and the tokens of the group are gathered.
+    """
+
+    name: ClassVar[str] = "eesd"
+
+    def __init__(self, config: Distilled, layers: Mapping[str, MoEFFN], rng: Stream) -> None:
+        self.config, self.rng = config, rng
+        self.step = 0  # of the optimiser; keys the draw of tokens
+        self.layers = dict(layers)
+        self.teacher = {name: _Teacher(layer) for name, layer in layers.items()}
+        self.seen: dict[str, tuple[Tensor, Tensor]] = {}
+        self.whole: dict[str, Tensor] = {}  # which tokens kept all their choices, bool [T]
+        self.handles = [layer.moe.register_forward_hook(self._hook(name)) for name, layer in layers.items()]
+        if config.eesd_mask_dropped:
+            self.handles += [layer.gate.register_forward_hook(self._gate_hook(name)) for name, layer in layers.items()]
+
+    def _hook(self, name: str) -> Any:
+        def keep(module: nn.Module, args: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
+            if module.training:
+                self.seen[name] = (args[0], output[0])
+
+        return keep
+
+    def _gate_hook(self, name: str) -> Any:
+        def keep(module: nn.Module, args: tuple[Tensor, ...], output: tuple[Any, ...]) -> None:
+            index_KT = output[3]  # -1: dropped
+            if module.training:
+                self.whole[name] = (index_KT >= 0).all(0)
+
+        return keep
+
+    def _chosen(self, name: str, x_TD: Tensor, y_TD: Tensor) -> tuple[Tensor, Tensor]:
+        """The tokens that the loss sees: `eesd_tokens` of those that are not masked, at least one if there is one."""
+        if self.config.eesd_mask_dropped:
+            kept_T = self.whole[name].nonzero().squeeze(1)
+            x_TD, y_TD = x_TD[kept_T], y_TD[kept_T]
+        if self.config.eesd_tokens < 1:
+            generator = self.rng.child("eesd tokens", name, self.step, distributed.rank()).generator()
+            count = max(1, round(self.config.eesd_tokens * len(x_TD)))
+            drawn_T = torch.randperm(len(x_TD), generator=generator)[:count].to(x_TD.device)
+            x_TD, y_TD = x_TD[drawn_T], y_TD[drawn_T]
+        return x_TD, y_TD
+
+    def compute(self) -> Tensor:
+        """weight * reduction over layers of the mean over all ranks' tokens; its mean over ranks is the global loss."""
+        terms = []
+        for name in self.layers:
+            if name not in self.seen:
+                continue
+            x_TD, y_TD = self._chosen(name, *self.seen[name])
+            target_TD = self.teacher[name].ensemble(x_TD)
+            error_TD = (y_TD.float() - target_TD.float()).square()
+            error_T = error_TD.sum(1) if self.config.eesd_feature_reduction == "sum" else error_TD.mean(1)
+            terms.append(error_T.sum() * mean_weight(len(error_T)))
+        self.seen.clear()
+        self.whole.clear()
+        total = torch.stack(terms).sum()
+        return self.config.eesd_weight * (total if self.config.eesd_layer_reduction == "sum" else total / len(terms))
+
+    def after_step(self) -> None:
+        """theta_ema <- alpha theta_ema + (1 - alpha) theta."""
+        for name, layer in self.layers.items():
+            self.teacher[name].follow(layer, self.config.eesd_ema)
+        self.step += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        teachers = {name: teacher.state_dict() for name, teacher in self.teacher.items()}
+        return {"step": self.step, "teachers": teachers}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.step = state["step"]
+        for name, teacher in self.teacher.items():
+            teacher.load_state_dict(state["teachers"][name])
+
+    def close(self) -> None:
+        for handle in self.handles:
+            handle.remove()
+        self.seen.clear()
+
+
+class _Teacher(nn.Module):
+    """EMA copies of one layer's router and of this rank's experts."""
+
+    def __init__(self, layer: MoEFFN) -> None:
+        super().__init__()
+        self.router_ED = nn.Parameter(layer.router_weight.detach().clone(), requires_grad=False)
+        self.experts = copy.deepcopy(layer.experts).requires_grad_(False)
+        self.layer = (layer,)  # in a tuple, so as not to become a submodule
+
+    @torch.no_grad()
+    def ensemble(self, x_TD: Tensor) -> Tensor:
+        """sum_i g_i(x) E_i(x) over all E experts, full softmax (Eq. 11), [T, D] float32 or wider."""
+        (layer,) = self.layer
+        ranks = layer.settings.ep_size
+        if ranks == 1:
+            return self._partial_sum(x_TD.detach(), 0)
+        # Captions differ in length between ranks: pad to the longest, let every rank add its own experts' share.
+        group = layer.expert_group
+        lengths = [torch.zeros(1, dtype=torch.long, device=x_TD.device) for _ in range(ranks)]
+        dist.all_gather(lengths, torch.tensor([len(x_TD)], device=x_TD.device), group=group)
+        longest = int(max(lengths))
+        padded_TD = F.pad(x_TD.detach(), (0, 0, 0, longest - len(x_TD)))
+        gathered = [torch.empty_like(padded_TD) for _ in range(ranks)]
+        dist.all_gather(gathered, padded_TD.contiguous(), group=group)
+        rank = dist.get_rank(group)
+        total_TD = self._partial_sum(torch.cat(gathered), rank * len(self.experts))
+        dist.all_reduce(total_TD, group=group)
+        return total_TD[rank * longest :][: len(x_TD)]
+
+    def _partial_sum(self, x_TD: Tensor, first_expert: int) -> Tensor:
+        dtype = torch.promote_types(x_TD.dtype, torch.float32)
+        with torch.autocast(x_TD.device.type, enabled=False):  # logits in float32, as in the student's gate
+            gate_TE = torch.softmax(x_TD.to(dtype) @ self.router_ED.to(dtype).T, dim=1)
+        total_TD = torch.zeros(x_TD.shape, dtype=dtype, device=x_TD.device)
+        rows = _CACHED if x_TD.device.type == "cpu" else max(1, len(x_TD))
+        for x_RD, gate_RE, total_RD in zip(x_TD.split(rows), gate_TE.split(rows), total_TD.split(rows), strict=True):
+            for number, expert in enumerate(self.experts, start=first_expert):
+                total_RD.addcmul_(gate_RE[:, number : number + 1], expert(x_RD).to(dtype))
+        return total_TD
+
+    @torch.no_grad()
+    def follow(self, layer: MoEFFN, alpha: float) -> None:
+        own: list[Tensor] = list(self.parameters())
+        student = [layer.router_weight, *layer.experts.parameters()]
+        torch._foreach_lerp_(own, [parameter.detach() for parameter in student], 1 - alpha)

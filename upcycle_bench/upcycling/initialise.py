@@ -1,0 +1,116 @@
+"""From a dense CLIP to experts and routers: calibrate, then ask the strategy layer by layer. Needs no process group.
+
+moe = resolve_moe(strategy, protocol.moe)                                          # upcycle_bench.strategy
+inits = make_experts(strategy, dense_model, moe, init_seed, inputs)
+model = upcycle(dense_model, inits, moe)                                           # upcycle_bench.model.surgery
+
+model = make_dense(strategy, dense_model, moe, init_seed)                          # where no FFN is replaced
+
+A strategy that trains first (`upcycling.preparation`) brings the model for both calls, and branches for the first.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from upcycle_bench import protocol
+from upcycle_bench.model.ffn import FFN, Layer, LayerInit
+from upcycle_bench.model.surgery import find_layers
+from upcycle_bench.strategy import Strategy
+from upcycle_bench.upcycling.calibration import calibrate
+from upcycle_bench.util.errors import PluginError
+from upcycle_bench.util.rng import Stream
+from upcycle_bench.util.threads import one_thread
+
+# Number of pairs wanted -> batches of (images [B, 3, H, W] as the model takes them, texts [B, L]), on its device.
+CalibrationSource = Callable[[int], Iterable[tuple[Tensor, Tensor]]]
+# Measures the part of the work of that name (`costs.Meter.phase`).
+Phases = Callable[[str], contextlib.AbstractContextManager[Any]]
+
+
+def make_experts(
+    strategy: Strategy,
+    dense: Any,
+    moe: protocol.MoE,
+    init_seed: int,
+    calibration: CalibrationSource,
+    branches: Sequence[Any] | None = None,
+    phase: Phases = contextlib.nullcontext,
+) -> dict[str, LayerInit]:
+    """The strategy's experts and router for every layer of `dense` (an open_clip CLIP), by layer name.
+
+    `moe` are the strategy's settings; `branches` the dense CLIPs of a `Preparation`, whose FFNs `init_layer` gets as
+    `calibration`. Done in `phase("calibrate")`, if the strategy asks for calibration, and `phase("upcycle")`. Raises
+    PluginError when it changes the dense FFN, makes plain experts of another width than it said, or notes a number
+    that is not finite.
+    """
+    if branches is not None and strategy.calibration_pairs:
+        raise PluginError(f"{strategy.info.name} both prepares and calibrates; a strategy may do one of them")
+    root = Stream(("strategy", strategy.info.name, init_seed))
+    layers = find_layers(dense, moe)
+    ffns = {layer.name: FFN.of(dense.get_submodule(layer.mlp_path)) for layer in layers}
+    calibrators: dict[str, Any] = {}
+    if branches is not None:
+        for layer in layers:
+            calibrators[layer.name] = [FFN.of(branch.get_submodule(layer.mlp_path)) for branch in branches]
+    if strategy.calibration_pairs:
+        for layer in layers:
+            calibrators[layer.name] = strategy.calibrator(
+                ffns[layer.name], layer, root.child(layer.name, "calibration")
+            )
+        with phase("calibrate"):
+            calibrate(dense, layers, calibrators, calibration(strategy.calibration_pairs))
+    with phase("upcycle"):
+        return {layer.name: _init_layer(strategy, ffns[layer.name], layer, moe, calibrators, root) for layer in layers}
+
+
+def _init_layer(
+    strategy: Strategy, ffn: FFN, layer: Layer, moe: protocol.MoE, calibrators: Mapping[str, Any], root: Stream
+) -> LayerInit:
+    where = f"{strategy.info.name}: {layer.name}"
+    versions = [tensor._version for tensor in (ffn.w1_HD, ffn.b1_H, ffn.w2_DH, ffn.b2_D)]
+    with one_thread():
+        init = strategy.init_layer(ffn, layer, calibrators.get(layer.name), root.child(layer.name))
+    if versions != [tensor._version for tensor in (ffn.w1_HD, ffn.b1_H, ffn.w2_DH, ffn.b2_D)]:
+        raise PluginError(f"{where}: init_layer changed the dense FFN in place; work on copies")
+    notes = {name: float(value) for name, value in init.notes.items()}
+    if not all(map(math.isfinite, notes.values())):
+        raise PluginError(f"{where}: a note is not a finite number: {notes}")
+    hidden = strategy.ffn_hidden(ffn.hidden, moe)
+    for number, expert in enumerate(init.experts):
+        _check_hidden(expert, hidden, f"{where}: expert {number}", plain=hidden != ffn.hidden)
+    return replace(init, notes=notes)
+
+
+def make_dense(strategy: Strategy, dense: Any, moe: protocol.MoE, init_seed: int) -> Any:
+    """A copy of `dense` as a strategy without experts wants it (`Strategy.init_dense`).
+
+    Raises PluginError when an FFN's width is not what the strategy said, or the model has other tensors.
+    """
+    model = copy.deepcopy(dense)
+    layers = find_layers(model, moe)
+    with torch.no_grad():
+        strategy.init_dense(model, layers, Stream(("strategy", strategy.info.name, init_seed)))
+    if model.state_dict().keys() != dense.state_dict().keys():
+        raise PluginError(f"{strategy.info.name}: init_dense adds or removes tensors; it may only change them")
+    for layer in layers:
+        hidden = strategy.ffn_hidden(FFN.of(dense.get_submodule(layer.mlp_path)).hidden, moe)
+        mlp = model.get_submodule(layer.mlp_path)
+        _check_hidden(mlp, hidden, f"{strategy.info.name}: {layer.name}", plain=True)
+    return model
+
+
+def _check_hidden(module: Any, hidden: int, where: str, plain: bool) -> None:
+    """What a run costs is counted by `ffn_hidden`. Modules of a strategy's own have no such width, if not `plain`."""
+    c_fc = getattr(module, "c_fc", None)
+    found = c_fc.out_features if isinstance(c_fc, nn.Linear) else None
+    if found != hidden and (plain or found is not None):
+        raise PluginError(f"{where}: its hidden width is {found}, but ffn_hidden says {hidden}")

@@ -1,0 +1,257 @@
+"""Preparation: what a strategy may train before the experts are made, within a budget that is charged to it.
+
+    preparation = prepare(strategy, protocol, world, init_seed, dense, data, meter, reporter)   # None for most
+
+A strategy's `prepare` gets a `strategy.Workshop`: copies of the dense model, features of the training pairs, the
+protocol's own training loop on batches of the strategy's choice, the groups of the pairs, and how many steps the budget
+pays. The cost is that of the phase `prepare`. It is not kept: a run that is interrupted prepares again when it goes on.
+
+Shape suffixes: S samples.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import pydantic.dataclasses
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor
+
+from upcycle_bench.data.pairs import PairDataset, PickedBatches
+from upcycle_bench.data.world import World
+from upcycle_bench.data.worlds import training_groups
+from upcycle_bench.model import padding
+from upcycle_bench.model.clip import Clip
+from upcycle_bench.model.surgery import find_layers
+from upcycle_bench.protocol import Protocol
+from upcycle_bench.strategy import Groups, Preparation, RouterInit, Strategy
+from upcycle_bench.training.job import Job
+from upcycle_bench.training.loop import train
+from upcycle_bench.util import distributed
+from upcycle_bench.util.errors import UserError
+from upcycle_bench.util.flops import counted_flops
+from upcycle_bench.util.meter import Meter
+from upcycle_bench.util.progress import OnStep, Reporter
+from upcycle_bench.util.rng import Stream
+
+ENCODING_BATCH = 256  # pairs on each rank
+
+
+def prepare(
+    strategy: Strategy,
+    protocol: Protocol,
+    world: World,
+    init_seed: int,
+    dense: Clip,
+    data: PairDataset,
+    meter: Meter,
+    reporter: Reporter,
+) -> Preparation | None:
+    """What the strategy trains before the experts are made, as the phase `prepare`; None if it does not.
+
+    Must run inside `engine.session`, on every rank.
+    """
+    if type(strategy).prepare is Strategy.prepare:
+        return None
+    with meter.phase("prepare") as phase:
+        groups = training_groups(world)
+        rng = Stream(("strategy", strategy.info.name, init_seed)).child("preparation")
+        workshop = TrainingWorkshop(dense, data, protocol, rng, groups, reporter, strategy.info.name)
+        preparation = strategy.prepare(workshop)
+        phase.flops = workshop.flops
+    return preparation
+
+
+class TrainingWorkshop:
+    """The workshop of a run: `strategy.Workshop` by the project's own training loop. `rng` follows the init seed."""
+
+    def __init__(
+        self,
+        dense: Clip,
+        data: PairDataset,
+        protocol: Protocol,
+        rng: Stream,
+        groups: list[str] | None = None,
+        reporter: Reporter | None = None,
+        label: str = "",
+    ) -> None:
+        self.rng, self.flops = rng, 0  # spent so far, over all ranks
+        self.experts, self.batch_size = protocol.moe.experts, protocol.train.schedule.batch_size
+        self._clip, self._data, self._protocol = dense, data, protocol
+        self._groups, self._reporter, self._label = groups, reporter or Reporter(), label
+
+    def __len__(self) -> int:
+        """The number of training samples."""
+        return len(self._data)
+
+    def dense(self) -> Any:
+        """A fresh copy of the dense CLIP."""
+        return copy.deepcopy(self._clip.model)
+
+    def groups(self) -> Groups:
+        """The groups of the training samples: the lab's lineages, the digits' classes, the shards of local data."""
+        if self._groups is None:
+            return Groups("shard", self._data.shard_numbers())
+        number = {name: place for place, name in enumerate(sorted(set(self._groups)))}
+        assert len(self._groups) == len(self), "groups and training samples differ in number"
+        return Groups("group", torch.tensor([number[name] for name in self._groups]))
+
+    def steps_per_branch(
+        self,
+        branches: int,
+        ceiling: int,
+        *,
+        budget: float,
+        encoded_per_step: int = 0,
+        trainable: Callable[[str], bool] = lambda name: True,
+    ) -> int:
+        """How many steps each of `branches` trainings may take, at most `ceiling`.
+
+        The budget is a share of the FLOPs of the protocol's training of the upcycled model, counted on one batch. What
+        a branch costs is counted likewise: a step, and the encoding of `encoded_per_step` samples for each step. Raises
+        UserError when the budget does not pay a single step each.
+        """
+        whole = self._training_flops() * self._protocol.train.schedule.steps
+        step = self._step_flops(self.dense(), trainable)
+        if encoded_per_step:
+            before = self.flops
+            for _ in self.encode(self.dense(), self._probe()):
+                pass
+            step += (self.flops - before) * encoded_per_step // self.batch_size
+        paid = (budget * whole - self.flops) / (branches * step)
+        if paid < 1:
+            raise UserError(
+                f"{self._label}: budget={budget:g} (of the training's FLOPs) pays {max(paid, 0):.2f} steps for each of "
+                f"{branches} branches; raise budget to {(branches * step + self.flops) / whole:.2g} or train longer."
+            )
+        return min(int(paid), ceiling)
+
+    @torch.no_grad()
+    def encode(self, model: Any, index_S: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Normalised features of those samples in order, batch by batch: (images [B, C], texts [B, C]) float32, on CPU.
+
+        In eval mode and the model's own precision; captions and crops are the same at every call.
+        """
+        parameter = next(model.parameters())
+        device, rank, world = parameter.device, distributed.rank(), distributed.world_size()
+        parts = index_S.split(ENCODING_BATCH * world) if len(index_S) else ()
+        was_training = model.training
+        for part_B in self._reporter.track(parts, f"preparing {self._label}: encoding"):
+            share = -(-len(part_B) // world)
+            padded = torch.cat([part_B, part_B[-1:].expand(share * world - len(part_B))])
+            batch = self._data.pick(padded[rank * share : (rank + 1) * share], self.rng.child("encoding"))
+            images, texts = self._clip.normalise(batch.images.to(device)).to(parameter.dtype), batch.texts.to(device)
+            model.eval()
+            with counted_flops() as counter:
+                image_BC = model.encode_image(images)
+                text_BC = padding.encode_text(model, texts) if padding.packs(model) else model.encode_text(texts)
+            model.train(was_training)
+            self.flops += distributed.sum_over_ranks(counter.get_total_flops())
+            both = (F.normalize(features.float(), dim=-1) for features in (image_BC, text_BC))
+            image_BC, text_BC = (distributed.gather(features)[: len(part_B)].cpu() for features in both)
+            yield image_BC, text_BC
+
+    def train(
+        self,
+        model: Any,
+        rows_SB: Tensor,
+        name: str,
+        *,
+        trainable: Callable[[str], bool] = lambda name: True,
+        lr_factor: float = 1.0,
+        label_smoothing: float = 0.0,
+    ) -> None:
+        """Train `model` in place by the protocol's loop, optimiser and schedule, one step for every row of samples.
+
+        `trainable` chooses parameters by name, `lr_factor` multiplies the protocol's peak learning rate. Afterwards
+        every parameter wants a gradient again and none has one.
+        """
+        with self._reporter.bar(f"preparing {self._label}: {name}", len(rows_SB)) as bar:
+            self.flops += self._fit(model, rows_SB, name, trainable, lr_factor, label_smoothing, bar)
+
+    def _fit(
+        self,
+        model: Any,
+        rows_SB: Tensor,
+        name: str,
+        trainable: Callable[[str], bool],
+        lr_factor: float,
+        label_smoothing: float,
+        on_step: OnStep,
+    ) -> int:
+        """Train; returns the FLOPs of all steps over all ranks, a few of them counted."""
+        settings, was_training = self._protocol.train, model.training
+        for key, parameter in model.named_parameters():
+            parameter.requires_grad_(trainable(key))
+        job = Job(
+            purpose=f"preparation {name}",
+            schedule=settings.schedule.model_copy(update={"steps": len(rows_SB)}),
+            peak_lr=self._protocol.peak_lr * lr_factor,
+            stop_step=len(rows_SB),
+            seed=self.rng.seed(),
+            label_smoothing=label_smoothing,
+            zero_stage=settings.zero_stage,
+            log_every=settings.log_every,
+        )
+        progress = train(replace(self._clip, model=model), PickedBatches(self._data, rows_SB), job, on_step=on_step)
+        for parameter in model.parameters():
+            parameter.requires_grad_(True)
+            parameter.grad = None
+        model.train(was_training)
+        gc.collect()  # engine and optimiser states hold each other
+        counted = distributed.sum_over_ranks(progress.counted_flops)
+        return counted * progress.step // max(1, progress.counted_steps)
+
+    def _training_flops(self) -> int:
+        """FLOPs of one step of the upcycled model with copies as experts, if none is over capacity.
+
+        A step of the dense model is counted; the layers' tokens tell what the other k - 1 choices and the router add.
+        """
+        model, moe = self.dense(), self._protocol.moe
+        extra = 0
+
+        def observe(mlp: Any, args: tuple[Tensor, ...]) -> None:
+            nonlocal extra
+            hidden, width = mlp.c_fc.weight.shape
+            forward = 4 * width * hidden * (moe.top_k - 1) + 2 * width * moe.experts
+            extra += 3 * forward * (args[0].numel() // width)  # backward is twice that
+
+        for layer in find_layers(model, moe):
+            model.get_submodule(layer.mlp_path).register_forward_pre_hook(observe)
+        dense = self._step_flops(model, lambda name: True)
+        return dense + distributed.sum_over_ranks(extra)
+
+    def _step_flops(self, model: Any, trainable: Callable[[str], bool]) -> int:
+        """FLOPs of one training step; it is made, and charged like all others."""
+        flops = self._fit(model, self._probe()[None], "probe", trainable, 1.0, 0.0, lambda done, metrics: None)
+        self.flops += flops
+        return flops
+
+    def _probe(self) -> Tensor:
+        """A batch to count on."""
+        order_S = torch.randperm(len(self), generator=self.rng.child("probe").generator())
+        if len(order_S) < self.batch_size:
+            raise UserError(f"the training set has {len(self)} pairs, fewer than one batch of {self.batch_size}.")
+        return order_S[: self.batch_size]
+
+
+@pydantic.dataclasses.dataclass(frozen=True, kw_only=True)
+class BranchStrategy(Strategy):
+    """Base of a strategy whose experts are FFNs of branches: copies of the dense CLIP, trained within a budget."""
+
+    lr_factor: float = Field(
+        default=1.0, gt=0, allow_inf_nan=False, description="branches' peak learning rate, times the protocol's"
+    )
+    budget: float = Field(
+        default=1.0, gt=0, allow_inf_nan=False, description="what all branches may cost, times the training's FLOPs"
+    )
+    router_init: RouterInit = "deepspeed"
+
+    def preparation_budget(self) -> float:
+        return self.budget

@@ -1,0 +1,106 @@
+"""Ranks and collectives, the same calls with one process and with many.
+
+One process needs no launcher; several are started by `torchrun`, which sets RANK, WORLD_SIZE and LOCAL_RANK.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from upcycle_bench.util import distributed
+from upcycle_bench.util.errors import UserError
+
+
+def rank() -> int:
+    """This process's rank; known before the process group exists, since torchrun tells it."""
+    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))
+
+
+def world_size() -> int:
+    """How many processes take part."""
+    return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def local_world_size() -> int:
+    """How many processes run on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def is_main() -> bool:
+    """True on the rank that writes and prints."""
+    return rank() == 0
+
+
+def from_main(value: Any) -> Any:
+    """Rank 0's value (any picklable object), on every rank."""
+    if not dist.is_initialized() or world_size() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box)
+    return box[0]
+
+
+def send_from_main(module: nn.Module) -> None:
+    """Give every rank rank 0's parameters and buffers, in place."""
+    if dist.is_initialized() and world_size() > 1:
+        for tensor in module.state_dict().values():
+            dist.broadcast(tensor, 0)
+
+
+def gather(local: Tensor) -> Tensor:
+    """The ranks' tensors, of one shape, one after the other along the first dimension, on every rank."""
+    if not dist.is_initialized() or world_size() == 1:
+        return local
+    parts = [torch.empty_like(local) for _ in range(world_size())]
+    dist.all_gather(parts, local.contiguous())
+    return torch.cat(parts)
+
+
+def barrier() -> None:
+    """Wait for all ranks."""
+    if dist.is_initialized() and world_size() > 1:
+        dist.barrier()
+
+
+def sum_over_ranks(value: int) -> int:
+    """The sum of a count over all ranks."""
+    if not dist.is_initialized() or world_size() == 1:
+        return value
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    total = torch.tensor(value, device=device)
+    dist.all_reduce(total)
+    return int(total)
+
+
+def mean_weight(local_count: int) -> float:
+    """What to multiply a local sum by, so that its mean over ranks is the mean over all ranks' items together."""
+    return world_size() / max(1, sum_over_ranks(local_count))  # nobody has an item: the sum is 0
+
+
+def choose_device() -> torch.device:
+    """This rank's CUDA device where there is one, else the CPU."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    local_rank, there = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if local_rank >= there:
+        raise UserError(f"process {local_rank} of this machine has no GPU, there are {there}: lower --nproc_per_node.")
+    device = torch.device("cuda", local_rank)
+    torch.cuda.set_device(device)
+    return device
+
+
+def check_world(batch_size: int, ep_size: int) -> None:
+    """UserError when the ranks cannot share the batch or the experts."""
+    world = distributed.world_size()
+    if batch_size % world:
+        raise UserError(f"batch_size {batch_size} cannot be shared by {world} processes: choose a divisor of it.")
+    if world % ep_size:
+        raise UserError(
+            f"moe.ep_size={ep_size} needs a multiple of {ep_size} processes, there are {world}: start it with "
+            f"torchrun --nproc_per_node {ep_size} -m upcycle_bench run ..."
+        )
