@@ -26,13 +26,13 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# A quarter of an hour on two quiet cores; writes bench/latest.json and the table in docs/performance.md.
+# A quarter of an hour on two quiet cores; writes tests/bench/latest.json and the table in docs/performance.md.
 bench: $(VENV)/.installed
-	$(BIN)/python -m bench --markdown docs/performance.md $(ARGS)
+	$(BIN)/python -m tests.bench --markdown docs/performance.md $(ARGS)
 
-# Under four minutes on a quiet machine; writes bench/scaling.json, docs/figures/ and a part of docs/performance.md.
+# Under four minutes on a quiet machine; writes tests/bench/scaling.json, docs/figures/ and a part of docs/performance.md.
 scaling: $(VENV)/.installed
-	$(BIN)/python -m bench.scaling $(ARGS)
+	$(BIN)/python -m tests.bench.scaling $(ARGS)
 
 # Writes the generated parts of README.md and docs/ anew (tests/test_docs.py fails while they are stale).
 docs: $(VENV)/.installed

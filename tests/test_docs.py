@@ -12,7 +12,7 @@ from tests.generate_docs import DOCUMENTS as GENERATED
 from tests.generate_docs import FIGURE, MARK, PARTS, ROOT, caption, draw, generate
 from upcycle_bench import record
 from upcycle_bench.cli import app
-from upcycle_bench.plan import make_plan
+from upcycle_bench.planning.plan import make_plan
 from upcycle_bench.planning.registry import Registry, load_registry
 from upcycle_bench.protocol import load_protocol
 from upcycle_bench.run import run

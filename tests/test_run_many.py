@@ -14,9 +14,9 @@ import pytest
 from pydantic.dataclasses import dataclass
 
 from tests.helpers import heed_interrupts
-from tests.test_distributed import launch
 from tests.test_run import Failing
 from tests.test_run import plan as make_plan
+from tests.training.test_distributed import launch
 from upcycle_bench import cli, record, run_many
 from upcycle_bench.hookspecs import hookimpl
 from upcycle_bench.model.ffn import LayerInit

@@ -131,7 +131,7 @@ class Workshop(Protocol):
         """
 
     def encode(self, model: Any, index_S: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Normalised features of those samples in order: batches of (images [B, C], texts [B, C]), float32, on the CPU."""
+        """Normalised features of those samples, in order, in batches: (images [B, C], texts [B, C]), float32, CPU."""
 
     def train(
         self,

@@ -1,3 +1,0 @@
-#!/bin/sh
-# The rows of `make bench` on a CUDA device, timed with events; its own JSON, so that the CPU's stays what it is.
-cd "$(dirname "$0")/.." && exec "${PYTHON:-.venv/bin/python}" -m bench --device cuda --json bench/latest-gpu.json "$@"

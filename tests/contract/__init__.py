@@ -1,0 +1,1 @@
+"""What every strategy, model and command must keep, whoever wrote it."""

@@ -1,0 +1,145 @@
+"""Decoded arrays: the same batches as from the shards, built once, keyed by content, none where too large."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tests.data.test_pairs import write_tar
+from upcycle_bench.data import decoded as module
+from upcycle_bench.data.decoded import Decoded, decoded
+from upcycle_bench.data.pairs import PairDataset
+from upcycle_bench.model.clip import Clip, create_clip
+from upcycle_bench.util.rng import Stream
+
+
+@pytest.fixture(scope="module")
+def clip() -> Clip:
+    return create_clip("smoke-vit")
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache that holds nothing."""
+    monkeypatch.setenv("UPCYCLE_BENCH_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "decoded"
+
+
+@pytest.fixture
+def shards(tmp_path: Path) -> list[Path]:
+    return [write_tar(tmp_path / "0.tar", 30), write_tar(tmp_path / "1.tar", 25, start=30)]
+
+
+def from_shards(shards: list[Path], clip: Clip, monkeypatch: pytest.MonkeyPatch) -> PairDataset:
+    """The same pairs, read from the shards each time."""
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "LIMIT", 0)
+        patch.setenv("UPCYCLE_BENCH_CACHE", os.environ["UPCYCLE_BENCH_CACHE"] + "-none")
+        pairs = PairDataset(shards, clip)
+    assert pairs._decoded is None
+    return pairs
+
+
+@pytest.mark.parametrize("chunk", [1024, 55, 20, 7])  # 7: more than four chunks, read by worker processes
+def test_arrays_are_what_the_shards_hold(shards: list[Path], clip: Clip, monkeypatch: pytest.MonkeyPatch, chunk: int):
+    monkeypatch.setattr(module, "CHUNK", chunk)
+    slow = from_shards(shards, clip, monkeypatch)
+    found = PairDataset(shards, clip)._decoded
+    assert found is not None and len(found) == len(slow) == 55
+    assert found.images.dtype == np.uint8 and found.tokens.dtype == np.int32
+    for sample in range(55):
+        assert np.array_equal(found.images[sample], slow.read(sample))
+        rows = found.tokens[found.first[sample] : found.first[sample + 1]]
+        assert np.array_equal(rows, clip.tokenize(slow.captions[sample]).numpy())
+
+
+def test_batches_are_the_same_with_several_captions_a_sample(
+    shards: list[Path], clip: Clip, monkeypatch: pytest.MonkeyPatch
+):
+    slow, fast = from_shards(shards, clip, monkeypatch), PairDataset(shards, clip)
+    assert fast._decoded is not None and len(fast) == len(slow)
+    for step in (0, 4, 5, 23):
+        for rank in range(2):
+            a, b = slow.batch(3, step, 10, rank, 2), fast.batch(3, step, 10, rank, 2)
+            assert torch.equal(a.images, b.images) and a.images.dtype == b.images.dtype
+            assert torch.equal(a.texts, b.texts) and a.texts.dtype == b.texts.dtype
+            assert torch.equal(a.index, b.index)
+    a, b = (list(pairs.calibration(Stream(("c", 0)), 30, 8)) for pairs in (slow, fast))
+    assert all(torch.equal(x.images, y.images) and torch.equal(x.texts, y.texts) for x, y in zip(a, b, strict=True))
+
+
+def test_captions_are_chosen_among_a_sample_s_own():
+    # sample 0 has rows 0 to 2, sample 1 row 3, sample 2 rows 4 and 5
+    images, tokens = np.zeros((3, 3, 2, 2), dtype=np.uint8), np.arange(6, dtype=np.int32)[:, None]
+    found = Decoded(images, tokens, np.array([0, 3, 4, 6]))
+    asked = []
+
+    def last(sample: int, number: int) -> int:
+        asked.append((sample, number))
+        return number - 1
+
+    texts = found.texts(np.array([2, 1, 0, 2]), last)
+    assert texts.dtype == torch.int64 and texts.flatten().tolist() == [5, 3, 2, 5]
+    assert asked == [(2, 2), (0, 3), (2, 2)]  # not for sample 1, which has one
+    assert found.first.tolist() == [0, 3, 4, 6]
+
+
+def test_a_second_opening_builds_nothing(shards: list[Path], clip: Clip, cache: Path, monkeypatch: pytest.MonkeyPatch):
+    first = PairDataset(shards, clip).batch(0, 0, 10)
+    (folder,) = cache.iterdir()
+    before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+    assert set(before) == {"images.npy", "tokens.npy", "first.npy"}
+    monkeypatch.setattr(PairDataset, "_index", lambda *_: pytest.fail("the shards were read again"))
+    again = PairDataset(shards, clip).batch(0, 0, 10)
+    assert torch.equal(first.images, again.images) and torch.equal(first.texts, again.texts)
+    assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == before
+
+
+def test_a_batch_can_be_written_to_without_harm(shards: list[Path], clip: Clip):
+    pairs = PairDataset(shards, clip)
+    batch = pairs.batch(0, 0, 10)
+    batch.images.zero_()
+    batch.texts.zero_()
+    assert pairs.batch(0, 0, 10).images.any() and pairs.batch(0, 0, 10).texts.any()
+
+
+def test_what_would_be_too_large_is_read_from_the_shards(
+    shards: list[Path], clip: Clip, cache: Path, monkeypatch: pytest.MonkeyPatch
+):
+    size = from_shards(shards, clip, monkeypatch).read(0).nbytes * 55
+    monkeypatch.setattr(module, "LIMIT", size - 1)
+    pairs = PairDataset(shards, clip)
+    assert pairs._decoded is None and len(pairs) == 55 and not cache.exists()
+    monkeypatch.setattr(module, "LIMIT", size)
+    assert PairDataset(shards, clip)._decoded is not None
+    assert decoded("other shards", clip.name, lambda: pairs) is not None
+
+
+def test_augmented_pairs_are_never_decoded(shards: list[Path], clip: Clip, cache: Path):
+    pairs = PairDataset(shards, clip, "random-resized-crop")
+    pairs.batch(0, 0, 10)
+    assert pairs._decoded is None and not cache.exists()
+
+
+def test_the_key_follows_the_shards_the_model_and_pillow(
+    tmp_path: Path, clip: Clip, cache: Path, monkeypatch: pytest.MonkeyPatch
+):
+    shard = write_tar(tmp_path / "0.tar", 8)
+    PairDataset([shard], clip)
+    PairDataset([write_tar(tmp_path / "copy" / "0.tar", 8)], clip)  # the same content at another place
+    assert len(list(cache.iterdir())) == 1
+    write_tar(shard, 8, start=8)  # the same size, other pixels
+    changed = PairDataset([shard], clip)
+    assert len(list(cache.iterdir())) == 2
+    pixels = from_shards([shard], clip, monkeypatch)
+    assert changed._decoded is not None and np.array_equal(changed._decoded.images[3], pixels.read(3))
+    assert decoded("digest", "smoke-vit", lambda: pixels) is not None
+    assert decoded("digest", "lab-vit", lambda: pixels) is not None
+    assert len(list(cache.iterdir())) == 4
+    monkeypatch.setattr(module.metadata, "version", lambda name: "0.0")
+    assert decoded("digest", "smoke-vit", lambda: pixels) is not None
+    assert len(list(cache.iterdir())) == 5

@@ -1,0 +1,184 @@
+"""Leaderboards in four formats: the same rows, nothing cut, and what the numbers are."""
+
+import csv
+import io
+import json
+from typing import Any
+
+import pytest
+
+from tests.reporting.test_leaderboard import failure, runs
+from tests.test_record import make_record, score
+from upcycle_bench.reporting.formats import NOTES, render
+from upcycle_bench.reporting.leaderboard import Board, build
+from upcycle_bench.util.errors import UserError
+
+
+@pytest.fixture
+def boards() -> list[Board]:
+    scores = [
+        score("digits-test", "log_likelihood", 0.5, primary=True),
+        score("digits-test", "acc1", 0.61),
+        score("digits-test", "acc5", 0.62),
+        score("digits-retrieval", "text_retrieval_recall@1", 0.63),
+        score("digits-retrieval", "text_retrieval_recall@5", 0.64),
+    ]
+    return build(
+        [
+            make_record("cluster-aware[tau=0.8]", scores=scores),
+            *runs("dense", {0: 0.25, 1: 0.5}),
+            failure("zzz", reason='said "no", twice'),
+            make_record("dense", protocol={"division": "open", "overrides": ("moe.experts=4",)}),
+        ]
+    )
+
+
+def test_all_formats_carry_the_same_rows(boards: list[Board]) -> None:
+    expected = [(row.rank, row.label) for board in boards for row in board.rows]
+    assert expected == [(1, "cluster-aware[tau=0.8]"), (2, "dense"), (None, "zzz"), (1, "dense")]
+    document = json.loads(render(boards, "json"), parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    assert [(row["rank"], row["label"]) for board in document["boards"] for row in board["rows"]] == expected
+    lines = list(csv.DictReader(io.StringIO(render(boards, "csv"))))
+    assert [(int(line["rank"]) if line["rank"] else None, line["label"]) for line in lines] == expected
+    markdown = [line.split(" | ") for line in render(boards, "md").splitlines() if line.startswith("| ")]
+    shown = [(cells[0].removeprefix("| "), cells[1]) for cells in markdown if cells[0] not in ("| #", "| ---")]
+    assert shown == [(str(rank or "-"), label) for rank, label in expected]
+    terminal = [line.split() for line in render(boards, "terminal", 250).splitlines()]
+    shown = [(cells[0], cells[1]) for cells in terminal if len(cells) > 2 and (cells[0] == "-" or cells[0].isdigit())]
+    assert shown == [(str(rank or "-"), label) for rank, label in expected]
+
+
+def test_metrics_of_tables_and_of_files(boards: list[Board]) -> None:
+    for format in ("terminal", "md"):
+        text = render(boards, format, 250)
+        assert "0.6100" in text and "0.6300" in text and "0.6200" not in text and "0.6400" not in text
+    line = next(csv.DictReader(io.StringIO(render(boards, "csv"))))
+    assert line["zero-shot/digits-test/acc5"] == "0.62"
+    assert line["zero-shot/digits-retrieval/text_retrieval_recall@5"] == "0.64"
+    assert line["board_training_fingerprint"] == "train-fingerprint" and line["primary_mean"] == "0.5"
+    row = json.loads(render(boards, "json"))["boards"][0]["rows"][0]
+    assert row["scores"]["zero-shot/digits-test/acc5"] == 0.62
+    assert row["primary"] == {"mean": 0.5, "half_width": None, "n": 1}
+
+
+def test_the_caption_says_what_the_numbers_are(boards: list[Board]) -> None:
+    for format in ("terminal", "md", "json"):
+        text = " ".join(render(boards, format, 100).split())
+        assert "Primary: mean of zero-shot/digits-test/log_likelihood; higher is better." in text
+        assert "vs dense: the primary minus that of dense." in text
+        for note in NOTES:
+            assert note in text
+    assert "95 % Student-t" in NOTES[0] and "Over few seeds such an interval is wide" in NOTES[0]
+
+
+def test_the_caption_groups_many_primary_scores_by_metric() -> None:
+    def caption(names: list[tuple[str, str]], **changes: Any) -> str:
+        parts = [score(dataset, metric, 0.5, primary=True) | changes for dataset, metric in names]
+        return " ".join(render(build([make_record(scores=parts)]), "terminal", 300).split())
+
+    few = [("a", "acc1"), ("b", "acc1"), ("c", "acc1"), ("d", "text_retrieval_recall@1")]
+    assert (
+        "Primary: mean of zero-shot/a/acc1, zero-shot/b/acc1, zero-shot/c/acc1, "
+        "zero-shot/d/text_retrieval_recall@1; higher is better."
+    ) in caption(few)
+    assert (
+        "Primary: mean of 5 scores (zero-shot acc1 on a, b, c; text_retrieval_recall@1 on d, e); higher is better."
+    ) in caption([*few, ("e", "text_retrieval_recall@1")])
+    other = score("f", "acc1", 0.5, primary=True) | {"suite": "few-shot"}
+    parts = [*(score(dataset, metric, 0.5, primary=True) for dataset, metric in few), other]
+    assert "(few-shot acc1 on f; zero-shot acc1 on a, b, c; text_retrieval_recall@1 on d)" in " ".join(
+        render(build([make_record(scores=parts)]), "md").split()
+    )
+
+
+def test_tables_for_people_show_the_averages_of_a_suite_that_has_them() -> None:
+    metrics = ("acc1", "acc5", "acc1[seen]", "text_retrieval_recall@1")
+    parts = [score("average", metric, 0.71 + i / 100) for i, metric in enumerate(metrics)]
+    parts += [score(dataset, "acc1", 0.31 + i / 100, primary=True) for i, dataset in enumerate("ab")]
+    parts += [score("elsewhere", "text_retrieval_recall@1", 0.41)]
+    other = score("c", "acc1", 0.51) | {"suite": "few-shot"}
+    boards = build([make_record(primary=0.315, scores=[*parts, other])])
+    shown = ["few-shot/c/acc1", "zero-shot/average/acc1", "zero-shot/average/text_retrieval_recall@1"]
+    headers = next(line for line in render(boards, "md").splitlines() if line.startswith("| #")).split(" | ")
+    assert [header for header in headers if "/" in header] == shown
+    for format in ("md", "terminal"):
+        text = render(boards, format, 300)
+        assert all(value in text for value in ("0.5100", "0.7100", "0.7400"))
+        assert not any(value in text for value in ("0.7200", "0.7300", "0.3100", "0.3200", "0.4100"))
+    line = next(csv.DictReader(io.StringIO(render(boards, "csv"))))
+    row = json.loads(render(boards, "json"))["boards"][0]["rows"][0]
+    for part in (*parts, other):
+        name = f"{part['suite']}/{part['dataset']}/{part['metric']}"
+        assert float(line[name]) == row["scores"][name] == part["value"]
+
+
+def test_a_narrow_terminal_loses_no_number(boards: list[Board]) -> None:
+    wide, narrow = render(boards, "terminal", 250), render(boards, "terminal", 80)
+    assert max(map(len, narrow.splitlines())) <= 80
+    for number in ("0.3750 ± 1.5883", "0.5000 (n=1)", "0.6100", "0.6300", "2.00e+04", "2.10e+04", "25.00%"):
+        assert number in wide and number in narrow  # dense: 1/4, 1/2: sd sqrt(2) / 8 -> T1 / 8 = 1.5883
+
+
+def test_a_narrow_terminal_splits_many_columns_into_tables_that_all_say_who() -> None:
+    """Twenty-two scores of five suites, and a long name: no number and no header is cut, whatever the width."""
+    names = [("few-shot", f"categories/{shots}-shot", "acc1") for shots in range(1, 19)]
+    names += [("zero-shot", "average", "text_retrieval_recall@1"), ("compositional", "average", "group_score")]
+    names += [("fine-tune", "digits/all", "acc1"), ("linear-probe", "digits", "acc1")]
+    parts = [
+        score(dataset, metric, 0.1 + place / 1000) | {"suite": suite, "standard_error": 0.01}
+        for place, (suite, dataset, metric) in enumerate(names)
+    ]
+    strategies = ["dense", "cluster-aware[tau=0.8,layers=all]", "x" * 40]
+    boards = build(
+        [
+            make_record(
+                label, train=seed, primary=seed / 8, scores=[score("a", "loss", seed / 8, primary=True), *parts]
+            )
+            for label in strategies
+            for seed in (0, 1)
+        ]
+    )
+    for width in (60, 80, 100, 140):
+        text = render(boards, "terminal", width)
+        assert max(map(len, text.splitlines())) <= width
+        lines = text.splitlines()
+        heads = [lines[place - 1] for place, line in enumerate(lines) if "─" in line]
+        assert len(heads) > 3 and all(head.split()[:2] == ["#", "strategy"] for head in heads)
+        words = text.split()
+        for place in range(len(names)):
+            assert words.count(f"{0.1 + place / 1000:.4f}") == 3
+        for header in (
+            "categories",
+            "18-shot",
+            "compositional",
+            "group_score",
+            "linear-probe",
+            "recall@1",
+            "parameters",
+        ):
+            assert header in words
+        assert [sum(line.startswith(f"  {rank}  ") for line in lines) for rank in "123"] == [len(heads)] * 3
+
+
+def test_suites_without_a_column_are_named() -> None:
+    parts = [score("a", "acc1", 0.5, primary=True), score("a", "entropy", 0.5) | {"suite": "diagnostics"}]
+    record = make_record(scores=parts, protocol={"suite_fingerprints": {"zero-shot": "z", "diagnostics": "d"}})
+    for format in ("terminal", "md", "json"):
+        assert "No column here for diagnostics: scores are in csv and json" in " ".join(
+            render(build([record]), format, 90).split()
+        )
+    alone = make_record(scores=parts[:1], protocol={"suite_fingerprints": {"zero-shot": "z"}})
+    assert "No column" not in render(build([alone]), "md")
+
+
+def test_headers_say_what_plus_minus_is() -> None:
+    boards = build(runs("dense", {0: 1.0, 1: 3.0}) + runs("new", {0: 1.5, 1: 2.0}))
+    header = next(line for line in render(boards, "md").splitlines() if line.startswith("| #"))
+    assert "| primary (± 95 %) | vs dense (± 95 %) |" in header
+    one = render(build(runs("dense", {0: 1.0}) + runs("new", {0: 1.5})), "md")
+    assert "| primary | vs dense |" in one
+
+
+def test_unknown_format() -> None:
+    with pytest.raises(UserError, match=r"unknown format 'markdown'.* There are: csv, json, md, terminal"):
+        render(build([make_record()]), "markdown")
