@@ -177,7 +177,7 @@ def test_captions_and_crops_are_drawn_anew_for_every_step_and_seed(pairs: PairDa
             new_captions = (first.texts[ours] != other.texts[theirs]).any(dim=1).sum()
             new_crops = (first.images[ours] != other.images[theirs]).flatten(1).any(dim=1).sum()
             assert 10 < new_captions < 45  # half of them, on average
-            assert new_crops == 0 if source is pairs else new_crops > 45
+            assert new_crops == 0 if source is pairs else new_crops > 20
 
 
 def test_shards_digest_sees_both_ends_of_a_large_shard(tmp_path: Path) -> None:

@@ -174,15 +174,12 @@ FACTORS = {1: 1.0, 2: 1.0, 3: 1.5}  # of top_k; with these DeepSpeed's float32 r
 
 def run_capacities(rank: int) -> dict[int, list[int]]:
     """top_k -> the capacity with which the gate routed, for each of COUNTS."""
-    found: dict[int, list[int]] = {}
+    found = {}
     for top_k, factor in FACTORS.items():
         layer = layer_of(2, top_k, factor)
         layer.moe.set_deepspeed_parallelism()
-        used: list[int] = []
-        layer.gate.register_forward_hook(lambda module, args, output, used=used: used.append(int(output[1])))
-        for counts in COUNTS:
-            layer(torch.randn(1, counts[rank], WIDTH, dtype=torch.float64))
-        found[top_k] = used
+        inputs = (torch.randn(counts[rank], WIDTH, dtype=torch.float64) for counts in COUNTS)
+        found[top_k] = [int(layer.gate(x_TD)[1]) for x_TD in inputs]
     return found
 
 
