@@ -25,6 +25,7 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 # A quarter of an hour on two quiet cores; writes tests/bench/latest.json and the table in docs/performance.md.
 bench: $(VENV)/.installed

@@ -48,7 +48,6 @@ from upcycle_bench.strategy import (
 from upcycle_bench.upcycling import draws
 from upcycle_bench.upcycling.clustering import minibatch_kmeans, nearest
 from upcycle_bench.upcycling.preparation import BranchStrategy
-from upcycle_bench.util import distributed
 
 FITTED_SAMPLES = 1_000_000
 
@@ -112,10 +111,8 @@ class ClipMoE(BranchStrategy):
         return Preparation(models[0], models[1:], notes)
 
     def init_layer(self, ffn: FFN, layer: Layer, calibration: Sequence[FFN], rng: Stream) -> LayerInit:
-        return LayerInit(
-            [ffn.expert(), *(stage.expert() for stage in calibration)],
-            random_router(ffn, layer, rng, self.router_init),
-        )
+        experts = [ffn.expert(), *(stage.expert() for stage in calibration)]
+        return LayerInit(experts, random_router(ffn, layer, rng, self.router_init))
 
 
 def in_ffn(name: str) -> bool:
@@ -132,8 +129,7 @@ def stage_labels(workshop: Workshop, model: Any, index_S: Tensor, clusters: int,
     labels = [clusters * nearest(text_SC, text_MC) + nearest(image_SC, image_MC)]
     for image_BC, text_BC in workshop.encode(model, rest_S):
         labels.append(clusters * nearest(text_BC, text_MC) + nearest(image_BC, image_MC))
-    label_S: Tensor = distributed.from_main(torch.cat(labels))  # ranks must not differ in a rounding
-    return label_S
+    return workshop.from_main(torch.cat(labels))  # ranks must not differ in a rounding
 
 
 def accumulate(before_S: Tensor, stage_S: Tensor, clusters: int, stages: int) -> Tensor:

@@ -25,6 +25,14 @@ QUICK = [
 
 
 @pytest.fixture(autouse=True, scope="session")
+def _one_thread() -> None:
+    """PyTorch's own too: whoever imported torch first, numbers are those of one thread unless a test asks for more."""
+    import torch
+
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="session")
 def _cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """One cache for the session: worlds and dense models are built once."""
     before = os.environ.get("UPCYCLE_BENCH_CACHE")

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 import upcycle_bench
-from tests.helpers import MODEL, equal, threads, tiny_batches, tiny_clip
+from tests.helpers import MODEL, equal, tiny_batches, tiny_clip
 from tests.moe_helpers import create_dense, inputs_for
 from upcycle_bench.assets import MODELS
 from upcycle_bench.model import weights
@@ -41,12 +41,6 @@ STRATEGIES = sorted(  # those that train first are refused
 )
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 FEW = "ignore:.*calibration pairs and saw:UserWarning"
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    with threads(1):
-        yield
 
 
 def outputs(model: Any, inputs: tuple[Tensor, Tensor]) -> list[Tensor]:

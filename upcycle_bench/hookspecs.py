@@ -13,13 +13,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pluggy
 
-if TYPE_CHECKING:
-    from upcycle_bench.strategy import Strategy
-    from upcycle_bench.suite import Suite
+from upcycle_bench.strategy import Strategy
+from upcycle_bench.suite import Suite
 
 GROUP = "upcycle_bench"
 hookspec = pluggy.HookspecMarker(GROUP)

@@ -112,6 +112,9 @@ class Workshop(Protocol):
     def dense(self) -> Any:
         """A fresh copy of the dense CLIP."""
 
+    def from_main(self, value_S: Tensor) -> Tensor:
+        """Rank 0's tensor, on every rank."""
+
     def groups(self) -> Groups:
         """The groups of the training samples: the lab's lineages, the digits' classes, the shards of local data."""
 

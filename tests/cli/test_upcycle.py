@@ -3,7 +3,6 @@
 import io
 import json
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from rich.console import Console
 
 import upcycle_bench
 from tests.cli.test_main import call
-from tests.helpers import MODEL, equal, threads, tiny_batches, tiny_clip
+from tests.helpers import MODEL, equal, tiny_batches, tiny_clip
 from upcycle_bench.data.pairs import PairDataset
 from upcycle_bench.data.worlds import load_world
 from upcycle_bench.model.clip import create_clip, find_pretrained
@@ -28,12 +27,6 @@ from upcycle_bench.util.progress import TerminalReporter
 from upcycle_bench.util.rng import Stream
 
 PHASES = ["load", "calibrate", "experts", "compare", "write"]
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    with threads(1):
-        yield
 
 
 @pytest.fixture(scope="module")

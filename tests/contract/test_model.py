@@ -4,7 +4,6 @@ Shape suffixes: B batch, L sequence, E embedding, T tokens, K choices per token.
 """
 
 import io
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from tests.helpers import contrastive_loss, equal, features, threads, tiny_batches, tiny_clip, tiny_moe, upcycled
+from tests.helpers import contrastive_loss, equal, features, tiny_batches, tiny_clip, tiny_moe, upcycled
 from upcycle_bench.model import weights
 from upcycle_bench.model.clip import Clip
 from upcycle_bench.model.moe import moe_layers
@@ -24,12 +23,6 @@ from upcycle_bench.training import finished
 from upcycle_bench.util.rng import Stream
 
 REGISTRY = load_registry()
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    with threads(1):
-        yield
 
 
 @pytest.fixture(params=sorted(REGISTRY.strategies))

@@ -46,12 +46,6 @@ from upcycle_bench.util.rng import Stream
 REGISTRY = load_registry()
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    with threads(1):
-        yield
-
-
 @pytest.fixture(params=sorted(REGISTRY.strategies))
 def name(request: pytest.FixtureRequest) -> str:
     return request.param

@@ -2,7 +2,6 @@
 
 import math
 import re
-from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -15,7 +14,7 @@ from PIL import Image
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
-from tests.helpers import equal, threads, tiny_clip
+from tests.helpers import equal, tiny_clip
 from upcycle_bench import api
 from upcycle_bench.cli.evaluate import show_certificate
 from upcycle_bench.data import evalset as evalsets
@@ -35,12 +34,6 @@ from upcycle_bench.util.progress import Reporter
 
 NAMES = ("red", "green", "blue", "grey")
 SUITES = {"zero-shot": ZeroShot(sets=("colours", "pairs"), primary=("colours",))}
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    with threads(1):
-        yield
 
 
 @pytest.fixture(scope="module")

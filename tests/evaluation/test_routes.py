@@ -2,7 +2,6 @@
 
 import copy
 import json
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +11,7 @@ import torch
 from PIL import Image
 from sklearn.metrics import adjusted_mutual_info_score, normalized_mutual_info_score
 
-from tests.helpers import initialise, threads, tiny_clip, tiny_moe
+from tests.helpers import initialise, tiny_clip, tiny_moe
 from tests.test_record import make_record
 from upcycle_bench import cli, record
 from upcycle_bench.data import evalset as evalsets
@@ -38,12 +37,6 @@ from upcycle_bench.util.progress import Reporter
 
 COLOURS = {"red": (230, 20, 20), "green": (20, 230, 20), "blue": (20, 20, 230)}
 PER_SET = 15
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    with threads(1):
-        yield
 
 
 @pytest.fixture(scope="module")

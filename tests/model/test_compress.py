@@ -3,7 +3,6 @@
 import itertools
 import json
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from tests.helpers import threads, tiny_clip, tiny_moe, upcycled
+from tests.helpers import tiny_clip, tiny_moe, upcycled
 from upcycle_bench import record
 from upcycle_bench.cli import app
 from upcycle_bench.model import weights
@@ -26,12 +25,6 @@ from upcycle_bench.util.rng import Stream
 
 MATRIX = 64 * 256  # of smoke-vit's FFNs
 STREAM = Stream(("test", 0))
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    with threads(1):
-        yield
 
 
 @pytest.fixture(scope="module")

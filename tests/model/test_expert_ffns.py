@@ -2,14 +2,12 @@
 
 import copy
 import weakref
-from collections.abc import Iterator
 
 import pytest
 import torch
 from open_clip.transformer import QuickGELU
 from torch import Tensor, nn
 
-from tests.helpers import threads
 from upcycle_bench.model.backends import as_one, loop
 from upcycle_bench.model.expert_ffns import expert_ffns
 from upcycle_bench.model.ffn import FFN
@@ -17,12 +15,6 @@ from upcycle_bench.util.flops import FlopCounter
 
 WIDTH, HIDDEN = 16, 24
 ROOMS = [7, 0, 20, 5]
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    with threads(1):
-        yield
 
 
 def experts_of(act: nn.Module) -> nn.ModuleList:

@@ -21,7 +21,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from tests.helpers import threads
 from tests.literal import moe_layer as literal
 from tests.moe_helpers import (
     MOE,
@@ -202,12 +201,6 @@ def run_patch_dropout() -> Tensor:
 
 
 # ---- the comparison -----------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    with threads(1):
-        yield
 
 
 @pytest.fixture(scope="module")

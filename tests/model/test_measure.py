@@ -9,17 +9,10 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from tests.helpers import threads
 from tests.moe_helpers import MOE, create_dense, inputs_for, upcycled
 from upcycle_bench.model.measure import diagnose, expert_cosine, expert_distance, pair_retrieval
 from upcycle_bench.model.moe import moe_layers
 from upcycle_bench.model.surgery import find_layers
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    with threads(1):
-        yield
 
 
 def hooks(model: nn.Module) -> int:

@@ -3,8 +3,6 @@
 Shape suffixes: B batch, L sequence, T tokens, D width, N experts, K choices per token.
 """
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from deepspeed.moe.utils import is_moe_param
@@ -13,7 +11,6 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from tests.helpers import threads
 from tests.literal import moe_layer as literal
 from tests.moe_helpers import (
     assert_gradients,
@@ -41,12 +38,6 @@ PROBLEMS = {
     "tokens": st.sampled_from(["random", "random", "duplicates", "equal"]),
     "router": st.sampled_from(["random", "random", "sharp", "zero", "twins"]),
 }
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    with threads(1):
-        yield
 
 
 def tokens_of(kind: str, count: int, width: int, dtype: torch.dtype) -> Tensor:

@@ -3,26 +3,19 @@
 Shape suffixes: T tokens, D width, H hidden, N experts.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 import pytest
 import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from tests.helpers import threads
 from tests.moe_helpers import assert_gradients, create_layer, random_ffn, relative_error, router_of, settings_of
 from upcycle_bench.model.ffn import FFN
 from upcycle_bench.model.moe import MoEFFN
 
 GELU = torch.nn.functional.gelu
 ROUTERS = pytest.mark.parametrize("router", ["random", "sharp", "zero", "twins"])
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    with threads(1):
-        yield
 
 
 def identical(top_k: int, router: str, factor: float, dtype: torch.dtype = torch.float64) -> tuple[MoEFFN, FFN]:

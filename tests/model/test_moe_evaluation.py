@@ -1,20 +1,13 @@
 """The MoE layer in evaluation: no token depends on its batch, and nothing is random."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import pytest
 import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from tests.helpers import threads
 from tests.moe_helpers import captions, create_dense, create_layer, settings_of, upcycled
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    with threads(1):
-        yield
 
 
 @pytest.mark.parametrize("top_k", [1, 2, 3])

@@ -3,24 +3,16 @@
 Shape suffixes: B batch, L sequence, P = B L positions, T tokens, D width.
 """
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.helpers import threads
 from tests.literal import moe_layer as literal
 from tests.moe_helpers import END, assert_gradients, captions, create_dense, create_layer, settings_of, upcycled
 from upcycle_bench.model.moe import moe_layers
 from upcycle_bench.model.padding import Padding
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    with threads(1):
-        yield
 
 
 def positions_of_tokens(text_BL: Tensor, end: int | None) -> list[list[bool]]:

@@ -1,7 +1,6 @@
 """Weight surgery: parameter counts (METHODS 0.1), what is copied (S6, S7), and function preservation at step 0 (S1)."""
 
 import copy
-from collections.abc import Iterator
 from typing import Any
 
 import open_clip
@@ -9,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.helpers import random_ffn, threads
+from tests.helpers import random_ffn
 from tests.moe_helpers import MOE, SIX_LAYERS, captions, create_dense, inputs_for, sparse_inits, upcycled
 from upcycle_bench.model import surgery
 from upcycle_bench.model.clip import model_config
@@ -17,12 +16,6 @@ from upcycle_bench.model.ffn import FFN, LayerInit
 from upcycle_bench.model.moe import moe_layers, parameter_counts
 from upcycle_bench.model.surgery import find_layers, put_experts
 from upcycle_bench.util.errors import PluginError, UserError
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    with threads(1):
-        yield
 
 
 def on_meta(name: str) -> Any:

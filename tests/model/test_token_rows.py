@@ -3,8 +3,6 @@
 Shape suffixes: T tokens, R routed rows, D width, K choices per token.
 """
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -12,7 +10,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.testing import assert_close
 
-from tests.helpers import threads
 from upcycle_bench.model.dispatch import lay_out
 from upcycle_bench.model.token_rows import combine_rows, select_rows
 
@@ -24,12 +21,6 @@ SIZES = {
     "kept": st.sampled_from([0.0, 0.3, 0.8, 1.0]),
 }
 EXAMPLES = settings(max_examples=60, deadline=None, derandomize=True, database=None)
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    with threads(1):
-        yield
 
 
 def routing(tokens: int, choices: int, kept: float) -> tuple[Tensor, Tensor]:

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,6 @@ import pytest
 import safetensors.torch
 import torch
 
-from tests.helpers import threads
 from tests.moe_helpers import MOE, inputs_for, upcycled
 from upcycle_bench.model import weights
 from upcycle_bench.model.clip import Clip, create_clip
@@ -20,12 +18,6 @@ from upcycle_bench.model.moe import moe_layers
 from upcycle_bench.util.errors import UserError
 
 SMALL = MOE.model_copy(update={"experts": 4})
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    with threads(1):
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,6 @@ Shape suffixes: B batch, L sequence, T tokens, D width, H hidden, E experts.
 
 import copy
 import sys
-from collections.abc import Iterator
 from dataclasses import fields
 from typing import Any
 
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tests.cluster_data import STREAM, ClusterAware, layer_of, make, relative, truncate, two_paddings, w1
-from tests.helpers import cones, features, initialise, orthonormal, random_ffn, threads, tiny_clip, tiny_moe
+from tests.helpers import cones, features, initialise, orthonormal, random_ffn, tiny_clip, tiny_moe
 from tests.literal import cluster_aware as literal
 from upcycle_bench.model.ffn import FFN
 from upcycle_bench.model.moe import moe_layers
@@ -23,13 +22,6 @@ from upcycle_bench.model.surgery import put_experts
 from upcycle_bench.planning.registry import load_registry
 from upcycle_bench.strategy import configure
 from upcycle_bench.util.errors import UserError
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    with threads(1):
-        yield
-
 
 # ---- What it makes --------------------------------------------------------------------------------------------------
 

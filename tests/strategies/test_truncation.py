@@ -3,8 +3,6 @@
 Shape suffixes: T tokens, D width, H hidden, R = min(H, D) singular values.
 """
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -13,17 +11,11 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from tests.cluster_data import ClusterAware, make, relative, truncate, w1
-from tests.helpers import cones, dense_forward, moe_layer, orthonormal, random_ffn, threads
+from tests.helpers import cones, dense_forward, moe_layer, orthonormal, random_ffn
 from tests.literal import cluster_aware as literal
 
 SEEDS = pytest.mark.parametrize("seed", [0, 3, 4, 9])  # of `problem`: W1 is tall in 0, 3 and 8, wide in 4, 9 and 10
 CASES = pytest.mark.parametrize(("seed", "tau"), [(0, 0.5), (8, 0.9), (3, 0.99), (10, 0.5), (4, 0.9), (9, 0.999)])
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    with threads(1):
-        yield
 
 
 def problem(seed: int, tokens_per_width: float = 4) -> tuple[Tensor, Tensor, Tensor]:

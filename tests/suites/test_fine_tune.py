@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from pydantic import ValidationError
 
-from tests.helpers import MODEL, threads, tiny_clip, tiny_moe
+from tests.helpers import MODEL, tiny_clip, tiny_moe
 from tests.moe_helpers import upcycled
 from upcycle_bench import record
 from upcycle_bench.data import evalset, evalset_write, labelled
@@ -44,12 +44,6 @@ REGISTRY = load_registry()
 NAMES = ("red", "green", "blue")
 TASK = {"pool": ("light",), "test": ("dark",), "shots": (3,), "validation": 3}
 GRID = {"rates": (1e-9, 1e-3, 1e9), "steps": 20, "batch_size": 8}
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    with threads(1):
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -10,18 +10,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.helpers import threads
 from tests.moe_helpers import END, MOE, captions, create_dense, inputs_for, upcycled
 from upcycle_bench.model.ffn import Layer
 from upcycle_bench.model.moe import moe_layers
 from upcycle_bench.model.surgery import find_layers
 from upcycle_bench.upcycling.calibration import calibrate
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    with threads(1):
-        yield
 
 
 class Recorder:

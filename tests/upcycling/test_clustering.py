@@ -4,7 +4,6 @@ Shape suffixes: T tokens, D width, P PCA dimensions, E clusters.
 """
 
 import sys
-from collections.abc import Iterator
 
 import faiss
 import numpy as np
@@ -14,19 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.testing import assert_close
 
-from tests.helpers import cones, orthonormal, threads
+from tests.helpers import cones, orthonormal
 from tests.literal import cluster_aware as literal
 from upcycle_bench.upcycling.clustering import principal_directions, spherical_kmeans
 from upcycle_bench.util.errors import UserError
 from upcycle_bench.util.rng import Stream
 
 STREAM = Stream(("test", 0))
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    with threads(1):
-        yield
 
 
 def cluster(

@@ -5,7 +5,6 @@ Shape suffixes: B batch, L sequence, T tokens, D width, H hidden, N experts.
 
 import io
 import itertools
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -14,17 +13,11 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from tests.cluster_data import STREAM, ClusterAware, relative, tokens, two_paddings
-from tests.helpers import initialise, moe_layer, random_ffn, threads, tiny_clip, tiny_moe
+from tests.helpers import initialise, moe_layer, random_ffn, tiny_clip, tiny_moe
 from tests.literal import moe_layer as literal_moe
 from upcycle_bench.model.ffn import LayerInit
 from upcycle_bench.model.moe import MoEFFN, moe_layers
 from upcycle_bench.model.surgery import put_experts
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    with threads(1):
-        yield
 
 
 def random_init(num_experts: int, seed: int = 0, *, identical: bool = False, router_scale: float = 1.0) -> LayerInit:

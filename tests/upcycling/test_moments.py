@@ -3,7 +3,6 @@
 Shape suffixes: B batch, L sequence, T tokens, D width, E experts.
 """
 
-from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -22,7 +21,6 @@ from tests.helpers import (
     moe_layer,
     orthonormal,
     random_ffn,
-    threads,
     tiny_clip,
     tiny_moe,
 )
@@ -34,13 +32,6 @@ from upcycle_bench.upcycling.calibration import calibrate
 from upcycle_bench.util.errors import UserError
 from upcycle_bench.util.flops import counted_flops
 from upcycle_bench.util.rng import Stream
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    with threads(1):
-        yield
-
 
 # ---- K7: the router -------------------------------------------------------------------------------------------------
 

@@ -17,22 +17,31 @@ from dataclasses import dataclass
 from functools import partial
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from upcycle_bench.model.clip import model_config
+from upcycle_bench.model.clip import Clip, model_config
 from upcycle_bench.util.cache import build_once, cache_root, locked
-
-if TYPE_CHECKING:
-    from upcycle_bench.data.pairs import PairDataset
 
 VERSION = 1  # raise it when the same shards would give other arrays
 LIMIT = 4 << 30  # bytes of images
 CHUNK = 1024
+
+
+class Readable(Protocol):
+    """What is decoded: `pairs.PairDataset`, sample by sample."""
+
+    captions: list[list[str]]
+    clip: Clip
+
+    def __len__(self) -> int: ...
+
+    def read(self, sample: int) -> np.ndarray:
+        """The image as the model wants it, uint8 [3, H, W]."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +64,7 @@ class Decoded:
         return torch.from_numpy(self.tokens[rows].astype(np.int64))
 
 
-def decoded(shards_digest: str, model: str, make: Callable[[], PairDataset]) -> Decoded | None:
+def decoded(shards_digest: str, model: str, make: Callable[[], Readable]) -> Decoded | None:
     """The arrays of those shards as `model` wants them; None where they would exceed LIMIT.
 
     `make()` reads the shards and is called only if the cache has nothing.
@@ -74,7 +83,7 @@ def decoded(shards_digest: str, model: str, make: Callable[[], PairDataset]) -> 
     return Decoded(**arrays, first=np.load(folder / "first.npy"))
 
 
-def _build(folder: Path, pairs: PairDataset) -> None:
+def _build(folder: Path, pairs: Readable) -> None:
     folder.mkdir()
     shape = (len(pairs), *pairs.read(0).shape)
     images = np.lib.format.open_memmap(folder / "images.npy", mode="w+", dtype=np.uint8, shape=shape)
@@ -94,7 +103,7 @@ def _build(folder: Path, pairs: PairDataset) -> None:
 class _Chunks(Dataset[Any]):
     """Chunk number -> its images, for the data loader's workers."""
 
-    def __init__(self, pairs: PairDataset) -> None:
+    def __init__(self, pairs: Readable) -> None:
         self.pairs = pairs
 
     def __len__(self) -> int:

@@ -94,6 +94,11 @@ class TrainingWorkshop:
         """A fresh copy of the dense CLIP."""
         return copy.deepcopy(self._clip.model)
 
+    def from_main(self, value_S: Tensor) -> Tensor:
+        """Rank 0's tensor, on every rank."""
+        value: Tensor = distributed.from_main(value_S)
+        return value
+
     def groups(self) -> Groups:
         """The groups of the training samples: the lab's lineages, the digits' classes, the shards of local data."""
         if self._groups is None:
