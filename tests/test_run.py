@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 from tests.helpers import heed_interrupts
 from upcycle_bench import record
+from upcycle_bench.data.pairs import Batch, PairDataset
 from upcycle_bench.evaluation import certificate
 from upcycle_bench.hookspecs import hookimpl
 from upcycle_bench.model import weights
@@ -354,3 +355,22 @@ def test_an_unwritable_results_folder_is_noticed_first(tmp_path: Path, quick: li
     for folder in (tmp_path / "file" / "results", Path("/proc/results")):  # of /proc os.access says that root may
         with pytest.raises(UserError, match="not a folder that can be written"):
             run(plan("dense", quick), folder, Reporter())
+
+
+def test_upcycling_does_not_replay_the_dense_models_batches(
+    tmp_path: Path, quick: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With one seed for both trainings the first batch of each is another one."""
+    first: list[torch.Tensor] = []
+    batch = PairDataset.batch
+
+    def record_first(self: PairDataset, seed: Any, step: int, *more: Any) -> Batch:
+        made = batch(self, seed, step, *more)
+        if step == 0:
+            first.append(made.index)
+        return made
+
+    monkeypatch.setattr(PairDataset, "batch", record_first)
+    run(plan("dense", [*quick, "dense.seed=57"], train_seed=57), tmp_path, Reporter())
+    assert len(first) == 2  # the dense model's, then that of the training under test
+    assert not torch.equal(*first)

@@ -26,7 +26,7 @@ __version__ = version("upcycle-bench")
 
 def __getattr__(name: str) -> Any:
     if name in __all__:
-        module = "moe" if name == "moe_layers" else "api"
+        module = "model.moe" if name == "moe_layers" else "api"
         return getattr(import_module(f"upcycle_bench.{module}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 

@@ -55,7 +55,8 @@ def test_nothing_is_printed_and_torch_is_not_imported_at_the_top() -> None:
     """In a process of its own: here DeepSpeed may have been imported before."""
     script = (
         "import sys\n"
-        "from upcycle_bench import environment, leaderboard, record; from upcycle_bench.cli import doctor\n"
+        "from upcycle_bench import record; from upcycle_bench.cli import doctor\n"
+        "from upcycle_bench.reporting import leaderboard; from upcycle_bench.util import environment\n"
         "assert 'torch' not in sys.modules and 'numpy' not in sys.modules and 'scipy' not in sys.modules\n"
         "doctor.checks()\n"
     )

@@ -13,6 +13,7 @@ from tests.data.test_pairs import write_tar
 from upcycle_bench.data import decoded as module
 from upcycle_bench.data.decoded import Decoded, decoded
 from upcycle_bench.data.pairs import PairDataset
+from upcycle_bench.data.shards import shards_digest
 from upcycle_bench.model.clip import Clip, create_clip
 from upcycle_bench.util.rng import Stream
 
@@ -143,3 +144,14 @@ def test_the_key_follows_the_shards_the_model_and_pillow(
     monkeypatch.setattr(module.metadata, "version", lambda name: "0.0")
     assert decoded("digest", "smoke-vit", lambda: pixels) is not None
     assert len(list(cache.iterdir())) == 5
+
+
+def test_the_key_follows_the_models_configuration(
+    shards: list[Path], clip: Clip, cache: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """A model of one's own may be changed under its old name, and want images of another size."""
+    pairs = PairDataset(shards, clip)
+    assert len(list(cache.iterdir())) == 1
+    monkeypatch.setattr("open_clip.get_model_config", lambda name: {"vision_cfg": {"image_size": 12}})
+    assert decoded(shards_digest(shards), clip.name, lambda: pairs) is not None
+    assert len(list(cache.iterdir())) == 2

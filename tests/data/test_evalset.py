@@ -242,3 +242,17 @@ def test_bad_samples_are_refused(tmp_path):
     for strata in ([], ["a", "b"], [""], ["two words"], ["a[b]"], ["a/b"]):
         with pytest.raises(ValueError, match="1 samples need a stratum each"):
             evalset_write.write_retrieval(tmp_path / "d", [(images()[0], ["one"])], strata)
+
+
+def test_the_digest_sees_names_and_contents(tmp_path):
+    folder = tmp_path / "words"
+    evalset_write.write_retrieval(folder, zip(images(3), [["one"], ["two"], ["three"]], strict=True))
+    digests = {evalsets.digest(folder)}
+    for name in ("classnames.txt", "zeroshot_classification_templates.txt"):
+        (folder / name).write_text("{c}\n")
+        digests.add(evalsets.digest(folder))
+        (folder / name).unlink()
+    assert len(digests) == 3
+    assert evalsets.digest(folder) in digests
+    evalset_write.write_retrieval(folder, zip(images(3), [["one"], ["two"], ["four"]], strict=True))
+    assert evalsets.digest(folder) not in digests

@@ -186,3 +186,16 @@ def test_a_build_that_fails_leaves_nothing(towers: Towers, features: Path) -> No
     with pytest.raises(ZeroDivisionError):
         remembered(["x"], towers.context(), broken, broken)
     assert list(features.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["__version__", "get_num_threads", "get_float32_matmul_precision"])
+def test_another_torch_or_another_way_of_rounding_misses(
+    towers: Towers, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    class_embeddings(SET, towers.context(), {})
+    class_embeddings(SET, towers.context(), {})
+    assert towers.texts() == 6
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, name, {"__version__": "9.9"}.get(name, lambda: 99))
+        class_embeddings(SET, towers.context(), {})
+    assert towers.texts() == 6

@@ -36,7 +36,7 @@ CPU = torch.device("cpu")
 @pytest.fixture(autouse=True)
 def _alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.delenv(VARIABLE, raising=False)
-    backends._say_once.cache_clear()
+    backends.say_once.cache_clear()
     with threads(1), warnings.catch_warnings():
         warnings.simplefilter("error")  # no backend falls back unless a test expects it
         yield

@@ -62,7 +62,7 @@ def test_round_trip_of_an_upcycled_model(clip: Clip, tmp_path: Path) -> None:
     assert not loaded.model.training
     assert loaded.name == "smoke-vit" and loaded.tokenize(["a"]).tolist() == clip.tokenize(["a"]).tolist()
     assert {name: layer.place for name, layer in moe_layers(loaded.model).items()} == {
-        name: layer.layer for name, layer in moe_layers(clip.model).items()
+        name: layer.place for name, layer in moe_layers(clip.model).items()
     }
 
 

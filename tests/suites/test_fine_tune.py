@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from pydantic import ValidationError
 
-from tests.helpers import MODEL, tiny_clip, tiny_moe
+from tests.helpers import MODEL, equal, tiny_clip, tiny_moe
 from tests.moe_helpers import upcycled
 from upcycle_bench import record
 from upcycle_bench.data import evalset, evalset_write, labelled
@@ -34,6 +34,7 @@ from upcycle_bench.suites.fine_tune import FineTune, split_of_pool
 from upcycle_bench.suites.zero_shot import ZeroShot
 from upcycle_bench.training import session
 from upcycle_bench.training.loop import parameter_groups
+from upcycle_bench.training.session import open_session
 from upcycle_bench.util import distributed
 from upcycle_bench.util.errors import UserError
 from upcycle_bench.util.flops import counted_flops
@@ -346,3 +347,24 @@ def test_a_run_of_experts_is_tuned_where_it_was_trained(quick, tmp_path):
     here = context(changed.world.eval_root, clip.model)
     again = changed.suites["fine-tune"].evaluate(here)
     assert acc1(again, "digits/5-shot") == score.value
+
+
+def test_of_equal_rates_the_lowest_is_chosen(root, models):
+    notes = suite(rates=(1e-9, 2e-9, 3e-9), steps=1).evaluate(context(root, models["dense"])).notes["colours/3-shot"]
+    assert len(set(notes["validation_acc1"][0].values())) == 1
+    assert notes["rates"] == [1e-9]
+
+
+def test_sampling_of_second_experts_has_a_stream_of_its_own(root, models):
+    """The state of torch's global generator does not matter."""
+    model = upcycled(models["dense"], tiny_moe(second_expert_sampling=True)).eval()
+    samples = labelled.index(root / "light", "test")
+    settings = {"rates": (1e-3,), "steps": 2, "batch_size": 8, "weight_decay": 0.1, "load_balance": 0.0}
+    recipe = fine_tuning.Recipe(**settings, precision="fp32")
+    made = []
+    with open_session(1):
+        for seed in (1, 2):
+            torch.manual_seed(seed)
+            arguments = (torch.eye(3, 32), samples, samples, recipe, Stream(("x",)), context(root, model), "x")
+            made.append(fine_tuning.tune(model, *arguments).classifier.state_dict())
+    assert equal(*made)

@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from upcycle_bench.data.pairs import PairDataset
 from upcycle_bench.model.clip import create_clip
-from upcycle_bench.model.moe import moe_layers
+from upcycle_bench.model.moe import MoEFFN, moe_layers
 from upcycle_bench.model.weights import EXPERT_KEY
 from upcycle_bench.planning.plan import make_plan
 from upcycle_bench.planning.registry import load_registry
@@ -46,7 +46,7 @@ def main(output: str, ep_size: str, strategy: str) -> None:
         if extra is not None:  # a teacher unlike the student, or the loss and its gradient would vanish in part
             for layer in layers.values():
                 with torch.no_grad():
-                    layer.gate.wg.weight.add_(0.3 * layer.gate.wg.weight.flip(0))
+                    layer.router_weight.add_(0.3 * layer.router_weight.flip(0))
         batch = data.batch(0, 0, 32, distributed.rank(), distributed.world_size())
         losses, _ = compute_losses(deepspeed_engine, model, batch, job, layers, extra)
         deepspeed_engine.backward(torch.stack(list(losses.values())).sum())
@@ -73,11 +73,11 @@ def _gather_experts(gradients: dict, layers: dict, ep_size: int) -> dict:
         if match is None:
             whole[name] = gradient
             continue
-        head, number, tail = match.groups()
-        parts = [torch.empty_like(gradient) for _ in range(ep_size)]
-        dist.all_gather(parts, gradient.contiguous())
-        for rank, part in enumerate(parts):
-            whole[f"{head}{rank * local + int(number)}{tail}"] = part
+        path, number, part = match.groups()
+        shards = [torch.empty_like(gradient) for _ in range(ep_size)]
+        dist.all_gather(shards, gradient.contiguous())
+        for rank, shard in enumerate(shards):
+            whole[f"{path}.{MoEFFN.state_key(rank * local + int(number), part)}"] = shard
     return whole
 
 

@@ -53,9 +53,9 @@ SHAPES = 1100
 PRODUCTS = f"""
 import sys
 import torch
-from upcycle_bench import engine
+from upcycle_bench.training.session import open_session
 
-with engine.session(1):
+with open_session(1):
     weight = torch.zeros(16, 16, dtype=torch.bfloat16)
     for rows in [*range(100, 100 + {SHAPES})] * 2:  # smaller ones are not left to oneDNN
         torch.zeros(rows, 16, dtype=torch.bfloat16) @ weight

@@ -245,3 +245,12 @@ def test_a_resumed_training_keeps_each_line_of_metrics_once(pairs: PairDataset, 
     assert [json.loads(line)["step"] for line in before] == [1, 2, 3]
     assert [json.loads(line)["step"] for line in after] == [1, 2, 3, 4]
     assert after[:2] == before[:2]
+
+
+def test_steps_whose_flops_are_counted_are_no_part_of_the_throughput(pairs: PairDataset) -> None:
+    progress = train(create_clip("smoke-vit"), pairs, job(schedule=schedule(steps=8), stop_step=8))
+    assert progress.counted_steps == 4  # of 8: 0, 2, 4, 6
+    assert 0 < progress.counted_seconds < progress.seconds
+    plain = 4 * 32 / (progress.seconds - progress.counted_seconds)
+    assert progress.samples_per_second(32) == pytest.approx(plain)
+    assert progress.last["samples_per_second"] == pytest.approx(plain)

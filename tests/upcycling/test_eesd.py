@@ -323,3 +323,14 @@ def test_k9_padding_does_not_influence_eesd() -> None:
     assert values[0] > 1e-4
     assert values[0] == pytest.approx(values[1], rel=1e-5)
     assert relative(gradients[0], gradients[1]) < 1e-4
+
+
+def test_eesd_draws_other_tokens_on_another_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = student(random_init(4))
+    drawn, values = distil({"vision.1": layer}, eesd_tokens=0.2), []
+    perturb(layer)
+    for rank in ("0", "0", "1"):
+        monkeypatch.setenv("RANK", rank)  # as torchrun sets it
+        layer(tokens()[None])
+        values.append(drawn.compute().item())
+    assert values[0] == values[1] != values[2]
