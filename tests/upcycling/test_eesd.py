@@ -259,7 +259,7 @@ def test_k8_ema_after_two_steps_by_hand() -> None:
         with torch.no_grad():
             layer.gate.wg.weight.fill_(value)
         loss.after_step()
-        assert (loss.teacher["vision.1"].router_ND == expected).all()
+        assert (loss.teacher["vision.1"].router_ED == expected).all()
 
 
 def test_eesd_state_round_trip() -> None:
