@@ -7,7 +7,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from upcycle_bench.data.worlds import lab
+from upcycle_bench.data.worlds import lab, lab_splits
 from upcycle_bench.util.cache import cache_root
 
 COLUMNS, CELL, LABEL = 22, 38, 250
@@ -33,8 +33,8 @@ def main() -> None:
         rows.append(("training" if number == 0 else "", pictures(shard, COLUMNS, every=700)))
     held = [("validation", "validation: the training styles")]
     for split in ("dev", "test"):
-        groups = [group for group, (where, _) in lab.HELD_OUT.items() if where == split]
-        held += [(f"{split}-{group}", f"shift-{split}: {group} ({lab.HELD_OUT[group][1]})") for group in groups]
+        groups = [group for group, (where, _) in lab_splits.HELD_OUT.items() if where == split]
+        held += [(f"{split}-{group}", f"shift-{split}: {group} ({lab_splits.HELD_OUT[group][1]})") for group in groups]
     for name, label in held:
         rows.append((label, pictures(folder / "eval" / f"{name}-retrieval" / "test" / "0.tar", COLUMNS, every=20)))
     sheet = Image.new("RGB", (LABEL + COLUMNS * CELL, len(rows) * CELL), "white")

@@ -1,8 +1,7 @@
-"""Decoded arrays: the same batches as from the shards, built once, keyed by content, none where too large."""
+"""Decoded arrays: they give the same batches as the shards, and are built once for each content, if not too large."""
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +10,7 @@ import torch
 
 from tests.data.test_pairs import write_tar
 from upcycle_bench.data import decoded as module
+from upcycle_bench.data import pairs as pairs_module
 from upcycle_bench.data.decoded import Decoded, decoded
 from upcycle_bench.data.pairs import PairDataset
 from upcycle_bench.data.shards import shards_digest
@@ -23,33 +23,30 @@ def clip() -> Clip:
     return create_clip("smoke-vit")
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A cache that holds nothing."""
+    """Where the arrays are to be, in a cache that is empty."""
     monkeypatch.setenv("UPCYCLE_BENCH_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache" / "decoded"
 
 
 @pytest.fixture
-def shards(tmp_path: Path) -> list[Path]:
+def shards(tmp_path: Path, cache: Path) -> list[Path]:
     return [write_tar(tmp_path / "0.tar", 30), write_tar(tmp_path / "1.tar", 25, start=30)]
 
 
-def from_shards(shards: list[Path], clip: Clip, monkeypatch: pytest.MonkeyPatch) -> PairDataset:
+def from_shards(shards: list[Path], clip: Clip) -> PairDataset:
     """The same pairs, read from the shards each time."""
-    with monkeypatch.context() as patch:
-        patch.setattr(module, "LIMIT", 0)
-        patch.setenv("UPCYCLE_BENCH_CACHE", os.environ["UPCYCLE_BENCH_CACHE"] + "-none")
-        pairs = PairDataset(shards, clip)
-    assert pairs._decoded is None
+    pairs = PairDataset(shards, clip, keep_decoded=False)
+    assert pairs.decoded is None
     return pairs
 
 
 @pytest.mark.parametrize("chunk", [1024, 55, 20, 7])  # 7: more than four chunks, read by worker processes
 def test_arrays_are_what_the_shards_hold(shards: list[Path], clip: Clip, monkeypatch: pytest.MonkeyPatch, chunk: int):
     monkeypatch.setattr(module, "CHUNK", chunk)
-    slow = from_shards(shards, clip, monkeypatch)
-    found = PairDataset(shards, clip)._decoded
+    slow = from_shards(shards, clip)
+    found = PairDataset(shards, clip).decoded
     assert found is not None and len(found) == len(slow) == 55
     assert found.images.dtype == np.uint8 and found.tokens.dtype == np.int32
     for sample in range(55):
@@ -58,11 +55,9 @@ def test_arrays_are_what_the_shards_hold(shards: list[Path], clip: Clip, monkeyp
         assert np.array_equal(rows, clip.tokenize(slow.captions[sample]).numpy())
 
 
-def test_batches_are_the_same_with_several_captions_a_sample(
-    shards: list[Path], clip: Clip, monkeypatch: pytest.MonkeyPatch
-):
-    slow, fast = from_shards(shards, clip, monkeypatch), PairDataset(shards, clip)
-    assert fast._decoded is not None and len(fast) == len(slow)
+def test_batches_are_the_same_with_several_captions_a_sample(shards: list[Path], clip: Clip):
+    slow, fast = from_shards(shards, clip), PairDataset(shards, clip)
+    assert fast.decoded is not None and len(fast) == len(slow)
     for step in (0, 4, 5, 23):
         for rank in range(2):
             a, b = slow.batch(3, step, 10, rank, 2), fast.batch(3, step, 10, rank, 2)
@@ -94,7 +89,7 @@ def test_a_second_opening_builds_nothing(shards: list[Path], clip: Clip, cache: 
     (folder,) = cache.iterdir()
     before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
     assert set(before) == {"images.npy", "tokens.npy", "first.npy"}
-    monkeypatch.setattr(PairDataset, "_index", lambda *_: pytest.fail("the shards were read again"))
+    monkeypatch.setattr(pairs_module, "samples_of", lambda shard: pytest.fail("the shards were read again"))
     again = PairDataset(shards, clip).batch(0, 0, 10)
     assert torch.equal(first.images, again.images) and torch.equal(first.texts, again.texts)
     assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == before
@@ -111,19 +106,19 @@ def test_a_batch_can_be_written_to_without_harm(shards: list[Path], clip: Clip):
 def test_what_would_be_too_large_is_read_from_the_shards(
     shards: list[Path], clip: Clip, cache: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    size = from_shards(shards, clip, monkeypatch).read(0).nbytes * 55
+    size = from_shards(shards, clip).read(0).nbytes * 55
     monkeypatch.setattr(module, "LIMIT", size - 1)
     pairs = PairDataset(shards, clip)
-    assert pairs._decoded is None and len(pairs) == 55 and not cache.exists()
+    assert pairs.decoded is None and len(pairs) == 55 and not cache.exists()
     monkeypatch.setattr(module, "LIMIT", size)
-    assert PairDataset(shards, clip)._decoded is not None
+    assert PairDataset(shards, clip).decoded is not None
     assert decoded("other shards", clip.name, lambda: pairs) is not None
 
 
 def test_augmented_pairs_are_never_decoded(shards: list[Path], clip: Clip, cache: Path):
     pairs = PairDataset(shards, clip, "random-resized-crop")
     pairs.batch(0, 0, 10)
-    assert pairs._decoded is None and not cache.exists()
+    assert pairs.decoded is None and not cache.exists()
 
 
 def test_the_key_follows_the_shards_the_model_and_pillow(
@@ -136,8 +131,8 @@ def test_the_key_follows_the_shards_the_model_and_pillow(
     write_tar(shard, 8, start=8)  # the same size, other pixels
     changed = PairDataset([shard], clip)
     assert len(list(cache.iterdir())) == 2
-    pixels = from_shards([shard], clip, monkeypatch)
-    assert changed._decoded is not None and np.array_equal(changed._decoded.images[3], pixels.read(3))
+    pixels = from_shards([shard], clip)
+    assert changed.decoded is not None and np.array_equal(changed.decoded.images[3], pixels.read(3))
     assert decoded("digest", "smoke-vit", lambda: pixels) is not None
     assert decoded("digest", "lab-vit", lambda: pixels) is not None
     assert len(list(cache.iterdir())) == 4

@@ -1,4 +1,4 @@
-"""The digits world: splits do not leak, captions say what the image shows, two builds are byte-equal."""
+"""The digits world: splits share no image, captions describe the image, and two builds have equal bytes."""
 
 import json
 import time

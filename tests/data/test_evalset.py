@@ -1,4 +1,4 @@
-"""Evaluation sets: the layout is CLIP_benchmark's, bytes are deterministic, and what is missing is said in one line."""
+"""Evaluation sets: the layout is CLIP_benchmark's, equal sets have equal bytes, and an error is one line."""
 
 import warnings
 
@@ -76,7 +76,7 @@ def test_strata_come_back_as_written(classification, divided, tmp_path):
 
 
 def test_strata_are_for_the_samples_of_all_shards(divided):
-    """Samples as webdataset makes them, in sets of others too: any keys, any folders, any extensions."""
+    """Samples of any keys, folders and extensions that webdataset allows, as in sets that others wrote."""
     import webdataset
 
     png = evalset_write.png(images(1)[0])

@@ -1,4 +1,4 @@
-"""`data check` counts valid sets, and says of the others everything that is wrong, a line for each thing."""
+"""`data check` counts what valid sets hold, and gives one line for each fault of the others."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""Icons: what is read from the package, which licences pass, how bodies become pixels, and what a bad download says."""
+"""Icons: reading the package, licences, the pixels of a drawing, and the errors of a bad download."""
 
 from __future__ import annotations
 
@@ -148,13 +148,13 @@ def one_line(error: pytest.ExceptionInfo[UserError]) -> str:
 
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where the tarball is to stand, in a cache that holds nothing."""
+    """Where the tarball is to be, in a cache that is empty."""
     monkeypatch.setenv("UPCYCLE_BENCH_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache" / "downloads" / f"iconify-json-{icons.VERSION}.tgz"
 
 
 def seal(monkeypatch: pytest.MonkeyPatch, tarball: Path) -> None:
-    """Make `tarball` the content that is expected."""
+    """Expect the sha512 of `tarball`."""
     digest = hashlib.sha512(tarball.read_bytes()).digest()
     monkeypatch.setattr(icons, "INTEGRITY", base64.b64encode(digest).decode())
 

@@ -1,4 +1,4 @@
-"""The lab, small: built twice from families made up here, then taken apart. The real one: `test_lab_real.py`."""
+"""A small lab, built twice from families that are made up here. `test_lab_real.py` tests the lab of this machine."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from tests.icon_families import document, drawing, write_tarball
 from upcycle_bench.data import evalset
 from upcycle_bench.data.pairs import PairDataset
 from upcycle_bench.data.world import World, open_world
-from upcycle_bench.data.worlds import lab
-from upcycle_bench.data.worlds.icons import Family, Icons, render
+from upcycle_bench.data.worlds import lab, lab_splits
+from upcycle_bench.data.worlds.icons import render
 from upcycle_bench.data.worlds.lineage import base_name, caption
 from upcycle_bench.model.clip import create_clip
 from upcycle_bench.util.errors import UserError
@@ -80,20 +80,20 @@ def tarball(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tarball(tmp_path_factory.mktemp("package") / "icons.tgz", families())
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _small(tarball: Path) -> Iterator[None]:
-    """The lab's measures, made small. Its worker processes do not see this: they only render and write."""
+@pytest.fixture(scope="module")
+def small(tarball: Path) -> Iterator[None]:
+    """Other icons and smaller constants. The worker processes do not see them, but they only render and write."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(lab, "download", lambda: tarball)
-        patch.setattr(lab, "HELD_OUT", HELD_OUT)
-        patch.setattr(lab, "HELD_SHARE", 0.12)
-        patch.setattr(lab, "CLASS_GROUPS", 8)
         patch.setattr(lab, "SHARDS", 3)
+        patch.setattr(lab_splits, "HELD_OUT", HELD_OUT)
+        patch.setattr(lab_splits, "HELD_SHARE", 0.12)
+        patch.setattr(lab_splits, "CLASS_GROUPS", 8)
         yield
 
 
 @pytest.fixture(scope="module")
-def world(_small: None, tmp_path_factory: pytest.TempPathFactory) -> World:
+def world(small: None, tmp_path_factory: pytest.TempPathFactory) -> World:
     folder = tmp_path_factory.mktemp("lab") / "lab"
     lab.build(folder, Reporter())
     return open_world("lab", folder)
@@ -101,7 +101,7 @@ def world(_small: None, tmp_path_factory: pytest.TempPathFactory) -> World:
 
 @pytest.fixture(scope="module")
 def manifest(world: World) -> dict[str, Any]:
-    return lab.read_manifest(world.eval_root.parent)
+    return json.loads((world.eval_root.parent / "manifest.json").read_text())
 
 
 @pytest.fixture(scope="module")
@@ -144,7 +144,7 @@ def samples(world: World, name: str) -> list[tuple[np.ndarray, Any]]:
 def near(some: list[np.ndarray], others: list[np.ndarray]) -> np.ndarray:
     """Which of `others` looks like which of `some`, bool [some, others]; by the definition."""
     whole = np.stack(others).astype(np.float32)
-    return np.stack([np.sqrt(np.square(whole - image).mean((1, 2, 3))) <= lab.NEAR for image in some])
+    return np.stack([np.sqrt(np.square(whole - image).mean((1, 2, 3))) <= lab_splits.NEAR for image in some])
 
 
 SPLITS = ["dev-iota", "dev-uil", "temperature", "test-kappa", "test-twins", "validation"]
@@ -351,30 +351,3 @@ def test_the_manifest_names_every_file(world: World, manifest: dict[str, Any]):
     assert set(manifest["files"]) == files - {"manifest.json"}
     assert world.sha256 == hashlib.sha256((folder / "manifest.json").read_bytes()).hexdigest()
     assert json.dumps(manifest, indent=1, sort_keys=True) + "\n" == (folder / "manifest.json").read_text()
-
-
-def test_a_held_out_group_that_is_not_there_is_an_error(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(lab, "HELD_OUT", {"kappa": ("dev", "")})
-    pages = np.zeros((2, 32, 32, 3), dtype=np.uint8)
-    pages[:, :16] = 255
-    lone = Family("lone", "", "", "MIT", "", (), ("a", "b"), ("", ""), 0, 0)
-    with pytest.raises(AssertionError, match="kappa"):
-        lab.tabulate(Icons([lone], pages, np.ones(2, dtype=bool), {}))
-
-
-def test_a_share_of_the_drawings_is_held_for_each_purpose(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(lab, "HELD_SHARE", 0.03)
-    splits = [lab._split("group", f"name-{n}") for n in range(10_000)]
-    # 300 expected of 10,000, standard deviation 17
-    assert all(abs(splits.count(split) - 300) < 85 for split in ("validation", "temperature"))
-    assert set(splits) == {"train", "validation", "temperature"}
-
-
-def test_what_is_named_like_a_training_icon_leaves_evaluation():
-    names = ["add", "add-line", "bell-duo", "bell-duo-line", "cat", "cat-line", "dog-house", "dog"]
-    splits = ["train", "validation", "temperature", "near", "validation", "validation", "train", "validation"]
-    columns = [["g"] * len(names), ["g"] * len(names), names, names, names, [""] * len(names), names]
-    table = lab.Table(np.arange(len(names)), *columns, np.array(splits, dtype=object))
-    lab.drop_variants(table)
-    changed = ["train", "variant", "variant", "near", "validation", "validation", "train", "validation"]
-    assert table.split.tolist() == changed  # "house" is no style

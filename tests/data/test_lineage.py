@@ -1,4 +1,4 @@
-"""Lineages: which families are one group, whatever order they come in, and what is left of a name without its style."""
+"""Lineages: which families are one group, in any order, and names without their style."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Near-identical images: the windows of projections against a double loop over all pixels."""
+"""Near-identical images: against a double loop over all pairs, on all pixels."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_any_small_images(data: st.DataObject):
 
 
 def test_black_and_white_drawings():
-    """What icons are: few distinct levels, most of the page white, many images equal in most coordinates."""
+    """Like icons: few distinct levels, a page that is mostly white, many images that differ in few coordinates."""
     rng = np.random.default_rng(5)
     pages = np.full((150, 8, 8, 3), 255, dtype=np.uint8)
     for page in pages:

@@ -44,7 +44,7 @@ def pairs(tmp_path: Path, clip: Clip) -> PairDataset:
 
 
 def test_a_broken_image_is_one_line_in_training_and_in_evaluation(tmp_path: Path, clip: Clip) -> None:
-    """Its shard and its place; and what is whole is read by both alike."""
+    """The line names the shard and the place; both read an intact image alike."""
     shard = write_tar(tmp_path / "0.tar", 2)
     with tarfile.open(shard) as tar:
         whole, broken = [
@@ -166,7 +166,7 @@ def test_unusable_shards_are_one_line(tmp_path: Path, clip: Clip) -> None:
 
 
 def test_captions_and_crops_are_drawn_anew_for_every_step_and_seed(pairs: PairDataset, clip: Clip) -> None:
-    """All 55 pairs at once: the same pairs in each step, with one of two captions and a crop of their own."""
+    """A batch has all 55 pairs, so each step has the same pairs, with one of two captions and a crop of its own."""
     cropped = PairDataset(pairs.shards, clip, "random-resized-crop")
     picked = PickedBatches(cropped, torch.arange(55).expand(2, -1))
     for source in (pairs, cropped, picked):

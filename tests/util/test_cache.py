@@ -1,4 +1,4 @@
-"""The cache: where it is, and that nothing half-built or late ever stands at a final name."""
+"""The cache: where it is, that a final name only ever has a complete result, and that locks exclude each other."""
 
 import errno
 import fcntl
@@ -126,7 +126,7 @@ def add_one(root: Path, barrier) -> None:
 @pytest.mark.parametrize("code", [None, errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
 @pytest.mark.filterwarnings("ignore:flock not supported")
 def test_one_process_at_a_time_holds_a_lock(code: int | None, tmp_path: Path, monkeypatch) -> None:
-    """Also on a file system without flock, whatever it answers."""
+    """Also on a file system without flock, with each error that such file systems give."""
 
     def without_flock(*_: object) -> None:
         raise OSError(code, os.strerror(code or 0))
@@ -163,7 +163,7 @@ def test_a_lock_goes_with_its_process_and_others_are_free(tmp_path: Path, monkey
         pass
     os.kill(holder.pid or 0, signal.SIGKILL)
     holder.join(timeout=30)
-    with locked(tmp_path / "thing"):  # would wait for ever
+    with locked(tmp_path / "thing"):  # if the dead process held it, this would wait for ever
         assert holder.exitcode == -signal.SIGKILL
 
 
@@ -171,7 +171,7 @@ def test_a_lock_that_cannot_be_written_is_a_user_error(tmp_path: Path, monkeypat
     (tmp_path / "file").touch()
     monkeypatch.setenv("UPCYCLE_BENCH_CACHE", str(tmp_path / "file"))
     with pytest.raises(UserError, match=r"cannot write .*file.*UPCYCLE_BENCH_CACHE"), locked(tmp_path / "thing"):
-        pytest.fail("it has no lock")
+        pytest.fail("there is no lock to hold")
 
 
 def test_an_error_within_a_lock_is_the_callers(tmp_path: Path, monkeypatch) -> None:
@@ -179,23 +179,23 @@ def test_an_error_within_a_lock_is_the_callers(tmp_path: Path, monkeypatch) -> N
     with pytest.raises(OSError, match="of the work") as raised, locked(tmp_path / "thing"):
         raise OSError(errno.ENOLCK, "of the work")
     assert not isinstance(raised.value, UserError)
-    with locked(tmp_path / "thing"):  # and it was given back
+    with locked(tmp_path / "thing"):  # the lock was released
         pass
 
 
 def wait_for_a_lock(path: Path, go, asking, got) -> None:
     go.wait(timeout=30)
-    with locked(path.with_name("another")):  # nobody has that one
+    with locked(path.with_name("another")):  # no process holds that lock
         asking.set()
         with locked(path):
             got.set()
 
 
-def test_one_process_at_a_time_has_a_lock(tmp_path: Path) -> None:
+def test_a_second_process_waits_for_the_lock(tmp_path: Path) -> None:
     context = multiprocessing.get_context("fork")
     go, asking, got = (context.Event() for _ in range(3))
     other = context.Process(target=wait_for_a_lock, args=(tmp_path / "thing", go, asking, got))
-    other.start()  # before this process has the lock, which a fork would share
+    other.start()  # before this process takes the lock, or the fork would hold it too
     try:
         with locked(tmp_path / "thing"):
             go.set()

@@ -1,4 +1,4 @@
-"""Files: whole or not there at all, and their hashes."""
+"""Files that are written whole or not at all, and hashes of files."""
 
 import multiprocessing
 from pathlib import Path
@@ -15,11 +15,11 @@ def test_a_file_appears_whole_and_alone(tmp_path: Path) -> None:
         assert part.parent == tmp_path and part != path and not part.exists()
         part.write_text("new")
         assert path.read_text() == "old"
-        assert list(tmp_path.rglob("*.json")) == [path]  # who reads a folder of records sees no half-written one
+        assert list(tmp_path.rglob("*.json")) == [path]  # a search for records finds no half-written one
     assert path.read_text() == "new"
     assert list(tmp_path.iterdir()) == [path]
     (tmp_path / "usual").touch()
-    assert path.stat().st_mode == (tmp_path / "usual").stat().st_mode  # others may read it as any other file
+    assert path.stat().st_mode == (tmp_path / "usual").stat().st_mode  # the usual permissions
 
 
 def stopped(path: Path, half: bytes | None, error: BaseException) -> None:
@@ -45,7 +45,7 @@ def test_a_writer_that_wrote_nothing_is_an_error(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_place_that_takes_no_file_is_said(tmp_path: Path) -> None:
+def test_a_path_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     with pytest.raises(IsADirectoryError):
         write_atomically(tmp_path / "folder", b"x")
@@ -62,7 +62,7 @@ def write_often(path: Path, barrier, content: bytes) -> None:
 
 
 def test_two_processes_write_the_same_file_at_once(tmp_path: Path) -> None:
-    """At every moment it is the whole file of one of them."""
+    """At every moment the file is complete, from one of them."""
     path, contents = tmp_path / "file", (b"a" * 100_000, b"b" * 70_000)
     context = multiprocessing.get_context("fork")
     barrier = context.Barrier(3)
@@ -79,12 +79,12 @@ def test_two_processes_write_the_same_file_at_once(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_names_are_the_callers_alone(tmp_path: Path) -> None:
+def test_two_temporary_names_of_one_path_differ(tmp_path: Path) -> None:
     with temporary(tmp_path / "file") as one, temporary(tmp_path / "file") as two:
         one.write_text("one")
         two.write_text("two")
         assert one.read_text() == "one" and one.name.startswith(".file.")
-        one.rename(tmp_path / "by-its-content")  # a name that was not known before
+        one.rename(tmp_path / "by-its-content")  # a final name that was not known before
     assert [path.name for path in tmp_path.iterdir()] == ["by-its-content"]
 
 

@@ -1,4 +1,4 @@
-"""The FLOP counter against PyTorch's own, on all that this project counts."""
+"""The FLOP counter against PyTorch's own, on all operations that this project counts."""
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -22,7 +22,7 @@ from upcycle_bench.util.flops import FlopCounter, counted_flops, counted_once, c
 def by_pytorch(work: Callable[[], Any]) -> int:
     formulas = {key: partial(formula) for key, formula in flop_formulas().items() if key not in flop_registry}
     for formula in formulas.values():
-        formula._get_raw = True  # type: ignore[attr-defined]  # they turn tensors into shapes themselves
+        formula._get_raw = True  # type: ignore[attr-defined]  # our formulas turn tensors into shapes themselves
     with FlopCounterMode(display=False, custom_mapping=formulas) as counter:
         work()
     return counter.get_total_flops()
@@ -114,7 +114,7 @@ def test_what_is_uncounted_is_left_out_and_counting_goes_on() -> None:
     assert (inner.get_total_flops(), outer.get_total_flops()) == (
         48,
         3 * 48,
-    )  # an outer one sees what an inner one runs
+    )  # the outer counter also counts within the inner one
 
 
 def test_work_of_a_kind_is_watched_once_and_counted_each_time() -> None:
@@ -126,11 +126,11 @@ def test_work_of_a_kind_is_watched_once_and_counted_each_time() -> None:
             watched.append(counting())
             torch.mm(torch.rand(2, 3), torch.rand(3, 4))
 
-    product()  # no counter, nothing to know
+    product()  # without a counter it leaves `known` empty
     with FlopCounter() as outer:
         with FlopCounter() as inner:
             with pytest.raises(ZeroDivisionError), counted_once(known, "product"):
-                1 / 0  # noqa: B018  # what ends in an error says nothing of the others
+                1 / 0  # noqa: B018  # a block that raises leaves `known` empty
             product()
             product()
             product()

@@ -1,4 +1,4 @@
-"""Work on all cores ends with the command: by Ctrl-C, by SIGTERM to the process group, and when a worker dies."""
+"""Work on all cores ends with the command: on Ctrl-C, on SIGTERM to the process group, and when a process is killed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.helpers import heed_interrupts
 from upcycle_bench.util.errors import UserError
 from upcycle_bench.util.processes import results
 
-# The command as it is interrupted: slow work that leaves a file, into a folder that is deleted behind it.
+# A command to interrupt: workers write slowly into a folder, which the command deletes when it ends.
 PROGRAM = """
 import sys, pathlib, typer
 from upcycle_bench.util.cache import build_once
@@ -39,7 +39,7 @@ if __name__ == "__main__":
 
 
 def write(path: Path, says: str, seconds: float) -> int:
-    """Slow work, which no signal interrupts. Writes its process into `says` when it has begun."""
+    """Slow work, which no signal interrupts. At its begin it writes its process id into `says`."""
     Path(says).write_text(str(os.getpid()))
     path.write_text("x" * 1000)
     time.sleep(seconds)
@@ -57,7 +57,7 @@ def fail(number: int) -> int:
 
 
 def cut_off(number: int) -> bytes:
-    """A result so long that its worker is killed when a part of it is sent: the parent has read a megabyte."""
+    """A long result. The worker is killed while it is sent: as soon as the parent has read a megabyte."""
 
     def read() -> int:
         lines = Path(f"/proc/{os.getppid()}/io").read_text().splitlines()
@@ -73,7 +73,7 @@ def cut_off(number: int) -> bytes:
 
 
 class Odd(Exception):
-    """Cannot be made again from what pickle keeps."""
+    """An error that can be pickled but not unpickled."""
 
     def __init__(self, first: int, second: int) -> None:
         super().__init__("odd")
@@ -123,13 +123,13 @@ def test_a_signal_to_the_process_group_ends_it_with_130_and_leaves_nothing(tmp_p
         os.kill(worker, 0)
 
 
-def deaf() -> set[signal.Signals]:
+def blocked() -> set[signal.Signals]:
     return set(signal.pthread_sigmask(signal.SIG_BLOCK, ())) & {signal.SIGINT, signal.SIGTERM}
 
 
-def test_workers_do_not_hear_what_is_the_parents_to_hear():
+def test_workers_block_the_signals_that_the_parent_handles():
     before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
-    assert results(deaf, [()] * 4, 2) == [{signal.SIGINT, signal.SIGTERM}] * 4
+    assert results(blocked, [()] * 4, 2) == [{signal.SIGINT, signal.SIGTERM}] * 4
     assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == before
     assert multiprocessing.active_children() == []
 
@@ -168,7 +168,7 @@ def test_a_worker_killed_while_it_sends_its_result_is_an_error_and_no_hang():
 @pytest.mark.parametrize(
     ("number", "kind", "says"), [(0, Exception, "pickle"), (1, RuntimeError, "Odd: odd"), (2, SystemExit, "left")]
 )
-def test_what_cannot_be_sent_is_said(number: int, kind: type[BaseException], says: str) -> None:
+def test_what_cannot_be_pickled_is_an_error(number: int, kind: type[BaseException], says: str) -> None:
     with pytest.raises(kind, match=says) as raised:
         results(odd, [(number,)], 1)
     assert not isinstance(raised.value, UserError)  # nobody killed a worker

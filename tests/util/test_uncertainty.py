@@ -1,16 +1,13 @@
-"""Standard errors and intervals: against hand-worked numbers, a bootstrap, and how often they hold what they should."""
+"""Standard errors and intervals, against numbers worked out by hand, a bootstrap, and simulated coverage.
+
+Shape suffixes: N samples, P pairs, Y classes.
+"""
 
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-from tests.test_record import make_record, score
-from upcycle_bench.cli.run import show_record
-from upcycle_bench.cli.tables import score_rows, show_key, show_scores
-from upcycle_bench.reporting.leaderboard import build
-from upcycle_bench.suite import AVERAGE
 from upcycle_bench.util import uncertainty
 from upcycle_bench.util.uncertainty import of_mean, of_outcomes, of_recalls, of_scores, of_shares, wilson
 
@@ -46,7 +43,7 @@ def test_a_mean_is_that_of_numpy():
 
 @pytest.mark.parametrize("share", [True, False])
 def test_captions_of_one_image_are_one_sample(share):
-    """Against a bootstrap over images; taking captions for samples would be far too sure."""
+    """Against a bootstrap over images. With captions as samples, the error would be far too small."""
     rng = np.random.default_rng(2)
     cluster_N = np.repeat(np.arange(100), 1 + np.arange(100) % 5)
     value_N = rng.normal(size=100)[cluster_N] + 0.3 * rng.normal(size=len(cluster_N))
@@ -57,7 +54,7 @@ def test_captions_of_one_image_are_one_sample(share):
     assert known.standard_error == pytest.approx(by_images, rel=0.1)
     assert of_outcomes(outcome_N).standard_error < 0.7 * by_images
     alone = of_outcomes(outcome_N, np.arange(len(outcome_N)))
-    assert alone == of_outcomes(outcome_N)  # one caption each: nothing changes
+    assert alone == of_outcomes(outcome_N)  # with one caption each nothing changes
     if share:
         p, worth = outcome_N.mean(), outcome_N.mean() * (1 - outcome_N.mean()) / known.standard_error**2
         assert known.interval == wilson(p, worth)
@@ -69,7 +66,7 @@ def test_shares_count_clusters():
     alone = np.arange(40)
     known = of_shares([values], [alone])
     assert known.standard_error == pytest.approx(values.std(ddof=1) / math.sqrt(40))
-    # The same values twice, known to be the same, are worth no more.
+    # The same values twice, as clusters of two, give the same error.
     twice = of_shares([np.repeat(values, 2)], [np.repeat(alone, 2)])
     assert twice.standard_error == pytest.approx(known.standard_error)
     # By hand: means 1/2 and 1, mean 3/4. Residuals over (2 values * 2 sets): a 1/8, b -1/8, of the other set none.
@@ -82,7 +79,7 @@ def test_shares_count_clusters():
 
 
 def test_errors_and_intervals_are_those_of_drawing_words_anew():
-    """Against the obvious way: the spread of the mean over many worlds in which words are easy or hard."""
+    """Against the spread of the mean over many simulated sets, in which each word is easy or hard."""
     rng = np.random.default_rng(1)
     means, errors, held = [], [], []
     for _ in range(400):
@@ -111,7 +108,7 @@ def test_recalls_against_a_bootstrap_within_classes():
 
 
 def test_classes_of_one_sample_are_not_certain():
-    """Each has a recall of 0 or 1, and p (1 - p) = 0: as a whole they are worth as much as a share is."""
+    """Each has a recall of 0 or 1, so p (1 - p) = 0. Together they have the error of a share."""
     correct_N = np.arange(40) % 4 == 0
     known = of_recalls(correct_N, np.arange(40))
     assert known.standard_error == pytest.approx(math.sqrt(0.25 * 0.75 / 40))
@@ -121,14 +118,14 @@ def test_classes_of_one_sample_are_not_certain():
 
 @pytest.mark.parametrize(("per_class", "chance"), [(2, 0.9), (5, 0.97), (30, 0.99)])
 def test_intervals_of_recalls_hold_the_truth(per_class, chance):
-    """95 % of them, where classes differ and are near 1; simulated. 1.96 standard errors hold about 89 %."""
+    """Simulated: 95 % do, with classes that differ and are near 1. Of 1.96 standard errors, about 89 % would."""
     rng = np.random.default_rng(per_class)
-    truth_C = np.clip(rng.normal(chance, 0.05, 12), 0, 1)
+    truth_Y = np.clip(rng.normal(chance, 0.05, 12), 0, 1)
     label_N = np.repeat(np.arange(12), per_class)
     held = []
     for _ in range(1000):
-        low, high = of_recalls(rng.random(len(label_N)) < truth_C[label_N], label_N).interval
-        held.append(low <= truth_C.mean() <= high)
+        low, high = of_recalls(rng.random(len(label_N)) < truth_Y[label_N], label_N).interval
+        held.append(low <= truth_Y.mean() <= high)
     assert np.mean(held) > 0.93
 
 
@@ -147,49 +144,3 @@ def test_scores_of_the_same_images_are_taken_to_move_together():
     # other shots of one set: 0.1 + 0.2 = 0.3, with the other set hypot(0.3, 0.4) = 0.5; all of it 0.6, over 4 scores
     shots = [("x/1-shot", "a", 0.1), ("y/1-shot", "a", 0.4), ("x/all", "a", 0.2)]
     assert of_scores([*shots, ("x/all", "b", 0.1)]) == pytest.approx(0.15)
-
-
-def test_callers_tell_which_set_a_score_is_of(capsys):
-    """A leaderboard's row and what `run` prints: 1-shot and 2-shot of one test set, 0.05 each, are 0.05 together."""
-    scores = [
-        score(f"digits/{k}-shot", "acc1", 0.5, primary=True) | {"standard_error": 0.05, "interval": (0.4, 0.6)}
-        for k in (1, 2)
-    ]
-    made = make_record(scores=scores, primary=0.5)
-    (board,) = build([made])
-    assert board.rows[0].primary_standard_error == pytest.approx(0.05)
-    show_record(made, Path("record.json"))
-    assert "primary: 0.5000 ± 0.0500, the mean of 2 scores" in capsys.readouterr().out
-
-
-def test_tables_show_the_interval_where_the_error_is_nothing(capsys):
-    part = {"suite": "s", "dataset": "d", "metric": "acc1", "primary": False, "chance": None, "samples": 20}
-    values = [(0.5, 0.1, (0.3, 0.7)), (1.0, 0.0, (0.8389, 1.0)), (0.0, 0.0, (0.0, 0.16)), (0.3, 0.0, (0.3, 0.3))]
-    values.append((0.25, None, None))
-    rows = score_rows(
-        [part | {"value": value, "standard_error": error, "interval": interval} for value, error, interval in values]
-    )
-    assert [row["value"] for row in rows] == [
-        "0.5000 ± 0.1000", "1.0000 [≥0.839]", "0.0000 [≤0.160]", "0.3000 ± 0.0000", "0.2500"
-    ]  # fmt: skip
-    show_key(rows)
-    shown = capsys.readouterr().out
-    assert (
-        "±, SE: one standard error, over evaluation samples" in shown
-        and "[≥a], [≤b]: the end of the 95 % interval" in shown
-    )
-    show_key(rows[4:])
-    assert capsys.readouterr().out == ""
-
-
-def test_each_suite_has_a_table_of_its_own(capsys):
-    part = {"dataset": "d", "metric": "acc1", "primary": False, "chance": 0.1, "samples": 20, "standard_error": None}
-    part |= {"interval": None}
-    averaged = [part | {"suite": "a", "value": 0.25}, part | {"suite": "a", "value": 0.75, "dataset": AVERAGE}]
-    show_scores("all of it", averaged)
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[0].strip() == "all of it" and "0.7500" in lines[3] and len(lines) == 5  # the average alone
-    show_scores("all of it", [*averaged, part | {"suite": "b", "value": 0.5}])
-    lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
-    assert lines[0] == "all of it" and [line for line in lines if line in ("a", "b")] == ["a", "b"]
-    assert sum("0.5000" in line for line in lines) == 1  # b has no average, so all its scores stand

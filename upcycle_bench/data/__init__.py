@@ -1,1 +1,1 @@
-"""Training pairs, evaluation sets and the worlds that bring both."""
+"""Training pairs, evaluation sets, and worlds, which have both."""

@@ -1,17 +1,18 @@
 """Training pairs decoded once: pixels and tokens of a whole data set as arrays on disk, mapped into memory.
 
-    found = decoded(pairs)          # built into the cache at the first call, for data sets of at most 4 GiB
-    found.images[index], found.texts(index, choose)
+    arrays = decoded(shards_digest(shards), "lab-vit", lambda: pairs)    # None for more than 4 GiB of images
+    arrays.images[index], arrays.texts(index, choose)
 
-Reading a PNG and a caption costs more than a small model's step. The arrays are keyed by the shards' content, the
-model's name and configuration and the versions of what decodes; several processes share them.
+To decode a PNG and a caption costs more than a small model's training step. The cache keeps the arrays, which processes
+share, under a hash of the shards' content, the model's configuration and the versions of the decoding packages.
+
+Shape suffixes: N samples, S captions of all samples.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -26,14 +27,15 @@ from torch.utils.data import DataLoader, Dataset
 
 from upcycle_bench.model.clip import Clip, model_config
 from upcycle_bench.util.cache import build_once, cache_root, locked
+from upcycle_bench.util.environment import cores
 
 VERSION = 1  # raise it when the same shards would give other arrays
 LIMIT = 4 << 30  # bytes of images
-CHUNK = 1024
+CHUNK = 1024  # images that a worker decodes at a time
 
 
 class Readable(Protocol):
-    """What is decoded: `pairs.PairDataset`, sample by sample."""
+    """Pairs that can be read sample by sample, such as `pairs.PairDataset`."""
 
     captions: list[list[str]]
     clip: Clip
@@ -41,12 +43,15 @@ class Readable(Protocol):
     def __len__(self) -> int: ...
 
     def read(self, sample: int) -> np.ndarray:
-        """The image as the model wants it, uint8 [3, H, W]."""
+        """The image at the model's resolution, uint8 [3, H, W]."""
 
 
 @dataclass(frozen=True)
 class Decoded:
-    """images uint8 [N, 3, H, W]; tokens int32 [C, L] of all captions, sample n's being first[n] to first[n + 1]."""
+    """All pairs: `images` uint8 [N, 3, H, W], `tokens` int32 [S, L], `first` int64 [N + 1].
+
+    The captions of sample n are the rows first[n] to first[n + 1] of `tokens`.
+    """
 
     images: np.ndarray
     tokens: np.ndarray
@@ -56,24 +61,24 @@ class Decoded:
         return len(self.images)
 
     def texts(self, index: np.ndarray, choose: Callable[[int, int], int]) -> Tensor:
-        """One caption of each sample, int64 [b, L]; `choose(sample, number)` picks where there are several."""
-        number = self.first[index + 1] - self.first[index]
-        rows = self.first[index]
-        for place in np.flatnonzero(number > 1):
-            rows[place] += choose(int(index[place]), int(number[place]))
-        return torch.from_numpy(self.tokens[rows].astype(np.int64))
+        """One caption of each sample in `index` [B], int64 [B, L]. Of several, `choose(sample, number)` picks one."""
+        number_B = self.first[index + 1] - self.first[index]
+        row_B = self.first[index]
+        for place in np.flatnonzero(number_B > 1):
+            row_B[place] += choose(int(index[place]), int(number_B[place]))
+        return torch.from_numpy(self.tokens[row_B].astype(np.int64))
 
 
 def decoded(shards_digest: str, model: str, make: Callable[[], Readable]) -> Decoded | None:
-    """The arrays of those shards as `model` wants them; None where they would exceed LIMIT.
+    """The arrays of the shards for `model`; None where the images exceed LIMIT.
 
-    `make()` reads the shards and is called only if the cache has nothing.
+    `make()` opens the pairs, and is called only if the cache does not have the arrays.
     """
     versions = [metadata.version(name) for name in ("pillow", "torchvision", "open_clip_torch")]
     what = json.dumps([VERSION, shards_digest, model, model_config(model), versions], sort_keys=True)
     folder = cache_root() / "decoded" / hashlib.sha256(what.encode()).hexdigest()[:24]
     if not folder.is_dir():
-        with locked(folder):  # two runs side by side would both do it
+        with locked(folder):  # so that two runs side by side do not both decode
             if not folder.is_dir():
                 pairs = make()
                 if pairs.read(0).nbytes * len(pairs) > LIMIT:
@@ -88,7 +93,7 @@ def _build(folder: Path, pairs: Readable) -> None:
     shape = (len(pairs), *pairs.read(0).shape)
     images = np.lib.format.open_memmap(folder / "images.npy", mode="w+", dtype=np.uint8, shape=shape)
     starts = range(0, len(pairs), CHUNK)
-    workers = len(os.sched_getaffinity(0)) if len(pairs) > 4 * CHUNK else 0
+    workers = cores() if len(pairs) > 4 * CHUNK else 0
     for start, part in zip(starts, DataLoader(_Chunks(pairs), batch_size=None, num_workers=workers), strict=True):
         images[start : start + len(part)] = part
     images.flush()
@@ -101,7 +106,7 @@ def _build(folder: Path, pairs: Readable) -> None:
 
 
 class _Chunks(Dataset[Any]):
-    """Chunk number -> its images, for the data loader's workers."""
+    """Chunk number -> its images uint8 [N, 3, H, W], for the data loader's workers."""
 
     def __init__(self, pairs: Readable) -> None:
         self.pairs = pairs

@@ -1,4 +1,4 @@
-"""Evaluation sets on disk, in the webdataset layout of CLIP_benchmark, which also reads them.
+"""Evaluation sets on disk, in CLIP_benchmark's webdataset layout.
 
     ROOT/NAME/test/{nshards.txt,0.tar,...}                  samples: png with cls (a class index), npy (a 0 or 1 for
                                                             each class) or txt (captions)
@@ -9,7 +9,8 @@
     evalset = read(root / "digits-test", transform, batch_size=256)
     for images_B3HW, labels in evalset.batches: ...
 
-Source: clip_benchmark.datasets.builder.build_wds_dataset (1.6.2), whose published sets work here as they are.
+CLIP_benchmark reads our sets, and we read those that it publishes. Source: its build_wds_dataset in
+clip_benchmark.datasets.builder (1.6.2).
 """
 
 from __future__ import annotations
@@ -29,16 +30,16 @@ Kind = Literal["classification", "multilabel", "retrieval"]
 CLASSNAMES, TEMPLATES, TYPE = "classnames.txt", "zeroshot_classification_templates.txt", "dataset_type.txt"
 STRATA = "strata.txt"  # CLIP_benchmark ignores it
 STRATUM = re.compile(r"[\w.-]+")  # it becomes part of the names of metrics
+IMAGES = ("webp", "png", "jpg", "jpeg")  # the first that a sample has is its image, as in CLIP_benchmark
 
 
 @dataclass(frozen=True)
 class EvalSet:
-    """One evaluation set. `batches` can be iterated again and again, always in the order of the shards.
+    """One evaluation set. `batches` can be iterated many times, always in the order of the shards.
 
-    It yields (images float32 [B, 3, H, W], labels int [B]); for multilabel (images, [B, classes], not 0 where an image
-    shows the class); for retrieval (images, list of B lists of captions).
-    `strata` holds one label for each sample in that order, or nothing if the set is not divided. Whoever has read all
-    samples checks their number with `require_strata`.
+    Each batch is (images float32 [B, 3, H, W], labels int [B]). For multilabel the second is [B, classes], not 0 where
+    an image shows the class; for retrieval it is a list of B lists of captions. `strata` holds a label for each sample
+    in that order, or nothing if the set is not divided. A caller that has read all samples must call `require_strata`.
     """
 
     name: str
@@ -50,7 +51,7 @@ class EvalSet:
 
 
 def require(root: Path, names: Iterable[str], split: str = "test") -> None:
-    """Raise one UserError that names every set without that split below `root`."""
+    """Raise UserError, which names all sets below `root` that are missing or lack the split."""
     missing = [name for name in names if not (root / name / split / "nshards.txt").is_file()]
     if missing:
         there = sorted(path.name for path in root.iterdir() if path.is_dir()) if root.is_dir() else []
@@ -61,9 +62,10 @@ def require(root: Path, names: Iterable[str], split: str = "test") -> None:
 
 
 def read(folder: Path, transform: Callable[[Any], Any], batch_size: int, split: str = "test") -> EvalSet:
-    """Open a set; nothing is decoded until its batches are iterated.
+    """Open a set; its images are decoded only when its batches are iterated.
 
-    Raises UserError, one line, for a set that is missing, incomplete or of a kind we do not score.
+    `transform` makes a tensor of a PIL image. Raises UserError for a set that is missing, incomplete or of an unknown
+    kind.
     """
     files = _files(folder, split)
     kind = kind_of(folder)
@@ -75,7 +77,7 @@ def read(folder: Path, transform: Callable[[Any], Any], batch_size: int, split: 
     from clip_benchmark.datasets.builder import build_wds_dataset
 
     with warnings.catch_warnings():
-        # CLIP_benchmark leaves `shardshuffle` open, which webdataset reads as "off": what we want, but not its warning.
+        # CLIP_benchmark does not set `shardshuffle`. webdataset then does not shuffle, as we want, but warns.
         warnings.filterwarnings("ignore", message="WebDataset.shardshuffle")
         dataset = build_wds_dataset(folder.name, transform, split=split, data_dir=str(folder.absolute()))
     classnames, templates = tuple(dataset.classes or ()), tuple(dataset.templates or ())
@@ -87,20 +89,20 @@ def read(folder: Path, transform: Callable[[Any], Any], batch_size: int, split: 
 class _Batches:
     """Batches in the order of the shards, from the start each time.
 
-    No FLOP counter watches: to look at each operation on each image took a fifth of an evaluation.
+    FLOP counters are stopped meanwhile: to look at each operation on each image took a fifth of an evaluation.
     """
 
     batches: Iterable[tuple[Any, Any]]
 
     def __iter__(self) -> Iterator[tuple[Any, Any]]:
-        from upcycle_bench.util.flops import uncounted  # imports torch, which a leaderboard does without
+        from upcycle_bench.util.flops import uncounted  # imports torch, and many commands never get here
 
         iterator = iter(self.batches)
         return iter(uncounted()(lambda: next(iterator, None)), None)
 
 
 def classnames(folder: Path) -> tuple[str, ...]:
-    """The classes of a set that is not for retrieval, as CLIP_benchmark reads them."""
+    """The class names of a classification or multilabel set, as CLIP_benchmark reads them; UserError without."""
     path = folder / CLASSNAMES
     if not path.is_file():
         raise UserError(f"evaluation set {folder.name}: {CLASSNAMES} missing in {folder}; copy the set again.")
@@ -117,12 +119,12 @@ def digest(folder: Path, split: str = "test") -> str:
 
 
 def shards_of(folder: Path, split: str = "test") -> list[Path]:
-    """The shards of a split, in their order; UserError if one is missing."""
+    """The shards of a split, in the order of their numbers; UserError if one is missing."""
     return [path for path in _files(folder, split) if path.suffix == ".tar"]
 
 
 def kind_of(folder: Path) -> Kind:
-    """What its dataset_type.txt says; UserError for a kind that is not scored."""
+    """The kind in a set's dataset_type.txt; UserError for an unknown kind."""
     path = folder / TYPE
     kind = path.read_text(encoding="utf-8").strip().lower() if path.exists() else "classification"
     if kind not in (known := get_args(Kind)):
@@ -131,7 +133,7 @@ def kind_of(folder: Path) -> Kind:
 
 
 def strata_of(folder: Path) -> tuple[str, ...]:
-    """The labels in a set's strata.txt; UserError for what is no label. `require_strata` checks how many they are."""
+    """The labels in a set's strata.txt; UserError for a bad label. `require_strata` checks their number."""
     path = folder / STRATA
     strata = path.read_text(encoding="utf-8").splitlines()
     if not strata or not all(map(STRATUM.fullmatch, strata)):
@@ -143,9 +145,9 @@ def strata_of(folder: Path) -> tuple[str, ...]:
 
 
 def require_strata(name: str, strata: Sequence[str], samples: int) -> None:
-    """UserError unless there are as many strata as the test split has samples, or none at all.
+    """Raise UserError unless there is a stratum for each of `samples` samples, or none at all.
 
-    The caller has read all samples and knows their number: to count them in the shards took 4 % of an evaluation.
+    The caller has read all samples and knows their number. To count them in the shards took 4 % of an evaluation.
     """
     if strata and len(strata) != samples:
         raise UserError(
@@ -155,7 +157,7 @@ def require_strata(name: str, strata: Sequence[str], samples: int) -> None:
 
 
 def _files(folder: Path, split: str) -> list[Path]:
-    """The files that make up a set, in a fixed order; raises UserError if one is missing."""
+    """All files of a set that `read` uses, in a fixed order; UserError if one is missing."""
     require(folder.parent, [folder.name], split)
     counter = folder / split / "nshards.txt"
     text = counter.read_text().strip()
@@ -167,6 +169,6 @@ def _files(folder: Path, split: str) -> list[Path]:
             f"evaluation set {folder.name}: {', '.join(absent)} missing in {folder / split}, where nshards.txt counts "
             f"{len(shards)} shards; copy the set again."
         )
-    names = (CLASSNAMES, TEMPLATES, TYPE, *([STRATA] if split == "test" else []))  # strata are those of the test split
+    names = (CLASSNAMES, TEMPLATES, TYPE, *([STRATA] if split == "test" else []))
     described = [path for name in names if (path := folder / name).exists()]
     return [*described, counter, *shards]

@@ -1,12 +1,12 @@
-"""Is a folder a valid evaluation set in CLIP_benchmark's webdataset layout? Every sample is read to tell.
+"""Checks evaluation sets in the layout of `evalset.py`, by reading every sample.
 
     for folder in find(Path("sets")):          # the sets in a folder, or the folder itself
         report = check(folder)                 # counts, and `problems`: a line for each thing that is wrong
 
-Samples are taken apart by webdataset itself, as when they are scored. What is wrong with many samples alike is one
-problem, with their number and the first of them.
+webdataset itself reads the shards, as when they are scored. A fault that many samples share is one problem, which names
+the first of them and their number.
 
-Source: clip_benchmark.datasets.builder.build_wds_dataset (1.6.2).
+Shape suffixes: Y classes.
 """
 
 from __future__ import annotations
@@ -24,12 +24,10 @@ import numpy as np
 from upcycle_bench.data import evalset
 from upcycle_bench.util.errors import UserError
 
-IMAGES = ("webp", "png", "jpg", "jpeg")
-
 
 @dataclass
 class Report:
-    """What a set holds. `samples` of each split; `rarest`: in each split, samples of the class that has fewest."""
+    """What a set holds: `samples` by split, and `rarest`, by split the number of samples of the rarest class."""
 
     name: str
     kind: str = "unknown"
@@ -41,7 +39,7 @@ class Report:
     problems: list[str] = field(default_factory=list)
 
     def attempt(self, call: Any, *arguments: Any) -> Any:
-        """What the call returns, or None where it raised a UserError, which is a problem then."""
+        """What the call returns. If it raises UserError, that becomes a problem, and the answer is None."""
         try:
             return call(*arguments)
         except UserError as error:
@@ -49,7 +47,7 @@ class Report:
 
 
 def find(folder: Path) -> list[Path]:
-    """The folder itself if it looks like a set, else all folders in it that are not hidden; UserError for none."""
+    """The folder itself if it looks like a set, else the folders in it that are not hidden; UserError for none."""
     folder = folder.absolute()
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; give an evaluation set, or a folder that holds some.")
@@ -62,24 +60,24 @@ def find(folder: Path) -> list[Path]:
 
 
 def splits(folder: Path) -> list[str]:
-    """The folders of a set that have shards or count them."""
+    """Names of the folders of a set that hold shards or nshards.txt."""
     inside = sorted(path for path in folder.iterdir() if path.is_dir())
     return [path.name for path in inside if (path / "nshards.txt").exists() or any(path.glob("*.tar"))]
 
 
 def require_valid(folder: Path, only: Collection[str]) -> None:
-    """UserError, the first problem, unless these splits are valid; images are left to who reads them."""
+    """Raise UserError with the first problem of these splits, if there is one. Images are not decoded."""
     if problems := check(folder, only=only, decode=False).problems:
         raise UserError(f"no valid set, `upcycle-bench data check` says all of it: {problems[0]}")
 
 
 def check(folder: Path, *, only: Collection[str] | None = None, decode: bool = True) -> Report:
-    """Read a set, or `only` these splits of it; `decode=False` leaves out whether images are some, the longest part."""
+    """Read a set, or only the splits in `only`. `decode=False` skips the images, which take most of the time."""
     report = Report(folder.name)
     there = [split for split in splits(folder) if only is None or split in only]
     if "test" not in there:
         report.problems.append("it has no test split (test/nshards.txt, test/0.tar, ...), which is what is scored.")
-    if not there:  # no set at all
+    if not there:
         return report
     report.kind = report.attempt(evalset.kind_of, folder) or "unknown"
     if report.kind in ("classification", "multilabel"):
@@ -90,7 +88,7 @@ def check(folder: Path, *, only: Collection[str] | None = None, decode: bool = T
             for line in templates
             if not _is_template(line)
         ]
-    faults: dict[str, list[str]] = {}  # what is wrong -> the samples in which it is
+    faults: dict[str, list[str]] = {}  # fault -> the samples that have it
     for split in there:
         report.samples[split] = 0
         labels: Counter[int] = Counter()
@@ -134,7 +132,7 @@ def _is_template(line: str) -> bool:
 
 
 def _shards(folder: Path, split: str) -> list[Path]:
-    """The shards of a split, which must be those that are counted."""
+    """The shards of a split; UserError unless they are those that nshards.txt counts."""
     if not (folder / split / "nshards.txt").is_file():
         raise UserError(f"{split}/nshards.txt is missing; it holds the number of shards.")
     shards = evalset.shards_of(folder, split)
@@ -144,7 +142,7 @@ def _shards(folder: Path, split: str) -> list[Path]:
 
 
 def _samples(shard: Path, report: Report) -> Iterator[dict[str, Any]]:
-    """Extension -> content of each sample, as webdataset groups them; a shard that breaks off is a problem."""
+    """Each sample, extension -> content, as webdataset groups the files. A shard that breaks off is a problem."""
     import webdataset
 
     with warnings.catch_warnings():
@@ -154,16 +152,16 @@ def _samples(shard: Path, report: Report) -> Iterator[dict[str, Any]]:
         )
     try:
         yield from dataset
-    except Exception as error:  # tarfile's errors, and webdataset's, which it does not list
-        why = " ".join(str(error.args[0] if error.args else error).split())  # webdataset adds the file
+    except Exception as error:  # webdataset does not document which errors it raises
+        why = " ".join(str(error.args[0] if error.args else error).split())  # webdataset adds the file as an argument
         report.problems.append(f"{shard.parent.name}/{shard.name} cannot be read to its end ({why}).")
 
 
 def _faults(sample: dict[str, Any], report: Report, labels: Counter[int], decode: bool) -> Iterator[str]:
-    """What is wrong with a sample; its label or captions are counted."""
-    extension = next((extension for extension in IMAGES if extension in sample), None)
+    """The faults of a sample; counts its label in `labels`, or its captions in the report."""
+    extension = next((extension for extension in evalset.IMAGES if extension in sample), None)
     if extension is None:
-        yield f"no image ({', '.join(IMAGES)})"
+        yield f"no image ({', '.join(evalset.IMAGES)})"
     elif decode and not _is_image(sample[extension]):
         yield f"its .{extension} is no image that can be read"
     if report.kind == "classification":
@@ -193,14 +191,14 @@ def _vector_faults(sample: dict[str, Any], report: Report, labels: Counter[int])
         yield "no .npy, which holds a 0 or 1 for each class"
         return
     try:
-        shown_C = np.load(io.BytesIO(sample["npy"]), allow_pickle=False)
+        shown_Y = np.load(io.BytesIO(sample["npy"]), allow_pickle=False)
     except (ValueError, EOFError, OSError):
         yield ".npy is no NumPy array"
         return
-    if report.classes and (shown_C.shape != (report.classes,) or not np.isin(shown_C, (0, 1)).all()):
+    if report.classes and (shown_Y.shape != (report.classes,) or not np.isin(shown_Y, (0, 1)).all()):
         yield f"its .npy does not hold a 0 or 1 for each of the {report.classes} classes of {evalset.CLASSNAMES}"
         return
-    labels.update(np.flatnonzero(shown_C).tolist())
+    labels.update(np.flatnonzero(shown_Y).tolist())
 
 
 def _caption_faults(sample: dict[str, Any], report: Report) -> Iterator[str]:
@@ -222,6 +220,6 @@ def _is_image(data: bytes) -> bool:
 
     try:
         Image.open(io.BytesIO(data)).convert("RGB")
-    except Exception:  # a broken image fails in many ways, all of which mean the same
+    except Exception:  # Pillow raises many kinds of errors for a broken image
         return False
     return True

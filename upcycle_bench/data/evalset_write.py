@@ -1,9 +1,9 @@
-"""Writes evaluation sets as `evalsets.read` and CLIP_benchmark read them, with the same bytes every time.
+"""Writes evaluation sets in the layout of `evalset.py`; the same samples always give the same bytes.
 
     write_classification(root / "animals", [(image, 0), (other, 1)], ["cat", "dog"], ["a photo of a {c}"])
     write_retrieval(root / "captions", [(image, ["a cat", "a sleeping cat"])])
 
-The module `evalsets` describes the files.
+Shape suffixes: Y classes.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from upcycle_bench.data.evalset import CLASSNAMES, STRATA, STRATUM, TEMPLATES, T
 
 
 def png(image: Image) -> bytes:
-    """PNG without compression: for small images the bytes do not depend on the zlib of the machine."""
+    """The image as a PNG without compression: a small image's bytes then do not depend on the version of zlib."""
     buffer = io.BytesIO()
     image.save(buffer, "PNG", compress_level=0)
     return buffer.getvalue()
 
 
 def write_shard(path: Path, samples: Iterable[Mapping[str, bytes]]) -> int:
-    """Write samples ({"png": ..., "txt": ...}) as a tar of equal bytes every time; returns how many.
+    """Write samples ({"png": ..., "txt": ...}) as a tar, always with the same bytes; returns their number.
 
-    Keys are SHARD-NUMBER, so that they are unique in a folder of shards.
+    Keys are SHARD-NUMBER, which is unique in a folder of shards.
     """
     import webdataset
 
@@ -48,9 +48,10 @@ def write_classification(
     strata: Sequence[str] | None = None,
     split: str = "test",
 ) -> int:
-    """Write (image, class index) samples as one split of a zero-shot classification set; returns how many.
+    """Write (image, class index) samples as one split of a classification set; returns their number.
 
-    `strata` holds one label for each sample: letters, digits, `_`, `.` and `-`.
+    A template holds {c}, the class. `strata` holds a label for each sample, of letters, digits, `_`, `.` and `-`.
+    Raises ValueError for a class index, a template or a stratum that is not valid.
     """
 
     def encoded() -> Iterable[dict[str, bytes]]:
@@ -69,14 +70,14 @@ def write_multilabel(
     templates: Sequence[str],
     split: str = "test",
 ) -> int:
-    """Write (image, indices of the classes that it shows) samples as a split of a multilabel set; returns how many."""
+    """Write (image, indices of the classes that it shows) samples as one split of a multilabel set, likewise."""
 
     def encoded() -> Iterable[dict[str, bytes]]:
         for image, labels in samples:
             _require_labels(folder, labels, classnames)
-            shown_C, buffer = np.zeros(len(classnames), dtype=np.uint8), io.BytesIO()
-            shown_C[list(labels)] = 1
-            np.save(buffer, shown_C)
+            shown_Y, buffer = np.zeros(len(classnames), dtype=np.uint8), io.BytesIO()
+            shown_Y[list(labels)] = 1
+            np.save(buffer, shown_Y)
             yield {"png": png(image), "npy": buffer.getvalue()}
 
     _write_classes(folder, classnames, templates)
@@ -86,7 +87,7 @@ def write_multilabel(
 def write_retrieval(
     folder: Path, samples: Iterable[tuple[Image, Sequence[str]]], strata: Sequence[str] | None = None
 ) -> int:
-    """Write (image, its captions) samples as a retrieval set; returns how many. `strata` as for classification."""
+    """Write (image, its captions) samples as a retrieval set, likewise; a caption is one line."""
 
     def encoded() -> Iterable[dict[str, bytes]]:
         for image, captions in samples:

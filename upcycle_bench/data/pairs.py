@@ -1,14 +1,19 @@
-"""Training pairs from webdataset shards: every batch is a pure function of (seed, step), whoever asks for it.
+"""Training pairs from webdataset shards: every batch is a pure function of (seed, step).
 
-The shards (local tar files with `KEY.png|jpg|webp` and `KEY.txt`, one caption a line) are indexed once by offset, so
-any sample can be read at any time: training resumes at any step without replaying, ranks take slices of one global
-batch, and what a strategy draws cannot shift the order. Small data sets without augmentation are decoded once
-(`upcycle_bench/data/decoded.py`).
+    pairs = PairDataset(shards, clip)
+    batch = pairs.batch(seed=0, step=7, batch_size=512)
+
+Shards are local tar files with `KEY.png|jpg|webp` and `KEY.txt`, one caption a line. Any sample can be read at any
+time. So training resumes at any step, ranks take slices of one global batch, and no strategy's draws change the order.
+Small data sets without augmentation are decoded once (`upcycle_bench/data/decoded.py`).
+
+Shape suffixes: S steps.
 """
 
 from __future__ import annotations
 
 import tarfile
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,29 +24,56 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from upcycle_bench.data.decoded import decoded
-from upcycle_bench.data.shards import open_image, shards_digest
+from upcycle_bench.data.decoded import Decoded, decoded
+from upcycle_bench.data.shards import open_image, read_member, samples_of, shards_digest
 from upcycle_bench.model.clip import Clip
 from upcycle_bench.util.errors import UserError
 from upcycle_bench.util.rng import Stream
 
 IMAGE_SUFFIXES = ("png", "jpg", "jpeg", "webp")
-TOKENISED_LIMIT = 1 << 20  # captions whose tokens we keep
+TOKENISED_LIMIT = 1 << 20  # captions whose tokens stay in memory
 
 
 @dataclass(frozen=True)
 class Batch:
-    """images: uint8 [b, 3, H, W]; texts: int64 [b, L]; index: int64 [b], the samples' numbers."""
+    """images: uint8 [B, 3, H, W]; texts: int64 [B, L]; index: int64 [B], the numbers of the samples."""
 
     images: Tensor
     texts: Tensor
     index: Tensor
 
 
-class PairDataset:
-    """All training pairs of some shards; see the module docstring. Raises UserError for unusable shards.
+class BatchSource(ABC):
+    """What a training reads: the batch of each step, of this rank."""
 
-    `keep_decoded` False: the pairs are read once, so their pixels are not kept in the cache.
+    @abstractmethod
+    def batch(self, seed: int | str, step: int, batch_size: int, rank: int = 0, world: int = 1) -> Batch:
+        """Slice number `rank`, of `world` equal ones, of the global batch of `step`."""
+
+    def batches(
+        self, seed: int | str, start: int, stop: int, batch_size: int, rank: int = 0, world: int = 1, workers: int = 0
+    ) -> Iterator[Batch]:
+        """The batches of the steps [start, stop), read ahead by `workers` processes."""
+        steps = _Steps(self, seed, batch_size, rank, world)
+        yield from DataLoader(steps, batch_size=None, sampler=range(start, stop), num_workers=workers)
+
+
+class _Steps(Dataset[Batch]):
+    """Step number -> batch, for the data loader's workers."""
+
+    def __init__(self, source: BatchSource, seed: int | str, batch_size: int, rank: int, world: int) -> None:
+        self.source, self.arguments = source, (seed, batch_size, rank, world)
+
+    def __getitem__(self, step: int) -> Batch:
+        seed, batch_size, rank, world = self.arguments
+        return self.source.batch(seed, step, batch_size, rank, world)
+
+
+class PairDataset(BatchSource):
+    """All training pairs of some shards. Raises UserError for shards that cannot be read or have no pair.
+
+    `augmentation` is "none" or "random-resized-crop". `keep_decoded=False` is for pairs that are read once, which are
+    not worth decoding into the cache. `decoded` holds the decoded arrays, or None where the shards are read each time.
     """
 
     def __init__(
@@ -52,17 +84,18 @@ class PairDataset:
         self.images: list[tuple[int, int, int]] = []  # shard, offset, bytes
         self.captions: list[list[str]] = []
         self._tokens: dict[str, Tensor] = {}
-        self._order: tuple[tuple[int | str, int], Tensor] | None = None  # of the epoch last asked for
-        self._decoded = None
+        self._order: tuple[tuple[int | str, int], Tensor] | None = None  # (seed, epoch) and order of the last batch
+        self.decoded: Decoded | None = None
         if augmentation == "none" and keep_decoded:
-            self._decoded = decoded(shards_digest(self.shards), clip.name, self._indexed)
-        if self._decoded is None:
+            self.decoded = decoded(shards_digest(self.shards), clip.name, self._indexed)
+        if self.decoded is None:
             self._indexed()
 
     def __len__(self) -> int:
-        return len(self.images) if self._decoded is None else len(self._decoded)
+        return len(self.images) if self.decoded is None else len(self.decoded)
 
     def _indexed(self) -> PairDataset:
+        """This data set, after the first call with the places of all images, and all captions."""
         if not self.images:
             for number, shard in enumerate(self.shards):
                 self._index(number, shard)
@@ -71,30 +104,27 @@ class PairDataset:
         return self
 
     def _index(self, number: int, shard: Path) -> None:
-        samples: dict[str, dict[str, tarfile.TarInfo]] = {}
         try:
-            with tarfile.open(shard) as tar:
-                for member in tar:
-                    folder, _, name = member.name.rpartition("/")
-                    key, _, suffix = name.partition(".")
-                    if member.isfile():
-                        samples.setdefault(f"{folder}/{key}", {})[suffix.lower()] = member
+            samples = samples_of(shard)
         except tarfile.TarError as error:
             raise UserError(f"{shard}: not a readable tar file ({error}); write it again.") from None
         with shard.open("rb") as file:
-            for parts in samples.values():
-                image = next((parts[suffix] for suffix in IMAGE_SUFFIXES if suffix in parts), None)
-                if image is None or "txt" not in parts:
+            for members in samples.values():
+                image = next((members[suffix] for suffix in IMAGE_SUFFIXES if suffix in members), None)
+                if image is None or "txt" not in members:
                     continue
-                file.seek(parts["txt"].offset_data)
-                lines = file.read(parts["txt"].size).decode("utf-8", "replace").splitlines()
-                lines = [line.strip() for line in lines if line.strip()]
-                if lines:
+                lines = read_member(file, members["txt"]).decode("utf-8", "replace").splitlines()
+                captions = [line.strip() for line in lines if line.strip()]
+                if captions:
                     self.images.append((number, image.offset_data, image.size))
-                    self.captions.append(lines)
+                    self.captions.append(captions)
 
     def batch(self, seed: int | str, step: int, batch_size: int, rank: int = 0, world: int = 1) -> Batch:
-        """This rank's slice of the global batch of `step`; epochs are permutations without their incomplete end."""
+        """Slice number `rank` of the global batch of `step`; captions and crops are drawn anew in each step.
+
+        An epoch is a permutation of all pairs, without the incomplete batch at its end. Raises UserError if there are
+        fewer pairs than a batch has.
+        """
         steps_per_epoch = len(self) // batch_size
         if steps_per_epoch == 0:
             raise UserError(f"the training set has {len(self)} pairs, fewer than one batch of {batch_size}.")
@@ -108,16 +138,16 @@ class PairDataset:
         return self.pick(order[first : first + share], Stream(("augmentation", seed, step)))
 
     def pick(self, index: Tensor, rng: Stream) -> Batch:
-        """The named samples; captions and crops are drawn from `rng`, each sample's own part of it."""
-        if self._decoded is not None:
+        """The samples in `index`, int64 [B]. Each sample draws its caption and its crop from its own child of `rng`."""
+        if self.decoded is not None:
             rows = index.numpy()
-            texts_BL = self._decoded.texts(rows, lambda sample, number: _choice(rng, sample, number))
-            return Batch(torch.from_numpy(self._decoded.images[rows]), texts_BL, index)
+            texts_BL = self.decoded.texts(rows, lambda sample, number: _choice(rng, sample, number))
+            return Batch(torch.from_numpy(self.decoded.images[rows]), texts_BL, index)
         images, texts = [], []
         for sample in index.tolist():
             images.append(self._augmented(sample, rng) if self.augmentation != "none" else self.read(sample))
-            lines = self.captions[sample]
-            caption = lines[_choice(rng, sample, len(lines))]
+            captions = self.captions[sample]
+            caption = captions[_choice(rng, sample, len(captions))]
             if len(self._tokens) > TOKENISED_LIMIT:
                 self._tokens.clear()
             if caption not in self._tokens:
@@ -131,65 +161,37 @@ class PairDataset:
             return self.clip.augment(self._open(sample))
 
     def read(self, sample: int) -> np.ndarray:
-        """The sample's image as the model wants it, without augmentation, uint8 [3, H, W]."""
+        """The sample's image at the model's resolution, without augmentation, uint8 [3, H, W]."""
         return self.clip.resize(self._open(sample))
 
     def _open(self, sample: int) -> Image.Image:
         shard, offset, size = self.images[sample]
         return open_image(self.shards[shard], offset, size, "remove it")
 
-    def batches(
-        self, seed: int | str, start: int, stop: int, batch_size: int, rank: int = 0, world: int = 1, workers: int = 0
-    ) -> Iterator[Batch]:
-        """Batches of the steps [start, stop), read ahead by `workers` processes."""
-        steps = _Steps(self, seed, batch_size, rank, world)
-        yield from DataLoader(steps, batch_size=None, sampler=range(start, stop), num_workers=workers)
-
     def shard_numbers(self) -> Tensor:
-        """The shard that every sample stands in, int64 [samples]; reads the shards' tables of contents."""
+        """The number of each sample's shard, int64 [samples]; reads the shards' headers."""
         return torch.tensor([shard for shard, _, _ in self._indexed().images])
 
     def calibration(self, rng: Stream, pairs: int, batch_size: int) -> Iterator[Batch]:
-        """`pairs` distinct random pairs (at most all), in batches; the same for every rank and world size."""
+        """`pairs` distinct random pairs, or all if there are fewer, in batches; the same on every rank."""
         order = torch.randperm(len(self), generator=rng.child("pairs").generator())[:pairs]
         for part in order.split(batch_size):
             yield self.pick(part, rng.child("captions"))
 
 
 def _choice(rng: Stream, sample: int, number: int) -> int:
-    """Which of `number` captions that sample shows this time."""
+    """Which of its `number` captions the sample gets from `rng`."""
     return rng.child("caption", sample).seed() % number if number > 1 else 0
 
 
-class PickedBatches:
-    """Batches whose samples somebody chose, each in the place of `PairDataset`'s own: rows [steps, batch size]."""
+class PickedBatches(BatchSource):
+    """Batches whose samples the caller has chosen, int64 [S, B]."""
 
-    def __init__(self, pairs: PairDataset, rows: Tensor) -> None:
-        self.pairs, self.rows = pairs, rows
+    def __init__(self, pairs: PairDataset, index_SB: Tensor) -> None:
+        self.pairs, self.index_SB = pairs, index_SB
 
     def batch(self, seed: int | str, step: int, batch_size: int, rank: int = 0, world: int = 1) -> Batch:
-        """This rank's slice of the row of `step`."""
+        """Slice number `rank` of the batch that was chosen for `step`."""
         share = batch_size // world
-        index = self.rows[step, rank * share : (rank + 1) * share]
-        return self.pairs.pick(index, Stream(("augmentation", seed, step)))
-
-    def batches(
-        self, seed: int | str, start: int, stop: int, batch_size: int, rank: int = 0, world: int = 1, workers: int = 0
-    ) -> Iterator[Batch]:
-        """Batches of the steps [start, stop), read ahead by `workers` processes."""
-        steps = _Steps(self, seed, batch_size, rank, world)
-        yield from DataLoader(steps, batch_size=None, sampler=range(start, stop), num_workers=workers)
-
-
-BatchSource = PairDataset | PickedBatches
-
-
-class _Steps(Dataset[Batch]):
-    """Step number -> batch, for the data loader's workers."""
-
-    def __init__(self, pairs: BatchSource, seed: int | str, batch_size: int, rank: int, world: int) -> None:
-        self.pairs, self.arguments = pairs, (seed, batch_size, rank, world)
-
-    def __getitem__(self, step: int) -> Batch:
-        seed, batch_size, rank, world = self.arguments
-        return self.pairs.batch(seed, step, batch_size, rank, world)
+        index_B = self.index_SB[step, rank * share : (rank + 1) * share]
+        return self.pairs.pick(index_B, Stream(("augmentation", seed, step)))

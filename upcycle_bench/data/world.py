@@ -1,4 +1,8 @@
-"""A world: a sealed folder of training shards and evaluation sets."""
+"""A world: a folder of training shards and evaluation sets, with a manifest of the hash of every file.
+
+write_manifest(folder, {"name": "digits", "version": 1, "seed": 0, "counts": counts})
+world = open_world("digits", folder)         # UserError if a file was changed
+"""
 
 from __future__ import annotations
 
@@ -17,7 +21,7 @@ MANIFEST = "manifest.json"
 
 @dataclass(frozen=True)
 class World:
-    """Training shards and evaluation sets; `sha256` is the hash of the manifest and so of all content."""
+    """Training shards and evaluation sets. `sha256` is that of the manifest, and so stands for all content."""
 
     name: str
     train_shards: tuple[Path, ...]
@@ -26,7 +30,7 @@ class World:
 
 
 def write_manifest(folder: Path, facts: Mapping[str, Any]) -> None:
-    """Seal a folder just built: `facts` (name, version, seed, counts) and the hash of every file."""
+    """Write the manifest of a folder that is complete: `facts` (name, version, seed, counts), and each file's hash."""
     paths = [path for path in folder.rglob("*") if path.is_file()]
     names = (path.relative_to(folder).as_posix() for path in paths)
     files = dict(zip(names, files_sha256(paths), strict=True))
@@ -35,15 +39,15 @@ def write_manifest(folder: Path, facts: Mapping[str, Any]) -> None:
 
 
 def open_world(name: str, folder: Path) -> World:
-    """Read a sealed folder; raises UserError if a file is not what the manifest says."""
+    """Open a folder with a manifest; UserError if a file is missing or has another hash."""
     manifest = folder / MANIFEST
     again = f"delete {folder} and it will be built again."
     if not manifest.is_file():
         raise UserError(f"world {name}: {manifest} is missing; {again}")
     files: dict[str, str] = json.loads(manifest.read_text(encoding="utf-8"))["files"]
     paths = [folder / relative for relative in files]
-    there = [path for path in paths if path.is_file()]
-    found = dict(zip(there, files_sha256(there), strict=True))
+    present = [path for path in paths if path.is_file()]
+    found = dict(zip(present, files_sha256(present), strict=True))
     for path, sha256 in zip(paths, files.values(), strict=True):
         if found.get(path) != sha256:
             raise UserError(f"world {name}: {path} is missing or was changed; {again}")

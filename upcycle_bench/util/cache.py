@@ -1,11 +1,11 @@
-"""The cache folder, and the one way in: built beside its place, then renamed into it.
+"""The cache folder: files and folders that are built once, and locks between processes.
 
     path = build_once(cache_root() / "worlds" / "digits-1-seed0", build)      # build(staging: Path) -> None
 
     with locked(path): ...                              # one process at a time
 
-What stands at its final name is complete. A crash, Ctrl-C or a lost race leaves at most a hidden `.NAME.*.tmp` folder,
-which nobody ever reads.
+`build_once` builds beside the final place and then renames, so a file or folder at its final name is complete. A crash
+leaves at most a hidden `.NAME.*.tmp` folder, which nothing reads.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from filelock import FileLock, SoftFileLock
 
 from upcycle_bench.util.errors import UserError
 
-NO_FLOCK = {errno.ENOLCK, errno.EOPNOTSUPP}  # what NFS without its lock service, and some FUSE file systems, answer
+NO_FLOCK = {errno.ENOLCK, errno.EOPNOTSUPP}  # errors of NFS without its lock service, and of some FUSE file systems
 
 
 def cache_root() -> Path:
@@ -31,27 +31,28 @@ def cache_root() -> Path:
     if own := os.environ.get("UPCYCLE_BENCH_CACHE"):
         return Path(own).expanduser().absolute()
     shared = os.environ.get("XDG_CACHE_HOME", "")
-    # The XDG specification: a relative path is invalid and is to be ignored.
+    # The XDG specification says to ignore a relative path.
     return (Path(shared) if os.path.isabs(shared) else Path.home() / ".cache") / "upcycle-bench"
 
 
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Let one process at a time work towards `path`: for work so long that two should not both do it.
+    """Hold the lock of `path`, so that no second process does the same long work. `path` need not exist.
 
-    The process that waited for the lock must check the cache again. The lock goes with the process, however it ends.
-    Where the file system has no flock, a file that names its holder is the lock.
+    The process that waited for the lock must check the cache again. The lock ends with its process, however that ends.
+    Where the file system has no flock, the lock is a file that names its holder. Raises UserError where the cache
+    folder cannot be written.
     """
     name = cache_root() / "locks" / hashlib.sha256(str(path.absolute()).encode()).hexdigest()[:24]
     with contextlib.ExitStack() as held:
         try:
             name.parent.mkdir(parents=True, exist_ok=True)
             try:
-                held.enter_context(FileLock(name))  # takes the soft lock by itself where the error is ENOSYS
+                held.enter_context(FileLock(name))  # on ENOSYS, filelock takes a soft lock by itself
             except OSError as error:
                 if error.errno not in NO_FLOCK:
                     raise
-                # Another name: what FileLock made there would look like the soft lock of somebody else.
+                # Another name: FileLock has left a file at this one, which would look like another's soft lock.
                 held.enter_context(SoftFileLock(name.with_suffix(".soft")))
         except OSError as error:
             raise UserError(
@@ -62,16 +63,16 @@ def locked(path: Path) -> Iterator[None]:
 
 
 def build_once(path: Path, build: Callable[[Path], None]) -> Path:
-    """Return `path`; if it does not exist, `build(staging)` makes it first, as a file or a folder of the same name.
+    """Return `path`. If it does not exist, `build(staging)` first writes a file or folder at `staging`.
 
-    Of two processes that build at once, the first to finish wins; the other discards its work and uses the winner's.
-    Raises UserError where nothing can be written, and whatever `build` raises.
+    When two processes build at once, the first to finish wins. The other deletes its work and uses the winner's.
+    Raises UserError where the folder cannot be written, and whatever `build` raises.
     """
     if path.exists():
         return path
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        # On the same file system as `path`, or the rename would not be atomic.
+        # A rename is atomic only within one file system.
         temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
     except OSError as error:
         raise UserError(
@@ -89,9 +90,9 @@ def build_once(path: Path, build: Callable[[Path], None]) -> Path:
 def _move_unless_there(source: Path, target: Path) -> None:
     try:
         if source.is_dir():
-            os.rename(source, target)  # fails where a folder with content stands
+            os.rename(source, target)  # fails where the winner's folder stands
         else:
-            os.link(source, target)  # a rename would silently replace the winner's file
+            os.link(source, target)  # unlike a rename, it never replaces the winner's file
     except OSError:
-        if not target.exists():  # no lost race: a file system without hard links, or the rename fails again
+        if not target.exists():  # nobody else won: the file system has no hard links, or the rename raises again
             os.rename(source, target)

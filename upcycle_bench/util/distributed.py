@@ -1,6 +1,6 @@
-"""Ranks and collectives, the same calls with one process and with many.
+"""Ranks and collectives: the same calls work with one process and with many.
 
-One process needs no launcher; several are started by `torchrun`, which sets RANK, WORLD_SIZE and LOCAL_RANK.
+One process needs no launcher. `torchrun` starts several, and sets RANK, WORLD_SIZE and LOCAL_RANK.
 """
 
 from __future__ import annotations
@@ -12,17 +12,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from upcycle_bench.util import distributed
 from upcycle_bench.util.errors import UserError
 
 
 def rank() -> int:
-    """This process's rank; known before the process group exists, since torchrun tells it."""
+    """This process's rank, from 0. torchrun's variable tells it before the process group exists."""
     return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))
 
 
 def world_size() -> int:
-    """How many processes take part."""
+    """How many processes take part, on all machines."""
     return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
 
 
@@ -53,7 +52,7 @@ def send_from_main(module: nn.Module) -> None:
 
 
 def gather(local: Tensor) -> Tensor:
-    """The ranks' tensors, of one shape, one after the other along the first dimension, on every rank."""
+    """The tensors of all ranks, which have one shape, concatenated along the first dimension, on every rank."""
     if not dist.is_initialized() or world_size() == 1:
         return local
     parts = [torch.empty_like(local) for _ in range(world_size())]
@@ -78,25 +77,25 @@ def sum_over_ranks(value: int) -> int:
 
 
 def mean_weight(local_count: int) -> float:
-    """What to multiply a local sum by, so that its mean over ranks is the mean over all ranks' items together."""
-    return world_size() / max(1, sum_over_ranks(local_count))  # nobody has an item: the sum is 0
+    """A factor for a sum over this rank's items: the mean of the products over ranks is the mean over all items."""
+    return world_size() / max(1, sum_over_ranks(local_count))  # without any item the sum is 0, whatever the factor
 
 
 def choose_device() -> torch.device:
-    """This rank's CUDA device where there is one, else the CPU."""
+    """This rank's CUDA device, or the CPU on a machine without CUDA; UserError for more processes than GPUs."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    local_rank, there = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
-    if local_rank >= there:
-        raise UserError(f"process {local_rank} of this machine has no GPU, there are {there}: lower --nproc_per_node.")
+    local_rank, gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if local_rank >= gpus:
+        raise UserError(f"process {local_rank} of this machine has no GPU, there are {gpus}: lower --nproc_per_node.")
     device = torch.device("cuda", local_rank)
     torch.cuda.set_device(device)
     return device
 
 
 def check_world(batch_size: int, ep_size: int) -> None:
-    """UserError when the ranks cannot share the batch or the experts."""
-    world = distributed.world_size()
+    """Raise UserError unless the ranks can share a batch of `batch_size` pairs and form groups of `ep_size` ranks."""
+    world = world_size()
     if batch_size % world:
         raise UserError(f"batch_size {batch_size} cannot be shared by {world} processes: choose a divisor of it.")
     if world % ep_size:

@@ -1,6 +1,6 @@
-"""Where a run ran: packages, device, and the git state of the code, for its record.
+"""The machine, the packages and the git state of the code, for the record of a run.
 
-environment = capture("cpu")      # JSON values only: {"python": "3.11.7", "packages": {...}, "device": {...}, ...}
+environment = capture("cpu")      # JSON values only: {"python": "3.11.7", "packages": {...}, "device": "...", ...}
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 
 from pydantic import JsonValue
 
-# All of these can change a score or data. The two builds of faiss both import as `faiss`.
+# The packages that can change a score or the data. Both builds of faiss are imported as `faiss`.
 PACKAGES = (
     "torch",
     "torchvision",
@@ -33,7 +33,7 @@ PACKAGES = (
 
 
 def capture(device: str) -> dict[str, JsonValue]:
-    """What stands in a record about the machine and the code; `device` as torch spells it (`cpu`, `cuda:0`)."""
+    """What a record says of the machine and the code; `device` as torch spells it (`cpu`, `cuda:0`)."""
     import torch
 
     return {
@@ -49,7 +49,7 @@ def capture(device: str) -> dict[str, JsonValue]:
 
 
 def installed_version(distribution: str) -> str | None:
-    """Version of an installed distribution, without importing it."""
+    """Version of a distribution, without importing it; None if it is not installed."""
     try:
         return metadata.version(distribution)
     except metadata.PackageNotFoundError:
@@ -57,7 +57,7 @@ def installed_version(distribution: str) -> str | None:
 
 
 def device_name(device: str) -> str:
-    """The GPU's or the CPU's model."""
+    """Name of the GPU or the CPU."""
     if device.startswith("cuda"):
         import torch
 
@@ -66,7 +66,7 @@ def device_name(device: str) -> str:
 
 
 def cpu_name(cpuinfo: Path) -> str:
-    """The CPU's model; where Linux does not tell (ARM, other systems), its architecture."""
+    """Name of the CPU; its architecture where `cpuinfo` has no name (ARM) or does not exist (other systems)."""
     try:
         lines = cpuinfo.read_text(errors="replace").splitlines()
     except OSError:
@@ -76,14 +76,14 @@ def cpu_name(cpuinfo: Path) -> str:
 
 
 def cores() -> int:
-    """Cores this process may use: in a container or a batch job fewer than the machine has."""
+    """Cores that this process may use; a container or a batch job may have fewer than the machine."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def git_state(file: Path) -> dict[str, JsonValue] | None:
     """Commit of the repository that tracks `file`, and whether it has changes outside `results/`.
 
-    None for an installed wheel, even when it is installed somewhere inside a git repository.
+    None for an installed wheel, even where it is installed inside a git repository.
     """
     folder = file.resolve().parent
     if _git(folder, "ls-files", "--error-unmatch", "--", file.name) is None:
@@ -91,14 +91,14 @@ def git_state(file: Path) -> dict[str, JsonValue] | None:
     top, commit = _git(folder, "rev-parse", "--show-toplevel"), _git(folder, "rev-parse", "--verify", "HEAD")
     if top is None or commit is None:
         return None
-    # Records are written into results/ while we run; they do not change the code.
+    # Runs write records into results/, which does not change the code.
     changes = _git(Path(top), "status", "--porcelain", "--", ".", ":(exclude)results")
     return {"commit": commit, "dirty": changes != ""}
 
 
 def _git(folder: Path, *arguments: str) -> str | None:
-    """Output of a git command in `folder`; None if it fails or there is no git."""
-    # GIT_DIR and its like, set inside git hooks, would point us at another repository.
+    """Output of a git command in `folder`; None if it fails, or without git."""
+    # Git hooks set GIT_DIR and the like, which would point to another repository.
     environment = {key: value for key, value in os.environ.items() if not key.startswith("GIT_")}
     try:
         done = subprocess.run(

@@ -1,4 +1,4 @@
-"""The one error that reaches a user: a single line that says what is wrong, where, and what to do."""
+"""Errors for the user: a single line that says what is wrong, where, and what to do."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Any
 
 
 class UserError(Exception):
-    """Bad input or a missing prerequisite; the command line prints it without a traceback and exits with 2."""
+    """Bad input or a missing prerequisite. The command line prints it without a traceback and exits with 2."""
 
 
 class PluginError(UserError, ValueError):
-    """A plugin broke its contract; one line for its author."""
+    """A plugin broke its contract; the line is for its author."""
 
 
 class Unsound(UserError):
@@ -23,27 +23,26 @@ class Unsound(UserError):
 
 
 def unknown(kind: str, name: str, known: Iterable[str], hint: str = "") -> UserError:
-    """Error for an unknown name: near matches first, then all that exists, then what to do."""
+    """Error for an unknown name: similar names, then all known names or their number, then the hint."""
     known = sorted(known)
-    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-    guess = f": did you mean {' or '.join(repr(n) for n in near)}?" if near else "."
-    there = (
-        f"There are {len(known)}."
-        if len(known) > (15 if near else 80)
-        else f"There are: {', '.join(known)}."
-        if known
-        else "There is none."
-    )
-    return UserError(" ".join(filter(None, [f"unknown {kind} {name!r}{guess}", there, hint])))
+    similar = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    guess = f": did you mean {' or '.join(repr(each) for each in similar)}?" if similar else "."
+    if not known:
+        choice = "There is none."
+    elif len(known) > (15 if similar else 80):
+        choice = f"There are {len(known)}."
+    else:
+        choice = f"There are: {', '.join(known)}."
+    return UserError(" ".join(filter(None, [f"unknown {kind} {name!r}{guess}", choice, hint])))
 
 
 def first_problem(error: Any) -> tuple[str, str]:
-    """(dotted place or "", what is wrong and what was given) of a pydantic ValidationError's first problem."""
+    """First problem of a pydantic ValidationError: (dotted place, "" for the whole; what is wrong and was given)."""
     first = error.errors()[0]
     given = f" (got {first['input']!r})" if isinstance(first["input"], str | int | float) else ""
     return ".".join(map(str, first["loc"])), f"{plain(first['msg'])}{given}"
 
 
 def plain(message: str) -> str:
-    """Without pydantic's mark of a ValueError, which typer's messages have too."""
+    """The message without "Value error, ", which pydantic puts before the text of a ValueError of ours."""
     return message.replace("Value error, ", "")

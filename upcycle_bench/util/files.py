@@ -1,9 +1,9 @@
-"""Files: written whole or not at all, their hashes, and whether a folder takes them.
+"""Files that are written whole or not at all, hashes of files, and a test whether a folder can be written.
 
-    with atomic(path) as part:                # `part` stands beside `path`, for any writer
-        save_file(state, part)                # then it is renamed to `path`; after a failure it is gone
+    with atomic(path) as part:                # `part` is a path beside `path`, for any writer
+        save_file(state, part)                # at the end it is renamed to `path`; after an error it is deleted
 
-Whoever sees a file at its final name sees all of it. Two processes may write the same file at once; the last one wins.
+A file at its final name is complete. Two processes may write the same file at once; the last one wins.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import uuid
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from upcycle_bench.util.environment import cores
 from upcycle_bench.util.errors import UserError
@@ -23,10 +24,10 @@ from upcycle_bench.util.errors import UserError
 
 @contextlib.contextmanager
 def temporary(path: Path) -> Iterator[Path]:
-    """A hidden name beside `path` that no other process uses; a file that still stands there at the end is removed.
+    """A hidden path beside `path` that no other process uses; a file that is still there at the end is deleted.
 
-    For a file whose final name is known only when it is written; else use `atomic`. The name ends in .tmp whatever
-    `path` ends in, or a search for `*.json` would find a record that is half-written: tell the writer the format.
+    For a file whose final name is known only once it is written; otherwise use `atomic`. The name ends in .tmp, so that
+    a search for `*.json` finds no half-written record. Writers that guess the format from the name must be told it.
     """
     part = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
     try:
@@ -37,14 +38,14 @@ def temporary(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def atomic(path: Path) -> Iterator[Path]:
-    """A `temporary` name to write to; renamed to `path` when the block ends, removed when it raises."""
+    """A `temporary` path to write to; it is renamed to `path` when the block ends, deleted when the block raises."""
     with temporary(path) as part:
         yield part
         os.replace(part, path)
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """All of `data` at `path`, on the disk, or nothing."""
+    """Write `data` to `path` and wait for the disk; after an error `path` is what it was before."""
     with atomic(path) as part, part.open("wb") as file:
         file.write(data)
         file.flush()
@@ -52,26 +53,31 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 
 def require_writable(folder: Path, option: str) -> None:
-    """UserError unless `folder` (or, while it does not exist, the nearest folder above it) takes files."""
+    """Raise UserError unless `folder`, or else the nearest folder above it that exists, can be written."""
     parent = folder.absolute()
     while not parent.exists():
         parent = parent.parent
-    try:  # os.access allows root everything, a file system without writing such as /proc included
+    try:  # os.access would allow root everything, even on a file system that cannot be written, such as /proc
         tempfile.TemporaryFile(dir=parent).close()
     except OSError:
         raise UserError(f"{option} {folder}: {parent} is not a folder that can be written; choose another.") from None
 
 
 def file_sha256(path: Path) -> str:
-    """sha256 of a file's content, read in pieces."""
-    sha = hashlib.sha256()
+    """sha256 of a file's content, in hex digits."""
+    return file_hash(path, "sha256").hexdigest()
+
+
+def file_hash(path: Path, algorithm: str) -> Any:
+    """hashlib's object of that algorithm, updated with a file's content; large files are read in pieces."""
+    found = hashlib.new(algorithm)
     with path.open("rb") as file:
         while piece := file.read(1 << 20):
-            sha.update(piece)
-    return sha.hexdigest()
+            found.update(piece)
+    return found
 
 
 def files_sha256(paths: Iterable[Path]) -> list[str]:
-    """`file_sha256` of each, by as many threads as there are cores: reading and hashing let others run."""
+    """`file_sha256` of each path, by one thread a core: reading and hashing release the interpreter's lock."""
     with ThreadPoolExecutor(cores()) as pool:
         return list(pool.map(file_sha256, paths))

@@ -1,18 +1,17 @@
-"""FLOPs counted while the work is done: matrix products, convolutions and attention, 2 per multiply-add.
+"""FLOPs of matrix products, convolutions and attention, 2 per multiply-add, counted while they run.
 
     with counted_flops() as counter: ...
     counter.get_total_flops()
 
-The formulas are those of PyTorch's FlopCounterMode, and so is the count (tested). That class also keeps a count for
-each module and asks each operation at each call whether it is made of others, which costs a small model's evaluation
-several times what is done here.
+The formulas and the counts are those of PyTorch's FlopCounterMode (tested). That class also counts for each module, and
+asks each operation at each call whether it is made of others. For a small model's evaluation it costs several times as
+much as `FlopCounter`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import threading
 from collections.abc import Callable, Hashable, Iterator
 from typing import Any
 
@@ -27,7 +26,7 @@ COUNTING_RULE = (
 
 
 class FlopCounter(TorchDispatchMode):
-    """Counts what runs inside `with`, on any device, backward passes included."""
+    """Counts the FLOPs of a `with` block, on any device, backward passes included."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -35,28 +34,23 @@ class FlopCounter(TorchDispatchMode):
         self._whole: set[Any] = set()  # operations that are not made of others
         self._total = 0
 
-    def __enter__(self) -> FlopCounter:
-        _active.counters.append(self)
-        super().__enter__()
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)
-        _active.counters.pop()
-
     def get_total_flops(self) -> int:
-        """FLOPs so far; the name is that of PyTorch's counter."""
+        """FLOPs so far. PyTorch's counter has a method of this name too."""
         return self._total
+
+    def add(self, flops: int) -> None:
+        """Add FLOPs that are known without counting."""
+        self._total += flops
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if not isinstance(func, torch._ops.OpOverload):  # operators that take functions, and are not counted
+        if not isinstance(func, torch._ops.OpOverload):  # an operator that takes functions, which has no FLOPs
             return NotImplemented
         if func not in self._whole:
             with self:
-                made = func.decompose(*args, **kwargs)
-            if made is not NotImplemented:
-                return made
+                result = func.decompose(*args, **kwargs)
+            if result is not NotImplemented:
+                return result
             self._whole.add(func)
         out = func(*args, **kwargs)
         formula = self._formulas.get(func.overloadpacket)
@@ -65,47 +59,37 @@ class FlopCounter(TorchDispatchMode):
         return out
 
 
-class _Active(threading.local):
-    """Dispatch modes watch one thread, and so do the counters (though modes go with a graph to a GPU's thread)."""
-
-    def __init__(self) -> None:
-        self.counters: list[FlopCounter] = []
-
-
-_active = _Active()
-
-
 def counting() -> bool:
-    """Whether FLOPs are counted just now, in this thread: work that only fills up shapes is then left out."""
-    return bool(_active.counters)
+    """Whether FLOPs are counted now. Padding that serves only speed must then be left out."""
+    return any(isinstance(mode, FlopCounter) for mode in _get_current_dispatch_mode_stack())
 
 
 @contextlib.contextmanager
 def uncounted() -> Iterator[None]:
-    """Stop the active counters: for many small operations of which none counts, as those that prepare an image.
+    """Stop the active counters, for many small operations without FLOPs, such as those that prepare an image.
 
-    Where another dispatch mode is active within them they go on, since they cannot be left then. No generator may
-    yield inside.
+    Counters within which another dispatch mode is active cannot be stopped, and go on. No generator may yield inside
+    the block.
     """
-    paused = _active.counters[::-1] if _innermost() else []
-    for counter in paused:
+    stopped = _innermost_counters()
+    for counter in reversed(stopped):
         counter.__exit__(None, None, None)
     try:
         yield
     finally:
-        for counter in reversed(paused):
+        for counter in stopped:
             counter.__enter__()
 
 
 @contextlib.contextmanager
 def counted_once(known: dict[Hashable, int], kind: Hashable) -> Iterator[None]:
-    """Work whose FLOPs its kind determines: watched the first time, which costs a tenth of it, and `known` afterwards.
+    """Count the block's FLOPs only the first time that `kind` comes, for work whose FLOPs depend on its kind alone.
 
-    From the second time on it runs `uncounted`, and each active counter is given what the first time counted; what
-    ends in an error counts nothing. Each time is watched where another dispatch mode is active within the counters.
+    Counting costs a tenth of the work. Afterwards the block runs `uncounted`, and each active counter adds the FLOPs in
+    `known`. A block that raises adds nothing. Counters that cannot be stopped (`uncounted`) count each time.
     """
-    counters = tuple(_active.counters)
-    if not counters or not _innermost():
+    counters = _innermost_counters()
+    if not counters:
         yield
         return
     with uncounted(), contextlib.nullcontext() if kind in known else FlopCounter() as own:
@@ -113,22 +97,23 @@ def counted_once(known: dict[Hashable, int], kind: Hashable) -> Iterator[None]:
     if own is not None:
         known[kind] = own.get_total_flops()
     for counter in counters:
-        counter._total += known[kind]
+        counter.add(known[kind])
 
 
-def _innermost() -> bool:
-    """Whether no other dispatch mode is active within this thread's counters."""
-    counters = _active.counters
-    return not counters or _get_current_dispatch_mode_stack()[-len(counters) :] == counters
+def _innermost_counters() -> list[FlopCounter]:
+    """The active counters, the innermost last; none where another dispatch mode is active within one of them."""
+    stack = _get_current_dispatch_mode_stack()
+    counters = [mode for mode in stack if isinstance(mode, FlopCounter)]
+    return counters if stack[len(stack) - len(counters) :] == counters else []
 
 
 @functools.cache
 def flop_formulas() -> dict[Any, Callable[..., int]]:
-    """PyTorch's formulas by operation, and those that it lacks: of the CPU's attention kernel, as for the others'.
+    """PyTorch's formulas by operation, and two that it lacks: the CPU's attention kernel, and grouped products.
 
-    And of grouped products: whichever operand is cut into groups, all its parts together make one whole product.
+    The parts of a grouped product together make one whole product, whichever operand is cut into groups.
     """
-    from torch.utils.flop_counter import (  # brings Triton with it: not for `list`
+    from torch.utils.flop_counter import (  # imports Triton, which most commands do without
         flop_registry,
         sdpa_backward_flop_count,
         sdpa_flop_count,
@@ -149,7 +134,7 @@ def flop_formulas() -> dict[Any, Callable[..., int]]:
 
 @contextlib.contextmanager
 def counted_flops() -> Iterator[FlopCounter]:
-    """The counter, without the fused attention module of evaluation, in which it sees nothing."""
+    """A counter. Meanwhile PyTorch's fused attention module of evaluation is off, since no counter sees into it."""
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:

@@ -1,4 +1,9 @@
-"""What a phase costs: seconds, FLOPs and peak memory, measured while it runs."""
+"""Seconds, FLOPs and peak memory of the phases of a run.
+
+meter = Meter(device)
+with meter.phase("train", count=True): ...
+meter.phases["train"].seconds
+"""
 
 from __future__ import annotations
 
@@ -18,7 +23,7 @@ from upcycle_bench.util.flops import counted_flops
 
 @dataclass
 class Phase:
-    """One phase's cost; peak memory is the process's high-water mark (on a GPU, the device's) by the phase's end."""
+    """The cost of one phase. `flops` is None where they are not counted; `peak_memory_bytes` as in `peak_memory`."""
 
     seconds: float = 0.0
     flops: int | None = None
@@ -27,13 +32,14 @@ class Phase:
 
 @dataclass
 class Meter:
-    """Collects phases: `with meter.phase("train") as phase: ...`; FLOPs are counted with `count=True`."""
+    """Measures phases on `device`, and keeps them by name."""
 
     device: torch.device
     phases: dict[str, Phase] = field(default_factory=dict)
 
     @contextlib.contextmanager
     def phase(self, name: str, count: bool = False) -> Iterator[Phase]:
+        """Measure the block; it gets the `Phase`, which is complete at its end. `count` counts FLOPs."""
         phase = self.phases[name] = Phase()
         counter: Any = counted_flops() if count else contextlib.nullcontext()
         flops = None
@@ -51,27 +57,26 @@ class Meter:
 
 
 def peak_memory(device: torch.device) -> int:
-    """High-water mark in bytes: of the device's memory on CUDA, of this process elsewhere."""
+    """The most memory in use at once, in bytes: on CUDA of the device since its reset, elsewhere of the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return high_water(Path("/proc/self/status"))
 
 
 def high_water(status: Path) -> int:
-    """This program's most memory in bytes, by Linux's status file, else by getrusage.
+    """The most memory of this process in bytes: from Linux's `/proc/self/status`, elsewhere from getrusage.
 
-    The latter begins with what the process held before it became this program, which a large parent makes much, and
-    nothing makes it less (`forget_peak_memory`).
+    On Linux, getrusage would also count the memory of the parent at the time of the fork, and cannot be reset.
     """
     with contextlib.suppress(OSError):
         for line in status.read_text().splitlines():
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return most if sys.platform == "darwin" else most * 1024  # bytes there, KiB elsewhere
+    return most if sys.platform == "darwin" else most * 1024  # macOS gives bytes, others KiB
 
 
 def forget_peak_memory() -> None:
-    """Let Linux begin a new high-water mark: a run's peak must not be that of the run before."""
+    """Reset the high-water mark on Linux, so that the peak of an earlier run does not count for the next."""
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")

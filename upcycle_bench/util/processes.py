@@ -1,14 +1,14 @@
-"""Work on all cores, by processes that end with the command however it ends.
+"""Work on all cores, by worker processes that never outlive the command.
 
     sizes = results(write, [(path, images), ...], processes=4)     # in the order of the work
 
-Ctrl-C, and a cluster's SIGTERM, go to a whole process group. The workers do not hear them; the parent does. It kills
-the workers, so that no worker writes into a folder which is being deleted. A worker that dies otherwise (out of memory)
-is an error. A worker whose parent dies ends when its piece of work is done.
+Ctrl-C, and a cluster's SIGTERM, go to a whole process group. The workers block both signals, and the parent kills the
+workers. So no worker writes into a folder that the parent is deleting. A worker that dies otherwise (out of memory) is
+an error. A worker whose parent was killed ends after its piece of work.
 
 Each worker has a pipe of its own. `concurrent.futures.ProcessPoolExecutor` has one queue for all workers, which fails
-twice: a worker killed while it sends a result leaves half of it there, and the executor waits for the rest for ever;
-and workers hold both ends of the queue, so that they outlive a parent that was killed.
+twice. After a worker was killed while it sent a result, the executor waits for the rest of it for ever. And each worker
+holds both ends of the queue, so it outlives a parent that was killed.
 """
 
 from __future__ import annotations
@@ -36,9 +36,10 @@ def results(
     track: Callable[[Iterable[Any], str], Iterable[Any]] = lambda items, what: items,
     what: str = "",
 ) -> list[T]:
-    """`call(*arguments)` for each of `work`, in order, by at most that many processes; `track` shows how it goes.
+    """`call(*arguments)` for each tuple of `work`, in the order of `work`, by at most `processes` processes.
 
-    Raises what a call raises, and UserError where a worker died.
+    `call`, its arguments and its results must be picklable. `track(items, what)` passes one item for each piece of work
+    that is done, and may show progress. Raises what a call raises, and UserError where a worker died.
     """
     found: dict[int, T] = {}
     with _workers(call, min(processes, len(work))) as pipes:
@@ -46,7 +47,7 @@ def results(
         for _ in track(range(len(work)), what):
             try:
                 number, result, error = next(finished)
-            except (EOFError, OSError):  # its pipe ends, between messages or within one
+            except (EOFError, OSError):  # the pipe ended, between two messages or within one
                 raise UserError(f"{what}: a worker was killed, perhaps for want of memory; try again.") from None
             if error is not None:
                 raise error
@@ -55,7 +56,7 @@ def results(
 
 
 def _finished(work: Sequence[tuple[Any, ...]], pipes: Sequence[Connection]) -> Iterator[tuple[int, Any, Any]]:
-    """(its number, result, error) of each piece of work as it is done; every worker has one piece at a time."""
+    """(number, result, error) of each piece of work when it is done; a worker has one piece at a time."""
     numbers = iter(range(len(work)))
     at: dict[Connection, int] = {}
 
@@ -77,12 +78,12 @@ def _finished(work: Sequence[tuple[Any, ...]], pipes: Sequence[Connection]) -> I
 
 @contextlib.contextmanager
 def _workers(call: Callable[..., Any], processes: int) -> Iterator[list[Connection]]:
-    """Pipes to that many workers, which are gone afterwards."""
+    """Pipes to that many workers, which are killed at the end."""
     context = multiprocessing.get_context("spawn")  # the caller's threads (torch, rich) must not be forked
-    resource_tracker.ensure_running()  # which every spawn needs; its start would undo the mask
+    resource_tracker.ensure_running()  # every spawn needs it, and starting it would undo the signal mask
     started = []
     pipes: list[Connection] = []
-    # What is started now inherits the mask. Here the signals come when it is lifted.
+    # A process that is started now inherits the mask. The parent gets the signals as soon as it lifts the mask.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     try:
         try:
@@ -90,7 +91,7 @@ def _workers(call: Callable[..., Any], processes: int) -> Iterator[list[Connecti
                 here, there = context.Pipe()
                 process = context.Process(target=_serve, args=(call, there), daemon=True)
                 process.start()
-                there.close()  # so that its death is the end of the pipe
+                there.close()  # now the worker alone holds this end, and its death ends the pipe
                 started.append(process)
                 pipes.append(here)
         finally:
@@ -106,19 +107,19 @@ def _workers(call: Callable[..., Any], processes: int) -> Iterator[list[Connecti
 
 
 def _serve(call: Callable[..., Any], pipe: Connection) -> None:
-    """A worker's life: until the parent closes the pipe."""
+    """The worker's loop; it ends when the parent closes the pipe."""
     with contextlib.suppress(EOFError, ConnectionError):
         while True:
             arguments = pipe.recv()
             try:
                 message = ForkingPickler.dumps((call(*arguments), None))
-            except BaseException as error:  # the parent's to raise
+            except BaseException as error:  # the parent raises it
                 message = ForkingPickler.dumps((None, _portable(error)))
-            pipe.send_bytes(message)  # what `recv` takes
+            pipe.send_bytes(message)  # `recv` unpickles it
 
 
 def _portable(error: BaseException) -> BaseException:
-    """The same, or what can be said of it if it cannot be sent."""
+    """The error itself, or a RuntimeError with its traceback where it cannot be pickled."""
     try:
         pickle.loads(pickle.dumps(error))
     except Exception:

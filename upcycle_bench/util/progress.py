@@ -1,40 +1,47 @@
-"""Progress of a run on the terminal (stderr): what goes on, loss, throughput, time left. Silent elsewhere.
+"""Progress of a run on stderr: the task, the loss, the throughput, the time left.
 
-reporter = TerminalReporter() if distributed.is_main() else Reporter()
+    reporter = TerminalReporter() if distributed.is_main() else Reporter()
+    with reporter.bar("training", total=100) as step: step(1, {"loss": 2.0, "samples_per_second": 500.0})
+
+All that can take long gets a `Reporter`. The base class shows nothing, for tests and for the ranks that do not print.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
-from typing import Any
+from typing import Any, TypeVar
 
 OnStep = Callable[[int, Mapping[str, float]], None]
+Item = TypeVar("Item")
 
 
 class Reporter:
-    """Says nothing; the base of those that do."""
+    """Shows nothing; the base of reporters that do."""
 
     @contextlib.contextmanager
     def bar(self, what: str, total: int) -> Iterator[OnStep]:
-        """A bar over `total` steps; the callable takes the steps done and the last metrics."""
+        """A bar over `total` steps. The block gets a function of the number of steps done and the latest metrics.
+
+        The metrics are empty, or hold `loss` and `samples_per_second`.
+        """
         yield lambda done, metrics: None
 
     @contextlib.contextmanager
     def task(self, what: str) -> Iterator[None]:
-        """Something whose length is not known."""
+        """A block of unknown length."""
         yield
 
-    def track(self, items: Iterable[Any], what: str) -> Iterable[Any]:
-        """The same items, shown as they pass."""
+    def track(self, items: Iterable[Item], what: str) -> Iterable[Item]:
+        """The same items, and a bar that advances by one when the next item is asked for."""
         return items
 
     def say(self, line: str) -> None:
-        """A line, above what goes on; any thread may call it."""
+        """Print a line above the bar. Any thread may call it."""
 
 
 class TerminalReporter(Reporter):
-    """rich bars on stderr, which leave the terminal when done; plain lines where stderr is no terminal."""
+    """Shows rich's bars while stderr is a terminal, and one line at the end of each bar and task in any case."""
 
     def __init__(self) -> None:
         from rich.console import Console
@@ -54,7 +61,8 @@ class TerminalReporter(Reporter):
 
             yield step
             note = progress.tasks[0].fields["note"]
-        self.console.print(f"[green]done[/green] {what}: {total} steps, {note}", highlight=False)
+        steps = f"{total} steps, {note}" if note else f"{total} steps"
+        self.console.print(f"[green]done[/green] {what}: {steps}", highlight=False)
 
     @contextlib.contextmanager
     def task(self, what: str) -> Iterator[None]:
@@ -63,7 +71,7 @@ class TerminalReporter(Reporter):
             yield
         self.console.print(f"[green]done[/green] {what}", highlight=False)
 
-    def track(self, items: Iterable[Any], what: str) -> Iterable[Any]:
+    def track(self, items: Iterable[Item], what: str) -> Iterable[Item]:
         with self._progress() as progress:
             length = len(items) if isinstance(items, Sized) else None
             task = progress.add_task(what, total=length, note="")

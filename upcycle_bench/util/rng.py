@@ -1,7 +1,7 @@
-"""Named random streams: every purpose owns a generator keyed by what it is for, never by what was drawn before.
+"""Named random streams: each purpose has a generator of its own, whose seed is a hash of the purpose's name.
 
-Data order, augmentation, patch dropout, each strategy, each layer, each expert: two strategies with one training
-seed see the same batches, however much randomness either of them draws.
+The order of the data, augmentation, patch dropout, each strategy, layer and expert have one each. So two strategies
+with one training seed see the same batches, however many random numbers they draw.
 
     stream = Stream(("strategy", "cluster-aware", seed))
     noise = torch.randn(3, generator=stream.child("layer", 1).generator())
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Stream:
-    """A random stream; equal keys give equal numbers on every machine, rank and thread count."""
+    """A random stream; equal keys give equal numbers on every machine, on every rank, with any number of threads."""
 
     key: tuple[str | int, ...]
 

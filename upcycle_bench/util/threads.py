@@ -1,4 +1,4 @@
-"""Work whose result must not depend on how many threads a machine has."""
+"""One thread for work whose result must not depend on the number of threads."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """LAPACK and matrix products add up in another order with another number of threads."""
+    """Run the block in one thread: with more, LAPACK and matrix products add in another order."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

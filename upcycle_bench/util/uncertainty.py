@@ -1,17 +1,18 @@
-"""How sure a score is: its standard error and 95 % interval over the evaluation samples. Set and gallery stay as given.
+"""Standard errors and 95 % intervals of scores, over the evaluation samples. Sets and galleries are taken as fixed.
 
     known = of_outcomes(correct_N)                 # bool: a share, with Wilson's interval; floats: a mean
     known = of_outcomes(correct_N, image_N)        # the queries of one image count as one sample
-    known = of_shares([right_N, ...], [word_N, ...])  # a mean over sets; one name is one sample, across sets too
-    known = of_recalls(correct_N, label_N)         # mean per-class recall
+    known = of_shares([right_N, ...], [word_N, ...])  # a mean over sets; one name is one sample, also across sets
+    known = of_recalls(correct_N, label_N)         # the mean recall of the classes
     known = of_mean([(score.value, score.standard_error, score.interval), ...])      # an average over sets
 
-The usual interval of a share, p +- 1.96 sqrt(p (1 - p) / n), is empty at 0 and 1. Wilson's is not. The standard
-error of a share of 0 or 1 stays 0, as its formula says: look at the interval.
+The usual interval of a share p of n samples, p +- 1.96 sqrt(p (1 - p) / n), is empty at 0 and 1. Wilson's is not. The
+standard error of a share of 0 or 1 is 0 by its formula, so only the interval says how sure such a share is.
 
 Sources: E. B. Wilson, JASA 22, 1927 (interval); G. Y. Zou and A. Donner, Stat. Med. 27, 2008 (MOVER: the interval of a
-sum from the intervals of its parts); L. Kish, Survey Sampling, 1965 (effective number of samples). Shape suffixes:
-N samples, G clusters, C classes.
+sum from the intervals of its parts); L. Kish, Survey Sampling, 1965 (effective number of samples).
+
+Shape suffixes: N samples, G clusters, Y classes.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:  # the leaderboard needs `of_scores` alone, and starts faster without numpy
+if TYPE_CHECKING:  # the leaderboard needs only `of_scores`, and starts faster without numpy
     import numpy as np
 
 Z = 1.959963984540054  # 97.5 % quantile of the normal distribution
@@ -30,14 +31,17 @@ Interval = tuple[float, float]
 
 @dataclass(frozen=True)
 class Uncertainty:
-    """Of one number. None: unknown, as for the mean of a single sample."""
+    """How sure one number is. None means unknown, as for the mean of a single sample."""
 
     standard_error: float | None
     interval: Interval | None
 
 
 def of_outcomes(outcome_N: np.ndarray, cluster_N: np.ndarray | None = None) -> Uncertainty:
-    """Of the mean of outcomes; bool outcomes are a share. Samples of one number in `cluster_N` may be dependent."""
+    """How sure the mean of outcomes is; the mean of bools is a share.
+
+    Samples with the same number in `cluster_N` may depend on each other.
+    """
     import numpy as np
 
     value_N = outcome_N.astype(np.float64)
@@ -57,11 +61,12 @@ def of_outcomes(outcome_N: np.ndarray, cluster_N: np.ndarray | None = None) -> U
 
 
 def of_shares(shares: Sequence[np.ndarray], clusters: Sequence[np.ndarray]) -> Uncertainty:
-    """Of the unweighted mean over sets of each set's mean. A sample [N] is a number from 0 to 1 (a share, or bool).
+    """How sure the unweighted mean of the sets' means is.
 
-    `clusters` names each sample's cluster [N]; samples of one name may be dependent, even in different sets.
-    The interval is Wilson's for the effective number of samples: as many independent ones would have this standard
-    error. It is at most the number of samples, and the number of clusters where the error is 0 or unknown.
+    `shares` holds one array [N] a set, of bools or numbers from 0 to 1. `clusters` holds one array [N] a set, of names;
+    samples of one name may depend on each other, even in different sets. The interval is Wilson's for the effective
+    number of samples, which is the number of independent samples with this standard error. That is at most the number
+    of samples. Where the error is 0 or unknown, it is the number of clusters.
     """
     import numpy as np
 
@@ -75,28 +80,32 @@ def of_shares(shares: Sequence[np.ndarray], clusters: Sequence[np.ndarray]) -> U
 
 
 def of_recalls(correct_N: np.ndarray, label_N: np.ndarray) -> Uncertainty:
-    """Of the unweighted mean, over the classes in `label_N`, of the share of correct answers (bool [N]).
+    """How sure the mean recall is: the unweighted mean over the classes in `label_N` of the share of correct answers.
 
-    A class with n samples has the unbiased variance p (1 - p) / (n - 1). A class with one sample has no variance of its
-    own; all such classes together give theirs. The interval is Wilson's for the effective number of samples: as many
-    would have this standard error. Where that is 0, it is C^2 / sum(1 / n), for weights 1 / (C n) (Kish).
+    `correct_N` is bool. A class with n samples and recall p has the unbiased variance p (1 - p) / (n - 1). A class with
+    one sample has no such estimate, and gets p (1 - p) of all classes with one sample together. The interval is
+    Wilson's for the effective number of samples, as in `of_shares`. Where the error is 0, that number is
+    Y^2 / sum(1 / n), for weights 1 / (Y n) (Kish).
     """
     import numpy as np
 
-    _, class_N, count_C = np.unique(label_N, return_inverse=True, return_counts=True)
-    recall_C = np.bincount(class_N, weights=correct_N) / count_C
-    alone_C = count_C == 1
-    pooled = float(recall_C[alone_C].mean()) if alone_C.any() else 0.0
-    spread_C = recall_C * (1 - recall_C) / np.maximum(count_C - 1, 1)
-    variance_C = np.where(alone_C, pooled * (1 - pooled), spread_C)
-    error = math.sqrt(variance_C.sum()) / len(count_C)
-    mean = float(recall_C.mean())
-    effective = mean * (1 - mean) / error**2 if error > 0 else len(count_C) ** 2 / float((1 / count_C).sum())
+    _, class_N, count_Y = np.unique(label_N, return_inverse=True, return_counts=True)
+    recall_Y = np.bincount(class_N, weights=correct_N) / count_Y
+    alone_Y = count_Y == 1
+    pooled = float(recall_Y[alone_Y].mean()) if alone_Y.any() else 0.0
+    spread_Y = recall_Y * (1 - recall_Y) / np.maximum(count_Y - 1, 1)
+    variance_Y = np.where(alone_Y, pooled * (1 - pooled), spread_Y)
+    error = math.sqrt(variance_Y.sum()) / len(count_Y)
+    mean = float(recall_Y.mean())
+    effective = mean * (1 - mean) / error**2 if error > 0 else len(count_Y) ** 2 / float((1 / count_Y).sum())
     return Uncertainty(error, wilson(mean, effective))
 
 
 def of_mean(parts: Sequence[tuple[float, float | None, Interval | None]]) -> Uncertainty:
-    """Of the unweighted mean of independent numbers (value, standard error, interval); None where a part is unknown."""
+    """How sure the unweighted mean of independent numbers (value, standard error, interval) is.
+
+    A standard error or interval is None where a part's is.
+    """
     mean = sum(value for value, _, _ in parts) / len(parts)
     errors = [error for _, error, _ in parts if error is not None]
     error = math.hypot(*errors) / len(parts) if len(errors) == len(parts) else None
@@ -110,9 +119,9 @@ def of_mean(parts: Sequence[tuple[float, float | None, Interval | None]]) -> Unc
 def of_scores(parts: Iterable[tuple[str, str, float | None]]) -> float | None:
     """Upper bound of the standard error of a mean of scores (dataset, metric, standard error); None if one is unknown.
 
-    Scores of one metric on different sets are independent. Scores of one set may share images, as other metrics or
-    other shots (`digits/1-shot`, `digits/all`: the set is the part before the first "/"), and so may different metrics.
-    Those are assumed to be perfectly correlated, which gives the largest error.
+    Scores of one metric on different sets are independent. All other scores may share images: those of different
+    metrics, and those of one set with other shots (`digits/1-shot`, `digits/all`; the set is the part before the first
+    "/"). They are taken as perfectly correlated, which gives the largest error.
     """
     of_metric: dict[str, dict[str, float]] = {}
     count = 0
@@ -127,17 +136,17 @@ def of_scores(parts: Iterable[tuple[str, str, float | None]]) -> float | None:
 
 
 def wilson(share: float, samples: float) -> Interval:
-    """95 % interval of a share of that many samples (need not be whole); within 0 and 1, and `share` is in it."""
+    """95 % interval of a share of `samples` samples, which need not be a whole number. `share` lies in the interval."""
     from statsmodels.stats.proportion import proportion_confint  # imports pandas and scipy.stats, about a second
 
     low, high = proportion_confint(share * samples, samples, method="wilson")
-    return min(share, low), max(share, high)  # rounding may leave an end at 0 or 1 on the wrong side of the share
+    return min(share, low), max(share, high)  # at a share of 0 or 1, rounding can put an end on its wrong side
 
 
 def _clustered_error(rest_N: np.ndarray, cluster_N: np.ndarray) -> float:
-    """Cluster-robust standard error of a weighted mean, from residuals times weights; NaN for a single cluster.
+    """Cluster-robust standard error of a weighted mean; NaN for a single cluster.
 
-    sqrt(G / (G - 1) * sum over clusters of (the sum in the cluster)^2)
+    `rest_N` are residuals times weights. sqrt(G / (G - 1) * sum over clusters of (the sum in the cluster)^2)
     """
     import numpy as np
 

@@ -1,10 +1,10 @@
-"""Worlds: small image-text data sets that are built on the spot, each with evaluation sets of its own.
+"""Worlds: small image-text data sets that are built on this machine, each with its own evaluation sets.
 
     world = load_world("digits", seed=0)         # built once into the cache, checked at every load
     world.train_shards                           # webdataset tars: KEY.png + KEY.txt with captions, one a line
-    world.eval_root                              # evaluation sets, see upcycle_bench.data.evalset
+    world.eval_root                              # evaluation sets, see upcycle_bench/data/evalset.py
 
-A world is a folder: `train/*.tar`, `eval/NAME/...` and `manifest.json` (what it is, counts, sha256 of every file).
+A world is a folder: `train/*.tar`, `eval/NAME/...` and `manifest.json` (name, version, counts, sha256 of every file).
 """
 
 from __future__ import annotations
@@ -15,8 +15,11 @@ from upcycle_bench.util.progress import Reporter
 
 
 def load_world(name: str, seed: int, reporter: Reporter | None = None) -> World:
-    """The world of that name, built first if it is not in the cache; `seed` draws its splits."""
-    from upcycle_bench.data.worlds import digits, fashion, lab
+    """The world of that name, built first if it is not in the cache; `seed` draws its splits.
+
+    Raises UserError for an unknown name, for a world that cannot be built here, or for a changed file in the cache.
+    """
+    from upcycle_bench.data.worlds import digits, fashion, lab  # here, so that a command without a world starts faster
 
     built = {"digits": digits.load, "lab": lab.load, "fashion-mnist": fashion.load}
     if name not in built:
@@ -25,9 +28,9 @@ def load_world(name: str, seed: int, reporter: Reporter | None = None) -> World:
 
 
 def training_groups(world: World) -> list[str] | None:
-    """What every training pair belongs to, in the order of the shards: the lab's groups, the digits' classes.
+    """The group of every training pair, in the order of the shards: in the lab its group, in digits its class.
 
-    None for local data, of which nobody told us.
+    None for local data, whose groups are not known.
     """
     from upcycle_bench.data.worlds import digits, lab
 

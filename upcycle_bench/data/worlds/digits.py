@@ -2,13 +2,15 @@
 
 Each class is split 60/20/20 into training, validation and test. A caption names the digit and, in half of the
 templates, its stroke weight: thin, regular or bold by the terciles of ink of that digit's training images. So a caption
-says more than the class, and retrieval is a question of its own.
+says more than the class, and retrieval differs from classification.
 
     digits-validation, digits-test    classification into zero ... nine
     digits-retrieval                  one test image for each of 30 captions "a {thin|regular|bold} handwritten DIGIT"
 
 Source: E. Alpaydin and C. Kaynak, Optical Recognition of Handwritten Digits, UCI Machine Learning Repository, 1998
-(CC BY 4.0), as shipped with scikit-learn. It does not say who wrote which digit, so writers cross the splits.
+(CC BY 4.0), as shipped with scikit-learn. It does not name the writers, so one writer's digits are in several splits.
+
+Shape suffixes: N images of 8 x 8 pixels.
 """
 
 from __future__ import annotations
@@ -45,7 +47,7 @@ RETRIEVAL = WEIGHTED[0]
 
 
 def load(seed: int, reporter: Reporter) -> World:
-    """The world with the splits of this seed, from the cache; built in a moment."""
+    """The world with the splits of this seed, from the cache; built first, in a second, if it is not there."""
     folder = cache_root() / "worlds" / f"digits-{VERSION}-seed{seed}"
     return open_world("digits", build_once(folder, partial(build, seed=seed)))
 
@@ -85,7 +87,7 @@ def groups(folder: Path) -> list[str]:
 
 
 def split_rows(labels_N: np.ndarray, seed: int) -> dict[str, np.ndarray]:
-    """Rows of train, validation and test, ascending; 60/20/20 of every class."""
+    """Rows of train, validation and test, int64, ascending; 60/20/20 of every class."""
     import torch
 
     parts: dict[str, list[np.ndarray]] = {"train": [], "validation": [], "test": []}
@@ -100,7 +102,7 @@ def split_rows(labels_N: np.ndarray, seed: int) -> dict[str, np.ndarray]:
 
 
 def stroke_weights(images_N88: np.ndarray, labels_N: np.ndarray, train_rows: np.ndarray) -> np.ndarray:
-    """Index into WEIGHTS of every image: terciles of ink per class, with bounds from the training rows alone."""
+    """Index into WEIGHTS of every image, int64 [N]: terciles of ink in its class, whose bounds are of training rows."""
     ink_N = images_N88.sum(axis=(1, 2))
     weights_N = np.zeros(len(labels_N), dtype=np.int64)
     for label in range(len(WORDS)):
@@ -110,12 +112,12 @@ def stroke_weights(images_N88: np.ndarray, labels_N: np.ndarray, train_rows: np.
 
 
 def captions(label: int, weight: int) -> list[str]:
-    """All captions of an image: every template once."""
+    """All captions of an image, one a template."""
     return [template.format(c=WORDS[label], w=WEIGHTS[weight]) for template in PLAIN + WEIGHTED]
 
 
 def one_row_per_caption(labels_N: np.ndarray, weights_N: np.ndarray, rows: np.ndarray) -> list[tuple[str, int]]:
-    """The retrieval gallery: for each digit and weight, the first of these rows that shows it, if one does."""
+    """The retrieval gallery, (caption, row): for each digit and weight the first of `rows` that shows it, if any."""
     gallery: dict[tuple[int, int], int] = {}
     for i in rows:
         gallery.setdefault((int(labels_N[i]), int(weights_N[i])), int(i))
@@ -127,7 +129,7 @@ def _images_and_labels() -> tuple[np.ndarray, np.ndarray]:
 
     data = load_digits()
     images_N88 = np.rint(data.images * 255 / 16).astype(np.uint8)
-    # A pixel-equal copy could land in another split; in these data there is none.
+    # Two equal images could fall into different splits; these data have none.
     assert len(np.unique(images_N88.reshape(len(images_N88), -1), axis=0)) == len(images_N88)
     return images_N88, data.target
 

@@ -2,10 +2,12 @@
 
     world = load(seed=0)            # eval/fashion-mnist with the splits train and test; UserError without the package
 
-28 x 28 grey pixels, ten kinds of clothes. The test split is whole (10,000); of the training split it has the first
-6,000 of 60,000, some 600 of each class, which is plenty for shots.
+Images of 28 x 28 grey pixels show ten kinds of clothes. All 10,000 test images are in it, and the first 6,000 of 60,000
+training images: some 600 of each class, enough for few-shot tasks.
 
 Source: H. Xiao, K. Rasul and R. Vollgraf, Fashion-MNIST, arXiv:1708.07747 (MIT licence).
+
+Shape suffixes: N images, H and W their height and width.
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ TRAIN = 6000
 
 
 def load(seed: int, reporter: Reporter) -> World:
-    """The world from the cache, built first if it is not there; its splits are its authors'."""
+    """The world from the cache, built first if it is not there. `seed` has no effect: its authors made the splits."""
     if not FOLDER.is_dir():
         raise UserError(f"Fashion-MNIST is not there: install Debian's package {PACKAGE}.")
     path = cache_root() / "worlds" / f"fashion-mnist-{VERSION}"
@@ -61,7 +63,7 @@ def _samples(images_NHW: np.ndarray, label_N: np.ndarray) -> Iterator[tuple[Imag
 
 
 def _read(path: Path) -> np.ndarray:
-    """An IDX file of bytes: two zeros, 8 (bytes), the number of dimensions, each as a big-endian int32, the data."""
+    """The array in a gzipped IDX file of bytes: 0, 0, 8, the number of axes, their lengths (big-endian int32), data."""
     try:
         data = gzip.decompress(path.read_bytes())
     except (OSError, EOFError) as error:

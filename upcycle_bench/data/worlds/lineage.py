@@ -1,7 +1,7 @@
-"""Which icon families descend from each other, and what an icon's name says once its style is taken off.
+"""Which icon families descend from each other, and the names of icons without their style.
 
-Families copy each other: a fork, a second edition, another weight of the same drawings. What shares a lineage shares
-a split, or the training set would hold the answers of the evaluation sets.
+Families copy each other: as a fork, as a second edition, as another weight of the same drawings. Families of one
+lineage must be in one split, or the training set would hold the answers of the evaluation sets.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 
-# Known descent, whatever the images say; the first name is the group's. A pattern takes every family it matches.
+# Families that are known to descend from each other. The group has the first name. A pattern stands for all that match.
 LINEAGES: tuple[tuple[str, ...], ...] = (
     ("fluent", "fluent-*"),
     ("noto", "noto-*"),
@@ -36,12 +36,12 @@ LINEAGES: tuple[tuple[str, ...], ...] = (
     ("entypo", "entypo-*"),
     ("thesvg", "thesvg-*"),
 )
-OVERLAP = 0.05  # two families with more pixel-equal images than this share of the smaller are one group
-# Words that say how an icon is drawn. Others ("line", "bold", "light") do so only where the family declares them.
+OVERLAP = 0.05  # two families are one group if more than this share of the smaller one's images is in both
+# Words that always say how an icon is drawn. Others ("line", "bold") do so only where the family declares them.
 STYLES = frozenset(
     ["outline", "outlined", "fill", "filled", "solid", "linear", "duotone", "twotone", "rounded", "sharp"]
 )
-# Words that may say how an icon is drawn, where the group also draws it without.
+# Words that say how an icon is drawn if the group also has the name without the word.
 SIBLINGS = frozenset(
     "line bold light thin regular broken duo alt variant round color colour flat stroke".split()  # noqa: SIM905
 )
@@ -49,7 +49,7 @@ TONES = "medium-light|medium-dark|light|medium|dark"
 
 
 def group_families(pictures: Mapping[str, set[bytes]]) -> dict[str, str]:
-    """Group of every family, from its images' digests: joined by `LINEAGES`, and by pixel-equal images (`OVERLAP`).
+    """Family -> group. `LINEAGES` and equal images (`OVERLAP`) join families; `pictures` are the images' digests.
 
     A group is named after its first lineage in `LINEAGES`, else after its first family.
     """
@@ -79,7 +79,7 @@ def group_families(pictures: Mapping[str, set[bytes]]) -> dict[str, str]:
 
 
 def overlapping(pictures: Mapping[str, set[bytes]]) -> list[tuple[str, str]]:
-    """Pairs of families whose common images exceed `OVERLAP` of the smaller one's."""
+    """Pairs of families that have more than `OVERLAP` of the smaller one's images in common."""
     families = sorted(pictures)
     return [
         (first, second)
@@ -90,7 +90,7 @@ def overlapping(pictures: Mapping[str, set[bytes]]) -> list[tuple[str, str]]:
 
 
 def skin_tones(names: Iterable[str]) -> set[str]:
-    """The names that are another's in a skin tone: "...-skin-tone", or "artist-dark" where "artist-medium-dark" is."""
+    """The names of icons in a skin tone: "...-skin-tone", or "artist-dark" if there is an "artist-medium-dark"."""
     names = set(names)
     found = {name for name in names if "skin-tone" in name}
     stems = {name.partition("-medium-dark")[0] for name in names if "-medium-dark" in name}
@@ -104,7 +104,7 @@ def skin_tones(names: Iterable[str]) -> set[str]:
 def base_name(name: str, declared: Iterable[str] = ()) -> str:
     """The name without style words, sizes and counters at its ends: "arrow-left-24-filled" -> "arrow-left".
 
-    `declared` are the family's own style affixes ("bold", "sharp-duotone"). Never empty.
+    `declared` are the style affixes that the family declares ("bold", "sharp-duotone"). The result is never empty.
     """
     styles = STYLES.union(*(affix.split("-") for affix in declared))
     words = name.split("-")
@@ -116,10 +116,11 @@ def base_name(name: str, declared: Iterable[str] = ()) -> str:
 
 
 def drawings(names: Iterable[str], declared: Iterable[str]) -> dict[str, str]:
-    """What each name of a group is a drawing of, coarser than `base_name`: all that may be one drawing has one key.
+    """Name -> drawing, of all names of a group; coarser than `base_name`: names that may be one drawing have one key.
 
-    `declared` are the style affixes of all the group's families, which use each other's undeclared. A `SIBLINGS` word
-    comes off where the group has the name without it: "badge-check-line" is "badge-check" beside it.
+    `declared` are the style affixes of all families of the group, since a family also uses affixes that only another
+    one declares. A `SIBLINGS` word is taken off if the group has the name without it: "badge-check-line" becomes
+    "badge-check" if there is a "badge-check".
     """
     affixes = set(declared)
     words = SIBLINGS.union(*(affix.split("-") for affix in affixes))
@@ -135,5 +136,5 @@ def drawings(names: Iterable[str], declared: Iterable[str]) -> dict[str, str]:
 
 
 def caption(name: str) -> str:
-    """What an icon is called, in words: "arrow-left-circle" -> "arrow left circle"."""
+    """An icon's name in words: "arrow-left-circle" -> "arrow left circle"."""
     return " ".join(name.replace("_", "-").split("-"))

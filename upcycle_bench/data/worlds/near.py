@@ -1,10 +1,10 @@
-"""Near-identical images: every pair whose root-mean-square difference is within a bound, found exactly.
+"""Near-identical images: all pairs whose root-mean-square difference is within a bound, found exactly.
 
-A projection never lengthens a distance, so a PCA to a few coordinates proposes too many pairs and never misses one;
-each proposal is then measured on all pixels. Proposals come from windows of the first two coordinates. (faiss's exact
-`range_search` over all 32 finds the same pairs of the lab's 373,450 images, in 1.4 times the time.)
+A projection never lengthens a distance. So a PCA to a few coordinates proposes too many pairs, but misses none, and
+each proposal is then measured on all pixels. Proposals come from windows of the first two coordinates. faiss's exact
+`range_search` over all 32 coordinates finds the same pairs of the lab's 373,450 images, in 1.4 times the time.
 
-Shape suffixes: Q queries, N images, P pixels (times channels), Z coordinates.
+Shape suffixes: Q queries, N images, M proposed pairs, P pixels (times channels), Z coordinates.
 """
 
 from __future__ import annotations
@@ -13,19 +13,19 @@ import numpy as np
 import torch
 
 COORDINATES = 32
-FITTED = 8192  # images the projection is fitted to; any orthonormal one would be exact, a good one is fast
-BLOCK = 512
+FITTED = 8192  # images for the PCA; with any orthonormal projection the result is exact, with a good one it is fast
+BLOCK = 512  # queries that are compared at a time
 
 
 def near_pairs(images_NP: np.ndarray, queries_Q: np.ndarray, rms: float) -> np.ndarray:
-    """All pairs (query, other) of rows of `images_NP` (uint8), other != query, that differ by `rms` levels or less.
+    """All pairs (query, other) of rows of `images_NP` (uint8) that differ by at most `rms` levels, query != other.
 
-    `queries_Q` are the query rows; `other` may be any row. Returns int64 [pairs, 2], sorted by query, then other.
+    `queries_Q` are the query rows; `other` may be any row. Returns int64 [M, 2], sorted by query, then by other.
     """
     if not len(queries_Q):
         return np.zeros((0, 2), dtype=np.int64)
-    bound = rms * np.sqrt(images_NP.shape[1])
-    reach = 1.01 * bound  # the slack is for float32
+    bound = rms * np.sqrt(images_NP.shape[1])  # of the Euclidean distance
+    reach = 1.01 * bound  # allows for the rounding of float32
     z_NZ = _project(images_NP)
     x_N, y_N = z_NZ[:, 0].numpy(), z_NZ[:, 1].numpy()
     squares_N = z_NZ.square().sum(1)
@@ -45,8 +45,8 @@ def near_pairs(images_NP: np.ndarray, queries_Q: np.ndarray, rms: float) -> np.n
             # |q|^2 + |n|^2 - 2 q n <= reach^2
             rest_QN = torch.addmm(squares_N[near_N], z_NZ[block_Q], z_NZ[near_N].T, alpha=-2)
             limit_Q1 = reach**2 - squares_N[block_Q][:, None]
-            query_R, other_R = (rest_QN <= limit_Q1).nonzero(as_tuple=True)
-            found.append(np.stack([block_Q[query_R.numpy()], near_N[other_R.numpy()]], axis=1))
+            query_M, other_M = (rest_QN <= limit_Q1).nonzero(as_tuple=True)
+            found.append(np.stack([block_Q[query_M.numpy()], near_N[other_M.numpy()]], axis=1))
         start = stop
     pairs = np.concatenate(found)
     pairs = pairs[pairs[:, 0] != pairs[:, 1]]
@@ -56,7 +56,7 @@ def near_pairs(images_NP: np.ndarray, queries_Q: np.ndarray, rms: float) -> np.n
 
 
 def _project(images_NP: np.ndarray) -> torch.Tensor:
-    """Coordinates [N, Z] under an orthonormal projection of the centred pixels."""
+    """Coordinates float32 [N, Z] of the centred pixels under a PCA, which is orthonormal."""
     generator = torch.Generator().manual_seed(0)
     sample = torch.randperm(len(images_NP), generator=generator)[:FITTED].numpy()
     fitted = torch.from_numpy(images_NP[sample]).float()
@@ -68,13 +68,14 @@ def _project(images_NP: np.ndarray) -> torch.Tensor:
     return torch.cat([(torch.from_numpy(part).float() - mean_P) @ basis_PZ for part in parts])
 
 
-def _within(images_NP: np.ndarray, pairs: np.ndarray, rms: float) -> np.ndarray:
-    difference = images_NP[pairs[:, 0]].astype(np.int16) - images_NP[pairs[:, 1]]
-    return np.square(difference.astype(np.float32)).sum(1, dtype=np.float64) <= rms**2 * images_NP.shape[1]
+def _within(images_NP: np.ndarray, pairs_M2: np.ndarray, rms: float) -> np.ndarray:
+    """Which pairs differ by at most `rms` on all pixels, bool [M]."""
+    difference_MP = images_NP[pairs_M2[:, 0]].astype(np.int16) - images_NP[pairs_M2[:, 1]]
+    return np.square(difference_MP.astype(np.float32)).sum(1, dtype=np.float64) <= rms**2 * images_NP.shape[1]
 
 
 def components(size: int, pairs: np.ndarray) -> np.ndarray:
-    """Number of the connected component of each of `size` rows, int [size], under `pairs` [pairs, 2]."""
+    """The number of each row's connected component, int [size], where `pairs` int64 [M, 2] connects rows."""
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
 
