@@ -126,7 +126,7 @@ def test_log_likelihoods_are_those_of_logsumexp_to_the_bit(queries, gallery, gri
     right_QA = cosine_QG[:, :2]
     with helpers.threads(threads):
         for scale in (0.01, 7.3, 100.0, 1000.0):
-            ours = ranking._log_likelihoods(cosine_QG, right_QA, cosine_QG.amax(1), scale)
+            ours = ranking.log_likelihoods(cosine_QG, right_QA, cosine_QG.amax(1), scale)
             plain = (scale * right_QA).logsumexp(1) - (scale * cosine_QG).logsumexp(1)
             assert torch.equal(ours, plain)
 

@@ -75,7 +75,7 @@ def judge(task: Task, scale: float, name: str, block: int = BLOCK) -> Judged:
         cosine_QG = torch.mm(queries_QC[rows], gallery_CG, out=cosines[: len(count_Q[rows])])
         right_cosine_QA = _right_cosines(cosine_QG, right_QA[rows], count_Q[rows])
         rank_Q[rows] = _ranks(cosine_QG.numpy(), right_QA[rows].numpy(), right_cosine_QA.numpy())
-        log_likelihood_Q[rows] = _log_likelihoods(cosine_QG, right_cosine_QA, cosine_QG.amax(1), scale).numpy()
+        log_likelihood_Q[rows] = log_likelihoods(cosine_QG, right_cosine_QA, cosine_QG.amax(1), scale).numpy()
     return Judged(rank_Q, log_likelihood_Q, count_Q.numpy())
 
 
@@ -107,7 +107,7 @@ def fit_scale(tasks: Sequence[Task], name: str) -> float:
 
     def loss(log_scale: float) -> float:
         scale = math.exp(log_scale)
-        means = [torch.cat([_log_likelihoods(*block, scale) for block in blocks]).mean() for blocks in blocks_of_tasks]
+        means = [torch.cat([log_likelihoods(*block, scale) for block in blocks]).mean() for blocks in blocks_of_tasks]
         return -float(torch.stack(means).mean())
 
     bounds = (math.log(SCALE_BOUNDS[0]), math.log(SCALE_BOUNDS[1]))
@@ -202,7 +202,7 @@ def _ranks(cosine_QG: np.ndarray, right_QA: np.ndarray, right_cosine_QA: np.ndar
 
 
 @uncounted()
-def _log_likelihoods(cosine_QG: Tensor, right_cosine_QA: Tensor, best_Q: Tensor, scale: float) -> Tensor:
+def log_likelihoods(cosine_QG: Tensor, right_cosine_QA: Tensor, best_Q: Tensor, scale: float) -> Tensor:
     """Logarithm of the softmax's mass on the right answers [Q]; `best_Q` is the greatest cosine of each row."""
     return (scale * right_cosine_QA).logsumexp(dim=1) - _log_sum_exp(cosine_QG, best_Q, scale)
 
