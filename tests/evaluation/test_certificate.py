@@ -14,6 +14,7 @@ from PIL import Image
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
+from tests.evaluation.contexts import context_of
 from tests.helpers import equal, tiny_clip
 from upcycle_bench import api
 from upcycle_bench.cli.evaluate import show_certificate
@@ -87,11 +88,7 @@ def test_a_sound_evaluation_has_its_certificate(root: Path, experts: bool) -> No
         layer.gate._forward_hooks or layer.gate._forward_pre_hooks for layer in moe_layers(clip.model).values()
     )
     # The witness changes no score, and a second evaluation gets the same certificate.
-    alone = SUITES["zero-shot"].evaluate(
-        EvalContext(
-            model=clip.model, tokenizer=clip.tokenize, transform=clip.transform, root=root, device=torch.device("cpu")
-        )
-    )
+    alone = SUITES["zero-shot"].evaluate(context_of(clip, root))
     values = [each.value for each in alone.scores]
     assert [each.value for each in results["zero-shot"].scores] == pytest.approx(values, rel=1e-7)
     _, again = evaluate(root, clip)
@@ -261,12 +258,6 @@ def test_a_suite_that_encodes_unseen_gets_no_certificate(root: Path, monkeypatch
             nn.Identity(), None, torch.zeros(2, 3, 8, 8), torch.zeros(2, 4)
         )  # a copy that a suite trains
     assert witness.samples["images"].seen == 0
-
-
-def context_of(clip: Clip) -> EvalContext:
-    return EvalContext(
-        model=clip.model, tokenizer=clip.tokenize, transform=clip.transform, root=Path(), device=torch.device("cpu")
-    )
 
 
 def test_routing_margins_against_the_gates_own_probabilities() -> None:

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from sklearn.metrics import adjusted_mutual_info_score, normalized_mutual_info_score
 
+from tests.evaluation.contexts import context_of
 from tests.helpers import initialise, tiny_clip, tiny_moe
 from tests.test_record import make_record
 from upcycle_bench import cli, record
@@ -69,14 +70,7 @@ def clip() -> Clip:
 
 
 def context(clip: Clip, root: Path, batch_size: int = 256) -> EvalContext:
-    return EvalContext(
-        model=clip.model,
-        tokenizer=clip.tokenize,
-        transform=clip.transform,
-        root=root,
-        device=torch.device("cpu"),
-        batch_size=batch_size,
-    )
+    return context_of(clip, root, batch_size=batch_size)
 
 
 def opened(clip: Clip, root: Path, *names: str, batch_size: int = 256) -> list[evalsets.EvalSet]:

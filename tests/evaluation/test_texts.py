@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from tests.evaluation.contexts import context_of
 from tests.helpers import MODEL, tiny_clip
 from upcycle_bench.data import evalset_write
 from upcycle_bench.data.evalset import EvalSet
@@ -58,18 +59,7 @@ class Towers:
         return sum(rows for rows, *_ in seen)
 
     def context(self, **changes: Any) -> EvalContext:
-        return replace(
-            EvalContext(
-                model=self.clip.model,
-                tokenizer=self.clip.tokenize,
-                transform=self.clip.transform,
-                root=Path(),
-                device=torch.device("cpu"),
-                batch_size=16,
-                weights="w" * 64,
-            ),
-            **changes,
-        )
+        return replace(context_of(self.clip, batch_size=16, weights="w" * 64), **changes)
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ from clip_benchmark.metrics import zeroshot_classification
 from clip_benchmark.metrics.zeroshot_classification import average_precision_per_class
 from PIL import Image
 
+from tests.evaluation.contexts import context_of
 from tests.helpers import tiny_clip
 from upcycle_bench.data import evalset_write
 from upcycle_bench.evaluation.average_precision import (
@@ -42,15 +43,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def context(root: Path, batch_size: int = 16) -> EvalContext:
-    clip = tiny_clip()
-    return EvalContext(
-        model=clip.model.eval(),
-        tokenizer=clip.tokenize,
-        transform=clip.transform,
-        root=root,
-        device=torch.device("cpu"),
-        batch_size=batch_size,
-    )
+    return context_of(tiny_clip(), root, batch_size=batch_size)
 
 
 def test_average_precision_by_hand() -> None:

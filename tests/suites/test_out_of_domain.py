@@ -12,6 +12,7 @@ from clip_benchmark.metrics import zeroshot_classification
 from pydantic import ValidationError
 from typer.testing import CliRunner
 
+from tests.evaluation.contexts import context_of
 from tests.helpers import tiny_clip
 from upcycle_bench import api
 from upcycle_bench.cli import app
@@ -33,11 +34,7 @@ def suite(**changes: object) -> OutOfDomain:
 
 @pytest.fixture
 def context(tmp_path: Path) -> EvalContext:
-    clip = tiny_clip()
-    clip.model.eval()
-    return EvalContext(
-        model=clip.model, tokenizer=clip.tokenize, transform=clip.transform, root=tmp_path, device=torch.device("cpu")
-    )
+    return context_of(tiny_clip(), tmp_path)
 
 
 @pytest.mark.filterwarnings("ignore:WebDataset.shardshuffle")
