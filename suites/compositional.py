@@ -1,4 +1,4 @@
-"""Hard negatives that differ by one word, in pairs: "arrow left" and "arrow right", "bell" and "bell off".
+"""Hard negatives: pairs of images whose captions differ by one word, as "arrow left" and "arrow right" do.
 
 Settings, scores, notes and outcomes are described in docs/suites.md; word_pairs.py chooses the pairs.
 Source: T. Thrush et al., Winoground, arXiv:2204.03162.
@@ -28,12 +28,12 @@ from upcycle_bench.suite import AVERAGE, EvalContext, Score, Suite, SuiteInfo, S
 from upcycle_bench.util import uncertainty
 
 CHANCE = {"text_score": 1 / 4, "image_score": 1 / 4, "group_score": 1 / 6, "pairwise_accuracy": 1 / 2}
-FREQUENT = 20  # word pairs in the notes
+FREQUENT = 20  # how many word pairs the notes name
 
 
 @plain_dataclass(frozen=True)
 class Scored:
-    """A set's pairs and what each of them got: metric -> [P]."""
+    """The pairs of a set, and their scores: metric -> [P]."""
 
     chosen: Chosen
     values: dict[str, np.ndarray]
@@ -63,7 +63,7 @@ class Compositional(Suite):
         return list(self.sets)
 
     def evaluate(self, context: EvalContext) -> SuiteResult:
-        """Every set with a pair; the others are skipped. UserError if none has one, or for a set without captions."""
+        """Score every set with a pair; the others are skipped. UserError if no set has one, or for one of labels."""
         evalsets.require(context.root, self.sets)
         opened = [evalsets.read(context.root / name, context.transform, context.batch_size) for name in self.sets]
         if labelled := [evalset.name for evalset in opened if evalset.kind != "retrieval"]:
@@ -86,7 +86,7 @@ class Compositional(Suite):
 
 
 def _score(evalset: EvalSet, context: EvalContext, known: dict[str, Tensor], result: SuiteResult) -> Scored | None:
-    """The pairs of a set, with their outcomes and notes put into `result`; None if there are no pairs."""
+    """The scored pairs of a set, or None without pairs; outcomes and notes go into `result`."""
     images_NC, captions = encode_images(evalset, context)
     chosen = choose(captions)
     result.notes[evalset.name] = {
@@ -108,8 +108,11 @@ def _score(evalset: EvalSet, context: EvalContext, known: dict[str, Tensor], res
 
 
 def judge_pairs(images_PIC: Tensor, texts_PSC: Tensor) -> dict[str, np.ndarray]:
-    """What each pair gets, metric -> [P]; the right text of image I is the one at the same place."""
-    # Summed along D alone, so that equal embeddings tie whatever stands beside them.
+    """The scores of each pair, metric -> [P]; the right text of an image is the one at the same place.
+
+    Winoground's: text score, the right text is nearer for both images; image score, likewise; group score, both.
+    """
+    # Summed along C alone, and not as a matrix product, so that equal embeddings always tie.
     s_PIS = (images_PIC[:, :, None].double() * texts_PSC[:, None].double()).sum(dim=3).numpy()
     ia, ib, ja, jb = s_PIS[:, 0, 0], s_PIS[:, 0, 1], s_PIS[:, 1, 0], s_PIS[:, 1, 1]
     right_P4 = np.stack([ia > ib, jb > ja, ia > ja, jb > ib], axis=1)
@@ -123,14 +126,17 @@ def judge_pairs(images_PIC: Tensor, texts_PSC: Tensor) -> dict[str, np.ndarray]:
 
 
 def scores(dataset: str, sets: Sequence[Scored], primary: bool) -> Iterable[Score]:
-    """The scores of one set or of the unweighted mean over several, of all pairs and of those of one kind."""
+    """The scores of one set, or the unweighted means over several: of all pairs, and of the pairs of either kind.
+
+    The kinds are words that replace each other, "[swapped]", and words that one caption adds, "[added]".
+    """
     words = [np.array([pair.swapped for pair in one.chosen.pairs]) for one in sets]
     added = [np.array([pair.added for pair in one.chosen.pairs]) for one in sets]
     every = [np.ones(len(one), dtype=bool) for one in added]
     parts = {"": every, "[swapped]": [~one for one in added], "[added]": added}
     for suffix, masks in parts.items():
         if suffix and not (all(mask.any() for mask in masks) and all(not mask.all() for mask in masks)):
-            continue  # a set with one kind of pairs has no other number to give
+            continue  # with pairs of one kind only, that kind would repeat the whole
         for metric, chance in CHANCE.items():
             values = [one.values[metric][mask].astype(float) for one, mask in zip(sets, masks, strict=True)]
             mean = sum(float(each.mean()) for each in values) / len(values)
@@ -143,7 +149,7 @@ def scores(dataset: str, sets: Sequence[Scored], primary: bool) -> Iterable[Scor
 
 
 def frequent_words(sets: Sequence[Scored]) -> list[dict[str, Any]]:
-    """How often the most frequent word pairs differ, over all sets, and what they score."""
+    """The most frequent word pairs of all sets: how often they occur, and their scores."""
     pairs = [pair for one in sets for pair in one.chosen.pairs]
     swapped = np.array([pair.swapped for pair in pairs])
     values = {metric: np.concatenate([one.values[metric] for one in sets]) for metric in CHANCE}

@@ -1,4 +1,4 @@
-"""What routers and experts of the final model do, and whether they specialise. It describes; no number is a judgement.
+"""What routers and experts of the final model do, and whether they specialise. The numbers describe; none judges.
 
 Settings, scores, notes and outcomes are described in docs/suites.md; routes.py watches the layers.
 Sources: section 4.5 of arXiv:2604.13508; Vinh et al., JMLR 11, 2010 (adjusted mutual information).
@@ -43,7 +43,7 @@ class Diagnostics(Suite):
         return list(dict.fromkeys(self.images + self.texts))
 
     def evaluate(self, context: EvalContext) -> SuiteResult:
-        """Route all images, then all texts."""
+        """Route all images, then all texts; a dense model is skipped."""
         result = SuiteResult([], {})
         if not moe_layers(context.model):
             result.skipped["experts"] = "a dense model has no experts and no routers"
@@ -64,7 +64,7 @@ def _no_pixels(_image: Any) -> int:
 
 
 def _add(tower: str, routed: Routed, result: SuiteResult) -> None:
-    """The scores, notes and outcomes of one tower."""
+    """Add the scores, notes and outcomes of one tower to `result`."""
     scores = [score for name, layer in routed.layers.items() for score in _scores(name, layer, routed.labels)]
     result.scores.extend([*scores, *_means(tower, scores, len(routed.layers))])
     result.notes[tower] = {
@@ -77,6 +77,7 @@ def _add(tower: str, routed: Routed, result: SuiteResult) -> None:
 
 
 def _scores(name: str, layer: LayerRoutes, labels: Mapping[str, np.ndarray]) -> Iterable[Score]:
+    """The numbers of one layer, and how far its experts agree with the labels."""
     for metric, value in layer.numbers().items():
         yield _score(name, metric, value, None, layer.tokens)
     for metric, found in agreements(layer.first_IE, labels).items():

@@ -1,4 +1,4 @@
-"""Few-shot classification: a linear probe on frozen image features, k samples of each class.
+"""Few-shot classification: a linear probe on frozen image features, trained on k samples of each class.
 
 Settings, scores, notes and outcomes are described in docs/suites.md; probe_tasks.py describes the tasks.
 Sources: A. Radford et al., arXiv:2103.00020, A.3; clip_benchmark.metrics.linear_probe (1.6.2).
@@ -25,7 +25,7 @@ from upcycle_bench.suite import EvalContext, Suite, SuiteInfo, SuiteResult
 
 @dataclass(frozen=True, kw_only=True)
 class ShotTask(ProbeTask):
-    """A probe's task, and how many samples of each class it may see."""
+    """A probe's task, and the numbers of training and of validation samples of each class."""
 
     shots: tuple[int, ...] = Field(min_length=1)
     validation: int = Field(ge=1)
@@ -54,11 +54,11 @@ class FewShot(ProbeSuite):
 
     @classmethod
     def of_set(cls, folder: Path) -> FewShot:
-        """1 and 5 shots of the train split, and 5 samples of each class to choose the weight decay."""
+        """1 and 5 shots of the train split; 5 samples of each class choose the weight decay."""
         return cls(tasks={folder.name: ShotTask(**probe_tasks.of_set(folder), shots=(1, 5), validation=5)})
 
     def evaluate(self, context: EvalContext) -> SuiteResult:
-        """Every task, number of shots and draw."""
+        """Train and score a probe for every task, number of shots and draw."""
         result = SuiteResult([], {})
         for name, task, data in open_tasks(self.tasks, load_features, context, result):
             for shots in task.shots:

@@ -1,4 +1,4 @@
-"""End-to-end fine-tuning of the image tower, from a zero-shot-initialised head: on k shots, or on all of a pool.
+"""End-to-end fine-tuning of the image tower from the zero-shot classifier: on k shots, or on a whole pool.
 
 Settings, scores, notes and outcomes are described in docs/suites.md; fine_tuning.py has the recipe.
 Source: M. Wortsman et al., Robust fine-tuning of zero-shot models, arXiv:2109.01903. Shots are those of few_shot.py.
@@ -35,7 +35,10 @@ from upcycle_bench.util.rng import Stream
 
 @dataclass(frozen=True, kw_only=True)
 class TuneTask(ProbeTask):
-    """A task, and on how many samples of each class the model is tuned; `all`: on all but the validation samples."""
+    """A task, and the numbers of training and of validation samples of each class.
+
+    `all`: also on the whole pool, the validation samples apart.
+    """
 
     shots: tuple[int, ...] = ()
     all: bool = False
@@ -82,7 +85,7 @@ class FineTune(ProbeSuite):
         return self
 
     def evaluate(self, context: EvalContext) -> SuiteResult:
-        """Every task and number of shots; the text tower makes the heads and is done."""
+        """Tune and score for every task, number of shots and draw. The text tower only makes the heads."""
         result = SuiteResult([], {})
         context.model.eval()
         known: dict[str, Tensor] = {}
@@ -142,7 +145,7 @@ class FineTune(ProbeSuite):
 
 @plain_dataclass(frozen=True)
 class Split:
-    """What a model is tuned on, what chooses the rate, what it is tested on; `sha256` of the manifest behind it."""
+    """The samples for training, for the choice of the learning rate and for the test; `sha256`: of their manifest."""
 
     train: Labelled
     validation: Labelled
@@ -151,7 +154,7 @@ class Split:
 
 
 def split_of_shots(name: str, task: TuneTask, data: Data[Labelled], shots: int, draw: int) -> Split:
-    """Some samples of each class, the same as few-shot's."""
+    """k samples of each class for training, the same ones as in few-shot."""
     sizes = Sizes(max(task.shots), task.validation, test=data.test is None)
     manifest = choose(name, data.pool.label_N, data.classnames, shots=shots, draw=draw, sizes=sizes)
     pool = data.pool
@@ -160,7 +163,7 @@ def split_of_shots(name: str, task: TuneTask, data: Data[Labelled], shots: int, 
 
 
 def split_of_pool(name: str, task: TuneTask, data: Data[Labelled]) -> Split:
-    """All but the validation samples of a manifest without shots: what it would leave for a test."""
+    """All of the pool but the validation samples for training: what a manifest without shots leaves for a test."""
     assert data.test is not None
     manifest = choose(name, data.pool.label_N, data.classnames, shots=0, draw=0, sizes=Sizes(0, task.validation, True))
     return Split(data.pool.take(manifest.test_U), data.pool.take(manifest.validation_V), data.test, manifest.sha256)

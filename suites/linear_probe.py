@@ -1,4 +1,4 @@
-"""A linear probe on frozen image features, trained on everything.
+"""A linear probe on frozen image features, trained on the whole pool.
 
 Settings, scores, notes and outcomes are described in docs/suites.md; probe_tasks.py describes the tasks.
 Sources: A. Radford et al., arXiv:2103.00020, A.3; clip_benchmark.metrics.linear_probe (1.6.2).
@@ -47,11 +47,11 @@ class LinearProbe(ProbeSuite):
 
     @classmethod
     def of_set(cls, folder: Path) -> LinearProbe:
-        """From the train split to the test split."""
+        """Trained on the train split, tested on the test split."""
         return cls(tasks={folder.name: ProbeTask(**probe_tasks.of_set(folder))})
 
     def evaluate(self, context: EvalContext) -> SuiteResult:
-        """Every task."""
+        """Train and score a probe for every task."""
         result = SuiteResult([], {})
         for name, _, data in open_tasks(self.tasks, load_features, context, result):
             samples, classes = len(data.pool), len(data.classnames)

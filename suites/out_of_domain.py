@@ -1,4 +1,4 @@
-"""Zero-shot classification of a world that the model was not trained on: of the lab, handwritten digits.
+"""Zero-shot classification of a world that the model was not trained on, such as handwritten digits after the lab.
 
 Settings, scores and outcomes are described in docs/suites.md.
 Source: A. Radford et al., arXiv:2103.00020 (MNIST is out of the training distribution).
@@ -52,18 +52,18 @@ class OutOfDomain(Suite):
         return self
 
     def datasets(self) -> list[str]:
-        """None of the run's own."""
+        """None: its sets are not below the root of the run."""
         return []
 
     def sources(self, root: Path) -> dict[str, str]:
-        """Hashes of the other world's sets; UserError, the reason to skip, if it is the run's or cannot be had."""
+        """Hashes of the other world's sets; UserError, the reason to skip, if it is the run's world or is not here."""
         found = self._root(root)
         names = [*self.sets, *filter(None, [self.temperature_set])]
         evalsets.require(found, names)
         return {f"{self.world}/{name}": evalsets.digest(found / name) for name in names}
 
     def evaluate(self, context: EvalContext) -> SuiteResult:
-        """Every set with the templates of the protocol."""
+        """Score every set with the templates of the protocol."""
         root = self._root(context.root)
         known: dict[str, Tensor] = {}  # text -> its embedding: the sets share their prompts
         context.model.eval()
@@ -83,6 +83,7 @@ class OutOfDomain(Suite):
         return result
 
     def _root(self, root: Path) -> Path:
+        """The folder of the other world's sets, which may be built now."""
         other = load_world(self.world, 0).eval_root
         if root.resolve() == other.resolve():
             raise UserError(f"out-of-domain: {self.world} is the world of this run, so nothing here is out of domain.")
@@ -90,7 +91,7 @@ class OutOfDomain(Suite):
 
 
 def _add(name: str, task: Task, scale: float, result: SuiteResult) -> None:
-    """Scores and outcomes of one set."""
+    """Add the scores and outcomes of one set to `result`."""
     judged, classes = judge(task, scale, name), len(task.gallery_GC)
     rows = [("acc1", judged.rank_Q < 1, 1 / classes)]
     if classes >= 5:
@@ -104,12 +105,7 @@ def _add(name: str, task: Task, scale: float, result: SuiteResult) -> None:
                 samples=samples, primary=metric == "acc1", **asdict(uncertainty.of_outcomes(value_Q)),
             )
         )  # fmt: skip
-    outcomes = {
-        "log_likelihood": judged.log_likelihood_Q.astype(np.float32),
-        "rank": judged.rank_Q.astype(np.int32),
-        "correct@1": judged.rank_Q < 1,
-    }
-    result.outcomes.update({f"{name}/{key}": value_Q for key, value_Q in outcomes.items()})
+    result.outcomes.update({f"{name}/{key}": value_Q for key, value_Q in judged.outcomes([1]).items()})
 
 
 @hookimpl

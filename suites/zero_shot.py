@@ -23,13 +23,9 @@ from torch import Tensor
 
 from upcycle_bench.data import evalset as evalsets
 from upcycle_bench.data.evalset import EvalSet
-from upcycle_bench.evaluation.average_precision import (
-    average_precisions,
-    chance_average_precisions,
-    precision_uncertainty,
-)
+from upcycle_bench.evaluation import average_precision, ranking
 from upcycle_bench.evaluation.features import encode_images
-from upcycle_bench.evaluation.ranking import Judged, Task, exact_cosines, fit_scale, judge, judged_metrics
+from upcycle_bench.evaluation.ranking import Judged, Task
 from upcycle_bench.evaluation.texts import class_embeddings, classification_task, retrieval_tasks
 from upcycle_bench.hookspecs import hookimpl
 from upcycle_bench.suite import AVERAGE, EvalContext, Score, Suite, SuiteInfo, SuiteResult
@@ -54,7 +50,7 @@ METRICS = {
 
 @plain_dataclass(frozen=True)
 class Question:
-    """One way to ask a set: its metrics are called prefix + NAME; `strata_Q` is empty where the set has none."""
+    """A task of a set. Its metrics are called `prefix` + NAME; `strata_Q` is empty where the set has no strata."""
 
     prefix: str
     task: Task
@@ -96,12 +92,12 @@ class ZeroShot(Suite):
 
     @classmethod
     def of_set(cls, folder: Path) -> ZeroShot:
-        """At the model's own logit scale."""
+        """That set alone, at the model's own logit scale."""
         metric = MAP if evalsets.kind_of(folder) == "multilabel" else "log_likelihood"
         return cls(sets=(folder.name,), primary=(folder.name,), primary_metric=metric)
 
     def evaluate(self, context: EvalContext) -> SuiteResult:
-        """Score the model on every set; what is wrong with sets, samples apart, is found before any encoding."""
+        """Score the model on every set. All errors but those of single samples are raised before any encoding."""
         evalsets.require(context.root, self.datasets())
         opened = {
             name: evalsets.read(context.root / name, context.transform, context.batch_size) for name in self.datasets()
@@ -112,7 +108,7 @@ class ZeroShot(Suite):
         context.model.eval()
         known: dict[str, Tensor] = {}  # text -> its embedding: many sets share their prompts
         fitted = {
-            name: fit_scale([question.task for question in questions(opened[name], context, known)], name)
+            name: ranking.fit_scale([question.task for question in questions(opened[name], context, known)], name)
             for name in self.temperature_sets
             if name in temperature.values()
         }
@@ -125,23 +121,26 @@ class ZeroShot(Suite):
                 add_average_precision(evalset, context, known, primary.get(name, ""), result)
                 continue
             for question in questions(evalset, context, known):
-                judged = judge(question.task, scale[evalset.kind], name)
+                judged = ranking.judge(question.task, scale[evalset.kind], name)
                 add_scores(evalset, question, judged, primary.get(name, ""), result)
         for kind in METRICS:
             result.scores.extend(averages(result.scores, [name for name in self.primary if opened[name].kind == kind]))
         return result
 
     def _temperature_sets(self, opened: dict[str, EvalSet]) -> dict[str, str]:
-        """For each kind of the scored sets that uses a scale the set that it is fitted to; "": the model's own."""
+        """Kind of the scored sets -> the set that its logit scale is fitted to; "": the model's own scale.
+
+        Kinds without a scale are left out. A kind without a set of its own takes that of the other kind.
+        """
         of_kind: dict[str, str] = {}
         for name in self.temperature_sets:
             kind = opened[name].kind
             if kind not in TOP_K:
                 raise UserError(f"zero-shot: temperature_sets: no logit scale can be fitted to the {kind} set {name}.")
             if kind in of_kind:
-                both = f"{of_kind[kind]} and {name}"
                 raise UserError(
-                    f"zero-shot: temperature_sets: {both} are both {kind} sets; name at most one of a kind."
+                    f"zero-shot: temperature_sets: {of_kind[kind]} and {name} are both {kind} sets; name at most one "
+                    "of a kind."
                 )
             of_kind[kind] = name
         either = next(iter(of_kind.values()), "")
@@ -149,6 +148,7 @@ class ZeroShot(Suite):
         return {kind: of_kind.get(kind, either) for kind in TOP_K if kind in scored}
 
     def _primary_metric(self, evalset: EvalSet) -> str:
+        """The full name of `primary_metric` for a set of that kind; UserError where it has no such metric."""
         known = METRICS[evalset.kind]
         if evalset.kind == "classification" and len(evalset.classnames) < 5:
             known = tuple(metric for metric in known if metric != "acc5")
@@ -161,25 +161,19 @@ class ZeroShot(Suite):
 def add_scores(evalset: EvalSet, question: Question, judged: Judged, primary: str, result: SuiteResult) -> None:
     """Add the scores and outcomes of one question, of the whole and of its strata, to `result`."""
     names, gallery, label_Q = TOP_K[evalset.kind], len(question.task.gallery_GC), question.task.query_id_Q.numpy()
-    outcomes: dict[str, np.ndarray] = {
-        "log_likelihood": judged.log_likelihood_Q.astype(np.float32),
-        "rank": judged.rank_Q.astype(np.int32),
-    }
-    outcomes |= {f"correct@{k}": judged.rank_Q < k for k in names if k <= gallery}
-    for name, values in outcomes.items():
+    for name, values in judged.outcomes(k for k in names if k <= gallery).items():
         result.outcomes[f"{evalset.name}/{question.prefix}{name}"] = values
 
     sample_Q = None if evalset.kind == "classification" else label_Q  # captions of one image are one sample
-    rows = list(judged_metrics(judged, gallery, names, sample_Q))
+    rows = list(ranking.judged_metrics(judged, gallery, names, sample_Q))
     if evalset.kind == "classification":
         correct_Q = judged.rank_Q == 0
-        recalls = [np.mean(correct_Q[label_Q == label]) for label in np.unique(label_Q)]
-        sure = uncertainty.of_recalls(correct_Q, label_Q)
-        rows.append(("mean_per_class_recall", float(np.mean(recalls)), sure, 1 / gallery, len(label_Q)))
+        recall, sure = ranking.mean_per_class_recall(correct_Q, label_Q), uncertainty.of_recalls(correct_Q, label_Q)
+        rows.append(("mean_per_class_recall", recall, sure, 1 / gallery, len(label_Q)))
     for stratum in np.unique(question.strata_Q):
         chosen_Q = question.strata_Q == stratum
         chosen = None if sample_Q is None else sample_Q[chosen_Q]
-        rows.extend(judged_metrics(judged.only(chosen_Q), gallery, names, chosen, f"[{stratum}]"))
+        rows.extend(ranking.judged_metrics(judged.only(chosen_Q), gallery, names, chosen, f"[{stratum}]"))
     for metric, value, sure, chance, samples in rows:
         metric = question.prefix + metric
         result.scores.append(
@@ -201,20 +195,20 @@ def add_average_precision(
             f"evaluation set {evalset.name}: an image has not a 0 or 1 for each of {len(classes_YC)} classes; "
             "`upcycle-bench data check` says which."
         )
-    cosine_NY, label_NY = exact_cosines(images_NC, classes_YC).numpy(), np.stack(labels)
-    precision_Y = average_precisions(cosine_NY, label_NY)
+    cosine_NY, label_NY = ranking.exact_cosines(images_NC, classes_YC).numpy(), np.stack(labels)
+    precision_Y = average_precision.average_precisions(cosine_NY, label_NY)
     result.outcomes[f"{evalset.name}/average_precision"] = precision_Y
     result.scores.append(
         Score(
             dataset=evalset.name, metric=MAP, value=float(precision_Y.mean()), higher_is_better=True,
-            chance=float(chance_average_precisions(label_NY).mean()), samples=len(label_NY), primary=primary == MAP,
-            **asdict(precision_uncertainty(cosine_NY, label_NY)),
+            chance=float(average_precision.chance_average_precisions(label_NY).mean()), samples=len(label_NY),
+            primary=primary == MAP, **asdict(average_precision.precision_uncertainty(cosine_NY, label_NY)),
         )
     )  # fmt: skip
 
 
 def averages(scores: Iterable[Score], sets: list[str]) -> list[Score]:
-    """The mean over the sets, if they are several, of each metric that all of them have."""
+    """The mean over the sets of each metric that all of them have; nothing for a single set."""
     of_metric: dict[str, list[Score]] = defaultdict(list)
     for score in scores:
         if score.dataset in sets:
@@ -232,7 +226,7 @@ def averages(scores: Iterable[Score], sets: list[str]) -> list[Score]:
 
 
 def questions(evalset: EvalSet, context: EvalContext, known: dict[str, Tensor]) -> list[Question]:
-    """Encode a set: one question for classification, for retrieval one each way. `known`: see texts.py."""
+    """Encode a set: one question for classification, one each way for retrieval. `known`: text -> its embedding."""
     strata = np.array(evalset.strata)
     if evalset.kind == "classification":
         return [Question("", classification_task(evalset, context, known), strata)]

@@ -1,4 +1,4 @@
-"""`evaluate` scores any checkpoint as a run would, and a user's own photos; what cannot be scored is named."""
+"""`evaluate` scores any checkpoint as a run would, and a user's own photos; it names what it cannot score."""
 
 import contextlib
 import json
@@ -31,7 +31,7 @@ REGISTRY = load_registry()
 
 @pytest.fixture(autouse=True)
 def _no_lab(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its world takes minutes to build."""
+    """Refuse to build the lab, which takes minutes."""
 
     def refuse(*_: object) -> None:
         raise UserError("the lab was asked for")
@@ -58,7 +58,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def sets(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Real photos, made into sets by the snippet of the docs, as it is printed."""
+    """Real photos, made into sets by the code in docs/data.md, word for word."""
     folder = tmp_path_factory.mktemp("own")
     photos.write(folder / "photos")
     (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "data.md").read_text(), re.DOTALL)
@@ -93,7 +93,7 @@ def test_real_photos_go_through_everything(models: dict[str, Path], sets: Path, 
         ("few-shot", "photos/5-shot"),
         ("linear-probe", "photos"),
     }
-    # Even random features of photos tell these photos apart, which random prompts do not.
+    # Random features tell these photos apart; random prompts do not.
     assert found["few-shot", "photos/5-shot", "acc1"] > 0.6 > 1 / 9
     assert found["linear-probe", "photos", "acc1"] > 0.6 > found["zero-shot", "photos", "acc1"]
     unnamed = ("compositional", "diagnostics", "fine-tune", "out-of-domain")
@@ -118,7 +118,7 @@ def test_real_photos_go_through_everything(models: dict[str, Path], sets: Path, 
     assert facts["parameters_active"] < facts["parameters_total"]
     together = "skipped: few-shot/photos-captions, linear-probe/photos-captions: it has captions, not labels."
     assert "photos/5-shot" in table and together in table
-    assert table.count("scores only what a protocol names") == len(unnamed)  # a reason once
+    assert table.count("scores only what a protocol names") == len(unnamed)  # every reason is printed once
     assert not any(score["primary"] for score in facts["scores"])
 
     with pytest.raises(UserError, match="--force replaces it"):

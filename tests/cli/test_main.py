@@ -147,7 +147,7 @@ def call(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
 def test_the_default_protocol_is_lab(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str
 ) -> None:
-    """Without building it; what builds it says so on the terminal."""
+    """Nothing is built here; the lab would be built with progress on the terminal."""
 
     def load_world(world: str, seed: int, reporter: Reporter) -> World:
         assert isinstance(reporter, TerminalReporter)
@@ -173,7 +173,7 @@ def test_the_default_protocol_is_lab(
 def test_misuse_is_one_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: list[str], says: str
 ) -> None:
-    """What typer finds wrong looks like what we find wrong."""
+    """Errors of typer look like our own."""
     assert call(monkeypatch, *arguments) == 2
     captured = capsys.readouterr()
     assert re.fullmatch(f"error: {says}\n", captured.err) and not captured.out
@@ -188,12 +188,12 @@ def test_a_bare_command_shows_its_help(monkeypatch: pytest.MonkeyPatch, capsys: 
 def test_bf16_that_is_emulated_is_not_silent(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """One line on stderr, and the protocol stays what it is."""
+    """It is one line on stderr, and the protocol does not change."""
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     arguments = ["run", "-s", "dense", "-p", "smoke", "--dry-run", "--json"]
     bf16 = ["--set", "train.schedule.precision=bf16"]
     for supported, flags, lines in ((["amx"], bf16, 0), ([], [], 0), ([], bf16, 1)):
-        monkeypatch.setattr("upcycle_bench.cli.run.cpu_bf16", lambda supported=supported: supported)
+        monkeypatch.setattr("upcycle_bench.planning.machine.cpu_bf16", lambda supported=supported: supported)
         assert call(monkeypatch, *arguments, *flags) == 0
         captured = capsys.readouterr()
         assert len(captured.err.splitlines()) == lines
@@ -222,7 +222,7 @@ def test_data_build(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtu
 
 
 def test_what_a_table_says_of_the_lab(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    """Sets, not splits; every removal; classes."""
+    """The table has the sets that were written (not the splits of icons), every removal, and the classes."""
     facts = {
         "counts": {"train": 9, "near": 1, "set train": 9_000, "set dev-uil": 4, "dev-uil": 5},
         "removed": {"blank": 3, "licence": {"GPL-2.0-only": 207}},
@@ -246,7 +246,7 @@ QUICKER = ["-p", "smoke", "--set", "dense.schedule.steps=8", "--set", "dense.sch
 
 
 def test_pretrain(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    """Trained once; the same checkpoint serves a run, and half of it goes where --output says."""
+    """The model is trained once; --output gets a copy in half precision."""
     assert call(monkeypatch, "pretrain", *QUICKER, "--json") == 0
     first = json.loads(capsys.readouterr().out)
     checkpoint = Path(first["checkpoint"])
@@ -309,7 +309,7 @@ def test_a_broken_plugin_is_named_and_list_still_works(
 
 
 def test_the_installed_packages_do_not_claim_common_names() -> None:
-    """`strategies` is ours only inside our namespace: outside the checkout it must not be importable."""
+    """Our `strategies` lives in our namespace: outside the checkout `import strategies` must fail."""
     code = (
         "from importlib.util import find_spec\n"
         "assert find_spec('upcycle_bench.strategies.cluster_aware')\n"

@@ -52,7 +52,7 @@ def test_cluster_aware_is_what_a_run_would_train(
     dense: Path,
     shards: tuple[Path, ...],
 ) -> None:
-    """The same experts as by the steps of `run` with that seed; the same facts in --json."""
+    """The experts equal those that `run` makes with this seed; --json has the facts."""
     output = tmp_path / "moe.safetensors"
     options = [
         "--calibration",

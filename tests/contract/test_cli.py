@@ -1,4 +1,4 @@
-"""The command line parses, calls and shows: its functions are short, and nothing below imports it."""
+"""The command line parses, calls and shows: its commands are short, and no room below imports it."""
 
 import ast
 import inspect
@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import typer
 
+from tests.contract.imports import imported
 from upcycle_bench import api
 from upcycle_bench.cli import app
 from upcycle_bench.cli.upcycle import upcycle
@@ -16,7 +17,7 @@ from upcycle_bench.planning.registry import load_registry
 from upcycle_bench.protocol import PUBLISHED_MOE, load_protocol
 
 ROOT = Path(__file__).parents[2]
-LONGEST = 40  # lines of a command below its signature
+LONGEST = 40  # lines of a command without its signature
 
 
 def commands(group: typer.Typer) -> Iterator[Callable[..., Any]]:
@@ -29,21 +30,10 @@ def commands(group: typer.Typer) -> Iterator[Callable[..., Any]]:
 
 
 def body_lines(function: Callable[..., Any]) -> int:
-    """From the docstring to the end; the signature holds only options."""
+    """The lines from the docstring to the end; the signature holds only options."""
     (made,) = ast.parse(inspect.getsource(function)).body
     assert isinstance(made, ast.FunctionDef) and made.end_lineno is not None
     return made.end_lineno - made.body[0].lineno + 1
-
-
-def imported(path: Path) -> Iterator[str]:
-    """Every module that a file of ours imports, wherever in the file."""
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            assert not node.level, f"{path}: a relative import"
-            yield node.module or ""
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
 @pytest.mark.parametrize("command", commands(app), ids=lambda command: command.__name__)
@@ -60,10 +50,10 @@ def test_every_command_has_a_file_of_its_own() -> None:
 def test_nothing_below_imports_the_command_line() -> None:
     rooms = [ROOT / "upcycle_bench", ROOT / "strategies", ROOT / "suites"]
     files = [path for room in rooms for path in room.rglob("*.py")]
+    names = {str(path.relative_to(ROOT)): imported(path) for path in files}
+    assert not any(name.startswith(".") for found in names.values() for name in found)  # which would hide the room
     users = {
-        str(path.relative_to(ROOT))
-        for path in files
-        if any(f"{name}.".startswith("upcycle_bench.cli.") for name in imported(path))
+        path for path, found in names.items() if any(f"{name}.".startswith("upcycle_bench.cli.") for name in found)
     }
     inside = {str(path.relative_to(ROOT)) for path in (ROOT / "upcycle_bench" / "cli").glob("*.py")}
     assert users - inside == {"upcycle_bench/__main__.py"}

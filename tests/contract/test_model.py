@@ -1,7 +1,4 @@
-"""What the model of every registered strategy, ours or an outsider's, must do, on a tiny CLIP.
-
-Shape suffixes: B batch, L sequence, E embedding, T tokens, K choices per token.
-"""
+"""What the model of every registered strategy, ours or a plugin's, must do, on a tiny CLIP."""
 
 import io
 from pathlib import Path
@@ -35,7 +32,7 @@ def test_outputs_are_finite(strategy: Strategy) -> None:
     model = upcycled(strategy, clip, seed=0).model
     output = features(model, *tiny_batches(clip, seed=5)[0])
     assert torch.isfinite(output).all()
-    assert output.std(0).min() > 1e-4  # and say something about the input
+    assert output.std(0).min() > 1e-4  # and they depend on the input
 
 
 def test_preserves_function_is_what_it_says(strategy: Strategy) -> None:
@@ -51,7 +48,7 @@ def test_preserves_function_is_what_it_says(strategy: Strategy) -> None:
 
 
 def reaching(model: Any, layer: Any, text_BL: Tensor) -> Tensor:
-    """Which of a layer's tokens [T] a contrastive loss depends on: all, but in a tower's last block the pooled one."""
+    """Which tokens [T] of a layer a contrastive loss depends on: in the last block of a tower only the pooled one."""
     if layer.tower == "vision":
         tokens, blocks = len(model.visual.positional_embedding), model.visual.transformer.resblocks
         pooled_T = torch.arange(len(text_BL) * tokens) % tokens == 0
@@ -70,8 +67,8 @@ def test_everything_trains(strategy: Strategy) -> None:
     routes: dict[str, Tensor] = {}
     for name, layer in layers.items():
         layer.gate.register_forward_hook(lambda _m, _args, out, name=name: routes.__setitem__(name, out[3]))  # index_KT
-    image_BE, text_BE, scale = model(images, text_BL)[:3]
-    loss = contrastive_loss(image_BE, text_BE, scale)
+    image_BC, text_BC, scale = model(images, text_BL)[:3]
+    loss = contrastive_loss(image_BC, text_BC, scale)
     for layer in layers.values():
         loss = loss + 0.01 * layer.l_aux
     loss.backward()
@@ -90,7 +87,7 @@ def test_everything_trains(strategy: Strategy) -> None:
             if (routes[name] == number)[:, reaching_T].any():  # dropped choices are -1
                 assert any(gradient.any() for gradient in gradients), (name, number)
                 trained += 1
-    assert trained >= 0.6 * sum(len(layer.experts) for layer in layers.values())  # so that the above says something
+    assert trained >= 0.6 * sum(len(layer.experts) for layer in layers.values())  # or the loop above would prove little
 
 
 def test_extra_loss(strategy: Strategy) -> None:

@@ -1,10 +1,11 @@
-"""Rules of the rooms that import-linter cannot see: the two folders at the top, and who is handed a whole plan."""
+"""Rules of the rooms that import-linter cannot see: the two folders at the top, and who gets a whole plan."""
 
 import ast
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from tests.contract.imports import imported
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "upcycle_bench"
@@ -15,15 +16,9 @@ MAY_IMPORT = {
 BELOW_PLANNING = ("model", "data", "training", "upcycling", "evaluation", "reporting")
 
 
-def imports(path: Path) -> Iterator[str]:
-    """Every module of ours that a file imports, at its top or inside functions, `from upcycle_bench import x` too."""
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names if alias.name.startswith("upcycle_bench."))
-        elif isinstance(node, ast.ImportFrom) and node.module == "upcycle_bench":
-            yield from (f"upcycle_bench.{alias.name}" for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("upcycle_bench."):
-            yield str(node.module)
+def imports(path: Path) -> set[str]:
+    """Every module of ours that a file imports."""
+    return {name for name in imported(path) if name.startswith("upcycle_bench.")}
 
 
 @pytest.mark.parametrize("folder", MAY_IMPORT)

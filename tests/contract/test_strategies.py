@@ -1,10 +1,8 @@
-"""What every registered strategy, ours or an outsider's, must say of itself and make, on a tiny CLIP.
+"""What every registered strategy, ours or a plugin's, must declare and make, on a tiny CLIP.
 
-What its model must do is in `test_contract_model.py`. Strategies that replace no FFN have branches of their own.
-Shape suffixes: T tokens, D width, N experts.
+`test_model.py` says what its model must do. Strategies that replace no FFN have branches of their own.
 """
 
-import ast
 import copy
 import dataclasses
 import inspect
@@ -22,6 +20,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tests.contract.imports import imported
 from tests.helpers import (
     Initialised,
     TinyPairs,
@@ -57,12 +56,12 @@ def strategy(name: str) -> Strategy:
 
 
 def model_tensors(strategy: Strategy, seed: int, **changes: Any) -> dict[str, Tensor]:
-    """Everything in the model of a strategy that replaces no FFN."""
+    """All tensors in the model of a strategy that replaces no FFN."""
     return upcycled(strategy, tiny_clip(), seed, tiny_moe(**changes)).model.state_dict()
 
 
 def tensors(made: Initialised) -> dict[str, Tensor]:
-    """Everything a strategy made, by a name of its own."""
+    """All tensors that a strategy made, by unique names."""
     named = {}
     for layer, init in made.inits.items():
         named[f"{layer}.router"] = init.router_ND
@@ -72,7 +71,7 @@ def tensors(made: Initialised) -> dict[str, Tensor]:
 
 
 def calibration_inputs(clip: Clip) -> CalibrationSource:
-    """Pairs for `make_experts`: those that `helpers.initialise` takes with seed 0."""
+    """Pairs for `make_experts`: the ones that `helpers.initialise` takes with seed 0."""
 
     def inputs(pairs: int) -> Iterator[tuple[Tensor, Tensor]]:
         for batch in TinyPairs(clip).calibration(Stream(("calibration", 0)), pairs, 256):
@@ -85,7 +84,7 @@ def snapshot(module: nn.Module) -> dict[str, Tensor]:
     return {key: value.clone() for key, value in module.state_dict().items()}
 
 
-# ---- What it says of itself ---------------------------------------------------------------------------------------
+# ---- What a strategy declares -------------------------------------------------------------------------------------
 
 
 def test_every_plugin_loads() -> None:
@@ -148,7 +147,7 @@ def test_config_is_strict_json(strategy: Strategy) -> None:
     config = strategy.config()
     assert json.loads(json.dumps(config, allow_nan=False)) == config
     assert list(config) == [field.name for field in dataclasses.fields(type(strategy))]
-    text = {key: str(value) for key, value in config.items() if value is not None}  # as the command line gives it back
+    text = {key: str(value) for key, value in config.items() if value is not None}  # as on the command line
     assert configure(type(strategy), text) == strategy
 
 
@@ -162,22 +161,10 @@ def test_config_refuses_what_a_record_cannot_hold(strategy: Strategy) -> None:
         configure(type(strategy), {"no_such_option": "1"})
 
 
-def imported(path: Path) -> set[str]:
-    """Every module that a file imports, at any depth of its code; `from a import b` counts as a and a.b."""
-    modules = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            modules |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            module = "." * node.level + (node.module or "")
-            modules |= {module, *(f"{module}.{alias.name}" for alias in node.names)}
-    return modules
-
-
 def test_file_imports_only_what_strategies_may(name: str) -> None:
     modules = imported(Path(inspect.getsourcefile(REGISTRY.strategies[name].target)))
     allowed = set(sys.stdlib_module_names) | {"torch", "numpy", "pydantic", "upcycle_bench"}
-    assert {module.partition(".")[0] for module in modules} <= allowed  # a relative import starts with nothing
+    assert {module.partition(".")[0] for module in modules} <= allowed  # a relative import has an empty first part
     siblings = ("upcycle_bench.strategies", "upcycle_bench.suites")
     assert not [module for module in modules if module.startswith(siblings)]
 
@@ -187,7 +174,7 @@ def test_file_imports_only_what_strategies_may(name: str) -> None:
 
 def test_helper_walks_the_path_of_a_run(strategy: Strategy) -> None:
     clip = tiny_clip()
-    if not strategy.replaces_ffn:  # step0.initialise hands on the dense model, or what init_dense makes of a copy
+    if not strategy.replaces_ffn:  # the dense model stays, or init_dense changes a copy
         model = upcycled(strategy, clip, 0).model
         assert (model is clip.model) != changes_model(strategy)
         assert equal(make_dense(strategy, clip.model, tiny_moe(), 0).state_dict(), model.state_dict())
@@ -211,7 +198,7 @@ def test_same_seed_same_bits_other_seed_other_weights(strategy: Strategy) -> Non
     first, again, other = (tensors(initialise(strategy, clip, seed)) for seed in (0, 0, 1))
     assert equal(first, again)
     assert not equal(first, other)
-    for layer in ("vision.1", "text.1"):  # no layer is forgotten, nor do layers share a stream
+    for layer in ("vision.1", "text.1"):  # every layer has a stream of its own
         keys = [key for key in first if key.startswith(layer)]
         assert not all(torch.equal(first[key], other[key]) for key in keys)
     assert not torch.equal(first["vision.1.router"], first["vision.3.router"])

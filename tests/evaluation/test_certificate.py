@@ -1,4 +1,4 @@
-"""The certificate: sound evaluations get one, and each way to be unsound ends with its own line."""
+"""The certificate: a sound evaluation gets one; each kind of unsound evaluation ends with an error of its own."""
 
 import math
 import re
@@ -14,14 +14,16 @@ from PIL import Image
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
+from tests.evaluation.contexts import context_of
 from tests.helpers import equal, tiny_clip
 from upcycle_bench import api
 from upcycle_bench.cli.evaluate import show_certificate
 from upcycle_bench.data import evalset as evalsets
 from upcycle_bench.data import evalset_write
 from upcycle_bench.evaluation import certificate, features, shuffled_labels
-from upcycle_bench.evaluation.certificate import MARGIN, MOST, Reservoir, Witness, differences, routing_margin
+from upcycle_bench.evaluation.certificate import MARGIN, differences, routing_margin
 from upcycle_bench.evaluation.score import score
+from upcycle_bench.evaluation.witness import MOST, Reservoir, Witness
 from upcycle_bench.model.clip import Clip
 from upcycle_bench.model.moe import moe_layers
 from upcycle_bench.record import CertificatePart
@@ -38,7 +40,7 @@ SUITES = {"zero-shot": ZeroShot(sets=("colours", "pairs"), primary=("colours",))
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Noisy pictures of four tints: 90, 60, 40 and 10 of them, in order of class, and as many captioned ones."""
+    """Noisy pictures of four tints, sorted by class: 90, 60, 40 and 10 of them; and the same pictures with captions."""
     folder = tmp_path_factory.mktemp("sets")
     rng = np.random.default_rng(0)
     labels = np.repeat(np.arange(4), (90, 60, 40, 10))
@@ -72,7 +74,7 @@ def test_a_sound_evaluation_has_its_certificate(root: Path, experts: bool) -> No
     results, proof = evaluate(root, clip)
     assert proof is not None
     assert equal(before, clip.model.state_dict())
-    # 400 images, of which 200 are the others again, and 208 texts: 128 of each, some images twice.
+    # 400 images, each of 200 twice, and 208 texts. 128 of each kind are sampled; equal images count once.
     assert 128 + 80 < proof.predictions <= 256
     assert [(each.batch_size, each.shuffled, each.differing) for each in proof.repeats] == [
         (7, False, 0),
@@ -85,12 +87,8 @@ def test_a_sound_evaluation_has_its_certificate(root: Path, experts: bool) -> No
     assert not any(
         layer.gate._forward_hooks or layer.gate._forward_pre_hooks for layer in moe_layers(clip.model).values()
     )
-    # Nothing of it stands in the scores, and it comes again.
-    alone = SUITES["zero-shot"].evaluate(
-        EvalContext(
-            model=clip.model, tokenizer=clip.tokenize, transform=clip.transform, root=root, device=torch.device("cpu")
-        )
-    )
+    # The witness changes no score, and a second evaluation gets the same certificate.
+    alone = SUITES["zero-shot"].evaluate(context_of(clip, root))
     values = [each.value for each in alone.scores]
     assert [each.value for each in results["zero-shot"].scores] == pytest.approx(values, rel=1e-7)
     _, again = evaluate(root, clip)
@@ -98,7 +96,7 @@ def test_a_sound_evaluation_has_its_certificate(root: Path, experts: bool) -> No
 
 
 class Broken(nn.Module):
-    """In the place of the image tower: what it puts out goes through `change`."""
+    """Replaces the image tower: `change` is applied to its output."""
 
     def __init__(self, tower: nn.Module, change: Any) -> None:
         super().__init__()
@@ -127,8 +125,8 @@ def test_predictions_that_depend_on_the_batch_are_refused(root: Path) -> None:
     assert "predictions come out otherwise when the same inputs are encoded again in batches of 7; at most 1" in text
 
 
-def test_few_inputs_do_not_hide_that_they_depend_on_the_batch(tmp_path: Path) -> None:
-    """32 images are one batch of the evaluation; the first repeat takes them in other company all the same."""
+def test_predictions_that_depend_on_the_batch_are_refused_of_few_inputs_too(tmp_path: Path) -> None:
+    """The evaluation has one batch of 32 images; the batches of the first repeat are smaller."""
     rng = np.random.default_rng(0)
     pictures = [Image.fromarray(p) for p in rng.integers(0, 256, (32, 8, 8, 3), dtype=np.uint8)]
     evalset_write.write_classification(tmp_path / "few", zip(pictures, [0, 1] * 16, strict=True), ("a", "b"), ("{c}",))
@@ -140,7 +138,7 @@ def test_few_inputs_do_not_hide_that_they_depend_on_the_batch(tmp_path: Path) ->
 def test_an_embedding_that_moves_is_refused_though_it_predicts_the_same(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Pushed by the size of the batch, all alike, and too little to have another nearest text."""
+    """The size of the batch shifts all embeddings alike, too little to change the nearest text."""
     push = broken(lambda pooled_BD: pooled_BD + 2e-3 * len(pooled_BD) / 100)
     monkeypatch.setattr(certificate, "differences", lambda before, again: [])
     assert "come out otherwise" in refused(root, push)
@@ -149,7 +147,7 @@ def test_an_embedding_that_moves_is_refused_though_it_predicts_the_same(
 
 
 def test_predictions_that_depend_on_the_order_are_refused(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What stands at an even place of its batch is turned around: the same for all batch sizes that are even."""
+    """Embeddings at odd places of a batch are negated: in order, all even batch sizes give the same."""
     signs = torch.tensor([1.0, -1.0]).repeat(128)[:, None]
 
     def turned(pooled_BD: Tensor) -> Tensor:
@@ -161,7 +159,7 @@ def test_predictions_that_depend_on_the_order_are_refused(root: Path, monkeypatc
 
 
 def _in_order(sample: Reservoir) -> tuple[list[Tensor], Tensor]:
-    """The first of the reservoir as they came, so that places in a batch keep being even or odd."""
+    """The first rows of the reservoir in their order, so that even places in a batch stay even."""
     return sample.rows[:128], torch.stack(sample.embeddings[:128])
 
 
@@ -169,14 +167,14 @@ def test_dropped_tokens_are_refused(root: Path, monkeypatch: pytest.MonkeyPatch)
     clip = moe()
     for layer in moe_layers(clip.model).values():
         layer.gate.own_factor = 0.5
-        monkeypatch.setattr(layer.gate, "train", lambda mode, gate=layer.gate: gate)  # it does not hear of evaluation
+        monkeypatch.setattr(layer.gate, "train", lambda mode, gate=layer.gate: gate)  # so that eval() does not reach it
         layer.gate.training = True
     text = refused(root, clip)
     assert "choices of tokens were dropped in vision.1; in evaluation capacity has no limit." in text
 
 
 class Training(ZeroShot):
-    """A suite that goes on training what it scores."""
+    """A suite that trains the model that it scores."""
 
     def evaluate(self, context: EvalContext) -> SuiteResult:
         with torch.no_grad():
@@ -190,7 +188,7 @@ def test_changed_weights_are_refused(root: Path) -> None:
 
 
 def test_leaking_labels_are_refused(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Labels find their way into the image features: whatever they are, they are found right."""
+    """The image features are made of the labels, so every answer is right, shuffled or not."""
     honest = features.encode_images
 
     def leaking(evalset: evalsets.EvalSet, context: EvalContext) -> tuple[Tensor, list[Any]]:
@@ -249,7 +247,7 @@ def test_texts_of_another_model_in_the_cache_are_refused(root: Path, part: str) 
         score(SUITES, root, clip, meter, Reporter(), digest)
 
 
-def test_who_encodes_unseen_has_no_certificate(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_suite_that_encodes_unseen_gets_no_certificate(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def unseen(self: ZeroShot, context: EvalContext) -> SuiteResult:
         return SuiteResult([], {}, skipped={"": "nothing to do"})
 
@@ -260,12 +258,6 @@ def test_who_encodes_unseen_has_no_certificate(root: Path, monkeypatch: pytest.M
             nn.Identity(), None, torch.zeros(2, 3, 8, 8), torch.zeros(2, 4)
         )  # a copy that a suite trains
     assert witness.samples["images"].seen == 0
-
-
-def context_of(clip: Clip) -> EvalContext:
-    return EvalContext(
-        model=clip.model, tokenizer=clip.tokenize, transform=clip.transform, root=Path(), device=torch.device("cpu")
-    )
 
 
 def test_routing_margins_against_the_gates_own_probabilities() -> None:
@@ -289,14 +281,14 @@ def _probabilities(seen: list[Tensor], layer: Any, _gate: nn.Module, args: Any, 
 
 @pytest.mark.parametrize(("scale", "sound"), [(1e-6, True), (1.0, False)])
 def test_one_difference_may_be_traced_to_a_routing_margin(root: Path, scale: float, sound: bool) -> None:
-    """One image comes out otherwise in small batches; sound only where all experts are as good as equal."""
+    """One image has another embedding in small batches. That is sound only where all experts are nearly equal."""
     clip = moe()
     for layer in moe_layers(clip.model).values():
         layer.gate.wg.weight.data.mul_(scale)
     odd: list[Tensor] = []
 
     def change(pooled_BD: Tensor) -> Tensor:
-        if len(pooled_BD) == 200:  # the evaluation's own batch
+        if len(pooled_BD) == 200:  # the only batch of the evaluation
             odd[:] = [pooled_BD[5].clone()]
             return pooled_BD
         same_B = torch.isclose(pooled_BD, odd[0], atol=1e-6).all(dim=1)

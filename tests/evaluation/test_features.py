@@ -1,4 +1,4 @@
-"""Embeddings of images: in the order of the set, seen by a witness, with the FLOPs of every image; errors arrive."""
+"""Embeddings of images: in the order of the set, shown to the witness, with the FLOPs of every image; errors."""
 
 from collections.abc import Callable
 from functools import partial
@@ -30,7 +30,7 @@ def transform(image: Image.Image) -> Tensor:
 
 @pytest.fixture(params=[1, 2, 5])
 def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    """A set of that many images; in batches of one, an odd number has a last batch without a second."""
+    """A set of 1, 2 or 5 images."""
     pixels = np.random.default_rng(0).integers(0, 256, (request.param, 6, 6, 3), dtype=np.uint8)
     samples = [(Image.fromarray(p), number % 2) for number, p in enumerate(pixels)]
     evalset_write.write_classification(tmp_path / "x", samples, ("a", "b"), ("{c}",))
@@ -69,7 +69,7 @@ def test_embeddings_flops_and_what_a_witness_sees(folder: Path) -> None:
     assert [int(label) for label in labels] == [number % 2 for number in range(count)]
     assert len(seen) == count and torch.equal(torch.cat(seen), features_NC) and not features_NC.requires_grad
     assert len(features_NC.unique(dim=0)) == count
-    assert counter.get_total_flops() == 2 * count * 2 * PROJECTION.numel()  # the witness's, too
+    assert counter.get_total_flops() == 2 * count * 2 * PROJECTION.numel()  # twice as many, as the witness encodes too
     expected = torch.cat([encode(images) for images, _ in evalset.read(folder, transform, 1).batches])
     assert torch.equal(features_NC, torch.nn.functional.normalize(expected, dim=-1))
 
@@ -89,19 +89,19 @@ def test_the_flops_are_those_of_every_image(
     with counted_flops() as counter:
         features_NC, _ = encoded(folder, encode, batch_size=batch_size)
         seen = tuple(watched)
-        encoded(folder, partial(encode, width=1), batch_size=batch_size)  # another model, the same images
+        encoded(folder, partial(encode, width=1), batch_size=batch_size)  # a second model, with the same images
     count, (pixels, width) = len(features_NC), PROJECTION.shape
     assert counter.get_total_flops() == count * 2 * pixels * (width + 1) > 0
     assert len(seen) == -(-count // batch_size)
     sizes = 1 + (count > batch_size and count % batch_size > 0)
-    if backend:  # whose rows depend on what the router does
+    if backend:  # the router decides how many rows DeepSpeed's layer computes, so every batch is counted
         assert all(watched)
-    else:  # the first of each size
+    else:  # the first batch of each size is counted
         assert sum(seen) == sizes
 
 
 @pytest.mark.parametrize("broken", [0, 1])
-def test_an_error_arrives_and_nothing_goes_on(tmp_path: Path, broken: int) -> None:
+def test_an_error_of_the_model_ends_the_encoding(tmp_path: Path, broken: int) -> None:
     samples = [(Image.fromarray(np.full((6, 6, 3), number, dtype=np.uint8)), 0) for number in range(4)]
     evalset_write.write_classification(tmp_path / "x", samples, ("a",), ("{c}",))
     done: list[int] = []

@@ -1,4 +1,4 @@
-"""The linear probe: CLIP_benchmark's own, ported to the CPU, gives the same; together is as one by one."""
+"""The linear probe: equal to CLIP_benchmark's own, ported to the CPU; probes trained together equal single ones."""
 
 import pytest
 import torch
@@ -31,7 +31,7 @@ class Cpu(str):
 
 @pytest.fixture
 def ported(monkeypatch):
-    """CLIP_benchmark's probe on the CPU, in silence."""
+    """CLIP_benchmark's probe on the CPU, without its prints."""
     monkeypatch.setattr(nn.Module, "cuda", lambda self: self)
     monkeypatch.setattr(torch.Tensor, "cuda", lambda self: self)
     monkeypatch.setattr(nn, "DataParallel", lambda module, device_ids: module)
@@ -52,7 +52,7 @@ def test_equals_clip_benchmark(ported, tmp_path, shots):
     train, validation, test = examples(0, 6), examples(1, 4), examples(2, 30)
     with torch.random.fork_rng():
         torch.manual_seed(5)
-        order = torch.randperm(len(train))  # in which they look through the training samples
+        order = torch.randperm(len(train))  # CLIP_benchmark's order of the training samples
         torch.manual_seed(5)
         theirs = ported.evaluate(
             Identity(), *([(part.features_NC, part.label_N)] for part in (train, test)), shots, 16, 0, 0.1, 10,
@@ -74,7 +74,7 @@ def test_equals_clip_benchmark(ported, tmp_path, shots):
 def test_weights_equal_clip_benchmarks_and_do_not_depend_on_company(ported):
     train = examples(0, 6)
     recipe = Recipe(batch_size=16, seed=3)
-    together = train_all(train, CLASSES, WEIGHT_DECAYS, recipe)  # the greatest of them diverge
+    together = train_all(train, CLASSES, WEIGHT_DECAYS, recipe)  # those with the greatest weight decays diverge
     for index in (0, 30, 60, 70):
         loader = torch.utils.data.DataLoader(
             ported.FeatureDataset(train.features_NC, train.label_N), batch_size=16, shuffle=True

@@ -1,4 +1,4 @@
-"""Scoring: the fast judgement against an obvious one, ties and several right answers, the best logit scale, chance."""
+"""Ranking: `judge` against an obvious version, ties, several right answers, the best logit scale, chance."""
 
 import math
 
@@ -15,7 +15,7 @@ from upcycle_bench.util.errors import UserError
 
 
 def reference(task: Task, scale: float) -> Judged:
-    """What `judge` computes, all cosines at once and with no thought of speed."""
+    """What `judge` computes, from all cosines at once, plainly."""
     cosine_QG = task.queries_QC.double() @ task.gallery_GC.double().T
     right_QG = task.query_id_Q[:, None] == task.gallery_id_G[None, :]
     best_Q1 = cosine_QG.masked_fill(~right_QG, -torch.inf).amax(dim=1, keepdim=True)
@@ -38,7 +38,7 @@ def unit(rows: int, width: int, seed: int, grid: float = 2**20) -> Tensor:
 
 
 def task_of(queries_QC: Tensor, gallery_GC: Tensor, ids: int, seed: int = 0) -> Task:
-    """Ids drawn at random so that every query has one right answer, and most several."""
+    """Random ids, so that every query has at least one right answer, and most have several."""
     gallery_id_G = torch.randint(ids, (len(gallery_GC),), generator=generator(seed))
     query_id_Q = gallery_id_G[torch.randint(len(gallery_GC), (len(queries_QC),), generator=generator(seed + 1))]
     return Task(queries_QC, gallery_GC, query_id_Q, gallery_id_G)
@@ -48,7 +48,7 @@ TASKS = {
     "one right answer": Task(unit(700, 32, 0), unit(60, 32, 1), torch.arange(700) * 7 % 60, torch.arange(60).flip(0)),
     "many queries, few answers": task_of(unit(900, 16, 2), unit(7, 16, 3), ids=3),
     "several right answers": task_of(unit(300, 32, 4), unit(150, 32, 5), ids=20),
-    # a grid of quarters in two dimensions: nearly every cosine occurs many times
+    # Multiples of 1/4 in two dimensions: nearly every cosine occurs many times.
     "ties": task_of(unit(300, 2, 6, grid=4), unit(150, 2, 7, grid=4), ids=20),
     "ties, one right answer": Task(
         unit(300, 2, 8, grid=4), unit(150, 2, 9, grid=4), torch.arange(300) % 150, torch.randperm(150)
@@ -126,7 +126,7 @@ def test_log_likelihoods_are_those_of_logsumexp_to_the_bit(queries, gallery, gri
     right_QA = cosine_QG[:, :2]
     with helpers.threads(threads):
         for scale in (0.01, 7.3, 100.0, 1000.0):
-            ours = ranking._log_likelihoods(cosine_QG, right_QA, cosine_QG.amax(1), scale)
+            ours = ranking.log_likelihoods(cosine_QG, right_QA, cosine_QG.amax(1), scale)
             plain = (scale * right_QA).logsumexp(1) - (scale * cosine_QG).logsumexp(1)
             assert torch.equal(ours, plain)
 
@@ -160,7 +160,7 @@ def noisy(queries: int, gallery: int, noise: float, seed: int = 0) -> Task:
 
 
 def best_scale(tasks: list[Task]) -> float:
-    """By scipy's unbounded search, on the reference."""
+    """The best scale by scipy's unbounded search over `reference`."""
     from scipy.optimize import minimize_scalar
 
     def loss(scale: float) -> float:
@@ -174,7 +174,7 @@ def test_fitted_scale_is_scipys():
     assert fit_scale([task], "x") == pytest.approx(best_scale([task]), rel=1e-5)
     several = Task(task.queries_QC, task.gallery_GC, task.query_id_Q % 4, task.gallery_id_G % 4)
     assert fit_scale([several], "x") == pytest.approx(best_scale([several]), rel=1e-5)
-    # Both ways of retrieval weigh the same, however many queries each has.
+    # Tasks weigh the same, however many queries each has.
     there, back = noisy(400, 40, 0.3), noisy(40, 400, 1.0, seed=5)
     one, other, both = fit_scale([there], "x"), fit_scale([back], "x"), fit_scale([there, back], "x")
     assert min(one, other) * 1.1 < both < max(one, other) / 1.1
@@ -183,7 +183,7 @@ def test_fitted_scale_is_scipys():
 
 def test_perfect_and_reversed_answers_have_a_scale_within_bounds():
     perfect = Task(torch.eye(4), torch.eye(4), torch.arange(4), torch.arange(4))
-    scale = fit_scale([perfect], "x")  # the more the better, until float64 sees no difference
+    scale = fit_scale([perfect], "x")  # a larger scale is better until float64 sees no difference
     assert 30 < scale <= ranking.SCALE_BOUNDS[1]
     assert judge(perfect, scale, "x").log_likelihood_Q == pytest.approx(0, abs=1e-12)
     assert fit_scale([Task(-torch.eye(4), *list(vars(perfect).values())[1:])], "x") == pytest.approx(0.01, rel=1e-4)
@@ -197,7 +197,7 @@ def test_many_queries_are_thinned_evenly(monkeypatch):
     part = Task(task.queries_QC[chosen], task.gallery_GC, task.query_id_Q[chosen], task.gallery_id_G)
     thinned = fit_scale([task], "x")
     assert thinned == fit_scale([part], "x")
-    # What it costs on the whole task is of the order of 1 / (2 * 150) nats.
+    # The loss on the whole task is of the order of 1 / (2 * 150) nats.
     lost = judge(task, whole, "x").log_likelihood_Q.mean() - judge(task, thinned, "x").log_likelihood_Q.mean()
     assert 0 < lost < 3 / 300
 

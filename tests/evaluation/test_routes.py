@@ -1,4 +1,4 @@
-"""Routing of evaluation sets: what a constructed router does is what is reported, whatever the batches."""
+"""Routing of evaluation sets: the report describes what a constructed router does, at every batch size."""
 
 import copy
 import json
@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from sklearn.metrics import adjusted_mutual_info_score, normalized_mutual_info_score
 
+from tests.evaluation.contexts import context_of
 from tests.helpers import initialise, tiny_clip, tiny_moe
 from tests.test_record import make_record
 from upcycle_bench import cli, record
@@ -69,14 +70,7 @@ def clip() -> Clip:
 
 
 def context(clip: Clip, root: Path, batch_size: int = 256) -> EvalContext:
-    return EvalContext(
-        model=clip.model,
-        tokenizer=clip.tokenize,
-        transform=clip.transform,
-        root=root,
-        device=torch.device("cpu"),
-        batch_size=batch_size,
-    )
+    return context_of(clip, root, batch_size=batch_size)
 
 
 def opened(clip: Clip, root: Path, *names: str, batch_size: int = 256) -> list[evalsets.EvalSet]:
@@ -94,11 +88,11 @@ def test_mutual_information_is_that_of_scikit_learn() -> None:
     found = agreements(weight_IE, {"class": label_I})
     assert found["nmi_class"].value == pytest.approx(normalized_mutual_info_score(label_I, expert_I), rel=1e-9)
     assert found["ami_class"].value == pytest.approx(adjusted_mutual_info_score(label_I, expert_I), rel=1e-9)
-    # By chance: what is above it, as a share of what could be, is the adjusted value up to the 20 shuffles' noise.
+    # (NMI - chance) / (1 - chance) is the adjusted value, up to the noise of 20 permutations.
     nmi = found["nmi_class"]
     assert 0.05 < nmi.chance < nmi.value
     assert (nmi.value - nmi.chance) / (1 - nmi.chance) == pytest.approx(found["ami_class"].value, abs=0.02)
-    # Tokens: each counts, and the null model deals labels to items.
+    # Every token counts; the permutations deal labels to items.
     count_IE = rng.integers(0, 9, (400, 5))
     tokens = agreement(count_IE, label_I)
     each_label, each_expert = (
@@ -112,7 +106,7 @@ def test_mutual_information_is_that_of_scikit_learn() -> None:
 def test_perfect_independent_and_collapsed_routing() -> None:
     label_I = np.arange(4000) % 4
     perfect = agreements(np.eye(4)[(label_I + 1) % 4], {"class": label_I, "set": np.zeros(4000, int)})
-    assert perfect.keys() == {"nmi_class", "ami_class", "token_nmi_class"}  # one set: nothing to agree with
+    assert perfect.keys() == {"nmi_class", "ami_class", "token_nmi_class"}  # a single set gives no agreement with sets
     assert [found.value for found in perfect.values()] == pytest.approx([1, 1, 1])
     independent = agreements(np.eye(4)[np.random.default_rng(1).integers(0, 4, 4000)], {"class": label_I})
     assert max(abs(found.value) for found in independent.values()) < 0.005
@@ -236,11 +230,11 @@ def test_a_dense_model_is_skipped_with_the_reason_and_keeps_its_place(quick: lis
     planned = make_plan(load_registry(), "dense-frozen", protocol, suites=("zero-shot", "diagnostics"))
     made = record.read(run(planned, tmp_path, Reporter()))  # type: ignore[arg-type]
     assert made.skipped == {"diagnostics/experts": "a dense model has no experts and no routers"}
-    assert made.protocol.suite_fingerprints == planned.suite_fingerprints  # so it shares the others' table, and is done
+    assert made.protocol.suite_fingerprints == planned.suite_fingerprints  # one table for both
     assert made.primary is not None and {score.suite for score in made.scores} == {"zero-shot"}
 
 
-def test_what_describes_is_no_primary_score_and_stands_in_csv() -> None:
+def test_descriptive_scores_are_never_primary_and_stand_in_csv() -> None:
     part = {
         "suite": "diagnostics", "dataset": "vision.1", "metric": "nmi_class", "value": 0.25, "higher_is_better": None,
         "chance": 0.1, "samples": 9, "primary": False,
@@ -271,7 +265,7 @@ def test_sheets_have_the_right_images_in_the_right_rows(specialised: Clip, root:
             strongest = [cell.mean(axis=(0, 1)).argmax() for cell in cells[:10]]
             assert strongest == [expert] * 10
             assert all((cell == 255).all() for cell in cells[10:])  # there are ten of each colour
-        assert (row[:, :LEFT] < 128).any()  # its number and load
+        assert (row[:, :LEFT] < 128).any()  # the number and the load of the expert
     assert sheets["vision.1"].load_E.sum() == pytest.approx(1)
 
 

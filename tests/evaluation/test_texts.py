@@ -1,4 +1,4 @@
-"""Text embeddings are encoded once for each file of weights; what could change them misses; damage is noticed."""
+"""Texts are encoded once for each file of weights; a change of any input misses the cache; damage is noticed."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -8,14 +8,16 @@ import numpy as np
 import open_clip
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
+from tests.evaluation.contexts import context_of
 from tests.helpers import MODEL, tiny_clip
 from upcycle_bench.data import evalset_write
 from upcycle_bench.data.evalset import EvalSet
 from upcycle_bench.evaluation.embedding_cache import remembered
 from upcycle_bench.evaluation.texts import class_embeddings, encode_texts
-from upcycle_bench.model import padding as packed
+from upcycle_bench.model import padding
 from upcycle_bench.suite import EvalContext
 from upcycle_bench.suites.zero_shot import ZeroShot
 
@@ -25,20 +27,20 @@ CAPTIONS = ("a dog", "two cats", "a dog")
 
 @pytest.fixture
 def features(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where embeddings go, in a cache of this test's own."""
+    """The folder of embeddings, in a cache of this test alone."""
     monkeypatch.setenv("UPCYCLE_BENCH_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache" / "features"
 
 
 class Towers:
-    """A CLIP, and what its towers have seen: the shapes of text batches, the number of images."""
+    """A CLIP that counts what its towers encode: the shapes of text batches, the number of images."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.clip = tiny_clip()
         self.clip.model.eval()
         self.text_shapes: list[tuple[int, ...]] = []
         self.images = 0
-        encode_text, encode_image = packed.encode_text, self.clip.model.encode_image
+        encode_text, encode_image = padding.encode_text, self.clip.model.encode_image
 
         def text(model: Any, text_BL: torch.Tensor) -> torch.Tensor:
             self.text_shapes.append(tuple(text_BL.shape))
@@ -48,27 +50,16 @@ class Towers:
             self.images += len(images_B3HW)
             return encode_image(images_B3HW)
 
-        monkeypatch.setattr(packed, "encode_text", text)
+        monkeypatch.setattr(padding, "encode_text", text)
         monkeypatch.setattr(self.clip.model, "encode_image", image)
 
     def texts(self) -> int:
-        """Texts encoded since it was last asked."""
+        """The number of texts encoded since the last call."""
         seen, self.text_shapes = self.text_shapes, []
         return sum(rows for rows, *_ in seen)
 
     def context(self, **changes: Any) -> EvalContext:
-        return replace(
-            EvalContext(
-                model=self.clip.model,
-                tokenizer=self.clip.tokenize,
-                transform=self.clip.transform,
-                root=Path(),
-                device=torch.device("cpu"),
-                batch_size=16,
-                weights="w" * 64,
-            ),
-            **changes,
-        )
+        return replace(context_of(self.clip, batch_size=16, weights="w" * 64), **changes)
 
 
 @pytest.fixture
@@ -90,7 +81,8 @@ def test_a_second_evaluation_calls_no_text_tower(towers: Towers, tmp_path: Path)
     suite = ZeroShot(sets=("one", "many", "pairs"), primary=("one",))
 
     first = suite.evaluate(towers.context(root=root))
-    assert (towers.texts(), towers.images) == (3 * 2 + 24 + 1, 3 * 24)  # classes once for two sets, "a dog" once
+    # The two sets share their classes, and all images share the caption "a dog".
+    assert (towers.texts(), towers.images) == (3 * 2 + 24 + 1, 3 * 24)
     second = suite.evaluate(towers.context(root=root))
     assert (towers.texts(), towers.images) == (0, 6 * 24)
     assert second.scores == first.scores
@@ -110,7 +102,7 @@ def test_what_could_change_an_embedding_misses(towers: Towers, monkeypatch: pyte
         (SET, {"weights": "v" * 64}),
         (SET, {"tokenizer": shorter}),
         (SET, {"tokenizer": lambda texts: towers.clip.tokenize([text.upper() + "!" for text in texts])}),
-        (SET, {"batch_size": 5}),  # otherwise a proof that batches do not matter would compare a file with itself
+        (SET, {"batch_size": 5}),  # or a test that batches do not matter would compare a file with itself
         (replace(SET, templates=("{c}", "a painting of a {c}")), {}),
         (replace(SET, templates=SET.templates[::-1]), {}),
         (replace(SET, classnames=("dog", "cat", "cow")), {}),
@@ -143,13 +135,13 @@ def test_batches_are_as_long_as_their_longest_text(towers: Towers, monkeypatch: 
     class_embeddings(SET, towers.context(batch_size=4), {})
     assert [rows for rows, _ in towers.text_shapes] == [4, 2]
     lengths: set[int] = set()
-    attention = packed._attention
+    attention = F.scaled_dot_product_attention
 
-    def watched(module: Any, x_TD: torch.Tensor, padding: Any, rows: int, longest: int) -> torch.Tensor:
-        lengths.add(longest)
-        return attention(module, x_TD, padding, rows, longest)
+    def watched(query_BNLD: torch.Tensor, *others: torch.Tensor, is_causal: bool) -> torch.Tensor:
+        lengths.add(query_BNLD.shape[2])
+        return attention(query_BNLD, *others, is_causal=is_causal)
 
-    monkeypatch.setattr(packed, "_attention", watched)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", watched)
     encode_texts(["dog", "cat"], "x", towers.context(), {})
     assert lengths == {3} and towers.clip.model.context_length > 3  # start of text, the word, end of text
 

@@ -1,4 +1,4 @@
-"""Pairs of captions that differ by one word: all of them, each once; the choice moves with nothing but the captions."""
+"""Pairs of captions that differ by one word: every one, each once; the choice depends on the captions alone."""
 
 from collections import Counter
 
@@ -11,7 +11,7 @@ CAPTIONS = [["arrow left"], ["bell"], ["Arrow  right"], ["bell off"], ["star"], 
 
 
 def found(*captions: str) -> list[tuple[str, str]]:
-    """What differs in each candidate, of images with one caption each."""
+    """The differing words of each candidate; every image has one caption."""
     return [pair.words for pair in candidates([[caption] for caption in captions])]
 
 
@@ -22,7 +22,7 @@ def found(*captions: str) -> list[tuple[str, str]]:
         (("bell off", "bell"), ("off", "")),
         (("bell", "alarm bell"), ("", "alarm")),
         (("cloud rain", "cloud heavy rain"), ("", "heavy")),
-        (("a a b", "a b"), ("a", "")),  # either a can go; still one pair
+        (("a a b", "a b"), ("a", "")),  # leaving out either a gives the same pair
         (("Bell Off", "bell  on"), ("off", "on")),
     ],
 )
@@ -46,7 +46,7 @@ def test_not_one_word_apart(captions: tuple[str, str]) -> None:
 
 
 def reference(captions: list[list[str]]) -> Counter[Pair]:
-    """Every caption with every later image's, word by word."""
+    """All candidates, by comparing every caption with every caption of a later image, word by word."""
 
     def differing(one: list[str], two: list[str]) -> tuple[str, str] | None:
         if len(one) == len(two):
@@ -109,7 +109,7 @@ def test_the_choice_depends_on_the_captions_alone() -> None:
     order = np.random.default_rng(0).permutation(len(names))
     first, second = choose(names), choose([names[i] for i in order])
     assert {frozenset(pair.captions) for pair in first.pairs} == {frozenset(pair.captions) for pair in second.pairs}
-    assert first.sha256 != second.sha256  # which tells images apart, too
+    assert first.sha256 != second.sha256  # the hash covers the numbers of the images
 
 
 def test_the_most_frequent_words() -> None:

@@ -17,12 +17,12 @@ from torch import Tensor, nn
 
 from tests.helpers import threads
 from tests.moe_helpers import assert_gradients, create_layer, relative_error, settings_of
-from upcycle_bench.cli.doctor import checks
 from upcycle_bench.evaluation.routes import LayerRoutes, _at_experts
 from upcycle_bench.model import backends
 from upcycle_bench.model.backends import BACKENDS, VARIABLE, default, multiple, refusal
 from upcycle_bench.model.dispatch import Compute, Layout
 from upcycle_bench.model.moe import MoEFFN
+from upcycle_bench.planning.machine import checks
 from upcycle_bench.training import finished, session
 from upcycle_bench.training.router_log import watch
 from upcycle_bench.util import environment

@@ -1,4 +1,4 @@
-"""Figures: what is drawn is what the records and their metrics say, and errors are one line."""
+"""Figures show the numbers of the records and their metrics; errors are one line."""
 
 import json
 from pathlib import Path
@@ -28,7 +28,7 @@ def layer(value: float) -> dict[str, Any]:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A dense run and two seeds of an upcycled one, whose entropies count up by step, layer and seed."""
+    """A dense run and two seeds of an upcycled one, whose entropies tell step, layer and seed."""
     drift = {"layers": {name: {"function_drift": 0.1} for name in LAYERS}}
     for label, seed in (("dense", 0), ("sparse-upcycling", 0), ("sparse-upcycling", 1)):
         moe = label != "dense"

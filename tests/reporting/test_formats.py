@@ -1,4 +1,4 @@
-"""Leaderboards in four formats: the same rows, nothing cut, and what the numbers are."""
+"""Leaderboards in four formats: the same rows, nothing cut off, and notes on the numbers."""
 
 import csv
 import io
@@ -120,7 +120,7 @@ def test_a_narrow_terminal_loses_no_number(boards: list[Board]) -> None:
 
 
 def test_a_narrow_terminal_splits_many_columns_into_tables_that_all_say_who() -> None:
-    """Twenty-two scores of five suites, and a long name: no number and no header is cut, whatever the width."""
+    """Twenty-two scores of five suites, and a long name: at no width is a number or a header cut off."""
     names = [("few-shot", f"categories/{shots}-shot", "acc1") for shots in range(1, 19)]
     names += [("zero-shot", "average", "text_retrieval_recall@1"), ("compositional", "average", "group_score")]
     names += [("fine-tune", "digits/all", "acc1"), ("linear-probe", "digits", "acc1")]

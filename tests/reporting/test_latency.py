@@ -1,4 +1,4 @@
-"""Latency: what is timed is what evaluation computes, models take turns, and the command shows them side by side."""
+"""Latency: the timed calls compute what evaluation does, models take turns, and the command compares them."""
 
 import json
 from pathlib import Path
@@ -41,15 +41,15 @@ def test_calls_take_turns_and_two_of_three_warm_up() -> None:
 
 def test_what_is_timed_is_what_evaluation_computes(files: list[Path]) -> None:
     for clip in map(weights.load, files):
-        images_BE = latency.image_encoder(clip, clip.model, 3)()
-        texts_BE = latency.text_encoder(clip, clip.model, 3)()
-        assert not images_BE.requires_grad and not texts_BE.requires_grad
+        images_BC = latency.image_encoder(clip, clip.model, 3)()
+        texts_BC = latency.text_encoder(clip, clip.model, 3)()
+        assert not images_BC.requires_grad and not texts_BC.requires_grad
         with torch.no_grad():
             prompts = clip.tokenize([f"a picture of thing number {number}" for number in range(3)])
-            assert relative_error(texts_BE, clip.model.encode_text(prompts)) < 1e-5
-            one_BE = latency.image_encoder(clip, clip.model, 1)()
-        assert images_BE.shape == texts_BE.shape and one_BE.shape == (1, images_BE.shape[1])
-        assert relative_error(images_BE[0], images_BE[1]) > 1e-3  # different images
+            assert relative_error(texts_BC, clip.model.encode_text(prompts)) < 1e-5
+            one_BC = latency.image_encoder(clip, clip.model, 1)()
+        assert images_BC.shape == texts_BC.shape and one_BC.shape == (1, images_BC.shape[1])
+        assert relative_error(images_BC[0], images_BC[1]) > 1e-3  # different images
 
 
 def test_the_command(files: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""Leaderboards: what shares a table, and hand-worked intervals."""
+"""Leaderboards: which runs share a table, and intervals worked by hand."""
 
 import csv
 import io
@@ -19,7 +19,7 @@ T1, T2 = 12.706205, 4.302653
 
 
 def runs(label: str, values: dict[int, float], **changes: Any) -> list[Record]:
-    """One run per training seed, whose initialisation seed is the same."""
+    """A run for each training seed, with the same number as seed of the initialisation."""
     return [make_record(label, init=seed, train=seed, primary=value, **changes) for seed, value in values.items()]
 
 
@@ -152,7 +152,7 @@ def test_standard_errors_over_samples_stand_beside_the_metrics() -> None:
     old = make_record("old", scores=parts(None))
     boards = build([*new, old])
     row = only(boards)["new"]
-    # (0.02 + 0.04) / 2: seeds share the samples, so two of them are not surer
+    # (0.02 + 0.04) / 2: seeds share the samples, so a second seed does not lower the error
     assert row.primary_standard_error == pytest.approx(0.03)
     assert row.standard_errors == pytest.approx(dict.fromkeys(row.scores, 0.03))
     assert only(boards)["old"].standard_errors == {} and only(boards)["old"].primary_standard_error is None

@@ -1,4 +1,4 @@
-"""Pairs one word apart: scores against numbers worked by hand, chance, errors by clusters, what is skipped.
+"""Pairs one word apart: scores against numbers worked by hand, chance, errors by clusters, skipped sets.
 
 Shape suffixes: P pairs, I images and S captions of a pair.
 """
@@ -20,7 +20,7 @@ from upcycle_bench.util.errors import UserError
 
 
 class Coloured(torch.nn.Module):
-    """An image is its mean colour, a text the colour that stands in `colours` for its tokens."""
+    """The embedding of an image is its mean colour, that of a text the colour in `colours` for its tokens."""
 
     def __init__(self, colours: dict[str, tuple[float, float, float]]) -> None:
         super().__init__()
@@ -42,7 +42,7 @@ RED, GREEN, BLUE = (1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0)
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    """Two sets of squares, one of which has no pairs, and one of labels."""
+    """Two sets of squares with captions, one of them without pairs, and a set of labels."""
     pictures = {name: Image.new("RGB", (4, 4), name) for name in ("red", "lime", "blue", "yellow")}
     shown = [("red", "box left"), ("lime", "box right"), ("blue", "bell"), ("yellow", "bell off"), ("red", "a star")]
     for name in ("squares", "again"):
@@ -63,7 +63,7 @@ def context(root: Path, model: Coloured, batch_size: int = 256) -> EvalContext:
 
 
 def model() -> Coloured:
-    """Knows left from right; of the bells one text is green, which is nearer to yellow than to blue, the other red."""
+    """It knows left from right. One text of the bells is green, nearer to yellow than to blue; the other is red."""
     return Coloured({"box left": RED, "box right": GREEN, "bell": GREEN, "bell off": RED})
 
 
@@ -103,7 +103,7 @@ def test_the_mean_over_sets_and_the_batch(root: Path) -> None:
     found = values(result)
     assert found["average", "group_score"] == found["squares", "group_score"] == 1 / 2
     assert values(other) == found
-    # Equal words are one cluster in both sets: twice the pairs, no more clusters, the error of one set.
+    # Equal words are one cluster in both sets. So twice the pairs are no more clusters, and have the error of one set.
     errors = {score.dataset: score.standard_error for score in result.scores if score.metric == "pairwise_accuracy"}
     assert errors["average"] == pytest.approx(errors["squares"])
     samples = {(score.dataset, score.metric): score.samples for score in result.scores}
@@ -123,13 +123,13 @@ def test_what_cannot_be_scored_says_why(root: Path) -> None:
 
 
 def embeddings(count: int, width: int, seed: int) -> torch.Tensor:
-    """Random unit vectors [P, 2, D]."""
+    """Random unit vectors [P, 2, C]."""
     return F.normalize(torch.randn(count, 2, width, generator=torch.Generator().manual_seed(seed)), dim=-1)
 
 
 @pytest.mark.parametrize("shuffled", [False, True])
 def test_a_shuffled_control_is_at_chance(shuffled: bool) -> None:
-    """Each image is near its caption; with the images of other pairs nothing is left but chance, as it is defined."""
+    """Each image is near its caption. With the images of other pairs all scores are at chance."""
     count = 8000
     texts_PSC = embeddings(count, 256, 0)
     images_PIC = F.normalize(texts_PSC + 0.5 * embeddings(count, 256, 1), dim=-1)
@@ -143,20 +143,20 @@ def test_a_shuffled_control_is_at_chance(shuffled: bool) -> None:
 
 
 def test_captions_exchanged_by_a_coin_are_right_half_the_time() -> None:
-    """Whatever a model knows; here its images are alike, as a real one's are, so other scores are not at chance."""
+    """A coin exchanges the captions of a pair. The two images are alike, as in a real model."""
     count = 8000
     texts_PSC = embeddings(count, 32, 0)
     images_PIC = F.normalize(texts_PSC + embeddings(1, 32, 1) + 0.5 * embeddings(count, 32, 2), dim=-1)
     exchanged = torch.rand(count, generator=torch.Generator().manual_seed(3)) < 0.5
-    control_PTD = torch.where(exchanged[:, None, None], texts_PSC.flip(1), texts_PSC)
-    judged = judge_pairs(images_PIC, control_PTD)
+    control_PSC = torch.where(exchanged[:, None, None], texts_PSC.flip(1), texts_PSC)
+    judged = judge_pairs(images_PIC, control_PSC)
     assert judge_pairs(images_PIC, texts_PSC)["pairwise_accuracy"].mean() > 0.9
     accuracy = judged["pairwise_accuracy"]
     assert accuracy.mean() == pytest.approx(0.5, abs=4 * accuracy.std() / math.sqrt(count))
-    # A model that does not look has its texts right for one image of every two, so for no pair.
+    # With equal images a model has the right text for one image of every pair, so the text score is 0.
     blind = judge_pairs(embeddings(1, 32, 1)[:, :1].expand(count, 2, 32), texts_PSC)
     assert (blind["text_score"].mean(), blind["image_score"].mean()) == (0, 0)
-    # Two right of four for texts but for no image: equal images tie, and a tie is wrong.
+    # Of four comparisons one is right, for a text: equal images tie, and a tie is wrong.
     assert blind["pairwise_accuracy"].mean() == 0.25
 
 

@@ -1,4 +1,4 @@
-"""The probing suites: every model sees the same shots, none of the test's; what is missing is skipped or said."""
+"""The probing suites: every model sees the same shots, and no test sample; missing data are skipped or an error."""
 
 import gzip
 import json
@@ -26,7 +26,7 @@ NAMES = ("red", "green", "blue")
 
 
 class Colours(torch.nn.Module):
-    """A model that sees nothing but the mean colour; it counts the images it sees."""
+    """A model whose embedding is the mean colour; it counts its images."""
 
     seen = 0
 
@@ -78,7 +78,7 @@ def test_shots_are_nested_disjoint_and_the_same_for_everyone():
         assert set(chosen[1, draw].train_S) <= set(manifest.train_S)
         assert (manifest.test_U == chosen[1, draw].test_U).all()
     assert len({manifest.sha256 for manifest in chosen.values()}) == 4
-    # Neither torch's global state nor the day moves them: hashes as of version 1.
+    # torch's global state does not change them; the hash is that of version 1 of the suite.
     torch.manual_seed(1)
     again = choose("d", label_N, "ab", shots=1, draw=0, sizes=Sizes(3, 2, test=True))
     assert again.sha256 == chosen[1, 0].sha256
@@ -107,7 +107,7 @@ def test_scores_are_means_over_draws_with_their_interval(root):
 
 def test_intervals_over_draws_stay_within_0_and_1_and_are_not_empty():
     def of(*shares):
-        """acc1 of draws with so many of ten samples right."""
+        """acc1 over draws with these numbers of right answers out of ten."""
         rows = [Classified(np.zeros(10, int), np.arange(10) < right, np.ones(10, bool)) for right in shares]
         add_scores("t", rows, 2, result := SuiteResult([], {}))
         return next(score for score in result.scores if score.metric == "acc1")
@@ -173,7 +173,7 @@ def test_what_makes_the_pixels_or_the_tower_misses_the_cache(root, monkeypatch):
     assert (first.model.seen, seen()) == (60, 0)
     assert seen(transform=lambda image: first.transform(image.resize((2, 2)))) == 60
     assert seen(transform=lambda image: first.transform(image)[[2, 0, 1]]) == 60
-    assert seen(transform=lambda image: first.transform(image)) == 0  # another function, the same pixels
+    assert seen(transform=lambda image: first.transform(image)) == 0  # another function that makes the same pixels
     for package in ("open_clip_torch", "torchvision", "pillow"):
         with monkeypatch.context() as patch:
             patch.setattr(

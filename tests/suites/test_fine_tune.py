@@ -193,7 +193,7 @@ def test_the_load_balancing_loss_reaches_the_routers(models):
     layers = moe_layers(classifier)
     assert list(layers) == ["vision.1", "vision.3"]
     images, label_N = torch.randn(6, 3, 8, 8), torch.tensor([0, 1, 2] * 2)
-    terms = losses(classifier(images), label_N, layers, load_balance=0.5)
+    terms = losses(classifier(images), label_N, layers, 0.5)
     assert terms["load_balance"].item() == pytest.approx(0.5 * sum(x.l_aux.item() for x in layers.values()), rel=1e-6)
     terms["load_balance"].backward()
     assert all(layer.gate.wg.weight.grad.abs().max() > 0 for layer in layers.values())

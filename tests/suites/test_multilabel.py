@@ -1,4 +1,4 @@
-"""Multilabel sets: CLIP_benchmark's mean average precision, what guessing reaches, from shards to scores."""
+"""Multilabel sets, from shards to scores: CLIP_benchmark's mean average precision, chance, uncertainty."""
 
 import itertools
 from pathlib import Path
@@ -11,6 +11,7 @@ from clip_benchmark.metrics import zeroshot_classification
 from clip_benchmark.metrics.zeroshot_classification import average_precision_per_class
 from PIL import Image
 
+from tests.evaluation.contexts import context_of
 from tests.helpers import tiny_clip
 from upcycle_bench.data import evalset_write
 from upcycle_bench.evaluation.average_precision import (
@@ -28,7 +29,7 @@ NAMES, TEMPLATES = ("red", "green", "blue", "nothing"), ("a {c} square", "{c}")
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Squares with up to three colours; `nothing` is never there, and some images show no class."""
+    """Squares with up to three colours; no image shows the class `nothing`, and some show no class."""
     root, rng = tmp_path_factory.mktemp("sets"), np.random.default_rng(0)
     samples = []
     for number in range(50):
@@ -42,20 +43,12 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def context(root: Path, batch_size: int = 16) -> EvalContext:
-    clip = tiny_clip()
-    return EvalContext(
-        model=clip.model.eval(),
-        tokenizer=clip.tokenize,
-        transform=clip.transform,
-        root=root,
-        device=torch.device("cpu"),
-        batch_size=batch_size,
-    )
+    return context_of(tiny_clip(), root, batch_size=batch_size)
 
 
 def test_average_precision_by_hand() -> None:
-    # Class 0, by score: image 1 (right), 0 (wrong), 2 (right): (1/1 + 2/3) / 2. Class 1: the tie of 0 and 1 in the
-    # set's order, then 2: the only right one is second, 1/2. Class 2 is never there.
+    # Class 0, by score: image 1 (right), 0 (wrong), 2 (right): (1/1 + 2/3) / 2. Class 1: images 0 and 1 tie and keep
+    # the set's order, then image 2; the only right one is second, 1/2. No image shows class 2.
     score_NY = np.array([[0.5, 1.0, 0.3], [0.9, 1.0, 0.2], [0.1, 0.0, 0.1]])
     label_NY = np.array([[0, 0, 0], [1, 1, 0], [1, 0, 0]])
     assert average_precisions(score_NY, label_NY).tolist() == pytest.approx([5 / 6, 1 / 2, 0])
@@ -82,11 +75,11 @@ def test_rare_classes_that_are_not_drawn_are_no_errors() -> None:
     assert (perfect.standard_error, perfect.interval) == (0, (1, 1))
     with_empty = precision_uncertainty(np.eye(100, 21), np.eye(100, 21) * (np.arange(21) < 20))
     low, high = with_empty.interval
-    assert with_empty.standard_error == 0 and low <= 20 / 21 <= high  # no image shows class 20, which counts as 0
+    assert with_empty.standard_error == 0 and low <= 20 / 21 <= high  # class 20 has no image and counts as 0
     nothing = precision_uncertainty(np.zeros((9, 2)), np.zeros((9, 2)))
     assert (nothing.standard_error, nothing.interval) == (0, (0, 0))
 
-    # Against draws sorted anew, each class that is there averaged, the one that no image shows at 0.
+    # The reference sorts every draw anew, averages over the classes that it shows, and counts the empty class as 0.
     rng = np.random.default_rng(0)
     label_NY = rng.permuted(np.arange(60)[:, None] < np.array([0, 1, 1, 2, 3, 18, 24, 30]), axis=0)
     score_NY = label_NY + 0.7 * rng.normal(size=(60, 8))
@@ -118,7 +111,7 @@ def test_equals_clip_benchmarks_of_any_scores() -> None:
 
 @pytest.mark.filterwarnings("ignore:WebDataset.shardshuffle")
 def test_the_suite_equals_clip_benchmark(root: Path) -> None:
-    """Their reader, their classifier, their logits."""
+    """With CLIP_benchmark's reader, its classifier and its logits."""
     from clip_benchmark.datasets.builder import build_dataset
 
     given = context(root)

@@ -1,4 +1,4 @@
-"""Zero-shot on a world that was not trained on: as CLIP_benchmark scores it, with the protocol's templates."""
+"""Zero-shot on a world without training: equal to CLIP_benchmark, with the templates of the protocol."""
 
 import json
 import math
@@ -12,6 +12,7 @@ from clip_benchmark.metrics import zeroshot_classification
 from pydantic import ValidationError
 from typer.testing import CliRunner
 
+from tests.evaluation.contexts import context_of
 from tests.helpers import tiny_clip
 from upcycle_bench import api
 from upcycle_bench.cli import app
@@ -33,11 +34,7 @@ def suite(**changes: object) -> OutOfDomain:
 
 @pytest.fixture
 def context(tmp_path: Path) -> EvalContext:
-    clip = tiny_clip()
-    clip.model.eval()
-    return EvalContext(
-        model=clip.model, tokenizer=clip.tokenize, transform=clip.transform, root=tmp_path, device=torch.device("cpu")
-    )
+    return context_of(tiny_clip(), tmp_path)
 
 
 @pytest.mark.filterwarnings("ignore:WebDataset.shardshuffle")
@@ -70,7 +67,7 @@ def test_the_scale_is_fitted_to_other_images(context: EvalContext) -> None:
         name: next(score.value for score in result.scores if score.metric == "log_likelihood")
         for name, result in (("own", own), ("fitted", fitted))
     }
-    # A random model knows nothing, so the best scale says so; its own does not.
+    # A random model knows nothing, so its best scale is small, unlike its own scale.
     assert mean["fitted"] == pytest.approx(math.log(0.1), abs=0.02)
     assert mean["own"] < mean["fitted"]
     assert (own.outcomes["digits-test/rank"] == fitted.outcomes["digits-test/rank"]).all()
@@ -96,7 +93,7 @@ def test_captions_are_refused(context: EvalContext) -> None:
 
 
 def test_evaluate_scores_the_labs_digits_without_the_labs_data(tmp_path: Path) -> None:
-    """By name; what lacks its sets, here the lab's own, is skipped with the reason."""
+    """Suites without their sets, here those of the lab's own sets, are skipped with the reason."""
     checkpoint = tmp_path / "model.safetensors"
     api.save(api.create_clip("smoke-vit", seed=3).model, checkpoint, "smoke-vit")
     (tmp_path / "sets").mkdir()

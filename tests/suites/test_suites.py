@@ -1,4 +1,4 @@
-"""Which suites a run takes, and what becomes of one that cannot run."""
+"""Which suites a run takes, and what happens to a suite that cannot run."""
 
 from pathlib import Path
 
@@ -64,7 +64,7 @@ def test_a_suite_that_fails_is_skipped_and_its_run_is_not_done(
     assert made.protocol.suite_fingerprints == plan(quick).suite_fingerprints
     show_record(made, path)
     assert "skipped: few-shot: ZeroDivisionError: on a bad day" in capsys.readouterr().out
-    # The matrix knows the record as this cell's, but as one that lacks something.
+    # The matrix takes the record for this cell's, but not for a finished one.
     cell, records = matrix.Cell(plan=planned), matrix.read_records(tmp_path)
     assert matrix.describes(made, cell)
     assert matrix.finished(cell, run_id(planned, made.hashes.dense), records) is None

@@ -46,7 +46,7 @@ def root(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def model(root):
-    """A random CLIP whose image projection is fitted to the digits: half-right, so its scores say something."""
+    """A random CLIP whose image projection is fitted to the digits, so that about half of its answers are right."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         clip = open_clip.CLIP(**SMOKE).eval()
@@ -54,9 +54,9 @@ def model(root):
     with torch.no_grad():
         text_YC = clip.encode_text(TOKENIZER(list(digits.WORDS)), normalize=True)
         projection, clip.visual.proj = clip.visual.proj, None
-        pooled_NW = clip.encode_image(torch.cat(images))
+        pooled_ND = clip.encode_image(torch.cat(images))
         target_NC = (text_YC - text_YC.mean(dim=0))[np.concatenate(labels)]
-        projection.copy_(torch.linalg.lstsq(pooled_NW, target_NC).solution)
+        projection.copy_(torch.linalg.lstsq(pooled_ND, target_NC).solution)
         clip.visual.proj = projection
     return clip
 
@@ -93,7 +93,7 @@ def test_every_score_says_how_sure_it_is(result):
     outcomes = result.outcomes["digits-test/log_likelihood"].astype(float)
     error = outcomes.std(ddof=1) / len(outcomes) ** 0.5
     assert found["digits-test", "log_likelihood"].standard_error == pytest.approx(error, rel=1e-5)
-    # Images have 1, 2 or 3 captions here, which are not independent of each other.
+    # Images have 1, 2 or 3 captions here, and the captions of one image depend on each other.
     text, image = (found["captions", f"{way}_retrieval_recall@5"] for way in ("text", "image"))
     assert (text.samples, image.samples) == (40, 79)
     assert text.standard_error == pytest.approx((text.value * (1 - text.value) / 40) ** 0.5)
@@ -101,7 +101,7 @@ def test_every_score_says_how_sure_it_is(result):
 
 
 class Loader:
-    """What clip_benchmark asks of a DataLoader."""
+    """The part of a DataLoader that clip_benchmark uses."""
 
     def __init__(self, evalset):
         self.batches, self.dataset = evalset.batches, SimpleNamespace(classes=evalset.classnames)
@@ -112,7 +112,7 @@ class Loader:
 
 
 def assert_parity(name: str, theirs: dict[str, float], result, tolerance: float) -> None:
-    """Each of their metrics; printed for `pytest -s`, as docs/protocols.md says."""
+    """All metrics of CLIP_benchmark agree; they are printed for `pytest -s`, as docs/protocols.md says."""
     for metric, value in theirs.items():
         ours = scores(result)[f"{name}/{metric}"]
         print(f"{name}/{metric}: ours {ours:.6f}, CLIP_benchmark's {value:.6f}, difference {abs(ours - value):.1e}")
@@ -137,7 +137,7 @@ def test_retrieval_equals_clip_benchmark(model, root, result, name):
     loader = Loader(evalsets.read(root / name, TRANSFORM, 64))
     theirs = zeroshot_retrieval.evaluate(model, loader, TOKENIZER, "cpu", amp=False, recall_k_list=[1, 5, 10])
     assert len(theirs) == 6
-    assert_parity(name, theirs, result, 1e-6)  # theirs is a float32 mean
+    assert_parity(name, theirs, result, 1e-6)  # CLIP_benchmark's is a mean in float32
 
 
 def test_predictions_of_this_model_are_not_trivial(result):
@@ -218,7 +218,7 @@ def test_equal_texts_have_equal_embeddings(model, root):
 
 
 def mean_log_likelihood(model, root, name: str, scale: float) -> float:
-    """Mean over the questions of a set."""
+    """Mean log-likelihood over the questions of a set."""
     evalset = evalsets.read(root / name, TRANSFORM, 64)
     asked = zero_shot.questions(evalset, context(model, root), {})
     return float(np.mean([judge(q.task, scale, name).log_likelihood_Q.mean() for q in asked]))
@@ -247,7 +247,7 @@ def test_the_only_temperature_set_is_that_of_the_other_kind_too(model, root):
     both = scales(model, root, "captions", "digits-validation")
     assert set(scales(model, root, "captions").values()) == {both["retrieval"]}
     assert set(scales(model, root, "digits-validation").values()) == {both["classification"]}
-    # Kinds that are not scored have no scale.
+    # A kind that is not scored has no scale.
     assert scales(model, root, "captions", sets=("three",)) == {"classification": both["retrieval"]}
     assert scales(model, root, "captions", "digits-validation", sets=("three",)) == {
         "classification": both["classification"]

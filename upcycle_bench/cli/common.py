@@ -1,4 +1,4 @@
-"""What the commands share: options, checks of what was given, how a command ends. Imports nothing heavy."""
+"""What the commands share: options, checks of arguments, the end of a command. Imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -17,10 +17,12 @@ from upcycle_bench.util.errors import UserError
 
 if TYPE_CHECKING:
     from upcycle_bench.planning.plan import Plan
+    from upcycle_bench.planning.registry import Registry
     from upcycle_bench.protocol import Protocol
     from upcycle_bench.util.progress import Reporter
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else there.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace an existing file.")]
 
 Strategies = Annotated[
     str, typer.Option("--strategy", "-s", help="Which strategies: one, a,b,c or all; see `list strategies`.")
@@ -44,7 +46,7 @@ Suites = Annotated[
 
 @contextlib.contextmanager
 def uncollected() -> Iterator[None]:
-    """For imports: they make many objects and no garbage; looking for some takes up to a fifth of their time."""
+    """No garbage collection, for imports: they make many objects and no garbage, and it takes a fifth of their time."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -56,7 +58,7 @@ def uncollected() -> Iterator[None]:
 
 @contextlib.contextmanager
 def interruptible(then: str) -> Iterator[None]:
-    """A Ctrl-C, or what a cluster sends, ends the command with 130; `then` says what becomes of its work."""
+    """Ctrl-C, or the SIGTERM of a cluster, ends the command with 130; `then` says what becomes of its work."""
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield
@@ -65,25 +67,25 @@ def interruptible(then: str) -> Iterator[None]:
             print(f"interrupted: {then}", file=sys.stderr)
         raise typer.Exit(130) from None
     finally:
-        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)  # None: not set by Python
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)  # None: the handler was not set by Python
 
 
 def terminal_reporter() -> Reporter:
-    """Progress on this rank's terminal; silence on the others."""
+    """Progress on the terminal for rank 0; silence for the other ranks."""
     from upcycle_bench.util.progress import Reporter, TerminalReporter
 
     return TerminalReporter() if is_main() else Reporter()
 
 
 def check_output(output: Path) -> None:
-    """UserError now rather than after the training."""
+    """UserError for a file name without .safetensors and for a folder that takes no file, before any work."""
     if output.suffix != ".safetensors":
         raise UserError(f"--output {output}: give a file name that ends in .safetensors.")
     writable_file(output)
 
 
 def writable_file(output: Path) -> None:
-    """UserError if its folder is missing or read-only."""
+    """UserError where the folder of `output` is missing or read-only."""
     if not output.absolute().parent.is_dir():
         raise UserError(f"--output {output}: {output.absolute().parent} is not a folder; make it, or choose another.")
     from upcycle_bench.util.files import require_writable
@@ -92,13 +94,19 @@ def writable_file(output: Path) -> None:
 
 
 def refuse_existing(output: Path, force: bool) -> None:
-    """UserError if the file is there and was not to be replaced."""
+    """UserError where the file exists and `force` does not say to replace it."""
     if output.exists() and not force:
         raise UserError(f"--output {output}: there is such a file; --force replaces it.")
 
 
+def require_one_process(command: str) -> None:
+    """UserError under torchrun with several processes."""
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise UserError(f"{command} is the work of one process; start it without torchrun.")
+
+
 def is_main() -> bool:
-    """The rank that writes and prints, by what torchrun says; without importing torch."""
+    """Whether this is rank 0, which writes and prints; from torchrun's environment, without importing torch."""
     return os.environ.get("RANK", "0") == "0"
 
 
@@ -111,15 +119,25 @@ def key_value(text: str) -> tuple[str, str]:
 
 
 def names_of(text: str | None, option: str) -> list[str]:
-    """The names of a,b,c; none where the option was not given. UserError where one is empty."""
+    """The names of a,b,c, or no name where the option was not given. UserError for an empty name."""
     names = [] if text is None else [name.strip() for name in text.split(",")]
     if not all(names):
         raise UserError(f"{option} {text!r}: a name is empty; write {option} NAME or {option} A,B.")
     return names
 
 
+def open_registry() -> Registry:
+    """All plugins; those that do not load are named on the terminal."""
+    with uncollected():
+        from upcycle_bench.planning.registry import load_registry
+
+        registry = load_registry()
+    warn_broken(registry.broken)
+    return registry
+
+
 def warn_broken(broken: dict[str, str]) -> None:
-    """Name the plugins that did not load."""
+    """Name the plugins that did not load, and why."""
     if is_main():
         for plugin, reason in broken.items():
             print(f"warning: plugin {plugin} did not load: {reason}", file=sys.stderr)
@@ -136,16 +154,14 @@ def make_plans(
     reporter: Reporter,
     suite: str | None = None,
 ) -> list[Plan]:
-    """A plan for each strategy that is named, with the first seeds."""
+    """A plan for each strategy that is named, with both seeds 0."""
     with uncollected():
         from upcycle_bench.planning import plans
         from upcycle_bench.planning.matrix import strategy_names
         from upcycle_bench.planning.plan import Paths
-        from upcycle_bench.planning.registry import load_registry
         from upcycle_bench.protocol import load_protocol
 
-        registry = load_registry()
-    warn_broken(registry.broken)
+    registry = open_registry()
     names = strategy_names(registry, strategy)
     if option and len(names) > 1:
         raise UserError("--option belongs to one strategy; run strategies with options one by one.")
@@ -154,14 +170,14 @@ def make_plans(
     settings = load_protocol(registry.get("protocol", protocol).target, overrides)
     suites = names_of(suite, "--suite")
     with uncollected():
-        import open_clip  # noqa: F401  (the longest import of all; a plan needs its configurations)
-    with interruptible("nothing was written"):  # the data are built here if the cache lacks them
+        import open_clip  # noqa: F401  (the slowest import of all; a plan needs its configurations)
+    with interruptible("nothing was written"):  # a plan builds the data that the cache lacks
         return plans.make_plans(
             registry, names, settings, options=options, paths=paths, suites=suites, reporter=reporter
         )
 
 
 def resumption(protocol: Protocol) -> str:
-    """What becomes of an interrupted training under that protocol."""
+    """What becomes of an interrupted training under that protocol, for `interruptible`."""
     resumes = protocol.train.checkpoint_every > 0
     return "the same command goes on from the last checkpoint" if resumes else "no record was written"

@@ -1,4 +1,4 @@
-"""`upcycle-bench compress`: trained experts, smaller. Imports nothing heavy."""
+"""`upcycle-bench compress`: make trained experts smaller. Imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from upcycle_bench.cli.common import Json, check_output, refuse_existing
+from upcycle_bench.cli.common import Force, Json, check_output, refuse_existing
 
 
 class Compression(str, Enum):
@@ -29,7 +29,7 @@ def compress(
     rate: Annotated[float, typer.Option(help="sparsify: the share of entries to drop.")] = 0.9,
     bits: Annotated[int, typer.Option(help="quantise: bits per entry, 1 to 16; 32 keeps all.")] = 2,
     seed: Annotated[int, typer.Option(min=0, help="sparsify: which entries go.")] = 0,
-    force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
+    force: Force = False,
     as_json: Json = False,
 ) -> None:
     """Compress trained experts as DeRS does, and say how small they are."""
@@ -52,6 +52,7 @@ def compress(
 
 
 def _of_record(path: Path) -> Path:
+    """The weights of a record, in the cache."""
     from upcycle_bench import record
     from upcycle_bench.model import weights
 

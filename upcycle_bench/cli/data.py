@@ -1,4 +1,4 @@
-"""`upcycle-bench data`: build the data sets that ship as a recipe, check one's own. Imports nothing heavy."""
+"""`upcycle-bench data`: build the data sets that ship as a recipe, check a user's own. Imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -56,6 +56,7 @@ def check(
 
 
 def _counts(report: Report) -> dict[str, str]:
+    """The row of one evaluation set."""
     parts = [f"{count:,} samples in {split}" for split, count in report.samples.items()]
     if report.classes:
         rarest = ", ".join(f"{count:,} in {split}" for split, count in report.rarest.items())
@@ -67,7 +68,7 @@ def _counts(report: Report) -> dict[str, str]:
 
 
 def show_world(world: World, built: bool, as_json: bool) -> None:
-    """What is in a data set, by its manifest."""
+    """The contents of a data set, from its manifest."""
     from upcycle_bench.data.world import MANIFEST
     from upcycle_bench.protocol import flatten
 
@@ -78,7 +79,7 @@ def show_world(world: World, built: bool, as_json: bool) -> None:
         print(json.dumps({**manifest, "folder": str(folder), "sha256": world.sha256}, indent=2))
         return
     counts = manifest["counts"]
-    # The lab's counts are those of icons in each split, and with "set " before them those of what was written.
+    # The lab counts icons in each split, and under "set NAME" the samples of each set that it wrote.
     sets = {key.removeprefix("set "): n for key, n in counts.items() if key.startswith("set ")} or counts
     rows = {"training pairs": sets["train"]}
     rows |= {f"evaluation set {name}": n for name, n in sets.items() if name != "train"}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,17 +10,18 @@ from typing import Annotated, Any
 import typer
 
 from upcycle_bench.cli.common import (
+    Force,
     Json,
     Suites,
     interruptible,
     names_of,
+    open_registry,
     refuse_existing,
+    require_one_process,
     terminal_reporter,
-    warn_broken,
     writable_file,
 )
 from upcycle_bench.cli.tables import show_scores, show_skipped
-from upcycle_bench.util.errors import UserError
 
 
 def evaluate(
@@ -37,26 +37,22 @@ def evaluate(
     ] = None,
     suite: Suites = None,
     output: Annotated[Path | None, typer.Option(metavar="FILE.json", help="Where the scores go.")] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
+    force: Force = False,
     as_json: Json = False,
 ) -> None:
     """Score any checkpoint, dense or upcycled, by a protocol's suites or on your own data."""
-    if os.environ.get("WORLD_SIZE", "1") != "1":
-        raise UserError("evaluate is the work of one process; start it without torchrun.")
+    require_one_process("evaluate")
     if output is not None:
         writable_file(output)
         refuse_existing(output, force)
     names = names_of(suite, "--suite")
     with interruptible("nothing was written"):
         from upcycle_bench.evaluation.checkpoint import score_checkpoint
-        from upcycle_bench.planning.registry import load_registry
 
-        registry = load_registry()
-        warn_broken(registry.broken)
-        facts = score_checkpoint(registry, checkpoint, model, protocol, data, names, terminal_reporter())
+        facts = score_checkpoint(open_registry(), checkpoint, model, protocol, data, names, terminal_reporter())
     text = json.dumps(facts, indent=2, allow_nan=False)
     if output is not None:
-        from upcycle_bench.record import write_atomically
+        from upcycle_bench.util.files import write_atomically
 
         write_atomically(output, f"{text}\n".encode())
     if as_json:
@@ -66,7 +62,7 @@ def evaluate(
 
 
 def show_evaluation(facts: Mapping[str, Any], output: Path | None) -> None:
-    """Scores, size and certificate of the model, and where the file with all of it is."""
+    """Scores, size and certificate of the model, and the file that holds them."""
     from upcycle_bench.suite import AVERAGE
 
     scored = f"protocol {facts['protocol']}" if facts["protocol"] else facts["data"]
@@ -82,7 +78,7 @@ def show_evaluation(facts: Mapping[str, Any], output: Path | None) -> None:
 
 
 def show_certificate(proof: Mapping[str, Any] | None) -> None:
-    """What an evaluation's certificate says, and what it leaves out, in the terminal's width."""
+    """What the certificate of an evaluation covers and what it leaves out, in the terminal's width."""
     import textwrap
 
     from rich.console import Console
@@ -93,6 +89,7 @@ def show_certificate(proof: Mapping[str, Any] | None) -> None:
 
 
 def _certified(proof: Mapping[str, Any]) -> Iterator[str]:
+    """The certificate, clause by clause."""
     sizes = " and ".join(str(repeat["batch_size"]) for repeat in proof["repeats"])
     differing = sum(repeat["differing"] for repeat in proof["repeats"])
     same = f"{differing} differ, by a tie of experts" if differing else "the same"

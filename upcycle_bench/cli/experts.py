@@ -1,4 +1,4 @@
-"""`upcycle-bench experts`: a picture of which images each expert takes. Imports nothing heavy."""
+"""`upcycle-bench experts`: pictures of the images that each expert takes. Imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -9,11 +9,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from upcycle_bench.cli.common import Json, interruptible, names_of, terminal_reporter, warn_broken, writable_file
+from upcycle_bench.cli.common import (
+    EvalData,
+    Json,
+    interruptible,
+    names_of,
+    open_registry,
+    terminal_reporter,
+    writable_file,
+)
 from upcycle_bench.util.errors import UserError
-
-if TYPE_CHECKING:
-    from upcycle_bench.reporting.contact_sheets import Sheet
 
 if TYPE_CHECKING:
     from upcycle_bench.reporting.contact_sheets import Sheet
@@ -28,7 +33,7 @@ def experts(
     protocol: Annotated[
         str | None, typer.Option("--protocol", "-p", help="Whose evaluation sets; else the record's, or lab.")
     ] = None,
-    eval_data: Annotated[Path | None, typer.Option(help="Folder with the evaluation sets (clip-*).")] = None,
+    eval_data: EvalData = None,
     columns: Annotated[int, typer.Option(min=1, max=100, help="How many images of each expert.")] = 16,
     as_json: Json = False,
 ) -> None:
@@ -37,12 +42,10 @@ def experts(
     if output.exists() and not output.is_dir():
         raise UserError(f"--output {output}: is a file; give a folder for the sheets.")
     from upcycle_bench.planning.plan import make_suites
-    from upcycle_bench.planning.registry import load_registry
     from upcycle_bench.protocol import load_protocol
     from upcycle_bench.reporting import contact_sheets
 
-    registry = load_registry()
-    warn_broken(registry.broken)
+    registry = open_registry()
     clip, made = contact_sheets.find_model(run)
     name = protocol or (made.protocol.name if made else "lab")
     settings = load_protocol(registry.get("protocol", name).target)
@@ -58,6 +61,7 @@ def experts(
 
 
 def _show(sheets: Mapping[str, Sheet], paths: Mapping[str, Path], images: Sequence[str], as_json: bool) -> None:
+    """Each sheet's file, and how far the experts of its layer agree with the labels."""
     if as_json:
         layers = {layer: {"sheet": str(paths[layer]), **sheet.facts()} for layer, sheet in sheets.items()}
         print(json.dumps({"images": images, "layers": layers}, indent=2))

@@ -1,4 +1,4 @@
-"""`upcycle-bench latency`: how fast models of ours serve, side by side. Imports nothing heavy."""
+"""`upcycle-bench latency`: how fast models of ours serve, measured side by side. Imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -31,9 +31,10 @@ def latency(
 
 
 def _rows(models: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
+    """A row for each model."""
     return [
         {
-            "file": Path(model["file"]).stem[:16],  # ours are called by their sha256
+            "file": Path(model["file"]).stem[:16],  # our files are named by their sha256
             "M active / all": f"{model['parameters_active'] / 1e6:,.2f} / {model['parameters_total'] / 1e6:,.2f}",
             "one image": f"{model['image_ms']:.3g} ms",
             "one text": f"{model['text_ms']:.3g} ms",

@@ -1,4 +1,4 @@
-"""`upcycle-bench list`: strategies, suites and protocols, and who brings them. Imports nothing heavy."""
+"""`upcycle-bench list`: strategies, suites and protocols, and the package of each. Imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from upcycle_bench.cli.common import Json, uncollected, warn_broken
+from upcycle_bench.cli.common import Json, open_registry
 from upcycle_bench.cli.tables import table
 from upcycle_bench.util.errors import UserError
 
@@ -34,11 +34,7 @@ def list_(
     as_json: Json = False,
 ) -> None:
     """List strategies, suites and protocols, and who brings them."""
-    with uncollected():
-        from upcycle_bench.planning.registry import load_registry
-
-        registry = load_registry()
-    warn_broken(registry.broken)
+    registry = open_registry()
     kinds = [kind.value] if kind else [each.value for each in Kind]
     listing = {each: rows(registry, each) for each in kinds}
     if as_json:
@@ -49,7 +45,7 @@ def list_(
 
 
 def show_listing(kind: str, entries: Sequence[dict[str, Any]]) -> None:
-    """What `list` prints: papers without their arXiv numbers, and who brings them in the title if it is one for all."""
+    """What `list` prints: papers without their arXiv numbers; the package in the title where all entries share it."""
     hidden = {"url", "reconstructed", "options", "sources"}
     owners = {entry["from"] for entry in entries}
     if len(owners) == 1:
@@ -59,7 +55,7 @@ def show_listing(kind: str, entries: Sequence[dict[str, Any]]) -> None:
 
 
 def _option(spec: Field[Any]) -> dict[str, Any]:
-    """An option's name, default and description; a pydantic field holds the last two."""
+    """Name, default and description of a strategy's option; a pydantic field holds the last two."""
     default = getattr(spec.default, "default", spec.default)
     return {"name": spec.name, "default": default, "description": getattr(spec.default, "description", None)}
 
@@ -74,7 +70,7 @@ def rows(registry: Registry, kind: str) -> list[dict[str, Any]]:
         if kind == "protocols":
             try:
                 protocol = load_protocol(entry.target)
-            except UserError as error:  # an outsider's; the others are listed all the same
+            except UserError as error:  # a plugin's protocol is broken; the others are listed all the same
                 registry.broken[f"{entry.distribution}:{name}"] = str(error)
                 continue
             row |= {"summary": protocol.summary, "model": protocol.model, "sources": protocol.sources}

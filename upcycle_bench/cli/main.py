@@ -1,4 +1,4 @@
-"""The command line: one file a command, registered here.
+"""The command line: each command has a file, and is registered here.
 
 Heavy imports stand inside the commands, so that `--help` is instant. Results go to stdout, progress and errors to
 stderr. With `--json` a command prints one JSON document on stdout and nothing else there.
@@ -83,7 +83,7 @@ def main() -> None:
         context = getattr(error, "ctx", None)
         path = context.command_path if context else "upcycle-bench"
         message = " ".join(plain(error.format_message()).split())
-        if message:  # none: it has just printed the help
+        if message:  # a bare command has no message, since typer has printed its help
             end = "" if message.endswith((".", "?")) else "."
             print(f"error: {path}: {message}{end} See: {path} --help", file=sys.stderr)
         sys.exit(2)

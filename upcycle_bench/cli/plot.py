@@ -13,7 +13,7 @@ from upcycle_bench.cli.common import Json, writable_file
 
 
 class Figure(str, Enum):
-    """What can be drawn."""
+    """The figures that can be drawn."""
 
     loss = "loss"
     similarity = "similarity"

@@ -1,4 +1,4 @@
-"""`upcycle-bench pretrain`: the dense model of a protocol, trained into the cache. Imports nothing heavy."""
+"""`upcycle-bench pretrain`: train the dense model of a protocol into the cache. Imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from upcycle_bench.cli.common import (
     check_output,
     interruptible,
     is_main,
+    open_registry,
     resumption,
     terminal_reporter,
-    warn_broken,
 )
 from upcycle_bench.util.errors import UserError
 
@@ -34,14 +34,11 @@ def pretrain(
 ) -> None:
     """Train the dense model of a protocol by its recipe, into the cache."""
     from upcycle_bench.planning.plan import Paths, find_world
-    from upcycle_bench.planning.registry import load_registry
     from upcycle_bench.protocol import load_protocol
     from upcycle_bench.training.pretrain import export, pretrain_once
     from upcycle_bench.util.distributed import check_world
 
-    registry = load_registry()
-    warn_broken(registry.broken)
-    settings = load_protocol(registry.get("protocol", protocol).target, overrides)
+    settings = load_protocol(open_registry().get("protocol", protocol).target, overrides)
     if settings.data.world == "local" and data is None:
         raise UserError(f"protocol {settings.name} has no data of its own; give --data, webdataset shards to train on.")
     if output is not None:
@@ -56,7 +53,7 @@ def pretrain(
 
 
 def show_dense(path: Path, trained: bool, output: Path | None, half: str | None, as_json: bool) -> None:
-    """A dense model of the cache, by the .json beside it; `half`: sha256 of its half-precision copy `output`."""
+    """A dense model of the cache, from the .json beside it; `half`: sha256 of its half-precision copy `output`."""
     facts = json.loads(path.with_suffix(".json").read_text())
     if as_json:
         copy = {"output": str(output), "output sha256": half} if output else {}

@@ -1,6 +1,6 @@
 """`upcycle-bench receipt`: what strategies make of the dense model at step 0, side by side. Imports nothing heavy.
 
-Tables have a row per strategy, means over its layers; with --json everything, layer by layer.
+The tables have a row for each strategy, with means over its layers; --json has everything, layer by layer.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def receipt(
 
 
 def show(made: Sequence[Receipt], as_json: bool) -> None:
-    """Three tables, each narrow enough for a terminal, or one JSON document."""
+    """Two tables, or three where strategies make experts, each narrow enough for a terminal; or one JSON document."""
     if as_json:
         print(json.dumps({"receipts": [_tree(each) for each in made]}, indent=2, allow_nan=False))
         return
@@ -129,7 +129,7 @@ def _cost(made: Receipt) -> dict[str, str]:
 
 
 def _mean(made: Receipt, key: str) -> float | None:
-    """Over the layers that have that number; None if none has."""
+    """The mean over the layers that have this number; None where no layer has it."""
     values = [layer[key] for layer in made.receipt["layers"].values() if key in layer]
     return sum(values) / len(values) if values else None
 

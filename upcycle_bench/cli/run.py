@@ -1,4 +1,4 @@
-"""`upcycle-bench run`: one run, or what is missing of a matrix of runs; `--dry-run` says what it would cost."""
+"""`upcycle-bench run`: one run, or the missing runs of a matrix; `--dry-run` says what they would cost."""
 
 from __future__ import annotations
 
@@ -28,7 +28,6 @@ from upcycle_bench.cli.common import (
     terminal_reporter,
     uncollected,
 )
-from upcycle_bench.cli.doctor import cpu_bf16
 from upcycle_bench.cli.evaluate import show_certificate
 from upcycle_bench.cli.tables import show_scores, show_skipped, table, with_error
 from upcycle_bench.util.errors import UserError
@@ -94,7 +93,7 @@ def run(
 
 
 def _written_out(given: Mapping[str, object]) -> list[str]:
-    """Options as they were given, for the processes of a matrix, which plan the same runs."""
+    """The options as arguments again, for the processes of a matrix, which plan the same runs."""
     values = {name: value if isinstance(value, list) else [value] for name, value in given.items() if value}
     return [str(part) for name in values for value in values[name] for part in (name, value)]
 
@@ -120,7 +119,7 @@ def _run_one(plan: Plan, results: Path, reporter: Reporter, fresh: bool, as_json
 
     with interruptible(resumption(plan.protocol)):
         path = execute(plan, results, reporter, fresh=fresh)
-    if path is None:  # not rank 0
+    if path is None:  # this is not rank 0
         return
     if as_json:
         print(path.read_text(), end="")
@@ -129,7 +128,8 @@ def _run_one(plan: Plan, results: Path, reporter: Reporter, fresh: bool, as_json
 
 
 def _warn_emulated(protocol: Protocol) -> None:
-    """bf16 stays bf16 on a CPU that has none, but not in silence."""
+    """Say it where a bf16 protocol trains on a CPU without bf16 instructions. The precision stays what it is."""
+    from upcycle_bench.planning.machine import cpu_bf16
     from upcycle_bench.util.distributed import choose_device
 
     wanted = protocol.train.schedule.precision == "bf16"
@@ -155,7 +155,7 @@ def _show_dry_run(cells: Sequence[Cell], results: Path, fresh: bool, as_json: bo
 
 
 def show_facts(facts: Mapping[str, Any], as_json: bool) -> None:
-    """What would run and what it costs."""
+    """The facts of a dry run: what would run, and what it would cost."""
     if as_json:
         print(json.dumps(facts, indent=2))
         return
@@ -163,6 +163,7 @@ def show_facts(facts: Mapping[str, Any], as_json: bool) -> None:
 
 
 def _plain(value: Any) -> str:
+    """A value of a dry run for people."""
     if value is None:
         return "open until everything is given"
     if isinstance(value, dict):
@@ -175,7 +176,7 @@ def _plain(value: Any) -> str:
 
 
 def show_record(made: Record, path: Path) -> None:
-    """Scores and cost of a run, and where its files are."""
+    """Scores and cost of a run, and its files."""
     from upcycle_bench.suite import AVERAGE
     from upcycle_bench.util.uncertainty import of_scores
 
@@ -206,7 +207,7 @@ def show_record(made: Record, path: Path) -> None:
 
 
 def show_matrix(cells: Sequence[Cell], done: Sequence[Path | None], *, stderr: bool = True) -> None:
-    """A row per strategy, a column per seed: what is done and what is to do."""
+    """A row for each strategy, a column for each seed: done, or to do."""
     rows: dict[str, dict[str, str]] = {}
     for cell, path in zip(cells, done, strict=True):
         row = rows.setdefault(cell.strategy, {"strategy": cell.strategy})
@@ -215,7 +216,7 @@ def show_matrix(cells: Sequence[Cell], done: Sequence[Path | None], *, stderr: b
 
 
 def show_preview(cells: Sequence[Cell], done: Sequence[Path | None], facts: Mapping[str, Any], as_json: bool) -> None:
-    """A dry run of several cells: which are done, and the cost of those to do."""
+    """The dry run of a matrix: which cells are done, and the cost of the others."""
     if not as_json:
         show_matrix(cells, done, stderr=False)
         show_facts(facts, as_json=False)
@@ -228,7 +229,7 @@ def show_preview(cells: Sequence[Cell], done: Sequence[Path | None], facts: Mapp
 
 
 def show_outcomes(outcomes: Sequence[Outcome], as_json: bool) -> None:
-    """What became of the cells, strategy by strategy: with --json one document, else a table."""
+    """The outcome of each cell, strategy by strategy, as one JSON document or as a table."""
     strategies = [outcome.cell.strategy for outcome in outcomes]
     outcomes = sorted(outcomes, key=lambda outcome: strategies.index(outcome.cell.strategy))
     rows = []
@@ -260,7 +261,7 @@ def show_outcomes(outcomes: Sequence[Outcome], as_json: bool) -> None:
         for row, outcome in zip(rows, outcomes, strict=True)
     ]
     table(f"protocol {outcomes[0].cell.plan.protocol.name}", shown)
-    for row, outcome in zip(rows, outcomes, strict=True):  # whole, so that they can be copied
+    for row, outcome in zip(rows, outcomes, strict=True):  # outside the table paths stay whole, to be copied
         print(f"{row['strategy']}, seed {outcome.cell.seed}: {row['reason'] or row['record'] or ''}")
 
 

@@ -1,6 +1,6 @@
-"""What commands print for people: tables on stdout, by rich, and scores in them.
+"""What commands print for people: tables on stdout, drawn by rich, and the scores in them.
 
-Nothing here decides anything. Heavy imports stand inside the functions, since `--help` imports this module.
+Heavy imports stand inside the functions, since `--help` imports this module.
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ from typing import Any
 
 
 def table(title: str, rows: Sequence[dict[str, str]], *, stderr: bool = False) -> None:
-    """Rows with the same keys, which head the columns."""
+    """Print rows that have the same keys; the keys head the columns."""
     from rich import box
     from rich.console import Group
-    from rich.markup import escape  # `cluster-aware[tau=0.8]` is no markup
+    from rich.markup import escape  # without it, rich would read `cluster-aware[tau=0.8]` as markup
     from rich.table import Table
 
-    # On a narrow terminal these are folded, so that no digit of the others is cut off.
+    # On a narrow terminal these columns fold, so that no digit of the others is cut off.
     wide = ("summary", "paper", "is", "from", "holds", "record or reason", "suite", "dataset", "metric")
     made = Table(
         title=escape(title),
@@ -34,14 +34,14 @@ def table(title: str, rows: Sequence[dict[str, str]], *, stderr: bool = False) -
 
 
 def show(renderable: Any, *, stderr: bool = False) -> None:
-    """Print what rich can render."""
+    """Print anything that rich can render."""
     from rich.console import Console
 
     Console(highlight=False, stderr=stderr).print(renderable)
 
 
 def show_scores(title: str, scores: Sequence[Mapping[str, Any]]) -> None:
-    """A table for each suite, and what the signs in them mean; of a suite with averages these only, without strata."""
+    """A table for each suite, then the meaning of the signs. Suites with averages show these alone, without strata."""
     suites = list(dict.fromkeys(score["suite"] for score in scores))
     if len(suites) > 1:
         print(f"{title}\n")
@@ -55,7 +55,7 @@ def show_scores(title: str, scores: Sequence[Mapping[str, Any]]) -> None:
 
 
 def score_rows(scores: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
-    """The lines of one suite's table."""
+    """The rows of one suite's table."""
     from upcycle_bench.suite import AVERAGE
 
     averaged = any(score["dataset"] == AVERAGE for score in scores)
@@ -73,14 +73,14 @@ def score_rows(scores: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
 
 
 def with_error(value: float, error: float | None, interval: Sequence[float] | None = None) -> str:
-    """A value with its standard error; of a share of 0 or 1, where that is 0, with the other end of its interval."""
+    """A value with its standard error. A share of 0 or 1 has none and gets the other end of its interval instead."""
     if error == 0 and interval is not None and interval[0] < interval[1]:
         return f"{value:.4f} " + (f"[≥{interval[0]:.3f}]" if value > interval[0] else f"[≤{interval[1]:.3f}]")
     return f"{value:.4f}" + ("" if error is None else f" ± {error:.4f}")
 
 
 def show_key(rows: Sequence[Mapping[str, str]]) -> None:
-    """What the signs in a table of scores mean."""
+    """Print the meaning of the signs in a table of scores."""
     if any("±" in row["value"] for row in rows):
         print("±, SE: one standard error, over evaluation samples (where a suite draws several times, over its draws)")
     if any("[" in row["value"] for row in rows):
@@ -88,7 +88,7 @@ def show_key(rows: Sequence[Mapping[str, str]]) -> None:
 
 
 def show_skipped(skipped: Mapping[str, str]) -> None:
-    """What did not run, and why: each reason once."""
+    """Print what did not run, and why: each reason once."""
     for reason in dict.fromkeys(skipped.values()):
         names = ", ".join(name for name, why in skipped.items() if why == reason)
         print(f"skipped: {names}: {reason}")

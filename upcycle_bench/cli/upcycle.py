@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import sys
 import warnings
 from collections.abc import Iterator, Mapping
@@ -14,14 +13,16 @@ from typing import Annotated, Any
 import typer
 
 from upcycle_bench.cli.common import (
+    Force,
     Json,
     Options,
     check_output,
     interruptible,
     key_value,
+    open_registry,
     refuse_existing,
+    require_one_process,
     terminal_reporter,
-    warn_broken,
 )
 from upcycle_bench.cli.tables import table
 from upcycle_bench.util.errors import UserError
@@ -47,19 +48,17 @@ def upcycle(
     every: Annotated[int, typer.Option(help="Every how many blocks one is replaced.")] = 2,
     offset: Annotated[int, typer.Option(help="The first block that is replaced.")] = 1,
     capacity_factor: Annotated[float, typer.Option(help="Room of an expert in training.")] = 2.0,
-    force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
+    force: Force = False,
     as_json: Json = False,
 ) -> None:
     """Turn a dense open_clip model into one with experts: one file that loads and serves."""
     from upcycle_bench import api
     from upcycle_bench.data.shards import expand_shards
-    from upcycle_bench.planning.registry import load_registry
     from upcycle_bench.strategy import resolve_moe
     from upcycle_bench.upcycling.from_checkpoint import Job, choose_strategy, moe_settings, upcycle_checkpoint
 
-    if os.environ.get("WORLD_SIZE", "1") != "1":
-        raise UserError("upcycle is the work of one process; start it without torchrun.")
-    warn_broken(load_registry().broken)
+    require_one_process("upcycle")
+    open_registry()  # names the plugins that do not load
     check_output(output)
     refuse_existing(output, force)
     chosen = choose_strategy(strategy, dict(key_value(text) for text in option or []))
@@ -88,14 +87,14 @@ def upcycle(
 
 @contextlib.contextmanager
 def _warnings_as_lines() -> Iterator[None]:
-    """What strategies warn of, without Python's file names."""
+    """Warnings of strategies as lines on the terminal, without Python's file names."""
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
         yield
 
 
 def show_upcycled(facts: Mapping[str, Any]) -> None:
-    """Layer by layer how far it is from the dense model; size, cost, and where the file is."""
+    """How far each layer is from the dense model; size and cost of the model, and its file."""
     rows = [
         {
             "layer": name,

@@ -1,1 +1,1 @@
-"""From weights to scores: what a model is asked, and why its answers can be believed."""
+"""From weights to scores: how suites encode, rank, probe and tune, and the certificate of an evaluation."""

@@ -1,13 +1,13 @@
-"""How far experts agree with classes or styles of the items: normalised mutual information and its chance level.
+"""How far experts agree with the classes or sets of items: normalised mutual information and its chance level.
 
     agreements(routed.layers["vision.3"].first_IE, routed.labels)["nmi_class"].value
 
-NMI = I(label; expert) / ((H(label) + H(expert)) / 2), as in scikit-learn: 1 where each determines the other, 0 where
-they are independent. With many labels and few items it is far above 0 by chance alone. That level is measured: labels
-are dealt out to the items anew, 20 times, always the same way. Whole items get another label, not single tokens, since
-the tokens of an item are not independent. Sources: Strehl and Ghosh, JMLR 3, 2002; Vinh et al., JMLR 11, 2010.
+NMI = I(label; expert) / ((H(label) + H(expert)) / 2), as in scikit-learn. It is 1 where each determines the other, 0
+where they are independent. With many labels and few items it is far above 0 by chance alone. That chance level is
+measured: 20 fixed permutations deal the labels out to the items anew. Whole items get another label, not single
+tokens, since the tokens of an item depend on each other.
 
-Shape suffixes: I items, Y labels.
+Sources: Strehl and Ghosh, JMLR 3, 2002; Vinh et al., JMLR 11, 2010. Shape suffixes: I items, Y labels.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ SHUFFLES = 20
 
 @dataclass(frozen=True)
 class Agreement:
-    """A value, its chance level, and over how many items or tokens it is."""
+    """A value, its chance level, and the number of items or tokens behind it."""
 
     value: float
     chance: float
@@ -32,10 +32,11 @@ class Agreement:
 
 
 def agreements(first_IE: np.ndarray, labels: Mapping[str, np.ndarray]) -> dict[str, Agreement]:
-    """Of a layer: nmi_WHAT, ami_WHAT and token_nmi_WHAT for each WHAT that has at least two labels; -1 is no label.
+    """nmi_WHAT, ami_WHAT and token_nmi_WHAT of one layer, for each WHAT in `labels` with at least two labels.
 
-    `first_IE`: how many of each item's tokens have each expert as their most probable one. nmi and ami are those of
-    the items' main experts; ami is scikit-learn's, adjusted for chance.
+    `first_IE`: how many tokens of an item have an expert as their most probable one. `labels`: WHAT -> [I], -1 for no
+    label. nmi and ami compare labels with the items' main experts; ami is scikit-learn's, adjusted for chance.
+    token_nmi counts every token.
     """
     from sklearn.metrics import adjusted_mutual_info_score
 
@@ -53,12 +54,12 @@ def agreements(first_IE: np.ndarray, labels: Mapping[str, np.ndarray]) -> dict[s
 
 
 def main_expert(first_IE: np.ndarray) -> np.ndarray:
-    """[I]: the expert that most of an item's tokens have as their most probable one; of several the first."""
+    """[I]: the expert that is the most probable one for most tokens of the item; the first of equals."""
     return first_IE.argmax(axis=1)
 
 
 def agreement(weight_IE: np.ndarray, label_I: np.ndarray) -> Agreement:
-    """NMI; `weight_IE`: how often each item goes to each expert."""
+    """NMI and its chance level; `weight_IE`: how often each item goes to each expert."""
     import torch
 
     generator = Stream(("routing agreement",)).generator()
@@ -76,7 +77,7 @@ def contingency(weight_IE: np.ndarray, label_I: np.ndarray) -> np.ndarray:
 
 
 def mutual_information(table_YE: np.ndarray) -> float:
-    """Normalised, of a contingency table; 0 if one side is always the same."""
+    """Normalised mutual information of a contingency table; 0 where one side is always the same."""
     joint_YE = table_YE / table_YE.sum()
     label_Y, expert_E = joint_YE.sum(1), joint_YE.sum(0)
     labels, experts = _entropy(label_Y), _entropy(expert_E)

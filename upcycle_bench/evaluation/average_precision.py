@@ -1,11 +1,11 @@
-"""Average precision of each class of a multilabel set, as CLIP_benchmark defines it, and what guessing would reach.
+"""Average precision of each class of a multilabel set, as CLIP_benchmark defines it, and the value of guessing.
 
     precision_Y = average_precisions(cosine_NY, label_NY)         # label_NY: True where the image shows the class
     mean = precision_Y.mean()                                     # CLIP_benchmark's mean_average_precision
 
-A class's images are ranked by score, ties in the set's order. Its average precision is the mean, over the images that
-show it, of the share of such images from the first to that one; 0 for a class that no image shows, which counts in the
-mean.
+The images are ranked by their score for a class, ties in the order of the set. The average precision of the class is a
+mean over the images that show it: of the share of such images among all from the first to that one. A class that no
+image shows has 0, which counts in the mean over classes.
 
 Source: clip_benchmark.metrics.zeroshot_classification.average_precision_per_class (1.6.2).
 Shape suffixes: N images, Y classes.
@@ -19,7 +19,7 @@ from upcycle_bench.util.uncertainty import Uncertainty, Z
 
 
 def average_precisions(score_NY: np.ndarray, label_NY: np.ndarray) -> np.ndarray:
-    """Of each class, float64 [Y]."""
+    """The average precision of each class, float64 [Y]."""
     order_NY = np.argsort(-score_NY, axis=0, kind="stable")
     right_NY = np.take_along_axis(label_NY.astype(bool), order_NY, axis=0)
     precision_NY = right_NY.cumsum(axis=0) / np.arange(1, len(right_NY) + 1)[:, None]
@@ -28,7 +28,7 @@ def average_precisions(score_NY: np.ndarray, label_NY: np.ndarray) -> np.ndarray
 
 
 def chance_average_precisions(label_NY: np.ndarray) -> np.ndarray:
-    """What a random order of the images reaches on average, float64 [Y].
+    """The expected average precision of a random order of the images, float64 [Y].
 
     Rank k holds one of P images among N with probability P/N. Where it does, 1 + (k - 1)(P - 1)/(N - 1) of the first
     k are expected to be right. The mean over P of precision at the right ranks is therefore
@@ -43,11 +43,11 @@ def chance_average_precisions(label_NY: np.ndarray) -> np.ndarray:
 
 
 def precision_uncertainty(score_NY: np.ndarray, label_NY: np.ndarray, draws: int = 200) -> Uncertainty:
-    """Of the mean over classes, by a bootstrap over images; the interval is 1.96 standard errors each way.
+    """The uncertainty of the mean over classes, by a bootstrap over images: 1.96 standard errors each way.
 
-    An image drawn w times counts w times where it stands, so nothing is sorted again. The mean of a draw is over the
-    classes that its images show: of a rare class that was not drawn, it tells nothing. Classes that no image of the set
-    shows are 0 in every draw, as they are in the score. A perfect ranking of the others has no error.
+    An image that is drawn w times counts w times at its rank, so nothing is sorted again. The mean of a draw is over
+    the classes that its images show, since a draw says nothing of a rare class that it misses. Classes that no image
+    of the set shows are 0 in every draw, as in the score. A perfect ranking of the others has no error.
     """
     order_NY = np.argsort(-score_NY, axis=0, kind="stable")
     right_NY = np.take_along_axis(label_NY.astype(bool), order_NY, axis=0)
@@ -60,7 +60,7 @@ def precision_uncertainty(score_NY: np.ndarray, label_NY: np.ndarray, draws: int
         hits_Y = hit_NY.sum(axis=0)
         if hits_Y.any():
             means.append(((precision_NY * hit_NY).sum(axis=0)[hits_Y > 0] / hits_Y[hits_Y > 0]).mean())
-    shown = float(right_NY.any(axis=0).mean())  # share of the classes; the others add 0 to every mean
+    shown = float(right_NY.any(axis=0).mean())  # share of classes that an image shows; the others add 0 to every mean
     error = shown * float(np.std(means, ddof=1)) if shown else 0.0
     mean = float(average_precisions(score_NY, label_NY).mean())
     return Uncertainty(error, (min(mean, max(0.0, mean - Z * error)), max(mean, min(1.0, mean + Z * error))))

@@ -1,10 +1,9 @@
-"""Any checkpoint through the suites, as a run would score its own, or on every valid set in a folder.
+"""Score any checkpoint: by the suites of a protocol, as a run would, or on every valid set in a folder.
 
     facts = score_checkpoint(registry, "run.json", None, None, None, [], reporter)       # what `evaluate` writes
 
-A checkpoint is a file of ours (upcycled, trained or dense: it says what it is), the record of a run, whose weights are
-in the cache, or weights of an open_clip model, with its name. Scored are the sets of a protocol, as a run would, or
-every valid set in a folder of one's own, each apart.
+A checkpoint is one of three: a file of ours, which names its model; the record of a run, whose weights are in the
+cache; weights of an open_clip model, given with its name.
 """
 
 from __future__ import annotations
@@ -42,8 +41,8 @@ from upcycle_bench.util.progress import Reporter
 class Checkpoint:
     """A model that can be scored.
 
-    `identity`: what its features are cached under, since a foreign file does not say its model.
-    `protocol` with `overrides`: of the run that made it, if a record says so; else None.
+    `identity`: the key of its cached features; for an open_clip file, which does not name its model, it holds the name.
+    `protocol` and `overrides`: those of the run that made it, where a record names them.
     """
 
     clip: Clip
@@ -55,7 +54,10 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class Chosen:
-    """Suites by name, where their sets are, and why others do not run. `threads` of the CPU; None: as they are."""
+    """Suites by name, the folder of their sets, and why others do not run.
+
+    `protocol`: None for the sets of a user's folder; `threads`: of the CPU, None to leave them as they are.
+    """
 
     protocol: str | None
     root: Path
@@ -73,19 +75,19 @@ def score_checkpoint(
     names: Sequence[str],
     reporter: Reporter,
 ) -> dict[str, Any]:
-    """Find the model and its suites (which may build a world), score; the facts, ready for JSON.
+    """Find the model and its suites (which may build a world), and score; the facts, ready for JSON.
 
-    checkpoint: a file of ours or a record, or with `model_name` a file or a tag of that open_clip model.
+    checkpoint: a file of ours or a record; with `model_name` a file or a tag of that open_clip model.
     protocol: whose suites; None: with `data` every valid set in that folder, else the protocol of the record, or lab.
-    names: of suites; none: those that are not optional, or with `data` alone zero-shot.
+    names: of suites; empty: those that are not optional, or with `data` alone zero-shot.
     Raises UserError for what cannot be loaded, found or scored.
     """
     for suite in names:
         if suite != "all":
-            registry.get("suite", suite)  # a typo is said before anything is loaded
+            registry.get("suite", suite)  # an unknown name is an error before anything is loaded
     with reporter.task(f"loading {checkpoint}"):
         model = _load_open_clip(checkpoint, model_name) if model_name else _load(Path(checkpoint))
-    model.clip.model.float()  # suites ask for it; files may have half of it
+    model.clip.model.float()  # suites need float32; a file may hold half precision
     if protocol is not None:
         found = _of_protocol(registry, protocol, (), data, names, reporter)
     elif data is not None:
@@ -100,11 +102,11 @@ def score_checkpoint(
             outcome, certificate = score(suites, found.root, model.clip, meter, reporter, model.identity)
         except UserError:
             raise
-        except Exception as error:  # what a suite may raise skips it; here no other one is left
+        except Exception as error:  # every suite raised, and `score` raises the first error
             raise UserError(f"no suite could run: {type(error).__name__}: {' '.join(str(error).split())}") from error
         surroundings = environment.capture(device.type)
     scores, failed = scores_of(outcome), skips_of(outcome)
-    if found.protocol is None:  # SUITE/SET; none of a user's sets is the primary one
+    if found.protocol is None:  # suites are called SUITE/SET, and no set of a user's is the primary one
         scores = [score | {"suite": score["suite"].partition("/")[0], "primary": False} for score in scores]
     total, active = parameter_counts(model.clip.model)
     return {
@@ -126,7 +128,7 @@ def score_checkpoint(
 
 
 def _usual_protocol(checkpoint: str, model: Checkpoint) -> str:
-    """Where none was given; says which and why before its data are built, which may take a download."""
+    """The protocol where none was given. It is printed before its data are built, which may take a download."""
     name = model.protocol or "lab"
     why = "the record's" if model.protocol else f"the default, since {checkpoint} does not say how it was trained"
     print(f"protocol {name}: {why}; --protocol names another, --data scores your own sets", file=sys.stderr)
@@ -141,7 +143,7 @@ def _of_protocol(
     names: Sequence[str],
     reporter: Reporter,
 ) -> Chosen:
-    """As a run would: the protocol's suites on its own world, or on sets of the same names in `data`."""
+    """The protocol's suites on its own world, as in a run, or on sets of the same names in `data`."""
     settings = load_protocol(registry.get("protocol", name).target, list(overrides))
     suites = make_suites(registry, settings, names)
     if data is None and settings.data.world == "local":
@@ -151,7 +153,7 @@ def _of_protocol(
 
 
 def _of_folder(registry: Registry, folder: Path, names: Sequence[str]) -> Chosen:
-    """Each suite on each valid set apart, so that none takes another down; UserError if there is nothing to score."""
+    """Each suite on each valid set alone, so that a bad set skips nothing else; UserError if nothing can be scored."""
     chosen = list(registry.suites) if list(names) == ["all"] else names or ["zero-shot"]
     targets = {name: registry.get("suite", name).target for name in chosen}
     suites: dict[str, Suite] = {}
@@ -164,7 +166,7 @@ def _of_folder(registry: Registry, folder: Path, names: Sequence[str]) -> Chosen
                 suites[key] = _of_set(target, path)
                 splits = {text.partition(":")[2] or "test" for text in suites[key].datasets()}
                 evalset_check.require_valid(path, splits)
-            except (UserError, ValidationError) as error:  # the latter: a name that the suite keeps for itself
+            except (UserError, ValidationError) as error:  # ValidationError: the suite reserves the name of the set
                 suites.pop(key, None)
                 skipped[key] = str(error) if isinstance(error, UserError) else f"{first_problem(error)[1]}."
     if not suites:
@@ -181,7 +183,7 @@ def _of_set(target: type[Suite], path: Path) -> Suite:
 
 
 def _load(path: Path) -> Checkpoint:
-    """A file of ours, or the weights of a record, which are in the cache."""
+    """The model of a file of ours, or of a record, whose weights are in the cache."""
     if path.suffix != ".json":
         if not path.is_file():
             raise UserError(f"{path}: no such file; a tag or a file of open_clip's goes with --model.")
@@ -195,7 +197,7 @@ def _load(path: Path) -> Checkpoint:
 
 
 def _load_open_clip(checkpoint: str, name: str) -> Checkpoint:
-    """Weights of the open_clip model `name`: a file or a tag."""
+    """The open_clip model `name` with its weights, a file or a tag."""
     path, preprocess = find_pretrained(name, checkpoint)
     if weights.is_ours(path):
         raise UserError(f"{checkpoint} is a file of ours, which says its model; leave out --model.")

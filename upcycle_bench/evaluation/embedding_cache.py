@@ -1,10 +1,12 @@
-"""Arrays that a model's weights gave, in the cache under all that can change them.
+"""Embeddings in the cache: computed once for each file of weights, under a key of all that can change them.
 
     arrays = remembered(["images", digest, split], context, make, first)  # make() -> {"features": ..., "labels": ...}
 
-The key is made of `what`, of the weights' hash (`EvalContext.weights`; without one nothing is kept) and of all that
+The key holds `what`, the hash of the weights (`EvalContext.weights`; without one nothing is cached) and all that
 changes the last bits of the arithmetic. A file is read with its check sums; a damaged one is deleted with a warning and
 made anew. Where a witness watches, the first rows are encoded again; if they differ, the evaluation is unsound.
+
+Shape suffixes: N rows of the cache.
 """
 
 from __future__ import annotations
@@ -28,19 +30,19 @@ from upcycle_bench.util.environment import installed_version
 from upcycle_bench.util.errors import Unsound
 
 VERSION = 2  # raise it when the same weights and inputs would give other arrays
-SPOT = 128  # rows of what the cache holds that are made again
+SPOT = 128  # cached rows that are encoded again, to compare
 Arrays = Mapping[str, np.ndarray]
 
 
 def remembered(
     what: Sequence[Any], context: EvalContext, make: Callable[[], Arrays], first: Callable[[], Arrays]
 ) -> Arrays:
-    """What `make` gives, from the cache if these weights have made it before. `what` (JSON) names the inputs.
+    """The arrays that `make` returns, from the cache if these weights have made them before.
 
-    `first` encodes the first rows again, at most SPOT, of the arrays that are embeddings. Where a witness watches
-    (`EvalContext.on_encoded`), cached rows that differ from these raise Unsound.
+    `what` (JSON) names the inputs. `first` encodes the first rows again, at most SPOT, of the arrays that are
+    embeddings. Where a witness watches (`EvalContext.on_encoded`), cached rows that differ from these raise Unsound.
     """
-    if not context.weights:  # nothing would tell these arrays from another model's
+    if not context.weights:  # the key could not tell these arrays from another model's
         return make()
     key = json.dumps([VERSION, what, context.weights, _arithmetic(context)])
     path = cache_root() / "features" / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.npz"
@@ -70,16 +72,17 @@ def _read(path: Path) -> Arrays:
 
 def _compare(arrays: Arrays, first: Arrays, path: Path) -> None:
     """Unsound where more than one row in a hundred differs by 0.001: a near tie in a router may let one differ."""
-    for name, fresh_ND in first.items():
-        distance_N = np.linalg.norm(arrays[name][: len(fresh_ND)] - fresh_ND, axis=1)
-        if int((~(distance_N <= 1e-3)).sum()) > max(1, len(fresh_ND) // 100):  # NaN differs, too
+    for name, fresh_NC in first.items():
+        distance_N = np.linalg.norm(arrays[name][: len(fresh_NC)] - fresh_NC, axis=1)
+        if int((~(distance_N <= 1e-3)).sum()) > max(1, len(fresh_NC) // 100):  # NaN differs, too
             raise Unsound(f"{path} holds embeddings that its model does not give; delete it.")
 
 
 def _arithmetic(context: EvalContext) -> list[Any]:
-    """What moves the last bits of an embedding, or its pixels; the batch, too: matrix products depend on their shapes.
+    """All that moves the last bits of an embedding, or its pixels.
 
-    open_clip builds the towers and, of torchvision and Pillow, the transform.
+    The batch size is part of it, since matrix products depend on their shapes. open_clip is part of it, since it builds
+    the towers, and the transform out of torchvision and Pillow.
     """
     cuda = context.device.type == "cuda"
     processor = torch.cuda.get_device_name(context.device) if cuda else torch.backends.cpu.get_cpu_capability()
@@ -93,7 +96,7 @@ def _arithmetic(context: EvalContext) -> list[Any]:
 
 
 def _pixels(transform: Callable[[Any], torch.Tensor]) -> str:
-    """Hash of what a transform makes of one picture: gradients with edges, neither square nor of a tower's size."""
+    """Hash of what a transform makes of one picture with gradients and edges, neither square nor of a tower's size."""
     y_HW, x_HW = np.mgrid[:240, :320]
     picture_HW3 = np.stack([3 * x_HW, 5 * y_HW, x_HW * y_HW // 16], axis=2) % 256
     pixels_3HW = transform(Image.fromarray(picture_HW3.astype(np.uint8)))

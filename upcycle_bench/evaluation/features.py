@@ -1,6 +1,6 @@
-"""Embeddings of evaluation sets. Image features are encoded once for each model: the cache knows them by its weights.
+"""Image embeddings of evaluation sets; for probes they are cached, once for each file of weights.
 
-    features_NC, labels = encode_images(evalset, context)                  # of a retrieval set: captions, not labels
+    features_NC, labels = encode_images(evalset, context)                  # captions, not labels, of a retrieval set
     examples = image_features(root / "digits-test", "test", context)       # cached if the weights have a hash
 
 Shape suffixes: N samples.
@@ -28,7 +28,10 @@ from upcycle_bench.util.flops import counted_once
 
 
 def image_features(folder: Path, split: str, context: EvalContext) -> Examples:
-    """Normalised image embeddings and labels of a classification set, on the CPU, from the cache if they are there."""
+    """Normalised image embeddings and labels of a classification set, on the CPU, from the cache if it has them.
+
+    Raises UserError for a set of another kind, and the errors of `encode_images`.
+    """
 
     def make() -> Arrays:
         evalset = evalsets.read(folder, context.transform, context.batch_size, split)
@@ -50,21 +53,22 @@ def image_features(folder: Path, split: str, context: EvalContext) -> Examples:
 def encode_images(evalset: EvalSet, context: EvalContext) -> tuple[Tensor, list[Any]]:
     """Normalised image embeddings [N, C], and each image's label or captions.
 
-    Raises UserError for an image that cannot be read, a stratum too few or too many, and numbers that are not finite.
+    Raises UserError for an image that cannot be read, for a number of strata that is not that of the images, and for
+    embeddings that are not finite.
     """
     from webdataset.autodecode import DecodingError
 
     embeddings, labels_or_captions = [], []
     flops: dict[Hashable, int] = {}
-    # A model does the same for each image. But DeepSpeed's layer computes as many rows for each expert as the busiest
-    # has, so there each batch is counted.
+    # The FLOPs of a batch depend on its shape alone, so one batch of each shape is counted. DeepSpeed's layer is the
+    # exception: it computes as many rows for each expert as the busiest one has, so there every batch is counted.
     alike = backends.forced() != "deepspeed"
     try:
         for images_B3HW, beside in context.track(evalset.batches, f"{evalset.name}: images"):
             with counted_once(flops, images_B3HW.shape) if alike else contextlib.nullcontext():
                 embeddings.append(embed(context.model.encode_image, images_B3HW, context))
             labels_or_captions.extend(beside)
-    except DecodingError as error:  # it has no words of its own
+    except DecodingError as error:  # its message is empty
         raise UserError(
             f"evaluation set {evalset.name}: the .{error.k} of sample {error.key} cannot be read; `upcycle-bench data "
             "check` says what else is wrong."
@@ -75,9 +79,9 @@ def encode_images(evalset: EvalSet, context: EvalContext) -> tuple[Tensor, list[
 
 @torch.no_grad()
 def embed(encode: Any, inputs: Tensor, context: EvalContext) -> Tensor:
-    """One batch [B, C], normalised, float32, on the CPU. `encode` is a method of `context.model`, or calls one.
+    """Embeddings of one batch [B, C], normalised, float32, on the CPU; then `context.on_encoded` is called.
 
-    `context.on_encoded` hears of it.
+    `encode` is a method of `context.model`, or calls one.
     """
     with torch.autocast(context.device.type, enabled=False):
         embedded_BC = F.normalize(encode(inputs.to(context.device)).float(), dim=-1).cpu()
@@ -87,7 +91,7 @@ def embed(encode: Any, inputs: Tensor, context: EvalContext) -> Tensor:
 
 
 def finite(embeddings: Tensor, name: str) -> Tensor:
-    """The same, or a UserError: NaN compares as "not ahead of me", so a diverged model would win everything."""
+    """The embeddings; UserError where one is not finite. No answer is ahead of NaN, so a diverged model would win."""
     if not embeddings.isfinite().all():
         raise UserError(f"the model's embeddings of {name} are not finite; the run has diverged.")
     return embeddings

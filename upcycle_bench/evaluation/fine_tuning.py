@@ -1,15 +1,15 @@
-"""End-to-end fine-tuning of a CLIP's image tower, under DeepSpeed's engine, from the zero-shot classifier.
+"""End-to-end fine-tuning of a CLIP's image tower, in DeepSpeed's engine, from the zero-shot classifier.
 
-    tuned = tune(model, classes_YC, train, validation, recipe, Stream(("fine-tune", "digits", 5, 0)), context)
+    tuned = tune(model, classes_YC, train, validation, recipe, Stream(("fine-tune", "digits", 5, 0)), context, "digits")
     logits_NY, label_N = predict(tuned.classifier, test, context)
 
-The head is linear on normalised features and begins as logit scale x class embeddings, so that at step 0 it answers as
+The head is linear on normalised features. It begins as logit scale x class embeddings, so that at step 0 it answers as
 the zero-shot classifier does (WiSE-FT's). Every learning rate of the grid starts from the same weights and sees the
-same batches; the one with the best validation accuracy is kept. MoE layers train as in upcycling: capacity, dropping,
-the load-balancing loss. The model itself is never touched: its tower is copied.
+same batches; the one with the best validation accuracy is kept. MoE layers train as in upcycling, with capacity,
+dropped tokens and the load-balancing loss. The model itself does not change: its tower is copied.
 
-Sources: M. Wortsman et al., Robust fine-tuning of zero-shot models, arXiv:2109.01903. Shape suffixes: N samples,
-S steps, Y classes.
+Source: M. Wortsman et al., Robust fine-tuning of zero-shot models, arXiv:2109.01903.
+Shape suffixes: N samples, S steps, Y classes.
 """
 
 from __future__ import annotations
@@ -31,18 +31,23 @@ from upcycle_bench.protocol import Schedule, learning_rate
 from upcycle_bench.suite import EvalContext
 from upcycle_bench.training.job import Job
 from upcycle_bench.training.loop import create_engine
+from upcycle_bench.training.step import load_balance
 from upcycle_bench.util import distributed
 from upcycle_bench.util.errors import UserError
 from upcycle_bench.util.rng import Stream
 
 WARMUP = 0.1  # of the steps; then linear to zero, as in all our training
 BETAS, EPS, GRAD_CLIP = (0.9, 0.999), 1e-8, 1.0
-MEMORY = 8 << 30  # bytes of training images that are kept decoded
+MEMORY = 8 << 30  # bytes of decoded training images, at most
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """What is equal for every model. `rates` ascend; a batch is smaller where there are fewer samples."""
+    """The settings of fine-tuning, equal for every model.
+
+    `rates`: peak learning rates in ascending order; `batch_size`: at most, where there are fewer samples;
+    `load_balance`: coefficient of the load-balancing loss.
+    """
 
     rates: tuple[float, ...]
     steps: int
@@ -55,7 +60,7 @@ class Recipe:
 class Classifier(nn.Module):
     """An image tower and a linear head without bias on its normalised features: images [B, 3, H, W] -> logits [B, Y].
 
-    Autocast, where `precision` asks for it, is for training alone.
+    `precision` holds in training; in evaluation mode the tower computes in float32.
     """
 
     def __init__(self, tower: nn.Module, head_YC: Tensor, precision: str) -> None:
@@ -76,7 +81,10 @@ class Classifier(nn.Module):
 
 @dataclass(frozen=True)
 class Tuned:
-    """The best classifier, its rate, and what each rate, ascending, reached on validation; None: training diverged."""
+    """The classifier of the rate that does best on validation.
+
+    `accuracies`: rate, ascending -> validation accuracy, None where training diverged; `accuracy_before`: at step 0.
+    """
 
     classifier: Classifier
     rate: float
@@ -85,7 +93,7 @@ class Tuned:
 
     @property
     def at_the_edge(self) -> bool:
-        """Whether an end of the grid is better than all within, so that a rate outside may be better still."""
+        """Whether an end of the grid is better than all rates within, so that a rate outside may do better still."""
         first, *within, last = self.accuracies
         best = self.accuracies[self.rate]
         assert best is not None, "training at the chosen rate went through"
@@ -97,7 +105,7 @@ class Tuned:
 def zero_shot_classifier(model: Any, classes_YC: Tensor, precision: str = "fp32") -> Classifier:
     """A copy of the model's image tower under the zero-shot head; UserError for a tower that is no ViT of open_clip's.
 
-    Patch dropout is left out: a file of weights does not say it, so it would depend on where the model comes from.
+    The copy has no patch dropout. A file of weights does not name it, so it would depend on where the model comes from.
     """
     from open_clip.transformer import VisionTransformer
 
@@ -120,10 +128,10 @@ def tune(
     context: EvalContext,
     title: str,
 ) -> Tuned:
-    """Train at each rate on the batches of `rng`; of equal accuracies the lower rate wins. Needs `engine.session`.
+    """Train at each rate on the batches of `rng`; of equal accuracies the lower rate wins. Needs an open session.
 
     Raises UserError where training at every rate diverges, where the training images do not fit into memory, and in
-    several processes: one evaluates while the others wait, which DeepSpeed's collectives would not survive.
+    several processes. There one process evaluates while the others wait, and DeepSpeed's collectives would hang.
     """
     if distributed.world_size() > 1:
         raise UserError("fine-tune is the work of one process; score the record with `upcycle-bench evaluate RECORD`.")
@@ -138,7 +146,7 @@ def tune(
         for rate in context.track(recipe.rates, f"{title}: learning rates"):
             classifier = zero_shot_classifier(model, classes_YC, recipe.precision)
             with torch.random.fork_rng(devices=[context.device] if context.device.type == "cuda" else []):
-                torch.manual_seed(rng.child("sampling").seed())  # of second experts, where the layers do that
+                torch.manual_seed(rng.child("sampling").seed())  # some layers draw the second expert of a token
                 train(classifier, images_N3HW, label_N, rows_SB, rate, recipe)
             accuracy = accuracies[rate] = _accuracy(classifier, validation, context)
             if accuracy is not None and (best is None or accuracy > best[0]):
@@ -149,7 +157,10 @@ def tune(
 
 
 def predict(classifier: Classifier, samples: Labelled, context: EvalContext) -> tuple[Tensor, Tensor]:
-    """Logits [N, Y], in float64 so that rounding breaks no tie, and labels [N], on the CPU; the model is in float32."""
+    """Logits [N, Y] and labels [N], on the CPU.
+
+    The tower is in float32, the head in float64, so that rounding breaks no tie.
+    """
     classifier.eval()
     logits, labels = [], []
     head_YC = classifier.head.weight.detach().double()
@@ -162,7 +173,7 @@ def predict(classifier: Classifier, samples: Labelled, context: EvalContext) -> 
 
 
 def batch_rows(samples: int, steps: int, batch_size: int, rng: Stream) -> Tensor:
-    """Rows of the batches, int64 [S, B]; epochs are permutations without their incomplete end, as in training."""
+    """Rows of the batches, int64 [S, B]. As in training, an epoch is a permutation without an incomplete last batch."""
     size = min(batch_size, samples)
     per_epoch = samples // size
     epochs = [
@@ -172,19 +183,18 @@ def batch_rows(samples: int, steps: int, batch_size: int, rng: Stream) -> Tensor
     return torch.cat(epochs)[:steps]
 
 
-def losses(logits_BY: Tensor, label_B: Tensor, layers: Mapping[str, MoEFFN], load_balance: float) -> dict[str, Tensor]:
-    """The terms of the loss by name, to be summed, after a forward pass of `layers` in training mode."""
+def losses(logits_BY: Tensor, label_B: Tensor, layers: Mapping[str, MoEFFN], coefficient: float) -> dict[str, Tensor]:
+    """The terms of the loss by name, to be summed; `layers` have just made the forward pass, in training mode."""
     terms = {"cross_entropy": F.cross_entropy(logits_BY, label_B)}
     if layers:
-        balance = torch.stack([layer.l_aux for layer in layers.values() if layer.l_aux is not None])
-        terms["load_balance"] = load_balance * balance.sum().float()
+        terms["load_balance"] = load_balance(layers, coefficient)
     return terms
 
 
 def train(
     classifier: Classifier, images_N3HW: Tensor, label_N: Tensor, rows_SB: Tensor, rate: float, recipe: Recipe
 ) -> None:
-    """Train in place, with a fresh optimiser, to the peak learning rate `rate`; a row of `rows_SB` is a batch."""
+    """Train in place with a fresh optimiser. A row of `rows_SB` is a batch, `rate` the peak learning rate."""
     device = classifier.head.weight.device
     layers = moe_layers(classifier)
     schedule = _schedule(recipe, batch_size=max(2, rows_SB.shape[1]))
@@ -201,7 +211,7 @@ def train(
 
 
 def _schedule(recipe: Recipe, batch_size: int) -> Schedule:
-    """What DeepSpeed's engine is to know."""
+    """The recipe as `create_engine` reads it."""
     return Schedule(
         steps=recipe.steps,
         batch_size=batch_size,
@@ -218,6 +228,7 @@ def _schedule(recipe: Recipe, batch_size: int) -> Schedule:
 
 
 def _accuracy(classifier: Classifier, samples: Labelled, context: EvalContext) -> float | None:
+    """Share of right answers; None where training diverged."""
     logits_NY, label_N = predict(classifier, samples, context)
     if not logits_NY.isfinite().all():
         return None
@@ -225,7 +236,7 @@ def _accuracy(classifier: Classifier, samples: Labelled, context: EvalContext) -
 
 
 def _in_memory(samples: Labelled, context: EvalContext) -> tuple[Tensor, Tensor]:
-    """All training images and labels; they are shown again and again."""
+    """All training images [N, 3, H, W] and labels [N], decoded once, since every epoch and every rate shows them."""
     first, _ = next(samples.batches(context.transform, 1))
     needed = len(samples) * first.numel() * first.element_size()
     if needed > MEMORY:

@@ -1,16 +1,17 @@
-"""A linear probe on frozen features: CLIP_benchmark's protocol, many weight decays trained at once.
+"""A linear probe on frozen features by CLIP_benchmark's protocol, with many weight decays trained at once.
 
     fitted = fit(train, validation, classes=10)                          # Examples: features [N, C], labels [N]
     predicted_N = fitted.logits(test.features_NC).argmax(dim=1)
 
-AdamW at a learning rate of 0.1 without warm-up, then cosine to zero, 10 epochs in batches of 64, cross-entropy, from
-`nn.Linear`'s own initial weights. The weight decay (AdamW's, on weights and bias) is the one of 97 from 1e-6 to 100
-that `find_peak` ends at: 7 first, then the neighbours of the best at half the distance each time. CLIP_benchmark
-trains 20 times for that, one after the other. Here those that are trained together are one matrix, without autograd and
-with a fused optimiser, and have the same weights to rounding: on a GPU all 97 in one optimisation; on a CPU, where
-arithmetic costs, the 15 that the search looks at, in five.
+Solver `adamw`: 10 epochs in batches of 64 on the cross-entropy, from the initial weights of `nn.Linear`. The learning
+rate falls from 0.1 to zero on a cosine, without warm-up. The weight decay, on weights and bias, is one of 97 from 1e-6
+to 100. `find_peak` searches it: 7 of them first, then the neighbours of the best at half the distance each time.
 
-`lbfgs`: scikit-learn's logistic regression instead, with an L2 penalty of weight_decay / 2, chosen likewise.
+CLIP_benchmark trains one probe after the other, 20 in all. Here the probes of a round are one matrix, without autograd
+and with a fused optimiser; the weights are the same to rounding. A GPU trains all 97 in one round. On a CPU, where
+arithmetic costs more, five rounds train the 15 that the search asks for.
+
+Solver `lbfgs`: scikit-learn's logistic regression, with an L2 penalty of weight_decay / 2, which is searched likewise.
 
 Source: clip_benchmark.metrics.linear_probe (1.6.2), which follows A.3 of Radford et al. 2021, arXiv:2103.00020.
 Shape suffixes: N samples, I = C + 1 inputs, Y classes, W weight decays, Z = W * Y.
@@ -32,7 +33,7 @@ from torch.utils.data import DataLoader
 
 Solver = Literal["adamw", "lbfgs"]
 WEIGHT_DECAYS: tuple[float, ...] = tuple(np.logspace(-6, 2, num=97).tolist())
-FIRST, SPANS = range(0, 97, 16), (8, 4, 2, 1)  # where find_peak looks first, and how far from the best it looks then
+FIRST, SPANS = range(0, 97, 16), (8, 4, 2, 1)  # find_peak's first indices, then its distances from the best
 
 
 @dataclass(frozen=True)
@@ -46,12 +47,12 @@ class Examples:
         return len(self.label_N)
 
     def take(self, rows: np.ndarray) -> Examples:
-        """Those rows."""
+        """The examples of these rows."""
         chosen = torch.as_tensor(rows, device=self.label_N.device)
         return Examples(self.features_NC[chosen], self.label_N[chosen])
 
     def and_also(self, other: Examples) -> Examples:
-        """Both, one after the other."""
+        """These examples, then the other ones."""
         return Examples(torch.cat([self.features_NC, other.features_NC]), torch.cat([self.label_N, other.label_N]))
 
 
@@ -74,12 +75,12 @@ class Probe:
     bias_WY: Tensor
 
     def logits(self, features_NC: Tensor) -> Tensor:
-        """[W, N, Y]."""
+        """Logits of every classifier, [W, N, Y]."""
         x_WNC = features_NC.expand(len(self.bias_WY), -1, -1)
         return torch.baddbmm(self.bias_WY[:, None], x_WNC, self.weight_WCY)
 
     def each(self) -> list[Probe]:
-        """One by one."""
+        """One probe for each weight decay."""
         return [Probe(*pair) for pair in zip(self.weight_WCY.split(1), self.bias_WY.split(1), strict=True)]
 
 
@@ -91,14 +92,14 @@ class Fitted:
     weight_decay: float
 
     def logits(self, features_NC: Tensor) -> Tensor:
-        """[N, Y]."""
+        """Logits, [N, Y]."""
         return self.probe.logits(features_NC)[0]
 
 
 def fit(
     train: Examples, validation: Examples, classes: int, recipe: Recipe | None = None, *, refit: bool = False
 ) -> Fitted:
-    """The classifier with the weight decay that does best on `validation`; `refit` trains it anew on both."""
+    """The classifier with the weight decay that does best on `validation`; `refit` trains it again on both sets."""
     recipe = recipe or Recipe()
     solve = train_all if recipe.solver == "adamw" else _lbfgs
     known: dict[int, tuple[float, Probe]] = {}
@@ -118,7 +119,7 @@ def fit(
 
 
 def find_peak(accuracies: Callable[[Sequence[int]], list[float]]) -> int:
-    """The index of the weight decay that CLIP_benchmark's search ends at; it asks for those of each round at once."""
+    """The index of the weight decay that CLIP_benchmark's search ends at; `accuracies` is called once a round."""
     peak = _first_best(FIRST, accuracies)
     for span in SPANS:
         peak = _first_best((max(peak - span, 0), peak, min(peak + span, len(WEIGHT_DECAYS) - 1)), accuracies)
@@ -128,13 +129,13 @@ def find_peak(accuracies: Callable[[Sequence[int]], list[float]]) -> int:
 def train_all(train: Examples, classes: int, weight_decays: Sequence[float], recipe: Recipe) -> Probe:
     """One AdamW training for each weight decay, all in the same tensors.
 
-    Each has its own loss and AdamW works element by element, so none sees the others: not even one that diverges,
-    as CLIP_benchmark's own do where lr * weight_decay is above 2.
+    Each has its own loss, and AdamW works element by element, so no probe depends on the others. Those with
+    lr * weight_decay above 2 diverge, as they do in CLIP_benchmark.
     """
     device, number = train.features_NC.device, len(weight_decays)
     x_NI = F.pad(train.features_NC, (0, 1), value=1.0)  # the bias is the weight of a feature that is always 1
     onehot_NY = F.one_hot(train.label_N, classes).to(x_NI)
-    with torch.random.fork_rng(devices=[]):  # on the CPU: the same initial weights and batches on every device
+    with torch.random.fork_rng(devices=[]):  # drawn on the CPU, so that every device has the same weights and batches
         torch.manual_seed(recipe.seed)
         linear = nn.Linear(train.features_NC.shape[1], classes)
         start_IY = torch.cat([linear.weight.detach().T, linear.bias.detach()[None]])
@@ -147,7 +148,7 @@ def train_all(train: Examples, classes: int, weight_decays: Sequence[float], rec
         optimizer.param_groups[0]["lr"] = lr
         x_BI, onehot_BY = x_NI[index_B], onehot_NY[index_B]
         with torch.no_grad():
-            # the gradient of the mean cross-entropy is x^T (softmax - onehot) / B
+            # The gradient of the mean cross-entropy is x^T (softmax - onehot) / B, [I, Z].
             probability_BWY = (x_BI @ weight_IZ).unflatten(1, (number, classes)).softmax(dim=2)
             weight_IZ.grad = x_BI.T @ probability_BWY.sub_(onehot_BY[:, None]).div_(len(index_B)).flatten(1)
             weight_IZ.mul_((1 - lr * decay_Z).float())  # AdamW is this, then Adam
@@ -166,7 +167,7 @@ def _batches(samples: int, recipe: Recipe) -> Iterator[Tensor]:
 
 
 def _lbfgs(train: Examples, classes: int, weight_decays: Sequence[float], recipe: Recipe) -> Probe:
-    """scikit-learn's, one after the other; a class that training lacks is never predicted."""
+    """scikit-learn's solver, one weight decay after the other; a class without training samples is never predicted."""
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
 
@@ -175,10 +176,10 @@ def _lbfgs(train: Examples, classes: int, weight_decays: Sequence[float], recipe
     bias_WY = torch.full((len(weight_decays), classes), -torch.inf)
     for row, decay in enumerate(weight_decays):
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ConvergenceWarning)  # nearly without a penalty there is no optimum
+            warnings.simplefilter("ignore", ConvergenceWarning)  # with next to no penalty there may be no optimum
             found = LogisticRegression(C=1 / decay, max_iter=1000).fit(x_NC, y_N)
         weight_YC, bias_Y = torch.tensor(found.coef_).float(), torch.tensor(found.intercept_).float()
-        if len(found.classes_) == 2:  # one row, for the second
+        if len(found.classes_) == 2:  # scikit-learn then gives one row, that of the second class
             weight_YC, bias_Y = torch.cat([-weight_YC, weight_YC]) / 2, torch.cat([-bias_Y, bias_Y]) / 2
         weight_WCY[row, :, found.classes_] = weight_YC.T
         bias_WY[row, found.classes_] = bias_Y
@@ -186,14 +187,14 @@ def _lbfgs(train: Examples, classes: int, weight_decays: Sequence[float], recipe
 
 
 def _accuracies(probes: Probe, examples: Examples) -> list[float]:
-    """Of each classifier, [W]."""
+    """The accuracy of each classifier, [W]."""
     right_WN = probes.logits(examples.features_NC).argmax(dim=2) == examples.label_N
     accuracies: list[float] = right_WN.double().mean(dim=1).tolist()
     return accuracies
 
 
 def _first_best(indices: Sequence[int], accuracies: Callable[[Sequence[int]], list[float]]) -> int:
-    """The first index of the greatest accuracy; index 0 where all are zero, as in CLIP_benchmark."""
+    """The first index with the greatest accuracy; 0 where all accuracies are zero, as in CLIP_benchmark."""
     best, most = 0, 0.0
     for index, accuracy in zip(indices, accuracies(indices), strict=True):
         if accuracy > most:

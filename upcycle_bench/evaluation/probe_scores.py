@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 import numpy as np
 from torch import Tensor
 
+from upcycle_bench.evaluation.ranking import mean_per_class_recall
 from upcycle_bench.suite import Score, SuiteResult
 from upcycle_bench.util import uncertainty
 from upcycle_bench.util.uncertainty import Uncertainty
@@ -29,20 +30,18 @@ class Classified:
 
 
 def classified(logits_NY: Tensor, label_N: Tensor) -> Classified:
-    """What these logits make of a test set with these labels."""
+    """The answers of these logits to a test set with these labels."""
     top_NA = logits_NY.topk(min(5, logits_NY.shape[1]), dim=1).indices
     right_NA = (top_NA == label_N[:, None]).cpu().numpy()
     return Classified(label_N.cpu().numpy(), right_NA[:, 0], np.any(right_NA, axis=1))
 
 
 def add_scores(title: str, draws: Sequence[Classified], classes: int, result: SuiteResult) -> None:
-    """Add the scores and outcomes of a dataset to `result`; of one draw, errors are over test samples."""
+    """Add the scores and outcomes of a dataset to `result`. Standard errors are over draws; of one, over samples."""
     rows = [("acc1", [draw.first_N.mean() for draw in draws], 1 / classes)]
     if classes >= 5:
         rows.append(("acc5", [draw.five_N.mean() for draw in draws], 5 / classes))
-    recalls = [
-        np.mean([draw.first_N[draw.label_N == label].mean() for label in np.unique(draw.label_N)]) for draw in draws
-    ]
+    recalls = [mean_per_class_recall(draw.first_N, draw.label_N) for draw in draws]
     rows.append(("mean_per_class_recall", recalls, 1 / classes))
     for metric, values, chance in rows:
         known = _over_draws(values) if len(draws) > 1 else _over_samples(draws[0], metric)
@@ -62,10 +61,10 @@ def add_scores(title: str, draws: Sequence[Classified], classes: int, result: Su
 
 
 def _over_draws(values: Sequence[float]) -> Uncertainty:
-    """Standard error of the mean and its 95 % t-interval within [0, 1]; no interval where all draws are alike."""
+    """Standard error of the mean over draws and its 95 % t-interval within [0, 1]; no interval if all are alike."""
     from scipy.stats import t
 
-    if len(set(values)) == 1:  # an interval of no width would say that the next draw is known
+    if len(set(values)) == 1:  # an interval of width zero would claim to know the next draw
         return Uncertainty(0.0, None)
     mean, error = float(np.mean(values)), float(np.std(values, ddof=1) / math.sqrt(len(values)))
     half = float(t.ppf(0.975, len(values) - 1)) * error

@@ -1,13 +1,13 @@
 """The data of probes and fine-tuning: evaluation sets in a pool, with labels of one of three kinds.
 
     [suites.NAME.tasks.concepts]
-    pool = ["test-carbon", "photos:train"]     # SET, or SET:SPLIT where not its test split; training and validation
+    pool = ["test-carbon", "photos:train"]     # SET or SET:SPLIT (else its test split), for training and validation
     test = []                                  # likewise; []: what shots and validation leave of the pool
     label = "class"                            # "class", "set" (which set an image is from) or "category" (lab)
-    at_least = 10                              # classes with fewer samples in the pool are left out; 0: all must do
-    world = ""                                 # "digits", "fashion-mnist": the sets are that world's, not the run's
+    at_least = 10                              # classes with fewer samples in the pool are left out; 0: none is
+    world = ""                                 # "digits", "fashion-mnist": sets of that world, not of the run's
 
-`category` is the category of an icon within its own family, from the lab's index; an icon without one is left out.
+`category` is the category of an icon within its family, from the lab's index; icons without one are left out.
 
 Shape suffixes: N samples.
 """
@@ -37,7 +37,7 @@ from upcycle_bench.util.files import file_sha256
 
 @dataclass(frozen=True, kw_only=True)
 class ProbeTask:
-    """What a probe learns from, and what it is tested on; the module docstring describes the fields."""
+    """The sets that a probe learns from and is tested on; the module docstring describes the fields."""
 
     pool: tuple[str, ...] = Field(min_length=1)
     test: tuple[str, ...] = ()
@@ -46,11 +46,11 @@ class ProbeTask:
     world: Literal["", "digits", "fashion-mnist"] = ""
 
     def root(self, root: Path) -> Path:
-        """Where its sets are. Raises UserError, the reason to skip it, for a world that cannot be had."""
+        """The folder of its sets. Raises UserError, the reason to skip the task, for a world that cannot be had."""
         return load_world(self.world, 0).eval_root if self.world else root
 
     def sources(self, root: Path) -> dict[str, str]:
-        """Content hashes of all that it reads; UserError for what is missing."""
+        """Content hashes of all that it reads; UserError for a set that is missing."""
         found = {}
         for text in (*self.pool, *self.test):
             name, split = _split(text)
@@ -67,7 +67,7 @@ class ProbeSuite(Suite):
     tasks: Mapping[str, ProbeTask]
 
     def datasets(self) -> list[str]:
-        """Sets below `root`, with the split where it is not `test`; tasks of other worlds bring theirs."""
+        """Sets below `root`, with the split where it is not `test`. Tasks of other worlds have their own sets."""
         texts = (text for task in self.tasks.values() if not task.world for text in (*task.pool, *task.test))
         return list(dict.fromkeys(texts))
 
@@ -80,7 +80,7 @@ class ProbeSuite(Suite):
 
 
 def of_set(folder: Path) -> dict[str, Any]:
-    """Settings of the task from a set's train split to its test split; UserError, why not, where it has no such."""
+    """Settings of the task from a set's train split to its test split; UserError, the reason, where it has none."""
     if (kind := evalset.kind_of(folder)) != "classification":
         what = "captions, not labels" if kind == "retrieval" else "several labels an image; a probe needs one"
         raise UserError(f"it has {what}.")
@@ -93,7 +93,7 @@ Task = TypeVar("Task", bound=ProbeTask)
 
 
 def runnable(tasks: Mapping[str, Task], root: Path, skipped: dict[str, str]) -> dict[str, Task]:
-    """The tasks whose data are here; why the others are not goes into `skipped`. UserError if none is."""
+    """The tasks whose data are here; the reasons of the others go into `skipped`. UserError if no task can run."""
     found = {}
     for name, task in tasks.items():
         try:
@@ -111,7 +111,10 @@ Samples = TypeVar("Samples", Examples, Labelled)
 
 @plain_dataclass(frozen=True)
 class Data(Generic[Samples]):
-    """Pool and test set of a task with labels into `classnames`; `test` is None where the pool has it."""
+    """Pool and test set of a task, whose labels are places in `classnames`; `test` is None where the pool holds it.
+
+    `left_out`: classes with too few samples.
+    """
 
     pool: Samples
     test: Samples | None
@@ -154,7 +157,7 @@ def load_features(task: ProbeTask, context: EvalContext) -> Data[Examples]:
 
 
 def load_images(task: ProbeTask, context: EvalContext) -> Data[Labelled]:
-    """The same samples in the same order, but the images themselves, on disk: no model sees them here."""
+    """The same samples in the same order as `load_features`, but as images on disk, which no model has encoded."""
     root = task.root(context.root)
     parts = {text: labelled.index(root / _split(text)[0], _split(text)[1]) for text in task.pool + task.test}
     kept = _kept(task, root, {text: part.label_N for text, part in parts.items()})
@@ -174,14 +177,14 @@ def first_set(task: ProbeTask, root: Path) -> EvalSet:
 
 @plain_dataclass(frozen=True)
 class _Kept:
-    """The classes that a task keeps, how many it leaves out, and the new labels of each set; -1: without one."""
+    """The classes that a task keeps, how many it leaves out, and the new labels of each set; -1 for no label."""
 
     names: tuple[str, ...]
     left_out: int
     label_of: dict[str, np.ndarray]
 
     def labels(self, sets: Sequence[str]) -> np.ndarray:
-        """Of these sets together."""
+        """The labels of these sets, one set after the other."""
         return np.concatenate([self.label_of[text] for text in sets])
 
 
@@ -190,14 +193,14 @@ def _data(task: ProbeTask, kept: _Kept, joined: Callable[[Sequence[str]], Sample
 
 
 def _kept(task: ProbeTask, root: Path, raw: Mapping[str, np.ndarray]) -> _Kept:
-    """From the labels that stand in the sets."""
+    """The classes with enough samples in the pool, from the labels `raw` of the sets; UserError for fewer than two."""
     names, label_of = _labels(task, root, raw)
     pool_label_N = np.concatenate([label_of[text] for text in task.pool])
     samples = np.bincount(pool_label_N[pool_label_N >= 0], minlength=len(names))
     kept = np.flatnonzero(samples >= task.at_least)
     if len(kept) < 2:
         raise UserError(f"{', '.join(task.pool)}: fewer than two classes have {task.at_least} samples; lower at_least.")
-    renumbered = np.full(len(names) + 1, -1)  # the last: no label
+    renumbered = np.full(len(names) + 1, -1)  # the last entry serves label -1
     renumbered[kept] = np.arange(len(kept))
     return _Kept(
         tuple(names[label] for label in kept),

@@ -1,10 +1,12 @@
 """Where a model sends images and texts: what every router and expert does in evaluation, item by item.
 
-    routed = route_images(evalsets, context)              # an item is an image; route_texts: a text
+    routed = route_images(evalsets, context)              # items are images; with route_texts they are texts
     routed.layers["vision.3"].first_IE                    # tokens of each item by their most probable expert
 
-All tokens of an image count, the class token included; of a text those up to its end. Batches change nothing but the
-rounding of matrix products. Shape suffixes: I items.
+All tokens of an image count, the class token included. Of a text the tokens up to its end count. The batch size changes
+nothing but the rounding of matrix products.
+
+Shape suffixes: I items.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from torch import Tensor, nn
 
 from upcycle_bench.data.evalset import EvalSet
 from upcycle_bench.evaluation.features import embed, finite
-from upcycle_bench.model import padding as packed
+from upcycle_bench.model import padding
 from upcycle_bench.model.measure import compactness_of_moments, expert_cosine
 from upcycle_bench.model.moe import MoEFFN, moe_layers
 from upcycle_bench.model.padding import Padding
@@ -29,7 +31,11 @@ from upcycle_bench.suite import EvalContext
 
 
 class LayerRoutes:
-    """What one MoE layer did with all items so far, in their order."""
+    """What one MoE layer did with all items so far, in their order.
+
+    Sums over tokens: `routed_E` tokens routed to each expert, `probability_E` their probabilities. Sums over the rows
+    that experts put out: `rows_E` their number, `sum_ED` their sum, `second_DD` their second moment.
+    """
 
     def __init__(self, layer: MoEFFN) -> None:
         experts, width = layer.gate.wg.weight.shape
@@ -44,12 +50,12 @@ class LayerRoutes:
 
     @property
     def first_IE(self) -> np.ndarray:
-        """How many of each item's tokens have each expert as their most probable one."""
+        """How many tokens of each item have each expert as their most probable one."""
         return torch.cat(self._first).numpy()
 
     @property
     def mean_IE(self) -> np.ndarray:
-        """The router's mean probability of each expert over each item's tokens."""
+        """The router's mean probability of each expert over the tokens of each item."""
         return torch.cat(self._mean).numpy()
 
     @property
@@ -75,14 +81,14 @@ class LayerRoutes:
             "dead_experts": float((load_E == 0).sum()),
             "tokens_dropped": self.dropped / self.choices,
         }
-        # No rows were seen where DeepSpeed's own layer computes them (UPCYCLE_BENCH_EXPERTS=deepspeed).
+        # DeepSpeed's own layer (UPCYCLE_BENCH_EXPERTS=deepspeed) does not show the rows of its experts.
         seen = bool(self.rows_E.any())
         compactness = compactness_of_moments(self.rows_E, self.sum_ED, self.second_DD) if seen else None
         return found if compactness is None else found | {"relative_compactness": compactness}
 
     def gate_saw(self, x_TD: Tensor, routes: tuple[Any, ...], lengths_B: Tensor) -> None:
-        """Add a batch: the gate's input, what it returned, and how many of the T tokens each item has."""
-        index_KT = routes[3].long()
+        """Add a batch: the gate's input, what the gate returned, and how many of the T tokens each item has."""
+        index_KT = routes[3].long()  # -1: dropped
         probs_TE = torch.softmax(x_TD.float() @ self.layer.router_weight.float().T, dim=1)
         self.tokens += len(x_TD)
         self.choices += index_KT.numel()
@@ -93,7 +99,7 @@ class LayerRoutes:
         self.probability_E += (probs_TE * chosen_TE).double().sum(0)
         first_TE = torch.zeros_like(probs_TE).scatter_(1, probs_TE.argmax(1, keepdim=True), 1)
         item_T = torch.repeat_interleave(torch.arange(len(lengths_B)), lengths_B).to(x_TD.device)
-        empty_BE = probs_TE.new_zeros(len(lengths_B), probs_TE.shape[1], dtype=torch.float64)
+        empty_BE = probs_TE.new_zeros(len(lengths_B), probs_TE.shape[1], dtype=torch.float64)  # one row an item
         self._first.append(empty_BE.index_add(0, item_T, first_TE.double()).long().cpu())
         mean_BE = empty_BE.index_add(0, item_T, probs_TE.double()) / lengths_B[:, None].to(x_TD.device)
         self._mean.append(mean_BE.float().cpu())
@@ -108,9 +114,9 @@ class LayerRoutes:
 
 @dataclass(frozen=True)
 class Routed:
-    """The MoE layers of one tower, by name, and what their I items are.
+    """The MoE layers of one tower, by name, and the labels of the I items that they saw.
 
-    `labels`: "class" and "set" -> a number for each item, -1 where nobody says.
+    `labels`: "class" and "set" -> int64 [I], -1 where an item has none.
     """
 
     layers: dict[str, LayerRoutes]
@@ -118,7 +124,7 @@ class Routed:
 
 
 def route_images(evalsets: Iterable[EvalSet], context: EvalContext) -> Routed:
-    """All images of the sets; classes are told apart by name, and images of a retrieval set have none."""
+    """Route all images of the sets. Classes of one name are one class; images of a retrieval set have none."""
     model: Any = context.model
     items = _Items()
     with _watch(model, "vision") as watching:
@@ -132,7 +138,10 @@ def route_images(evalsets: Iterable[EvalSet], context: EvalContext) -> Routed:
 
 
 def route_texts(evalsets: Iterable[EvalSet], context: EvalContext) -> Routed:
-    """The captions of retrieval sets, which have no class, and the prompts of others, once each, which have no set."""
+    """Route the captions of retrieval sets, and the prompts of other sets, each different prompt once.
+
+    Captions have no class; prompts have no set.
+    """
     model: Any = context.model
     items, texts, prompts = _Items(), [], set()
     for place, evalset in enumerate(evalsets):
@@ -147,19 +156,19 @@ def route_texts(evalsets: Iterable[EvalSet], context: EvalContext) -> Routed:
                     prompts.add(prompt)
                     items.add(name, -1)
                     texts.append(prompt)
-    encode = partial(packed.encode_text, model) if packed.packs(model) else model.encode_text
-    padding = Padding.of(model)
+    encode = partial(padding.encode_text, model) if padding.packs(model) else model.encode_text
+    ends = Padding.of(model)
     with _watch(model, "text") as watching:
         for start in context.track(range(0, len(texts), context.batch_size), "texts"):
             text_BL = context.tokenizer(texts[start : start + context.batch_size])
-            lengths_B = padding.end_positions(text_BL) + 1 if padding else torch.full((len(text_BL),), text_BL.shape[1])
+            lengths_B = ends.end_positions(text_BL) + 1 if ends else torch.full((len(text_BL),), text_BL.shape[1])
             watching.lengths_of = partial(_as_they_are, lengths_B)
             finite(embed(encode, text_BL, context), "texts")
     return Routed(watching.layers, items.labels())
 
 
 class _Items:
-    """The class and the set of every item, as numbers."""
+    """The class and the set of every item, as numbers; -1 for none."""
 
     def __init__(self) -> None:
         self.classes: dict[str, int] = {}
@@ -175,7 +184,7 @@ class _Items:
 
 @dataclass
 class _Watching:
-    """The layers of a tower, and how many of T tokens belong to each item of the batch that passes."""
+    """The layers of a tower. `lengths_of`: from T to the number of tokens [B] of each item in the current batch."""
 
     layers: dict[str, LayerRoutes]
     lengths_of: Callable[[int], Tensor]
@@ -186,6 +195,7 @@ class _Watching:
 
 @contextlib.contextmanager
 def _watch(model: nn.Module, tower: str) -> Iterator[_Watching]:
+    """Hooks on the gates and experts of one tower, which are removed at the end."""
     layers = {name: LayerRoutes(layer) for name, layer in moe_layers(model).items() if layer.place.tower == tower}
     watching = _Watching(layers, partial(_evenly, 1))
     handles = []

@@ -1,4 +1,4 @@
-"""What the suites say of a model, and why that can be believed.
+"""Score one model: every suite evaluates it, and a certificate says that the evaluation is sound.
 
 results, certificate = score(suites, root, clip, meter, reporter, digest)
 scores_of(results), skips_of(results)               # as they stand in a record
@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from upcycle_bench import record
-from upcycle_bench.evaluation.certificate import Witness
+from upcycle_bench.evaluation.certificate import certify
+from upcycle_bench.evaluation.witness import Witness
 from upcycle_bench.model.clip import Clip
 from upcycle_bench.suite import EvalContext, Suite, SuiteResult
 from upcycle_bench.util.errors import Unsound, UserError
@@ -26,9 +27,10 @@ Scored = tuple[dict[str, SuiteResult], record.CertificatePart | None]
 def score(
     suites: Mapping[str, Suite], root: Path, final: Clip, meter: Meter, reporter: Reporter, digest: str
 ) -> Scored:
-    """What each suite says of the model, and why that can be believed; Unsound (a UserError) if it cannot.
+    """The result of each suite on the sets below `root`, and the certificate; Unsound (a UserError) without one.
 
-    A suite that fails is skipped, with its reason, if a primary score is left.
+    `digest`: sha256 of the weights, under which features are cached, or "". A suite that fails is skipped, with its
+    reason, as long as another one gives a primary score; else its error is raised.
     """
     witness = Witness(final.model.to(meter.device).eval())
     context = EvalContext(
@@ -49,7 +51,7 @@ def score(
                 results[name] = suite.evaluate(context)
             except Unsound:
                 raise
-            except Exception as error:  # whatever a suite does, it must not take the others down
+            except Exception as error:  # a suite may raise anything, and the others must still run
                 errors.append(error)
                 reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
                 results[name] = SuiteResult([], {}, skipped={"": reason})
@@ -57,11 +59,11 @@ def score(
         raise errors[0]
     with reporter.task("certificate"), counted_flops():  # the same kernels as in the evaluation
         scored = {name: suite for name, suite in suites.items() if results[name].scores}
-        return results, witness.testify(scored, context)
+        return results, certify(witness, scored, context)
 
 
 def scores_of(outcome: Mapping[str, SuiteResult]) -> list[dict[str, Any]]:
-    """All scores, as in a record; primary are those of the first suite that has some: suites do not average."""
+    """All scores, as in a record. Primary are only those of the first suite that has some, since suites do not mix."""
     first = next((name for name, result in outcome.items() if any(score.primary for score in result.scores)), "")
     return [
         {"suite": name, **asdict(score), "primary": score.primary and name == first}
@@ -71,6 +73,6 @@ def scores_of(outcome: Mapping[str, SuiteResult]) -> list[dict[str, Any]]:
 
 
 def skips_of(outcome: Mapping[str, SuiteResult]) -> dict[str, str]:
-    """Suite, or suite/part -> why it did not run."""
+    """Suite, or suite/part -> why it did not run, in one line."""
     parts = ((name, part, why) for name, result in outcome.items() for part, why in result.skipped.items())
     return {f"{name}/{part}" if part else name: " ".join(why.split()) for name, part, why in parts}

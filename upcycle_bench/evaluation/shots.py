@@ -1,13 +1,13 @@
-"""Which samples a few-shot probe sees. Dataset, shots and draw alone choose them, so every model sees the same ones.
+"""The samples of a few-shot probe. Dataset, shots and draw alone choose them, so every model sees the same ones.
 
     manifest = choose("digits", label_N, classnames, shots=5, draw=0, sizes=Sizes(largest=16, validation=10))
     manifest.train_S, manifest.validation_V, manifest.sha256
 
-For each draw, each class is put into an order of its own. The first `shots` samples are for training, so 1, 2 and 5
-shots are nested. Validation begins after the `largest` number of shots, and is the same for all of them. What
-follows it is the test set of a dataset that has none of its own.
+For each draw, the samples of each class get a random order. The first `shots` samples are for training, so 1, 2 and 5
+shots are nested. Validation begins after the `largest` number of shots, and is the same for all of them. The samples
+behind it are the test set of a dataset that has none of its own.
 
-Shape suffixes: N samples of the pool, S shots of all classes, V samples for validation, U used by neither.
+Shape suffixes: N samples of the pool, S for training, V for validation, U for neither.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from upcycle_bench.util.rng import Stream
 
 @dataclass(frozen=True)
 class Sizes:
-    """Samples of each class: the most shots, and those for validation; with `test`, at least one more must be left."""
+    """Samples of each class: the largest number of shots, and those for validation; `test`: one more must be left."""
 
     largest: int
     validation: int
@@ -34,13 +34,13 @@ class Sizes:
 
     @property
     def needed(self) -> int:
-        """How many samples a class must have."""
+        """How many samples a class must have at least."""
         return self.largest + self.validation + self.test
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """Positions in the pool, ascending; they are disjoint."""
+    """The chosen samples as positions in the pool, ascending; the three parts are disjoint."""
 
     dataset: str
     shots: int
@@ -51,7 +51,7 @@ class Manifest:
 
     @property
     def sha256(self) -> str:
-        """Over dataset, shots, draw and all positions."""
+        """Hash of dataset, shots, draw and all positions."""
         parts = [part.tolist() for part in (self.train_S, self.validation_V, self.test_U)]
         return hashlib.sha256(json.dumps([self.dataset, self.shots, self.draw, *parts]).encode()).hexdigest()
 
@@ -59,7 +59,7 @@ class Manifest:
 def choose(
     dataset: str, label_N: np.ndarray, classnames: Sequence[str], *, shots: int, draw: int, sizes: Sizes
 ) -> Manifest:
-    """The manifest; raises UserError, which names the class, where one has too few samples."""
+    """The manifest of one draw; `label_N` are places in `classnames`. UserError where a class has too few samples."""
     train, validation, test = [], [], []
     for label, name in enumerate(classnames):
         rows = np.flatnonzero(label_N == label)

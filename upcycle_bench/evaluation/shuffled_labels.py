@@ -4,12 +4,13 @@
 
 A small set is made of a real one, in the same format, with labels (or captions) dealt out anew. The suite scores the
 model on it as on any set of a user's: it reads, encodes, ranks and computes its metrics. A small classification set has
-equally many samples of each of its classes, so that 1 / classes of the answers are right whatever a model prefers. No
-score may stand 4 standard errors above chance. For the share of right answers that is the binomial test of the same
-odds, 1 in 30,000; for other metrics the standard errors are the score's own.
+equally many samples of each of its classes, so that 1 / classes of the answers are right whatever a model prefers.
 
-One set of each kind is enough: the first that the suite reads and that can be shuffled, of at least 64 samples. A suite
-that has no control is named, with the reason.
+No score may stand 4 standard errors above chance. For a share of right answers this is a binomial test with the same
+odds, 1 in 30,000. For other metrics the standard error is the score's own.
+
+One set of each kind is enough: the first one that the suite reads and that has 64 samples to shuffle. A suite without a
+control is named, with the reason.
 """
 
 from __future__ import annotations
@@ -32,28 +33,28 @@ from upcycle_bench.suite import EvalContext, OnlyNamed, Score, Suite
 from upcycle_bench.util.errors import Unsound, UserError
 from upcycle_bench.util.rng import Stream
 
-SAMPLES, LEAST = 256, 64
+SAMPLES, LEAST = 256, 64  # of a small set, at most and at least
 SCANNED = 8 * SAMPLES  # samples looked at, from the start of a set
 LIMIT = 4.0  # standard errors above chance
 
 
 @dataclass(frozen=True)
 class _Member:
-    """A sample in a shard: suffix -> where its file stands."""
+    """A sample in a shard; `files`: suffix -> its file in the tar archive."""
 
     shard: Path
     files: dict[str, tarfile.TarInfo]
 
 
 def score_shuffled(suites: Mapping[str, Suite], context: EvalContext) -> tuple[list[ControlPart], str | None]:
-    """A control for each suite and kind of set it reads, and which suites have none, and why. Raises Unsound."""
+    """A control for each suite and each kind of set it reads; the suites without one, and why. Raises Unsound."""
     controls, without = [], []
     for name, suite in suites.items():
         found: set[str] = set()
         reasons: dict[str, None] = {}
         for dataset in suite.datasets():
             folder = context.root / dataset
-            if ":" in dataset or not folder.is_dir():  # a split to learn from, or of another world
+            if ":" in dataset or not folder.is_dir():  # a training split, or a set of another world
                 continue
             try:
                 kind = evalset.kind_of(folder)
@@ -64,7 +65,7 @@ def score_shuffled(suites: Mapping[str, Suite], context: EvalContext) -> tuple[l
                 raise
             except OnlyNamed:
                 reasons["it scores only what a protocol names, and no protocol names shuffled labels."] = None
-            except Exception as error:  # a suite may not be made for small sets, and its own scores stand
+            except Exception as error:  # a suite may fail on a small set, and its own scores stand nevertheless
                 what = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
                 reasons[re.sub("^it ", "the shuffled set ", what)] = None
         if not found:
@@ -73,6 +74,7 @@ def score_shuffled(suites: Mapping[str, Suite], context: EvalContext) -> tuple[l
 
 
 def _control(name: str, suite: Suite, folder: Path, context: EvalContext) -> ControlPart:
+    """The score farthest above chance on a shuffled copy of the set; Unsound where it is too far."""
     with tempfile.TemporaryDirectory() as temporary:
         target = Path(temporary) / folder.name
         samples = shuffled(folder, target)
@@ -95,10 +97,11 @@ def _control(name: str, suite: Suite, folder: Path, context: EvalContext) -> Con
 
 
 def z_of(score: Score) -> float | None:
-    """How many standard errors a score stands above chance; None if it has not got both.
+    """How many standard errors a score stands above chance; None for a score without a standard error or a chance.
 
-    Of a share of right answers the normal deviate with the odds of so many by chance or more (binomial), or -8 at the
-    least. Of others their own errors: where all samples are alike, that is 0, and 1e-6 is then what rounding may do.
+    For a share of right answers: the normal deviate, at least -8, whose odds are those of so many right answers or more
+    by chance (binomial). For other metrics the score's own standard error counts. It is 0 where all samples are alike;
+    1e-6 then allows for rounding.
     """
     if score.chance is None or score.standard_error is None:
         return None
@@ -111,7 +114,10 @@ def z_of(score: Score) -> float | None:
 
 
 def shuffled(folder: Path, target: Path) -> int:
-    """Write the small set with shuffled labels; returns its number of samples. UserError where there cannot be one."""
+    """Write the small set with shuffled labels to `target`; returns its number of samples.
+
+    Raises UserError for a set with several labels a sample, and for one with too few samples.
+    """
     members = list(_scan(folder))
     rng = Stream(("certificate", "labels", folder.name)).generator()
     if evalset.kind_of(folder) == "classification":
@@ -171,9 +177,10 @@ def _read(members: list[_Member], wanted: Callable[[str], bool]) -> Iterator[dic
 
 
 def _balanced(labels: list[int]) -> tuple[list[int], list[int]]:
-    """As many samples as SAMPLES allow, equally many of each of at least two classes: their places, and the classes.
+    """The places of at most SAMPLES samples, equally many of each of two classes or more; and these classes.
 
-    Of as many samples the fewest classes, with which a leak stands out from the fewest answers.
+    It takes as many samples as it can. Of equally many it takes those with the fewest classes, where a leak needs the
+    fewest right answers to show.
     """
     places: dict[int, list[int]] = defaultdict(list)
     for place, label in enumerate(labels):

@@ -1,12 +1,12 @@
 """Text embeddings of evaluation sets: encoded in batches, without padding, and once for each file of weights.
 
-    known: dict[str, Tensor] = {}                                         # text -> its embedding, of one evaluation
+    known: dict[str, Tensor] = {}                                         # text -> its embedding, for one evaluation
     classes_YC = class_embeddings(evalset, context, known)
     texts_NC = encode_texts(captions, evalset.name, context, known)
     task = classification_task(evalset, context, known)                   # its images against its classes
 
-The cache keeps class embeddings by weights, class names, templates and tokenizer, and captions likewise. A second
-evaluation of the same weights encodes no text, or a few where a witness watches. Where the model can do without
+Class embeddings are cached under the weights, the class names, the templates and the tokenizer; captions likewise. A
+second evaluation of the same weights encodes no text, or a few where a witness watches. Where the model can do without
 padding, a batch is as long as its longest text.
 
 Shape suffixes: N texts or images, Q queries, G gallery, Y classes, P templates.
@@ -33,11 +33,11 @@ from upcycle_bench.model import padding
 from upcycle_bench.suite import EvalContext
 from upcycle_bench.util.flops import uncounted
 
-PROBES = 16  # texts whose tokens stand in a key for the tokenizer and its context
+PROBES = 16  # texts whose tokens represent the tokenizer and its context length in a key
 
 
 def class_embeddings(evalset: EvalSet, context: EvalContext, known: dict[str, Tensor]) -> Tensor:
-    """[Y, C]: of each class the mean over templates, normalised, as in CLIP_benchmark's zero_shot_classifier."""
+    """Class embeddings [Y, C]: the mean over templates, normalised, as in CLIP_benchmark's zero_shot_classifier."""
     prompts = [template.format(c=name) for name in evalset.classnames for template in evalset.templates]
 
     def make(classes: int, known: dict[str, Tensor]) -> Arrays:
@@ -52,14 +52,14 @@ def class_embeddings(evalset: EvalSet, context: EvalContext, known: dict[str, Te
 
 
 def classification_task(evalset: EvalSet, context: EvalContext, known: dict[str, Tensor]) -> Task:
-    """Images that ask for their class: class embeddings are the gallery."""
+    """Images as queries, class embeddings as the gallery."""
     classes_YC = class_embeddings(evalset, context, known)
     images_QC, labels = encode_images(evalset, context)
     return Task(images_QC, classes_YC, torch.as_tensor(labels), torch.arange(len(classes_YC)))
 
 
 def retrieval_tasks(evalset: EvalSet, context: EvalContext, known: dict[str, Tensor]) -> tuple[Task, Task]:
-    """Images that ask for their captions, and captions that ask for their image; an id is an image's number."""
+    """Images as queries for their captions, and captions as queries for their image; ids are numbers of images."""
     images_NC, captions = encode_images(evalset, context)
     texts_GC = encode_texts([text for texts in captions for text in texts], evalset.name, context, known)
     image_id = torch.arange(len(captions))
@@ -68,7 +68,7 @@ def retrieval_tasks(evalset: EvalSet, context: EvalContext, known: dict[str, Ten
 
 
 def encode_texts(texts: Sequence[str], name: str, context: EvalContext, known: dict[str, Tensor]) -> Tensor:
-    """Normalised text embeddings [N, C] of the set `name`; a text is encoded once, so that equal ones tie exactly."""
+    """Normalised text embeddings [N, C] of the set `name`. Equal texts are encoded once, so that they tie exactly."""
     different = list(dict.fromkeys(texts))
     what = ["texts", hashlib.sha256(json.dumps(different).encode()).hexdigest(), _tokens_of(different, context)]
 
@@ -81,7 +81,7 @@ def encode_texts(texts: Sequence[str], name: str, context: EvalContext, known: d
 
 
 def _encode(texts: Sequence[str], name: str, context: EvalContext, known: dict[str, Tensor]) -> Tensor:
-    """[N, C], and in `known`; only texts that are not there are encoded."""
+    """Text embeddings [N, C], which are added to `known`; only texts that it lacks are encoded."""
     unknown = [text for text in dict.fromkeys(texts) if text not in known]
     model: Any = context.model
     encode = partial(padding.encode_text, model) if padding.packs(model) else model.encode_text
@@ -95,7 +95,7 @@ def _encode(texts: Sequence[str], name: str, context: EvalContext, known: dict[s
 
 
 def _tokens_of(texts: Sequence[str], context: EvalContext) -> list[Any]:
-    """The tokens of some texts, which tell tokenizers and their context lengths apart without tokenizing all."""
+    """The part of a key that tells tokenizers and context lengths apart: the tokens of a few of these texts."""
     if not context.weights:
         return []
     chosen = [*texts[:: -(-len(texts) // PROBES)], max(texts, key=len)]

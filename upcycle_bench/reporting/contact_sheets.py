@@ -1,15 +1,15 @@
-"""Contact sheets: which images each expert takes. A sheet for each MoE layer of the vision tower, a row for an expert.
+"""Contact sheets: which images each expert takes. Each MoE layer of the vision tower has a sheet, each expert a row.
 
     clip, made = find_model(Path("results/lab/sparse-upcycling-....json"))
     context = eval_context(clip, protocol, eval_data=None, reporter=reporter)
     sheets = draw(clip, context, ["digits-test"], columns=16, title="sparse-upcycling")     # {"vision.1": Sheet, ...}
     paths = save(sheets, Path("sheets"))                                                  # {"vision.1": Path, ...}
 
-A row shows the images that the expert takes most: those with the largest share of tokens whose most probable expert it
-is, and among equals those with the highest mean probability. Its number and its load stand at the left. A row never
-shows an image of which the expert takes no token.
+An expert takes the tokens whose most probable expert it is. Its row shows the images with the largest share of such
+tokens, among equals those with the highest mean probability of the expert. A row shows no image without such a token.
+The number of the expert and its load stand at the left.
 
-Shape suffixes: I images, E experts, S side of a thumbnail in pixels.
+Shape suffixes: I images, S side of a thumbnail in pixels.
 """
 
 from __future__ import annotations
@@ -47,14 +47,14 @@ SMALL, LARGE, GAP, LEFT, LINE = 32, 64, 4, 110, 16  # pixels
 
 @dataclass(frozen=True)
 class Sheet:
-    """The picture of a layer, the load of its experts, and how far they agree with the labels."""
+    """The picture of one layer, the load of its experts [E], and how far they agree with the labels of the images."""
 
     image: Image
     load_E: np.ndarray
     found: Mapping[str, Agreement]
 
     def facts(self) -> dict[str, Any]:
-        """What the picture says, as JSON."""
+        """The numbers of the layer, ready for JSON."""
         return {
             "load": self.load_E.tolist(),
             "agreement": {metric: asdict(each) for metric, each in self.found.items()},
@@ -62,7 +62,7 @@ class Sheet:
 
 
 def find_model(path: Path) -> tuple[Clip, record.Record | None]:
-    """The model of a file of weights, or the one that a record names, from the cache, and the record.
+    """The model of a file of weights, or the one of a record, from the cache; and the record.
 
     Raises UserError for a model without experts, and for weights that are not in the cache or are damaged.
     """
@@ -81,8 +81,8 @@ def find_model(path: Path) -> tuple[Clip, record.Record | None]:
 def eval_context(clip: Clip, protocol: Protocol, eval_data: Path | None, reporter: Reporter) -> EvalContext:
     """The model on this rank's device, and the evaluation sets: the protocol's own, or below `eval_data`.
 
-    Sets PyTorch's threads as the protocol says. Raises UserError for a protocol without data of its own (world "local")
-    that comes without `eval_data`, and for one with data of its own that comes with it.
+    Sets the number of PyTorch's threads to the protocol's. Raises UserError for a protocol without data of its own
+    (world "local") and no `eval_data`, and for a protocol with its own data and `eval_data` as well.
     """
     local = protocol.data.world == "local"
     if local and eval_data is None:
@@ -102,7 +102,7 @@ def eval_context(clip: Clip, protocol: Protocol, eval_data: Path | None, reporte
 
 
 def draw(clip: Clip, context: EvalContext, names: Sequence[str], *, columns: int, title: str) -> dict[str, Sheet]:
-    """Route the images of these evaluation sets, draw a sheet for each layer; UserError for sets that are missing."""
+    """Route the images of these evaluation sets and draw a sheet for each layer; UserError for missing sets."""
     evalset.require(context.root, list(names))
     opened = [evalset.read(context.root / name, context.transform, context.batch_size) for name in names]
     routed = route_images(opened, context)
@@ -124,7 +124,7 @@ def draw(clip: Clip, context: EvalContext, names: Sequence[str], *, columns: int
 
 
 def save(sheets: Mapping[str, Sheet], folder: Path) -> dict[str, Path]:
-    """Write each sheet to LAYER.png in the folder, which is made; returns the files by layer."""
+    """Write each sheet to LAYER.png in the folder, which is created; returns the files by layer."""
     folder.mkdir(exist_ok=True)
     paths = {layer: folder / f"{layer}.png" for layer in sheets}
     for layer, path in paths.items():
@@ -134,12 +134,12 @@ def save(sheets: Mapping[str, Sheet], folder: Path) -> dict[str, Path]:
 
 
 def most_taken(layer: LayerRoutes, count: int) -> list[list[int]]:
-    """For each expert up to `count` images, the one it takes most first."""
+    """For each expert the numbers of up to `count` images, the one that it takes most first."""
     first_IE, mean_IE = layer.first_IE, layer.mean_IE
     share_IE = first_IE / first_IE.sum(1, keepdims=True)
     rows = []
     for expert in range(share_IE.shape[1]):
-        order_I = np.lexsort((-mean_IE[:, expert], -share_IE[:, expert]))  # stable; the last key counts first
+        order_I = np.lexsort((-mean_IE[:, expert], -share_IE[:, expert]))  # stable; its last key is the first to count
         rows.append([int(image) for image in order_I[:count] if first_IE[image, expert]])
     return rows
 
@@ -147,7 +147,7 @@ def most_taken(layer: LayerRoutes, count: int) -> list[list[int]]:
 def _pictures(clip: Clip, context: EvalContext, names: Sequence[str], wanted: set[int]) -> dict[int, Tensor]:
     """Thumbnails uint8 [3, S, S] of the images with these numbers, which count through all sets.
 
-    They show what the model is shown, at the sheets' size.
+    A thumbnail is cropped as the model's input is.
     """
     found: dict[int, Tensor] = {}
     number = 0
@@ -170,7 +170,7 @@ def _thumbnail(image_3HW: np.ndarray | Tensor) -> Tensor:
 
 
 def _sheet(about: str, load_E: np.ndarray, rows: Sequence[Sequence[Tensor]], columns: int) -> Image:
-    """Lines of text, then a row of thumbnails for each expert behind its number and load."""
+    """The sheet: lines of text, then for each expert its number and load and a row of thumbnails."""
     from PIL import Image, ImageDraw, ImageFont
     from torchvision.transforms.functional import to_pil_image
     from torchvision.utils import make_grid

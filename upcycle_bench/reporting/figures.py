@@ -27,12 +27,12 @@ Metrics = dict[str, Any]  # one line of the training metrics: what was logged at
 
 FigureName = Literal["loss", "similarity", "entropy", "compactness", "utilisation", "probability", "drift"]
 # Figure -> (key in the metrics of a layer, title).
-_BY_DEPTH: dict[str, tuple[str, str]] = {  # over training, and layer by layer at its end
+_BY_DEPTH: dict[str, tuple[str, str]] = {  # drawn over training, and layer by layer at its end
     "similarity": ("expert_cosine", "mean pairwise cosine of the experts"),
     "entropy": ("router_entropy", "router entropy, nats"),
     "compactness": ("relative_compactness", "relative compactness (reconstructed)"),
 }
-_BY_EXPERT: dict[str, tuple[str, str]] = {  # expert by expert at the end of training, largest first
+_BY_EXPERT: dict[str, tuple[str, str]] = {  # drawn expert by expert at the end of training, largest first
     "utilisation": ("load", "share of (token, choice) pairs"),
     "probability": ("routing_probability", "mean probability over the tokens routed to the expert"),
 }
@@ -40,7 +40,7 @@ _BY_EXPERT: dict[str, tuple[str, str]] = {  # expert by expert at the end of tra
 
 @dataclass(frozen=True)
 class Run:
-    """A record and its training metrics, one entry a logged step (none: the run did not train)."""
+    """A record and its training metrics, an entry for each logged step; a run that did not train has none."""
 
     path: Path
     record: Record
@@ -48,13 +48,13 @@ class Run:
 
     @property
     def label(self) -> str:
-        """The strategy's label; a reconstruction is marked as such."""
+        """The strategy's label, with a mark for a reconstruction."""
         part = self.record.strategy
         marked = part.status == "reconstructed" and "reconstructed" not in part.label
         return f"{part.label} (reconstructed)" if marked else part.label
 
     def last_layers(self) -> dict[str, dict[str, Any]]:
-        """MoE layer -> what was logged of it at the last step."""
+        """MoE layer -> its metrics at the last logged step."""
         return self.metrics[-1]["layers"]
 
 
@@ -112,7 +112,7 @@ def draw(runs: Sequence[Run], name: FigureName, output: Path) -> list[Path]:
 
 
 def _has(run: Run, name: FigureName) -> bool:
-    """Whether the run has what the figure shows."""
+    """Whether the run has the metrics that the figure shows."""
     if name == "drift":
         return bool((run.record.receipt or {}).get("layers"))
     if name == "loss":
@@ -136,7 +136,7 @@ def _over_training(axes: Axes, runs: Sequence[Run], value: Callable[[Metrics], f
 
 
 def _depth(figure: Figure, runs: Sequence[Run], key: str, title: str) -> None:
-    """A column for each tower: above the mean over its layers during training, below layer by layer at the end."""
+    """A column for each tower: above, the mean over its layers during training; below, each layer at the end."""
     towers = _towers(runs)
     figure.set_size_inches(5 * len(towers), 7)
     panels = figure.subplots(2, len(towers), squeeze=False)
@@ -184,7 +184,7 @@ def _experts(figure: Figure, runs: Sequence[Run], key: str, title: str) -> None:
 
 
 def _drift(figure: Figure, runs: Sequence[Run]) -> None:
-    """How far each layer's output is from the dense FFN's, before and after training."""
+    """The distance of each layer's output from the dense FFN's, before and after training."""
     figure.set_size_inches(10, 4)
     panels = figure.subplots(1, 2, sharey=True)
     colours = _colours(runs)

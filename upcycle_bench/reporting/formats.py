@@ -24,9 +24,9 @@ from upcycle_bench.util.errors import unknown
 if TYPE_CHECKING:
     from rich.table import Table
 
-# The metrics in tables for people; csv and json have all.
+# The metrics in tables for people; csv and json have all metrics.
 SHOWN = re.compile(r"acc1|(.*_)?(recall|r)@1|(text|image|group)_score", re.IGNORECASE)
-FOLDED = 24  # characters of a strategy's name on one line, where the terminal is too narrow for one table
+FOLDED = 24  # characters of a strategy's name on one line, where a board needs several tables
 NOTES = (
     "± is the half width of a 95 % Student-t confidence interval over n training seeds (several initialisations of one "
     "training seed are averaged first). Over few seeds such an interval is wide; over one (n=1) there is none.",
@@ -39,7 +39,7 @@ Columns = dict[str, list[str]]  # header -> one cell per row
 
 
 def render(boards: list[Board], format: str, width: int | None = None) -> str:
-    """The boards as text; `width` is the terminal's (default: as found). Raises UserError for an unknown format."""
+    """The boards as text; `width`: of the terminal, None to ask it. Raises UserError for an unknown format."""
     writers: dict[str, Callable[[list[Board]], str]] = {
         "terminal": partial(_terminal, width=width),
         "md": _markdown,
@@ -52,13 +52,13 @@ def render(boards: list[Board], format: str, width: int | None = None) -> str:
 
 
 def markdown_table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    """A Markdown table of the header and the lines below it, each a cell per column."""
+    """A Markdown table of the header and the lines below it, which have a cell for each column."""
     cells = ([cell.replace("|", "\\|") for cell in line] for line in (header, ["---"] * len(header), *lines))
     return "\n".join(f"| {' | '.join(line)} |" for line in cells)
 
 
 def _terminal(boards: list[Board], width: int | None) -> str:
-    """One table per board. A terminal too narrow for it gets several, each with rank and strategy."""
+    """One table for each board, or several on a terminal that is too narrow, each with rank and strategy."""
     from rich.console import Console
     from rich.measure import Measurement
 
@@ -91,7 +91,7 @@ def _markdown(boards: list[Board]) -> str:
 
 
 def _csv(boards: list[Board]) -> str:
-    """One flat table: each row repeats its board's facts; the scores of all boards are columns of every row."""
+    """One flat table. Each row repeats the facts of its board, and has a column for every score of any board."""
     names = sorted({name for board in boards for row in board.rows for name in row.scores})
     lines = []
     for board in boards:
@@ -132,7 +132,7 @@ def _heading(board: Board) -> str:
 
 
 def _caption(board: Board) -> list[str]:
-    """Sentences that say what this board's numbers are; NOTES holds for all boards."""
+    """Sentences about the numbers of this board; NOTES are about those of all boards."""
     sentences = []
     if board.division == "open":
         settings = [" ".join(f"--set {override}" for override in board.overrides), board.unequal or ""]
@@ -162,7 +162,7 @@ def _caption(board: Board) -> list[str]:
 
 
 def _primary_scores(primary: tuple[str, ...]) -> str:
-    """Up to four primary scores by name, more as sets grouped by suite and metric."""
+    """Up to four primary scores by name; more of them grouped by suite and metric."""
     if len(primary) <= 4:
         return ", ".join(primary)
     suites: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
@@ -200,7 +200,7 @@ def _groups(board: Board) -> list[Columns]:
 
 
 def _shown(columns: Iterable[str]) -> list[str]:
-    """The columns of scores in tables for people: of a suite with averages, these alone."""
+    """The columns of scores in tables for people; a suite with averages shows these alone."""
     parts = {column: _split(column) for column in columns}
     averaging = {suite for suite, dataset, _ in parts.values() if dataset == AVERAGE}
     return sorted(
@@ -226,7 +226,7 @@ def _seed_mean(value: SeedMean | None, sign: str = "") -> str:
 
 
 def _unit(cells: list[str]) -> str:
-    """What ± means in a column, for its header: here an interval, in `run` and `evaluate` a standard error."""
+    """The meaning of ± for the header of a column: here an interval, in `run` and `evaluate` a standard error."""
     return " (± 95 %)" if any("±" in cell for cell in cells) else ""
 
 
@@ -240,7 +240,7 @@ def _number(value: float | None, form: str, unit: str = "") -> str:
 
 
 def _split_to_fit(who: Columns, groups: Iterable[Columns], fits: Callable[[Columns], bool]) -> list[Columns]:
-    """As few tables as fit, all with `who`. A group that does not fit whole into the last table begins a new one."""
+    """As few tables as fit, each with the columns `who`. A group without room in the last table begins a new one."""
     tables = [who]
     for group in groups:
         if fits(tables[-1] | group):
@@ -261,7 +261,7 @@ def _rich_table(columns: Columns) -> Table:
 
     table = Table(box=box.SIMPLE, collapse_padding=True)
     for header in columns:
-        left = header in ("strategy", "runs")  # only these two fold; numbers stay whole
+        left = header in ("strategy", "runs")  # only these two columns fold, so that numbers stay whole
         lines = re.sub(r"/| (?![\d%])|_(?=retrieval)|(?<=retrieval)_", "\n", header)
         table.add_column(Text(lines), justify="left" if left else "right", overflow="fold", no_wrap=not left)
     for cells in zip(*columns.values(), strict=True):

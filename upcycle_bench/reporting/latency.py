@@ -1,4 +1,4 @@
-"""How fast models serve: seconds of one input alone, and inputs per second in batches, of either tower.
+"""How fast models serve: milliseconds for one input alone, and inputs per second in batches, for either tower.
 
     fast, slow = measure([load(a), load(b)], torch.device("cpu"))
     fast.image_ms, fast.texts_per_second
@@ -39,7 +39,7 @@ class Speed:
 
 
 def measure_files(files: Sequence[Path], repeats: int, threads: int | None = None) -> dict[str, Any]:
-    """Sizes and speeds of the models in files of ours, on this machine's device with `threads` CPU threads, else all.
+    """Sizes and speeds of the models in files of ours, on this machine's device with `threads` CPU threads (None: all).
 
     Raises UserError for a file that is not one of ours. The number of threads is restored afterwards.
     """
@@ -59,7 +59,7 @@ def measure_files(files: Sequence[Path], repeats: int, threads: int | None = Non
 
 
 def measure(clips: Sequence[Clip], device: torch.device, repeats: int = 20) -> list[Speed]:
-    """One `Speed` for each model; single inputs are timed `repeats` times, batches a quarter as often."""
+    """A `Speed` for each model. Single inputs are timed `repeats` times, batches a quarter as often."""
     models = [(clip, clip.model.to(device).eval()) for clip in clips]
     seconds: dict[tuple[str, int], list[float]] = {}
     for size, rounds in ((1, repeats), (BATCH, max(1, repeats // 4))):

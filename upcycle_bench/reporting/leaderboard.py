@@ -1,11 +1,11 @@
-"""Records -> leaderboards: one for each set of runs that may be compared. `formats.render` writes them.
+"""From records to leaderboards, one for each set of runs that may be compared. `formats.render` writes them.
 
     boards = build([read(path) for path in record_paths(folder)])
     print(render(boards, "terminal"))        # or "md", "csv", "json"
 
-A row's value is a mean over training seeds, with Student's t interval; n counts training seeds. Initialisations of one
-training seed depend on each other, so they are averaged first. Standard errors over evaluation samples stand apart,
-because all runs share the samples: a row has the mean of its runs' errors.
+The value of a row is a mean over training seeds, with Student's t interval; n counts training seeds. Initialisations of
+one training seed depend on each other, so they are averaged first. Standard errors over evaluation samples are separate
+columns, since all runs share the samples; a row has the mean of the errors of its runs.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from upcycle_bench.record import Record, ScoreRecord
 from upcycle_bench.util import uncertainty
 from upcycle_bench.util.errors import UserError
 
-BASELINES = ("sparse-upcycling", "dense")  # differences are to the first of these that has a successful run
+BASELINES = ("sparse-upcycling", "dense")  # differences are to the first of these with a successful run
 
-SeedPair = tuple[int, int]  # initialisation, training
+SeedPair = tuple[int, int]  # seeds of initialisation and of training
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,10 @@ class SeedMean:
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One strategy label: means over the runs that count. Values are None where no run succeeded."""
+    """One strategy label: means over the runs that count, which are the newest successes of each pair of seeds.
+
+    Values are None where no run succeeded. FLOPs and seconds are means per run.
+    """
 
     rank: int | None
     label: str
@@ -54,10 +57,10 @@ class Row:
     parameters_active: int | None
     train_seconds: float | None
     train_flops: float | None
-    charged_flops: float | None  # every phase before evaluation
+    charged_flops: float | None  # of every phase before evaluation
     tokens_dropped: float | None
-    runs: int  # that count
-    certified: int  # of these
+    runs: int  # how many count
+    certified: int  # how many of these have a certificate
     failed: int
     superseded: int
     mixed: bool  # the runs that count differ in configuration or plugin version
@@ -98,11 +101,11 @@ class Board:
 
 
 def build(records: list[Record]) -> list[Board]:
-    """One board for each set of comparable records, by protocol, closed division first. UserError without records."""
+    """One board for each set of comparable records, sorted by protocol, closed division first. UserError if empty."""
     if not records:
         raise UserError("a leaderboard needs records: there are none.")
     groups: dict[tuple[Any, ...], list[Record]] = defaultdict(list)
-    for record in sorted(records, key=lambda r: (r.created_at, r.run_id)):  # so the last of every list is the newest
+    for record in sorted(records, key=lambda r: (r.created_at, r.run_id)):  # the last of every list is the newest
         protocol = record.protocol
         suites = tuple(sorted(protocol.suite_fingerprints.items()))
         key = (protocol.name, protocol.division, protocol.training_fingerprint, suites, record.hashes.dense)
@@ -111,7 +114,7 @@ def build(records: list[Record]) -> list[Board]:
 
 
 def seed_mean(by_training_seed: Mapping[int, list[float]]) -> SeedMean:
-    """Mean and Student-t interval over training seeds, from the values of each training seed's runs."""
+    """Mean and Student-t interval over training seeds; `by_training_seed`: seed -> the values of its runs."""
     values = [statistics.fmean(of_one_seed) for of_one_seed in by_training_seed.values()]
     n = len(values)
     if n == 1:
@@ -123,7 +126,7 @@ def seed_mean(by_training_seed: Mapping[int, list[float]]) -> SeedMean:
 
 
 def _board(records: list[Record]) -> Board:
-    """`records` are all of the board, oldest first."""
+    """The board of these records, which come oldest first."""
     by_label: dict[str, list[Record]] = defaultdict(list)
     for record in records:
         by_label[record.strategy.label].append(record)
@@ -154,7 +157,7 @@ def _board(records: list[Record]) -> Board:
 
 
 def _row(runs: list[Record], counting: dict[SeedPair, Record], base: dict[SeedPair, Record]) -> Row:
-    """`runs` are all of one label, oldest first; `counting` are its successes that count, `base` the baseline's."""
+    """The row of one label. `runs`: all of it, oldest first; `counting`: those that count; `base`: the baseline's."""
     primary: dict[int, list[float]] = defaultdict(list)
     difference: dict[int, list[float]] = defaultdict(list)
     scores: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
@@ -205,7 +208,7 @@ def _row(runs: list[Record], counting: dict[SeedPair, Record], base: dict[SeedPa
 
 
 def _mark(record: Record) -> str:
-    """The row's mark: a reconstruction, whole or in part, is named as such wherever its label stands."""
+    """The mark of the row: it names a reconstruction, whole or in part, wherever the label stands."""
     if record.strategy.status == "published":
         return "parts reconstructed" if record.strategy.reconstructed else ""
     return record.strategy.status
@@ -216,12 +219,12 @@ def _column(score: ScoreRecord) -> str:
 
 
 def _sum(values: Iterable[int | None]) -> int | None:
-    """None if any value is unknown: the sum of the others would look too cheap."""
+    """The sum; None if any value is unknown, since the sum of the others would look too cheap."""
     known = list(values)
     return None if None in known else sum(value for value in known if value is not None)
 
 
 def _mean(values: Iterable[float | None]) -> float | None:
-    """None if any value is unknown, or there is none."""
+    """The mean; None if any value is unknown, and without values."""
     known = list(values)
     return statistics.fmean(value for value in known if value is not None) if known and None not in known else None
