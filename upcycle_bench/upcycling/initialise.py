@@ -1,12 +1,12 @@
 """From a dense CLIP to experts and routers: calibrate, then ask the strategy layer by layer. Needs no process group.
 
-moe = resolve_moe(strategy, protocol.moe)                                          # upcycle_bench.strategy
-inits = make_experts(strategy, dense_model, moe, init_seed, inputs)
-model = upcycle(dense_model, inits, moe)                                           # upcycle_bench.model.surgery
+    moe = resolve_moe(strategy, protocol.moe)                               # upcycle_bench.strategy
+    inits = make_experts(strategy, dense_model, moe, init_seed, calibration)
+    model = put_experts(dense_model, inits, moe)                            # upcycle_bench.model.surgery
 
-model = make_dense(strategy, dense_model, moe, init_seed)                          # where no FFN is replaced
+    model = make_dense(strategy, dense_model, moe, init_seed)               # of a strategy that replaces no FFN
 
-A strategy that trains first (`upcycling.preparation`) brings the model for both calls, and branches for the first.
+Where a strategy trains first (`upcycling.preparation`), its model stands in place of `dense_model`.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ from upcycle_bench.util.errors import PluginError
 from upcycle_bench.util.rng import Stream
 from upcycle_bench.util.threads import one_thread
 
-# Number of pairs wanted -> batches of (images [B, 3, H, W] as the model takes them, texts [B, L]), on its device.
+# How many pairs are wanted -> batches of (images [B, 3, H, W] as the model takes them, texts [B, L]), on its device.
 CalibrationSource = Callable[[int], Iterable[tuple[Tensor, Tensor]]]
-# Measures the part of the work of that name (`costs.Meter.phase`).
+# The name of a part of the work -> a context that measures it (`util.meter.Meter.phase`).
 Phases = Callable[[str], contextlib.AbstractContextManager[Any]]
 
 
@@ -47,10 +47,11 @@ def make_experts(
 ) -> dict[str, LayerInit]:
     """The strategy's experts and router for every layer of `dense` (an open_clip CLIP), by layer name.
 
-    `moe` are the strategy's settings; `branches` the dense CLIPs of a `Preparation`, whose FFNs `init_layer` gets as
-    `calibration`. Done in `phase("calibrate")`, if the strategy asks for calibration, and `phase("upcycle")`. Raises
-    PluginError when it changes the dense FFN, makes plain experts of another width than it said, or notes a number
-    that is not finite.
+    `moe` are the strategy's settings. `branches` are the dense CLIPs of a `Preparation`: `init_layer` gets their FFNs
+    as `calibration`. The work is measured as `phase("calibrate")`, if the strategy calibrates, and `phase("upcycle")`.
+
+    Raises PluginError for a strategy that changes the dense FFN, makes plain experts of another width than its
+    `ffn_hidden`, or notes a number that is not finite.
     """
     if branches is not None and strategy.calibration_pairs:
         raise PluginError(f"{strategy.info.name} both prepares and calibrates; a strategy may do one of them")
@@ -91,9 +92,9 @@ def _init_layer(
 
 
 def make_dense(strategy: Strategy, dense: Any, moe: protocol.MoE, init_seed: int) -> Any:
-    """A copy of `dense` as a strategy without experts wants it (`Strategy.init_dense`).
+    """A copy of `dense`, changed by the `init_dense` of a strategy without experts.
 
-    Raises PluginError when an FFN's width is not what the strategy said, or the model has other tensors.
+    Raises PluginError when an FFN's width is not that of the strategy's `ffn_hidden`, or the tensors have other names.
     """
     model = copy.deepcopy(dense)
     layers = find_layers(model, moe)
@@ -109,7 +110,7 @@ def make_dense(strategy: Strategy, dense: Any, moe: protocol.MoE, init_seed: int
 
 
 def _check_hidden(module: Any, hidden: int, where: str, plain: bool) -> None:
-    """What a run costs is counted by `ffn_hidden`. Modules of a strategy's own have no such width, if not `plain`."""
+    """Hold an FFN to `ffn_hidden`, by which costs are estimated. A strategy's own module passes, if not `plain`."""
     c_fc = getattr(module, "c_fc", None)
     found = c_fc.out_features if isinstance(c_fc, nn.Linear) else None
     if found != hidden and (plain or found is not None):
