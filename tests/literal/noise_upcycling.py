@@ -2,7 +2,7 @@
 
 A reference for tests, written from METHODS 2 (RNU, after the code of arXiv 2502.19261).
 
-Legend: D model width, H hidden width, S neurons that get noise.
+Shape suffixes: S neurons that get noise.
 """
 
 Matrix = list[list[float]]

@@ -1,6 +1,6 @@
 """Branch-Train-MiX: METHODS 8, its invariant, domains, batches, and the literal mix.
 
-Shape suffixes: S samples, B batch, T tokens.
+Shape suffixes: S samples.
 """
 
 from typing import Any
@@ -23,7 +23,7 @@ from tests.helpers import (
 from tests.literal import btx as literal
 from upcycle_bench.planning.registry import load_registry
 from upcycle_bench.strategies import btx
-from upcycle_bench.upcycling.preparation import Groups
+from upcycle_bench.strategy import Groups
 from upcycle_bench.util.errors import UserError
 from upcycle_bench.util.rng import Stream
 

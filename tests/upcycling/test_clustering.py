@@ -1,6 +1,6 @@
 """Spherical k-means of tokens (METHODS 6.3, pass 1): planted directions, all the data, lengths do not matter.
 
-Shape suffixes: T tokens, D width, P PCA dimensions, E clusters.
+Shape suffixes: E clusters, P dimensions of the PCA.
 """
 
 import sys

@@ -1,6 +1,6 @@
-"""What streams past a cluster-aware calibrator: clusters, second moments and the router (METHODS 6.5, K7 and K9).
+"""What a cluster-aware calibrator makes of the tokens: clusters, second moments, router (METHODS 6.5, K7 and K9).
 
-Shape suffixes: B batch, L sequence, T tokens, D width, E experts.
+Shape suffixes: P dimensions of the PCA.
 """
 
 from types import SimpleNamespace

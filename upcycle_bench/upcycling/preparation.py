@@ -100,11 +100,11 @@ class TrainingWorkshop:
         branch's step, and those of encoding `encoded_per_step` samples for each step, are counted on one batch.
         Raises UserError when the budget does not pay one step for each branch.
         """
-        whole = self._training_flops() * self._protocol.train.schedule.steps
-        step = self._step_flops(self.dense(), trainable)
+        whole = self.training_flops() * self._protocol.train.schedule.steps
+        step = self.step_flops(self.dense(), trainable)
         if encoded_per_step:
             before = self.flops
-            for _ in self.encode(self.dense(), self._probe()):
+            for _ in self.encode(self.dense(), self.probe()):
                 pass
             step += (self.flops - before) * encoded_per_step // self.batch_size
         paid = (budget * whole - self.flops) / (branches * step)
@@ -156,9 +156,9 @@ class TrainingWorkshop:
         every parameter requires a gradient again, and none has one.
         """
         with self._reporter.bar(f"preparing {self._label}: {name}", len(rows_SB)) as bar:
-            self.flops += self._fit(model, rows_SB, name, trainable, lr_factor, label_smoothing, bar)
+            self.flops += self.fit(model, rows_SB, name, trainable, lr_factor, label_smoothing, bar)
 
-    def _fit(
+    def fit(
         self,
         model: Any,
         rows_SB: Tensor,
@@ -191,7 +191,7 @@ class TrainingWorkshop:
         counted = distributed.sum_over_ranks(progress.counted_flops)
         return counted * progress.step // max(1, progress.counted_steps)
 
-    def _training_flops(self) -> int:
+    def training_flops(self) -> int:
         """FLOPs of one training step of the upcycled model, if all experts are copies and none is over capacity.
 
         A step of the dense model is counted. For the other K - 1 choices and the router, FLOPs are added by the
@@ -208,16 +208,16 @@ class TrainingWorkshop:
 
         for layer in find_layers(model, moe):
             model.get_submodule(layer.mlp_path).register_forward_pre_hook(observe)
-        dense = self._step_flops(model, lambda name: True)
+        dense = self.step_flops(model, lambda name: True)
         return dense + distributed.sum_over_ranks(extra)
 
-    def _step_flops(self, model: Any, trainable: Callable[[str], bool]) -> int:
+    def step_flops(self, model: Any, trainable: Callable[[str], bool]) -> int:
         """FLOPs of one training step. The step is made to count them, and charged like all others."""
-        flops = self._fit(model, self._probe()[None], "probe", trainable, 1.0, 0.0, lambda done, metrics: None)
+        flops = self.fit(model, self.probe()[None], "probe", trainable, 1.0, 0.0, lambda done, metrics: None)
         self.flops += flops
         return flops
 
-    def _probe(self) -> Tensor:
+    def probe(self) -> Tensor:
         """A random batch to count FLOPs on, int64 [B]."""
         order_S = torch.randperm(len(self), generator=self.rng.child("probe").generator())
         if len(order_S) < self.batch_size:
