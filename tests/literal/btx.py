@@ -1,6 +1,6 @@
 """Branch-Train-MiX of trained branches, number by number: which FFN becomes which expert, and the average of the rest.
 
-A reference for tests, written from METHODS 8 (arXiv 2403.07816). A model is a dict of flat lists of numbers by name.
+A reference for tests, written from arXiv:2403.07816. A model is a dict of flat lists of numbers by name.
 """
 
 import math

@@ -1,6 +1,6 @@
 """CLIP-MoE's labels and batches, sample by sample; the random orders are arguments.
 
-A reference for tests, written from METHODS 5a and 5d (arXiv 2409.19291).
+A reference for tests, written from arXiv:2409.19291 and its code.
 
 Shape suffixes: S samples.
 """

@@ -1,7 +1,7 @@
 """Drop-SVD of one matrix, number by number; the random draws are arguments.
 
-A reference for tests, written from METHODS 3. The singular value decomposition is Jacobi's: turn pairs of columns of
-the tall form of W until all stand at right angles; their lengths are the singular values.
+A reference for tests. The singular value decomposition is Jacobi's: pairs of columns of W, or of W^T if W is wide, are
+turned until all columns are orthogonal; their lengths are the singular values.
 
 Shape suffixes: O outputs, I inputs, M = min(O, I) components, t those that are drawn anew, c those that are kept.
 """

@@ -1,7 +1,7 @@
 """Drop-Upcycling of one expert, number by number; the random draws are arguments.
 
-A reference for tests, written from METHODS 2 (arXiv 2502.19261): the paper's version, and the one of its code. Torch is
-used only so that autograd gives the gradients.
+A reference for tests, written from arXiv:2502.19261: the paper's version, and that of its code. Torch is used only so
+that autograd gives the gradients.
 
 Shape suffixes: S re-initialised neurons.
 """

@@ -1,6 +1,6 @@
 """Sparse upcycling of one layer, number by number; the random draws are arguments.
 
-A reference for tests, written from METHODS 1.
+A reference for tests, written from arXiv:2212.05055.
 """
 
 import math

@@ -1,4 +1,4 @@
-"""SPRI as METHODS 7 reconstructs it, component by component: the experts' matrices, and the same in factored form.
+"""SPRI as reconstructed in `strategies/spri.py`, component by component: the experts' matrices.
 
 A reference for tests. The SVD is numpy's; a singular pair's sign is arbitrary and leaves every product as it is.
 

@@ -73,7 +73,7 @@ def compare(hidden: int, width: int, options: dict[str, Any], dtype: torch.dtype
 
 def test_fast_strategy_equals_the_literal_one_on_clusters_with_few_tokens() -> None:
     # About 8 tokens per cluster at D = 24 and a floor of 13: the kept rank exceeds that of every C, so both sides add
-    # the ridge 1e-6 tr(C)/D (METHODS 6.3). The directions it decides have sigma^2 of about 1e-6 of the largest.
+    # the ridge 1e-6 tr(C)/D. The directions that it decides have sigma^2 of about 1e-6 of the largest.
     strategy = ClusterAware(pca_divisor=4, kmeans_restarts=5)
     ffn = random_ffn(64, 24)
     x_TD, _ = cones(32, orthonormal(4, 24), seed=2)
@@ -166,8 +166,8 @@ def test_an_unknown_option_is_one_line_with_near_matches() -> None:
     assert strategy.config()["eesd_feature_reduction"] == "mean"
 
 
-def test_defaults_are_the_papers_or_methods() -> None:
-    strategy = ClusterAware()  # METHODS 6.2 and section 10
+def test_defaults_are_the_papers_or_reconstructed() -> None:
+    strategy = ClusterAware()  # the paper's section 4.1, or what `info.reconstructed` says
     assert (strategy.tau, strategy.rank_floor, strategy.pca_divisor, strategy.router_scale) == (0.9, 0.5, 8, 1.0)
     assert (strategy.calibration_pairs, strategy.kmeans_iterations) == (131072, 25)
     assert (strategy.eesd_weight, strategy.eesd_ema) == (1.0, 0.999)

@@ -1,4 +1,4 @@
-"""DeRS: METHODS 4a, R1 to R5, and its options; R6 is in test_compress.
+"""DeRS: its invariants R1 to R5 (headings below) and its options; R6, compression, is in test_compress.
 
 Shape suffixes: S sparse places, P rank.
 """

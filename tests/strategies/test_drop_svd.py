@@ -1,4 +1,4 @@
-"""Drop-SVD: METHODS 3, V1 to V5, its options, and the transcription.
+"""Drop-SVD: its invariants V1 to V5, its options, and the transcription.
 
 Shape suffixes: O outputs, I inputs, M components, c of them kept, t drawn anew.
 """

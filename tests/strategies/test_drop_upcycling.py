@@ -1,4 +1,4 @@
-"""Drop-Upcycling: METHODS 2, D1 to D6, its edges and its options.
+"""Drop-Upcycling: its invariants D1 to D6 (headings below), its edges and its options.
 
 Statistical bounds are five standard deviations for the sample's size. No two biases of `random_ffn` are equal, so b1,
 where it is kept, tells which dense neuron stands at which place.

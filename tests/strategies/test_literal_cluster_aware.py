@@ -1,4 +1,4 @@
-"""The transcription of cluster-aware upcycling itself: numbers worked by hand, and METHODS 6.5.
+"""The transcription of cluster-aware upcycling itself: numbers worked by hand, and the invariants K1 to K7.
 
 Shape suffixes: R = min(H, D) singular values, P dimensions of the PCA.
 """
@@ -57,7 +57,7 @@ def test_rank_rule_by_hand() -> None:
     assert rule(sigma2_R, tau=0.5, rank_floor_fraction=0.5) == 3  # floor(4 * 0.5) + 1
     assert rule(sigma2_R, tau=0.5, rank_floor_fraction=1.0) == 4  # 5, but never above R
     assert rule(np.array([1.0, 0.0, 0.0]), tau=1.0, rank_floor_fraction=0) == 3
-    assert rule(np.zeros(768), tau=0.5, rank_floor_fraction=0.5) == 385  # METHODS 6.2
+    assert rule(np.zeros(768), tau=0.5, rank_floor_fraction=0.5) == 385  # more than half, as the paper asks
     assert rule(np.zeros(512), tau=0.5, rank_floor_fraction=0.5) == 257
 
 

@@ -1,4 +1,4 @@
-"""Random-noise upcycling (METHODS 2, RNU): R1 copies up to order, R2 what is touched, R3 what is added, R4 index sets.
+"""Random-noise upcycling, RNU: R1 copies up to order, R2 what is touched, R3 what is added, R4 index sets.
 
 Statistical bounds are five standard deviations for the sample's size.
 """

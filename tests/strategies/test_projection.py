@@ -1,4 +1,4 @@
-"""The truncation as a projection of W1: METHODS 6.5, K3 full rank, K4 plain SVD, K5 scale and root, K6 projector."""
+"""The truncation as a projection of W1: K3 full rank, K4 plain SVD, K5 scale and square root, K6 projector."""
 
 import pytest
 import torch
@@ -93,7 +93,7 @@ def test_k6_truncation_is_a_projection_of_w1(seed: int, tau: float) -> None:
     assert relative(projector_HH @ projector_HH, projector_HH) < 1e-10
     assert float(projector_HH.trace()) == pytest.approx(ours.rank, abs=1e-7)
     assert relative(projector_HH @ ours.w1_HD, ours.w1_HD) < 1e-10
-    _, u_HH = torch.linalg.eigh(w1_HD @ c_DD @ w1_HD.T)  # METHODS 6.3: top-r eigenvectors of W1 C W1^T
+    _, u_HH = torch.linalg.eigh(w1_HD @ c_DD @ w1_HD.T)  # U_r: the top r eigenvectors
     assert relative(u_HH[:, -ours.rank :] @ u_HH[:, -ours.rank :].T, projector_HH) < 1e-10
 
 

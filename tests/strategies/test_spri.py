@@ -1,4 +1,4 @@
-"""SPRI as reconstructed: METHODS 7, P1 to P6, its options, and a literal transcription.
+"""SPRI as reconstructed: its invariants P1 to P6, its options, and a literal transcription.
 
 Shape suffixes: O outputs, I inputs, M singular values.
 """
@@ -89,7 +89,7 @@ def test_p3_the_distance_to_the_dense_matrix_is_the_energy_of_the_others_compone
             assert float((weight_OI - each).square().sum()) == pytest.approx(
                 float(tail_M.square().sum()) - own, rel=1e-9
             )
-            # and that is a sum of s_j^2 over |P_e| of the tail's values
+            # `own` is a sum of s_j^2 over |P_e| of the tail's values
             count = int(torch.linalg.matrix_rank(each - base_OI, atol=1e-9))
             values_M = torch.linalg.svdvals(each - base_OI)[:count]
             assert all(float((tail_M - value).abs().min()) < 1e-10 for value in values_M)

@@ -1,4 +1,4 @@
-"""The data-aware truncated SVD of the experts against its transcription, and the rank it keeps: METHODS 6.5, K1, K2."""
+"""The data-aware truncated SVD of the experts: its transcription, K1 what is left out, K2 the rank that is kept."""
 
 import pytest
 import torch
@@ -110,7 +110,7 @@ def test_k1_on_the_tokens_of_every_cluster_of_a_layer(tau: float) -> None:
         ours = truncate(ffn.w1_HD, calibrator.moment(i), tau=tau, rank_floor=0.0)
         loss = energy(x_iTD @ (ffn.w1_HD - w1(expert)).T)
         assert loss == pytest.approx(float(ours.energy_R[ours.rank :].sum()), rel=1e-8)
-        relative_error = (loss / energy(x_iTD @ ffn.w1_HD.T)) ** 0.5  # METHODS 0.4: of the pre-activations
+        relative_error = (loss / energy(x_iTD @ ffn.w1_HD.T)) ** 0.5  # of the pre-activations
         assert 0 < relative_error <= (1 - tau) ** 0.5
 
 
@@ -148,10 +148,10 @@ def test_k2_kept_rank_by_hand() -> None:
     assert rule(0.9, 0.5, torch.ones(1).double()) == (1, False)
     # Five equal energies: 3/5 < 0.7 <= 4/5; the floor floor(5 * 0.5) + 1 = 3 does not bind.
     assert rule(0.7, 0.5, torch.ones(5).double()) == (4, False)
-    # tau = 1 keeps everything, zeros and rounding included; METHODS 6.2: 385 of 768, 257 of 512.
+    # tau = 1 keeps everything, zeros and rounding included. More than half is 385 of 768 and 257 of 512.
     assert rule(1.0, 0.0, torch.tensor([1.0, 0.0, 0.0]).double()) == (3, False)
     assert [rule(0.5, 0.5, torch.eye(n)[0].double())[0] for n in (768, 512)] == [385, 257]
-    # Twelve times 0.1, added one by one, is less than their sum in pairs: the last share must be 1 all the same.
+    # Twelve times 0.1, added one by one, is less than their sum in pairs; still the last share must be exactly 1.
     assert rule(0.9999999999999999, 0.0, torch.full((12,), 0.1, dtype=torch.float64)) == (12, False)
 
 

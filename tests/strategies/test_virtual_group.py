@@ -1,4 +1,4 @@
-"""Virtual-group upcycling: METHODS 8, its options and errors, and the shape that it gives the model.
+"""Virtual-group upcycling: its invariants, options and errors, and the shape that it gives the model.
 
 Shape suffixes: V copies, G shards of a copy.
 """
@@ -45,7 +45,7 @@ def routes(layer: MoEFFN, x_TD: Tensor) -> Tensor:
     return layer.gate(x_TD)[3]
 
 
-# ---- The paragraph's invariants -------------------------------------------------------------------------------------
+# ---- Invariants -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("granularity", [1, 2, 3, 8])
@@ -121,7 +121,7 @@ def test_virtual_group_with_one_shard_is_sparse_upcycling() -> None:
 
 @pytest.mark.parametrize("granularity", [2, 4])
 def test_virtual_group_megatron_scaling_is_exact_for_relu_only(granularity: int) -> None:
-    """a = G, its square root on either matrix (METHODS 8: exact only for homogeneous activations)."""
+    """sqrt(G) on either matrix is exact only for homogeneous activations, like ReLU."""
     x_TD = tokens(100)
     errors = {}
     for act in (nn.ReLU(), nn.GELU()):

@@ -1,4 +1,4 @@
-"""Calibrators see the FFN's inputs, in order and without padding (METHODS K9), and the model stays as it was."""
+"""Calibrators see the FFN's inputs, in order and without padding (K9), and the model stays as it was."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -189,7 +189,7 @@ def test_nothing_is_computed_behind_the_last_layer(towers: tuple[str, ...]) -> N
         if name
     ]
     batches = [inputs_for(dense, 3), inputs_for(dense, 2)]
-    seen = record(dense, layers[::-1], batches)  # in whatever order they come
+    seen = record(dense, layers[::-1], batches)  # their order does not matter
     for handle in handles:
         handle.remove()
     assert all(len(tensors) == 2 for tensors in seen.values())

@@ -1,4 +1,4 @@
-"""EESD, the distillation of cluster-aware upcycling: K8 (value, gradient, teacher) and K9 (padding) of METHODS 6.5."""
+"""EESD, the distillation of cluster-aware upcycling: K8 its value, gradient and teacher, K9 padding."""
 
 import io
 import itertools
@@ -202,7 +202,7 @@ def test_k8_a_draw_of_tokens_is_an_unbiased_estimate_from_its_own_stream() -> No
     mean = sum(values) / 400
     assert abs(mean - float(error_T.mean())) < bound
     spread = float(torch.tensor(values).var() / (error_T.var() * 0.1 * 0.75))
-    assert 0.5 < spread < 1.6  # chi^2 of 399 would allow 0.7 to 1.35 at five sigma, were the values normal
+    assert 0.5 < spread < 1.6  # of normal values it would be 0.7 to 1.35, five sigma of chi^2 with 399 degrees
 
 
 def test_eesd_draws_the_same_tokens_after_a_resumption() -> None:
@@ -267,7 +267,7 @@ def test_eesd_state_round_trip() -> None:
     file = io.BytesIO()
     torch.save(loss.state_dict(), file)
     file.seek(0)
-    other = distil({"vision.1": layer}, eesd_ema=0.5)  # a fresh teacher is the present student
+    other = distil({"vision.1": layer}, eesd_ema=0.5)  # a new teacher starts as the student that is there now
     other.load_state_dict(torch.load(file, weights_only=True))
     perturb(layer, seed=6)
     for each in (loss, other):
