@@ -1,4 +1,4 @@
-"""Expert-ensemble self-distillation, EESD (arXiv:2604.13508, Eqs. 11 and 12), for strategies that train with it.
+"""Expert-ensemble self-distillation, EESD (arXiv:2604.13508, Eqs. 11 to 13), for strategies that train with it.
 
     class MyIdea(Distilled): ...          # adds the options eesd_* and the training term
 
@@ -67,7 +67,7 @@ class EESD(ExtraLoss):
 
     def __init__(self, config: Distilled, layers: Mapping[str, MoEFFN], rng: Stream) -> None:
         self.config, self.rng = config, rng
-        self.step = 0  # of the optimiser: each draws tokens of its own
+        self.step = 0  # of the optimiser; tokens are drawn anew at each
         self.layers = dict(layers)
         self.teacher = {name: _Teacher(layer) for name, layer in layers.items()}
         self.seen: dict[str, tuple[Tensor, Tensor]] = {}  # each layer's input and output [T, D] in this forward pass
@@ -104,7 +104,10 @@ class EESD(ExtraLoss):
         return x_TD, y_TD
 
     def compute(self) -> Tensor:
-        """`eesd_weight` times Eq. 12, reduced over layers. Its mean over ranks is the loss of the global batch."""
+        """The term of Eq. 13: `eesd_weight` times Eq. 12, reduced over layers.
+
+        Its mean over ranks is the term of the global batch.
+        """
         terms = []
         for name in self.layers:
             if name not in self.seen:
