@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -58,28 +58,31 @@ def make_experts(
     root = Stream(("strategy", strategy.info.name, init_seed))
     layers = find_layers(dense, moe)
     ffns = {layer.name: FFN.of(dense.get_submodule(layer.mlp_path)) for layer in layers}
-    calibrators: dict[str, Any] = {}
+    seen: dict[str, Any] = {}  # what `init_layer` gets as `calibration`, by layer name
     if branches is not None:
         for layer in layers:
-            calibrators[layer.name] = [FFN.of(branch.get_submodule(layer.mlp_path)) for branch in branches]
+            seen[layer.name] = [FFN.of(branch.get_submodule(layer.mlp_path)) for branch in branches]
     if strategy.calibration_pairs:
         for layer in layers:
-            calibrators[layer.name] = strategy.calibrator(
-                ffns[layer.name], layer, root.child(layer.name, "calibration")
-            )
+            seen[layer.name] = strategy.calibrator(ffns[layer.name], layer, root.child(layer.name, "calibration"))
         with phase("calibrate"):
-            calibrate(dense, layers, calibrators, calibration(strategy.calibration_pairs))
+            calibrate(dense, layers, seen, calibration(strategy.calibration_pairs))
+    inits = {}
     with phase("upcycle"):
-        return {layer.name: _init_layer(strategy, ffns[layer.name], layer, moe, calibrators, root) for layer in layers}
+        for layer in layers:
+            ffn, rng = ffns[layer.name], root.child(layer.name)
+            inits[layer.name] = _init_layer(strategy, ffn, layer, moe, seen.get(layer.name), rng)
+    return inits
 
 
 def _init_layer(
-    strategy: Strategy, ffn: FFN, layer: Layer, moe: protocol.MoE, calibrators: Mapping[str, Any], root: Stream
+    strategy: Strategy, ffn: FFN, layer: Layer, moe: protocol.MoE, calibration: Any, rng: Stream
 ) -> LayerInit:
+    """`Strategy.init_layer`, on one thread and with its result checked."""
     where = f"{strategy.info.name}: {layer.name}"
-    versions = [tensor._version for tensor in (ffn.w1_HD, ffn.b1_H, ffn.w2_DH, ffn.b2_D)]
+    versions = [tensor._version for tensor in (ffn.w1_HD, ffn.b1_H, ffn.w2_DH, ffn.b2_D)]  # count changes in place
     with one_thread():
-        init = strategy.init_layer(ffn, layer, calibrators.get(layer.name), root.child(layer.name))
+        init = strategy.init_layer(ffn, layer, calibration, rng)
     if versions != [tensor._version for tensor in (ffn.w1_HD, ffn.b1_H, ffn.w2_DH, ffn.b2_D)]:
         raise PluginError(f"{where}: init_layer changed the dense FFN in place; work on copies")
     notes = {name: float(value) for name, value in init.notes.items()}
