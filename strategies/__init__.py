@@ -1,1 +1,1 @@
-"""The strategies that ship: one file each, found through entry points like an outsider's."""
+"""The strategies that ship: one file for each, registered by entry points as a plugin's are."""

@@ -1,17 +1,18 @@
 """Branch-Train-MiX, BTX (Sukhbaatar et al., 2024, arXiv:2403.07816, https://arxiv.org/abs/2403.07816).
 
-Copies of the dense model, the branches, are trained apart, each with all its parameters on one domain of the data.
-Their FFNs become the experts; all other parameters are averaged over the branches; the router is random.
+Copies of the dense model, the branches, are trained apart, each with all its parameters and on one domain of the data.
+Their FFNs become the experts, all other parameters are averaged over the branches, and the router is random.
 
-Domains are what the data know. The lab's lineages or the digits' classes are gathered into domains of about equal size
-(largest first, each to the domain that is smallest so far); other data are cut into runs of shards. There are as many
-branches as experts unless `branches` says otherwise: expert e of E is then branch floor(e * branches / E). All branches
-together may cost `budget` of the training that follows: each takes the steps that this pays, at most `epochs`.
+Domains are made of the groups that the data have. The lab's lineages or the digits' classes are gathered into domains
+of about equal size: the largest first, each into the domain that is smallest so far. Other data are cut into runs of
+shards. There are as many branches as experts, unless `branches` says otherwise: expert e of E is then branch
+floor(e * branches / E). All branches together may cost `budget` times the training that follows. Each trains as many
+steps as that pays, but at most `epochs` of its domain.
 
 Where we differ: the paper trains Llama-2 7B on 42 to 210 billion tokens for each of three domains and keeps the seed
-model as a fourth expert. Here every expert has a domain, and the budget is that of a comparison at equal cost. The
-average includes the FFNs of blocks that stay dense (the paper replaces all). Optimiser, schedule and batch size are the
-protocol's, with `lr_factor` times its peak learning rate.
+model as a fourth expert. Here every expert has a domain and the budget is small, because strategies are compared at
+equal cost. The average includes the FFNs of blocks that stay dense; the paper replaces all blocks. Optimiser, schedule
+and batch size are the protocol's, with `lr_factor` times its peak learning rate.
 
 Shape suffixes: S samples.
 """
@@ -46,7 +47,7 @@ from upcycle_bench.upcycling.preparation import BranchStrategy
 
 @dataclass(frozen=True, kw_only=True)
 class BTX(BranchStrategy):
-    """FFNs of branches trained on domains, everything else averaged, a random router."""
+    """Experts are FFNs of branches trained on domains, everything else is averaged, the router is random."""
 
     info: ClassVar[StrategyInfo] = StrategyInfo(
         name="btx",
@@ -97,14 +98,14 @@ class BTX(BranchStrategy):
 
 
 def domains(groups: Groups, number: int) -> list[Tensor]:
-    """The samples of each domain, ascending; every sample is in one. UserError for fewer groups than domains."""
+    """The samples of each domain, int64 [S] ascending; every sample is in one. UserError for too few groups."""
     size_of = groups.number_S.bincount().tolist()
     if len(size_of) < number:
         raise UserError(
             f"btx: the data have {len(size_of)} {groups.kind}s for {number} domains; set branches={len(size_of)}."
         )
     domain_of = [0] * len(size_of)
-    if groups.kind == "shard":  # runs of shards, the first ones a shard longer where they do not go up
+    if groups.kind == "shard":  # runs of shards, the first of which are one longer if the number does not divide
         for domain, shards in enumerate(torch.arange(len(size_of)).tensor_split(number)):
             for shard in shards.tolist():
                 domain_of[shard] = domain
@@ -118,7 +119,7 @@ def domains(groups: Groups, number: int) -> list[Tensor]:
 
 
 def domain_batches(domain_S: Tensor, batch_size: int, steps: int, rng: Stream) -> Tensor:
-    """Batches of a domain, int64 [steps, B]: epochs in random orders, each without its incomplete end."""
+    """Batches of a domain, int64 [steps, B]: epochs in random orders, each without its incomplete last batch."""
     per_epoch = len(domain_S) // batch_size
     epochs = []
     for epoch in range(-(-steps // per_epoch)):
@@ -129,7 +130,7 @@ def domain_batches(domain_S: Tensor, batch_size: int, steps: int, rng: Stream) -
 
 @torch.no_grad()
 def average(model: Any, branches: Sequence[Any]) -> Any:
-    """`model` with each parameter the mean of the branches' own, in float64."""
+    """`model`, each of whose parameters becomes the mean of the branches' (in float64)."""
     states = [dict(branch.named_parameters()) for branch in branches]
     for name, parameter in model.named_parameters():
         parameter.copy_(sum(state[name].double() for state in states) / len(states))

@@ -1,23 +1,22 @@
 """CLIP-MoE, Diversified Multiplet Upcycling (Zhang et al., EMNLP 2025, https://arxiv.org/abs/2409.19291), a baseline.
 
-Experts are FFNs of CLIPs that were trained to see different things (multistage contrastive learning, Zhang et al.,
-ECCV 2024, arXiv:2402.11816). Before each stage the model of the stage before sorts the data into clusters; the stage
-starts from the dense model again and trains its FFNs alone, on batches from one cluster each. What was seen so far does
-not tell such pairs apart, so something new must be learned.
+Experts are FFNs of CLIPs that were trained to see different things, by multistage contrastive learning (Zhang et al.,
+ECCV 2024, arXiv:2402.11816). Before each stage the model of the stage before sorts the data into clusters. The stage
+starts from the dense model again and trains its FFNs alone, on batches from one cluster each: what was learned before
+does not tell such pairs apart, so the stage must learn something new.
 
     c_s = M c_text + c_image              stage s: k-means with M = 3 of each modality's features under theta_{s-1}
-    a_s = (M^2 a_{s-1} + c_s) mod M^(2 A)     labels of the last A = max_accumulated_stages stages together; a_0 = 0
+    a_s = (M^2 a_{s-1} + c_s) mod M^(2 A)     labels of the last A = max_accumulated_stages stages as one; a_0 = 0
     theta_s: from theta_0, batches homogeneous in a_s, clusters visited in turn, those smaller than a batch skipped
 
-Expert 0 is the dense FFN, expert s that of theta_s; all other weights are the dense model's; the router is random. The
-stages are charged to the phase `prepare` and may cost `budget` of the training that follows. The published recipe gives
-each stage an epoch of all data. If the budget pays n steps instead, all stages cluster and train on the same n batches'
-worth of random samples.
+Expert 0 is the dense FFN, expert s that of theta_s; all other weights are the dense model's; the router is random.
+The stages may cost `budget` times the training that follows. The published recipe gives each stage an epoch of the
+data. Where the budget pays only n steps, all stages cluster and train on the same random samples, enough for n batches.
 
 Where we differ: batch size, schedule and optimiser are the protocol's (the code: batches of 800, cosine, warm-up 200).
-The learning rate is the protocol's peak, `lr_factor` times: 1e-5 is for a CLIP at the end of its training, the peak is
-the dense model's own rate where it was stopped. k-means is fitted on at most 1,000,000 samples, as many as the code's
-batches of it have. All parameters are trained afterwards, instead of the gates alone. No dropout inside experts.
+The learning rate is `lr_factor` times the protocol's peak, the dense model's own rate where it was stopped; the code's
+1e-5 is for a CLIP at the end of its training. k-means is fitted on at most 1,000,000 samples, one batch of the code's.
+All parameters are trained afterwards, not the gates alone, as for every strategy. Experts have no dropout.
 
 Shape suffixes: S samples, M clusters of a modality.
 """
@@ -54,7 +53,7 @@ FITTED_SAMPLES = 1_000_000
 
 @dataclass(frozen=True, kw_only=True)
 class ClipMoE(BranchStrategy):
-    """The dense FFN and those of multistage contrastive learning, a random router."""
+    """Experts are the dense FFN and those of multistage contrastive learning, the router is random."""
 
     info: ClassVar[StrategyInfo] = StrategyInfo(
         name="clip-moe",
@@ -116,12 +115,12 @@ class ClipMoE(BranchStrategy):
 
 
 def in_ffn(name: str) -> bool:
-    """Which parameters a stage trains: those with `mlp` in their name, in both towers."""
+    """Whether a stage trains the parameter of that name: those of the FFNs of both towers."""
     return "mlp" in name
 
 
 def stage_labels(workshop: Workshop, model: Any, index_S: Tensor, clusters: int, rng: Stream) -> Tensor:
-    """c_s = M c_text + c_image of those samples, int64 [S]; k-means of each modality on the first FITTED_SAMPLES."""
+    """c_s = M c_text + c_image of the samples, int64 [S]; k-means is fitted on the first `FITTED_SAMPLES` of them."""
     fitted_S, rest_S = index_S[:FITTED_SAMPLES], index_S[FITTED_SAMPLES:]
     image_SC, text_SC = (torch.cat(parts) for parts in zip(*workshop.encode(model, fitted_S), strict=True))
     image_MC = minibatch_kmeans(image_SC, clusters, rng.child("image"))
@@ -129,19 +128,19 @@ def stage_labels(workshop: Workshop, model: Any, index_S: Tensor, clusters: int,
     labels = [clusters * nearest(text_SC, text_MC) + nearest(image_SC, image_MC)]
     for image_BC, text_BC in workshop.encode(model, rest_S):
         labels.append(clusters * nearest(text_BC, text_MC) + nearest(image_BC, image_MC))
-    return workshop.from_main(torch.cat(labels))  # ranks must not differ in a rounding
+    return workshop.from_main(torch.cat(labels))  # a rounding must not give ranks different labels
 
 
 def accumulate(before_S: Tensor, stage_S: Tensor, clusters: int, stages: int) -> Tensor:
-    """a_s of a_{s-1} and c_s: the last `stages` labels as the digits of one number, the newest last."""
+    """a_s [S] of a_{s-1} and c_s: the last `stages` labels as the digits of one number, the newest last."""
     radix = clusters**2
     return (radix * before_S + stage_S) % radix**stages
 
 
 def cluster_batches(label_S: Tensor, batch_size: int, rng: Stream) -> tuple[Tensor, float]:
-    """One epoch of batches from one cluster each, int64 [steps, B] into the samples, and the share in skipped clusters.
+    """One epoch of batches from one cluster each, int64 [steps, B], and the share of samples in skipped clusters.
 
-    Within a cluster the order is random and the incomplete end left out; clusters take turns, in the order of labels.
+    Clusters take turns in the order of their labels. Within one the order is random, without an incomplete last batch.
     """
     order_S = draws.permutation(len(label_S), rng)
     order_S = order_S[label_S[order_S].argsort(stable=True)]

@@ -1,18 +1,18 @@
-"""Cluster-aware upcycling (Chu et al., CVPR 2026, arXiv:2604.13508), and the paper's two ablations by name.
+"""Cluster-aware upcycling (Chu et al., CVPR 2026, https://arxiv.org/abs/2604.13508), and the paper's two ablations.
 
-A layer's FFN inputs are clustered by direction. Expert i keeps the part of W1 that matters to cluster i, all else is
-copied, and the router's rows are the centroids. With X_i [D, n_i] the tokens of cluster i:
+A layer's FFN inputs are clustered by direction. Expert i keeps the part of W1 that matters to the tokens of cluster i,
+all else is copied, and the router's rows are the centroids. With X_i [D, n_i] the tokens of cluster i:
 
     Eq. 6       max over clusters and mu of sum_i sum_{x in X_i} mu_i^T x / |x|, with |mu_i| = 1
-    Eq. 8       W1_i = SVD_r(W1 S_i) S_i^-1, where S_i S_i^T = C_i = X_i X_i^T, sigma are singular values of W1 S_i, and
+    Eq. 8       W1_i = SVD_r(W1 S_i) S_i^-1, where S_i S_i^T = C_i = X_i X_i^T, sigma_j singular values of W1 S_i, and
                 r > R/2 is the smallest rank that keeps tau of the energy sum_j sigma_j^2
     Eq. 9       |W1 X_i - W1_i X_i|^2 = sum_{j>r} sigma_j^2
     Eq. 10      router = [mu_1; ...; mu_E]
     Eqs. 11-13  while training, an ensemble of all experts teaches the top-k mixture (`upcycling.eesd`)
 
 Where we differ, and why: the text we hold lost the formulas, so they are rebuilt from its sentences. `reconstructed`
-lists what it does not state. Clusters are fitted to the first `cluster_tokens` tokens of the stream, all are assigned.
-Eq. 8 is computed as a projection, without an inverse. Shape suffixes: R = min(H, D) singular values, L left-out ones.
+lists what it does not state. Clusters are fitted to the first `cluster_tokens` tokens, to bound memory. Eq. 8 is
+computed as a projection, without an inverse. Shape suffixes: R = min(H, D) singular values, L left-out ones.
 """
 
 import math
@@ -42,7 +42,7 @@ published = partial(StrategyInfo, paper=PAPER, url="https://arxiv.org/abs/2604.1
 
 
 class Truncated(NamedTuple):
-    """W1_i, its rank r, sigma^2 of W1 S_i (descending), and whether the rank floor decided r."""
+    """W1_i, its rank r, the sigma_j^2 of W1 S_i (descending), and whether the rank floor decided r."""
 
     w1_HD: Tensor
     rank: int
@@ -52,7 +52,7 @@ class Truncated(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class ClusterOnly(Strategy):
-    """The paper's ablation without distillation: Eqs. 6 to 10."""
+    """Eqs. 6 to 10: the paper's ablation without distillation."""
 
     info: ClassVar[StrategyInfo] = published(
         name="cluster-only", summary="cluster-aware without distillation (the paper's ablation)", reconstructed=CHOSEN
@@ -94,10 +94,10 @@ class ClusterOnly(Strategy):
 
     @torch.no_grad()
     def truncate(self, w1_HD: Tensor, factors: symmetric.Factors, c_DD: Tensor) -> Truncated:
-        """W1_i for one C_i (float64) and W1 = Q R (`factors`); a C_i of zeros, of an empty cluster, leaves W1 as it is.
+        """W1_i of Eq. 8 for one C_i (float64) and W1 = Q R (`factors`). An empty cluster has C_i = 0 and keeps W1.
 
-        Eq. 8 is W1_i = U_r U_r^T W1 with U = Q V, where R C_i R^T = V sigma^2 V^T, so C_i may be singular: then a ridge
-        decides the directions that r has beyond the eigenvalues above rounding.
+        Eq. 8 is W1_i = U_r U_r^T W1 with U = Q V and R C_i R^T = V diag(sigma^2) V^T, so C_i may be singular. Where r
+        exceeds the number of sigma_j^2 above rounding, a ridge decides the directions beyond them.
         """
         if not c_DD.any():
             return Truncated(w1_HD.clone(), len(factors.r_RD), c_DD.new_zeros(len(factors.r_RD)), False)
@@ -106,8 +106,8 @@ class ClusterOnly(Strategy):
         if rank > above_rounding:
             energy_R, v_RR, _ = symmetric.spectrum(factors, symmetric.with_ridge(c_DD))
             rank, floor_binds = self.kept_rank(energy_R)
-        v_RL = v_RR[:, : len(energy_R) - rank]  # of the least sigma; none at full rank, where W1 stays what it is
-        lost_HD = symmetric.project(factors, v_RL)  # U_L U_L^T W1, which loses the energy of Eq. 9
+        v_RL = v_RR[:, : len(energy_R) - rank]  # of the least sigma_j; none at full rank, where W1 stays as it is
+        lost_HD = symmetric.project(factors, v_RL)  # U_L U_L^T W1: on X_i it has the energy of Eq. 9
         return Truncated((w1_HD - lost_HD).to(w1_HD.dtype), rank, energy_R, floor_binds)
 
     def kept_rank(self, energy_R: Tensor) -> tuple[int, bool]:
@@ -115,7 +115,7 @@ class ClusterOnly(Strategy):
         if self.rank_fraction > 0:
             return max(1, round(len(energy_R) * self.rank_fraction)), False
         full_rank, kept_R = len(energy_R), energy_R.cumsum(0)
-        share_R = kept_R / kept_R[-1]  # ends in 1 to the bit, so that no tau < 1 asks for rank R + 1
+        share_R = kept_R / kept_R[-1]  # ends in exactly 1, so that no tau < 1 asks for rank R + 1
         by_energy = full_rank if self.tau == 1 else int((share_R < self.tau).sum()) + 1
         floor = min(full_rank, math.floor(full_rank * self.rank_floor) + 1)
         return max(by_energy, floor), floor > by_energy
@@ -123,7 +123,7 @@ class ClusterOnly(Strategy):
 
 @dataclass(frozen=True, kw_only=True)
 class ClusterAware(eesd.Distilled, ClusterOnly):
-    """The whole method: Eqs. 6 to 13."""
+    """Eqs. 6 to 13: the whole method."""
 
     info: ClassVar[StrategyInfo] = published(
         name="cluster-aware",
@@ -134,7 +134,7 @@ class ClusterAware(eesd.Distilled, ClusterOnly):
 
 @dataclass(frozen=True, kw_only=True)
 class EESDOnly(eesd.Distilled):
-    """The paper's ablation without clusters: Eqs. 11 to 13 on sparse upcycling's copies and random router."""
+    """Eqs. 11 to 13 on copies and a random router, as sparse upcycling makes them: the ablation without clusters."""
 
     info: ClassVar[StrategyInfo] = published(
         name="eesd-only",
@@ -150,7 +150,7 @@ class EESDOnly(eesd.Distilled):
 
 
 def _stream_of(name: str, ablation: Strategy, rng: Stream) -> Stream:
-    """The other strategy's own stream: at one seed both start from the same model, and only distillation differs."""
+    """The stream of another strategy: at one seed both start from the same model and differ in distillation alone."""
     return Stream(tuple(name if part == ablation.info.name else part for part in rng.key))
 
 

@@ -1,6 +1,6 @@
-"""Control: the dense model, given the same extra training: what training longer gives without any expert.
+"""Control: the dense model with the extra training that all strategies get. It shows what training longer gives.
 
-No FFN is replaced; data, schedule, optimiser and everything else are the strategies' own.
+No FFN is replaced. Data, schedule and optimiser are those of every strategy.
 """
 
 from __future__ import annotations

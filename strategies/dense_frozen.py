@@ -1,4 +1,4 @@
-"""Control: the dense checkpoint as it is, where every strategy starts. Nothing is replaced, nothing is trained."""
+"""Control: the dense checkpoint as it is, from which every strategy starts. Nothing is replaced, nothing is trained."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""Control: a dense model whose FFNs are as wide as the experts a token meets: what the FLOPs give without routing.
+"""Control: a dense model whose FFNs are K times as wide. It shows what the FLOPs of an MoE give without routing.
 
-In every block that would become an MoE layer the hidden width is multiplied by K. The new rows of W1 (and numbers of
-b1) are normal with the mean and the standard deviation of the dense ones, one scalar each per block; the new columns of
-W2 are zero. So the model computes what it did, and training moves the new columns at once, each in a direction of its
-own. Data, schedule, optimiser and everything else are those of every strategy.
+In every block that would become an MoE layer, the FFN gets as many hidden neurons as the K experts of a token have
+together. The new rows of W1 and entries of b1 are normal, with the mean and standard deviation of the block's dense
+ones. The new columns of W2 are zero, so that the model computes what it did. Training moves them from the first step,
+each in a direction of its own. Data, schedule and optimiser are those of every strategy.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ class DenseWide(Strategy):
 
 
 def _widened(ffn: FFN, factor: int, rng: Stream) -> FFN:
-    """`factor` times as many neurons, the dense ones first."""
-    wide = ffn.resized(factor * ffn.hidden)  # of zeros
+    """The same function with `factor` times as many neurons, the dense ones first."""
+    wide = ffn.resized(factor * ffn.hidden)  # its new neurons are zeros
     more = wide.hidden - ffn.hidden
     return replace(
         wide,

@@ -1,17 +1,17 @@
 """DeRS upcycling (Huang et al., CVPR 2025, arXiv:2503.01359, https://arxiv.org/abs/2503.01359).
 
 Each expert's matrix is W_i = W_shared + Delta_i (Eq. 3). W_shared starts as the dense weight and is trained by all
-experts of the layer; Delta_i starts at zero and has few parameters: two factors of rank P (`ders-lm`), or values at
+experts of the layer. Delta_i starts at zero and has few parameters: two factors of rank P (`ders-lm`), or values at
 fixed random places (`ders-sm`). Trained experts are merged into plain FFNs; a record counts what was trained.
 
-Where we differ: LLM experts have no biases, CLIP's have: the base's pair is shared, and `bias_deltas` gives each expert
-zero-initialised differences of its own. The paper's router is not renormalised; ours is the protocol's. So is weight
-decay: on W_shared and the factors, not on sparse values and biases, which have one dimension. There is no official
-code; what the paper does not state is in `info.reconstructed`. Rank 4 and rate 0.999 are the paper's without a domain
-("universal FFN", Table S19). It has rank 1 and rate 0.9999 for multimodal models that start from a fine-tuned FFN, rank
-4 and rate 0.9 for code.
+Where we differ: experts of LLMs have no biases, those of CLIP do. The base's biases are shared, and `bias_deltas` gives
+each expert differences of its own, zero at first. The paper's gates are not renormalised; ours are the protocol's. So
+is weight decay: it acts on W_shared and the factors, not on sparse values and biases, which have one dimension. There
+is no official code; `info.reconstructed` lists what the paper does not state. Rank 4 and rate 0.999 are the paper's for
+a "universal FFN" (Table S19). It has rank 1 and rate 0.9999 for multimodal models that start from a fine-tuned FFN, and
+rank 4 and rate 0.9 for code.
 
-Shape suffixes: I and O inputs and outputs of a matrix, P rank, S sparse places.
+Shape suffixes: I inputs and O outputs of a matrix, P rank, S sparse places.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ SHARED_BIASES = "biases (LLMs have none): one trainable pair, shared; difference
 
 @dataclass(frozen=True, kw_only=True)
 class Ders(Strategy):
-    """A shared trainable base and a delta for each expert, of a form that the two strategies below choose."""
+    """A shared trainable base, and for each expert a delta whose form the two strategies below choose."""
 
     preserves_function: ClassVar[bool] = True
     shares_parameters: ClassVar[bool] = True
@@ -63,13 +63,13 @@ class Ders(Strategy):
         return LayerInit(experts, random_router(ffn, layer, rng, self.router_init))
 
     def delta(self, weight_OI: Tensor, rng: Stream) -> nn.Module:
-        """One expert's difference to a matrix of the base, zero at first."""
+        """Delta_i of one expert and matrix (Eq. 3), zero at first."""
         raise NotImplementedError
 
 
 @dataclass(frozen=True, kw_only=True)
 class DersLM(Ders):
-    """A shared trainable base, low-rank deltas."""
+    """A shared trainable base with low-rank deltas."""
 
     info: ClassVar[StrategyInfo] = StrategyInfo(
         name="ders-lm",
@@ -99,7 +99,7 @@ class DersLM(Ders):
 
 @dataclass(frozen=True, kw_only=True)
 class DersSM(Ders):
-    """A shared trainable base, sparse deltas."""
+    """A shared trainable base with sparse deltas."""
 
     info: ClassVar[StrategyInfo] = replace(
         DersLM.info,
@@ -128,7 +128,7 @@ class DersSM(Ders):
 
 
 class Sparse(nn.Module):
-    """Delta with S values at fixed places of the flattened matrix; zero at first, and for ever elsewhere."""
+    """Delta_i with S trained values, zero at first, at fixed places of the flattened matrix; elsewhere always zero."""
 
     place_S: Tensor
 
@@ -139,11 +139,11 @@ class Sparse(nn.Module):
         self.value_S = nn.Parameter(torch.zeros(count).to(weight_OI))
 
     def forward(self, x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor) -> Tensor:
-        """x (W + Delta)^T + b; the matrix is made anew each time."""
+        """x (W + Delta)^T + b [T, O]; the sum of the matrices is made at each call."""
         return F.linear(x_TI, self.added(weight_OI), bias_O)
 
     def added(self, weight_OI: Tensor) -> Tensor:
-        """W + Delta; places are unique, so that the sum has one order."""
+        """W + Delta [O, I] (Eq. 3). Places are unique, so that the sum does not depend on an order."""
         return weight_OI.flatten().index_add(0, self.place_S, self.value_S).view_as(weight_OI)
 
 

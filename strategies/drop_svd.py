@@ -1,19 +1,18 @@
 """Drop-SVD, a baseline of cluster-aware upcycling (Chu et al., CVPR 2026, supplement A, https://arxiv.org/abs/2604.13508).
 
 Every expert keeps the strong part of each weight matrix's spectrum and gets new singular vectors for the weak part.
-With W = U diag(s) V^T and c of M components kept, t = M - c drawn anew,
+With W = U diag(s) V^T, of whose M components c are kept and t = M - c are drawn anew,
 
     W_e = U_c diag(s_c) V_c^T + U'_t diag(s_t) V'_t^T
 
-where U'_t and V'_t are random, orthonormal and at right angles to what is kept. Biases are copied; the router is
-random.
+where U'_t and V'_t are random, orthonormal and orthogonal to what is kept. Biases are copied, the router is random.
 
-The paper gives one sentence ("reinitializes only the singular vectors corresponding to the lowest 25% of the
-spectrum") and no code; the rest is our choice, listed in `info.reconstructed`. Of a tall matrix the right vectors that
-are dropped fill all that the kept ones leave, so V'_t is V_t turned, while U'_t is mostly new; of a wide one the
-sides change places.
+Where we differ: the paper gives one sentence ("reinitializes only the singular vectors corresponding to the lowest 25%
+of the spectrum") and no code. The rest is our choice, listed in `info.reconstructed`. In a tall matrix the dropped
+right vectors span all that the kept ones leave, so V'_t is V_t turned, while U'_t is mostly new. In a wide one it is
+the other way round.
 
-Shape suffixes: O outputs, I inputs, M components (min(O, I)), t those of them that are drawn anew, c those kept.
+Shape suffixes: O outputs, I inputs, M = min(O, I) components, t those of them that are drawn anew, c those kept.
 """
 
 from __future__ import annotations
@@ -46,7 +45,7 @@ DEFAULT_FRACTION = 0.25
 
 @dataclass(frozen=True, kw_only=True)
 class DropSVD(Strategy):
-    """Copies of the FFN whose weakest singular vectors are drawn anew, a random router."""
+    """Experts are copies of the FFN whose weakest singular vectors are drawn anew, the router is random."""
 
     info: ClassVar[StrategyInfo] = StrategyInfo(
         name="drop-svd",
@@ -102,11 +101,11 @@ class DropSVD(Strategy):
         return LayerInit(experts, random_router(ffn, layer, rng, self.router_init), notes)
 
     def _split(self, weight_OI: Tensor) -> Split:
-        """A matrix, the same for all experts, cut where this configuration says."""
+        """The matrix in two parts, kept and drawn anew; the same for all experts."""
         weight_OI = weight_OI.double().cpu()
         u_OM, s_M, vt_MI = draws.svd(weight_OI)
         v_IM = vt_MI.T
-        tail_M = np.cumsum(s_M.numpy()[::-1] ** 2)  # weakest first; NumPy's sums do not depend on the number of threads
+        tail_M = np.cumsum(s_M.numpy()[::-1] ** 2)  # weakest first; PyTorch's sums depend on the number of threads
         if self.energy_fraction is None:
             dropped = int(self.fraction * len(s_M))
         else:
@@ -114,11 +113,11 @@ class DropSVD(Strategy):
         kept = len(s_M) - dropped
         u_Ot, s_t, v_It = u_OM[:, kept:], s_M[kept:], v_IM[:, kept:]
         energy = float(tail_M[dropped - 1] / tail_M[-1]) if dropped and tail_M[-1] > 0 else 0.0
-        base_OI = weight_OI - (u_Ot * s_t) @ v_It.T  # to the bit W where nothing is dropped
+        base_OI = weight_OI - (u_Ot * s_t) @ v_It.T  # exactly W where nothing is dropped
         return Split(base_OI, u_OM[:, :kept], v_IM[:, :kept], u_Ot, s_t, v_It, energy)
 
     def _with_new_vectors(self, split: Split, rng: Stream) -> Tensor:
-        """W_e [O, I]."""
+        """W_e [O, I] of one expert."""
         left, right = rng.child("left"), rng.child("right")
         if self.vectors == "orthonormal":
             u_Ot = orthonormal(split.u_Oc, len(split.s_t), left)
@@ -130,7 +129,7 @@ class DropSVD(Strategy):
 
 @plain_dataclass(frozen=True)
 class Split:
-    """A matrix without its weakest components, and those; float64 on the CPU."""
+    """A matrix without its weakest components, and these components; float64 on the CPU."""
 
     base_OI: Tensor  # U_c diag(s_c) V_c^T
     u_Oc: Tensor
@@ -142,10 +141,10 @@ class Split:
 
 
 def orthonormal(kept_Oc: Tensor, count: int, rng: Stream) -> Tensor:
-    """Random orthonormal columns [O, count] at right angles to the orthonormal `kept_Oc`, uniformly distributed.
+    """Random orthonormal columns [O, count], orthogonal to the orthonormal `kept_Oc` and uniformly distributed.
 
-    Normal numbers less their projection, orthonormalised with a positive diagonal of R, as Gram and Schmidt do, so
-    that LAPACK's signs do not matter; all that twice, because one pass leaves what rounding lets through.
+    Normal numbers lose their projection on `kept_Oc` and are orthonormalised by a QR. The signs are those of a positive
+    diagonal of R, because LAPACK's are arbitrary. A second pass removes what rounding left along `kept_Oc`.
     """
     z_Ot = draws.normal((len(kept_Oc), count), rng)
     for _ in range(2):

@@ -1,15 +1,16 @@
 """Drop-Upcycling (Nakamura et al., ICLR 2025, arXiv:2502.19261, https://arxiv.org/abs/2502.19261).
 
-Every expert is a copy of the dense FFN in which a random share of the hidden neurons starts anew: their rows of W1 and
-columns of W2 are drawn from a normal distribution with the mean and the standard deviation of the block they replace
-(one scalar each per matrix and expert). Experts differ from the start and keep most knowledge.
+Every expert is a copy of the dense FFN in which a random share r of the hidden neurons starts anew. Their rows of W1
+and columns of W2 are drawn from a normal distribution with the mean and standard deviation of the block that they
+replace, one of each per matrix and expert. So experts differ from the start, and keep most of what the FFN knows.
 
-The paper draws one index set S per expert for all matrices (`shared_indices=True`). The authors' code, which made the
-published runs, first permutes the neurons of each expert, which changes no function. Then it draws an index set for
-each matrix (`shared_indices=False`): of the neurons, (1 - r)^2 instead of 1 - r stay untouched.
+The paper draws one index set S per expert for all matrices (`shared_indices=True`). The authors' code made the
+published runs. It first permutes the neurons of each expert, which keeps the function, and then draws an index set for
+each matrix (`shared_indices=False`). So (1 - r)^2 of the neurons stay untouched, instead of 1 - r.
 
-Where we differ: LLaMA has no biases, CLIP has. Statistics are taken in float64 (the code: bfloat16) and over n - 1, as
-in the code (the paper does not say). The router is drawn as for every other strategy, not U with std 0.02.
+Where we differ: LLaMA has no biases, CLIP has (option `bias`). Statistics are taken in float64 (the code: bfloat16) and
+over n - 1, as in the code; the paper does not say. The router is drawn as for every other strategy, not from a uniform
+distribution with standard deviation 0.02, so that only the experts are compared.
 
 Shape suffixes: S re-initialised neurons.
 """
@@ -30,7 +31,7 @@ from upcycle_bench.upcycling import draws
 
 @dataclass(frozen=True, kw_only=True)
 class DropUpcycling(Strategy):
-    """Copies of the FFN, a share of each copy's hidden neurons re-initialised, a random router."""
+    """Experts are copies of the FFN with a share of the hidden neurons re-initialised, the router is random."""
 
     info: ClassVar[StrategyInfo] = StrategyInfo(
         name="drop-upcycling",

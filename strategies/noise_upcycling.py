@@ -1,12 +1,13 @@
-"""Random-noise upcycling (RNU), a baseline of Drop-Upcycling (Nakamura et al., ICLR 2025, arXiv:2502.19261).
+"""Random-noise upcycling (RNU), a baseline of Nakamura et al., ICLR 2025 (https://arxiv.org/abs/2502.19261).
 
-Every expert is a copy of the dense FFN in which a random share of the neurons gets noise: N(0, std^2) is added to those
-rows of W1 and columns of W2. Nothing is lost, and experts differ a little from the start. As in the authors' code
-(`conversions/noise_upcycling.py`), the neurons of each expert are first permuted, which changes no function, and each
-matrix has an index set of its own. The standard deviation is absolute: its effect depends on the scale of the weights.
+Every expert is a copy of the dense FFN in which a random share of the hidden neurons gets noise: N(0, std^2) is added
+to their rows of W1 and columns of W2. So nothing is lost, and experts differ a little from the start. As in the
+authors' code (`conversions/noise_upcycling.py`), the neurons of each expert are first permuted, which keeps the
+function, and each matrix has an index set of its own. The standard deviation is absolute: its effect depends on the
+scale of the weights.
 
-Where we differ: LLaMA has no biases, CLIP's are copied (b1 goes with its neurons). Noise is drawn and added in float64
-(the code: bfloat16). The router is drawn as for every other strategy.
+Where we differ: LLaMA has no biases, CLIP's are copied, b1 in the order of its neurons. Noise is drawn and added in
+float64 (the code: bfloat16). The router is drawn as for every other strategy, so that only the experts are compared.
 
 Shape suffixes: S neurons that get noise.
 """
@@ -26,7 +27,7 @@ from upcycle_bench.upcycling import draws
 
 @dataclass(frozen=True, kw_only=True)
 class NoiseUpcycling(Strategy):
-    """Copies of the FFN, noise added to a share of each copy's hidden neurons, a random router."""
+    """Experts are copies of the FFN with noise on a share of the hidden neurons, the router is random."""
 
     info: ClassVar[StrategyInfo] = StrategyInfo(
         name="noise-upcycling",

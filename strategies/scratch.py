@@ -1,9 +1,9 @@
-"""Control: random experts and a random router in a model that is otherwise the dense one: what copying the FFN gives.
+"""Control: random experts and a random router, all else from the dense model. It shows what copying the FFN gives.
 
-Experts are drawn as open_clip draws the blocks of that tower when it builds a model. In the text tower
-(`TextTransformer.init_parameters`) W1 ~ N(0, 1 / (2 D)) and W2 ~ N(0, 1 / (2 depth D)), depth the number of its blocks.
-In the vision tower open_clip leaves torch's default for `nn.Linear`, U(-1 / sqrt(I), 1 / sqrt(I)) with I inputs, and so
-it does for the biases of both towers.
+Experts are drawn as open_clip draws the FFNs of that tower when it builds a model. In the text tower
+(`TextTransformer.init_parameters`) W1 ~ N(0, 1 / (2 D)) and W2 ~ N(0, 1 / (2 depth D)), with variances in brackets and
+depth the number of blocks. The weights of the vision tower and the biases of both towers have torch's default for
+`nn.Linear`, U(-1 / sqrt(I), 1 / sqrt(I)) with I inputs.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from upcycle_bench.upcycling import draws
 
 @dataclass(frozen=True, kw_only=True)
 class Scratch(Strategy):
-    """Experts and router as if they had never been trained."""
+    """Experts and router as they are before any training."""
 
     info: ClassVar[StrategyInfo] = StrategyInfo(
         name="scratch",
@@ -39,7 +39,7 @@ class Scratch(Strategy):
         )
 
     def _expert(self, ffn: FFN, layer: Layer, rng: Stream) -> nn.Sequential:
-        first, second = 1 / math.sqrt(ffn.width), 1 / math.sqrt(ffn.hidden)  # bounds of torch's default
+        first, second = 1 / math.sqrt(ffn.width), 1 / math.sqrt(ffn.hidden)  # 1 / sqrt(I) of W1 and of W2
         if layer.tower == "text":
             w1_HD = draws.normal(ffn.w1_HD.shape, rng.child("w1")) * (2 * ffn.width) ** -0.5
             w2_DH = draws.normal(ffn.w2_DH.shape, rng.child("w2")) * (ffn.width**-0.5 * (2 * layer.depth) ** -0.5)

@@ -5,8 +5,8 @@ what the dense one did, and training breaks the symmetry.
 
 Where we differ: the paper's vision models use Expert Choice routing and resume the optimiser. Here routing, capacity
 and optimiser are the protocol's, as in the comparison of arXiv:2604.13508 (token choice, fresh optimiser state). Noise
-on the copies or on the router is an option; the literature reports no gain from it. Noise on W1 and W2 (biases stay
-copies) gives the function at step 0 up, noise on the router does not.
+on the copies or on the router is an option; the literature reports no gain from it. With noise on W1 and W2 the model
+no longer computes what the dense one did; noise on the router keeps the function.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from upcycle_bench.upcycling import draws
 
 @dataclass(frozen=True, kw_only=True)
 class SparseUpcycling(Strategy):
-    """E copies of the FFN, a random router."""
+    """Experts are copies of the FFN, the router is random."""
 
     info: ClassVar[StrategyInfo] = StrategyInfo(
         name="sparse-upcycling",
@@ -64,7 +64,7 @@ class SparseUpcycling(Strategy):
         )
 
     def _noise_std(self, weight: Tensor) -> float:
-        """Standard deviation of the sum of both noises."""
+        """Standard deviation of the sum of both noises, the absolute and the relative one."""
         if self.expert_noise_rel == 0:
             return self.expert_noise_std
         return math.hypot(self.expert_noise_std, self.expert_noise_rel * draws.mean_and_std(weight)[1])

@@ -1,15 +1,18 @@
 """SPRI, SVD-partitioned residual initialisation (Shan et al., https://arxiv.org/abs/2606.16456), from its abstract.
 
-Each matrix of the FFN is split by its singular values: all experts get the leading part, and the residual's components
-are dealt out among them, so that experts differ in what the dense model uses least. Training has two stages: first the
-experts' residuals alone (with the router and the rest of the model), then everything.
+Each matrix of the FFN is split by its singular values. All experts get the leading part B, and the residual's
+components are dealt out among them, so that experts differ in what the dense model uses least:
 
-Neither full text nor code was found: the abstract and a digest tell of SVD, a partitioned residual and two stages; the
-rest is our choice. In stage 1 a residual is trained as two factors over its components P_e, A_e = U diag(s)^1/2 and
-B_e = diag(s)^1/2 V^T: a full matrix would make stage 1 the ordinary training of W_e. Base and biases stay. Stage 2 adds
-A_e B_e to the base (exact to rounding) and trains plain experts.
+    W_e = B + R_e       R_e = sum over the components j of expert e of s_j u_j v_j^T
 
-Shape suffixes: O outputs and I inputs of a matrix, M singular values (min(O, I)), P those of one expert.
+Training has two stages: first the residuals, with the router and the rest of the model, then everything.
+
+Where we differ: neither full text nor code was found. The abstract and a digest tell of an SVD, a partitioned residual
+and two stages; the rest is our choice. In stage 1 a residual is trained as two factors, A_e = U diag(s)^1/2 and
+B_e = diag(s)^1/2 V^T, while B and the biases stay: trained as a full matrix, it would be the ordinary training of W_e.
+Before stage 2, A_e B_e is added to B (exact to rounding), and the experts are plain.
+
+Shape suffixes: O outputs and I inputs of a matrix, M = min(O, I) singular values, P those of one expert.
 """
 
 from __future__ import annotations
@@ -40,7 +43,7 @@ from upcycle_bench.upcycling.deltas import DeltaExpert, LowRank
 
 @dataclass(frozen=True, kw_only=True)
 class Spri(Strategy):
-    """A common leading part, residual components dealt out among the experts, training in two stages."""
+    """Experts are a common leading part and residual components of their own, trained in two stages."""
 
     info: ClassVar[StrategyInfo] = StrategyInfo(
         name="spri",
@@ -96,7 +99,7 @@ class Spri(Strategy):
     def stages(self, steps: int) -> Sequence[int]:
         """Stage 2 begins after `stage1_fraction` of the steps, at least one."""
         begin = max(1, round(self.stage1_fraction * steps))
-        if self.rank_fraction == 1:  # nothing is left to train apart: sparse upcycling
+        if self.rank_fraction == 1:  # there is no residual: this is sparse upcycling
             return ()
         return (begin,) if self.stage1_fraction > 0 and begin < steps else ()
 
@@ -105,7 +108,7 @@ class Spri(Strategy):
             layer.merge()
 
     def _split(self, name: str, weight_OI: Tensor, experts: int, rng: Stream) -> tuple[Tensor, list[LowRank]]:
-        """The base of a matrix, which all experts have, and the residual of each as two factors."""
+        """The base [O, I] that all experts have, and the residual of each as two factors."""
         w_OI = weight_OI.double().cpu()
         u_OM, s_M, vt_MI = draws.svd(w_OI)
         split = self.which in ("both", name)
@@ -114,7 +117,7 @@ class Spri(Strategy):
         if rank < len(s_M):
             tail_OI = (u_OM[:, rank:] * s_M[rank:]) @ vt_MI[rank:]
             share = 1.0 if self.mode == "base_plus_residual" else self.scale / experts
-            base_OI = (w_OI - share * tail_OI).to(weight_OI)  # B = W - tail, as U_r diag(s_r) V_r^T to rounding
+            base_OI = (w_OI - share * tail_OI).to(weight_OI)  # B = W - tail
         residuals = []
         for dealt_P in deal(len(s_M) - rank, experts, self.partition, rng.child(name)):
             index_P = rank + dealt_P
@@ -129,12 +132,12 @@ def kept(s_M: Tensor, fraction: float, by: str) -> int:
     if by == "count":
         return round(fraction * len(s_M))
     energy_M = s_M.square().cumsum(0)
-    # Rounding must not ask for more than all; fraction 0 keeps none.
+    # `min`, because rounding can leave the sum below a fraction of 1. Fraction 0 keeps none.
     return min(len(s_M), int((energy_M < fraction * energy_M[-1]).sum()) + (fraction > 0))
 
 
 def deal(count: int, hands: int, partition: str, rng: Stream) -> list[Tensor]:
-    """`count` components, in descending order, into `hands` disjoint groups whose sizes differ by one at most."""
+    """The numbers of `count` components in `hands` disjoint groups, int64 [P]; sizes differ by one at most."""
     if partition == "interleaved":
         return [torch.arange(count)[first::hands] for first in range(hands)]
     order = torch.arange(count) if partition == "contiguous" else draws.permutation(count, rng)

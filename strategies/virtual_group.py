@@ -1,16 +1,16 @@
 """Virtual-group upcycling (He et al., Upcycling LLMs into Mixture of Experts, 2024, https://arxiv.org/abs/2410.07524).
 
 Each copy of the FFN is cut along its hidden neurons into G shards, which are experts of their own. All shards of a copy
-have the same row of the router, so that a token which takes one takes all of them (they form a virtual group). The
-protocol's V experts become E = V G of width H / G, and a token takes G times as many of them: the active parameters and
-the FLOPs stay what they were, but for a larger router.
+have the same row of the router, so that a token which takes one takes all: they form a virtual group. The protocol's V
+experts become E = V G experts of hidden width H / G, and a token takes G times as many. Active parameters and FLOPs
+stay the same, but for a larger router.
 
-The shards of a copy add up to the FFN, each weighted by 1 / G of the copy's gate; hence a scale on the weights. For
-the paper's topk-then-softmax (our gate, softmax then top-k then renormalised, equals it) it is G, given in equal parts
-to W1 and W2 (`scaling="megatron"`, as Megatron-LM does), which is exact only for activations like ReLU.
+The shards of a copy add up to the FFN, but each has only 1 / G of the copy's gate, so the weights must be scaled. For
+the paper's topk-then-softmax the scale is G; our gate (softmax, top-k, renormalised) equals it. Megatron-LM gives W1
+and W2 a factor sqrt(G) each (`scaling="megatron"`), which is exact only for activations like ReLU.
 
 Where we differ: by default W2 alone is scaled, which is exact for GELU too. The paper's models have no biases, CLIP
-has: b1 is cut with W1 and b2 is copied, since the gates of a copy sum to 1. The paper found softmax-then-topk better,
+has: b1 is cut with W1, and b2 is copied, since the gates of a token sum to 1. The paper found softmax-then-topk better,
 but gate, losses and learning rate are the protocol's.
 
 Shape suffixes: V copies (virtual groups), G shards of a copy, S = H / G hidden neurons of a shard.
@@ -41,7 +41,7 @@ from upcycle_bench.strategy import (
 
 @dataclass(frozen=True, kw_only=True)
 class VirtualGroup(Strategy):
-    """Copies of the FFN, each cut into G experts that share a router row."""
+    """Experts are shards of copies of the FFN, and the G shards of a copy share a router row."""
 
     info: ClassVar[StrategyInfo] = StrategyInfo(
         name="virtual-group",

@@ -1,10 +1,11 @@
 """The registered cluster-aware strategy, one layer made by it, and data for its tests.
 
-Shape suffixes: B batch, L sequence, T tokens, D width.
+Shape suffixes: R = min(H, D) singular values.
 """
 
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -16,6 +17,26 @@ from upcycle_bench.util.rng import Stream
 
 ClusterAware = load_registry().strategies["cluster-aware"].target
 STREAM = Stream(("test", 0))
+# Seeds of `problem`, and a tau for each: W1 is tall in 0 and 3, wide in 4 and 9.
+SEEDS = pytest.mark.parametrize("seed", [0, 3, 4, 9])
+CASES = pytest.mark.parametrize(("seed", "tau"), [(0, 0.5), (3, 0.99), (4, 0.9), (9, 0.999)])
+
+
+def problem(seed: int, tokens_per_width: float = 4) -> tuple[Tensor, Tensor, Tensor]:
+    """W1 [H, D], tall or wide; anisotropic tokens with a mean [T, D]; C = X^T X [D, D]. All float64."""
+    generator = torch.Generator().manual_seed(seed)
+    hidden, width = (int(torch.randint(low, high, (), generator=generator)) for low, high in ((6, 40), (6, 20)))
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    mixing_DD = draw(width, width) * 0.8 ** torch.arange(width)
+    x_TD = draw(int(tokens_per_width * width), width) @ mixing_DD.T + draw(width)
+    return draw(hidden, width), x_TD, x_TD.T @ x_TD
+
+
+def energy(matrix: Tensor) -> float:
+    return float(matrix.square().sum())
 
 
 def relative(actual: Tensor, expected: Tensor) -> float:
@@ -27,7 +48,7 @@ def layer_of(num_experts: int) -> Layer:
 
 
 def make(strategy: Any, ffn: FFN, x_TD: Tensor, num_experts: int, chunk: int | None = None) -> tuple[LayerInit, Any]:
-    """Stream tokens past the calibrator and initialise one layer; (LayerInit, the calibrator)."""
+    """Show the tokens to a calibrator and make one layer: (LayerInit, the calibrator)."""
     calibrator = strategy.calibrator(ffn, layer_of(num_experts), STREAM)
     for part in x_TD.split(chunk or len(x_TD)):
         calibrator.update(part)
@@ -48,7 +69,7 @@ def tokens(count: int = 40, seed: int = 0, width: int = 8) -> Tensor:
 
 
 def two_paddings(clip: Any) -> tuple[Tensor, Tensor, list[int]]:
-    """Captions that differ only behind their end of text, [B, L] twice, and their lengths."""
+    """Captions [B, L] twice, which differ only after their ends of text, and their lengths."""
     context = clip.model.context_length
     generator = torch.Generator().manual_seed(11)
     lengths = torch.randint(3, context, (48,), generator=generator).tolist()

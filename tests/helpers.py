@@ -1,7 +1,4 @@
-"""A tiny CLIP, data for it, and a strategy's work on it by the steps of `upcycling.initialise.make_experts`.
-
-Shape suffixes: B batch, L sequence, T tokens, D width, H hidden width, N experts.
-"""
+"""A tiny CLIP, data for it, and a strategy's work on it by the steps of `upcycling.initialise.make_experts`."""
 
 from __future__ import annotations
 
@@ -60,7 +57,7 @@ def _shared_clip() -> Clip:
 
 
 def tiny_clip(dtype: torch.dtype = torch.float32) -> Clip:
-    """The smoke protocol's model with random weights, a fresh copy; random biases, so that losing one shows."""
+    """A fresh copy of the smoke protocol's model, with random weights. Random biases show if one is lost."""
     clip = _shared_clip()
     model = copy.deepcopy(clip.model)
     generator = torch.Generator().manual_seed(1)
@@ -71,7 +68,7 @@ def tiny_clip(dtype: torch.dtype = torch.float32) -> Clip:
 
 
 def captions(lengths: list[int], context: int, generator: torch.Generator, tail: Tensor | None = None) -> Tensor:
-    """Random texts [B, L]; `lengths` count start and end of text, behind which stand zeros, or `tail` [B, L]."""
+    """Random texts [B, L] of `lengths`, which count start and end of text; zeros or `tail` [B, L] follow the end."""
     text_BL = torch.zeros(len(lengths), context, dtype=torch.long) if tail is None else tail.clone()
     for row, length in zip(text_BL, lengths, strict=True):
         row[:length] = torch.randint(1, START_OF_TEXT, (length,), generator=generator)
@@ -89,15 +86,15 @@ class TinyPairs:
         return self.limit
 
     def pick(self, index: Tensor, rng: Stream) -> Batch:
-        """Eight pairs, again and again, so that clusters are large."""
+        """Samples that repeat eight pairs, so that clusters are large."""
         (eight,) = self.calibration(Stream(("eight",)), 8, 8)
         return Batch(eight.images[index % 8], eight.texts[index % 8], index)
 
     def calibration(self, rng: Stream, pairs: int, batch_size: int) -> Iterator[Batch]:
-        """At most `limit` pairs, in batches, whose size changes nothing."""
+        """At most `limit` pairs, the same ones for every size of batch."""
         generator = rng.child("pairs").generator()
         count, context = min(pairs, self.limit), self.clip.model.context_length
-        tint = torch.randint(0, 256, (count, 3, 1, 1), generator=generator)  # so that images differ from each other
+        tint = torch.randint(0, 256, (count, 3, 1, 1), generator=generator)  # tells images apart
         noise = torch.randint(-60, 61, (count, 3, *self.clip.model.visual.image_size), generator=generator)
         images = (tint + noise).clamp(0, 255).to(torch.uint8)
         lengths = torch.randint(3, context + 1, (count,), generator=generator).tolist()
@@ -107,7 +104,7 @@ class TinyPairs:
 
 
 class TinyWorkshop(TrainingWorkshop):
-    """A workshop without an engine: training is noise on the chosen parameters, drawn for the name and the rows."""
+    """A workshop that does not train: it adds noise to the chosen parameters, drawn for the name and the rows."""
 
     def __init__(self, clip: Clip, moe: MoE, rng: Stream) -> None:
         protocol = load_protocol(SMOKE, [f"moe.experts={moe.experts}", "train.schedule.batch_size=4"])
@@ -118,7 +115,7 @@ class TinyWorkshop(TrainingWorkshop):
         return ceiling
 
     @torch.no_grad()
-    def _fit(self, model: Any, rows_SB: Tensor, name: str, trainable: Callable[[str], bool], *_: Any) -> int:
+    def fit(self, model: Any, rows_SB: Tensor, name: str, trainable: Callable[[str], bool], *_: Any) -> int:
         rng = self.rng.child("fit", name, *rows_SB.flatten().tolist())
         for key, parameter in model.named_parameters():
             if trainable(key):
@@ -128,7 +125,7 @@ class TinyWorkshop(TrainingWorkshop):
 
 
 def tiny_batches(clip: Clip, seed: int = 0, pairs: int = 128, batch_size: int = 64) -> list[tuple[Tensor, Tensor]]:
-    """(images in the model's dtype, texts), the same for the same seed."""
+    """Batches of (images [B, 3, H, W] in the model's dtype, texts [B, L]), the same for the same seed."""
     dtype = next(clip.model.parameters()).dtype
     batches = TinyPairs(clip, pairs).calibration(Stream(("tiny", seed)), pairs, batch_size)
     return [(clip.normalise(batch.images).to(dtype), batch.texts) for batch in batches]
@@ -136,7 +133,7 @@ def tiny_batches(clip: Clip, seed: int = 0, pairs: int = 128, batch_size: int = 
 
 @dataclass(frozen=True)
 class Initialised:
-    """What a strategy made of a CLIP, and what it was made from; `calibrators` and `streams` go by layer name.
+    """What a strategy made of a CLIP, and what it was made from; dicts are by layer name.
 
     `model` is the CLIP whose FFNs were replaced, `branches` what a strategy that prepares has trained.
     """
@@ -158,7 +155,7 @@ def initialise(
     moe: MoE | None = None,
     arrange: Callable[[list[Layer]], list[Layer]] = list,
 ) -> Initialised:
-    """`make_experts` on tiny data; `arrange` changes the order in which layers are visited, not the result's."""
+    """`make_experts` on tiny data. `arrange` changes the order in which layers are visited; the result's stays."""
     own = resolve_moe(strategy, moe or tiny_moe())
     layers = find_layers(clip.model, own)
     root = Stream(("strategy", strategy.info.name, seed))
@@ -206,7 +203,7 @@ def upcycled(strategy: Strategy, clip: Clip, seed: int, moe: MoE | None = None) 
 
 
 def features(model: nn.Module, images: Tensor, texts: Tensor) -> Tensor:
-    """Image and text features [2 B, E] in eval mode, without gradient."""
+    """Image and text features [2 B, C] in eval mode, without gradient."""
     model.eval()
     with torch.no_grad():
         return torch.cat([model.encode_image(images), model.encode_text(texts)])
@@ -217,22 +214,22 @@ def equal(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
     return first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
 
 
-def contrastive_loss(image_BE: Tensor, text_BE: Tensor, scale: Tensor) -> Tensor:
+def contrastive_loss(image_BC: Tensor, text_BC: Tensor, scale: Tensor) -> Tensor:
     """CLIP's symmetric cross-entropy of normalised features."""
-    logits_BB = scale * image_BE @ text_BE.T
+    logits_BB = scale * image_BC @ text_BC.T
     target_B = torch.arange(len(logits_BB))
     return (F.cross_entropy(logits_BB, target_B) + F.cross_entropy(logits_BB.T, target_B)) / 2
 
 
 def dense_forward(ffn: FFN, x_TD: Tensor) -> Tensor:
-    """W2 act(W1 x + b1) + b2."""
+    """W2 act(W1 x + b1) + b2, [T, D]."""
     return F.linear(ffn.act(F.linear(x_TD, ffn.w1_HD, ffn.b1_H)), ffn.w2_DH, ffn.b2_D)
 
 
 def random_ffn(
     hidden: int, width: int, seed: int = 0, dtype: torch.dtype = torch.float64, act: nn.Module | None = None
 ) -> FFN:
-    """A dense FFN of an ordinary scale."""
+    """A random dense FFN, with entries of standard deviation 1 / sqrt(width)."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*shape: int) -> Tensor:
@@ -249,7 +246,7 @@ def moe_layer(init: LayerInit, *, moe: MoE | None = None, tower: str = "vision")
 
 @contextlib.contextmanager
 def threads(number: int) -> Iterator[None]:
-    """That many threads for torch, one for faiss. Tiny work on a busy machine is 100 times slower with two."""
+    """That many threads for torch, one for faiss: on a busy machine two make tiny work 100 times slower."""
     before = torch.get_num_threads()
     faiss.omp_set_num_threads(1)  # first, since it sets torch's number too where they share an OpenMP
     torch.set_num_threads(number)
@@ -261,23 +258,23 @@ def threads(number: int) -> Iterator[None]:
 
 
 def cones(
-    count: int, directions_ND: Tensor, seed: int, *, noise: float = 0.1, dtype: torch.dtype = torch.float32
+    count: int, directions_ED: Tensor, seed: int, *, noise: float = 0.1, dtype: torch.dtype = torch.float32
 ) -> tuple[Tensor, Tensor]:
-    """Tokens [T, D] of very different lengths around directions of unit length, and the direction of each [T]."""
+    """Tokens [T, D] of very different lengths around unit directions, and the number of each token's direction [T]."""
     generator = torch.Generator().manual_seed(seed)
-    label_T = torch.arange(count) % len(directions_ND)
-    shape = (count, directions_ND.shape[1])
-    x_TD = directions_ND[label_T].double() + noise * torch.randn(shape, generator=generator, dtype=torch.float64)
+    label_T = torch.arange(count) % len(directions_ED)
+    shape = (count, directions_ED.shape[1])
+    x_TD = directions_ED[label_T].double() + noise * torch.randn(shape, generator=generator, dtype=torch.float64)
     length_T1 = 0.5 + 20 * torch.rand(count, 1, generator=generator, dtype=torch.float64)
     return (x_TD * length_T1).to(dtype), label_T
 
 
 def orthonormal(number: int, width: int, seed: int = 0) -> Tensor:
-    """Rows of unit length, at right angles, [N, D] float64."""
+    """Orthonormal rows [E, D], float64."""
     generator = torch.Generator().manual_seed(seed)
     return torch.linalg.qr(torch.randn(width, number, generator=generator, dtype=torch.float64)).Q.T
 
 
 def heed_interrupts() -> None:
-    """For a child before its exec: a shell that runs the tests in the background makes its children ignore SIGINT."""
+    """Let a child process be interrupted: a shell that runs the tests in the background makes it ignore SIGINT."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)

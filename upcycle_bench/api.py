@@ -24,7 +24,8 @@ from upcycle_bench.model.clip import PREPROCESS, Clip, create_clip
 from upcycle_bench.model.moe import moe_layers
 from upcycle_bench.protocol import PUBLISHED_MOE
 from upcycle_bench.strategy import resolve_moe
-from upcycle_bench.upcycling.from_checkpoint import CalibrationPairs, choose_strategy, moe_settings
+from upcycle_bench.upcycling.calibration_pairs import CalibrationPairs
+from upcycle_bench.upcycling.from_checkpoint import choose_strategy, moe_settings
 from upcycle_bench.upcycling.initialise import make_experts
 from upcycle_bench.util import distributed
 from upcycle_bench.util.errors import UserError

@@ -14,7 +14,7 @@ from upcycle_bench.data.pairs import PairDataset
 from upcycle_bench.planning.plan import Plan, check_ready, check_strategy, dense_path
 from upcycle_bench.training import session
 from upcycle_bench.training.pretrain import load_dense
-from upcycle_bench.upcycling.starting_model import initialise
+from upcycle_bench.upcycling.starting_model import Start, initialise
 from upcycle_bench.util.meter import Meter, Phase, forget_peak_memory
 from upcycle_bench.util.progress import Reporter
 
@@ -42,11 +42,11 @@ def receipts(plans: Sequence[Plan], reporter: Reporter) -> list[Receipt]:
         assert world is not None
         dense, _ = load_dense(protocol, world, dense_path(plans[0]), device, reporter)
         data = PairDataset(world.train_shards, dense, protocol.train.schedule.augmentation)
+        start = Start(protocol, world, dense, data)
         for plan in plans:
             meter = Meter(device)
             forget_peak_memory()
-            arguments = plan.strategy, protocol, world, plan.init_seed
-            _, receipt = initialise(*arguments, dense, data, meter, reporter)
+            _, receipt = initialise(plan.strategy, start, plan.init_seed, meter, reporter)
             if receipt is not None:
                 made.append(Receipt(plan=plan, receipt=receipt, phases=meter.phases))
     return made

@@ -24,7 +24,7 @@ from upcycle_bench.training import finished, session
 from upcycle_bench.training.job import Job, Progress
 from upcycle_bench.training.loop import train
 from upcycle_bench.training.pretrain import load_dense
-from upcycle_bench.upcycling.starting_model import diagnosed, initialise
+from upcycle_bench.upcycling.starting_model import Start, diagnosed, initialise
 from upcycle_bench.util import distributed
 from upcycle_bench.util.cache import cache_root
 from upcycle_bench.util.meter import Meter, Phase
@@ -50,9 +50,8 @@ def run(plan: Plan, results: Path, reporter: Reporter, *, fresh: bool = False) -
             key = finished.key(run_id(plan, state.dense), device)
             with finished.work_folder(key, protocol.train.checkpoint_every > 0, fresh) as work:
                 if fresh or not recall(state, key):
-                    model, state.receipt = initialise(
-                        plan.strategy, protocol, plan.world, plan.init_seed, dense, data, state.meter, reporter
-                    )
+                    start = Start(protocol, plan.world, dense, data)
+                    model, state.receipt = initialise(plan.strategy, start, plan.init_seed, state.meter, reporter)
                     state.progress = train_model(plan, model, data, work, state.meter, reporter)
                     state.parameters = parameter_counts(model.model)  # of the trained form
                     merge(model.model)

@@ -1,8 +1,6 @@
 """Branch-Train-MiX of trained branches, number by number: which FFN becomes which expert, and the average of the rest.
 
-A reference for tests, written from METHODS 8 (arXiv 2403.07816). A model is a dict of flat lists of numbers by name.
-
-Legend: none; all is by name and place.
+A reference for tests, written from arXiv:2403.07816. A model is a dict of flat lists of numbers by name.
 """
 
 import math
@@ -11,7 +9,7 @@ Model = dict[str, list[float]]
 
 
 def expert_source(expert: int, branches: int, experts: int) -> int:
-    """Expert i comes from branch i M / N, rounded down: with 4 branches and 8 experts, each branch twice in a row."""
+    """Expert e of E comes from branch floor(e * branches / E): of 4 branches and 8 experts, each twice in a row."""
     source = 0
     while (source + 1) * experts <= expert * branches:
         source += 1

@@ -1,18 +1,18 @@
 """CLIP-MoE's labels and batches, sample by sample; the random orders are arguments.
 
-A reference for tests, written from METHODS 5a and 5d (arXiv 2409.19291).
+A reference for tests, written from arXiv:2409.19291 and its code.
 
-Legend: S samples.
+Shape suffixes: S samples.
 """
 
 
 def stage_label(text_cluster: int, image_cluster: int, clusters: int) -> int:
-    """c = K c_text + c_image, one of K^2."""
+    """c = M c_text + c_image, one of M^2, with M clusters of a modality."""
     return clusters * text_cluster + image_cluster
 
 
 def accumulated_label(stage_labels: list[int], clusters: int, max_stages: int) -> int:
-    """a_s of one sample's labels c_1 ... c_s: a = K^2 a + c, begun at 0, over the last `max_stages` of them."""
+    """a_s of one sample's labels c_1 ... c_s: a <- M^2 a + c from a = 0, over the last `max_stages` of them."""
     label = 0
     for stage in range(max(0, len(stage_labels) - max_stages), len(stage_labels)):
         label = clusters * clusters * label + stage_labels[stage]

@@ -1,8 +1,8 @@
 """Cluster-aware upcycling of one layer, with explicit loops, float64, a Cholesky factor and a full SVD.
 
-A reference for tests, written from METHODS 6.1-6.3 (arXiv 2604.13508, Eqs. 6, 8, 10; uncentred PCA, `backproject`).
+A reference for tests, written from arXiv:2604.13508, Eqs. 6, 8 and 10, with an uncentred PCA.
 
-Legend: T tokens, D model width, P PCA width, H hidden width, E experts = clusters, R = min(H, D).
+Shape suffixes: E experts and clusters, P dimensions of the PCA, R = min(H, D) singular values.
 """
 
 import math

@@ -1,8 +1,8 @@
 """DeRS, number by number: one expert's matrices, its forward pass, and the compression of trained experts.
 
-A reference for tests, written from METHODS 4 (arXiv 2503.01359). Torch is used only so that autograd gives gradients.
+A reference for tests, written from arXiv:2503.01359. Torch is used only so that autograd gives gradients.
 
-Legend: T tokens, I inputs and O outputs of a matrix, P rank, S places of a sparse delta.
+Shape suffixes: I inputs and O outputs of a matrix, P rank, S places of a sparse delta.
 """
 
 from collections.abc import Callable

@@ -1,9 +1,9 @@
 """Drop-SVD of one matrix, number by number; the random draws are arguments.
 
-A reference for tests, written from METHODS 3. The singular value decomposition is Jacobi's: turn pairs of columns of
-the tall form of W until all stand at right angles; their lengths are the singular values.
+A reference for tests. The singular value decomposition is Jacobi's: pairs of columns of W, or of W^T if W is wide, are
+turned until all columns are orthogonal; their lengths are the singular values.
 
-Legend: O outputs, I inputs, R components (min(O, I)), t those that are drawn anew, c those that are kept.
+Shape suffixes: O outputs, I inputs, M = min(O, I) components, t those that are drawn anew, c those that are kept.
 """
 
 import math
@@ -21,7 +21,7 @@ def transposed(rows: list[Vector]) -> list[Vector]:
 
 
 def jacobi_svd(w_OI: list[Vector]) -> tuple[Columns, Vector, Columns]:
-    """Columns of U (R of length O), s descending, columns of V (R of length I). Full rank is assumed."""
+    """Columns of U (M of length O), s descending, columns of V (M of length I). Full rank is assumed."""
     if len(w_OI) < len(w_OI[0]):
         v, s, u = jacobi_svd(transposed(w_OI))
         return u, s, v
@@ -45,7 +45,7 @@ def jacobi_svd(w_OI: list[Vector]) -> tuple[Columns, Vector, Columns]:
 
 
 def number_dropped(s: Vector, fraction: float, energy_fraction: float | None) -> int:
-    """floor(fraction R), or the longest tail with at most that share of the sum of squares."""
+    """floor(fraction M), or the longest tail with at most that share of the sum of squares."""
     if energy_fraction is None:
         return math.floor(fraction * len(s))
     count, tail = 0, 0.0

@@ -1,9 +1,9 @@
 """Drop-Upcycling of one expert, number by number; the random draws are arguments.
 
-A reference for tests, written from METHODS 2 (arXiv 2502.19261): the paper's version, and the one of its code. Torch is
-used only so that autograd gives the gradients.
+A reference for tests, written from arXiv:2502.19261: the paper's version, and that of its code. Torch is used only so
+that autograd gives the gradients.
 
-Legend: T tokens, D model width, H hidden width, S re-initialised neurons.
+Shape suffixes: S re-initialised neurons.
 """
 
 import math

@@ -1,8 +1,8 @@
 """Random-noise upcycling of one expert, number by number; the random draws are arguments.
 
-A reference for tests, written from METHODS 2 (RNU, after the code of arXiv 2502.19261).
+A reference for tests, written from the code of arXiv:2502.19261 (its baseline RNU).
 
-Legend: D model width, H hidden width, S neurons that get noise.
+Shape suffixes: S neurons that get noise.
 """
 
 Matrix = list[list[float]]

@@ -1,6 +1,6 @@
 """Sparse upcycling of one layer, number by number; the random draws are arguments.
 
-A reference for tests, written from METHODS 1. Legend: D model width, H hidden width, E experts.
+A reference for tests, written from arXiv:2212.05055.
 """
 
 import math

@@ -1,8 +1,8 @@
-"""SPRI as METHODS 7 reconstructs it, component by component: the experts' matrices, and the same in factored form.
+"""SPRI as reconstructed in `strategies/spri.py`, component by component: the experts' matrices.
 
 A reference for tests. The SVD is numpy's; a singular pair's sign is arbitrary and leaves every product as it is.
 
-Legend: O outputs, I inputs of a matrix, K singular values.
+Shape suffixes: O outputs, I inputs of a matrix, M singular values.
 """
 
 import numpy as np
@@ -25,14 +25,14 @@ def groups(tail: list[int], experts: int, partition: str, order: list[int]) -> l
     return out
 
 
-def kept(s_K: Array, fraction: float, by: str) -> int:
+def kept(s_M: Array, fraction: float, by: str) -> int:
     """r: a share of the number, or the fewest that hold that share of sum s^2."""
     if by == "count":
-        return round(fraction * len(s_K))
-    total = sum(float(s) ** 2 for s in s_K)
+        return round(fraction * len(s_M))
+    total = sum(float(s) ** 2 for s in s_M)
     rank, held = 0, 0.0
-    while held < fraction * total and rank < len(s_K):
-        held += float(s_K[rank]) ** 2
+    while held < fraction * total and rank < len(s_M):
+        held += float(s_M[rank]) ** 2
         rank += 1
     return rank
 
@@ -48,22 +48,22 @@ def experts(
     scale: float = 1.0,
     order: list[int] | None = None,
 ) -> list[Array]:
-    """W_e = B + s R_e, or W + s (R_e - (W - B) / N)."""
-    u_OK, s_K, vt_KI = np.linalg.svd(w_OI, full_matrices=False)
-    rank = kept(s_K, fraction, by)
+    """W_e = B + scale R_e, or W + scale (R_e - (W - B) / E), [O, I] for each expert."""
+    u_OM, s_M, vt_MI = np.linalg.svd(w_OI, full_matrices=False)
+    rank = kept(s_M, fraction, by)
 
     def component(j: int) -> Array:
         out = np.zeros_like(w_OI)
         for o in range(w_OI.shape[0]):
             for i in range(w_OI.shape[1]):
-                out[o, i] = s_K[j] * u_OK[o, j] * vt_KI[j, i]
+                out[o, i] = s_M[j] * u_OM[o, j] * vt_MI[j, i]
         return out
 
     base_OI = np.zeros_like(w_OI)
     for j in range(rank):
         base_OI += component(j)
     made = []
-    for group in groups(list(range(rank, len(s_K))), num_experts, partition, order or []):
+    for group in groups(list(range(rank, len(s_M))), num_experts, partition, order or []):
         residual_OI = np.zeros_like(w_OI)
         for j in group:
             residual_OI += component(j)

@@ -1,9 +1,9 @@
 """Virtual-group upcycling of one FFN, number by number, and a token-choice top-k MoE, one token at a time.
 
-A reference for tests, written from METHODS 8 (arXiv 2410.07524, Megatron-LM's `upcycling_utils.py`) and METHODS 0.2.
-Torch is used only so that autograd gives the gradients.
+A reference for tests, written from arXiv:2410.07524 and Megatron-LM's `upcycling_utils.py`. Torch is used only so that
+autograd gives the gradients.
 
-Legend: T tokens, D model width, H hidden width, S = H / G hidden of a shard, V copies, E = V * G experts.
+Shape suffixes: V copies, E = V G experts, S = H / G hidden neurons of a shard.
 """
 
 import math

@@ -1,6 +1,6 @@
-"""Branch-Train-MiX: METHODS 8, its invariant, domains, batches, and the literal mix.
+"""Branch-Train-MiX: its invariant, domains, batches, and the literal mix.
 
-Shape suffixes: S samples, B batch, T tokens.
+Shape suffixes: S samples.
 """
 
 from typing import Any
@@ -23,7 +23,7 @@ from tests.helpers import (
 from tests.literal import btx as literal
 from upcycle_bench.planning.registry import load_registry
 from upcycle_bench.strategies import btx
-from upcycle_bench.upcycling.preparation import Groups
+from upcycle_bench.strategy import Groups
 from upcycle_bench.util.errors import UserError
 from upcycle_bench.util.rng import Stream
 
@@ -103,7 +103,7 @@ def test_the_mix_equals_the_literal_one(branches: int) -> None:
     states = [dict(branch.named_parameters()) for branch in made.branches]
     average = literal.averaged([{name: state[name].flatten().tolist() for name in names} for state in states])
     ours = dict(made.model.named_parameters())
-    for name in names:  # rounded once, from float64
+    for name in names:  # the mean is taken in float64 and rounded once
         assert ours[name].flatten().tolist() == torch.tensor(average[name], dtype=torch.float64).float().tolist()
     for name, parameter in ours.items():
         expected = torch.stack([state[name].double() for state in states]).mean(0)

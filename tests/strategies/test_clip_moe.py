@@ -1,6 +1,6 @@
-"""CLIP-MoE: METHODS 5, C1 to C5 (C6 is the router tuning, which is left out), its edges, and what a stage is given.
+"""CLIP-MoE: its invariants C1 to C5 (headings below), its edges, and what a stage is given.
 
-Shape suffixes: S samples, B batch, T tokens, D width.
+Shape suffixes: S samples.
 """
 
 from collections.abc import Iterator

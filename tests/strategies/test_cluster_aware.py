@@ -1,7 +1,4 @@
-"""Cluster-aware upcycling as a whole: against its literal transcription, its edges and its options.
-
-Shape suffixes: B batch, L sequence, T tokens, D width, H hidden, E experts.
-"""
+"""Cluster-aware upcycling as a whole, against its literal transcription; its edges, options and ablations."""
 
 import copy
 import sys
@@ -42,7 +39,6 @@ def transcription(strategy: Any, ffn: FFN, x_TD: Tensor, num_experts: int) -> tu
     )
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize(
     ("hidden", "width", "options"),
     [
@@ -53,17 +49,20 @@ def transcription(strategy: Any, ffn: FFN, x_TD: Tensor, num_experts: int) -> tu
         (24, 24, {"pca_divisor": 4, "tau": 1.0}),
     ],
 )
-def test_fast_strategy_equals_the_literal_one(
-    hidden: int, width: int, options: dict[str, Any], dtype: torch.dtype
-) -> None:
+def test_fast_strategy_equals_the_literal_one(hidden: int, width: int, options: dict[str, Any]) -> None:
+    for dtype in (torch.float64, torch.float32):
+        compare(hidden, width, options, dtype)
+
+
+def compare(hidden: int, width: int, options: dict[str, Any], dtype: torch.dtype) -> None:
     strategy = ClusterAware(cluster_tokens=600, **options)
     ffn = random_ffn(hidden, width, dtype=dtype)
     x_TD, _ = cones(1500, orthonormal(4, width), seed=1, noise=0.3)  # float32, as calibration gives it
     init, calibrator = make(strategy, ffn, x_TD, 4, chunk=270)
-    w1_experts, router_ND = transcription(strategy, ffn, x_TD, 4)
+    w1_experts, router_ED = transcription(strategy, ffn, x_TD, 4)
     # Centroids: faiss works in float32 on points that both sides rounded from another precision.
-    np.testing.assert_allclose(init.router_ND.double().numpy(), router_ND, rtol=0, atol=1e-5)
-    labels_T = literal.assign(x_TD.numpy(), router_ND)
+    np.testing.assert_allclose(init.router_ND.double().numpy(), router_ED, rtol=0, atol=1e-5)
+    labels_T = literal.assign(x_TD.numpy(), router_ED)
     assert calibrator.count_E.tolist() == np.bincount(labels_T, minlength=4).tolist()
     # Experts: float64 of equal tokens in another order and by another algorithm (eigh and QR against Cholesky, SVD
     # and solve), so rounding times the conditioning of C; float32 weights come out of two products in float32.
@@ -74,14 +73,14 @@ def test_fast_strategy_equals_the_literal_one(
 
 def test_fast_strategy_equals_the_literal_one_on_clusters_with_few_tokens() -> None:
     # About 8 tokens per cluster at D = 24 and a floor of 13: the kept rank exceeds that of every C, so both sides add
-    # the ridge 1e-6 tr(C)/D (METHODS 6.3). The directions it decides have sigma^2 of about 1e-6 of the largest.
+    # the ridge 1e-6 tr(C)/D. The directions that it decides have sigma^2 of about 1e-6 of the largest.
     strategy = ClusterAware(pca_divisor=4, kmeans_restarts=5)
     ffn = random_ffn(64, 24)
     x_TD, _ = cones(32, orthonormal(4, 24), seed=2)
     init, calibrator = make(strategy, ffn, x_TD, 4)
     assert 0 < calibrator.count_E.min() <= calibrator.count_E.max() < 13
-    w1_experts, router_ND = transcription(strategy, ffn, x_TD, 4)
-    np.testing.assert_allclose(init.router_ND.double().numpy(), router_ND, rtol=0, atol=1e-5)
+    w1_experts, router_ED = transcription(strategy, ffn, x_TD, 4)
+    np.testing.assert_allclose(init.router_ND.double().numpy(), router_ED, rtol=0, atol=1e-5)
     for expert, expected_HD in zip(init.experts, w1_experts, strict=True):
         assert relative(w1(expert), torch.from_numpy(expected_HD)) < 1e-6
 
@@ -158,44 +157,6 @@ def test_missing_faiss_is_one_line_that_names_the_extras(monkeypatch: pytest.Mon
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize(
-    ("option", "value"),
-    [
-        ("tau", "0"),
-        ("tau", "1.5"),
-        ("tau", "nan"),
-        ("tau", "much"),
-        ("rank_floor", "1"),
-        ("rank_floor", "-0.1"),
-        ("pca_divisor", "0"),
-        ("router_scale", "0"),
-        ("router_scale", "inf"),
-        ("pairs", "0"),
-        ("pairs", "1.5"),
-        ("cluster_tokens", "0"),
-        ("kmeans_iterations", "0"),
-        ("kmeans_restarts", "0"),
-        ("eesd_weight", "-1"),
-        ("eesd_weight", "inf"),
-        ("eesd_ema", "1.01"),
-        ("eesd_feature_reduction", "max"),
-        ("eesd_layer_reduction", ""),
-        ("eesd_tokens", "0"),
-        ("eesd_tokens", "1.5"),
-        ("eesd_mask_dropped", "perhaps"),
-        ("rank_fraction", "1.1"),
-        ("pca", "2"),
-    ],
-)
-def test_a_bad_value_is_one_line_that_names_the_option(option: str, value: str) -> None:
-    with pytest.raises(UserError) as error:
-        configure(ClusterAware, {option: value})
-    message = str(error.value)
-    assert message.startswith(f"cluster-aware: {option}: ")
-    assert repr(value) in message or value in message
-    assert "\n" not in message
-
-
 def test_an_unknown_option_is_one_line_with_near_matches() -> None:
     with pytest.raises(UserError, match="did you mean 'tau'") as error:
         configure(ClusterAware, {"taw": "0.9"})
@@ -205,8 +166,8 @@ def test_an_unknown_option_is_one_line_with_near_matches() -> None:
     assert strategy.config()["eesd_feature_reduction"] == "mean"
 
 
-def test_defaults_are_the_papers_or_methods() -> None:
-    strategy = ClusterAware()  # METHODS 6.2 and section 10
+def test_defaults_are_the_papers_or_reconstructed() -> None:
+    strategy = ClusterAware()  # the paper's section 4.1, or what `info.reconstructed` says
     assert (strategy.tau, strategy.rank_floor, strategy.pca_divisor, strategy.router_scale) == (0.9, 0.5, 8, 1.0)
     assert (strategy.calibration_pairs, strategy.kmeans_iterations) == (131072, 25)
     assert (strategy.eesd_weight, strategy.eesd_ema) == (1.0, 0.999)

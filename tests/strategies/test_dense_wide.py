@@ -1,6 +1,6 @@
-"""The wide dense control: function kept, symmetry broken, statistics of the new neurons, and the way to its file.
+"""The wide dense control: function kept, symmetry broken, statistics of the new neurons, its file and its errors.
 
-Shape suffixes: D width, H hidden, M new neurons.
+Shape suffixes: M new neurons.
 """
 
 import math

@@ -1,8 +1,9 @@
-"""DeRS: METHODS 4a, R1 to R5, and its options; R6 is in test_compress.
+"""DeRS: its invariants R1 to R5 (headings below) and its options; R6, compression, is in test_compress.
 
-Shape suffixes: T tokens, D width, H hidden, E experts, S places.
+Shape suffixes: S sparse places, P rank.
 """
 
+import itertools
 import math
 from typing import Any
 
@@ -50,9 +51,8 @@ def trained(init: LayerInit, steps: int = 5) -> list[Any]:
 
 
 @BOTH
-@BIASES
-def test_r1_every_weight_is_the_dense_one_to_the_bit(name: str, bias_deltas: bool) -> None:
-    for dtype in (torch.float32, torch.float64):
+def test_r1_every_weight_is_the_dense_one_to_the_bit(name: str) -> None:
+    for dtype, bias_deltas in itertools.product([torch.float32, torch.float64], [False, True]):
         ffn = random_ffn(HIDDEN, WIDTH, dtype=dtype)
         init = make(name, ffn, bias_deltas=bias_deltas)
         for expert in init.experts:
@@ -68,9 +68,8 @@ def test_r1_every_weight_is_the_dense_one_to_the_bit(name: str, bias_deltas: boo
 
 
 @BOTH
-@BIASES
-def test_r2_at_step_0_only_the_zero_factor_and_the_base_have_gradients(name: str, bias_deltas: bool) -> None:
-    for expert in make(name, bias_deltas=bias_deltas).experts:
+def test_r2_at_step_0_only_the_zero_factor_and_the_base_have_gradients(name: str) -> None:
+    for expert in [*make(name).experts, *make(name, bias_deltas=True).experts]:
         expert(tokens()).sin().sum().backward()
         for key, parameter in expert.named_parameters():
             assert parameter.grad is not None, key
@@ -152,16 +151,16 @@ def test_r4_the_difference_to_the_base_has_rank_r_after_training(rank: int) -> N
 # ---- R5: how many parameters ----------------------------------------------------------------------------------------
 
 
-@BIASES
 @pytest.mark.parametrize(("name", "options", "per_matrix"), [
     ("ders-lm", {"rank": 3}, 3 * (HIDDEN + WIDTH)),
     ("ders-sm", {"rate": 0.75}, HIDDEN * WIDTH // 4),
 ])  # fmt: skip
-def test_r5_parameter_formulas(name: str, options: dict[str, Any], per_matrix: int, bias_deltas: bool) -> None:
-    layer = moe_layer(make(name, bias_deltas=bias_deltas, **options))
+def test_r5_parameter_formulas(name: str, options: dict[str, Any], per_matrix: int) -> None:
     biases = HIDDEN + WIDTH
-    expected = 2 * (HIDDEN * WIDTH + 4 * per_matrix) + biases + 4 * biases * bias_deltas
-    assert sum(p.numel() for p in layer.experts.parameters()) == expected
+    for bias_deltas in (False, True):
+        layer = moe_layer(make(name, bias_deltas=bias_deltas, **options))
+        expected = 2 * (HIDDEN * WIDTH + 4 * per_matrix) + biases + 4 * biases * bias_deltas
+        assert sum(p.numel() for p in layer.experts.parameters()) == expected
 
 
 # ---- Forward, options -----------------------------------------------------------------------------------------------

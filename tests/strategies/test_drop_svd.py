@@ -1,6 +1,6 @@
-"""Drop-SVD: METHODS 3, V1 to V5, its options, and the transcription.
+"""Drop-SVD: its invariants V1 to V5, its options, and the transcription.
 
-Shape suffixes: T tokens, D width, H hidden, O outputs, I inputs, M components, c kept, t drawn anew.
+Shape suffixes: O outputs, I inputs, M components, c of them kept, t drawn anew.
 """
 
 import itertools
@@ -188,10 +188,9 @@ def test_transcription_by_hand() -> None:
     assert_close(torch.tensor(made), torch.tensor([[3 + third, third], [third, third], [third, third]]))
 
 
-@pytest.mark.parametrize("vectors", ["orthonormal", "gaussian"])
 @pytest.mark.parametrize("cut", [{"fraction": 0.0}, {}, {"fraction": 1.0}, {"energy_fraction": 0.4}])
-def test_fast_strategy_equals_the_literal_one(cut: dict[str, float], vectors: str) -> None:
-    for dtype in (torch.float64, torch.float32):
+def test_fast_strategy_equals_the_literal_one(cut: dict[str, float]) -> None:
+    for vectors, dtype in itertools.product(["orthonormal", "gaussian"], [torch.float64, torch.float32]):
         compare(cut, vectors, dtype)
 
 

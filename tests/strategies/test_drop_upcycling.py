@@ -1,9 +1,9 @@
-"""Drop-Upcycling: METHODS 2, D1 to D6, its edges and its options.
+"""Drop-Upcycling: its invariants D1 to D6 (headings below), its edges and its options.
 
-Statistical bounds are five standard deviations of what the sample size allows. `random_ffn` has no two equal biases,
-so that b1, where it is kept, says which dense neuron stands where.
+Statistical bounds are five standard deviations for the sample's size. No two biases of `random_ffn` are equal, so b1,
+where it is kept, tells which dense neuron stands at which place.
 
-Shape suffixes: T tokens, D width, H hidden, N experts, S re-initialised neurons.
+Shape suffixes: S re-initialised neurons.
 """
 
 import itertools
@@ -83,8 +83,7 @@ def test_d1_without_new_neurons_it_is_sparse_upcycling(shared_indices: bool) -> 
 # ---- D2: the rest is the dense FFN ----------------------------------------------------------------------------------
 
 
-@BOTH
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("dtype", "shared_indices"), [(torch.float32, True), (torch.float64, False)])
 def test_d2_outside_the_index_sets_every_bit_is_dense(dtype: torch.dtype, shared_indices: bool) -> None:
     ffn = random_ffn(HIDDEN, WIDTH, dtype=dtype)
     before = [tensor.clone() for tensor in (ffn.w1_HD, ffn.b1_H, ffn.w2_DH, ffn.b2_D)]
@@ -110,8 +109,7 @@ def uneven_ffn() -> FFN:
     return replace(ffn, w1_HD=ffn.w1_HD * scale_H[:, None] + 0.2, w2_DH=0.1 * ffn.w2_DH * scale_H - 0.05)
 
 
-@BOTH
-@pytest.mark.parametrize("ratio", [0.1, 0.5, 1.0])
+@pytest.mark.parametrize(("ratio", "shared_indices"), [(0.1, True), (0.1, False), (0.5, True), (1.0, False)])
 def test_d3_new_numbers_are_normal_with_the_moments_of_the_block_they_replace(
     ratio: float, shared_indices: bool
 ) -> None:
@@ -195,8 +193,7 @@ def test_d5_independent_sets_meet_by_chance(ratio: float) -> None:
 # ---- D6: two experts ------------------------------------------------------------------------------------------------
 
 
-@BOTH
-@RATIOS
+@pytest.mark.parametrize(("ratio", "shared_indices"), [(0.25, True), (0.5, False), (0.75, True), (0.75, False)])
 def test_d6_two_experts_keep_a_neuron_together_by_chance(ratio: float, shared_indices: bool) -> None:
     hidden, experts = 1024, 8
     ffn = random_ffn(hidden, 4)

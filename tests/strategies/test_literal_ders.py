@@ -1,4 +1,4 @@
-"""The transcription of DeRS: hand-worked numbers, and the fast strategies and compression agree with it."""
+"""The transcription of DeRS: numbers worked by hand, and the fast strategies and compression agree with it."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""What the strategies' options refuse, and what they are when nobody sets them."""
+"""Which values the strategies' options refuse, and what the options are when nobody sets them."""
 
 from typing import Any
 
@@ -10,6 +10,24 @@ from upcycle_bench.util.errors import UserError
 
 STRATEGIES = load_registry().strategies
 REFUSED = {
+    "cluster-aware": {
+        "tau": ["0", "1.5", "nan", "much"],
+        "rank_floor": ["1", "-0.1"],
+        "rank_fraction": ["1.1"],
+        "pca": ["2"],
+        "pca_divisor": ["0"],
+        "router_scale": ["0", "inf"],
+        "pairs": ["0", "1.5"],
+        "cluster_tokens": ["0"],
+        "kmeans_iterations": ["0"],
+        "kmeans_restarts": ["0"],
+        "eesd_weight": ["-1", "inf"],
+        "eesd_ema": ["1.01"],
+        "eesd_feature_reduction": ["max"],
+        "eesd_layer_reduction": [""],
+        "eesd_tokens": ["0", "1.5"],
+        "eesd_mask_dropped": ["perhaps"],
+    },
     "sparse-upcycling": {
         "expert_noise_std": ["-0.1", "inf", "nan"],
         "expert_noise_rel": ["-0.1", "inf", "nan"],

@@ -1,7 +1,7 @@
-"""Sparse upcycling's own part: METHODS 1, S1 and S7 for what the strategy makes, its noises, and the transcription.
+"""Sparse upcycling: S1 function kept and S7 own storage, for what the strategy makes; its noises; the transcription.
 
 S1 to S5 for copies under the gate are in `test_moe_copies.py`, S1, S6, S7 for a whole model in `test_surgery.py`.
-Statistical bounds are five standard deviations. Shape suffixes: T tokens, D width, H hidden, E experts.
+Statistical bounds are five standard deviations.
 """
 
 import itertools

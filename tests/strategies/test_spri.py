@@ -1,8 +1,9 @@
-"""SPRI as reconstructed: METHODS 7, P1 to P6, its options, and a literal transcription.
+"""SPRI as reconstructed: its invariants P1 to P6, its options, and a literal transcription.
 
-Shape suffixes: T tokens, D width, H hidden, O outputs, I inputs, M singular values.
+Shape suffixes: O outputs, I inputs, M singular values.
 """
 
+import itertools
 from collections.abc import Mapping
 from typing import Any
 
@@ -28,7 +29,6 @@ from upcycle_bench.util.rng import Stream
 
 Spri = load_registry().strategies["spri"].target
 PARTITIONS = pytest.mark.parametrize("partition", ["interleaved", "contiguous", "random"])
-MODES = pytest.mark.parametrize("mode", ["base_plus_residual", "additive"])
 HIDDEN, WIDTH, EXPERTS = 40, 20, 4
 CLOSE = {"rtol": 1e-10, "atol": 1e-12}
 
@@ -89,7 +89,7 @@ def test_p3_the_distance_to_the_dense_matrix_is_the_energy_of_the_others_compone
             assert float((weight_OI - each).square().sum()) == pytest.approx(
                 float(tail_M.square().sum()) - own, rel=1e-9
             )
-            # and that is a sum of s_j^2 over |P_e| of the tail's values
+            # `own` is a sum of s_j^2 over |P_e| of the tail's values
             count = int(torch.linalg.matrix_rank(each - base_OI, atol=1e-9))
             values_M = torch.linalg.svdvals(each - base_OI)[:count]
             assert all(float((tail_M - value).abs().min()) < 1e-10 for value in values_M)
@@ -105,17 +105,17 @@ def test_p4_the_mean_is_the_dense_matrix_at_scale_n_and_in_additive_mode_always(
         assert float((torch.stack(made).mean(0) - weight_OI).norm()) > 1e-2
 
 
-@MODES
 @pytest.mark.parametrize("rank_by", ["count", "energy"])
-def test_p5_with_the_whole_spectrum_kept_it_is_sparse_upcycling(ffn: FFN, mode: str, rank_by: str) -> None:
-    init = make(ffn, rank_fraction=1.0, mode=mode, rank_by=rank_by)
-    for expert in init.experts:
-        parts = expert.c_fc.weight, expert.c_fc.bias, expert.c_proj.weight, expert.c_proj.bias
-        if rank_by == "count":
-            assert all(map(torch.equal, parts, (ffn.w1_HD, ffn.b1_H, ffn.w2_DH, ffn.b2_D)))
-            assert all(parameter.requires_grad for parameter in expert.parameters())
+def test_p5_with_the_whole_spectrum_kept_it_is_sparse_upcycling(ffn: FFN, rank_by: str) -> None:
     x_TD = torch.randn(30, WIDTH, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    assert_close(moe_layer(init).eval()(x_TD), dense_forward(ffn, x_TD), **CLOSE)
+    for mode in ("base_plus_residual", "additive"):
+        init = make(ffn, rank_fraction=1.0, mode=mode, rank_by=rank_by)
+        for expert in init.experts:
+            parts = expert.c_fc.weight, expert.c_fc.bias, expert.c_proj.weight, expert.c_proj.bias
+            if rank_by == "count":
+                assert all(map(torch.equal, parts, (ffn.w1_HD, ffn.b1_H, ffn.w2_DH, ffn.b2_D)))
+                assert all(parameter.requires_grad for parameter in expert.parameters())
+        assert_close(moe_layer(init).eval()(x_TD), dense_forward(ffn, x_TD), **CLOSE)
 
 
 # ---- P6: stage 1 ----------------------------------------------------------------------------------------------------
@@ -255,11 +255,10 @@ def test_transcription_by_hand() -> None:
 
 
 @PARTITIONS
-@MODES
-def test_fast_strategy_equals_the_literal_one(partition: str, mode: str) -> None:
-    for rank_by, fraction in (("count", 0.45), ("energy", 0.8)):
-        for dtype in (torch.float64, torch.float32):
-            compare(partition, mode, rank_by, fraction, dtype)
+def test_fast_strategy_equals_the_literal_one(partition: str) -> None:
+    modes, ranks = ("base_plus_residual", "additive"), (("count", 0.45), ("energy", 0.8))
+    for mode, rank, dtype in itertools.product(modes, ranks, (torch.float64, torch.float32)):
+        compare(partition, mode, *rank, dtype)
 
 
 def compare(partition: str, mode: str, rank_by: str, fraction: float, dtype: torch.dtype) -> None:

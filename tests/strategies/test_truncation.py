@@ -1,7 +1,4 @@
-"""The data-aware truncated SVD of the experts: METHODS 6.5, K1 to K6.
-
-Shape suffixes: T tokens, D width, H hidden, R = min(H, D) singular values.
-"""
+"""The data-aware truncated SVD of the experts: its transcription, K1 what is left out, K2 the rank that is kept."""
 
 import pytest
 import torch
@@ -10,43 +7,25 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.testing import assert_close
 
-from tests.cluster_data import ClusterAware, make, relative, truncate, w1
-from tests.helpers import cones, dense_forward, moe_layer, orthonormal, random_ffn
+from tests.cluster_data import CASES, SEEDS, ClusterAware, energy, make, problem, relative, truncate, w1
+from tests.helpers import cones, orthonormal, random_ffn
 from tests.literal import cluster_aware as literal
 
-SEEDS = pytest.mark.parametrize("seed", [0, 3, 4, 9])  # of `problem`: W1 is tall in 0, 3 and 8, wide in 4, 9 and 10
-CASES = pytest.mark.parametrize(("seed", "tau"), [(0, 0.5), (8, 0.9), (3, 0.99), (10, 0.5), (4, 0.9), (9, 0.999)])
-
-
-def problem(seed: int, tokens_per_width: float = 4) -> tuple[Tensor, Tensor, Tensor]:
-    """W1 [H, D], tall or wide; anisotropic tokens with a mean [T, D]; C = X^T X. All float64."""
-    generator = torch.Generator().manual_seed(seed)
-    hidden, width = (int(torch.randint(low, high, (), generator=generator)) for low, high in ((6, 40), (6, 20)))
-
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, dtype=torch.float64)
-
-    mixing_DD = draw(width, width) * 0.8 ** torch.arange(width)
-    x_TD = draw(int(tokens_per_width * width), width) @ mixing_DD.T + draw(width)
-    return draw(hidden, width), x_TD, x_TD.T @ x_TD
-
-
-def energy(matrix: Tensor) -> float:
-    return float(matrix.square().sum())
+FLOORS = (0.0, 0.5, 0.75)
 
 
 # ---- The literal transcription --------------------------------------------------------------------------------------
 
 
 @CASES
-@pytest.mark.parametrize("rank_floor", [0.0, 0.5, 0.75])
-def test_truncate_equals_the_literal_one(seed: int, tau: float, rank_floor: float) -> None:
+def test_truncate_equals_the_literal_one(seed: int, tau: float) -> None:
     w1_HD, _, c_DD = problem(seed)  # more tokens than D: no ridge on either side
-    ours = truncate(w1_HD, c_DD, tau=tau, rank_floor=rank_floor)
-    expected_HD, rank, sigma2_R = literal.truncate(w1_HD.numpy(), c_DD.numpy(), tau=tau, rank_floor_fraction=rank_floor)
-    assert ours.rank == rank
-    assert_close(ours.energy_R, torch.from_numpy(sigma2_R), rtol=1e-8, atol=1e-12 * float(sigma2_R[0]))
-    assert relative(ours.w1_HD, torch.from_numpy(expected_HD)) < 1e-10
+    for floor in FLOORS:
+        ours = truncate(w1_HD, c_DD, tau=tau, rank_floor=floor)
+        expected_HD, rank, sigma2_R = literal.truncate(w1_HD.numpy(), c_DD.numpy(), tau=tau, rank_floor_fraction=floor)
+        assert ours.rank == rank
+        assert_close(ours.energy_R, torch.from_numpy(sigma2_R), rtol=1e-8, atol=1e-12 * float(sigma2_R[0]))
+        assert relative(ours.w1_HD, torch.from_numpy(expected_HD)) < 1e-10
 
 
 @SEEDS
@@ -81,7 +60,7 @@ def test_ridge_only_where_the_kept_rank_exceeds_that_of_w1_c_w1t(seed: int) -> N
 
 @pytest.mark.parametrize(("length", "gain"), [(1, 1.0), (100, 0.01), (1000, 0.01), (1e4, 1e-3)])
 def test_few_long_tokens_that_w1_all_but_ignores_get_the_ridge(length: float, gain: float) -> None:
-    """A common mean, massive activations: rounding of W1 C W1^T is then far above its own eigenvalues' rounding."""
+    """Tokens with a long common mean, as massive activations are: W1 C W1^T then hides the rounding of its product."""
     generator = torch.Generator().manual_seed(0)
     mean_D = orthonormal(1, 48, seed=1)[0]
     w1_HD = torch.randn(64, 48, generator=generator, dtype=torch.float64)
@@ -131,7 +110,7 @@ def test_k1_on_the_tokens_of_every_cluster_of_a_layer(tau: float) -> None:
         ours = truncate(ffn.w1_HD, calibrator.moment(i), tau=tau, rank_floor=0.0)
         loss = energy(x_iTD @ (ffn.w1_HD - w1(expert)).T)
         assert loss == pytest.approx(float(ours.energy_R[ours.rank :].sum()), rel=1e-8)
-        relative_error = (loss / energy(x_iTD @ ffn.w1_HD.T)) ** 0.5  # METHODS 0.4: of the pre-activations
+        relative_error = (loss / energy(x_iTD @ ffn.w1_HD.T)) ** 0.5  # of the pre-activations
         assert 0 < relative_error <= (1 - tau) ** 0.5
 
 
@@ -139,18 +118,17 @@ def test_k1_on_the_tokens_of_every_cluster_of_a_layer(tau: float) -> None:
 
 
 @CASES
-@pytest.mark.parametrize("rank_floor", [0.0, 0.5, 0.75])
-def test_k2_rank_is_the_smallest_that_reaches_tau_or_the_floor(seed: int, tau: float, rank_floor: float) -> None:
+def test_k2_rank_is_the_smallest_that_reaches_tau_or_the_floor(seed: int, tau: float) -> None:
     w1_HD, _, c_DD = problem(seed)
-    ours = truncate(w1_HD, c_DD, tau=tau, rank_floor=rank_floor)
-    full_rank = min(w1_HD.shape)
-    assert int(torch.linalg.matrix_rank(ours.w1_HD, atol=1e-9 * float(w1_HD.norm()))) == ours.rank
-    assert ours.rank > rank_floor * full_rank
-    share_R = ours.energy_R.cumsum(0) / ours.energy_R.sum()
-    assert (ours.energy_R.diff() <= 0).all()
-    assert float(share_R[ours.rank - 1]) >= tau - 1e-12
-    below = float(share_R[ours.rank - 2]) if ours.rank > 1 else 0.0
-    assert ours.floor_binds == (below >= tau)
+    for floor in FLOORS:
+        ours = truncate(w1_HD, c_DD, tau=tau, rank_floor=floor)
+        assert int(torch.linalg.matrix_rank(ours.w1_HD, atol=1e-9 * float(w1_HD.norm()))) == ours.rank
+        assert ours.rank > floor * min(w1_HD.shape)
+        share_R = ours.energy_R.cumsum(0) / ours.energy_R.sum()
+        assert (ours.energy_R.diff() <= 0).all()
+        assert float(share_R[ours.rank - 1]) >= tau - 1e-12
+        below = float(share_R[ours.rank - 2]) if ours.rank > 1 else 0.0
+        assert ours.floor_binds == (below >= tau)
 
 
 def test_k2_kept_rank_by_hand() -> None:
@@ -170,10 +148,10 @@ def test_k2_kept_rank_by_hand() -> None:
     assert rule(0.9, 0.5, torch.ones(1).double()) == (1, False)
     # Five equal energies: 3/5 < 0.7 <= 4/5; the floor floor(5 * 0.5) + 1 = 3 does not bind.
     assert rule(0.7, 0.5, torch.ones(5).double()) == (4, False)
-    # tau = 1 keeps everything, zeros and rounding included; METHODS 6.2: 385 of 768, 257 of 512.
+    # tau = 1 keeps everything, zeros and rounding included. More than half is 385 of 768 and 257 of 512.
     assert rule(1.0, 0.0, torch.tensor([1.0, 0.0, 0.0]).double()) == (3, False)
     assert [rule(0.5, 0.5, torch.eye(n)[0].double())[0] for n in (768, 512)] == [385, 257]
-    # Twelve times 0.1, added one by one, is less than their sum in pairs: the last share must be 1 all the same.
+    # Twelve times 0.1, added one by one, is less than their sum in pairs; still the last share must be exactly 1.
     assert rule(0.9999999999999999, 0.0, torch.full((12,), 0.1, dtype=torch.float64)) == (12, False)
 
 
@@ -192,125 +170,6 @@ def test_k2_kept_rank_for_any_spectrum(energies: list[float], tau: float, rank_f
     assert share_R[rank - 1] >= tau - 1e-12
     if not floor_binds and rank > 1 and tau < 1:
         assert share_R[rank - 2] < tau
-
-
-# ---- K3 to K6 -------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("options", [{"tau": 1.0}, {"rank_floor": 0.99}])
-def test_k3_full_rank_is_the_dense_ffn_through_the_whole_moe_layer(options: dict[str, float]) -> None:
-    ffn = random_ffn(48, 16)
-    x_TD, _ = cones(1000, orthonormal(4, 16), seed=4, noise=0.4, dtype=torch.float64)
-    init, _ = make(ClusterAware(pca_divisor=4, **options), ffn, x_TD.float(), 4)
-    assert init.notes["mean_rank"] == 16
-    assert all(torch.equal(w1(expert), ffn.w1_HD) for expert in init.experts)
-    layer = moe_layer(init).eval()
-    with torch.no_grad():
-        assert_close(layer(x_TD[None])[0], dense_forward(ffn, x_TD), rtol=1e-10, atol=1e-10)
-
-
-def test_k3_below_full_rank_it_is_not_the_dense_ffn() -> None:
-    ffn = random_ffn(48, 16)
-    x_TD, _ = cones(1000, orthonormal(4, 16), seed=4, noise=0.4, dtype=torch.float64)
-    init, _ = make(ClusterAware(pca_divisor=4), ffn, x_TD.float(), 4)
-    with torch.no_grad():
-        assert relative(moe_layer(init).eval()(x_TD[None])[0], dense_forward(ffn, x_TD)) > 0.01
-
-
-@SEEDS
-def test_k4_no_worse_on_the_cluster_than_a_plain_svd(seed: int) -> None:
-    w1_HD, x_TD, c_DD = problem(seed)
-    ours = truncate(w1_HD, c_DD, tau=0.5, rank_floor=0.5)
-    u_HR, s_R, v_RD = torch.linalg.svd(w1_HD, full_matrices=False)
-    plain_HD = (u_HR[:, : ours.rank] * s_R[: ours.rank]) @ v_RD[: ours.rank]
-    loss, plain_loss = (energy((w1_HD - w_HD) @ x_TD.T) for w_HD in (ours.w1_HD, plain_HD))
-    assert loss < plain_loss
-
-
-@CASES
-@pytest.mark.parametrize("tokens_per_width", [4, 0.4])  # with a singular C, too: the ridge scales along
-def test_k5_scale_of_the_tokens_does_not_matter(seed: int, tau: float, tokens_per_width: float) -> None:
-    w1_HD, _, c_DD = problem(seed, tokens_per_width)
-    ours = truncate(w1_HD, c_DD, tau=tau, rank_floor=0.5)
-    for factor in (1e-3, 7.0, 1e4):
-        scaled = truncate(w1_HD, factor**2 * c_DD, tau=tau, rank_floor=0.5)
-        assert scaled.rank == ours.rank
-        assert relative(scaled.w1_HD, ours.w1_HD) < 1e-7
-
-
-@CASES
-@pytest.mark.parametrize("root", ["cholesky", "symmetric", "eigenvectors"])
-def test_k5_it_is_the_svd_of_w1_s_for_any_square_root_s(seed: int, tau: float, root: str) -> None:
-    w1_HD, _, c_DD = problem(seed)
-    ours = truncate(w1_HD, c_DD, tau=tau, rank_floor=0.5)
-    value_D, vector_DD = torch.linalg.eigh(c_DD)
-    eigenvectors_DD = vector_DD * value_D.sqrt()
-    root_DD = {
-        "cholesky": torch.linalg.cholesky(c_DD),
-        "symmetric": eigenvectors_DD @ vector_DD.T,
-        "eigenvectors": eigenvectors_DD,
-    }[root]
-    u_HR, sigma_R, _ = torch.linalg.svd(w1_HD @ root_DD, full_matrices=False)
-    assert_close(ours.energy_R, sigma_R.square(), rtol=1e-8, atol=1e-12 * float(ours.energy_R[0]))
-    basis_HR = u_HR[:, : ours.rank]
-    assert relative(ours.w1_HD, basis_HR @ (basis_HR.T @ w1_HD)) < 1e-10
-
-
-@SEEDS
-@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 3e-7), (torch.bfloat16, 2.2e-3)])
-def test_the_last_product_in_w1s_own_precision_costs_rounding_only(seed: int, dtype: torch.dtype, bound: float) -> None:
-    w1_HD, _, c_DD = problem(seed)
-    w1_HD = w1_HD.to(dtype)
-    ours = truncate(w1_HD, c_DD, tau=0.5, rank_floor=0.5)
-    exact = truncate(w1_HD.double(), c_DD, tau=0.5, rank_floor=0.5)
-    assert ours.w1_HD.dtype == dtype
-    assert ours.rank == exact.rank
-    assert relative(ours.w1_HD, exact.w1_HD) < bound
-
-
-def test_k5_scaled_tokens_give_the_same_layer() -> None:
-    ffn = random_ffn(64, 24)
-    x_TD, _ = cones(1500, orthonormal(4, 24), seed=5, noise=0.3)
-    first, second = (make(ClusterAware(pca_divisor=4), ffn, c * x_TD, 4)[0] for c in (1, 16))
-    assert torch.equal(first.router_ND, second.router_ND)
-    for a, b in zip(first.experts, second.experts, strict=True):
-        assert relative(w1(a), w1(b)) < 1e-9
-
-
-@CASES
-def test_k6_truncation_is_a_projection_of_w1(seed: int, tau: float) -> None:
-    w1_HD, _, c_DD = problem(seed)
-    ours = truncate(w1_HD, c_DD, tau=tau, rank_floor=0.5)
-    # U_r lies in the range of W1, so W1_i W1^+ = U_r U_r^T W1 W1^+ is the projector U_r U_r^T itself.
-    projector_HH = ours.w1_HD @ torch.linalg.pinv(w1_HD)
-    assert relative(projector_HH.T, projector_HH) < 1e-10
-    assert relative(projector_HH @ projector_HH, projector_HH) < 1e-10
-    assert float(projector_HH.trace()) == pytest.approx(ours.rank, abs=1e-7)
-    assert relative(projector_HH @ ours.w1_HD, ours.w1_HD) < 1e-10
-    _, u_HH = torch.linalg.eigh(w1_HD @ c_DD @ w1_HD.T)  # METHODS 6.3: top-r eigenvectors of W1 C W1^T
-    assert relative(u_HH[:, -ours.rank :] @ u_HH[:, -ours.rank :].T, projector_HH) < 1e-10
-
-
-@SEEDS
-def test_k6_fewer_tokens_than_width_is_exact_on_them_only(seed: int) -> None:
-    w1_HD, x_TD, _ = problem(seed)
-    few_TD = x_TD[: min(w1_HD.shape) // 2 + 1]  # as many as the floor keeps
-    ours = truncate(w1_HD, few_TD.T @ few_TD, tau=0.5, rank_floor=0.5)
-    assert ours.rank == len(few_TD)
-    assert relative(ours.w1_HD @ few_TD.T, w1_HD @ few_TD.T) < 1e-12
-    elsewhere_TD = x_TD[len(few_TD) :]
-    assert relative(ours.w1_HD @ elsewhere_TD.T, w1_HD @ elsewhere_TD.T) > 0.01
-
-
-def test_k6_a_layer_with_few_tokens_is_nearly_exact_on_them() -> None:
-    # Kept rank 13 above the rank of C (about 8): exact but for the ridge, 1e-6 of the mean eigenvalue.
-    ffn = random_ffn(64, 24)
-    x_TD, _ = cones(32, orthonormal(4, 24), seed=2)
-    init, _ = make(ClusterAware(pca_divisor=4, kmeans_restarts=5), ffn, x_TD, 4)
-    label_T = (x_TD @ init.router_ND.float().T).argmax(1)
-    for i, expert in enumerate(init.experts):
-        x_iTD = x_TD[label_T == i].double()
-        assert relative(x_iTD @ w1(expert).T, x_iTD @ ffn.w1_HD.T) < 1e-3
 
 
 # ---- A fixed rank ---------------------------------------------------------------------------------------------------

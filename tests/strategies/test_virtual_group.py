@@ -1,6 +1,6 @@
-"""Virtual-group upcycling: METHODS 8, its options and errors, and the shape that it gives the model.
+"""Virtual-group upcycling: its invariants, options and errors, and the shape that it gives the model.
 
-Shape suffixes: T tokens, K choices, D width, H hidden, E experts, V copies.
+Shape suffixes: V copies, G shards of a copy.
 """
 
 import itertools
@@ -45,7 +45,7 @@ def routes(layer: MoEFFN, x_TD: Tensor) -> Tensor:
     return layer.gate(x_TD)[3]
 
 
-# ---- The paragraph's invariants -------------------------------------------------------------------------------------
+# ---- Invariants -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("granularity", [1, 2, 3, 8])
@@ -65,7 +65,7 @@ def test_virtual_group_topk_then_softmax_with_w2_scaled_is_the_dense_ffn(granula
 
 @pytest.mark.parametrize(("experts", "granularity", "top_k"), [(8, 2, 2), (8, 2, 1), (4, 4, 2), (5, 3, 1), (7, 8, 2)])
 def test_virtual_group_every_token_takes_whole_copies(experts: int, granularity: int, top_k: int) -> None:
-    """Also where the matrix product rounds equal rows differently: a tie within a copy is between shards all taken."""
+    """Also where the matrix product rounds equal rows differently: a token takes all shards of a tie within a copy."""
     for dtype in (torch.float32, torch.float64):
         check_whole_copies(experts, granularity, top_k, dtype)
 
@@ -84,7 +84,7 @@ def check_whole_copies(experts: int, granularity: int, top_k: int, dtype: torch.
     taken = [copy_KT.T[shard_KT.T.eq(s)].view(5000, top_k).sort(1).values for s in range(granularity)]
     assert all(torch.equal(each_TV, taken[0]) for each_TV in taken)
     best_TV = (x_TD.double() @ layer.gate.wg.weight[::granularity].double().T).topk(top_k, dim=1).indices
-    # fp32 logits decide, so that two copies as good as equal may change places: of 5,000 tokens hardly any.
+    # Logits are float32, so two copies that are nearly equal may change places, for hardly any of 5,000 tokens.
     agree_T = (best_TV.sort(1).values == taken[0]).all(1)
     assert agree_T.double().mean() > 0.999
 
@@ -121,7 +121,7 @@ def test_virtual_group_with_one_shard_is_sparse_upcycling() -> None:
 
 @pytest.mark.parametrize("granularity", [2, 4])
 def test_virtual_group_megatron_scaling_is_exact_for_relu_only(granularity: int) -> None:
-    """a = G, its square root on either matrix (METHODS 8: exact only for homogeneous activations)."""
+    """sqrt(G) on either matrix is exact only for homogeneous activations, like ReLU."""
     x_TD = tokens(100)
     errors = {}
     for act in (nn.ReLU(), nn.GELU()):
@@ -137,7 +137,7 @@ def test_virtual_group_megatron_scaling_is_exact_for_relu_only(granularity: int)
 
 
 def test_virtual_group_softmax_then_topk_would_give_a_share_of_the_ffn() -> None:
-    """Without renormalisation a copy of gate p gives (p / G) FFN, bias aside: why the paper's scale differs there."""
+    """Without renormalisation a copy of gate p gives (p / G) FFN, but for b2. So the paper has another scale there."""
     ffn = random_ffn(HIDDEN, WIDTH)
     init = make(ffn, 2)
     x_TD = tokens(20)
@@ -179,7 +179,7 @@ def test_survivors_of_capacity_are_dense_and_the_load_balance_is_that_of_the_cop
 
 
 def test_shards_of_a_copy_drift_apart() -> None:
-    """Each meets its own neurons' gradient, the router's rows each their own: the group holds at step 0 only."""
+    """Each shard, and each row of the router, gets a gradient of its own: the group holds at step 0 only."""
     ffn = random_ffn(HIDDEN, WIDTH)
     layer = moe_layer(make(ffn, 2), moe=settings(2)).train()
     layer(tokens(100)).square().sum().backward()
@@ -214,7 +214,7 @@ def test_the_file_knows_the_experts_width(tmp_path: Any) -> None:
 
 
 class Other(VirtualGroup):
-    """Changes what is the protocol's alone."""
+    """Changes settings that are the protocol's alone."""
 
     def moe_settings(self, moe: MoE) -> MoE:
         return moe.model_copy(update={"capacity_factor": 9.0, "every": 1})

@@ -19,7 +19,7 @@ from upcycle_bench.training import session
 from upcycle_bench.training.job import Job
 from upcycle_bench.training.loop import create_engine
 from upcycle_bench.training.step import Features, compute_losses
-from upcycle_bench.upcycling.starting_model import initialise
+from upcycle_bench.upcycling.starting_model import Start, initialise
 from upcycle_bench.util import distributed
 from upcycle_bench.util.meter import Meter
 from upcycle_bench.util.progress import Reporter
@@ -35,9 +35,8 @@ def main(output: str, ep_size: str, strategy: str) -> None:
     with session.open_session(threads=1) as device:
         dense = create_clip(protocol.model, seed=3)
         data = PairDataset(plan.world.train_shards, dense, protocol.train.schedule.augmentation)
-        model, _ = initialise(
-            plan.strategy, protocol, plan.world, plan.init_seed, dense, data, Meter(device), Reporter()
-        )
+        start = Start(protocol, plan.world, dense, data)
+        model, _ = initialise(plan.strategy, start, plan.init_seed, Meter(device), Reporter())
         model.model.train()
         job = Job(schedule=protocol.train.schedule, peak_lr=1e-3, stop_step=1, seed=0, load_balance=0.5)
         deepspeed_engine = create_engine(Features(model.model, "fp32"), job)

@@ -1,7 +1,4 @@
-"""Calibration: calibrators see the FFN's inputs, tokens only (METHODS K9), in order; the model is left as it was.
-
-Shape suffixes: B batch, L sequence, T tokens, D width.
-"""
+"""Calibrators see the FFN's inputs, in order and without padding (K9), and the model stays as it was."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -34,7 +31,7 @@ def record(model: Any, layers: list[Layer], batches: list[tuple[Tensor, Tensor]]
 
 
 def outputs_of_ln_2(model: Any, layers: list[Layer], batches: list[tuple[Tensor, Tensor]]) -> dict[str, list[Tensor]]:
-    """[B, L, D] per batch, by hand."""
+    """What each layer's ln_2 gives, [B, L, D] for each batch, by hooks of the test's own."""
     seen: dict[str, list[Tensor]] = {layer.name: [] for layer in layers}
     handles = []
     for layer in layers:
@@ -122,9 +119,11 @@ def test_a_double_model_gives_float32() -> None:
         assert torch.equal(x_TD, expected[layer.name][0].flatten(0, 1).float())
 
 
-@pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("culprit", ["nothing", "calibrator", "data", "missing calibrator"])
-def test_the_model_is_left_as_it_was(training: bool, culprit: str) -> None:
+@pytest.mark.parametrize(
+    ("culprit", "training"),
+    [("nothing", True), ("nothing", False), ("calibrator", True), ("data", False), ("missing calibrator", True)],
+)
+def test_the_model_is_left_as_it_was(culprit: str, training: bool) -> None:
     dense = create_dense().train(training)
     layers = find_layers(dense, MOE)
     before = {key: value.clone() for key, value in dense.state_dict().items()}
@@ -190,7 +189,7 @@ def test_nothing_is_computed_behind_the_last_layer(towers: tuple[str, ...]) -> N
         if name
     ]
     batches = [inputs_for(dense, 3), inputs_for(dense, 2)]
-    seen = record(dense, layers[::-1], batches)  # in whatever order they come
+    seen = record(dense, layers[::-1], batches)  # their order does not matter
     for handle in handles:
         handle.remove()
     assert all(len(tensors) == 2 for tensors in seen.values())

@@ -1,6 +1,6 @@
-"""Spherical k-means of tokens (METHODS 6.3, pass 1): planted directions, all the data, lengths do not matter.
+"""Spherical k-means of tokens (arXiv:2604.13508, Eq. 6): planted directions, all the data, lengths do not matter.
 
-Shape suffixes: T tokens, D width, P PCA dimensions, E clusters.
+Shape suffixes: E clusters, P dimensions of the PCA.
 """
 
 import sys
@@ -125,7 +125,7 @@ def test_pca_over_the_whole_width_is_no_pca() -> None:
     kmeans.train(F.normalize(x_TD, dim=1).numpy())
     full_ED = cluster(x_TD, 5, 12)
     assert_close(full_ED, torch.from_numpy(kmeans.centroids), rtol=0, atol=1e-6)
-    assert torch.equal(full_ED, cluster(x_TD, 5, 100))  # more than there is: the same
+    assert torch.equal(full_ED, cluster(x_TD, 5, 100))  # more dimensions than there are: no PCA either
     assert not torch.allclose(full_ED, cluster(x_TD, 5, 3), atol=1e-2)
 
 
@@ -169,7 +169,7 @@ def test_restarts_never_lose_and_can_win() -> None:
         return float((unit_TD @ centroid_ED.T).amax(1).sum())
 
     gains = [objective(seed, 6) - objective(seed, 1) for seed in range(4)]
-    assert min(gains) > -1e-3  # of about 600; the first of six is the only one of one
+    assert min(gains) > -1e-3  # of about 600: the first of six starts is the single start
     assert max(gains) > 0.1
 
 

@@ -1,6 +1,7 @@
 """Experts of a base and small differences: each way to apply a difference gives the same, rank 0 changes nothing.
 
 The strategies that use them have tests of their own: `test_ders.py`, `test_spri.py` and the transcriptions.
+Shape suffixes: O outputs, I inputs, P rank.
 """
 
 from typing import Any

@@ -1,7 +1,4 @@
-"""EESD, the distillation of cluster-aware upcycling: METHODS 6.5, K8 and K9.
-
-Shape suffixes: B batch, L sequence, T tokens, D width, H hidden, N experts.
-"""
+"""EESD, the distillation of cluster-aware upcycling: K8 its value, gradient and teacher, K9 padding."""
 
 import io
 import itertools
@@ -24,8 +21,8 @@ def random_init(num_experts: int, seed: int = 0, *, identical: bool = False, rou
     """Experts of one layer, H = 12 and D = 8, float64, and a random router."""
     ffns = [random_ffn(12, 8, seed=0 if identical else seed + i) for i in range(num_experts)]
     generator = torch.Generator().manual_seed(seed + 1000)
-    router_ND = router_scale * torch.randn(num_experts, 8, generator=generator, dtype=torch.float64)
-    return LayerInit([ffn.expert() for ffn in ffns], router_ND)
+    router_ED = router_scale * torch.randn(num_experts, 8, generator=generator, dtype=torch.float64)
+    return LayerInit([ffn.expert() for ffn in ffns], router_ED)
 
 
 def distil(layers: dict[str, MoEFFN], **options: Any) -> Any:
@@ -43,7 +40,7 @@ def weights_of(experts: Any) -> list[literal_moe.Expert]:
 
 
 def perturb(layer: MoEFFN, seed: int = 5) -> None:
-    """What some optimiser steps would do: student and teacher differ."""
+    """Change the student as optimiser steps would, so that it differs from the teacher."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in layer.parameters():
@@ -69,7 +66,7 @@ def test_k8_eesd_is_zero_when_every_expert_is_chosen(number: int) -> None:
     fewer = student(random_init(4), top_k=2)
     loss = distil({"vision.1": fewer})
     fewer(tokens()[None])
-    assert loss.compute().item() > 1e-3  # so the zeros above say something
+    assert loss.compute().item() > 1e-3  # the zero above is no accident
 
 
 def test_k8_eesd_falls_as_the_router_sharpens() -> None:
@@ -88,7 +85,7 @@ def test_k8_eesd_falls_as_the_router_sharpens() -> None:
 def test_k8_eesd_value_and_gradient_equal_the_literal_ones(capacity_factor: float, reduction: str) -> None:
     layer = student(random_init(4), capacity_factor=capacity_factor)
     loss = distil({"vision.1": layer}, eesd_weight=0.7, eesd_feature_reduction=reduction)
-    teacher_router_ND = layer.gate.wg.weight.detach().clone()
+    teacher_router_ED = layer.gate.wg.weight.detach().clone()
     teacher = [tuple(p.detach().clone() for p in expert) for expert in weights_of(layer.experts)]
     perturb(layer)
     x_TD = tokens().requires_grad_()
@@ -101,7 +98,7 @@ def test_k8_eesd_value_and_gradient_equal_the_literal_ones(capacity_factor: floa
     moe = literal_moe.moe_forward(x_TD, layer.gate.wg.weight, weights_of(layer.experts), nn.GELU(), capacity=slots)
     assert bool(moe.kept_TK.all()) == (capacity_factor > 1)  # dropped tokens are included in the loss
     expected_value = 0.7 * literal_moe.eesd_loss(
-        x_TD, moe.y_TD, teacher_router_ND, teacher, nn.GELU(), feature_reduction=reduction
+        x_TD, moe.y_TD, teacher_router_ED, teacher, nn.GELU(), feature_reduction=reduction
     )
     expected = torch.autograd.grad(expected_value, leaves, allow_unused=True)
     assert expected_value.item() > 0.01
@@ -162,14 +159,14 @@ def test_eesd_weights_and_reductions() -> None:
 def test_k8_masked_tokens_are_those_that_lost_a_choice(capacity_factor: float) -> None:
     layer = student(random_init(4), capacity_factor=capacity_factor)
     every, masked = distil({"vision.1": layer}), distil({"vision.1": layer}, eesd_mask_dropped=True)
-    router_ND = layer.gate.wg.weight.detach().clone()
+    router_ED = layer.gate.wg.weight.detach().clone()
     teacher = [tuple(p.detach().clone() for p in expert) for expert in weights_of(layer.experts)]
     layer(tokens()[None])
     slots = literal_moe.capacity(40, 4, capacity_factor, 2, 0)
     moe = literal_moe.moe_forward(tokens(), layer.gate.wg.weight, weights_of(layer.experts), nn.GELU(), capacity=slots)
     whole_T = moe.kept_TK.all(1)
     expected = literal_moe.eesd_loss(
-        tokens()[whole_T], moe.y_TD[whole_T], router_ND, teacher, nn.GELU(), feature_reduction="sum"
+        tokens()[whole_T], moe.y_TD[whole_T], router_ED, teacher, nn.GELU(), feature_reduction="sum"
     )
     assert masked.compute().item() == pytest.approx(expected.item(), rel=1e-6)
     assert bool(whole_T.all()) == (capacity_factor > 1)
@@ -205,7 +202,7 @@ def test_k8_a_draw_of_tokens_is_an_unbiased_estimate_from_its_own_stream() -> No
     mean = sum(values) / 400
     assert abs(mean - float(error_T.mean())) < bound
     spread = float(torch.tensor(values).var() / (error_T.var() * 0.1 * 0.75))
-    assert 0.5 < spread < 1.6  # chi^2 of 399 would allow 0.7 to 1.35 at five sigma, were the values normal
+    assert 0.5 < spread < 1.6  # of normal values it would be 0.7 to 1.35, five sigma of chi^2 with 399 degrees
 
 
 def test_eesd_draws_the_same_tokens_after_a_resumption() -> None:
@@ -270,7 +267,7 @@ def test_eesd_state_round_trip() -> None:
     file = io.BytesIO()
     torch.save(loss.state_dict(), file)
     file.seek(0)
-    other = distil({"vision.1": layer}, eesd_ema=0.5)  # a fresh teacher is the present student
+    other = distil({"vision.1": layer}, eesd_ema=0.5)  # a new teacher starts as the student that is there now
     other.load_state_dict(torch.load(file, weights_only=True))
     perturb(layer, seed=6)
     for each in (loss, other):

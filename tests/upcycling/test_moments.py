@@ -1,6 +1,6 @@
-"""What streams past a cluster-aware calibrator: clusters, second moments and the router (METHODS 6.5, K7 and K9).
+"""What a cluster-aware calibrator makes of the tokens: clusters, second moments, router (K7), without padding (K9).
 
-Shape suffixes: B batch, L sequence, T tokens, D width, E experts.
+Shape suffixes: P dimensions of the PCA.
 """
 
 from types import SimpleNamespace
@@ -83,7 +83,7 @@ def test_k7_on_the_calibration_tokens_of_a_clip() -> None:
 
 
 def recalibrate(clip: Any, made: Initialised, collectors: dict[str, Any], pairs: int) -> None:
-    """Stream the data of `initialise(..., seed=0)` past other collectors."""
+    """Show the data of `initialise(..., seed=0)` to other collectors."""
     batches = TinyPairs(clip).calibration(Stream(("calibration", 0)), pairs, 256)
     calibrate(clip.model, made.layers, collectors, [(clip.normalise(batch.images), batch.texts) for batch in batches])
 

@@ -1,12 +1,18 @@
-"""The workshop on real data, under the engine: features, training of chosen parameters, what a budget pays, groups."""
+"""The workshop on real data, in a session: features, training of chosen parameters, what a budget pays, groups.
 
+Shape suffixes: S samples.
+"""
+
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from open_clip.loss import ClipLoss
+from torch import Tensor
 
 from tests.helpers import SMOKE, equal, initialise, tiny_moe
 from tests.training.test_distributed import launch
@@ -33,12 +39,10 @@ BIASES = {"trainable": lambda name: name.endswith("mlp.c_fc.bias")}
 pytestmark = pytest.mark.usefixtures("session")
 
 
-def workshop(pairs: PairDataset, seed: int = 0) -> TrainingWorkshop:
+def workshop(pairs: PairDataset, seed: int = 0, kind: type[TrainingWorkshop] = TrainingWorkshop) -> TrainingWorkshop:
     protocol = load_protocol(SMOKE, SETTINGS)
     groups = training_groups(load_world("digits", 0))
-    return TrainingWorkshop(
-        create_clip("smoke-vit", seed=3), pairs, protocol, Stream(("test", seed)), groups, label="test"
-    )
+    return kind(create_clip("smoke-vit", seed=3), pairs, protocol, Stream(("test", seed)), groups, label="test")
 
 
 def test_features_are_the_models_own_whatever_the_batch(pairs: PairDataset) -> None:
@@ -46,22 +50,22 @@ def test_features_are_the_models_own_whatever_the_batch(pairs: PairDataset) -> N
     model = shop.dense().train()
     index_S = torch.randperm(len(shop))[:300]
     parts = list(shop.encode(model, index_S))
-    image_SE, text_SE = (torch.cat(part) for part in zip(*parts, strict=True))
+    image_SC, text_SC = (torch.cat(part) for part in zip(*parts, strict=True))
     assert [len(image) for image, _ in parts] == [256, 44]
-    assert image_SE.dtype == text_SE.dtype == torch.float32
+    assert image_SC.dtype == text_SC.dtype == torch.float32
     assert model.training
     batch = pairs.pick(index_S, shop.rng.child("encoding"))
     with torch.no_grad():
         model.eval()
         expected = model.encode_image(pairs.clip.normalise(batch.images)), model.encode_text(batch.texts)
-    for ours, theirs in zip((image_SE, text_SE), expected, strict=True):
+    for ours, theirs in zip((image_SC, text_SC), expected, strict=True):
         assert torch.allclose(ours, F.normalize(theirs, dim=-1), atol=1e-5)
     assert shop.flops > 0
     assert list(shop.encode(model, index_S[:0])) == []
 
 
 def test_training_changes_what_was_chosen_and_nothing_else(pairs: PairDataset) -> None:
-    """Twice the same, from the same seed; the dense model stays; gradients are wanted everywhere again."""
+    """The same seed gives the same; the dense model stays; afterwards all parameters require gradients again."""
     made = []
     for seed in (0, 0):
         shop = workshop(pairs, seed)
@@ -95,40 +99,47 @@ def test_two_ranks_do_what_one_does(tmp_path: Path) -> None:
         assert torch.allclose(ours, theirs, atol=1e-5)
     for name, value in one["state"].items():
         assert torch.allclose(two["state"][name], value, atol=1e-6), name
-    # attention pads captions to a batch's longest, here on each rank, and the last part by one sample
+    # Attention pads captions to the longest of a batch, here of each rank's; the last part has one sample more.
     assert two["flops"] == pytest.approx(one["flops"], rel=0.02)
 
 
-def test_what_a_budget_pays_by_hand(monkeypatch: pytest.MonkeyPatch, pairs: PairDataset) -> None:
-    """A training step costs 4,000, a branch's 2,000 and the encoding of 32 samples at 30 each, 2,960 in all."""
+class Priced(TrainingWorkshop):
+    """A training step costs 4,000, a branch's 2,000, the encoding of a sample 30."""
 
-    def counted() -> TrainingWorkshop:
-        shop = workshop(pairs)
+    def charge(self, flops: int) -> int:
+        self.flops += flops
+        return flops
 
-        def charge(flops: int) -> int:
-            shop.flops += flops
-            return flops
+    def training_flops(self) -> int:
+        return self.charge(4000)
 
-        monkeypatch.setattr(shop, "_training_flops", lambda: charge(4000))
-        monkeypatch.setattr(shop, "_step_flops", lambda model, trainable: charge(2000))
-        monkeypatch.setattr(shop, "encode", lambda model, index_S: iter([charge(30 * len(index_S))]))
-        return shop
+    def step_flops(self, model: Any, trainable: Callable[[str], bool]) -> int:
+        return self.charge(2000)
 
-    # training 40 * 4,000 = 160,000; probes 4,000 + 2,000 + 960 = 6,960; (80,000 - 6,960) / 11,840 = 6.17, ...
-    for budget, paid in ((0.5, 6), (1.0, 12), (2.0, 26)):
-        assert counted().steps_per_branch(4, 10**6, budget=budget, encoded_per_step=32) == paid
-    assert counted().steps_per_branch(4, 3, budget=1.0, encoded_per_step=32) == 3  # the ceiling
-    assert counted().steps_per_branch(7, 10**6, budget=1.0) == 11  # (160,000 - 6,000) / 14,000
+    def encode(self, model: Any, index_S: Tensor) -> Iterator[Any]:
+        yield self.charge(30 * len(index_S))
+
+
+def test_what_a_budget_pays_by_hand(pairs: PairDataset) -> None:
+    def paid(*arguments: Any, **options: Any) -> int:
+        return workshop(pairs, kind=Priced).steps_per_branch(*arguments, **options)
+
+    # A branch's step and the encoding of 32 samples cost 2,960; four branches 11,840. Training 40 * 4,000 = 160,000.
+    # Probes 4,000 + 2,000 + 960 = 6,960; (80,000 - 6,960) / 11,840 = 6.17, ...
+    for budget, steps in ((0.5, 6), (1.0, 12), (2.0, 26)):
+        assert paid(4, 10**6, budget=budget, encoded_per_step=32) == steps
+    assert paid(4, 3, budget=1.0, encoded_per_step=32) == 3  # the ceiling
+    assert paid(7, 10**6, budget=1.0) == 11  # (160,000 - 6,000) / 14,000
     message = r"^test: budget=0.1 .*pays 0.62 steps for each of 8 branches; raise budget to 0.14"
     with pytest.raises(UserError, match=message) as error:  # (16,000 - 6,000) / 16,000; 22,000 / 160,000
-        counted().steps_per_branch(8, 3, budget=0.1)
+        paid(8, 3, budget=0.1)
     assert "\n" not in str(error.value)
 
 
-def test_the_training_it_is_measured_by_is_that_of_the_upcycled_model(pairs: PairDataset) -> None:
+def test_budgets_are_shares_of_the_upcycled_models_training(pairs: PairDataset) -> None:
     shop = workshop(pairs)
     before = shop.dense().state_dict()
-    expected = shop._training_flops()
+    expected = shop.training_flops()
     assert 0 < shop.flops < expected
     assert equal(shop.dense().state_dict(), before)
     moe = tiny_moe(experts=8, capacity_factor=8.0)  # nothing is dropped
@@ -137,7 +148,7 @@ def test_the_training_it_is_measured_by_is_that_of_the_upcycled_model(pairs: Pai
     model = put_experts(clip.model, initialise(strategy, clip, 0, moe=moe).inits, moe)
     schedule = load_protocol(SMOKE, SETTINGS).train.schedule
     job = Job(schedule=schedule, peak_lr=1.0, stop_step=1, seed=0)
-    progress = train(replace(clip, model=model), PickedBatches(pairs, shop._probe()[None]), job)
+    progress = train(replace(clip, model=model), PickedBatches(pairs, shop.probe()[None]), job)
     assert progress.counted_flops == pytest.approx(expected, rel=0.005)
 
 
@@ -151,7 +162,7 @@ def test_label_smoothing_of_0_is_open_clips_loss_to_the_bit(pairs: PairDataset) 
         losses, _ = compute_losses(lambda *_: (image, text, scale), clip, batch, job, moe_layers(clip.model), None)
         logits = scale * image @ text.T
         logp = [F.log_softmax(each, 1) for each in (logits, logits.T)]
-        # the target is 1 - s on the diagonal and s spread over all
+        # The target is 1 - s on the diagonal, and s spread over all.
         terms = [-(1 - smoothing) * each.diagonal().mean() - smoothing * each.mean() for each in logp]
         assert losses["contrastive"].item() == pytest.approx(sum(terms).item() / 2, rel=1e-5)
         plain = ClipLoss(local_loss=True, gather_with_grad=True)(image, text, scale)
@@ -200,12 +211,12 @@ def test_kmeans_finds_blobs_and_leaves_the_global_generator_alone() -> None:
     blob_T = torch.arange(300) % 3
     points_TD = 5 * torch.eye(3, 8)[blob_T] + 0.1 * torch.randn(300, 8, generator=generator)
     state = np.random.get_state()[1].copy()
-    centroid_ND = clustering.minibatch_kmeans(points_TD, 3, Stream(("a",)))
+    centroid_ED = clustering.minibatch_kmeans(points_TD, 3, Stream(("a",)))
     assert np.array_equal(state, np.random.get_state()[1])
-    assert torch.equal(centroid_ND, clustering.minibatch_kmeans(points_TD, 3, Stream(("a",))))
-    label_T = clustering.nearest(points_TD, centroid_ND)
+    assert torch.equal(centroid_ED, clustering.minibatch_kmeans(points_TD, 3, Stream(("a",))))
+    label_T = clustering.nearest(points_TD, centroid_ED)
     assert len(torch.stack([blob_T, label_T]).unique(dim=1).T) == 3  # blobs and clusters, one to one
-    distance_TN = (points_TD[:, None] - centroid_ND).norm(dim=2)
-    assert torch.equal(label_T, distance_TN.argmin(1))
+    distance_TE = (points_TD[:, None] - centroid_ED).norm(dim=2)
+    assert torch.equal(label_T, distance_TE.argmin(1))
     with pytest.raises(UserError, match="2 samples cannot make 3 clusters"):
         clustering.minibatch_kmeans(points_TD[:2], 3, Stream(("a",)))

@@ -1,6 +1,6 @@
-"""W1's factors, made once a layer for the truncation of its experts: `decompose`.
+"""W1's factors, made once a layer for the truncation of its experts, and the spectra and projections by them.
 
-Shape suffixes: T tokens, D width, H hidden, R = min(H, D).
+Shape suffixes: R = min(H, D), L some of these directions.
 """
 
 import math
@@ -8,10 +8,9 @@ import math
 import pytest
 import torch
 
-from tests.cluster_data import relative, truncate
+from tests.cluster_data import CASES, SEEDS, energy, problem, relative, truncate
 from tests.helpers import cones, orthonormal
 from tests.literal import cluster_aware as literal
-from tests.strategies.test_truncation import CASES, SEEDS, energy, problem
 from upcycle_bench.upcycling.symmetric import Factors, congruent, decompose, project, spectrum
 
 
@@ -51,7 +50,7 @@ def test_truncate_takes_a_w1_that_wants_gradients() -> None:
 @pytest.mark.parametrize("shape", [(300, 200), (100, 200)])
 @pytest.mark.parametrize("condition", [1e0, 1e2, 1e4, 1e7, 1e20])
 def test_factors_of_any_w1(shape: tuple[int, int], condition: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Several strips and chunks wide; from 1e4 on, and where it is wide, W1 takes the QR."""
+    """W1 is several strips wide. It takes the QR from a condition number of 1e4 on, and where it is wide."""
     rank = min(shape)
     left_HR, right_RD = orthonormal(shape[0], rank, seed=1), orthonormal(rank, shape[1], seed=2)
     w1_HD = (left_HR.double() * torch.logspace(0, -math.log10(condition), rank).double()) @ right_RD.double()

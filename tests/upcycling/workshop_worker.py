@@ -1,4 +1,4 @@
-"""Started by test_workshop on every rank: features, and a model trained on chosen batches; rank 0 writes them.
+"""Started by test_preparation on every rank: features, and a model trained on chosen batches; rank 0 writes them.
 
 usage: workshop_worker.py OUTPUT
 """
@@ -20,7 +20,7 @@ from upcycle_bench.util.rng import Stream
 
 
 def work() -> dict[str, Any]:
-    """What a preparation gets; eps is large, since Adam would turn rounding of tiny gradients into full steps."""
+    """What a preparation gets. eps is large, because Adam would turn the rounding of tiny gradients into full steps."""
     smoke = load_registry().protocols["smoke"].target
     protocol = load_protocol(smoke, ["train.schedule.batch_size=32", "train.schedule.eps=0.01"])
     clip = create_clip("smoke-vit", seed=3 + distributed.rank())

@@ -55,7 +55,7 @@ def upcycle(
     from upcycle_bench import api
     from upcycle_bench.data.shards import expand_shards
     from upcycle_bench.strategy import resolve_moe
-    from upcycle_bench.upcycling.from_checkpoint import Job, choose_strategy, moe_settings, upcycle_checkpoint
+    from upcycle_bench.upcycling.from_checkpoint import Request, choose_strategy, moe_settings, upcycle_checkpoint
 
     require_one_process("upcycle")
     open_registry()  # names the plugins that do not load
@@ -70,10 +70,10 @@ def upcycle(
             f"{strategy} calibrates on {chosen.calibration_pairs:,} image-text pairs: give --calibration, webdataset "
             "shards, for example 'train/{000..127}.tar'."
         )
-    job = Job(model=model, pretrained=pretrained, strategy=chosen, moe=moe, shards=shards, seed=seed)
+    request = Request(model=model, pretrained=pretrained, strategy=chosen, moe=moe, shards=shards, seed=seed)
     reporter = terminal_reporter()
     with interruptible("nothing was written"), _warnings_as_lines():
-        made = upcycle_checkpoint(job, reporter)
+        made = upcycle_checkpoint(request, reporter)
         with made.meter.phase("write"), reporter.task(f"writing {output}"):
             refuse_existing(output, force)
             digest = api.save(made.model, output, model)

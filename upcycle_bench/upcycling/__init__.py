@@ -1,1 +1,1 @@
-"""From a dense model to experts: what strategies share on the way to the model that a run starts to train."""
+"""From a dense CLIP to the model that a run starts to train, and the mathematics that several strategies share."""

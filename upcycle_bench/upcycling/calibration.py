@@ -1,8 +1,10 @@
-"""Calibration: stream FFN inputs of the dense model past a strategy's calibrators, in one forward pass over the data.
+"""Calibration: show a strategy's calibrators the FFN inputs of the dense model, in one pass over the data.
 
-The dense model runs in eval mode (no patch dropout), float32, without gradient. Every calibrator sees the input of
-its block's FFN (after ln_2) as [T, D] float32, text padding left out, in the order of the data. What lies behind the
-last of these inputs in each tower is not computed.
+    calibrate(dense_model, layers, {layer.name: calibrator}, batches)
+
+The dense model runs in eval mode (no patch dropout) and without gradient. Each calibrator sees the inputs of its
+block's FFN (after ln_2) as float32 [T, D], in the order of the data and without text padding. The forward pass of a
+tower stops at the last of these inputs.
 """
 
 from __future__ import annotations
@@ -30,10 +32,10 @@ def calibrate(
 ) -> None:
     """Feed `calibrators` (by layer name) from `batches` of (images [B, 3, H, W], texts [B, L]) on the model's device.
 
-    The hooks are gone and the model's mode is restored afterwards, whatever happens.
+    Afterwards, also after an error, the hooks are removed and every module is in the mode it was in.
     """
     padding = Padding.of(model)
-    modes = [(module, module.training) for module in model.modules()]  # a part may be frozen in eval mode
+    modes = [(module, module.training) for module in model.modules()]  # of each, as a part may be frozen in eval mode
     handles = []
     try:
         if padding is not None:
@@ -42,7 +44,7 @@ def calibrate(
             see = partial(_see, calibrators[layer.name], padding if layer.tower == "text" else None)
             handles.append(model.get_submodule(layer.mlp_path).register_forward_pre_hook(see))
         last = {layer.tower: layer for layer in sorted(layers, key=lambda layer: layer.block)}
-        for layer in last.values():  # behind its calibrator's hook
+        for layer in last.values():  # registered last, so that the calibrator's hook runs first
             handles.append(model.get_submodule(layer.mlp_path).register_forward_pre_hook(_stop))
         model.eval()
         for images, texts in batches:
@@ -58,7 +60,7 @@ def calibrate(
 
 
 class _TowerSeenError(Exception):
-    """Leaves a tower's forward pass when its last layer has been seen."""
+    """Ends a tower's forward pass once its last layer has been seen."""
 
 
 def _stop(_module: nn.Module, _args: tuple[Any, ...]) -> None:
@@ -66,6 +68,6 @@ def _stop(_module: nn.Module, _args: tuple[Any, ...]) -> None:
 
 
 def _see(calibrator: Calibrator, padding: Padding | None, _module: nn.Module, args: tuple[Any, ...]) -> None:
-    x_TD = args[0].flatten(0, -2)
-    with one_thread():
+    x_TD = args[0].flatten(0, -2)  # [B, L, D] -> [T, D]
+    with one_thread():  # a calibrator's sums must not depend on the number of threads
         calibrator.update((padding.compact(x_TD) if padding is not None else x_TD).float())

@@ -1,8 +1,6 @@
-"""Spherical k-means of token activations: normalise, PCA, faiss, and centroids mapped back to full width.
+"""Two k-means: the spherical one of tokens, by faiss (arXiv:2604.13508), and MiniBatchKMeans of features (CLIP-MoE).
 
-Beside it the ordinary k-means of sample features, without faiss.
-
-Shape suffixes: P PCA dimensions, E clusters.
+Shape suffixes: E clusters, P dimensions of the PCA; T are samples instead of tokens in the mini-batch k-means.
 """
 
 from __future__ import annotations
@@ -20,7 +18,7 @@ from upcycle_bench.util.rng import Stream
 
 
 def import_faiss() -> ModuleType:
-    """faiss, or the one line that says which extra brings it."""
+    """The module faiss. UserError names the extras that install it."""
     try:
         import faiss
     except ImportError:
@@ -31,10 +29,10 @@ def import_faiss() -> ModuleType:
 
 
 class Clusters(NamedTuple):
-    """Clusters of the directions of tokens x, float32 on the CPU.
+    """Clusters of the directions of tokens, float32 on the CPU.
 
-    centroid_ED: unit centroids in the PCA's coordinates, mapped back to full width;
-    agreement: share of the sample's tokens whose largest x . centroid_i is that of their cluster in the PCA's space.
+    centroid_ED: unit rows; k-means found them among P coordinates, the PCA's basis maps them back to D;
+    agreement: share of the sample's tokens x whose cluster, found among P coordinates, is also argmax_i x . centroid_i.
     """
 
     centroid_ED: Tensor
@@ -44,11 +42,12 @@ class Clusters(NamedTuple):
 def spherical_kmeans(
     sample_TD: Tensor, num_clusters: int, pca_dim: int, rng: Stream, *, niter: int, nredo: int
 ) -> Clusters:
-    """Clusters of the directions of float32 tokens of any length (arXiv:2604.13508, Eq. 6), by faiss.
+    """Clusters of the directions of tokens [T, D], float32 and of any length (arXiv:2604.13508, Eq. 6), by faiss.
 
-    The PCA is uncentred (top right-singular vectors of the normalised tokens), so that argmax_i of x . centroid_i is
-    the cluster of x for every token, inside or outside the subspace (`agreement` is 1 but for rounding). A centred one
-    would leave a constant per centroid that a router without bias cannot express. `pca_dim` = D means no PCA.
+    The PCA is uncentred: its basis are the top right-singular vectors of the normalised tokens. So argmax_i of
+    x . centroid_i is the cluster of x for every token, inside or outside the subspace, and `agreement` is 1 but for
+    rounding. A centred PCA would leave a constant per centroid, which a router without bias cannot express.
+    `pca_dim` = D means no PCA. `niter` are k-means' iterations, `nredo` its restarts, of which the best counts.
 
     Raises UserError when faiss is missing or there are fewer tokens than clusters.
     """
@@ -57,7 +56,7 @@ def spherical_kmeans(
         raise UserError(
             f"calibration gave {len(sample_TD)} tokens for {num_clusters} clusters: raise pairs or cluster_tokens."
         )
-    unit_TD = F.normalize(sample_TD.float(), dim=1)
+    unit_TD = F.normalize(sample_TD.float(), dim=1)  # x / |x| of Eq. 6
     basis_PD = principal_directions(unit_TD, pca_dim)
     points_TP = F.normalize(unit_TD @ basis_PD.T, dim=1)
     kmeans = faiss.Kmeans(
@@ -65,13 +64,13 @@ def spherical_kmeans(
         num_clusters,
         niter=niter,
         nredo=nredo,
-        spherical=True,  # normalises centroids after each iteration; the data we normalised ourselves
+        spherical=True,  # normalises the centroids after each iteration, but not the data
         seed=rng.child("kmeans").seed(bits=31),
-        max_points_per_centroid=len(points_TP),  # faiss would otherwise train on 256 points a centroid, silently
+        max_points_per_centroid=len(points_TP),  # by default faiss trains on 256 points a centroid and does not say so
         min_points_per_centroid=1,
         gpu=hasattr(faiss, "StandardGpuResources") and faiss.get_num_gpus() > 0,
     )
-    kmeans.train(points_TP.cpu().contiguous().numpy())
+    kmeans.train(points_TP.cpu().contiguous().numpy())  # Eq. 6
     centroid_EP = torch.from_numpy(kmeans.centroids.copy())
     centroid_ED = F.normalize(centroid_EP @ basis_PD.cpu(), dim=1)
     label_T = (points_TP.cpu() @ centroid_EP.T).argmax(1)
@@ -80,9 +79,10 @@ def spherical_kmeans(
 
 
 def minibatch_kmeans(points_TD: Tensor, num_clusters: int, rng: Stream) -> Tensor:
-    """Centroids [E, D] of float32 points, Euclidean, by scikit-learn's MiniBatchKMeans as CLIP-MoE's code calls it.
+    """Euclidean centroids [E, D] of float32 points [T, D], by scikit-learn's MiniBatchKMeans with CLIP-MoE's settings.
 
-    On one thread, so that the result does not depend on the machine's cores. UserError for fewer points than clusters.
+    It runs on one thread, so that the result does not depend on the machine's cores. Raises UserError for fewer points
+    than clusters.
     """
     from sklearn.cluster import MiniBatchKMeans
     from threadpoolctl import threadpool_limits
@@ -103,12 +103,12 @@ def minibatch_kmeans(points_TD: Tensor, num_clusters: int, rng: Stream) -> Tenso
 
 
 def nearest(points_TD: Tensor, centroid_ED: Tensor) -> Tensor:
-    """The closest centroid of every point, int64 [T]."""
-    return ((centroid_ED**2).sum(1) - 2 * points_TD @ centroid_ED.T).argmin(1)
+    """The number of the closest centroid (Euclidean) of every point, int64 [T]."""
+    return ((centroid_ED**2).sum(1) - 2 * points_TD @ centroid_ED.T).argmin(1)  # |x|^2 is the same for all centroids
 
 
 def principal_directions(unit_TD: Tensor, pca_dim: int) -> Tensor:
-    """Orthonormal rows [P, D]: the top eigenvectors of the second moment about zero, by float64 `eigh`."""
+    """Orthonormal rows [P, D]: the top eigenvectors of the second moment about zero, by `eigh` in float64."""
     width = unit_TD.shape[1]
     if pca_dim >= width:
         return torch.eye(width, dtype=unit_TD.dtype, device=unit_TD.device)

@@ -1,9 +1,9 @@
-"""Experts that are a dense FFN, the base, plus a small trained difference to each of its two matrices.
+"""Experts as a dense FFN, the base, plus a small trained difference to each of its two matrices (DeRS, SPRI).
 
     expert = DeltaExpert(ffn.expert(), LowRank(ffn.w1_HD, a_OP=..., b_PI=...), LowRank(ffn.w2_DH, a_OP=..., b_PI=...))
     plain = expert.merged()                # the same function as a plain FFN
 
-A difference is a module with two functions: `forward` applies the matrix W + Delta, `added` makes it.
+A difference is a module with two functions: `forward` applies the matrix W + Delta, `added` returns it.
 
 Shape suffixes: O outputs and I inputs of a matrix, P rank of its difference.
 """
@@ -20,31 +20,31 @@ from upcycle_bench.model.ffn import FFN
 
 
 class LowRank(nn.Module):
-    """Delta = A B, [O, I] of rank P at most; P may be 0."""
+    """Delta = A B [O, I], of rank P at most; P may be 0."""
 
     a_OP: nn.Parameter
     b_PI: nn.Parameter
 
     def __init__(self, weight_OI: Tensor, **factors: Tensor) -> None:
-        """`factors` are a_OP and b_PI, in the order in which the optimiser sees them; they get the weight's type."""
+        """`factors` are a_OP and b_PI; the optimiser sees them in this order. They get the dtype of `weight_OI`."""
         super().__init__()
         for name, factor in factors.items():
             self.register_parameter(name, nn.Parameter(factor.to(weight_OI)))
 
     def forward(self, x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor) -> Tensor:
-        """x (W + A B)^T + b without making the matrix, [T, O]."""
+        """x (W + A B)^T + b [T, O], computed from the factors."""
         return F.linear(x_TI, weight_OI, bias_O) + F.linear(F.linear(x_TI, self.b_PI), self.a_OP)
 
     def added(self, weight_OI: Tensor) -> Tensor:
-        """W + A B."""
+        """W + A B [O, I], in float64 and rounded once."""
         return (weight_OI.double() + self.a_OP.double() @ self.b_PI.double()).to(weight_OI)
 
 
 class DeltaExpert(nn.Module):
-    """FFN(x) of the base plus this expert's deltas, [T, D] -> [T, D]; experts may hold one base in common."""
+    """The base with this expert's differences added to its matrices, [T, D] -> [T, D]; experts may share a base."""
 
     def __init__(self, base: nn.Module, delta1: nn.Module, delta2: nn.Module, bias_deltas: bool = False) -> None:
-        """`base` is what `FFN.expert` makes; `bias_deltas` adds differences to its biases, zero at first."""
+        """`base` is made by `FFN.expert`; `bias_deltas` adds trained differences to its biases, zero at first."""
         super().__init__()
         plain: Any = base
         self.base: Any = plain
@@ -68,6 +68,6 @@ class DeltaExpert(nn.Module):
 
     @torch.no_grad()
     def merged(self) -> nn.Sequential:
-        """The plain FFN that computes the same function, with storage of its own."""
+        """A plain FFN that computes the same function, with storage of its own."""
         ffn, (b1_H, b2_D) = FFN.of(self.base), self._biases()
         return ffn.expert(w1_HD=self.delta1.added(ffn.w1_HD), b1_H=b1_H, w2_DH=self.delta2.added(ffn.w2_DH), b2_D=b2_D)

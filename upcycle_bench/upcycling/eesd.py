@@ -1,18 +1,21 @@
-"""Expert-ensemble self-distillation (EESD) of arXiv:2604.13508: what strategies that distil share.
+"""Expert-ensemble self-distillation, EESD (arXiv:2604.13508, Eqs. 11 to 13), for strategies that train with it.
 
     class MyIdea(Distilled): ...          # adds the options eesd_* and the training term
 
-An EMA ensemble of all experts teaches the top-k mixture (Eqs. 11 and 12, in the form that fits the paper's
-sentences: its formulas were lost in the text we hold).
+In each MoE layer an ensemble of all experts teaches the top-k mixture y. The ensemble's router and experts are moving
+averages (EMA) of those that are trained:
 
-Shape suffixes: T tokens, D width, N experts, K choices per token.
+    Eq. 11      y_ens = sum_e g_e(x) E_e(x), with the averaged g and E;  theta_ema <- a theta_ema + (1 - a) theta
+    Eq. 12      L_EESD = mean over tokens of |y - y_ens|^2, with no gradient to y_ens
+
+The text we hold lost the formulas: these forms fit its sentences.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.distributed as dist
@@ -21,13 +24,10 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
-from upcycle_bench.strategy import ExtraLoss, Strategy
+from upcycle_bench.strategy import ExtraLoss, MoEFFN, Strategy
 from upcycle_bench.util import distributed
 from upcycle_bench.util.distributed import mean_weight
 from upcycle_bench.util.rng import Stream
-
-if TYPE_CHECKING:
-    from upcycle_bench.model.moe import MoEFFN
 
 Reduction = Literal["sum", "mean"]
 RECONSTRUCTED = (
@@ -35,12 +35,12 @@ RECONSTRUCTED = (
     "EESD includes tokens that capacity dropped (not stated)",
 )
 
-_CACHED = 2048  # rows that all experts see in turn on a CPU: what a hidden layer takes then stays in a core's cache
+_CACHED = 2048  # tokens that the experts see at a time on a CPU, so few that their hidden layer fits a core's cache
 
 
 @dataclass(frozen=True, kw_only=True)
 class Distilled(Strategy):
-    """Base of strategies that train with EESD: its options and its loss."""
+    """Base class of strategies that train with EESD: its options and its loss."""
 
     eesd_weight: float = Field(
         default=1.0, ge=0, allow_inf_nan=False, description="0: no distillation; the paper's B/16 has 0.1"
@@ -56,21 +56,21 @@ class Distilled(Strategy):
 
 
 class EESD(ExtraLoss):
-    """Expert-ensemble self-distillation (Eqs. 11 and 12): || y - sg[sum_i g_i E_i(x)] ||^2 with EMA experts and router.
+    """The training term: one teacher a layer, and Eq. 12 between the layer's output and the teacher's.
 
-    The teacher sees the student's input of each layer (padding left out), runs every expert without capacity or
-    top-k, and is never trained. Tokens that capacity dropped are included unless `eesd_mask_dropped`. With expert
-    parallelism each rank keeps the teachers of its own experts, and the tokens of the group are gathered.
+    A teacher sees the layer's own input, without text padding. It runs every expert on every token, without capacity,
+    and is never trained. Tokens that lost a choice to capacity count, unless `eesd_mask_dropped` says otherwise.
+    With expert parallelism each rank keeps the teachers of its own experts and gathers the tokens of its group.
     """
 
     name: ClassVar[str] = "eesd"
 
     def __init__(self, config: Distilled, layers: Mapping[str, MoEFFN], rng: Stream) -> None:
         self.config, self.rng = config, rng
-        self.step = 0  # of the optimiser; keys the draw of tokens
+        self.step = 0  # of the optimiser; tokens are drawn anew at each
         self.layers = dict(layers)
         self.teacher = {name: _Teacher(layer) for name, layer in layers.items()}
-        self.seen: dict[str, tuple[Tensor, Tensor]] = {}
+        self.seen: dict[str, tuple[Tensor, Tensor]] = {}  # each layer's input and output [T, D] in this forward pass
         self.whole: dict[str, Tensor] = {}  # which tokens kept all their choices, bool [T]
         self.handles = [layer.moe.register_forward_hook(self._hook(name)) for name, layer in layers.items()]
         if config.eesd_mask_dropped:
@@ -104,23 +104,26 @@ class EESD(ExtraLoss):
         return x_TD, y_TD
 
     def compute(self) -> Tensor:
-        """weight * reduction over layers of the mean over all ranks' tokens; its mean over ranks is the global loss."""
+        """The term of Eq. 13: `eesd_weight` times Eq. 12, reduced over layers.
+
+        Its mean over ranks is the term of the global batch.
+        """
         terms = []
         for name in self.layers:
             if name not in self.seen:
                 continue
             x_TD, y_TD = self._chosen(name, *self.seen[name])
-            target_TD = self.teacher[name].ensemble(x_TD)
-            error_TD = (y_TD.float() - target_TD.float()).square()
+            target_TD = self.teacher[name].ensemble(x_TD)  # Eq. 11
+            error_TD = (y_TD.float() - target_TD.float()).square()  # Eq. 12
             error_T = error_TD.sum(1) if self.config.eesd_feature_reduction == "sum" else error_TD.mean(1)
-            terms.append(error_T.sum() * mean_weight(len(error_T)))
+            terms.append(error_T.sum() * mean_weight(len(error_T)))  # the mean over the tokens of all ranks
         self.seen.clear()
         self.whole.clear()
         total = torch.stack(terms).sum()
         return self.config.eesd_weight * (total if self.config.eesd_layer_reduction == "sum" else total / len(terms))
 
     def after_step(self) -> None:
-        """theta_ema <- alpha theta_ema + (1 - alpha) theta."""
+        """Move the teachers (Eq. 11)."""
         for name, layer in self.layers.items():
             self.teacher[name].follow(layer, self.config.eesd_ema)
         self.step += 1
@@ -147,16 +150,16 @@ class _Teacher(nn.Module):
         super().__init__()
         self.router_ED = nn.Parameter(layer.router_weight.detach().clone(), requires_grad=False)
         self.experts = copy.deepcopy(layer.experts).requires_grad_(False)
-        self.layer = (layer,)  # in a tuple, so as not to become a submodule
+        self.layer = (layer,)  # a tuple hides it from nn.Module: the teacher must not own the layer's parameters
 
     @torch.no_grad()
     def ensemble(self, x_TD: Tensor) -> Tensor:
-        """sum_i g_i(x) E_i(x) over all E experts, full softmax (Eq. 11), [T, D] float32 or wider."""
+        """sum_e g_e(x) E_e(x) over all E experts, g the softmax over all (Eq. 11), [T, D] float32 or wider."""
         (layer,) = self.layer
         ranks = layer.settings.ep_size
         if ranks == 1:
             return self._partial_sum(x_TD.detach(), 0)
-        # Captions differ in length between ranks: pad to the longest, let every rank add its own experts' share.
+        # Ranks have different numbers of tokens. All pad to the longest, and each adds the terms of its own experts.
         group = layer.expert_group
         lengths = [torch.zeros(1, dtype=torch.long, device=x_TD.device) for _ in range(ranks)]
         dist.all_gather(lengths, torch.tensor([len(x_TD)], device=x_TD.device), group=group)
@@ -170,6 +173,7 @@ class _Teacher(nn.Module):
         return total_TD[rank * longest :][: len(x_TD)]
 
     def _partial_sum(self, x_TD: Tensor, first_expert: int) -> Tensor:
+        """The terms of Eq. 11 of this rank's experts, which are numbered from `first_expert` on, [T, D]."""
         dtype = torch.promote_types(x_TD.dtype, torch.float32)
         with torch.autocast(x_TD.device.type, enabled=False):  # logits in float32, as in the student's gate
             gate_TE = torch.softmax(x_TD.to(dtype) @ self.router_ED.to(dtype).T, dim=1)
@@ -182,6 +186,7 @@ class _Teacher(nn.Module):
 
     @torch.no_grad()
     def follow(self, layer: MoEFFN, alpha: float) -> None:
+        """theta_ema <- alpha theta_ema + (1 - alpha) theta."""
         own: list[Tensor] = list(self.parameters())
         student = [layer.router_weight, *layer.experts.parameters()]
         torch._foreach_lerp_(own, [parameter.detach() for parameter in student], 1 - alpha)

@@ -1,12 +1,12 @@
 """From a dense CLIP to experts and routers: calibrate, then ask the strategy layer by layer. Needs no process group.
 
-moe = resolve_moe(strategy, protocol.moe)                                          # upcycle_bench.strategy
-inits = make_experts(strategy, dense_model, moe, init_seed, inputs)
-model = upcycle(dense_model, inits, moe)                                           # upcycle_bench.model.surgery
+    moe = resolve_moe(strategy, protocol.moe)                               # upcycle_bench.strategy
+    inits = make_experts(strategy, dense_model, moe, init_seed, calibration)
+    model = put_experts(dense_model, inits, moe)                            # upcycle_bench.model.surgery
 
-model = make_dense(strategy, dense_model, moe, init_seed)                          # where no FFN is replaced
+    model = make_dense(strategy, dense_model, moe, init_seed)               # of a strategy that replaces no FFN
 
-A strategy that trains first (`upcycling.preparation`) brings the model for both calls, and branches for the first.
+Where a strategy trains first (`upcycling.preparation`), its model stands in place of `dense_model`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -30,9 +30,9 @@ from upcycle_bench.util.errors import PluginError
 from upcycle_bench.util.rng import Stream
 from upcycle_bench.util.threads import one_thread
 
-# Number of pairs wanted -> batches of (images [B, 3, H, W] as the model takes them, texts [B, L]), on its device.
+# How many pairs are wanted -> batches of (images [B, 3, H, W] as the model takes them, texts [B, L]), on its device.
 CalibrationSource = Callable[[int], Iterable[tuple[Tensor, Tensor]]]
-# Measures the part of the work of that name (`costs.Meter.phase`).
+# The name of a part of the work -> a context that measures it (`util.meter.Meter.phase`).
 Phases = Callable[[str], contextlib.AbstractContextManager[Any]]
 
 
@@ -47,38 +47,42 @@ def make_experts(
 ) -> dict[str, LayerInit]:
     """The strategy's experts and router for every layer of `dense` (an open_clip CLIP), by layer name.
 
-    `moe` are the strategy's settings; `branches` the dense CLIPs of a `Preparation`, whose FFNs `init_layer` gets as
-    `calibration`. Done in `phase("calibrate")`, if the strategy asks for calibration, and `phase("upcycle")`. Raises
-    PluginError when it changes the dense FFN, makes plain experts of another width than it said, or notes a number
-    that is not finite.
+    `moe` are the strategy's settings. `branches` are the dense CLIPs of a `Preparation`: `init_layer` gets their FFNs
+    as `calibration`. The work is measured as `phase("calibrate")`, if the strategy calibrates, and `phase("upcycle")`.
+
+    Raises PluginError for a strategy that changes the dense FFN, makes plain experts of another width than its
+    `ffn_hidden`, or notes a number that is not finite.
     """
     if branches is not None and strategy.calibration_pairs:
         raise PluginError(f"{strategy.info.name} both prepares and calibrates; a strategy may do one of them")
     root = Stream(("strategy", strategy.info.name, init_seed))
     layers = find_layers(dense, moe)
     ffns = {layer.name: FFN.of(dense.get_submodule(layer.mlp_path)) for layer in layers}
-    calibrators: dict[str, Any] = {}
+    seen: dict[str, Any] = {}  # what `init_layer` gets as `calibration`, by layer name
     if branches is not None:
         for layer in layers:
-            calibrators[layer.name] = [FFN.of(branch.get_submodule(layer.mlp_path)) for branch in branches]
+            seen[layer.name] = [FFN.of(branch.get_submodule(layer.mlp_path)) for branch in branches]
     if strategy.calibration_pairs:
         for layer in layers:
-            calibrators[layer.name] = strategy.calibrator(
-                ffns[layer.name], layer, root.child(layer.name, "calibration")
-            )
+            seen[layer.name] = strategy.calibrator(ffns[layer.name], layer, root.child(layer.name, "calibration"))
         with phase("calibrate"):
-            calibrate(dense, layers, calibrators, calibration(strategy.calibration_pairs))
+            calibrate(dense, layers, seen, calibration(strategy.calibration_pairs))
+    inits = {}
     with phase("upcycle"):
-        return {layer.name: _init_layer(strategy, ffns[layer.name], layer, moe, calibrators, root) for layer in layers}
+        for layer in layers:
+            ffn, rng = ffns[layer.name], root.child(layer.name)
+            inits[layer.name] = _init_layer(strategy, ffn, layer, moe, seen.get(layer.name), rng)
+    return inits
 
 
 def _init_layer(
-    strategy: Strategy, ffn: FFN, layer: Layer, moe: protocol.MoE, calibrators: Mapping[str, Any], root: Stream
+    strategy: Strategy, ffn: FFN, layer: Layer, moe: protocol.MoE, calibration: Any, rng: Stream
 ) -> LayerInit:
+    """`Strategy.init_layer`, on one thread and with its result checked."""
     where = f"{strategy.info.name}: {layer.name}"
-    versions = [tensor._version for tensor in (ffn.w1_HD, ffn.b1_H, ffn.w2_DH, ffn.b2_D)]
+    versions = [tensor._version for tensor in (ffn.w1_HD, ffn.b1_H, ffn.w2_DH, ffn.b2_D)]  # count changes in place
     with one_thread():
-        init = strategy.init_layer(ffn, layer, calibrators.get(layer.name), root.child(layer.name))
+        init = strategy.init_layer(ffn, layer, calibration, rng)
     if versions != [tensor._version for tensor in (ffn.w1_HD, ffn.b1_H, ffn.w2_DH, ffn.b2_D)]:
         raise PluginError(f"{where}: init_layer changed the dense FFN in place; work on copies")
     notes = {name: float(value) for name, value in init.notes.items()}
@@ -91,9 +95,9 @@ def _init_layer(
 
 
 def make_dense(strategy: Strategy, dense: Any, moe: protocol.MoE, init_seed: int) -> Any:
-    """A copy of `dense` as a strategy without experts wants it (`Strategy.init_dense`).
+    """A copy of `dense`, changed by the `init_dense` of a strategy without experts.
 
-    Raises PluginError when an FFN's width is not what the strategy said, or the model has other tensors.
+    Raises PluginError when an FFN's width is not that of the strategy's `ffn_hidden`, or the tensors have other names.
     """
     model = copy.deepcopy(dense)
     layers = find_layers(model, moe)
@@ -109,7 +113,7 @@ def make_dense(strategy: Strategy, dense: Any, moe: protocol.MoE, init_seed: int
 
 
 def _check_hidden(module: Any, hidden: int, where: str, plain: bool) -> None:
-    """What a run costs is counted by `ffn_hidden`. Modules of a strategy's own have no such width, if not `plain`."""
+    """Hold an FFN to `ffn_hidden`, by which costs are estimated. A strategy's own module passes, if not `plain`."""
     c_fc = getattr(module, "c_fc", None)
     found = c_fc.out_features if isinstance(c_fc, nn.Linear) else None
     if found != hidden and (plain or found is not None):

@@ -1,10 +1,13 @@
-"""Clusters of the tokens that reach one layer, and the second moment of each cluster, as tokens stream by once.
+"""Clusters of the tokens that reach one layer, and each cluster's second moment, in one pass over the stream.
 
-statistics = ClusterStatistics(768, 8, 96, 32768, rng, niter=25, nredo=1)
-for x_TD in stream:
-    statistics.update(x_TD)
-statistics.finish()
-statistics.centroid_ED, statistics.moment(0)
+    statistics = ClusterStatistics(768, 8, 96, 32768, rng, niter=25, nredo=1)
+    for x_TD in stream:
+        statistics.update(x_TD)
+    statistics.finish()
+    statistics.centroid_ED, statistics.moment(0)
+
+The clusters are those of arXiv:2604.13508, Eq. 6; the second moment C_i is the X_i X_i^T of its Eq. 8.
+Shape suffixes: E clusters, one an expert.
 """
 
 from __future__ import annotations
@@ -20,11 +23,12 @@ from upcycle_bench.util.rng import Stream
 class ClusterStatistics:
     """Clusters of a layer's FFN inputs, and each cluster's second moment C_i = sum x x^T (x not normalised), float64.
 
-    The first `fit_tokens` tokens are held until there are enough to fit the clusters (`spherical_kmeans`). Then every
-    token is assigned and added as it comes: memory is E D^2 and that buffer, however long the stream.
+    The first `fit_tokens` tokens are held in a buffer, to which `spherical_kmeans` fits the clusters. From then on each
+    token is assigned to a cluster and added to its moment as it comes. Memory is E D^2 numbers and the buffer, however
+    long the stream.
 
-    centroid_ED: unit rows, float32, none before clusters are fitted; count_E: tokens of each cluster, int64 on the CPU;
-    agreement: that of `Clusters`. `update` and `finish` raise UserError for fewer tokens than clusters.
+    centroid_ED: unit rows, float32, no rows before clusters are fitted; count_E: tokens of each cluster, int64 on the
+    CPU; agreement: that of `Clusters`. `update` and `finish` raise UserError for fewer tokens than clusters.
     """
 
     def __init__(
@@ -36,7 +40,7 @@ class ClusterStatistics:
         self.centroid_ED = torch.empty(0, width)
         self.agreement = 0.0
         self.count_E = torch.zeros(num_clusters, dtype=torch.long)
-        self._lower_EDD = torch.zeros(num_clusters, width, width, dtype=torch.float64)  # its lower triangle is right
+        self._lower_EDD = torch.zeros(num_clusters, width, width, dtype=torch.float64)  # lower triangles
 
     def moment(self, cluster: int) -> Tensor:
         """C_i [D, D], symmetric to the bit."""
@@ -54,7 +58,7 @@ class ClusterStatistics:
         }
 
     def update(self, x_TD: Tensor) -> None:
-        """Hold tokens until clusters can be fitted; afterwards assign and add them."""
+        """See a batch of tokens [T, D]: hold them until the clusters are fitted, afterwards assign and add them."""
         if len(self.centroid_ED):
             self._add(x_TD)
             return
@@ -63,7 +67,7 @@ class ClusterStatistics:
             self.finish()
 
     def finish(self) -> None:
-        """Fit the clusters (Eq. 6), if the stream ended before the buffer was full."""
+        """Fit the clusters (Eq. 6) and add the held tokens, unless `update` has done so."""
         if len(self.centroid_ED):
             return
         sample_TD = torch.cat(self.buffer) if self.buffer else torch.empty(0, self.width)
@@ -81,4 +85,4 @@ class ClusterStatistics:
         label_T = (x_TD @ self.centroid_ED.T).argmax(1)  # Eq. 6: the length of x does not matter
         self.count_E += label_T.bincount(minlength=self.num_clusters).cpu()
         for cluster in range(self.num_clusters):
-            add_second_moment(self._lower_EDD[cluster], x_TD[label_T == cluster].double())
+            add_second_moment(self._lower_EDD[cluster], x_TD[label_T == cluster].double())  # C_i of Eq. 8

@@ -1,10 +1,12 @@
-"""Preparation: what a strategy may train before the experts are made, within a budget that is charged to it.
+"""Preparation: the workshop in which a strategy may train before its experts are made, within a budget.
 
-    preparation = prepare(strategy, protocol, world, init_seed, dense, data, meter, reporter)   # None for most
+    workshop = TrainingWorkshop(dense, data, protocol, rng, groups, reporter, "my-idea")
+    preparation = strategy.prepare(workshop)        # branches and the model to upcycle; None for most strategies
+    workshop.flops                                  # what it cost, charged to the strategy
 
-A strategy's `prepare` gets a `strategy.Workshop`: copies of the dense model, features of the training pairs, the
-protocol's own training loop on batches of the strategy's choice, the groups of the pairs, and how many steps the budget
-pays. The cost is that of the phase `prepare`. It is not kept: a run that is interrupted prepares again when it goes on.
+The workshop gives copies of the dense model, features of the training pairs, their groups, the protocol's own training
+loop on batches that the strategy chooses, and the number of steps that the budget pays.
+`BranchStrategy` is the base class of the strategies that train branches.
 
 Shape suffixes: S samples.
 """
@@ -24,52 +26,28 @@ from pydantic import Field
 from torch import Tensor
 
 from upcycle_bench.data.pairs import PairDataset, PickedBatches
-from upcycle_bench.data.world import World
-from upcycle_bench.data.worlds import training_groups
 from upcycle_bench.model import padding
 from upcycle_bench.model.clip import Clip
 from upcycle_bench.model.surgery import find_layers
 from upcycle_bench.protocol import Protocol
-from upcycle_bench.strategy import Groups, Preparation, RouterInit, Strategy
+from upcycle_bench.strategy import Groups, RouterInit, Strategy
 from upcycle_bench.training.job import Job
 from upcycle_bench.training.loop import train
 from upcycle_bench.util import distributed
 from upcycle_bench.util.errors import UserError
 from upcycle_bench.util.flops import counted_flops
-from upcycle_bench.util.meter import Meter
 from upcycle_bench.util.progress import OnStep, Reporter
 from upcycle_bench.util.rng import Stream
 
 ENCODING_BATCH = 256  # pairs on each rank
 
 
-def prepare(
-    strategy: Strategy,
-    protocol: Protocol,
-    world: World,
-    init_seed: int,
-    dense: Clip,
-    data: PairDataset,
-    meter: Meter,
-    reporter: Reporter,
-) -> Preparation | None:
-    """What the strategy trains before the experts are made, as the phase `prepare`; None if it does not.
-
-    Must run inside `engine.session`, on every rank.
-    """
-    if type(strategy).prepare is Strategy.prepare:
-        return None
-    with meter.phase("prepare") as phase:
-        groups = training_groups(world)
-        rng = Stream(("strategy", strategy.info.name, init_seed)).child("preparation")
-        workshop = TrainingWorkshop(dense, data, protocol, rng, groups, reporter, strategy.info.name)
-        preparation = strategy.prepare(workshop)
-        phase.flops = workshop.flops
-    return preparation
-
-
 class TrainingWorkshop:
-    """The workshop of a run: `strategy.Workshop` by the project's own training loop. `rng` follows the init seed."""
+    """A `strategy.Workshop` that trains by the project's own loop. Must be used inside a session, on every rank.
+
+    dense, data: the dense CLIP and the training pairs; groups: the group of each pair, or None where only shards are
+    known; label: the strategy's name, for messages and progress; flops: spent so far, over all ranks.
+    """
 
     def __init__(
         self,
@@ -81,7 +59,7 @@ class TrainingWorkshop:
         reporter: Reporter | None = None,
         label: str = "",
     ) -> None:
-        self.rng, self.flops = rng, 0  # spent so far, over all ranks
+        self.rng, self.flops = rng, 0
         self.experts, self.batch_size = protocol.moe.experts, protocol.train.schedule.batch_size
         self._clip, self._data, self._protocol = dense, data, protocol
         self._groups, self._reporter, self._label = groups, reporter or Reporter(), label
@@ -118,15 +96,15 @@ class TrainingWorkshop:
     ) -> int:
         """How many steps each of `branches` trainings may take, at most `ceiling`.
 
-        The budget is a share of the FLOPs of the protocol's training of the upcycled model, counted on one batch. What
-        a branch costs is counted likewise: a step, and the encoding of `encoded_per_step` samples for each step. Raises
-        UserError when the budget does not pay a single step each.
+        `budget` is a share of the FLOPs of the protocol's training of the upcycled model. These, the FLOPs of a
+        branch's step, and those of encoding `encoded_per_step` samples for each step, are counted on one batch.
+        Raises UserError when the budget does not pay one step for each branch.
         """
-        whole = self._training_flops() * self._protocol.train.schedule.steps
-        step = self._step_flops(self.dense(), trainable)
+        whole = self.training_flops() * self._protocol.train.schedule.steps
+        step = self.step_flops(self.dense(), trainable)
         if encoded_per_step:
             before = self.flops
-            for _ in self.encode(self.dense(), self._probe()):
+            for _ in self.encode(self.dense(), self.probe()):
                 pass
             step += (self.flops - before) * encoded_per_step // self.batch_size
         paid = (budget * whole - self.flops) / (branches * step)
@@ -139,16 +117,16 @@ class TrainingWorkshop:
 
     @torch.no_grad()
     def encode(self, model: Any, index_S: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Normalised features of those samples in order, batch by batch: (images [B, C], texts [B, C]) float32, on CPU.
+        """Normalised features of the samples `index_S`, in batches: (images [B, C], texts [B, C]), float32, CPU.
 
-        In eval mode and the model's own precision; captions and crops are the same at every call.
+        The model runs in eval mode and its own precision. Captions and crops are the same at every call.
         """
         parameter = next(model.parameters())
         device, rank, world = parameter.device, distributed.rank(), distributed.world_size()
         parts = index_S.split(ENCODING_BATCH * world) if len(index_S) else ()
         was_training = model.training
         for part_B in self._reporter.track(parts, f"preparing {self._label}: encoding"):
-            share = -(-len(part_B) // world)
+            share = -(-len(part_B) // world)  # samples of each rank; the last sample fills the last rank's share
             padded = torch.cat([part_B, part_B[-1:].expand(share * world - len(part_B))])
             batch = self._data.pick(padded[rank * share : (rank + 1) * share], self.rng.child("encoding"))
             images, texts = self._clip.normalise(batch.images.to(device)).to(parameter.dtype), batch.texts.to(device)
@@ -172,15 +150,15 @@ class TrainingWorkshop:
         lr_factor: float = 1.0,
         label_smoothing: float = 0.0,
     ) -> None:
-        """Train `model` in place by the protocol's loop, optimiser and schedule, one step for every row of samples.
+        """Train `model` in place by the protocol's loop, optimiser and schedule, one step for each row of samples.
 
         `trainable` chooses parameters by name, `lr_factor` multiplies the protocol's peak learning rate. Afterwards
-        every parameter wants a gradient again and none has one.
+        every parameter requires a gradient again, and none has one.
         """
         with self._reporter.bar(f"preparing {self._label}: {name}", len(rows_SB)) as bar:
-            self.flops += self._fit(model, rows_SB, name, trainable, lr_factor, label_smoothing, bar)
+            self.flops += self.fit(model, rows_SB, name, trainable, lr_factor, label_smoothing, bar)
 
-    def _fit(
+    def fit(
         self,
         model: Any,
         rows_SB: Tensor,
@@ -190,7 +168,7 @@ class TrainingWorkshop:
         label_smoothing: float,
         on_step: OnStep,
     ) -> int:
-        """Train; returns the FLOPs of all steps over all ranks, a few of them counted."""
+        """Train; returns the FLOPs of all steps over all ranks, by those of the few steps that are counted."""
         settings, was_training = self._protocol.train, model.training
         for key, parameter in model.named_parameters():
             parameter.requires_grad_(trainable(key))
@@ -209,14 +187,15 @@ class TrainingWorkshop:
             parameter.requires_grad_(True)
             parameter.grad = None
         model.train(was_training)
-        gc.collect()  # engine and optimiser states hold each other
+        gc.collect()  # the engine and its optimiser refer to each other, and hold the states' memory
         counted = distributed.sum_over_ranks(progress.counted_flops)
         return counted * progress.step // max(1, progress.counted_steps)
 
-    def _training_flops(self) -> int:
-        """FLOPs of one step of the upcycled model with copies as experts, if none is over capacity.
+    def training_flops(self) -> int:
+        """FLOPs of one training step of the upcycled model, if all experts are copies and none is over capacity.
 
-        A step of the dense model is counted; the layers' tokens tell what the other k - 1 choices and the router add.
+        A step of the dense model is counted. For the other K - 1 choices and the router, FLOPs are added by the
+        number of tokens that each layer sees.
         """
         model, moe = self.dense(), self._protocol.moe
         extra = 0
@@ -224,22 +203,22 @@ class TrainingWorkshop:
         def observe(mlp: Any, args: tuple[Tensor, ...]) -> None:
             nonlocal extra
             hidden, width = mlp.c_fc.weight.shape
-            forward = 4 * width * hidden * (moe.top_k - 1) + 2 * width * moe.experts
-            extra += 3 * forward * (args[0].numel() // width)  # backward is twice that
+            forward = 4 * width * hidden * (moe.top_k - 1) + 2 * width * moe.experts  # of one token
+            extra += 3 * forward * (args[0].numel() // width)  # the backward pass takes twice as many as the forward
 
         for layer in find_layers(model, moe):
             model.get_submodule(layer.mlp_path).register_forward_pre_hook(observe)
-        dense = self._step_flops(model, lambda name: True)
+        dense = self.step_flops(model, lambda name: True)
         return dense + distributed.sum_over_ranks(extra)
 
-    def _step_flops(self, model: Any, trainable: Callable[[str], bool]) -> int:
-        """FLOPs of one training step; it is made, and charged like all others."""
-        flops = self._fit(model, self._probe()[None], "probe", trainable, 1.0, 0.0, lambda done, metrics: None)
+    def step_flops(self, model: Any, trainable: Callable[[str], bool]) -> int:
+        """FLOPs of one training step. The step is made to count them, and charged like all others."""
+        flops = self.fit(model, self.probe()[None], "probe", trainable, 1.0, 0.0, lambda done, metrics: None)
         self.flops += flops
         return flops
 
-    def _probe(self) -> Tensor:
-        """A batch to count on."""
+    def probe(self) -> Tensor:
+        """A random batch to count FLOPs on, int64 [B]."""
         order_S = torch.randperm(len(self), generator=self.rng.child("probe").generator())
         if len(order_S) < self.batch_size:
             raise UserError(f"the training set has {len(self)} pairs, fewer than one batch of {self.batch_size}.")
@@ -248,7 +227,7 @@ class TrainingWorkshop:
 
 @pydantic.dataclasses.dataclass(frozen=True, kw_only=True)
 class BranchStrategy(Strategy):
-    """Base of a strategy whose experts are FFNs of branches: copies of the dense CLIP, trained within a budget."""
+    """Base class of strategies whose experts are FFNs of branches: copies of the dense CLIP that are trained."""
 
     lr_factor: float = Field(
         default=1.0, gt=0, allow_inf_nan=False, description="branches' peak learning rate, times the protocol's"
