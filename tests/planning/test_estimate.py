@@ -1,4 +1,4 @@
-"""Costs: counted FLOPs against hand-worked ones, the estimate against what a run measures."""
+"""Costs: counted FLOPs against FLOPs by hand, and the estimate against what a run measures."""
 
 import time
 from pathlib import Path
@@ -61,7 +61,7 @@ def test_experts_add_one_ffn_per_token_for_top_2() -> None:
     assert moe.train_flops == 3 * moe.forward_flops * 100 * 64
 
 
-def test_a_preparation_is_reckoned_with_at_its_budget() -> None:
+def test_a_preparation_is_estimated_at_its_budget() -> None:
     smoke = PROTOCOLS["smoke"]
     sparse, whole = (estimate(smoke, strategy(name)) for name in ("sparse-upcycling", "clip-moe"))
     assert sparse.prepare_flops_at_most == 0
@@ -99,11 +99,11 @@ def test_peak_memory_of_this_program(tmp_path: Path) -> None:
     ours = peak_memory(torch.device("cpu"))
     by_usage = high_water(tmp_path / "no such file")
     status.write_text("Name:\tpython\n")  # a kernel that does not say
-    # usage includes what was before this program; the kernel counts pages a little later there
+    # getrusage includes what was before this program, and may lag behind by a few pages.
     assert high_water(status) >= by_usage >= ours - 2**22 and ours > 10**7
 
 
-# ---- shapes of a strategy's own ------------------------------------------------------------------------------------
+# ---- strategies with a shape of their own --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -117,7 +117,7 @@ def test_peak_memory_of_this_program(tmp_path: Path) -> None:
     ],
 )
 def test_the_estimate_is_what_the_model_has(protocol: str, name: str, options: dict[str, Any]) -> None:
-    """Total and active parameters of the model itself, on the meta device."""
+    """Total and active parameters, counted in the model on the meta device."""
     settings, made = PROTOCOLS[protocol], strategy(name, **options)
     moe = resolve_moe(made, settings.moe)
     with torch.device("meta"):
@@ -143,7 +143,7 @@ def test_a_virtual_group_costs_a_larger_router(protocol: str) -> None:
     plain, fine = (estimate(settings, strategy(name)) for name in ("sparse-upcycling", "virtual-group"))
     widths = {"smoke": [64, 64, 64], "lab": [128] * 5, "clip-b32": [768] * 6 + [512] * 6}[protocol]
     experts, top_k = settings.moe.experts, settings.moe.top_k
-    # Of two shards a copy: as many router rows again, and b2 twice as often.
+    # Two shards for each copy: twice the router rows, and twice the second biases.
     assert fine.parameters_total - plain.parameters_total == sum(experts * d + experts * d for d in widths)
     assert fine.parameters_active - plain.parameters_active == sum(experts * d + top_k * d for d in widths)
     assert plain.forward_flops < fine.forward_flops < 1.01 * plain.forward_flops
