@@ -56,7 +56,7 @@ def evaluate(
         facts = score_checkpoint(registry, checkpoint, model, protocol, data, names, terminal_reporter())
     text = json.dumps(facts, indent=2, allow_nan=False)
     if output is not None:
-        from upcycle_bench.record import write_atomically
+        from upcycle_bench.util.files import write_atomically
 
         write_atomically(output, f"{text}\n".encode())
     if as_json:
