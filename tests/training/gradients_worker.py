@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from upcycle_bench.data.pairs import PairDataset
 from upcycle_bench.model.clip import create_clip
-from upcycle_bench.model.moe import moe_layers
+from upcycle_bench.model.moe import MoEFFN, moe_layers
 from upcycle_bench.model.weights import EXPERT_KEY
 from upcycle_bench.planning.plan import make_plan
 from upcycle_bench.planning.registry import load_registry
@@ -77,11 +77,11 @@ def _gather_experts(
         if match is None:
             whole[name] = gradient
             continue
-        head, number, tail = match.groups()
-        parts = [torch.empty_like(gradient) for _ in range(ep_size)]
-        dist.all_gather(parts, gradient.contiguous())
-        for rank, part in enumerate(parts):
-            whole[f"{head}{rank * local + int(number)}{tail}"] = part
+        path, number, part = match.groups()
+        shards = [torch.empty_like(gradient) for _ in range(ep_size)]
+        dist.all_gather(shards, gradient.contiguous())
+        for rank, shard in enumerate(shards):
+            whole[f"{path}.{MoEFFN.state_key(rank * local + int(number), part)}"] = shard
     return whole
 
 
