@@ -1,7 +1,4 @@
-"""The Python API: `upcycle`, `save`, `load` in any precision, without a process group, and without a trace.
-
-Shape suffixes: B batch, L sequence.
-"""
+"""The Python API: `upcycle`, `save`, `load` in any precision, without a process group."""
 
 import copy
 import gc
@@ -34,7 +31,7 @@ from upcycle_bench.strategy import Strategy
 from upcycle_bench.upcycling.from_checkpoint import moe_settings
 from upcycle_bench.util.errors import UserError
 
-STRATEGIES = sorted(  # those that train first are refused
+STRATEGIES = sorted(  # without those that train first, which the API refuses
     name
     for name, entry in load_registry().strategies.items()
     if entry.target.replaces_ffn and entry.target.prepare is Strategy.prepare
@@ -55,11 +52,15 @@ def same(first: list[Tensor], second: list[Tensor]) -> bool:
 def test_the_package_imports_nothing_heavy() -> None:
     code = (
         "import sys, upcycle_bench\n"
-        "assert {'upcycle', 'load', 'save', 'moe_layers'} <= set(dir(upcycle_bench))\n"
+        "names = {'Clip', 'UserError', 'load', 'moe_layers', 'save', 'upcycle'}\n"
+        "assert names <= set(dir(upcycle_bench))\n"
+        "from upcycle_bench.util import errors\n"
+        "assert upcycle_bench.UserError is errors.UserError\n"
         "heavy = {'torch', 'deepspeed', 'open_clip', 'numpy', 'pydantic'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
         "try: upcycle_bench.nothing\n"
         "except AttributeError as error: print(error)\n"
+        "for name in names: assert getattr(upcycle_bench, name).__name__ == name\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
@@ -81,7 +82,7 @@ def test_the_package_imports_nothing_heavy() -> None:
     ids=str,
 )
 def test_every_strategy_in_every_precision(strategy: str, dtype: torch.dtype, tmp_path: Path) -> None:
-    """It works in evaluation and in training, trains every parameter, and comes back from its file bit for bit."""
+    """The model evaluates, trains every parameter, and is loaded from its file bit for bit."""
     dense = tiny_clip(dtype)
     before = copy.deepcopy(dense.model.state_dict())
     random = torch.get_rng_state()
@@ -97,9 +98,9 @@ def test_every_strategy_in_every_precision(strategy: str, dtype: torch.dtype, tm
     evaluated = outputs(model, inputs)
     assert all(value.dtype == dtype and torch.isfinite(value).all() for value in evaluated)
 
-    image_BE, text_BE, _ = model.train()(*inputs)
+    image_BC, text_BC, _ = model.train()(*inputs)
     balance = sum(layer.l_aux for layer in moe_layers(model).values())
-    ((image_BE.float() @ text_BE.float().T).logsumexp(1).sum() + balance).backward()
+    ((image_BC.float() @ text_BC.float().T).logsumexp(1).sum() + balance).backward()
     trained = {name: p for name, p in model.named_parameters() if name != "logit_scale" and p.requires_grad}
     gradients = {name: p.grad for name, p in trained.items()}
     assert all(gradient is not None and torch.isfinite(gradient).all() for gradient in gradients.values())
@@ -113,7 +114,7 @@ def test_every_strategy_in_every_precision(strategy: str, dtype: torch.dtype, tm
 
 
 def test_nothing_distributed_is_started() -> None:
-    """In a process of its own, since other tests start process groups."""
+    """It runs in a process of its own, since other tests start process groups."""
     code = (
         "import torch, torch.distributed as dist, upcycle_bench\n"
         "from tests.helpers import tiny_batches, tiny_clip\n"
@@ -136,7 +137,7 @@ def test_nothing_distributed_is_started() -> None:
 
 
 def test_open_clips_mixed_precision(tmp_path: Path) -> None:
-    """bf16 weights, float32 LayerNorms: another class of LayerNorm, which the file's dtypes ask for."""
+    """Weights in bf16 and LayerNorms in float32 need another class of LayerNorm; the file's dtypes tell which."""
     dense = create_clip(MODEL, precision="bf16", seed=1).model.eval()
     model = upcycle_bench.upcycle(dense, "sparse-upcycling")
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32, torch.bfloat16}
@@ -148,8 +149,8 @@ def test_open_clips_mixed_precision(tmp_path: Path) -> None:
 
 
 def test_a_model_as_open_clip_makes_it(tmp_path: Path) -> None:
-    """Its logit scale has no dimension, its transform may be that of a pretrained tag; both come back."""
-    create_clip(MODEL)  # makes the name known
+    """Its logit scale has no dimension, its transform may be that of a pretrained tag; the file keeps both."""
+    create_clip(MODEL)  # it registers the name with open_clip
     changes = {"image_mean": (0.5, 0.5, 0.5), "image_interpolation": "bilinear"}
     dense = open_clip.create_model_and_transforms(MODEL, **changes)[0].eval()
     assert dense.logit_scale.dim() == 0
@@ -190,7 +191,7 @@ def test_a_seed_gives_one_model_and_a_dense_one_round_trips(tmp_path: Path) -> N
 
 
 def test_modes_are_kept_part_by_part() -> None:
-    """A user may hold one tower in eval mode; calibration must not wake it."""
+    """A user may keep one tower in eval mode; calibration must not change that."""
     dense = tiny_clip().model.train()
     dense.visual.eval()
     modes = [module.training for module in dense.modules()]
@@ -204,7 +205,7 @@ def test_modes_are_kept_part_by_part() -> None:
 
 
 def test_as_many_pairs_are_taken_as_the_strategy_wants() -> None:
-    """The last batch is cut, an endless loader is left, and fewer pairs are a warning that counts them."""
+    """The last batch is cut, an endless loader is not exhausted, and too few pairs are a warning with their number."""
     dense = tiny_clip()
     batch = tiny_batches(dense, pairs=64)[0]
     taken = 0
@@ -227,7 +228,7 @@ def test_as_many_pairs_are_taken_as_the_strategy_wants() -> None:
 
 
 def test_calibration_is_cast_to_the_model() -> None:
-    """float32 images, as a transform makes them, for a model in bf16."""
+    """A transform makes float32 images, also for a model in bf16."""
     dense = tiny_clip(torch.bfloat16)
     images, texts = tiny_batches(tiny_clip(), pairs=64)[0]
     first = upcycle_bench.upcycle(dense.model, calibration=[(images, texts)], pairs=64)
@@ -265,7 +266,7 @@ def test_bad_input_is_one_line(changes: dict[str, Any], message: str) -> None:
 
 @pytest.mark.parametrize("model", ["ViT-B-16-SigLIP", "RN50"])
 def test_other_architectures_are_refused(model: str) -> None:
-    """A custom text tower, a ResNet."""
+    """One has a custom text tower, the other is a ResNet."""
     config = open_clip.get_model_config(model)
     with torch.device("meta"):
         kind = open_clip.CustomTextCLIP if "SigLIP" in model else open_clip.CLIP
@@ -277,14 +278,14 @@ def test_other_architectures_are_refused(model: str) -> None:
 
 
 def alive() -> int:
-    """Bytes of all tensors made since `gc.freeze()` that still live, storages counted once."""
+    """Bytes of all tensors made since `gc.freeze()` that still exist; a shared storage counts once."""
     found = (thing for thing in gc.get_objects() if isinstance(thing, Tensor) and not thing.is_meta)
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in found}
     return sum(storages.values())
 
 
 def test_cluster_aware_keeps_no_activations() -> None:
-    """What is held while the data stream by is the same for four times the data, to the byte."""
+    """During calibration, the bytes that are held are the same for four times as much data."""
     dense = tiny_clip()
 
     def held(batches: int) -> list[int]:
@@ -299,7 +300,7 @@ def test_cluster_aware_keeps_no_activations() -> None:
         upcycle_bench.upcycle(dense.model, calibration=stream(), pairs=16 * batches, cluster_tokens=200)
         return measured
 
-    held(2)  # whatever is made once is made now
+    held(2)  # the first call makes tensors that stay
     gc.collect()
     gc.freeze()
     try:
@@ -308,14 +309,14 @@ def test_cluster_aware_keeps_no_activations() -> None:
         gc.unfreeze()
     assert max(fourfold) == max(once)
     assert fourfold[-1] == once[-1]
-    assert once[1] > once[0]  # the buffer of the first batches shows, so activations would
+    assert once[1] > once[0]  # the buffer of the first batches is seen, so activations would be too
 
 
 # ---- save and load ---------------------------------------------------------------------------------------------------
 
 
 def test_quickgelu_needs_its_own_name(tmp_path: Path) -> None:
-    """Its tensors are those of ViT-B-32; the activation is not. Without memory: nothing but the form is compared."""
+    """Its tensors are those of ViT-B-32; its activation is not. Only forms are compared, so tensors need no memory."""
     with torch.device("meta"):
         dense = create_clip("ViT-B-32-quickgelu").model
     with pytest.raises(UserError, match=r"the model is no ViT-B-32: its activation is QuickGELU\(\), not GELU"):
@@ -359,7 +360,7 @@ def test_a_failed_save_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_a_process_group_of_the_user_changes_nothing() -> None:
-    """A model in a training script that has one: routing and outputs are those without it."""
+    """In a script that has a process group, routing and outputs are those without one."""
     dense = create_dense()
     model = upcycle_bench.upcycle(dense, "sparse-upcycling").train()
     inputs = inputs_for(dense)

@@ -78,12 +78,14 @@ def test_the_wheel_holds_everything_inside_our_namespace(tmp_path: Path) -> None
         ("strategies", "upcycle_bench/strategies", "*.py"),
         ("suites", "upcycle_bench/suites", "*.py"),
         ("upcycle_bench/protocols", "upcycle_bench/protocols", "*.toml"),
+        ("upcycle_bench/assets/models", "upcycle_bench/assets/models", "*.json"),
         *(
-            ("upcycle_bench/models", "upcycle_bench/models", f"*.{kind}")
+            ("upcycle_bench/assets/checkpoints", "upcycle_bench/assets/checkpoints", f"*.{kind}")
             for kind in ("json", "jsonl", "safetensors", "md")
         ),
     ):
-        assert {f"{installed}/{path.name}" for path in (ROOT / folder).glob(pattern)} <= names
+        files = {f"{installed}/{path.name}" for path in (ROOT / folder).glob(pattern)}
+        assert files and files <= names
     for path in (ROOT / "strategies").glob("[a-z]*.py"):
         assert f"upcycle_bench.strategies.{path.stem}" in entry_points, (
             "a strategy without an entry point is never found"
@@ -92,7 +94,7 @@ def test_the_wheel_holds_everything_inside_our_namespace(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("target", ["run", "test", "lint"])
 def test_make_targets_set_themselves_up(target: str) -> None:
-    """Each target depends on the environment, so one command is enough on a fresh clone."""
+    """Each target makes its environment first, so one command is enough in a fresh clone."""
     done = subprocess.run(["make", "--dry-run", target, "VENV=/nonexistent"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0
     commands = done.stdout

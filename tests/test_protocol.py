@@ -27,7 +27,7 @@ def test_which_protocols_ship() -> None:
 
 
 def test_lab_and_lab_dev_train_alike() -> None:
-    """So weights trained for one serve the other; only what is scored differs."""
+    """They differ only in what is scored, so weights trained for one can be scored for the other."""
     lab, dev = load_protocol(PATHS["lab"]), load_protocol(PATHS["lab-dev"])
     different = {key for key in values(lab) if values(lab)[key] != values(dev)[key]}
     optional = {key for key in different if key.startswith("optional_suites.")}
@@ -47,7 +47,7 @@ def test_lab_and_lab_dev_train_alike() -> None:
     ],
 )
 def test_variants_of_lab_change_what_they_say(name: str, changes: dict[str, object]) -> None:
-    """Of a dense model of their own also where it comes from: no other one ships."""
+    """A variant that changes the dense model trains its own: only that of lab ships."""
     if any(key.startswith("dense") for key in changes):
         changes = {**changes, "dense.source": "pretrain", "dense.shipped": ""}
     assert values(load_protocol(PATHS[name])) == values(load_protocol(PATHS["lab"])) | changes
@@ -102,8 +102,8 @@ def test_overrides_open_the_division_and_reach_their_place() -> None:
     ("override", "message"),
     [
         ("moe.expert=4", "did you mean 'moe.experts'"),
-        ("moe.expert=4", "'moe.ep_size'? There are "),  # too many to name beside a near match
-        ("xyzzy=4", "train.schedule.steps"),  # without one, the valid keys
+        ("moe.expert=4", "'moe.ep_size'? There are "),  # beside near matches, only the number of the others
+        ("xyzzy=4", "train.schedule.steps"),  # without a near match, all keys
         ("moe.experts=four", "moe.experts: Input should be a valid integer (got 'four')"),
         ("moe.experts=4.0", "moe.experts: Input should be a valid integer"),
         ("moe.experts=1", "moe.experts: Input should be greater than or equal to 2"),
@@ -124,7 +124,7 @@ def test_bad_overrides_are_one_line(override: str, message: str) -> None:
 
 
 def beside_smoke(folder: Path, **files: str) -> Path:
-    """A folder with smoke.toml, which names a source for two values, and other protocol files; the last one's path."""
+    """Write smoke.toml, with sources for two values, and other protocol files; returns the last one's path."""
     smoke = PATHS["smoke"].read_text()
     (folder / "smoke.toml").write_text(smoke + '[sources]\n"moe.experts" = "theirs"\n"moe.top_k" = "theirs"\n')
     for name, text in files.items():
@@ -133,7 +133,7 @@ def beside_smoke(folder: Path, **files: str) -> Path:
 
 
 def test_extends_lays_a_file_over_another(tmp_path: Path) -> None:
-    """Nested values, lists as a whole; a value that is changed loses its source unless it gets a new one."""
+    """Nested values are merged, lists replaced. A value that is changed loses its source, unless it gets a new one."""
     path = beside_smoke(
         tmp_path,
         child='extends = "smoke"\nsummary = "child"\n[moe]\nexperts = 4\n[train.schedule]\nsteps = 7\n',

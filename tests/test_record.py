@@ -152,7 +152,7 @@ def test_a_shape_of_another_cost_opens_the_division() -> None:
     with pytest.raises(ValidationError, match="of another cost, belongs in the open division"):
         make_record(protocol={"unequal": "twice the FLOPs"})
     assert make_record(protocol={"unequal": "twice the FLOPs", "division": "open"}).protocol.unequal
-    assert make_record().protocol.unequal is make_record().strategy.moe is None  # as in records before there were any
+    assert make_record().protocol.unequal is make_record().strategy.moe is None  # as in older records
 
 
 @pytest.mark.parametrize(
@@ -188,7 +188,7 @@ def test_write_then_read(tmp_path: Path) -> None:
     assert files(tmp_path) == [path.name, path.with_suffix(".npz").name] and record_paths(tmp_path) == [path]
     back = read(path)
     assert back.hashes.outcomes is not None and len(back.hashes.outcomes) == 64
-    assert back.model_copy(update={"hashes": record.hashes}) == record  # nothing but the hash was added
+    assert back.model_copy(update={"hashes": record.hashes}) == record  # only the hash was added
     stored = read_outcomes(path)
     assert sorted(stored) == sorted(outcomes)
     for name, array in outcomes.items():
@@ -236,7 +236,7 @@ def test_never_overwrites(tmp_path: Path) -> None:
 def test_interruption_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, function: str, call: int, stop: Any
 ) -> None:
-    """Stopped while the outcomes (first call) or the record (second) are written or moved to their place."""
+    """The first call writes the outcomes or moves them to their place, the second one the record."""
     real, calls = getattr(os, function), []
 
     def interrupted(*arguments: Any) -> None:
@@ -250,7 +250,7 @@ def test_interruption_leaves_nothing(
         write(make_record(), {"a": np.arange(3)}, tmp_path)
     assert files(tmp_path) == []
     monkeypatch.undo()
-    assert read(write(make_record(), {"a": np.arange(3)}, tmp_path))  # and nothing is in the way
+    assert read(write(make_record(), {"a": np.arange(3)}, tmp_path))  # and the next attempt succeeds
 
 
 def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
@@ -296,7 +296,7 @@ def test_a_bad_file_is_one_line_naming_it(tmp_path: Path, edit: Any, message: st
         assert str(path) in str(error.value) and "\n" not in str(error.value)
 
 
-def test_find(tmp_path: Path) -> None:
+def test_record_paths(tmp_path: Path) -> None:
     assert record_paths(tmp_path) == []
     late, early = (write(make_record(train=train), None, tmp_path) for train in (1, 0))
     (tmp_path / "notes.txt").write_text("not a record")

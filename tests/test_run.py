@@ -1,10 +1,12 @@
-"""Runs from plan to record: what is written, what is not, and that numbers come again."""
+"""Runs from plan to record: what is written, what is not, and that the same run gives the same numbers."""
 
+import contextlib
 import json
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -17,11 +19,14 @@ from safetensors.torch import load_file
 from tests.helpers import heed_interrupts
 from upcycle_bench import record
 from upcycle_bench.data.pairs import Batch, PairDataset
+from upcycle_bench.data.worlds import load_world
 from upcycle_bench.evaluation import certificate
+from upcycle_bench.evaluation.score import score
 from upcycle_bench.hookspecs import hookimpl
 from upcycle_bench.model import weights
+from upcycle_bench.model.clip import create_clip
 from upcycle_bench.model.ffn import LayerInit
-from upcycle_bench.planning.plan import Plan, make_plan
+from upcycle_bench.planning.plan import Paths, Plan, make_plan
 from upcycle_bench.planning.registry import load_registry
 from upcycle_bench.protocol import load_protocol
 from upcycle_bench.run import run
@@ -29,7 +34,8 @@ from upcycle_bench.strategy import Strategy, StrategyInfo, random_router
 from upcycle_bench.util.cache import cache_root
 from upcycle_bench.util.errors import Unsound, UserError
 from upcycle_bench.util.files import file_sha256
-from upcycle_bench.util.progress import Reporter
+from upcycle_bench.util.meter import Meter
+from upcycle_bench.util.progress import OnStep, Reporter
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,8 +111,8 @@ def test_the_same_command_gives_the_same_scores_and_weights(tmp_path: Path, quic
     assert one.receipt == two.receipt
 
 
-def test_seeds_are_apart(tmp_path: Path, quick: list[str]) -> None:
-    """The training seed leaves the receipt of step 0 alone; the initialisation seed changes it."""
+def test_the_two_seeds_are_independent(tmp_path: Path, quick: list[str]) -> None:
+    """The training seed does not change the receipt of step 0; the initialisation seed does."""
     base, trained, initialised = (
         record.read(run(plan("sparse-upcycling", quick, init_seed=i, train_seed=t), tmp_path / f"{i}{t}", Reporter()))
         for i, t in ((0, 0), (0, 1), (1, 0))
@@ -118,7 +124,7 @@ def test_seeds_are_apart(tmp_path: Path, quick: list[str]) -> None:
 
 
 def test_preparation_is_charged_and_leaves_the_training_seed_alone(tmp_path: Path, quick: list[str]) -> None:
-    settings = [*quick, "moe.capacity_factor=8.0"]  # the budget is reckoned without dropped tokens
+    settings = [*quick, "moe.capacity_factor=8.0"]  # nothing is dropped: the budget is computed so
     made = []
     for seed in (0, 1):
         planned = plan("btx", settings, options={"branches": "1"}, train_seed=seed)
@@ -141,16 +147,13 @@ def test_sparse_upcycling_starts_from_the_dense_function(tmp_path: Path, quick: 
 
 
 def test_saved_weights_score_again(tmp_path: Path, quick: list[str]) -> None:
-    """A new suite can score an old run: the weights in the cache give the scores of the record."""
-    import torch
-
-    from upcycle_bench.run import evaluate
-    from upcycle_bench.util.meter import Meter
-
+    """The weights in the cache give the scores of the record, so a new suite can score an old run."""
     planned = plan("cluster-aware", quick)
     made = record.read(run(planned, tmp_path, Reporter(), fresh=True))
     clip = weights.load(cache_root() / "weights" / f"{made.hashes.weights}.safetensors")
-    again, proof = evaluate(planned, clip, Meter(torch.device("cpu")), Reporter())
+    assert planned.world is not None
+    meter = Meter(torch.device("cpu"))
+    again, proof = score(planned.suites, planned.world.eval_root, clip, meter, Reporter(), "")
     assert made.certificate is not None and proof is not None and proof.weights == made.certificate.weights
     assert {(s.dataset, s.metric): s.value for s in again["zero-shot"].scores} == scores(made)
 
@@ -170,7 +173,7 @@ def test_an_evaluation_that_is_not_sound_fails_the_run_and_keeps_the_weights(
 ) -> None:
     planned = plan("dense", quick, train_seed=5)
     with monkeypatch.context() as patch:
-        patch.setattr(certificate, "MARGIN", -2.0)  # every answer is then a difference
+        patch.setattr(certificate, "MARGIN", -2.0)  # every answer then counts as a difference
         with pytest.raises(Unsound, match="predictions come out otherwise"):
             run(planned, tmp_path, Reporter())
     (path,) = record.record_paths(tmp_path)
@@ -180,7 +183,7 @@ def test_an_evaluation_that_is_not_sound_fails_the_run_and_keeps_the_weights(
     again = run(planned, tmp_path, Reporter())
     assert again is not None
     made = record.read(again)
-    assert made.certificate is not None and "training" in made.environment  # not trained again
+    assert made.certificate is not None and "training" in made.environment  # its weights were trained in the failed run
 
 
 def test_bad_input_leaves_nothing(tmp_path: Path, quick: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -232,22 +235,17 @@ def test_ctrl_c_while_training_leaves_nothing_half_written(tmp_path: Path, quick
 def test_an_interrupted_run_with_checkpoints_goes_on(
     tmp_path: Path, quick: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """checkpoint_every=2, interrupted in step 3 of 4: the same command finishes it, with the scores of a whole run."""
+    """With checkpoint_every=2, interrupted in step 3 of 4; the same command finishes it with a whole run's scores."""
     whole = record.read(run(plan("sparse-upcycling", quick), tmp_path / "whole", Reporter()))
 
     class Interrupting(Reporter):
-        def bar(self, what: str, total: int) -> Any:  # type: ignore[override]
-            import contextlib
+        @contextlib.contextmanager
+        def bar(self, what: str, total: int) -> Iterator[OnStep]:
+            def step(done: int, metrics: Any) -> None:
+                if what.startswith("training") and done == 3:
+                    raise KeyboardInterrupt
 
-            @contextlib.contextmanager
-            def bar() -> Any:
-                def step(done: int, metrics: Any) -> None:
-                    if what.startswith("training") and done == 3:
-                        raise KeyboardInterrupt
-
-                yield step
-
-            return bar()
+            yield step
 
     resumable = plan("sparse-upcycling", [*quick, "train.checkpoint_every=2"])
     with pytest.raises(KeyboardInterrupt):
@@ -263,7 +261,7 @@ def test_an_interrupted_run_with_checkpoints_goes_on(
 
 
 def test_diagnostics_of_the_dense_control_compare_with_the_checkpoint(tmp_path: Path, quick: list[str]) -> None:
-    """Training must not move what it is compared with."""
+    """Training must not change the checkpoint that the model is compared with."""
     trained, frozen = (record.read(run(plan(name, quick), tmp_path, Reporter())) for name in ("dense", "dense-frozen"))
     assert trained.diagnostics["feature_cosine_with_dense"]["vision"] < 0.9999
     assert frozen.diagnostics["feature_cosine_with_dense"]["vision"] == pytest.approx(1, abs=1e-6)
@@ -301,7 +299,7 @@ def test_a_plugin_that_breaks_its_contract_is_told_in_one_line(
 
 
 class Delta(torch.nn.Module):
-    """An expert of its own kind: the FFN plus a learned shift."""
+    """A plugin's expert module: the FFN plus a learned shift."""
 
     def __init__(self, ffn: Any) -> None:
         super().__init__()
@@ -311,7 +309,7 @@ class Delta(torch.nn.Module):
         return self.base(x_TD) + self.shift
 
 
-def test_experts_of_ones_own_are_trained_scored_and_saved(
+def test_a_plugins_own_expert_modules_are_trained_scored_and_saved(
     tmp_path: Path, quick: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def init_layer(self: Any, ffn: Any, layer: Any, calibration: Any, rng: Any) -> LayerInit:
@@ -320,7 +318,7 @@ def test_experts_of_ones_own_are_trained_scored_and_saved(
     monkeypatch.setattr(Failing, "init_layer", init_layer)
     kept = set((cache_root() / "trained").glob("*"))
     made = record.read(run(plan("failing", quick), tmp_path, Reporter()))
-    assert set((cache_root() / "trained").glob("*")) == kept  # `weights.load` knows plain experts only
+    assert set((cache_root() / "trained").glob("*")) == kept  # `weights.load` could not rebuild them
     state = load_file(cache_root() / "weights" / f"{made.hashes.weights}.safetensors")
     shifts = [value for key, value in state.items() if key.endswith("shift")]
     assert len(shifts) == 3 * 8
@@ -329,11 +327,7 @@ def test_experts_of_ones_own_are_trained_scored_and_saved(
 
 @pytest.mark.parametrize("zero_stage", [0, 1])
 def test_a_cluster_protocol_runs_on_local_shards_with_a_local_checkpoint(tmp_path: Path, zero_stage: int) -> None:
-    """clip-b32 as it stands (bf16, patch dropout, crops, checkpoints), on a small model, a few steps, digits."""
-    from upcycle_bench.data.worlds import load_world
-    from upcycle_bench.model.clip import create_clip
-    from upcycle_bench.planning.plan import Paths
-
+    """clip-b32 with bf16, patch dropout, crops and checkpoints, but with a small model, digits and three steps."""
     world = load_world("digits", 0)
     torch.save(create_clip("smoke-vit", seed=3).model.state_dict(), tmp_path / "dense.pt")
     overrides = ["model=smoke-vit", "train.schedule.steps=3", "train.schedule.batch_size=32", "train.log_every=1"]
@@ -352,7 +346,8 @@ def test_a_cluster_protocol_runs_on_local_shards_with_a_local_checkpoint(tmp_pat
 
 def test_an_unwritable_results_folder_is_noticed_first(tmp_path: Path, quick: list[str]) -> None:
     (tmp_path / "file").touch()
-    for folder in (tmp_path / "file" / "results", Path("/proc/results")):  # of /proc os.access says that root may
+    # For root, os.access says that /proc can be written.
+    for folder in (tmp_path / "file" / "results", Path("/proc/results")):
         with pytest.raises(UserError, match="not a folder that can be written"):
             run(plan("dense", quick), folder, Reporter())
 

@@ -1,4 +1,4 @@
-"""Many runs: what is missing of a matrix is run past failures, here and in processes."""
+"""Many runs: cells without a record are run, in this process or in others, and failures do not stop them."""
 
 import json
 import os
@@ -73,7 +73,7 @@ def outcomes(out: str) -> dict[tuple[str, int], dict[str, Any]]:
     return {(row["strategy"], row["seeds"]["train"]): row for row in json.loads(out)["runs"]}
 
 
-def test_others_go_on_past_a_failure_and_the_next_call_runs_what_is_missing(
+def test_a_failure_stops_no_other_run_and_the_next_call_runs_what_is_missing(
     tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     arguments = ["-s", "dense-frozen,failing,refusing", "--seed", "50", "--seeds", "2", "--results", str(tmp_path)]
@@ -112,7 +112,7 @@ def test_others_go_on_past_a_failure_and_the_next_call_runs_what_is_missing(
     assert status == 0
     assert "run 1" not in err
     assert not any(row["ran"] for row in outcomes(out).values())
-    assert len(record.record_paths(tmp_path)) == 2 + 2 + 2  # done, failed, made up for
+    assert len(record.record_paths(tmp_path)) == 2 + 2 + 2  # done, failed, done at the second call
 
 
 def test_a_dry_run_shows_the_matrix_and_writes_nothing(tmp_path: Path, command: Command) -> None:
@@ -157,10 +157,10 @@ def test_errors_before_anything_runs(tmp_path: Path, command: Command, monkeypat
 def test_jobs_run_in_processes_of_their_own(
     tmp_path: Path, command: Command, quick: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The same weights as in one process; a run that fails there, here for want of faiss, is a failed cell."""
+    """They have the weights of a run in this process. A run that fails, here for lack of faiss, is a failed cell."""
     (tmp_path / "faiss.py").write_text("raise ImportError('no faiss')\n")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    shadow = tmp_path / "clone" / "upcycle_bench"  # sources without plugins, as in a clone that was not installed from
+    shadow = tmp_path / "clone" / "upcycle_bench"  # sources without plugins, as in a clone that is not installed
     shadow.mkdir(parents=True)
     (shadow / "__init__.py").write_text("raise ImportError('the sources of the working folder')\n")
     monkeypatch.chdir(shadow.parent)
@@ -186,7 +186,7 @@ def test_jobs_run_in_processes_of_their_own(
 def test_a_process_that_a_signal_ends_is_a_failed_run(
     tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As the kernel does when memory ends; what the process said last is no reason. Others go on."""
+    """The kernel kills so when memory runs out. The last line on stderr is not the reason then. Other runs go on."""
     dies = ["import os, signal, sys", "print('all is well', file=sys.stderr, flush=True)", "os.kill(os.getpid(), 9)"]
     (tmp_path / "faiss.py").write_text("\n".join(dies))
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
@@ -267,7 +267,7 @@ def test_an_interruption_in_this_process_says_how_to_go_on(
 def test_a_run_whose_process_is_killed_has_failed(
     tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Python imports `sitecustomize` as it starts; here that is SIGKILL, as where memory runs out."""
+    """Python imports `sitecustomize` as it starts; here that module kills the process."""
     (tmp_path / "sitecustomize.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGKILL)\n")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     arguments = ["-s", "dense", "--seed", "56", "--seeds", "2", "--jobs", "2", "--results", str(tmp_path / "results")]

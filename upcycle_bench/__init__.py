@@ -6,9 +6,10 @@ The Python API, described in docs/api.md:
     upcycle_bench.save(model, "moe.safetensors", "ViT-B-32")
     clip = upcycle_bench.load("moe.safetensors")                               # clip.model, .tokenize, .transform
     upcycle_bench.moe_layers(model)                                            # the layers with experts, by name
+    upcycle_bench.UserError                                                    # what bad input raises, in one line
 
-Nothing heavy is imported here, so that `upcycle-bench --help` stays instant: what the API needs (torch, open_clip,
-DeepSpeed) comes with the first use of it. A plugin author needs `upcycle_bench.strategy`, `upcycle_bench.suite` and
+Nothing heavy is imported here, so that `upcycle-bench --help` stays instant. What the API needs (torch, open_clip,
+DeepSpeed) is imported at its first use. A plugin author needs `upcycle_bench.strategy`, `upcycle_bench.suite` and
 `upcycle_bench.hookspecs`.
 """
 
@@ -18,16 +19,19 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from upcycle_bench.api import load, save, upcycle
+    from upcycle_bench.model.clip import Clip
     from upcycle_bench.model.moe import moe_layers
+    from upcycle_bench.util.errors import UserError
 
-__all__ = ["__version__", "load", "moe_layers", "save", "upcycle"]
+__all__ = ["Clip", "UserError", "__version__", "load", "moe_layers", "save", "upcycle"]
 __version__ = version("upcycle-bench")
+
+_MODULES = {"Clip": "model.clip", "UserError": "util.errors", "moe_layers": "model.moe"}  # the others stand in api
 
 
 def __getattr__(name: str) -> Any:
     if name in __all__:
-        module = "model.moe" if name == "moe_layers" else "api"
-        return getattr(import_module(f"upcycle_bench.{module}"), name)
+        return getattr(import_module(f"upcycle_bench.{_MODULES.get(name, 'api')}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -1,10 +1,8 @@
-"""The Python API: upcycle an open_clip CLIP, save it, load it. Needs no process group and starts none.
+"""The Python API: upcycle an open_clip CLIP, save it, load it. It needs no process group and starts none.
 
-    model = upcycle(dense, "cluster-aware", calibration=loader, tau=0.8)
-    save(model, "moe.safetensors", "ViT-B-32")
-    clip = load("moe.safetensors")
-
-Shape suffixes: B batch, L sequence.
+model = upcycle(dense, "cluster-aware", calibration=loader, tau=0.8)
+save(model, "moe.safetensors", "ViT-B-32")
+clip = load("moe.safetensors")
 """
 
 from __future__ import annotations
@@ -49,13 +47,13 @@ def upcycle(
 ) -> Any:
     """A copy of `model` in which every `every`-th FFN from `offset` on is a mixture of experts; `model` is not changed.
 
-    model: an open_clip CLIP with ViT towers, of any dtype, on any device; the copy is alike, down to its mode.
-    strategy: one of `upcycle-bench list strategies`; `options` are its options, `seed` is its randomness.
-    calibration: batches of (images [B, 3, H, W] as the model takes them, texts [B, L]), needed by strategies that
-    calibrate. As many pairs are taken as the strategy asks for; fewer are a warning that says how many there were.
-    The MoE settings have the values of arXiv:2604.13508; capacity counts in training only.
+    model: an open_clip CLIP with ViT towers, of any dtype, on any device; the copy has the same dtype, device and mode.
+    strategy: one of `upcycle-bench list strategies`; `options` are its options, `seed` seeds its random numbers.
+    calibration: batches of (images [B, 3, height, width] as the model takes them, texts [B, L]), for strategies that
+    calibrate. Pairs are taken until the strategy has as many as it asks for; if there are fewer, a warning says so.
+    The MoE settings have the values of arXiv:2604.13508 as defaults; capacity applies in training only.
 
-    Raises UserError, one line, for a model, strategy, option or calibration that does not do.
+    Raises UserError, one line, for a model, strategy, option or calibration that cannot be used.
     """
     chosen = choose_strategy(strategy, options)
     moe = moe_settings(
@@ -74,15 +72,15 @@ def upcycle(
         )
     moe = resolve_moe(chosen, moe)
     inits = make_experts(chosen, model, moe, seed, CalibrationPairs(strategy, model, calibration or ()))
-    with torch.random.fork_rng(devices=[]):  # DeepSpeed's gate draws weights, which are then replaced
+    with torch.random.fork_rng(devices=[]):  # DeepSpeed's gate draws weights, which are replaced
         return surgery.put_experts(model, inits, moe)
 
 
 def save(model: Any, path: str | os.PathLike[str], name: str) -> str:
-    """Write `model` (upcycled, or dense) as one safetensors file that `load` reads; returns its sha256.
+    """Write `model`, upcycled or dense, as one safetensors file that `load` reads; returns its sha256.
 
-    `name` is open_clip's name of the dense model; it goes into the file. An existing file is replaced, in one go.
-    Raises UserError when the model does not have the form of that name, or the file cannot be written.
+    `name` is open_clip's name of the dense model; it goes into the file. An existing file is replaced atomically.
+    Raises UserError if the model does not have the form of that name, or the file cannot be written.
     """
     path = Path(path)
     if not path.absolute().parent.is_dir():
@@ -91,7 +89,7 @@ def save(model: Any, path: str | os.PathLike[str], name: str) -> str:
         form = create_clip(name)
     _compare(model, form.model, name)
     experts = [expert for layer in moe_layers(model).values() for expert in layer.experts]
-    if any(hasattr(expert, "merged") for expert in experts):  # the file has plain ones
+    if any(hasattr(expert, "merged") for expert in experts):  # the file holds plain experts only
         model = copy.deepcopy(model)
         surgery.merge(model)
     moe = next((layer.settings for layer in moe_layers(model).values()), None) or PUBLISHED_MOE
@@ -101,7 +99,7 @@ def save(model: Any, path: str | os.PathLike[str], name: str) -> str:
             if distributed.is_main():
                 usual.touch()
             if digest := weights.write(clip, moe, part):
-                part.chmod(usual.stat().st_mode)  # safetensors' own files are the owner's alone
+                part.chmod(usual.stat().st_mode)  # the mode of a file made as usual; safetensors makes it private
                 os.replace(part, path)
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror or error}).") from None
@@ -109,16 +107,16 @@ def save(model: Any, path: str | os.PathLike[str], name: str) -> str:
 
 
 def load(path: str | os.PathLike[str]) -> Clip:
-    """The model of a file of `save` or `upcycle-bench upcycle`, or of a run's weights, with what its inputs go through.
+    """The model of a file that `save`, `upcycle-bench upcycle` or a run wrote, with its tokenizer and transform.
 
     `clip.model` (on the CPU, in eval mode, in the file's dtypes), `clip.tokenize(["a cat"])` -> [B, L],
-    `clip.transform(pil_image)` -> [3, H, W], `clip.name`. Raises UserError for a file that is not one of ours.
+    `clip.transform(pil_image)` -> [3, height, width], `clip.name`. Raises UserError for any other file.
     """
     return weights.load(Path(path))
 
 
 def _compare(model: Any, form: nn.Module, name: str) -> None:
-    """UserError unless `model` is `form`, apart from FFNs that became experts: a file under another name is useless."""
+    """UserError unless `model` has the tensors and activations of `form`, apart from FFNs that became experts."""
     replaced = tuple(f"{layer.place.mlp_path}." for layer in moe_layers(model).values())
     ours, theirs = _shapes(model), _shapes(form)
     differ = [key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key)]
@@ -134,7 +132,7 @@ def _compare(model: Any, form: nn.Module, name: str) -> None:
 
 
 def _shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
-    """By name; the logit scale may have a dimension or none."""
+    """The shape of each tensor by name; a logit scale of shape (1,) is given as a scalar."""
     shapes = {key: tuple(value.shape) for key, value in module.state_dict().items()}
     return shapes | ({"logit_scale": ()} if shapes.get("logit_scale") == (1,) else {})
 
@@ -144,7 +142,7 @@ def _is_activation(module: nn.Module) -> bool:
 
 
 def _preprocess(model: Any, form: Any) -> dict[str, Any] | None:
-    """open_clip's settings of the transforms, where the model's are not those of its name."""
+    """The model's own settings of transforms, where they differ from those of its name; else None."""
     usual = form.visual.preprocess_cfg
     own = getattr(model.visual, "preprocess_cfg", usual)
     changed = {key: own[key] for key in PREPROCESS if _listed(own[key]) != _listed(usual[key])}
@@ -152,5 +150,5 @@ def _preprocess(model: Any, form: Any) -> dict[str, Any] | None:
 
 
 def _listed(value: Any) -> Any:
-    """Equal for a tuple and the list that JSON makes of it."""
+    """A tuple as a list, since JSON has no tuples; other values as they are."""
     return list(value) if isinstance(value, tuple) else value

@@ -1,4 +1,4 @@
-"""All extension points, on one screen. A plugin is any module behind an entry point of the group `upcycle_bench`.
+"""All extension points. A plugin is any module that an entry point of the group `upcycle_bench` names.
 
 # pyproject.toml of the plugin:   [project.entry-points.upcycle_bench]
 #                                 my-idea = "my_package.my_idea"
@@ -38,5 +38,5 @@ def register_suites() -> Iterable[type[Suite]]:
 
 @hookspec
 def register_protocols() -> Iterable[Path]:
-    """Return the TOML files of the protocols this plugin brings; a protocol is named as its file."""
+    """Return the TOML files of the protocols this plugin brings; a file's name is the protocol's name."""
     raise NotImplementedError

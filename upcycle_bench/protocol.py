@@ -1,10 +1,10 @@
-"""A protocol: everything that must be equal for a comparison, in one TOML file, parsed into a frozen model.
+"""A protocol: everything that must be equal for a comparison. It is one TOML file, parsed into a frozen model.
 
-    protocol = load_protocol(path, ["moe.experts=4"])      # overrides put the run into the open division
-    protocol.peak_lr                                        # derived: the dense learning rate at its checkpoint
+    protocol = load_protocol(path, ["moe.experts=4"])       # overrides put the run into the open division
+    protocol.peak_lr                                        # computed from the dense model's schedule
 
-`[sources]` names, per dotted key, where a value comes from (paper section, or a choice of ours).
-`extends = "other"` takes everything that a file does not say from other.toml beside it.
+The table `[sources]` gives, for a dotted key, where its value comes from: a section of the paper, or a choice of ours.
+A file with `extends = "other"` takes every value that it does not set from other.toml in the same folder.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ else:
 
 
 class Frozen(BaseModel):
-    """Strict: no unknown key, no coercion, no change after parsing."""
+    """Base of all settings: unknown keys and coercions are errors, and nothing changes after parsing."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
 class Schedule(Frozen):
-    """AdamW with linear warm-up, then linear to zero over `steps` (OpenCLIP's values where the paper is silent)."""
+    """AdamW over `steps` steps: linear warm-up, then linear decay to zero. Values not in the paper: OpenCLIP's."""
 
     steps: int = Field(ge=1)
     batch_size: int = Field(ge=2, description="global batch: pairs per optimiser step over all ranks")
@@ -48,7 +48,7 @@ class Schedule(Frozen):
 
 
 class Dense(Frozen):
-    """Where the dense model comes from, and the schedule it was stopped in."""
+    """Where the dense model comes from, and the schedule in which its training was stopped."""
 
     source: Literal["pretrain", "shipped", "checkpoint"]
     shipped: str = Field(default="", description="sha256 of the checkpoint that ships with the package")
@@ -59,7 +59,7 @@ class Dense(Frozen):
 
     @property
     def lr_at_checkpoint(self) -> float:
-        """Dense learning rate where pre-training stopped: 0.2551 lr at 75 % of a schedule with 2 % warm-up."""
+        """The learning rate where dense training stopped: 0.2551 `lr` at 75 % of a schedule with 2 % warm-up."""
         warmup = self.schedule.warmup_fraction
         if self.stop_fraction < warmup:
             return self.lr * self.stop_fraction / warmup
@@ -67,7 +67,7 @@ class Dense(Frozen):
 
 
 class Data(Frozen):
-    """Training pairs (webdataset shards) and evaluation sets; `local`: paths given on the command line."""
+    """Training pairs (webdataset shards) and evaluation sets; for `local`, the command line gives their paths."""
 
     world: Literal["digits", "lab", "local"]
     seed: int = Field(ge=0, description="seed of the world's own splits")
@@ -95,7 +95,7 @@ class MoE(Frozen):
         return self
 
 
-# arXiv:2604.13508, section 4.1, for ViT-B/32; protocols/clip-b32.toml has the same and names the source of each value.
+# arXiv:2604.13508, section 4.1, for ViT-B/32; protocols/clip-b32.toml has the same values, with a source for each.
 PUBLISHED_MOE = MoE(
     experts=8,
     top_k=2,
@@ -110,7 +110,7 @@ PUBLISHED_MOE = MoE(
 
 
 class Train(Frozen):
-    """Upcycling training. Peak learning rate: the dense one at its checkpoint times `lr_factor`."""
+    """Upcycling training. Its peak learning rate is `lr_factor` times the dense one at the checkpoint."""
 
     lr_factor: float = Field(gt=0)
     schedule: Schedule
@@ -120,7 +120,7 @@ class Train(Frozen):
 
 
 class Protocol(Frozen):
-    """One protocol, resolved. See each part's docstring; `overrides` is empty in the closed division."""
+    """One protocol. `overrides` (`--set`) is empty in the closed division."""
 
     name: str
     summary: str
@@ -142,12 +142,12 @@ class Protocol(Frozen):
 
     @property
     def peak_lr(self) -> float:
-        """Peak learning rate of upcycling training."""
+        """The peak learning rate of upcycling training."""
         return self.dense.lr_at_checkpoint * self.train.lr_factor
 
     @property
     def division(self) -> Literal["closed", "open"]:
-        """Only closed runs compare; any override makes a run open."""
+        """Runs compare if they are closed; any override makes a run open."""
         return "open" if self.overrides else "closed"
 
     @model_validator(mode="after")
@@ -166,7 +166,7 @@ class Protocol(Frozen):
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested tables -> dotted keys; lists stay values."""
+    """Nested tables as one table with dotted keys; lists stay values."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, dict):
@@ -177,9 +177,9 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def load_protocol(path: Path, overrides: list[str] | None = None) -> Protocol:
-    """Parse and validate `path`, applying `key=value` overrides (values are TOML; a bare word is a string).
+    """Parse and validate the file `path`, with `key=value` overrides: values are TOML, and a bare word is a string.
 
-    Raises UserError, one line, that names the key, and for an unknown one those that exist.
+    Raises UserError, one line, which names the key; for an unknown key, also those that exist.
     """
     tree = _read_tree(path)
     tree["name"] = path.stem
@@ -199,7 +199,7 @@ def load_protocol(path: Path, overrides: list[str] | None = None) -> Protocol:
         for parent in parents:
             table = table[parent]
         table[leaf] = _parse_value(text)
-        tree.get("sources", {}).pop(key, None)  # the value no longer comes from there
+        tree.get("sources", {}).pop(key, None)  # the new value has another source
     tree["overrides"] = sorted(overrides or [])
     try:
         return Protocol.model_validate_json(json.dumps(tree))
@@ -211,7 +211,10 @@ def load_protocol(path: Path, overrides: list[str] | None = None) -> Protocol:
 
 
 def _read_tree(path: Path, children: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """The file's tables; with `extends = "other"`, laid over those of the protocol other.toml beside it."""
+    """The file's tables; with `extends = "other"`, merged into those of other.toml in the same folder.
+
+    `children` are the files that extend this one.
+    """
     if path.resolve() in children:
         raise UserError(f"protocol {path}: it extends itself, by way of {children[-1].name}.")
     try:
@@ -225,11 +228,12 @@ def _read_tree(path: Path, children: tuple[Path, ...] = ()) -> dict[str, Any]:
         raise UserError(f"protocol {path}: extends = {parent!r}, but there is no {beside}.")
     below = _read_tree(beside, (*children, path.resolve()))
     for key in flatten(tree):
-        below.get("sources", {}).pop(key, None)  # the value no longer comes from there
+        below.get("sources", {}).pop(key, None)  # the new value has another source
     return _laid_over(below, tree)
 
 
 def _laid_over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """`below`, with every value that `above` has replaced by that one, table by table."""
     tables = [key for key in above if isinstance(above[key], dict) and isinstance(below.get(key), dict)]
     return below | above | {key: _laid_over(below[key], above[key]) for key in tables}
 
@@ -245,9 +249,9 @@ def _parse_value(text: str) -> Any:
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup_fraction: float) -> float:
-    """Linear warm-up over the first `warmup_fraction` of `steps`, then linear to zero; `step` counts from 0.
+    """Linear warm-up over the first `warmup_fraction` of `steps`, then linear decay to zero; `step` counts from 0.
 
-    Step t uses the rate at its end of warm-up ((t+1)/warm-up) and at its start of decay, so no step has rate 0.
+    No step has rate 0: step t of the warm-up uses (t + 1) / warm-up, step t of the decay the rate at its start.
     """
     warmup = round(warmup_fraction * steps)
     if step < warmup:

@@ -1,6 +1,6 @@
 """Receipts without training: what strategies make of the dense model at step 0.
 
-made = receipts(plans, reporter)                # by the steps of a run up to its initialisation
+made = receipts(plans, reporter)                # the steps of a run up to its initialisation
 made[0].receipt["layers"]["vision.1"]           # as in the record of a run
 """
 
@@ -21,7 +21,7 @@ from upcycle_bench.util.progress import Reporter
 
 @dataclass(frozen=True, kw_only=True)
 class Receipt:
-    """One strategy at step 0, as its record would say it, and what it cost to get there."""
+    """One strategy at step 0: its receipt as in a record, and what it cost, phase by phase."""
 
     plan: Plan
     receipt: Mapping[str, Any]
@@ -29,9 +29,9 @@ class Receipt:
 
 
 def receipts(plans: Sequence[Plan], reporter: Reporter) -> list[Receipt]:
-    """The receipts of `plans`, which share a protocol; empty on ranks other than 0.
+    """The receipts of `plans`, which must have one protocol; on ranks other than 0 the list is empty.
 
-    Raises UserError, before anything is made, for what `run` would refuse.
+    Raises UserError, before anything is computed, for every plan that `run` would refuse.
     """
     for plan in plans:
         check_ready(plan)

@@ -1,11 +1,10 @@
-"""The record of one run: strict JSON with a versioned schema. The outcomes of each sample stand in a .npz beside it.
+"""The record of one run: a strict JSON file (`record_schema`). The outcomes of each sample stand in a .npz beside it.
 
     path = write(record, outcomes, Path("results/records"))     # .../smoke/dense-i0-t0-20260101T000000-1f2e3d4c.json
     records = [read(path) for path in record_paths(Path("results/records"))]
-    outcomes = read_outcomes(path)                               # "digits-test/log_likelihood" -> float32 [samples]
+    outcomes = read_outcomes(path)                              # "digits-test/log_likelihood" -> float32 [samples]
 
-A failed run has a record too, with a reason; an interrupted run has none. A record is written whole or not at all, and
-without NaN and infinity. A bad file raises UserError; a ValidationError while a record is made is a bug of ours.
+A record is written whole or not at all. A bad file raises UserError.
 """
 
 from __future__ import annotations
@@ -13,224 +12,61 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import math
 import re
 import zipfile
-from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING
 
-from pydantic import AfterValidator, ConfigDict, Field, JsonValue, ValidationError, model_validator
+from pydantic import ValidationError
 
-from upcycle_bench.protocol import Frozen
+from upcycle_bench.record_schema import (
+    SCHEMA_VERSION,
+    CertificatePart,
+    ControlPart,
+    Cost,
+    Hashes,
+    Name,
+    Part,
+    PhaseCost,
+    PhaseName,
+    ProtocolPart,
+    Record,
+    RepeatPart,
+    ScoreRecord,
+    Seeds,
+    StrategyPart,
+    Timestamp,
+    json_schema,
+)
 from upcycle_bench.util.errors import UserError, first_problem
 from upcycle_bench.util.files import write_atomically
 
 if TYPE_CHECKING:
     import numpy as np
 
-SCHEMA_VERSION = 1
-
-Name = Annotated[str, Field(min_length=1)]
-Phase = Literal["prepare", "calibrate", "upcycle", "train", "evaluate"]
-
-
-def _real_time(text: str) -> str:
-    datetime.fromisoformat(text.replace("Z", "+00:00"))
-    return text
-
-
-Timestamp = Annotated[
-    str,
-    Field(pattern=r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{6})?(Z|\+00:00)$", description="ISO 8601, UTC"),
-    AfterValidator(_real_time),
+__all__ = [
+    "SCHEMA_VERSION",
+    "CertificatePart",
+    "ControlPart",
+    "Cost",
+    "Hashes",
+    "Name",
+    "Part",
+    "PhaseCost",
+    "PhaseName",
+    "ProtocolPart",
+    "Record",
+    "RepeatPart",
+    "ScoreRecord",
+    "Seeds",
+    "StrategyPart",
+    "Timestamp",
+    "json_schema",
+    "read",
+    "read_outcomes",
+    "record_paths",
+    "write",
 ]
-
-
-class Part(Frozen):
-    """Base of the record and its parts: strict, frozen, and no number that JSON cannot write."""
-
-    model_config = ConfigDict(allow_inf_nan=False)
-
-
-class StrategyPart(Part):
-    """The strategy as configured, and the package that brought it."""
-
-    name: Name
-    label: Name = Field(description="the row's name: `cluster-aware`, or `cluster-aware[tau=0.8]` off its defaults")
-    config: dict[str, JsonValue] = Field(description="resolved configuration")
-    moe: dict[str, JsonValue] | None = Field(default=None, description="MoE settings where not the protocol's")
-    status: Literal["published", "reconstructed", "control", "unpublished"]
-    reconstructed: tuple[str, ...] = Field(description="parts that the paper leaves open and we had to choose")
-    paper: str
-    distribution: str
-    version: str
-
-
-class ProtocolPart(Part):
-    """What all runs of a table have in common: only equal fingerprints share a table."""
-
-    name: Name
-    division: Literal["closed", "open"]
-    overrides: tuple[str, ...] = Field(description="`--set` values; any of them opens the division")
-    unequal: str | None = Field(
-        default=None, description="why the strategy's own shape opens the division: its cost is not the protocol's"
-    )
-    training_fingerprint: Name
-    suite_fingerprints: dict[str, str] = Field(description="suite -> fingerprint")
-    resolved: dict[str, JsonValue]
-
-    @model_validator(mode="after")
-    def _overrides_open(self) -> ProtocolPart:
-        if (self.overrides or self.unequal) and self.division == "closed":
-            raise ValueError("a run with overrides, or of another cost, belongs in the open division")
-        return self
-
-
-class Seeds(Part):
-    """Seeds of the initialisation (the strategy's randomness) and of training (data order, augmentation, dropout)."""
-
-    init: int = Field(ge=0)
-    train: int = Field(ge=0)
-
-
-class ScoreRecord(Part):
-    """One score; `chance` is the value that uniform guessing reaches, None where it has none."""
-
-    suite: Name
-    dataset: Name
-    metric: Name
-    value: float
-    higher_is_better: bool | None = Field(description="None: it describes the model and does not judge it")
-    chance: float | None
-    samples: int = Field(ge=1)
-    primary: bool
-    standard_error: float | None = Field(default=None, ge=0)
-    interval: tuple[float, float] | None = Field(default=None, description="95 %")
-
-
-class RepeatPart(Part):
-    """Some of the inputs, encoded a second time: in batches of another size, and perhaps in another order."""
-
-    batch_size: int = Field(ge=1)
-    shuffled: bool
-    differing: int = Field(ge=0, description="predictions that changed, each with a margin in `margins`")
-    margins: tuple[float, ...] = Field(description="the routing margins, below 1e-5, that explain the changes")
-    largest_distance: float = Field(ge=0, description="between two embeddings, of unit length, of one input")
-
-
-class ControlPart(Part):
-    """A suite's scores with shuffled labels: the metric furthest above chance, by z of its standard errors."""
-
-    suite: Name
-    dataset: Name
-    samples: int = Field(ge=1)
-    metric: Name
-    value: float
-    chance: float
-    z: float
-
-
-class CertificatePart(Part):
-    """The checks that the evaluation passed (`evaluation.certificate`); one that fails them leaves no record."""
-
-    predictions: int = Field(ge=1, description="that each of `repeats` compares with those of the evaluation")
-    repeats: tuple[RepeatPart, ...] = Field(min_length=1)
-    choices_routed: int = Field(ge=0, description="(token, choice) pairs in the whole evaluation; none was dropped")
-    controls: tuple[ControlPart, ...]
-    uncontrolled: str | None = Field(default=None, description="why a kind of set has no control")
-    uncovered: str | None = Field(
-        default=None, description="suites that score copies they trained, which this leaves out"
-    )
-    weights: Name = Field(description="sha256 of the model's tensors, the same before and after")
-    seconds: float = Field(ge=0, description="that these checks took, without the evaluation")
-
-
-class PhaseCost(Part):
-    """The cost of one phase; `flops` is None where they were not counted."""
-
-    seconds: float = Field(ge=0)
-    flops: int | None = Field(ge=0)
-    peak_memory_bytes: int = Field(ge=0)
-
-
-class Cost(Part):
-    """The cost of the run. A phase that did not run is absent; all but `evaluate` are charged to the strategy."""
-
-    phases: dict[Phase, PhaseCost]
-    counting_rule: Name = Field(description="how FLOPs were counted")
-    parameters_total: int = Field(ge=1)
-    parameters_active: int = Field(ge=1, description="used per token")
-    tokens_dropped: float | None = Field(ge=0, le=1, description="fraction of training tokens over capacity")
-    samples: int = Field(ge=0, description="training pairs seen")
-    samples_per_second: float | None = Field(ge=0)
-    world_size: int = Field(ge=1)
-
-
-class Hashes(Part):
-    """Content hashes: `weights` of the final model, `outcomes` of the .npz beside the record (set by `write`)."""
-
-    dense: Name
-    data: Name
-    weights: str | None = None
-    outcomes: str | None = None
-
-
-class Record(Part):
-    """One run. A run that failed may lack receipt, scores and cost."""
-
-    schema_version: Literal[1]
-    run_id: str = Field(pattern=r"^[A-Za-z0-9_-]{8,}$")
-    created: Timestamp
-    status: Literal["ok", "failed"]
-    reason: str | None = None
-    strategy: StrategyPart
-    protocol: ProtocolPart
-    seeds: Seeds
-    receipt: dict[str, JsonValue] | None = Field(
-        default=None,
-        description="the model at step 0: drift from the dense one, expert similarity, router entropy, load, and what "
-        "the strategy notes",
-    )
-    scores: list[ScoreRecord] = Field(default_factory=list)
-    primary: float | None = Field(default=None, description="mean of the primary scores, those of one suite")
-    skipped: dict[str, str] = Field(default_factory=dict, description="suite, or suite/part -> why it did not run")
-    suite_notes: dict[str, JsonValue] = Field(
-        default_factory=dict, description="suite -> what it says of its data: classes, hashes of few-shot manifests"
-    )
-    diagnostics: dict[str, JsonValue] = Field(
-        default_factory=dict,
-        description="the receipt's numbers after training, and each term's share of the loss at its start",
-    )
-    certificate: CertificatePart | None = Field(default=None, description="None: made before there were any")
-    cost: Cost | None = None
-    environment: dict[str, JsonValue]
-    hashes: Hashes
-    command: list[str]
-
-    @property
-    def created_at(self) -> datetime:
-        """`created` as a time."""
-        return datetime.fromisoformat(self.created.replace("Z", "+00:00"))
-
-    @model_validator(mode="after")
-    def _consistent(self) -> Record:
-        if self.status != "ok" and not (self.reason or "").strip():
-            raise ValueError(f"a run that is {self.status} needs a reason")
-        keys = [(score.suite, score.dataset, score.metric) for score in self.scores]
-        if len(set(keys)) < len(keys):
-            raise ValueError("two scores have the same suite, dataset and metric")
-        primary = [score for score in self.scores if score.primary]
-        if not all(score.higher_is_better for score in primary):
-            raise ValueError("primary scores must be higher-is-better, since tables rank by their mean")
-        mean = sum(score.value for score in primary) / len(primary) if primary else None
-        if (mean is None) != (self.primary is None) or (
-            mean is not None and self.primary is not None and not math.isclose(mean, self.primary, abs_tol=1e-9)
-        ):
-            raise ValueError(f"primary is {self.primary}, but the mean of the primary scores is {mean}")
-        if self.status == "ok" and (self.primary is None or self.cost is None):
-            raise ValueError("a run that is ok needs a primary score and its cost")
-        return self
 
 
 def write(record: Record, outcomes: dict[str, np.ndarray] | None, folder: Path) -> Path:
@@ -311,15 +147,6 @@ def record_paths(path: Path) -> list[Path]:
     for each in paths:
         read(each)
     return paths
-
-
-def json_schema() -> dict[str, Any]:
-    """The record as JSON Schema."""
-    schema = Record.model_json_schema()
-    return schema | {
-        "title": "upcycle-bench record",
-        "description": f"One run of upcycle-bench, schema version {SCHEMA_VERSION}. Numbers are finite.",
-    }
 
 
 def _slug(text: str) -> str:

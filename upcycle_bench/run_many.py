@@ -1,9 +1,9 @@
-"""Many runs: what is missing of a matrix, past failures.
+"""Many runs: those cells of a matrix that have no record yet. A failed run does not stop the others.
 
     outcomes = run_all(cells, results, reporter, jobs=1, fresh=False, shared=[])
 
-Cells run one after the other in this process (on all its ranks), or `jobs` at once in processes of their own. What
-became of a run is read from its record, wherever it ran.
+Cells run one after the other in this process, on all its ranks; or `jobs` at once, each in a process of its own. Either
+way, the outcome of a run is read from its record.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from upcycle_bench.util import distributed, meter
 from upcycle_bench.util.errors import UserError
 from upcycle_bench.util.progress import Reporter
 
-# What is shown before anything runs: the cells, and for each the record that makes it done, or None.
+# Shows the matrix before anything runs: the cells, and for each its record, or None where it is to do.
 Show = Callable[[Sequence[Cell], Sequence[Path | None]], None]
 
-# Not `-m upcycle_bench`: that looks into the working folder first, where a clone may have the sources without plugins.
+# Not `-m upcycle_bench`: that imports from the working folder first, which may be a clone that was not installed.
 START = (
     "import sys; sys.path[:] = filter(None, sys.path); sys.argv[0] = 'upcycle-bench'; "
     "from upcycle_bench.cli import main; main()"
@@ -40,13 +40,13 @@ START = (
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What became of a cell. A failed one has a reason, and a record unless it failed before anything ran."""
+    """The outcome of a cell. A failed one has a reason, and a record unless it failed before anything ran."""
 
     cell: Cell
     path: Path | None = None
     made: record.Record | None = None
     reason: str | None = None
-    ran: bool = True  # False: it was done before
+    ran: bool = True  # False: its record was there before
 
 
 def run_all(
@@ -59,20 +59,20 @@ def run_all(
     shared: Sequence[str],
     show: Show = lambda cells, done: None,
 ) -> list[Outcome]:
-    """Run what is missing, past failures; outcomes in the order of `cells`, without records on ranks other than 0.
+    """Run the cells that have no record (with `fresh`: all); returns outcomes in the order of `cells`.
 
-    `shared` are the options that processes of their own need to plan the same runs; rank 0 calls `show`. UserError
-    before anything runs.
+    `shared`: the command-line options with which other processes plan the same runs. Rank 0 calls `show` before
+    anything runs; only its outcomes have records. Raises UserError, before anything runs, for bad input.
     """
     plan = cells[0].plan
     check_input(plan, results)
-    environment = dict(os.environ)  # before the session adds to it
-    # One session for all cells: under torchrun a process group cannot be made a second time.
+    environment = dict(os.environ)  # for other processes: as it is before the session adds to it
+    # One session for all cells: under torchrun a process group cannot be started twice.
     with session.open_session(plan.protocol.threads) as device:
         assert plan.world is not None
-        # Once, or children would each train it.
+        # The dense model is trained here, once; else each process would train it.
         dense_digest = load_dense(plan.protocol, plan.world, dense_path(plan), device, reporter)[1]
-        # Rank 0's view: a rank that saw another folder would wait in a run that the others skip.
+        # Rank 0 decides for all ranks: they may see different folders, and must skip the same cells.
         view = finished_before(cells, results, dense_digest) if distributed.is_main() and not fresh else None
         done = distributed.from_main(view or [None] * len(cells))
         todo = [cell for cell, path in zip(cells, done, strict=True) if path is None]
@@ -92,7 +92,7 @@ def run_all(
 
 
 def run_here(todo: Sequence[Cell], results: Path, reporter: Reporter, fresh: bool) -> list[Outcome]:
-    """One after the other in this process; all ranks take part."""
+    """Run the cells one after the other in this process; every rank must call it."""
     outcomes = []
     for number, cell in enumerate(todo, start=1):
         reporter.say(f"run {number} of {len(todo)}: {cell.strategy}, seed {cell.seed}")
@@ -109,7 +109,7 @@ def run_here(todo: Sequence[Cell], results: Path, reporter: Reporter, fresh: boo
             reason = None
         except Exception as error:
             if distributed.world_size() > 1:
-                # The others may wait in a collective for this rank; only its end frees them.
+                # The other ranks may wait for this one in a collective, until its process ends.
                 reporter.say(f"a failure on several ranks ends the matrix; others run without {cell.strategy}")
                 raise
             reason = f"{type(error).__name__}: {error}"
@@ -118,7 +118,10 @@ def run_here(todo: Sequence[Cell], results: Path, reporter: Reporter, fresh: boo
 
 
 def _outcome(cell: Cell, results: Path, known: Collection[Path], reason: str | None) -> Outcome:
-    """What the record says that was written since `known`; `reason`: why it failed, if it did."""
+    """The outcome by the newest record of this cell that is not among the `known` paths.
+
+    `reason` says why the run failed; None for a success.
+    """
     if not distributed.is_main():
         return Outcome(cell=cell, reason=reason)
     status = "failed" if reason else "ok"
@@ -142,7 +145,7 @@ class _Child:
     known: set[Path]
 
     def forward(self, say: Callable[[str], None]) -> str | None:
-        """Say what it says on stderr, line by line, until it ends; why it failed, if it did."""
+        """Say each line of its stderr until it ends; returns why it failed, or None."""
         last = ""
         assert self.process.stderr is not None
         for line in self.process.stderr:
@@ -153,7 +156,7 @@ class _Child:
 
 
 def _why(code: int, last: str) -> str | None:
-    """Why a process that ended so failed; `last`: what it said last."""
+    """Why a process with that exit status failed, or None; `last`: the last line of its stderr."""
     if code < 0:
         names = {each.value: each.name for each in signal.Signals}
         return f"killed by {names.get(-code, f'signal {-code}')}{', perhaps for want of memory' * (code == -9)}"
@@ -168,7 +171,7 @@ def run_apart(
     shared: Sequence[str],
     environment: Mapping[str, str],
 ) -> list[Outcome]:
-    """`jobs` at once, each in a process of its own that a thread listens to; an interruption stops them all."""
+    """Run `jobs` cells at once, each in a process whose stderr a thread reads; an interruption stops all processes."""
     waiting = deque(todo)
     children: dict[Future[str | None], _Child] = {}
     outcomes = []
@@ -187,6 +190,7 @@ def run_apart(
 
 
 def _start(cell: Cell, results: Path, shared: Sequence[str], environment: Mapping[str, str]) -> _Child:
+    """Start a process that runs this cell: the same command for one strategy and one pair of seeds."""
     seeds = ["--init-seed", str(cell.plan.init_seed), "--train-seed", str(cell.plan.train_seed)]
     command = [sys.executable, "-c", START, "run", "--strategy", cell.plan.entry.name, *seeds, *shared]
     known = set(results.rglob("*.json"))
@@ -196,18 +200,21 @@ def _start(cell: Cell, results: Path, shared: Sequence[str], environment: Mappin
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         env=environment,
-        start_new_session=True,  # a terminal's Ctrl-C would reach it too, and a second one would stop its tidying up
+        start_new_session=True,  # else a terminal's Ctrl-C reaches it too, and a second one stops its clean-up
     )
     return _Child(cell, process, known)
 
 
 def _stop(processes: Sequence[subprocess.Popen[bytes]]) -> None:
-    """SIGTERM, which a run takes as a Ctrl-C (SIGINT is ignored below a background shell); a second Ctrl-C kills."""
+    """End the processes by SIGTERM, which a run treats as Ctrl-C; a second Ctrl-C here kills them.
+
+    SIGINT would not do: processes of a background shell ignore it.
+    """
     for process in processes:
         process.terminate()
     try:
         for process in processes:
-            process.wait()  # its thread reads what it says
+            process.wait()  # its thread reads its stderr meanwhile
     except KeyboardInterrupt:
         for process in processes:
             process.kill()

@@ -1,4 +1,8 @@
-"""What is known of a run while it goes on, and the record that is made of it."""
+"""What is known of a run so far, and the record that is made of it.
+
+state = RunState(plan, Meter(device))           # `run` fills it in, step by step
+path = write_record(state, outcome, results)    # or, of a run that fails, write_failure(state, error, results)
+"""
 
 from __future__ import annotations
 
@@ -11,6 +15,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from upcycle_bench import record
 from upcycle_bench.evaluation.score import scores_of, skips_of
 from upcycle_bench.model import backends
@@ -18,39 +24,63 @@ from upcycle_bench.model.clip import Clip
 from upcycle_bench.model.moe import parameter_counts
 from upcycle_bench.planning.plan import Plan, run_id
 from upcycle_bench.suite import SuiteResult
+from upcycle_bench.training.finished import Trained
 from upcycle_bench.training.job import Progress
 from upcycle_bench.util import distributed, environment
 from upcycle_bench.util.flops import COUNTING_RULE
-from upcycle_bench.util.meter import Meter
+from upcycle_bench.util.meter import Meter, Phase
 
 
 @dataclass
 class RunState:
-    """What is known of a run so far; a failed run is recorded with what it has."""
+    """What is known of a run so far; None is what is not known yet. The record of a failed run has what is known."""
 
     plan: Plan
     meter: Meter
-    dense: str | None = None
+    dense: str | None = None  # sha256 of the dense model's file
     receipt: dict[str, Any] | None = None
     progress: Progress | None = None
-    weights: str | None = None
+    metrics: Path | None = None  # the file
     parameters: tuple[int, int] | None = None  # total, active
+    weights: str | None = None  # sha256 of the final model's file
     final: Clip | None = None  # with all its experts, on rank 0
-    metrics: Path | None = None
     training: dict[str, Any] | None = None  # where and when the weights were trained, if not in this run
     diagnostics: dict[str, Any] | None = None
     certificate: record.CertificatePart | None = None
 
+    def trained(self) -> Trained:
+        """The finished training, as the cache stores it."""
+        assert self.progress is not None
+        tree = {
+            "weights": self.weights,
+            "parameters": self.parameters,
+            "receipt": self.receipt,
+            "phases": {name: asdict(phase) for name, phase in self.meter.phases.items()},
+            "progress": asdict(self.progress),
+            "environment": machine(self.meter.device),
+            "time": now(),
+        }
+        return Trained.model_validate_json(json.dumps(tree, allow_nan=False))
 
-def machine(state: RunState) -> dict[str, Any]:
-    """Where the run runs, and by which backend its experts are computed in bf16."""
-    device = state.meter.device
+    def take(self, facts: Trained, final: Clip, metrics: Path) -> None:
+        """Take over a training from the cache, as if it had just finished here."""
+        self.weights, self.receipt, self.progress = facts.weights, facts.receipt, facts.progress
+        self.parameters, self.final, self.metrics = facts.parameters, final, metrics
+        self.meter.phases |= {name: Phase(**cost.model_dump()) for name, cost in facts.phases.items()}
+        self.training = {"time": facts.time, "environment": facts.environment}
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """The environment of this process, and the backend that computes experts in bf16."""
     backend = backends.forced() or backends.default(device)
     return environment.capture(device.type) | {"experts": backend}
 
 
 def write_record(state: RunState, outcome: Mapping[str, SuiteResult], results: Path) -> Path:
-    """The record of a run that went through; per-sample outcomes and training metrics stand beside it."""
+    """Write the record of a run that succeeded, with outcomes of each sample and lines of metrics beside it.
+
+    `outcome` has a result for each suite, by name. Returns the record's path.
+    """
     plan, progress = state.plan, state.progress
     scores, skipped = scores_of(outcome), skips_of(outcome)
     primary = [score["value"] for score in scores if score["primary"]]
@@ -89,9 +119,9 @@ def write_record(state: RunState, outcome: Mapping[str, SuiteResult], results: P
 
 
 def write_failure(state: RunState, error: Exception, results: Path) -> Path:
-    """A failed run is a record with a reason, never a missing row."""
+    """Write the record of a failed run, with the reason, so that tables show it; returns its path."""
     reason = f"{type(error).__name__}: {error}"[:2000]
-    state.receipt = None  # it may be what failed
+    state.receipt = None  # it may hold what failed, such as NaN
     return record.write(_record(state, status="failed", reason=reason), None, results)
 
 
@@ -119,7 +149,7 @@ def _record(state: RunState, **parts: Any) -> record.Record:
             "overrides": protocol.overrides,
             "unequal": plan.unequal,
             "training_fingerprint": plan.training_fingerprint,
-            # What was skipped shares no table with what was not.
+            # Without the suites that were skipped: their tables have no row for this run.
             "suite_fingerprints": {
                 name: value for name, value in plan.suite_fingerprints.items() if name not in parts.get("skipped", {})
             },
@@ -127,7 +157,7 @@ def _record(state: RunState, **parts: Any) -> record.Record:
         },
         "seeds": {"init": plan.init_seed, "train": plan.train_seed},
         "receipt": state.receipt,
-        "environment": machine(state) | ({"training": state.training} if state.training else {}),
+        "environment": machine(state.meter.device) | ({"training": state.training} if state.training else {}),
         "hashes": {
             "dense": state.dense or "not loaded",
             "data": plan.world.sha256 if plan.world else "not loaded",
@@ -140,5 +170,5 @@ def _record(state: RunState, **parts: Any) -> record.Record:
 
 
 def now() -> str:
-    """The time, as records write it."""
+    """The time in UTC, as records write it."""
     return datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")

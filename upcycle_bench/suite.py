@@ -1,9 +1,9 @@
-"""The suite contract: an evaluation that scores one trained model and keeps what each sample did.
+"""The contract of a suite: an evaluation that scores one trained model.
 
 A suite is one frozen, keyword-only pydantic dataclass. Its fields are the settings that a protocol gives in
-`[suites.NAME]`. It reads evaluation sets in CLIP_benchmark's webdataset layout and returns scores with their direction,
-chance level and number of samples. It also returns per-sample outcomes, so that two runs can be compared in pairs.
-It encodes with `features.embed`, which reports every batch to `EvalContext.on_encoded`: there the certificate watches.
+`[suites.NAME]`. It reads evaluation sets in CLIP_benchmark's webdataset layout. It returns scores with their direction,
+chance level and number of samples, and the outcome of each sample, so that two runs can be compared in pairs. It
+encodes with `evaluation.features.embed`, which reports each batch to `EvalContext.on_encoded` for the certificate.
 """
 
 from __future__ import annotations
@@ -15,25 +15,25 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from upcycle_bench.data import evalset
-from upcycle_bench.util.errors import UserError  # what a suite raises; it can be imported from here
+from upcycle_bench.util.errors import UserError
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
     from torch import nn
 
-# What a plugin imports from here; with `hookspecs.hookimpl` that is all it needs.
+# All that a plugin needs, with `hookspecs.hookimpl`.
 __all__ = ["EvalContext", "Score", "Suite", "SuiteInfo", "SuiteResult", "UserError"]
 
-AVERAGE = "average"  # the dataset of a suite's means over sets: where it is, tables for people leave the sets out
+AVERAGE = "average"  # the name of the dataset of a suite's means over sets; printed tables then omit the single sets
 
 
 @dataclass(frozen=True, kw_only=True)
 class SuiteInfo:
-    """What a suite is. `version` is part of its fingerprint: raise it when the same weights would score otherwise.
+    """What a suite is. `version` is part of its fingerprint: raise it when the same weights would get other scores.
 
-    `primary`: whether it has a primary score; a suite that only describes has none, and does not make a run by itself.
-    `tunes`: whether its scores are of copies of the model that it trains, which a certificate does not cover.
+    `primary`: whether it has a primary score. A suite without one describes the model, and a run needs another suite.
+    `tunes`: whether it trains copies of the model and scores those; a certificate does not cover them.
     """
 
     name: str
@@ -45,16 +45,15 @@ class SuiteInfo:
 
 
 class OnlyNamed(UserError):
-    """A suite that scores only what a protocol names was asked for another set."""
+    """Raised by a suite that scores only the sets a protocol names, for any other set."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Score:
-    """One number of a table. `chance` is the value of uniform guessing; None where there is none.
+    """One number of a table. `chance` is the value of uniform guessing, or None.
 
-    `higher_is_better` is None for what describes a model and does not judge it; it is never primary.
-    `standard_error` and `interval` (95 %) say how sure it is, over samples (`util.uncertainty`) or draws,
-    where the suite knows.
+    `higher_is_better` is None for a number that describes a model without judging it; such a number is never primary.
+    `standard_error` and `interval` (95 %) are over samples (`util.uncertainty`) or over draws; None if not known.
     """
 
     dataset: str
@@ -70,9 +69,9 @@ class Score:
 
 @dataclass(frozen=True)
 class SuiteResult:
-    """Scores, and per-sample outcomes by name (`digits-test/log_likelihood` -> float32 [samples]).
+    """Scores, and outcomes of each sample by name (`digits-test/log_likelihood` -> float32 [samples]).
 
-    `notes` (JSON) is what else the record should say; `skipped` names the parts that could not run, and why.
+    `notes` (JSON) goes into the record as it is; `skipped` gives, for each part that could not run, the reason.
     """
 
     scores: list[Score]
@@ -85,11 +84,13 @@ class SuiteResult:
 class EvalContext:
     """What a suite may use.
 
-    model: an open_clip CLIP (dense or upcycled) in eval mode, float32, on `device`; `tokenizer`: list of strings ->
-    int64 [B, L]; `transform`: PIL image -> float32 [3, H, W]; `root`: the folder that holds the evaluation sets;
-    `weights`: sha256 of the model's file, under which features are cached, or "" if it has none; `track(items, what)`:
-    yields the items and shows progress; `on_encoded(model, encode, inputs, embeddings)`: `features.embed` calls it
-    after each batch, so that a witness can encode some of it again.
+    model       an open_clip CLIP, dense or upcycled, in eval mode, float32, on `device`
+    tokenizer   list of strings -> int64 [B, L]
+    transform   PIL image -> float32 [3, height, width]
+    root        the folder that holds the evaluation sets
+    weights     sha256 of the model's file, under which embeddings are cached; "" for a model without a file
+    track       track(items, what) yields the items and shows progress
+    on_encoded  on_encoded(model, encode, inputs, embeddings), called after each batch that was encoded
     """
 
     model: nn.Module
@@ -110,22 +111,22 @@ class Suite(ABC):
 
     @abstractmethod
     def datasets(self) -> list[str]:
-        """Names of the evaluation sets this suite reads below `root`; their content is part of its fingerprint."""
+        """Names of the evaluation sets that this suite reads; their content is part of its fingerprint."""
 
     def sources(self, root: Path) -> dict[str, str]:
-        """Content hashes of all data it reads, for its fingerprint; UserError, which names them, for missing sets."""
+        """The hash of each evaluation set below `root` by name, for its fingerprint; UserError for missing sets."""
         evalset.require(root, self.datasets())
         return {name: evalset.digest(root / name) for name in self.datasets()}
 
     @abstractmethod
     def evaluate(self, context: EvalContext) -> SuiteResult:
-        """Score the model. Must not depend on the batch size or on any global random state."""
+        """Score the model. Scores must not depend on the batch size or on any global random state."""
 
     @classmethod
     def of_set(cls, folder: Path) -> Suite:
-        """The suite with its usual settings on one set of a user's; UserError, why it is skipped, where it cannot."""
+        """This suite with its usual settings for a user's evaluation set; UserError, with the reason, if it cannot."""
         raise OnlyNamed(f"suite {cls.info.name} scores only what a protocol names.")
 
     def config(self) -> dict[str, Any]:
-        """The resolved settings, for fingerprints and records."""
+        """All settings, for fingerprints and records."""
         return asdict(self)  # type: ignore[call-overload]

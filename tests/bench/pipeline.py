@@ -22,10 +22,10 @@ from tests.bench.floor import floor
 from tests.bench.rows import Row, Settings, SkippedError, measures
 from tests.bench.timing import Sample, compare, interleave, ratio_row, seconds_row
 from tests.bench.training import lab_clip, lab_job, lab_protocol, made_up_batches, our_step, upcycled
-from upcycle_bench import run
 from upcycle_bench.data import evalset as evalsets
 from upcycle_bench.data.pairs import PairDataset
 from upcycle_bench.data.worlds.lab import VERSION
+from upcycle_bench.evaluation.score import score
 from upcycle_bench.model import padding
 from upcycle_bench.planning.plan import Plan, make_plan
 from upcycle_bench.planning.registry import load_registry
@@ -130,10 +130,11 @@ def evaluation(settings: Settings) -> Iterator[Row]:
     """
     suites = {"zero-shot": {"sets": SCORED, "temperature_sets": TEMPERATURE, "primary": SCORED}}
     plan, clip = lab_plan(lab_protocol().model_copy(update={"suites": suites})), lab_clip(settings.device)
-    model = clip.model.eval()
+    assert plan.world is not None
+    root, final = plan.world.eval_root, replace(clip, model=clip.model.eval())
 
     def evaluate() -> Any:
-        return run.evaluate(plan, replace(clip, model=model), Meter(settings.device), Reporter())
+        return score(plan.suites, root, final, Meter(settings.device), Reporter(), "")
 
     with one_thread():
         steps = [evaluate, lambda: encode_once(plan, clip, settings.device)]

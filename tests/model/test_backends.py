@@ -312,9 +312,9 @@ def test_an_unknown_name_is_said_at_once(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_doctor_and_record_name_the_backend(monkeypatch: pytest.MonkeyPatch) -> None:
-    usual = finished.key("run", CPU)
+    usual = finished.key_of("run", CPU)
     assert environment.capture("cpu")["experts"] == "loop"
     monkeypatch.setenv(VARIABLE, "grouped_mm")
     assert environment.capture("cpu")["experts"] == "grouped_mm"
     assert next(check.found for check in checks() if check.name == "experts") == f"grouped_mm, forced by {VARIABLE}"
-    assert finished.key("run", CPU) != usual  # what another backend trained is not taken for it
+    assert finished.key_of("run", CPU) != usual  # what another backend trained is not taken for it

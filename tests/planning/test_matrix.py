@@ -1,4 +1,4 @@
-"""The matrix: which cells there are, and which are done."""
+"""The matrix: its cells, and which of them are done."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -8,7 +8,7 @@ import pytest
 
 from tests.test_record import make_record
 from upcycle_bench import record
-from upcycle_bench.planning.matrix import Cell, enumerate_cells, finished, read_records, seed_pairs, strategy_names
+from upcycle_bench.planning.matrix import Cell, enumerate_cells, newest_record, read_records, seed_pairs, strategy_names
 from upcycle_bench.planning.plan import Plan
 from upcycle_bench.planning.registry import Entry, Registry
 from upcycle_bench.util.errors import UserError
@@ -21,7 +21,7 @@ def entry(name: str, status: str) -> Entry:
 
 
 def planned(label: str) -> Plan:
-    """As much of a plan as the matrix looks at; it fits `make_record`'s protocol."""
+    """A plan with the parts that the matrix reads; they fit the protocol of `make_record`."""
     return Plan(
         protocol=SimpleNamespace(name="smoke", division="closed"),  # type: ignore[arg-type]
         entry=entry(label, "control"),
@@ -101,10 +101,10 @@ def test_cells_go_seed_by_seed() -> None:
 CELL = Cell(plan=planned("dense"))
 
 
-def test_a_cell_is_done_by_the_newest_record_of_its_content() -> None:
+def test_the_newest_record_of_a_cell_is_found_by_its_content() -> None:
     older, newer = make_record(run_id="the-same"), make_record(run_id="the-same", created="2026-01-03T00:00:00Z")
-    assert finished(CELL, "the-same", {}) is None
-    assert finished(CELL, "the-same", {Path("z.json"): older, Path("a.json"): newer}) == Path("a.json")
+    assert newest_record(CELL, "the-same", {}) is None
+    assert newest_record(CELL, "the-same", {Path("z.json"): older, Path("a.json"): newer}) == Path("a.json")
 
 
 @pytest.mark.parametrize(
@@ -121,9 +121,9 @@ def test_a_cell_is_done_by_the_newest_record_of_its_content() -> None:
     ],
     ids=str,
 )
-def test_other_content_leaves_it_to_do(changes: dict[str, Any]) -> None:
+def test_a_record_of_other_content_is_not_the_cells(changes: dict[str, Any]) -> None:
     made = make_record(**({"run_id": "the-same"} | changes))
-    assert finished(CELL, "the-same", {Path("r.json"): made}) is None
+    assert newest_record(CELL, "the-same", {Path("r.json"): made}) is None
 
 
 def test_files_that_are_no_records_do_not_count(tmp_path: Path) -> None:

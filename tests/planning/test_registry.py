@@ -1,4 +1,4 @@
-"""The registry: entry points, unknown, duplicate, misspelled and broken plugins; an outsider's package, installed."""
+"""The registry: entry points; unknown, duplicate, misspelled and broken plugins; an outside package, installed."""
 
 import json
 import os
@@ -21,7 +21,7 @@ from upcycle_bench.util.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class Mine(Strategy):
-    """A control of a test's own."""
+    """A control for these tests."""
 
     info: ClassVar[StrategyInfo] = StrategyInfo(name="mine", summary="s", paper="p", status="control")
     replaces_ffn: ClassVar[bool] = False
@@ -123,7 +123,7 @@ def register_strategies():
 
 
 def test_an_outside_package_is_installed_found_and_run(tmp_path: Path, quick_flags: list[str]) -> None:
-    """A researcher's package: built, installed with pip, listed with its distribution, run end to end."""
+    """It is built, installed with pip, listed with its distribution, and run end to end."""
     source = tmp_path / "source"
     source.mkdir()
     (source / "noisy_upcycling.py").write_text(OUTSIDER)

@@ -67,9 +67,9 @@ def test_a_suite_that_fails_is_skipped_and_its_run_is_not_done(
     # The matrix takes the record for this cell's, but not for a finished one.
     cell, records = matrix.Cell(plan=planned), matrix.read_records(tmp_path)
     assert matrix.describes(made, cell)
-    assert matrix.finished(cell, run_id(planned, made.hashes.dense), records) is None
+    assert matrix.newest_record(cell, run_id(planned, made.hashes.dense), records) is None
     usual = matrix.Cell(plan=plan(quick))
-    assert matrix.finished(usual, run_id(planned, made.hashes.dense), records) == path
+    assert matrix.newest_record(usual, run_id(planned, made.hashes.dense), records) == path
     with pytest.raises(ZeroDivisionError):
         run(plan(quick, "few-shot"), tmp_path / "alone", Reporter())
 

@@ -1,9 +1,10 @@
-"""Started by test_distributed on every rank: one forward and backward of a global batch, gradients written by rank 0.
+"""test_distributed starts it on every rank: one forward and backward pass of a global batch; rank 0 writes gradients.
 
 usage: gradients_worker.py OUTPUT EP_SIZE STRATEGY
 """
 
 import sys
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -28,7 +29,7 @@ from upcycle_bench.util.rng import Stream
 
 def main(output: str, ep_size: str, strategy: str) -> None:
     registry = load_registry()
-    # capacity_factor 8: nothing is dropped, so that the number of ranks cannot matter
+    # With capacity_factor 8 nothing is dropped, else the result would depend on the number of ranks.
     overrides = [f"moe.ep_size={ep_size}", "moe.capacity_factor=8.0", "train.schedule.batch_size=32"]
     protocol = load_protocol(registry.get("protocol", "smoke").target, overrides)
     plan = make_plan(registry, strategy, protocol)
@@ -39,16 +40,16 @@ def main(output: str, ep_size: str, strategy: str) -> None:
         model, _ = initialise(plan.strategy, start, plan.init_seed, Meter(device), Reporter())
         model.model.train()
         job = Job(schedule=protocol.train.schedule, peak_lr=1e-3, stop_step=1, seed=0, load_balance=0.5)
-        deepspeed_engine = create_engine(Features(model.model, "fp32"), job)
+        engine = create_engine(Features(model.model, "fp32"), job)
         layers = moe_layers(model.model)
         extra = plan.strategy.loss(layers, Stream(("loss",)))
-        if extra is not None:  # a teacher unlike the student, or the loss and its gradient would vanish in part
+        if extra is not None:  # make the teacher differ from the student, or parts of the loss would be 0
             for layer in layers.values():
                 with torch.no_grad():
                     layer.router_weight.add_(0.3 * layer.router_weight.flip(0))
         batch = data.batch(0, 0, 32, distributed.rank(), distributed.world_size())
-        losses, _ = compute_losses(deepspeed_engine, model, batch, job, layers, extra)
-        deepspeed_engine.backward(torch.stack(list(losses.values())).sum())
+        losses, _ = compute_losses(engine, model, batch, job, layers, extra)
+        engine.backward(torch.stack(list(losses.values())).sum())
         gradients = {}
         for name, parameter in model.model.named_parameters():
             assert parameter.grad is not None, name
@@ -62,7 +63,10 @@ def main(output: str, ep_size: str, strategy: str) -> None:
             torch.save({"gradients": gathered, "losses": dict(zip(losses, values.tolist(), strict=True))}, output)
 
 
-def _gather_experts(gradients: dict, layers: dict, ep_size: int) -> dict:
+def _gather_experts(
+    gradients: dict[str, torch.Tensor], layers: dict[str, Any], ep_size: int
+) -> dict[str, torch.Tensor]:
+    """The gradients of all experts by the names of one process, whose experts are numbered over all ranks."""
     if ep_size == 1:
         return gradients
     whole = {}

@@ -1,4 +1,4 @@
-"""What a process keeps: freed memory until it is returned (large pieces then cost no page fault), compiled kernels."""
+"""What a training keeps for its next step: freed memory, which then costs no page faults, and compiled kernels."""
 
 import json
 import os
@@ -25,7 +25,7 @@ for _ in range(20):
     pieces = [torch.zeros(1 << 24) for _ in range(2)]  # 64 MiB each
     del pieces
     faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-held = torch.zeros(1 << 10)  # what stands behind the freed pieces must not hold them
+held = torch.zeros(1 << 10)  # a block behind the freed ones must not prevent their return
 before = resident()
 return_freed_memory()
 print(json.dumps([kept, faults, before - resident()]))
@@ -33,19 +33,19 @@ print(json.dumps([kept, faults, before - resident()]))
 
 
 def run(how: str) -> tuple[bool | None, list[int], int]:
-    """Whether memory was kept, page faults of each round, and bytes that were returned at the end."""
+    """Whether glibc took the settings, page faults of each round, and bytes returned at the end."""
     done = subprocess.run([sys.executable, "-c", CHILD, how], check=True, capture_output=True, text=True)
     kept, faults, returned = json.loads(done.stdout)
     return kept, faults, returned
 
 
-def test_later_pieces_are_where_earlier_ones_were() -> None:
+def test_freed_memory_is_used_again() -> None:
     kept, faults, returned = run("keep")
     if not kept or tuple(map(int, platform.libc_ver()[1].split("."))) < (2, 35):
-        pytest.skip("no glibc that keeps pieces of this size")
+        pytest.skip("no glibc that keeps blocks of this size")
     _, usual, _ = run("usual")
-    assert min(usual) > 10_000  # so the figure below says something
-    assert sum(faults[10:]) < sum(usual[10:]) / 4  # places settle after a few rounds
+    assert min(usual) > 10_000  # without the settings, there are many faults to save
+    assert sum(faults[10:]) < sum(usual[10:]) / 4  # the first rounds still get new memory
     assert returned > 100 << 20
 
 
@@ -57,13 +57,13 @@ from upcycle_bench.training.session import open_session
 
 with open_session(1):
     weight = torch.zeros(16, 16, dtype=torch.bfloat16)
-    for rows in [*range(100, 100 + {SHAPES})] * 2:  # smaller ones are not left to oneDNN
+    for rows in [*range(100, 100 + {SHAPES})] * 2:  # torch computes smaller products itself
         torch.zeros(rows, 16, dtype=torch.bfloat16) @ weight
 """
 
 
 def kernels_compiled(**variables: str) -> int:
-    """How many a training session compiles for products of as many shapes, all of them twice."""
+    """How many kernels a training session compiles for products of SHAPES shapes, each computed twice."""
     environment = {name: value for name, value in os.environ.items() if "PRIMITIVE_CACHE" not in name}
     environment |= {"ONEDNN_VERBOSE": "profile_create", "CUDA_VISIBLE_DEVICES": "", **variables}
     command = [sys.executable, "-c", PRODUCTS]
@@ -77,5 +77,8 @@ def kernels_compiled(**variables: str) -> int:
 )
 def test_a_session_compiles_a_product_once_for_a_shape() -> None:
     assert kernels_compiled() == SHAPES
-    for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "DNNL_PRIMITIVE_CACHE_CAPACITY"):  # who has set one is heeded
-        assert kernels_compiled(**{name: "1024"}) == 2 * SHAPES  # what oneDNN has if nobody asks
+    for name in (
+        "ONEDNN_PRIMITIVE_CACHE_CAPACITY",
+        "DNNL_PRIMITIVE_CACHE_CAPACITY",
+    ):  # the environment wins
+        assert kernels_compiled(**{name: "1024"}) == 2 * SHAPES  # oneDNN's default

@@ -1,4 +1,4 @@
-"""Two processes (gloo) do what one does: the same gradients for the same global batch, one record, ep_size 1 and 2."""
+"""Two processes (gloo) give the same gradients as one for the same global batch, and one record; ep_size 1 and 2."""
 
 import json
 import os
@@ -36,7 +36,7 @@ def gradients(tmp_path: Path, processes: int, ep_size: int, strategy: str) -> An
 
 @pytest.mark.parametrize("strategy", ["sparse-upcycling", "cluster-aware"])
 def test_gradients_equal_one_process(tmp_path: Path, strategy: str) -> None:
-    """fp32, relative 1e-5 of each tensor's norm, no drops; contrastive, load-balancing and EESD losses are global."""
+    """In fp32, within 1e-5 of each tensor's norm, nothing dropped. All three losses are of the global batch."""
     one = gradients(tmp_path, 1, 1, strategy)
     for ep_size in (1, 2):
         two = gradients(tmp_path, 2, ep_size, strategy)
@@ -44,7 +44,7 @@ def test_gradients_equal_one_process(tmp_path: Path, strategy: str) -> None:
         assert two["gradients"].keys() == one["gradients"].keys()
         for name, expected in one["gradients"].items():
             error = (two["gradients"][name] - expected).norm()
-            # Biases of keys have no gradient but rounding; 1e-8 is far below any other tensor's norm.
+            # The gradient of a key's bias is rounding only; 1e-8 is far below any other tensor's norm.
             assert error <= 1e-5 * expected.norm() + 1e-8, (ep_size, name, error / expected.norm())
 
 
@@ -65,8 +65,10 @@ def test_two_ranks_write_one_record(tmp_path: Path, quick_flags: list[str], ep_s
 def test_two_ranks_with_zero_and_expert_parallelism_train_the_weights_of_one_process(
     tmp_path: Path, quick_flags: list[str]
 ) -> None:
-    """Four steps, clipping active, nothing dropped; the dense model is trained by as many ranks first. eps is large,
-    since Adam would turn rounding of tiny gradients into steps of full size."""
+    """Four steps with clipped gradients, nothing dropped; the same number of ranks trains the dense model first.
+
+    eps is large, since Adam would turn rounding of tiny gradients into steps of full size.
+    """
     settings = ["moe.capacity_factor=8.0", "train.schedule.grad_clip=0.05", "train.schedule.eps=0.01"]
     settings += ["dense.schedule.eps=0.01"]
     command = ["-m", "upcycle_bench", "run", "-p", "smoke", "-s", "sparse-upcycling", *quick_flags, "--json"]
@@ -85,13 +87,13 @@ def test_two_ranks_with_zero_and_expert_parallelism_train_the_weights_of_one_pro
 
 
 def test_two_ranks_go_on_where_they_were_interrupted(tmp_path: Path, quick: list[str]) -> None:
-    """SIGINT in the middle of training; the same command finishes it with the weights of a whole run."""
+    """They get SIGINT during training; the same command finishes it, with the weights of a whole run."""
     settings = [each for each in quick if not each.startswith("train.schedule.steps")]
     settings += ["train.schedule.steps=12", "moe.ep_size=2"]
     command = ["-m", "upcycle_bench", "run", "-p", "smoke", "-s", "cluster-aware", "--json"]
     command += [part for setting in settings for part in ("--set", setting)]
     whole = json.loads(launch(2, *command, "--results", str(tmp_path / "whole")))
-    # --fresh: the whole run's weights are in the cache
+    # --fresh, since the weights of the whole run are in the cache.
     command += ["--set", "train.checkpoint_every=2", "--fresh", "--results", str(tmp_path / "parts")]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

@@ -1,10 +1,5 @@
-"""Trained once: a second run of the same plan trains nothing and records the same, unless what was kept is damaged."""
+"""Finished trainings: a second run of the same plan trains nothing and records the same, unless a file is damaged."""
 
-import importlib
-import os
-import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
@@ -15,14 +10,12 @@ import pytest
 import torch
 from torch import nn
 
-import upcycle_bench
 from tests.helpers import tiny_clip, tiny_moe, upcycled
 from tests.test_run import Delta, plan
 from upcycle_bench import record
 from upcycle_bench import run as module
 from upcycle_bench.model.ffn import FFN
 from upcycle_bench.model.moe import moe_layers
-from upcycle_bench.planning.fingerprint import code_fingerprint
 from upcycle_bench.planning.plan import Plan
 from upcycle_bench.planning.registry import load_registry
 from upcycle_bench.strategy import configure
@@ -33,7 +26,7 @@ from upcycle_bench.util.progress import Reporter
 
 @pytest.fixture
 def trainings(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The strategies that were trained since, in order."""
+    """The labels of the strategies that are trained during the test, in order."""
     labels: list[str] = []
     real = module.train_model
 
@@ -98,11 +91,11 @@ def test_another_suite_scores_the_same_training(tmp_path: Path, quick: list[str]
 
 def test_other_seeds_and_libraries_are_other_trainings(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu = torch.device("cpu")
-    keys = {finished.key("one", cpu), finished.key("two", cpu)}
+    keys = {finished.key_of("one", cpu), finished.key_of("two", cpu)}
     monkeypatch.setattr(finished.environment, "installed_version", lambda name: f"another {name}")
-    keys.add(finished.key("one", cpu))
+    keys.add(finished.key_of("one", cpu))
     monkeypatch.setattr(finished.environment, "device_name", lambda device: "another CPU")
-    keys.add(finished.key("one", cpu))
+    keys.add(finished.key_of("one", cpu))
     assert len(keys) == 4
 
 
@@ -115,7 +108,7 @@ def test_fresh_trains_again_and_a_frozen_control_is_not_stored(
     run(planned, tmp_path / "2", fresh=True)
     assert trainings == ["dense", "dense"]
     after = stored()
-    assert after.keys() == before.keys()  # the newer training in the older one's place
+    assert after.keys() == before.keys()  # the newer training replaced the older one
     assert after != before
     run(plan("dense-frozen", quick, train_seed=43), tmp_path / "3")
     assert stored() == after
@@ -134,7 +127,7 @@ def flip(path: Path) -> None:
 def test_what_was_damaged_is_trained_again(tmp_path: Path, quick: list[str], trainings: list[str]) -> None:
     planned = plan("dense", quick, train_seed=44)
     first, _ = run(planned, tmp_path / "1")
-    key = finished.key(first.run_id, torch.device("cpu"))
+    key = finished.key_of(first.run_id, torch.device("cpu"))
     weights = cache_root() / "weights" / f"{first.hashes.weights}.safetensors"
     metrics = finished.metrics_of(key)
     facts = metrics.with_suffix(".json")
@@ -154,13 +147,13 @@ def test_what_was_damaged_is_trained_again(tmp_path: Path, quick: list[str], tra
 def test_a_training_is_kept_when_only_its_evaluation_failed(
     tmp_path: Path, quick: list[str], trainings: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def evaluate(*_: Any) -> Any:
+    def score(*_: Any) -> Any:
         raise RuntimeError("the suite has a bug")
 
     planned = plan("dense", quick, train_seed=45)
     with monkeypatch.context() as patch:
-        patch.setattr(module, "evaluate", evaluate)
-        for folder in ("1", "2"):  # the second failure is one of reused weights
+        patch.setattr(module, "score", score)
+        for folder in ("1", "2"):  # the second run reuses the weights, and fails too
             with pytest.raises(RuntimeError):
                 module.run(planned, tmp_path / folder, Reporter())
     (failed,) = record.record_paths(tmp_path / "2")
@@ -185,7 +178,7 @@ def test_a_training_that_fails_is_not_kept(tmp_path: Path, quick: list[str], mon
 
 
 def replace_expert(model: Any, make: Callable[[FFN, nn.ModuleList], nn.Module]) -> None:
-    """Put another module in the place of the last expert of the last layer."""
+    """Replace the last expert of the last layer."""
     layer = list(moe_layers(model).values())[-1]
     ffn = FFN.of(tiny_clip().model.get_submodule(layer.place.mlp_path))
     layer.experts[-1] = make(ffn, layer.experts)
@@ -235,73 +228,10 @@ def test_a_dense_model_can_be_rebuilt() -> None:
     assert finished.can_be_rebuilt(tiny_clip().model, tiny_clip().model)
 
 
-def test_code_of_a_strategys_bases_belongs_to_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(tmp_path))
-    base = '"""Words."""\nfrom upcycle_bench.strategy import Strategy\nclass Base(Strategy):\n    half = 0.5\n'
-    (tmp_path / "its_base.py").write_text(base)
-    (tmp_path / "its_leaf.py").write_text("from its_base import Base\nclass Leaf(Base): pass\n")
-    leaf = importlib.import_module("its_leaf").Leaf
-    before = code_fingerprint(leaf)
-    for same in (f"# more words\n{base}", base.replace("Words", "Other words"), f"import math\n{base}"):
-        (tmp_path / "its_base.py").write_text(same)
-        assert code_fingerprint(leaf) == before
-    (tmp_path / "its_base.py").write_text(base.replace("0.5", "0.25"))
-    assert code_fingerprint(leaf) != before
-
-
-def test_what_a_plugin_imports_from_its_own_package_belongs_to_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.syspath_prepend(str(tmp_path))
-    package = tmp_path / "its_package"
-    package.mkdir()
-    (package / "__init__.py").write_text("")
-    (package / "maths.py").write_text("HALF = 0.5\n")
-    idea = (
-        "from upcycle_bench.strategy import Strategy\nfrom .maths import HALF\nclass Idea(Strategy):\n    half = HALF\n"
-    )
-    (package / "idea.py").write_text(idea)
-    strategy = importlib.import_module("its_package.idea").Idea
-    before = code_fingerprint(strategy)
-    (package / "maths.py").write_text("HALF = 0.25\n")
-    assert code_fingerprint(strategy) != before
-
-
-CODE_OF = """
-import sys
-from upcycle_bench.planning.fingerprint import code_fingerprint
-from upcycle_bench.planning.registry import load_registry
-print(code_fingerprint(load_registry().get("strategy", "cluster-aware").target))
-"""
-
-
-def test_a_comment_leaves_a_strategy_what_it_is_and_a_constant_in_clustering_does_not(tmp_path: Path) -> None:
-    root = Path(upcycle_bench.__file__).parent
-    copy = tmp_path / "upcycle_bench"
-    shutil.copytree(root, copy, ignore=shutil.ignore_patterns("__pycache__", "checkpoints"))
-    for folder in ("strategies", "suites"):
-        shutil.copytree(root.parent / folder, copy / folder, dirs_exist_ok=True)
-
-    def code() -> str:
-        environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
-        done = subprocess.run(
-            [sys.executable, "-c", CODE_OF], env=environment, cwd=tmp_path, capture_output=True, text=True, check=True
-        )
-        return done.stdout
-
-    before = code()
-    clustering, strategy = copy / "upcycling" / "clustering.py", copy / "strategies" / "cluster_aware.py"
-    for path in (clustering, strategy):
-        path.write_text(path.read_text() + "# a comment\n")
-    assert code() == before
-    clustering.write_text(clustering.read_text() + "A_CONSTANT = 1\n")
-    assert code() != before
-
-
 @pytest.mark.parametrize("library", ["torch", "torchvision", "open_clip_torch", "deepspeed", "numpy"])
 def test_another_version_of_one_library_is_another_training(monkeypatch: pytest.MonkeyPatch, library: str) -> None:
     real, cpu = metadata.version, torch.device("cpu")
-    before = finished.key("one", cpu)
-    assert finished.key("one", cpu) == before
+    before = finished.key_of("one", cpu)
+    assert finished.key_of("one", cpu) == before
     monkeypatch.setattr(metadata, "version", lambda name: "another" if name == library else real(name))
-    assert finished.key("one", cpu) != before
+    assert finished.key_of("one", cpu) != before

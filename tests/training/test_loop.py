@@ -1,4 +1,4 @@
-"""The training loop: against a plain PyTorch loop, resumed bit for bit, blind to what strategies draw."""
+"""The training loop: against a plain PyTorch loop, resumed bit for bit, independent of what strategies draw."""
 
 import json
 from collections.abc import Mapping
@@ -20,6 +20,7 @@ from upcycle_bench.protocol import Schedule, learning_rate, load_protocol
 from upcycle_bench.strategy import ExtraLoss
 from upcycle_bench.training.job import Job
 from upcycle_bench.training.loop import parameter_groups, train
+from upcycle_bench.util.errors import UserError
 from upcycle_bench.util.rng import Stream
 
 REGISTRY = load_registry()
@@ -79,7 +80,7 @@ def test_engine_equals_a_plain_pytorch_loop(pairs: PairDataset, zero_stage: int)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
         optimizer.step()
     for key, value in state(plain).items():
-        # Adam divides by the root of the second moment, which turns rounding of tiny gradients into steps of their own
+        # Adam divides by the root of the second moment, so rounding of tiny gradients becomes whole steps.
         assert torch.allclose(ours.model.state_dict()[key], value, rtol=1e-3, atol=2e-4), key
 
 
@@ -117,7 +118,7 @@ class _Greedy(ExtraLoss):
 
 
 def test_a_strategy_that_draws_more_sees_the_same_batches(pairs: PairDataset, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With patch dropout on, which draws from torch's global generator: batches and weights must not move."""
+    """Patch dropout draws from torch's global generator; still batches and weights must stay the same."""
     seen: list[list[torch.Tensor]] = []
     batch = PairDataset.batch
 
@@ -140,7 +141,7 @@ def test_a_strategy_that_draws_more_sees_the_same_batches(pairs: PairDataset, mo
 
 
 def test_interrupted_and_resumed_is_bit_equal(pairs: PairDataset, tmp_path: Path) -> None:
-    """Stopped by Ctrl-C in step 5 of 6, checkpoints every 2: the second session starts at step 4."""
+    """With checkpoints every 2 steps, stopped by Ctrl-C in step 5 of 6; the second session starts after step 4."""
     whole = upcycled()
     train(whole, pairs, job(metrics=tmp_path / "whole.jsonl"), make_loss=eesd)
 
@@ -210,17 +211,15 @@ def test_weight_decay_on_matrices_only() -> None:
 
 
 def test_the_data_set_must_fill_a_batch(pairs: PairDataset) -> None:
-    from upcycle_bench.util.errors import UserError
-
     with pytest.raises(UserError, match="1079 pairs, fewer than one batch of 2000"):
         train(create_clip("smoke-vit"), pairs, job(schedule=schedule(batch_size=2000)))
 
 
 @pytest.mark.parametrize("zero_stage", [0, 1])
 def test_the_logit_scale_is_clamped_and_trains_on_from_its_limit(pairs: PairDataset, zero_stage: int) -> None:
-    """It starts 1 above the limit, and six steps of 1e-3 cannot bring it down that far.
+    """It starts 1 above the limit; without the clamp, six steps of 1e-3 could not lower it that far.
 
-    Training lowers it further each step. A master copy that was not clamped would put it back on the limit.
+    Each step lowers it further. A master copy that was not clamped would set it to the limit again.
     """
     clip = create_clip("smoke-vit", seed=0)
     limit = clip.model.logit_scale.item() - 1

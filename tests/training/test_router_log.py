@@ -1,4 +1,4 @@
-"""What is watched of the routers: against loops, against the formula, and that watching changes nothing."""
+"""The routers' numbers against plain loops and formulas; watching them changes nothing."""
 
 import math
 from typing import Any
@@ -51,7 +51,7 @@ def test_numbers_of_a_layer_by_loops(layer: Any) -> None:
 
 
 def by_formula(out_RD: list[Tensor]) -> float:
-    """Tr(S_W pinv(S_B)) / N with the matrices written out."""
+    """Tr(S_W pinv(S_B)) / E with the matrices written out."""
     width, number = out_RD[0].shape[1], len(out_RD)
     inner_DD, between_DD = torch.zeros(width, width).double(), torch.zeros(width, width).double()
     means = [rows_RD.mean(0) for rows_RD in out_RD]
@@ -70,7 +70,7 @@ def test_compactness_by_formula_and_where_it_is_none() -> None:
     assert found == pytest.approx(by_formula(out_RD), rel=1e-8)
     assert relative_compactness([*out_RD, torch.empty(0, 9)]) == pytest.approx(found, rel=1e-12)
     spread = [mean_RD.mean(0) + 3 * (mean_RD - mean_RD.mean(0)) for mean_RD in out_RD]
-    assert relative_compactness(spread) == pytest.approx(9 * by_formula(out_RD), rel=1e-8)  # of the variance
+    assert relative_compactness(spread) == pytest.approx(9 * by_formula(out_RD), rel=1e-8)  # it grows with the variance
     assert relative_compactness([out_RD[0], out_RD[0]]) is None
 
 

@@ -1,4 +1,4 @@
-"""Training in stages, and experts of other forms: against a plain PyTorch loop, resumed bit for bit, counted, refused.
+"""Training in stages, and experts that share parameters: against a plain PyTorch loop, and resumed bit for bit.
 
 The strategy that has stages is SPRI; the layers that share parameters are DeRS'.
 """
@@ -78,9 +78,9 @@ def test_stages_equal_a_plain_pytorch_loop(pairs: PairDataset, zero_stage: int) 
         torch.nn.utils.clip_grad_norm_(parameters, 0.5)
         optimizer.step()
     assert state(plain).keys() == state(ours).keys()
-    for key, value in state(plain).items():  # as in test_train
+    for key, value in state(plain).items():  # as in test_loop
         assert torch.allclose(ours.model.state_dict()[key], value, rtol=1e-3, atol=2e-4), key
-    # The same without fresh optimiser state or without the freeze would be another model.
+    # A training without stages gives another model.
     unstaged = upcycled()
     train(unstaged, pairs, settings)
     merge(unstaged.model)
@@ -93,7 +93,7 @@ def test_stages_equal_a_plain_pytorch_loop(pairs: PairDataset, zero_stage: int) 
 def test_interrupted_at_a_boundary_and_resumed_is_bit_equal(
     pairs: PairDataset, tmp_path: Path, boundary: int, form: str
 ) -> None:
-    """Stopped in step 6 of 7, checkpoints every 4: the one of step 4 stands after or on the boundary."""
+    """Stopped in step 6 of 7, with checkpoints every 4 steps: that of step 4 is after the boundary, or on it."""
     stages: dict[str, Any] = {"stages": (boundary,), "next_stage": SPRI.next_stage, "make_loss": eesd}
     length = {"schedule": schedule(steps=7), "stop_step": 7}
     whole = upcycled()
@@ -122,7 +122,7 @@ def test_interrupted_at_a_boundary_and_resumed_is_bit_equal(
 
 
 def test_a_finished_training_is_resumed_in_its_last_form(pairs: PairDataset, tmp_path: Path) -> None:
-    """What happens when only the evaluation failed."""
+    """This happens when only the evaluation failed."""
     resumable = job(checkpoints=tmp_path, checkpoint_every=2)
     first, again = upcycled(), upcycled(seed=5)
     for clip in (first, again):
@@ -162,7 +162,7 @@ def test_shared_parameters_count_once() -> None:
 
 
 def test_experts_of_other_ranks_are_counted() -> None:
-    """One rank of two holds half of the experts; made by hand, since there is one process."""
+    """One rank of two holds half of the experts; here one process is made to look like it."""
     model = upcycled("sparse-upcycling").model
     expected = parameter_counts(model)
     for layer in moe_layers(model).values():
@@ -174,7 +174,7 @@ def test_experts_of_other_ranks_are_counted() -> None:
 def test_a_record_counts_the_trained_form_and_reuse_does_too(tmp_path: Path, quick: list[str]) -> None:
     planned = plan("ders-lm", quick, train_seed=50)
     first, again = (record.read(module.run(planned, tmp_path / each, Reporter()) or Path()) for each in "12")
-    assert "training" in again.environment and "training" not in first.environment  # `weights.load` knows its experts
+    assert "training" in again.environment and "training" not in first.environment  # merged experts can be rebuilt
     expected = parameter_counts(upcycled("ders-lm", moe=tiny_moe(experts=8)).model)
     for made in (first, again):
         assert made.cost is not None
@@ -183,7 +183,7 @@ def test_a_record_counts_the_trained_form_and_reuse_does_too(tmp_path: Path, qui
     assert first.receipt is not None
     layers: Any = first.receipt["layers"]
     assert [layer["expert_cosine"] for layer in layers.values()] == pytest.approx([1] * 3)  # of merged experts
-    # A file of an older version has no counts: those of the plain weights are taken.
+    # A file of an older version has no counts; it can still be read.
     (kept,) = (
         p
         for p in (cache_root() / "trained").glob("*.json")
@@ -201,7 +201,7 @@ def test_a_record_counts_the_trained_form_and_reuse_does_too(tmp_path: Path, qui
 def test_shared_parameters_and_expert_parallelism_are_refused_in_one_line(
     tmp_path: Path, quick: list[str], monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    monkeypatch.setattr(distributed, "check_world", lambda batch_size, ep_size: None)  # as if there were two processes
+    monkeypatch.setattr(distributed, "check_world", lambda batch_size, ep_size: None)  # as with two processes
     with pytest.raises(UserError, match=r"^ders-..: its experts share .* moe\.ep_size=1\.$") as error:
         module.run(plan(name, [*quick, "moe.ep_size=2"]), tmp_path, Reporter())
     assert "\n" not in str(error.value)
@@ -220,7 +220,7 @@ def test_a_plugin_that_does_not_say_it_shares_is_refused_too() -> None:
 
 @pytest.mark.parametrize("name", ["ders-lm", "ders-sm"])
 def test_a_shared_base_is_one_parameter_everywhere(name: str) -> None:
-    """In one optimiser group, with DeepSpeed's marks, decayed as a matrix."""
+    """It stands in one optimiser group, with DeepSpeed's marks and weight decay."""
     model = upcycled(name).model
     groups = parameter_groups(model, 0.2)
     members = [id(p) for group in groups for p in group["params"]]
@@ -235,7 +235,7 @@ def test_a_shared_base_is_one_parameter_everywhere(name: str) -> None:
 
 @pytest.mark.parametrize(("name", "zero_stage"), [("ders-lm", 0), ("ders-sm", 1)])
 def test_a_shared_base_trains_as_in_a_plain_loop(pairs: PairDataset, name: str, zero_stage: int) -> None:
-    """Clipping active: the base's gradient counts once in the norm."""
+    """Gradients are clipped: the base's gradient counts once in the norm."""
     settings = job(zero_stage=zero_stage, schedule=schedule(grad_clip=0.1, eps=1e-3))
     ours, plain = upcycled(name), upcycled(name)
     train(ours, pairs, settings)

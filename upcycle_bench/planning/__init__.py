@@ -1,1 +1,1 @@
-"""What would run, its identity and its price; trains nothing."""
+"""What would run, its identity and its cost; nothing is trained here."""

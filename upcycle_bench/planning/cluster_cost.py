@@ -1,23 +1,22 @@
-"""What a protocol's training would take on a GPU cluster: formulas and stated assumptions, nothing measured.
+"""What a protocol's training would take on a GPU cluster, by formulas and stated assumptions; nothing is measured.
 
     for bill in bills(protocol, Dense(), SparseUpcycling()): print(bill.training, bill.gpu_hours)
 
-`make docs` writes the table of docs/performance.md from them.
-
-FLOPs are those of a dry run (`costs.estimate`), text at its full context, without a strategy's own loss:
+`make docs` writes them into a table of docs/performance.md. FLOPs are those of a dry run (`planning.estimate`), with
+texts at full length and without a strategy's own loss:
 
     training FLOPs   = 3 * forward FLOPs of a pair * samples            (the backward pass costs two forward ones)
     seconds          = FLOPs / (GPUs * peak rate * utilisation)
 
 With expert parallelism DeepSpeed's layer computes every slot of its capacity, so the experts' part is multiplied by the
-capacity factor. Bytes that each of n GPUs sends in a step, e = ep_size, rings throughout:
+capacity factor. Bytes that each of n GPUs sends in a step, with e = ep_size and ring algorithms:
 
     gradients        2 * 4 * ((n-1)/n * shared parameters + (n/e-1)/(n/e) * expert parameters / e)
-                     float32; ZeRO 1's reduce-scatter and gathering of weights send as much as one all-reduce
+                     float32; ZeRO 1 sends as much, by reduce-scatter of gradients and all-gather of weights
     features         2 towers * 2 * 4 * (n-1)/n * batch * embedding
-                     gathered for the loss, and their gradients back
+                     features are gathered for the loss, and their gradients sent back
     all-to-all       sum over MoE layers of 4 * 2 * (e-1)/e * capacity factor * k * tokens of a GPU * width
-                     there and back, forwards and backwards, rows of 2 bytes (bf16)
+                     to the experts and back, in forward and backward pass, in numbers of 2 bytes (bf16)
 """
 
 from __future__ import annotations
@@ -38,7 +37,10 @@ GRADIENT_BYTES, FEATURE_BYTES, ROW_BYTES = 4, 4, 2
 
 @dataclass(frozen=True, kw_only=True)
 class Cluster:
-    """What is assumed: A100s at their dense bf16 peak, the share of it that a run reaches, 200 Gbit/s for each GPU."""
+    """The assumptions: A100s at their dense bf16 peak, and 200 Gbit/s for each GPU.
+
+    `peak_flops` and `link_bytes` are per second and GPU; `utilisation` is the fraction of the peak that a run reaches.
+    """
 
     gpus: int = 64
     peak_flops: float = 312e12
@@ -48,7 +50,7 @@ class Cluster:
 
 @dataclass(frozen=True, kw_only=True)
 class Bill:
-    """One training on one cluster; bytes are those that a GPU sends in a step."""
+    """The cost of one training on one cluster; bytes are those that each GPU sends in a step."""
 
     training: str
     cluster: Cluster
@@ -62,27 +64,27 @@ class Bill:
 
     @property
     def seconds(self) -> float:
-        """Of computing alone."""
+        """Seconds of the computation alone."""
         return self.flops / (self.cluster.gpus * self.cluster.peak_flops * self.cluster.utilisation)
 
     @property
     def gpu_hours(self) -> float:
-        """Of computing alone, over all GPUs."""
+        """GPU-hours of the computation alone, over all GPUs."""
         return self.cluster.gpus * self.seconds / 3600
 
     @property
     def communication_seconds(self) -> float:
-        """Of one step's bytes over the link, if none of it were hidden behind computing."""
+        """Seconds that one step's bytes take, if no communication overlaps with computation."""
         return (self.gradient_bytes + self.feature_bytes + self.exchange_bytes) / self.cluster.link_bytes
 
 
 def bills(
     protocol: Protocol, dense: Strategy, sparse: Strategy, cluster: Cluster = Cluster(), ep_size: int = 8
 ) -> Iterator[Bill]:
-    """The dense model's own training, then the protocol's: of the dense model, of experts, of experts spread out.
+    """The dense model's own training, then the protocol's: of the dense model, of experts without and with `ep_size`.
 
-    `dense` is the control that stays dense, `sparse` any strategy with the protocol's own MoE. UserError where
-    `ep_size` does not divide the GPUs.
+    `dense` is the control that stays dense, `sparse` any strategy with the protocol's own MoE. Raises UserError if
+    `ep_size` does not divide the number of GPUs.
     """
     if cluster.gpus % ep_size:
         raise UserError(f"ep_size {ep_size} does not divide {cluster.gpus} GPUs: choose a divisor.")
@@ -127,7 +129,7 @@ def _feature_bytes(model: str, batch_size: int, cluster: Cluster) -> float:
 
 
 def _experts(protocol: Protocol) -> tuple[int, int, int]:
-    """Parameters of all experts; FLOPs of a pair in its chosen ones, forwards; bytes of its chosen rows, one way."""
+    """Parameters of all experts; for one pair, forward FLOPs in its chosen experts, and bytes of its rows, one way."""
     parameters = flops = row_bytes = 0
     dropout = protocol.train.schedule.patch_dropout
     clip = meta_clip(protocol.model, dropout)

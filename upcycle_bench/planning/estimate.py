@@ -1,7 +1,10 @@
 """What a run will cost, as `--dry-run` prints it.
 
-FLOPs are those of matrix multiplications and attention, 2 per multiply-add (`util.flops`). The estimate counts the
-dense model on the meta device and adds the experts by formula.
+    costs = estimate(protocol, strategy)                                # parameters, samples, FLOPs
+    seconds = estimate_seconds(protocol, costs.train_flops, device)     # by a few measured steps
+
+FLOPs are those of matrix multiplications and attention, 2 for each multiply-add (`util.flops`). Those of the dense
+model are counted on the meta device; those of the experts are added by formula.
 """
 
 from __future__ import annotations
@@ -12,64 +15,71 @@ import functools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from upcycle_bench.model.clip import Clip, create_clip
 from upcycle_bench.model.ffn import FFN, Layer
+from upcycle_bench.model.precision import attention_kernel, autocast, longest_sequence
 from upcycle_bench.model.surgery import find_layers
 from upcycle_bench.protocol import MoE, Protocol
 from upcycle_bench.strategy import Strategy, resolve_moe
 from upcycle_bench.util.flops import FlopCounter
 
-SHAPE_TOLERANCE = 0.01  # of the protocol's own MoE, for a strategy that makes another
+SHAPE_TOLERANCE = 0.01  # how far a strategy's cost may be from that of the protocol's own MoE, as a fraction
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """What a run will take; `seconds` is the estimate of `estimate_seconds`, or None."""
+    """What a run will cost. FLOPs are for one pair (`forward_flops`) or for the whole run (the others)."""
 
-    layers: tuple[str, ...]
+    layers: tuple[str, ...]  # that become experts
     parameters_total: int
     parameters_active: int
     steps: int
     samples: int
     forward_flops: int
     train_flops: int
-    prepare_flops_at_most: int
+    prepare_flops_at_most: int  # what the strategy may spend before it makes experts
 
 
 def estimate(protocol: Protocol, strategy: Strategy) -> Estimate:
-    """Counts on the meta device: nothing is computed. Text is counted at full context, experts as plain FFNs.
+    """The cost of one run, counted on the meta device: nothing is computed.
 
-    Raises UserError for a hidden width that the strategy cannot make.
+    Texts are counted at full length, experts as plain FFNs, the backward pass as two forward passes. Raises UserError
+    for a hidden width that the strategy cannot make.
     """
     moe, schedule = resolve_moe(strategy, protocol.moe), protocol.train.schedule
-    names, total, active, forward = _counts(
-        protocol, moe, lambda hidden: strategy.ffn_hidden(hidden, moe), experts=strategy.replaces_ffn
-    )
+    counts = _counts(protocol, moe, lambda hidden: strategy.ffn_hidden(hidden, moe), experts=strategy.replaces_ffn)
     steps = schedule.steps if strategy.trains else 0
     samples = steps * schedule.batch_size
-    train_flops = 3 * forward * samples
-    prepare_flops = int(strategy.preparation_budget() * train_flops)
-    replaced = names if strategy.replaces_ffn else ()
-    return Estimate(replaced, total, active, steps, samples, forward, train_flops, prepare_flops)
+    train_flops = 3 * counts.forward * samples
+    return Estimate(
+        layers=counts.layers if strategy.replaces_ffn else (),
+        parameters_total=counts.total,
+        parameters_active=counts.active,
+        steps=steps,
+        samples=samples,
+        forward_flops=counts.forward,
+        train_flops=train_flops,
+        prepare_flops_at_most=int(strategy.preparation_budget() * train_flops),
+    )
 
 
 def unequal_shape(protocol: Protocol, strategy: Strategy) -> str | None:
-    """Why a strategy with a shape of its own does not compare: more or less active than the protocol's own MoE.
+    """Why a strategy with a shape of its own does not compare: it costs more or less than the protocol's own MoE.
 
-    None: it keeps the shape, or active parameters and forward FLOPs differ by at most `SHAPE_TOLERANCE`.
+    None where it keeps the shape, or where active parameters and forward FLOPs differ by at most `SHAPE_TOLERANCE`.
     """
     if resolve_moe(strategy, protocol.moe) == protocol.moe and type(strategy).ffn_hidden is Strategy.ffn_hidden:
         return None
     made = estimate(protocol, strategy)
-    _, _, active, forward = _counts(protocol, protocol.moe, lambda width: width, experts=True)
+    usual = _counts(protocol, protocol.moe, lambda hidden: hidden, experts=True)
     pairs = (
-        ("active parameters", made.parameters_active, active),
-        ("forward FLOPs per pair", made.forward_flops, forward),
+        ("active parameters", made.parameters_active, usual.active),
+        ("forward FLOPs per pair", made.forward_flops, usual.forward),
     )
     reasons = [
         f"{ours:,} {what}, the protocol's own MoE has {theirs:,}"
@@ -79,10 +89,18 @@ def unequal_shape(protocol: Protocol, strategy: Strategy) -> str | None:
     return "; ".join(reasons) or None
 
 
-def _counts(
-    protocol: Protocol, moe: MoE, hidden_of: Callable[[int], int], *, experts: bool
-) -> tuple[tuple[str, ...], int, int, int]:
-    """Layers of `moe`, parameters in all and active, and FLOPs of a pair; without `experts` one wide FFN a layer."""
+class _Counts(NamedTuple):
+    layers: tuple[str, ...]
+    total: int  # parameters
+    active: int  # parameters used for a token
+    forward: int  # FLOPs of a pair
+
+
+def _counts(protocol: Protocol, moe: MoE, hidden_of: Callable[[int], int], *, experts: bool) -> _Counts:
+    """Counts of the model with `moe`, whose FFNs have hidden width `hidden_of(dense width)`.
+
+    Without `experts`, each layer has a single FFN of that width and no router.
+    """
     patch_dropout = protocol.train.schedule.patch_dropout
     clip = meta_clip(protocol.model, patch_dropout)
     forward = _meta_flops(protocol.model, patch_dropout)
@@ -92,18 +110,18 @@ def _counts(
     for layer in layers:
         ffn = FFN.of(clip.model.get_submodule(layer.mlp_path))
         hidden, width = hidden_of(ffn.hidden), ffn.width
-        size, dense_size = (2 * h * width + h + width for h in (hidden, ffn.hidden))
+        size, dense_size = (2 * h * width + h + width for h in (hidden, ffn.hidden))  # two matrices, two biases
         number, chosen, router = (layer.num_experts, layer.top_k, layer.num_experts * width) if experts else (1, 1, 0)
         total += size * number - dense_size + router
         active += size * chosen - dense_size + router
         extra = 4 * width * (hidden * chosen - ffn.hidden) + 2 * router
         forward += extra * tokens(clip, layer, patch_dropout)
-    return tuple(layer.name for layer in layers), total, active, forward
+    return _Counts(tuple(layer.name for layer in layers), total, active, forward)
 
 
 @functools.cache
 def meta_clip(model: str, patch_dropout: float) -> Clip:
-    """That CLIP without memory for its tensors; not to be changed."""
+    """That CLIP on the meta device, without memory for its tensors; it is shared, so do not change it."""
     with torch.device("meta"):
         return create_clip(model, patch_dropout=patch_dropout)
 
@@ -114,7 +132,7 @@ def _meta_flops(model: str, patch_dropout: float) -> int:
 
 
 def tokens(clip: Clip, layer: Layer, patch_dropout: float) -> int:
-    """Tokens of one sample at that layer, in training."""
+    """Tokens of one sample at that layer in training: with patch dropout, and the text at full length."""
     if layer.tower == "text":
         return int(clip.model.context_length)
     patches = len(clip.model.visual.positional_embedding) - 1
@@ -122,7 +140,7 @@ def tokens(clip: Clip, layer: Layer, patch_dropout: float) -> int:
 
 
 def dense_forward_flops(clip: Clip) -> int:
-    """FLOPs of one image-text pair through the dense model in training mode; nothing is computed."""
+    """FLOPs of the forward pass of one image-text pair in training mode, on the meta device: nothing is computed."""
     model = copy.deepcopy(clip.model).to("meta").train()
     height, width = model.visual.image_size
     with torch.device("meta"), FlopCounter() as counter:
@@ -131,12 +149,10 @@ def dense_forward_flops(clip: Clip) -> int:
 
 
 def estimate_seconds(protocol: Protocol, train_flops: int, device: torch.device) -> float:
-    """Rough training time on one device like this one: a dense step on a few random pairs, scaled by FLOPs.
+    """Rough seconds of `train_flops` on this device: a dense step on some random pairs is timed and scaled by FLOPs.
 
-    The pairs are as many as some seconds of a CPU allow, so overheads weigh as in training on small models.
+    There are as many pairs as take a CPU a few seconds. So for a small model, overheads weigh as they do in training.
     """
-    from upcycle_bench.model.precision import attention_kernel, autocast, longest_sequence
-
     schedule = protocol.train.schedule
     clip = create_clip(protocol.model, patch_dropout=schedule.patch_dropout)
     model = clip.model.to(device).train()
@@ -145,17 +161,18 @@ def estimate_seconds(protocol: Protocol, train_flops: int, device: torch.device)
     images = torch.rand(pairs, 3, height, width, device=device)
     texts = torch.ones(pairs, model.context_length, dtype=torch.long, device=device)
     with attention_kernel(device, longest_sequence(model)):
-        with FlopCounter() as counter:  # it slows the step, so this one only warms up
+        with FlopCounter() as counter:  # it slows this step, which therefore is not timed
             _probe_step(model, images, texts, autocast(device, schedule.precision))
         seconds = min(_probe_step(model, images, texts, autocast(device, schedule.precision)) for _ in range(2))
     return seconds / counter.get_total_flops() * train_flops
 
 
 def _probe_step(model: Any, images: Tensor, texts: Tensor, cast: contextlib.AbstractContextManager[Any]) -> float:
+    """Seconds of one forward and backward pass."""
     began = time.perf_counter()
     with cast:
-        image_BD, text_BD, _ = model(images, texts)[:3]
-    (image_BD.float() @ text_BD.float().T).logsumexp(1).sum().backward()
+        image_BC, text_BC, _ = model(images, texts)[:3]
+    (image_BC.float() @ text_BC.float().T).logsumexp(1).sum().backward()
     if images.is_cuda:
         torch.cuda.synchronize(images.device)
     return time.perf_counter() - began

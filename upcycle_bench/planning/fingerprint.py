@@ -1,8 +1,8 @@
-"""Identities: what must be equal for two runs to compare, and what makes a run itself again.
+"""Fingerprints: what must be equal for two runs to compare, and for a run to be the same as an earlier one.
 
-training_fingerprint(protocol, world, dense_identity, unequal)     # what can change the weights
-suite_fingerprint(suite, eval_root)                                # what can change a suite's scores of them
-code_fingerprint(type(strategy))                                   # what the strategy computes
+training_fingerprint(protocol, world, dense_identity, unequal)  # of what can change the weights
+suite_fingerprint(suite, eval_root)                             # of what can change a suite's scores of them
+code_fingerprint(type(strategy))                                # of what the strategy computes
 """
 
 from __future__ import annotations
@@ -24,57 +24,60 @@ from upcycle_bench.protocol import Protocol
 from upcycle_bench.strategy import Strategy
 from upcycle_bench.suite import Suite
 from upcycle_bench.util import distributed
-from upcycle_bench.util import distributed as engine
 from upcycle_bench.util.cache import cache_root
 from upcycle_bench.util.errors import UserError
 
-# Raise it when the same protocol, data and seeds would give other weights: it is part of the training fingerprint.
+# Part of the training fingerprint: raise it when the same protocol, data and seeds would give other weights.
 NUMERICS = 2
 
-# What cannot change the weights, beyond rounding that a resumed or differently logged run does not see.
+# Settings of training that cannot change the weights.
 _WITHOUT_EFFECT = {"log_every", "checkpoint_every"}
 
-UPCYCLING = "upcycle_bench.upcycling."  # where strategies keep what several of them compute
+UPCYCLING = "upcycle_bench.upcycling."  # the modules that several strategies share
 
 
 def fingerprint(value: Any) -> str:
-    """sha256 of the value's canonical JSON, 16 hex digits of it."""
+    """The first 16 hex digits of the sha256 of the value's canonical JSON; ValueError for NaN and infinity."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def dense_recipe(protocol: Protocol, world: World) -> str:
-    """Identity of a dense model that is trained on the spot: everything that makes it, numerics included."""
+    """Fingerprint of a dense model that the protocol trains: everything that can change its weights."""
     values = protocol.model_dump(mode="json", include={"model", "threads", "dense"})
     values["dense"] = {key: value for key, value in values["dense"].items() if key not in ("source", "shipped")}
-    values["made by"] = [torch.__version__, engine.choose_device().type, distributed.world_size()]
+    values["made by"] = [torch.__version__, distributed.choose_device().type, distributed.world_size()]
     return fingerprint({**values, "config": model_config(protocol.model), "data": world.sha256, "numerics": NUMERICS})
 
 
 def recipe_path(recipe: str) -> Path:
-    """Where the cache keeps the dense model of that recipe."""
+    """The file in the cache for the dense model of that recipe."""
     return cache_root() / "dense" / f"{recipe}.safetensors"
 
 
 def training_fingerprint(protocol: Protocol, world: World, dense_identity: str, unequal: str | None) -> str:
-    """Everything that can change the weights but strategy and seeds: protocol, data, dense model, ranks, numerics."""
+    """Fingerprint of all that can change the weights, except strategy and seeds.
+
+    These are protocol, data, dense model, number of ranks and `NUMERICS`. `unequal` says why the strategy's shape does
+    not compare, if so: such runs get a table of their own.
+    """
     values = protocol.model_dump(mode="json", include={"model", "threads", "dense", "moe", "train"})
     values["train"] = {key: value for key, value in values["train"].items() if key not in _WITHOUT_EFFECT}
     values |= {"config": model_config(protocol.model), "data": world.sha256, "checkpoint": dense_identity}
-    values["world_size"] = distributed.world_size()  # capacity is that of a rank's micro-batch
-    if unequal:  # a table of its own
+    values["world_size"] = distributed.world_size()  # a rank's capacity is that of its share of the batch
+    if unequal:
         values["unequal"] = unequal
     return fingerprint({**values, "numerics": NUMERICS})
 
 
 def suite_fingerprint(suite: Suite, eval_root: Path) -> str:
-    """Everything that can change a suite's scores of given weights: its version, settings and data."""
+    """Fingerprint of all that can change a suite's scores of given weights: its version, settings and data."""
     facts = {"suite": suite.info.name, "version": suite.info.version, "config": suite.config()}
     return fingerprint({**facts, "data": suite.sources(eval_root)})
 
 
 def suite_fingerprints(suites: Mapping[str, Suite], eval_root: Path) -> tuple[dict[str, str | None], dict[str, str]]:
-    """Fingerprints of the suites that can run, and why the others cannot; UserError if none has a primary score."""
+    """Fingerprints of suites that can run, and why the others cannot; UserError if none has a primary score."""
     found: dict[str, str | None] = {}
     skipped: dict[str, str] = {}
     for name, suite in suites.items():
@@ -89,10 +92,11 @@ def suite_fingerprints(suites: Mapping[str, Suite], eval_root: Path) -> tuple[di
 
 
 def code_fingerprint(strategy: type[Strategy]) -> str:
-    """Identity of what a strategy computes: its file, its bases' and those they import from `upcycling` or beside them.
+    """Fingerprint of the code of a strategy.
 
-    Their syntax trees count, without imports, docstrings and comments: a reworded comment leaves a run what it was, a
-    changed constant does not. What all strategies share (the network, the training) is covered by `NUMERICS`.
+    It covers the files of the class and its bases, and what these import from `upcycling` or from their own package.
+    Imports, docstrings and comments do not count: a reworded comment does not change it, a changed constant does. Code
+    that all strategies share (the network, the training) is covered by `NUMERICS` instead.
     """
     bases = [base for base in strategy.__mro__ if issubclass(base, Strategy) and base is not Strategy]
     names = {base.__module__ for base in bases}
@@ -108,7 +112,7 @@ def code_fingerprint(strategy: type[Strategy]) -> str:
 
 
 def _source_file(module: str) -> Path | None:
-    """The module's file; None if there is no such module, or it is no Python source."""
+    """The module's file; None if there is no such module, or it has no Python source."""
     loaded = sys.modules.get(module)
     try:
         spec = loaded.__spec__ if loaded is not None else importlib.util.find_spec(module)
@@ -119,7 +123,7 @@ def _source_file(module: str) -> Path | None:
 
 
 def _imports(file: Path, module: str) -> set[str]:
-    """Names of all modules that a file imports, at its top or inside functions; some may name no module."""
+    """All names a file may import as modules, at its top or inside functions; some are attributes of a module."""
     package = module if file.name == "__init__.py" else module.rpartition(".")[0]
     found = set()
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
@@ -132,11 +136,13 @@ def _imports(file: Path, module: str) -> set[str]:
 
 
 def _bare_code(source: str) -> str:
-    """The code of a file in one spelling, without imports, docstrings and comments."""
+    """The code of a file in canonical form, without imports, docstrings and comments."""
     return ast.unparse(_Bare().visit(ast.parse(source)))
 
 
 class _Bare(ast.NodeTransformer):
+    """Removes imports and strings that stand alone as statements."""
+
     def visit_Import(self, node: ast.Import) -> None:
         return None
 

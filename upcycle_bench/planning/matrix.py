@@ -1,9 +1,10 @@
-"""The matrix, strategies by seeds under one protocol: its cells, which of them are done, what the rest costs.
+"""The matrix of strategies by seeds under one protocol: its cells, which of them are done, and what the rest costs.
 
-    cells = list(enumerate_cells(plans, seed_pairs(seed=0, count=3)))          # pure: a cell is a plan
-    done = finished_before(cells, results, dense_digest)                       # for each cell its record, or None
+    cells = list(enumerate_cells(plans, seed_pairs(seed=0, count=3)))
+    done = finished_before(cells, results, dense_digest)            # for each cell its record, or None
+    flops, seconds = cost_of(cells)
 
-Nothing here trains; `run_many` runs what is missing.
+Nothing is trained here; `run_many` runs the cells that have no record.
 """
 
 from __future__ import annotations
@@ -14,14 +15,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from upcycle_bench import record
-from upcycle_bench.planning import estimate as costs
+from upcycle_bench.planning.estimate import estimate, estimate_seconds
 from upcycle_bench.planning.plan import Plan, dense_path, run_id
 from upcycle_bench.planning.registry import Registry
 from upcycle_bench.util import distributed
 from upcycle_bench.util.errors import UserError
 from upcycle_bench.util.files import file_sha256
 
-Seeds = tuple[int, int]  # initialisation, training
+SeedPair = tuple[int, int]  # of initialisation, of training
 Records = Mapping[Path, record.Record]
 
 
@@ -33,18 +34,21 @@ class Cell:
 
     @property
     def strategy(self) -> str:
-        """The row."""
+        """The row: the label of the strategy."""
         return self.plan.label
 
     @property
     def seed(self) -> str:
-        """The column: `0`, or `0/1` where initialisation and training have seeds of their own."""
+        """The column: `0`, or `0/1` where initialisation and training have different seeds."""
         init, train = self.plan.init_seed, self.plan.train_seed
         return str(init) if init == train else f"{init}/{train}"
 
 
 def strategy_names(registry: Registry, text: str) -> list[str]:
-    """`a,b,c`, or `all`: every registered strategy, controls first. UserError for a name unknown or given twice."""
+    """The names in `a,b,c`; of `all`, every registered strategy, controls first.
+
+    Raises UserError for a name that is unknown or given twice.
+    """
     if text == "all":
         strategies = registry.strategies
         return sorted(strategies, key=lambda name: (strategies[name].target.info.status != "control", name))
@@ -58,8 +62,11 @@ def strategy_names(registry: Registry, text: str) -> list[str]:
     return names
 
 
-def seed_pairs(seed: int, count: int, init_seed: int | None = None, train_seed: int | None = None) -> list[Seeds]:
-    """`count` seeds from `seed` on, for both purposes; one that is given stays fixed."""
+def seed_pairs(seed: int, count: int, init_seed: int | None = None, train_seed: int | None = None) -> list[SeedPair]:
+    """`count` pairs of seeds from (`seed`, `seed`) on; `init_seed` or `train_seed`, where given, stays the same.
+
+    Raises UserError where both are given and `count` > 1.
+    """
     if count > 1 and init_seed is not None and train_seed is not None:
         raise UserError(f"--seeds {count} leaves nothing to vary; give --init-seed or --train-seed, not both.")
     return [
@@ -68,15 +75,15 @@ def seed_pairs(seed: int, count: int, init_seed: int | None = None, train_seed: 
     ]
 
 
-def enumerate_cells(plans: Sequence[Plan], seeds: Iterable[Seeds]) -> Iterator[Cell]:
-    """Seed by seed: however early a matrix is stopped, its finished seeds compare all strategies."""
+def enumerate_cells(plans: Sequence[Plan], seeds: Iterable[SeedPair]) -> Iterator[Cell]:
+    """All cells, seed by seed, so that of a matrix that is stopped early each finished seed compares all strategies."""
     for init, train in seeds:
         for plan in plans:
             yield Cell(plan=replace(plan, init_seed=init, train_seed=train))
 
 
-def finished(cell: Cell, run_id: str, records: Records) -> Path | None:
-    """The newest record that this cell would make again; by content, since anyone may rename a file."""
+def newest_record(cell: Cell, run_id: str, records: Records) -> Path | None:
+    """The newest record that this cell would make again, or None; found by content, since files may be renamed."""
     fitting = [
         (made.created_at, path)
         for path, made in records.items()
@@ -86,7 +93,7 @@ def finished(cell: Cell, run_id: str, records: Records) -> Path | None:
 
 
 def describes(made: record.Record, cell: Cell) -> bool:
-    """Whether a record, of a success or a failure, is of this cell."""
+    """Whether a record belongs to this cell: strategy, protocol, fingerprints and seeds; of a failed run too."""
     plan, protocol = cell.plan, made.protocol
     return (
         made.strategy.label == plan.label
@@ -99,12 +106,12 @@ def describes(made: record.Record, cell: Cell) -> bool:
 
 
 def _complete(made: record.Record, cell: Cell) -> bool:
-    """Whether no suite that this cell wants was skipped."""
+    """Whether the record has every suite of this cell, none skipped."""
     return made.protocol.suite_fingerprints == cell.plan.suite_fingerprints
 
 
 def read_records(results: Path, known: Collection[Path] = ()) -> dict[Path, record.Record]:
-    """The records below `results` but for the `known` ones. A file that is none does not count as a run."""
+    """The records below `results`, without the paths in `known`. Files that are no records are passed over."""
     found = {}
     for path in sorted(set(results.rglob("*.json")) - set(known)):
         with contextlib.suppress(UserError):
@@ -113,13 +120,16 @@ def read_records(results: Path, known: Collection[Path] = ()) -> dict[Path, reco
 
 
 def finished_before(cells: Sequence[Cell], results: Path, dense_digest: str) -> list[Path | None]:
-    """For each cell the record that makes it done, or None."""
+    """For each cell the record of a finished run, or None; `dense_digest` is the sha256 of the dense model."""
     records = read_records(results)
-    return [finished(cell, run_id(cell.plan, dense_digest), records) for cell in cells]
+    return [newest_record(cell, run_id(cell.plan, dense_digest), records) for cell in cells]
 
 
 def preview(cells: Sequence[Cell], results: Path, fresh: bool) -> list[Path | None]:
-    """`finished_before` for a dry run: without the dense model there is nothing to go by, and none is made."""
+    """`finished_before` for a dry run, which trains no dense model.
+
+    Without the dense model's file no run can be identified, so all cells are to do.
+    """
     plan = cells[0].plan
     path = dense_path(plan)
     if fresh or plan.missing or not path.is_file():
@@ -127,13 +137,16 @@ def preview(cells: Sequence[Cell], results: Path, fresh: bool) -> list[Path | No
     return finished_before(cells, results, file_sha256(path))
 
 
-def estimate(cells: Sequence[Cell]) -> tuple[int, float]:
-    """FLOPs of preparation (at most) and training without what losses of strategies add; seconds on one such device."""
+def cost_of(cells: Sequence[Cell]) -> tuple[int, float]:
+    """FLOPs of all cells' preparation (at most) and training, and the seconds they take on one device like this one.
+
+    The strategies' own losses are not counted.
+    """
     if not cells:
         return 0, 0.0
     protocol = cells[0].plan.protocol
     strategies = {cell.plan.label: cell.plan.strategy for cell in cells}
-    estimates = {label: costs.estimate(protocol, strategy) for label, strategy in strategies.items()}
+    estimates = {label: estimate(protocol, strategy) for label, strategy in strategies.items()}
     each = {label: made.prepare_flops_at_most + made.train_flops for label, made in estimates.items()}
     flops = sum(each[cell.plan.label] for cell in cells)
-    return flops, costs.estimate_seconds(protocol, flops, distributed.choose_device()) if flops else 0.0
+    return flops, estimate_seconds(protocol, flops, distributed.choose_device()) if flops else 0.0

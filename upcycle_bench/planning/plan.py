@@ -1,6 +1,8 @@
-"""The plan of a run: what will run, on what, under which fingerprints. Reads the disk, trains nothing.
+"""The plan of a run: strategy, data, seeds and fingerprints. To make one reads files and trains nothing.
 
-plan = make_plan(registry, "cluster-aware", protocol, options={"tau": "0.8"}, init_seed=0, train_seed=0, paths=Paths())
+plan = make_plan(registry, "cluster-aware", protocol, options={"tau": "0.8"}, init_seed=0, train_seed=0)
+check_input(plan, results), check_strategy(plan)        # UserError before anything runs
+run_id(plan, dense_digest)                              # equal for two runs of the same plan
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from upcycle_bench.assets import CHECKPOINTS
 from upcycle_bench.data.shards import expand_shards, shards_digest
 from upcycle_bench.data.world import World
 from upcycle_bench.data.worlds import load_world
-from upcycle_bench.planning import estimate
+from upcycle_bench.planning.estimate import unequal_shape
 from upcycle_bench.planning.fingerprint import (
     code_fingerprint,
     dense_recipe,
@@ -30,7 +32,6 @@ from upcycle_bench.protocol import MoE, Protocol
 from upcycle_bench.strategy import Strategy, configure, resolve_moe
 from upcycle_bench.suite import Suite
 from upcycle_bench.util import distributed
-from upcycle_bench.util import distributed as engine
 from upcycle_bench.util.errors import UserError, first_problem, unknown
 from upcycle_bench.util.files import file_sha256, require_writable
 from upcycle_bench.util.progress import Reporter
@@ -38,7 +39,7 @@ from upcycle_bench.util.progress import Reporter
 
 @dataclass(frozen=True, kw_only=True)
 class Paths:
-    """What a protocol with local data needs from the command line."""
+    """What a user must give for a protocol with local data: shards, dense model, folder of evaluation sets."""
 
     data: str | None = None
     checkpoint: Path | None = None
@@ -47,10 +48,10 @@ class Paths:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """One run, resolved. `missing` names what must still be given before it can run; fingerprints are then None.
+    """One run, with everything decided. `missing` names what a user must still give; fingerprints may then be None.
 
-    `suites` are those that are wanted and can run, `skipped` says why the others cannot.
-    `moe` is what the strategy makes of the protocol's; `unequal` says why that does not compare, if it does not.
+    `suites` can run; `skipped` says for each other suite that is wanted why it cannot. `moe` is the protocol's MoE as
+    the strategy changes it; `unequal` says why a model of that shape does not compare, or is None.
     """
 
     protocol: Protocol
@@ -72,7 +73,7 @@ class Plan:
 
     @property
     def division(self) -> Literal["closed", "open"]:
-        """Only closed runs compare; an override opens it, and so does a shape of another cost."""
+        """Runs compare if they are closed; an override opens a run, and so does a shape of another cost."""
         return "open" if self.unequal else self.protocol.division
 
 
@@ -88,41 +89,22 @@ def make_plan(
     suites: Sequence[str] = (),
     reporter: Reporter | None = None,
 ) -> Plan:
-    """Resolve names, options, data and checkpoint; a world that the cache lacks is built, which `reporter` shows.
+    """Find what the names stand for, check options and data, and compute the fingerprints.
 
-    `suites`: names of the protocol's suites, optional ones included, or "all"; nothing: those that are not optional.
-
-    Raises UserError, one line, for anything that is wrong.
+    A world that the cache lacks is built, which `reporter` shows. `suites`: names of the protocol's suites, optional
+    ones included, or "all"; by default all that are not optional. Raises UserError, one line, for anything wrong.
     """
     paths = paths or Paths()
     entry = registry.get("strategy", strategy_name)
     usual = configure(entry.target, protocol.strategies.get(strategy_name, {}))
     strategy = configure(entry.target, protocol.strategies.get(strategy_name, {}) | (options or {}))
-    moe, unequal = resolve_moe(strategy, protocol.moe), estimate.unequal_shape(protocol, strategy)
+    moe, unequal = resolve_moe(strategy, protocol.moe), unequal_shape(protocol, strategy)
     wanted = make_suites(registry, protocol, suites)
-    missing = []
-    dense_identity, checkpoint = None, paths.checkpoint
-    if protocol.data.world == "local":
-        if paths.data is None:
-            missing.append("--data (webdataset shards to train on)")
-        if paths.eval_data is None:
-            missing.append("--eval-data (the folder with the evaluation sets)")
+    missing = _missing_data(protocol, paths)
     world = None if missing else find_world(protocol, paths, reporter)
-    if protocol.dense.source == "checkpoint":
-        if paths.checkpoint is None:
-            missing.append("--checkpoint (the dense open_clip model)")
-        elif not paths.checkpoint.is_file():
-            raise UserError(f"--checkpoint {paths.checkpoint}: no such file; give an open_clip state dict.")
-        else:
-            dense_identity = file_sha256(paths.checkpoint)
-    elif paths.checkpoint is not None:
-        raise UserError(
-            f"protocol {protocol.name} brings its own dense model; --checkpoint goes with clip-b32, clip-b16."
-        )
-    elif protocol.dense.source == "shipped":
-        checkpoint, dense_identity = shipped_checkpoint(protocol), protocol.dense.shipped
-    elif world is not None:
-        dense_identity = dense_recipe(protocol, world)
+    checkpoint, dense_identity = _dense_model(protocol, paths, world)
+    if protocol.dense.source == "checkpoint" and checkpoint is None:
+        missing.append("--checkpoint (the dense open_clip model)")
     fingerprints, skipped = suite_fingerprints(wanted, world.eval_root) if world else (dict.fromkeys(wanted), {})
     return Plan(
         protocol=protocol,
@@ -146,10 +128,42 @@ def make_plan(
     )
 
 
-def find_world(protocol: Protocol, paths: Paths, reporter: Reporter | None = None) -> World:
-    """The protocol's own world, built first if the cache lacks it, or for local data what `paths` name.
+def _missing_data(protocol: Protocol, paths: Paths) -> list[str]:
+    """The options that a protocol with local data still needs."""
+    if protocol.data.world != "local":
+        return []
+    needed = {
+        "--data (webdataset shards to train on)": paths.data,
+        "--eval-data (the folder with the evaluation sets)": paths.eval_data,
+    }
+    return [option for option, given in needed.items() if given is None]
 
-    Local data must be named; their evaluation sets need not be where nothing is evaluated.
+
+def _dense_model(protocol: Protocol, paths: Paths, world: World | None) -> tuple[Path | None, str | None]:
+    """The dense checkpoint's path and identity.
+
+    A protocol that trains its own has a recipe as identity, and no path; both are None where something is not given.
+    """
+    if protocol.dense.source == "checkpoint":
+        if paths.checkpoint is None:
+            return None, None
+        if not paths.checkpoint.is_file():
+            raise UserError(f"--checkpoint {paths.checkpoint}: no such file; give an open_clip state dict.")
+        return paths.checkpoint, file_sha256(paths.checkpoint)
+    if paths.checkpoint is not None:
+        raise UserError(
+            f"protocol {protocol.name} brings its own dense model; --checkpoint goes with clip-b32, clip-b16."
+        )
+    if protocol.dense.source == "shipped":
+        return shipped_checkpoint(protocol), protocol.dense.shipped
+    return None, None if world is None else dense_recipe(protocol, world)
+
+
+def find_world(protocol: Protocol, paths: Paths, reporter: Reporter | None = None) -> World:
+    """The protocol's own world, built first if the cache lacks it; for a protocol with local data, that of `paths`.
+
+    Such a protocol needs `paths.data`; `paths.eval_data` only where something is evaluated. Raises UserError for paths
+    that the protocol does not take.
     """
     if protocol.data.world == "local":
         assert paths.data is not None
@@ -163,7 +177,7 @@ def find_world(protocol: Protocol, paths: Paths, reporter: Reporter | None = Non
 
 
 def shipped_checkpoint(protocol: Protocol) -> Path:
-    """The checkpoint in the package whose sha256 the protocol names; UserError if it is another or not there."""
+    """The checkpoint in the package whose sha256 the protocol names; UserError if it is missing or another one."""
     path = CHECKPOINTS / f"{protocol.model}.safetensors"
     if not path.is_file() or file_sha256(path) != protocol.dense.shipped:
         raise UserError(
@@ -174,7 +188,7 @@ def shipped_checkpoint(protocol: Protocol) -> Path:
 
 
 def make_suites(registry: Registry, protocol: Protocol, names: Sequence[str] = ()) -> dict[str, Suite]:
-    """The suites of those names as the protocol sets them, in its order; see `make_plan`."""
+    """The suites of those names with the protocol's settings, in the protocol's order; `names` as in `make_plan`."""
     every = protocol.suites | protocol.optional_suites
     if "all" in names and len(names) > 1:
         raise UserError("--suite: 'all' stands alone; it names every suite of the protocol.")
@@ -201,32 +215,32 @@ def _suite(registry: Registry, name: str, settings: dict[str, Any]) -> Suite:
 
 
 def _label(strategy: Strategy, usual: Strategy) -> str:
-    """`cluster-aware`, or `cluster-aware[tau=0.8]` where the configuration is not the protocol's usual one."""
+    """`cluster-aware`, or `cluster-aware[tau=0.8]` where options differ from those of the protocol (`usual`)."""
     config, defaults = strategy.config(), usual.config()
     changed = [f"{key}={value}" for key, value in config.items() if value != defaults[key]]
     return strategy.info.name + (f"[{','.join(changed)}]" if changed else "")
 
 
 def dense_path(plan: Plan) -> Path:
-    """Where the dense checkpoint of a plan is, or will be once it has been trained."""
+    """Where the dense checkpoint of a plan is, or will be after its training."""
     return plan.checkpoint or recipe_path(str(plan.dense_identity))
 
 
 def check_input(plan: Plan, results: Path) -> None:
-    """UserError for what is wrong with any strategy: paths not given, a folder that cannot be written, ranks."""
+    """UserError for what is wrong with every strategy: missing paths, a folder that cannot be written, ranks."""
     check_ready(plan)
     require_writable(results, "--results")
 
 
 def check_ready(plan: Plan) -> None:
-    """The part of `check_input` that does not write."""
+    """The part of `check_input` for commands that write no results."""
     if plan.missing:
         raise UserError(f"protocol {plan.protocol.name} needs {', '.join(plan.missing)}.")
-    engine.check_world(plan.protocol.train.schedule.batch_size, plan.moe.ep_size)
+    distributed.check_world(plan.protocol.train.schedule.batch_size, plan.moe.ep_size)
 
 
 def check_strategy(plan: Plan) -> None:
-    """UserError for what this strategy cannot do, or lacks on this machine."""
+    """UserError for what this strategy cannot do with these settings, or needs and this machine lacks."""
     if plan.strategy.shares_parameters and plan.moe.ep_size > 1:
         raise UserError(
             f"{plan.label}: its experts share parameters, which expert parallelism would spread over processes; "
@@ -236,8 +250,8 @@ def check_strategy(plan: Plan) -> None:
 
 
 def run_id(plan: Plan, dense_digest: str) -> str:
-    """Identity of what is run: strategy, its code and configuration, protocol, dense weights, seeds, ranks."""
-    what = [
+    """Fingerprint of a run: strategy, its code and configuration, protocol, dense weights, seeds, number of ranks."""
+    facts = [
         plan.label,
         plan.entry.owner,
         code_fingerprint(type(plan.strategy)),
@@ -246,5 +260,6 @@ def run_id(plan: Plan, dense_digest: str) -> str:
         dense_digest,
         plan.init_seed,
         plan.train_seed,
+        distributed.world_size(),
     ]
-    return fingerprint([*what, distributed.world_size()])
+    return fingerprint(facts)

@@ -1,7 +1,7 @@
-"""Plans for the strategies that are named, and what a dry run says of them: computed, not run.
+"""Plans for several strategies, and what a dry run says of them; nothing is run.
 
 plans = make_plans(registry, ["dense", "cluster-aware"], protocol, reporter=reporter)
-facts = dry_run(plans[0])                                   # shape, fingerprints, cost
+facts = dry_run(plans[0])                                               # shape, fingerprints, cost
 facts = dry_run_of_matrix(cells, preview(cells, results, fresh=False))
 """
 
@@ -11,9 +11,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from upcycle_bench.planning import matrix
 from upcycle_bench.planning.estimate import estimate, estimate_seconds
-from upcycle_bench.planning.matrix import Cell
+from upcycle_bench.planning.matrix import Cell, cost_of
 from upcycle_bench.planning.plan import Paths, Plan, make_plan
 from upcycle_bench.planning.registry import Registry
 from upcycle_bench.protocol import Protocol
@@ -31,7 +30,7 @@ def make_plans(
     suites: Sequence[str] = (),
     reporter: Reporter | None = None,
 ) -> list[Plan]:
-    """A plan for each strategy of `names`, with seed 0 for both purposes; the other arguments are `make_plan`'s."""
+    """A plan for each strategy of `names`, with both seeds 0; the other arguments are those of `make_plan`."""
     return [
         make_plan(registry, name, protocol, options=dict(options or {}), paths=paths, suites=suites, reporter=reporter)
         for name in names
@@ -39,7 +38,7 @@ def make_plans(
 
 
 def dry_run(plan: Plan) -> dict[str, Any]:
-    """What one run would be: identity, shape, and cost without what the strategy's own losses add."""
+    """Identity, shape and cost of one run, as JSON; the cost is without the strategy's own loss."""
     costs = estimate(plan.protocol, plan.strategy)
     flops = costs.train_flops + costs.prepare_flops_at_most
     seconds = estimate_seconds(plan.protocol, flops, choose_device()) if flops else 0.0
@@ -70,9 +69,9 @@ def dry_run(plan: Plan) -> dict[str, Any]:
 
 
 def dry_run_of_matrix(cells: Sequence[Cell], done: Sequence[Path | None]) -> dict[str, Any]:
-    """What is to do of several runs, and its cost; `done`: for each cell the record that makes it done, or None."""
+    """How many of the cells are to do, and what they cost, as JSON; `done` has a record, or None, for each cell."""
     to_do = [cell for cell, path in zip(cells, done, strict=True) if path is None]
-    flops, seconds = matrix.estimate(to_do)
+    flops, seconds = cost_of(to_do)
     return {
         "runs": len(cells),
         "to_do": len(to_do),

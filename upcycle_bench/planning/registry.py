@@ -1,11 +1,11 @@
-"""The registry: finds strategies, suites and protocols behind entry points; ours have no privilege.
+"""The registry: finds strategies, suites and protocols by entry points, our own and those of plugins alike.
 
     registry = load_registry()
-    registry.strategies["cluster-aware"].target      # the class
-    registry.get("strategy", "cluster")               # UserError: did you mean 'cluster-aware'?
+    registry.strategies["cluster-aware"].target     # the class
+    registry.get("strategy", "cluster")             # UserError: did you mean 'cluster-aware'?
 
-A plugin that cannot be imported, or that misspells a hook, is listed in `broken` with its reason and brings nothing;
-the others work. Two owners of one name are an error that names both.
+A plugin that cannot be imported, or that misspells a hook, stands in `broken` with the reason; the others work. If two
+plugins register one name, the error names both.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ KINDS = ("strategy", "suite", "protocol")
 
 @dataclass(frozen=True)
 class Entry:
-    """One registered thing: its name, what it is (a class, or a protocol's file) and who brings it."""
+    """One registered thing: its name, its class (or a protocol's file), and the distribution that brings it."""
 
     name: str
     target: Any
@@ -34,13 +34,13 @@ class Entry:
 
     @property
     def owner(self) -> str:
-        """The distribution and its version, as shown to users."""
+        """The distribution and its version, for users."""
         return f"{self.distribution} {self.version}".strip()
 
 
 @dataclass
 class Registry:
-    """What there is, by name; sorted, since the order of entry points is not ours."""
+    """Everything registered, by name, in alphabetical order; `broken`: for each plugin that failed, why."""
 
     strategies: dict[str, Entry] = field(default_factory=dict)
     suites: dict[str, Entry] = field(default_factory=dict)
@@ -52,7 +52,7 @@ class Registry:
         return {"strategy": self.strategies, "suite": self.suites, "protocol": self.protocols}[kind]
 
     def get(self, kind: str, name: str) -> Entry:
-        """The entry of that name, or a UserError with near matches and the plugins that failed to load."""
+        """The entry of that name; a UserError for an unknown one gives near matches and plugins that failed to load."""
         entries = self.entries(kind)
         if name not in entries:
             hint = "".join(f"Plugin {plugin} did not load: {why}. " for plugin, why in self.broken.items()).strip()
@@ -61,20 +61,23 @@ class Registry:
 
 
 def create_plugin_manager() -> pluggy.PluginManager:
-    """A fresh plugin manager that knows our hooks and no plugin."""
+    """A plugin manager that knows our hooks, and no plugin yet."""
     manager = pluggy.PluginManager(hookspecs.GROUP)
     manager.add_hookspecs(hookspecs)
     return manager
 
 
 def load_registry(extra: dict[str, ModuleType | Any] | None = None) -> Registry:
-    """Load every plugin of the entry-point group, then `extra` ones (name -> object with hooks; for tests)."""
+    """Load the plugins of all entry points, then `extra` ones (name -> object with hooks; for tests).
+
+    Raises UserError if two plugins register one name.
+    """
     registry = Registry()
     for point in sorted(entry_points(group=hookspecs.GROUP), key=lambda p: (_owner(p)[0], p.name)):
         owner, version = _owner(point)
         try:
             plugin = point.load()
-        except Exception as error:  # an outsider's import may fail in any way; it must not take `list` down
+        except Exception as error:  # a plugin's import may fail in any way; the others must still load
             registry.broken[f"{owner}:{point.name}"] = f"{type(error).__name__}: {error}".splitlines()[0]
             continue
         _register(registry, plugin, f"{owner}:{point.name}", owner, version)
@@ -92,7 +95,7 @@ def _owner(point: EntryPoint) -> tuple[str, str]:
 
 
 def _register(registry: Registry, plugin: Any, plugin_name: str, owner: str, version: str) -> None:
-    """Collect one plugin's contributions; one manager per plugin keeps a broken one from touching the rest."""
+    """Add what one plugin brings; it has a manager of its own, so a broken plugin cannot disturb the others."""
     manager = create_plugin_manager()
     manager.register(plugin, name=plugin_name)
     try:

@@ -1,1 +1,1 @@
-"""One training; knows no strategy by name."""
+"""One training, the same for every strategy: it knows none of them by name."""

@@ -1,12 +1,12 @@
-"""What a long computation on a CPU keeps for its next step: freed pieces of memory, compiled kernels.
+"""What a training on a CPU keeps for its next step: freed blocks of memory and compiled kernels.
 
-glibc returns large pieces to the kernel as soon as they are freed; each step would fetch them again, page by page: 5 to
-10 % of a training step of the lab. Kept pieces scatter, though, and over hundreds of steps a process would grow by a
-quarter: so they are returned now and then, where a checkpoint is written.
+By default glibc returns a large block to the operating system as soon as it is freed. The next step must then fetch the
+memory again, page by page, which is 5 to 10 % of a training step of the lab. Kept blocks become scattered, and over
+hundreds of steps the process would grow by a quarter. So free memory is returned at every checkpoint.
 
-oneDNN, which computes products in bf16, compiles a kernel for every shape, 0.5 to 1 ms each, and keeps the last 1,024.
-Captions and experts have other numbers of rows at each step, so a training of the lab needs some thousands, again and
-again: with room for all of them its steps take 3 to 6 % less time.
+oneDNN computes products in bf16. It compiles one kernel for each shape, which takes 0.5 to 1 ms, and keeps the last
+1,024 kernels. The numbers of rows of captions and of experts change at every step, so a training of the lab needs some
+thousands of kernels again and again. If all of them are kept, a step takes 3 to 6 % less time.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ _KERNELS = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "DNNL_PRIMITIVE_CACHE_CAPACITY") 
 
 
 def keep_freed_memory() -> bool:
-    """From now on pieces below 1 GiB stay with this process once they are freed; False where there is no glibc.
+    """From now on this process keeps freed blocks of up to 1 GiB; False where there is no glibc.
 
-    Older ones refuse more than 32 MiB, which is then the bound.
+    Older versions of glibc refuse a bound above 32 MiB; there the bound is 32 MiB.
     """
     if (libc := _glibc()) is None:
         return False
@@ -34,20 +34,20 @@ def keep_freed_memory() -> bool:
 
 
 def return_freed_memory() -> None:
-    """Give back what is free now, wherever it stands."""
+    """Return all memory that is free now to the operating system."""
     if (libc := _glibc()) is not None:
         libc.malloc_trim(0)
 
 
 def keep_compiled_kernels() -> None:
-    """Room for 16,384 of them in oneDNN, unless the environment says how many; it asks once, at its first kernel."""
+    """Let oneDNN keep 16,384 kernels, unless the environment sets a number; call it before the first kernel."""
     if not any(name in os.environ for name in _KERNELS):
         os.environ[_KERNELS[0]] = str(1 << 14)
 
 
 @functools.cache
 def _glibc() -> Any:
-    """The C library, if it is glibc: musl and others have no such settings."""
+    """The C library if it is glibc, else None: musl and others have no such settings."""
     if not sys.platform.startswith("linux"):
         return None
     libc = ctypes.CDLL(None)

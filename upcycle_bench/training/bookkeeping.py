@@ -1,11 +1,12 @@
-"""What is known of a training as it goes: time, FLOPs, dropped choices, shares of the loss, lines of metrics.
+"""What is known of a training as it goes on: time, FLOPs, dropped choices, shares of the loss, lines of metrics.
 
-    with Bookkeeping(job, layers, done) as books:
-        books.begin(progress)                       # fresh, or a checkpoint's
-        with books.counting(step): ...              # FLOPs, in a few steps
-        books.count_step(losses)                    # after each step
-        books.write_metrics(losses, rate, scale, seen)
-        books.collect()                             # before `books.progress` is saved
+    with MetricsFile(path, done) as log:
+        books = Bookkeeping(job, layers, log)
+        books.begin(progress)                           # a new training's progress, or a checkpoint's
+        with books.counting(step): ...                  # counts the FLOPs of a few steps
+        books.count_step(losses)                        # after each step
+        books.write_metrics(losses, rate, scale, seen)  # after some steps
+        books.collect()                                 # before `books.progress` is saved
 
 Shape suffixes: S steps, M terms of the loss.
 """
@@ -29,30 +30,22 @@ from upcycle_bench.util.flops import FlopCounter
 
 
 class Bookkeeping:
-    """Keeps `progress`, and writes the metrics of rank 0 to the job's file; `done` is the last checkpoint's step."""
+    """Keeps `progress` up to date, and writes lines of metrics to `log`."""
 
-    def __init__(self, job: Job, layers: Mapping[str, MoEFFN], done: int) -> None:
-        self.job, self.layers, self.progress = job, layers, Progress()
-        self._log = MetricsFile(job.metrics if distributed.is_main() else None, done)
-        self._first: list[Mapping[str, Tensor]] = []  # terms of the loss at the first steps, on the device
-        self._flops: int | None = None  # of the step that is being made, if they are counted
+    def __init__(self, job: Job, layers: Mapping[str, MoEFFN], log: MetricsFile) -> None:
+        self.job, self.layers, self.log, self.progress = job, layers, log, Progress()
+        self._first_terms: list[Mapping[str, Tensor]] = []  # of the first SHARE_STEPS steps, until `collect`
+        self._flops: int | None = None  # of the current step; None where they are not counted
         self._began = time.perf_counter()
 
-    def __enter__(self) -> Bookkeeping:
-        self._log.__enter__()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._log.__exit__(*error)
-
     def begin(self, progress: Progress) -> None:
-        """Go on from `progress`; its seconds are those of earlier sessions."""
+        """Continue `progress`, whose seconds are those of earlier sessions."""
         self.progress = progress
         self._began = time.perf_counter() - progress.seconds
 
     @contextlib.contextmanager
     def counting(self, step: int) -> Iterator[None]:
-        """Count the FLOPs of a few evenly spaced steps: counting slows a step down."""
+        """Count the FLOPs of this step if it is one of a few evenly spaced ones: counting slows a step down."""
         self._flops = None
         if step % max(1, self.job.stop_step // 4):
             yield
@@ -62,10 +55,10 @@ class Bookkeeping:
         self._flops = counter.get_total_flops()
 
     def count_step(self, losses: Mapping[str, Tensor]) -> None:
-        """One more step is done, with these terms of the loss."""
+        """Add one finished step, whose loss had these terms, to `progress`."""
         progress = self.progress
-        if progress.step < SHARE_STEPS:  # kept on the device: reading them would make it wait
-            self._first.append({name: term.detach() for name, term in losses.items()})
+        if progress.step < SHARE_STEPS:  # the tensors stay on the device: to read them now, the step must wait for it
+            self._first_terms.append({name: term.detach() for name, term in losses.items()})
         before, progress.seconds = progress.seconds, time.perf_counter() - self._began
         progress.step += 1
         if self._flops is not None:
@@ -74,17 +67,20 @@ class Bookkeeping:
             progress.counted_steps += 1
 
     def write_metrics(self, losses: Mapping[str, Tensor], rate: float, scale: Tensor, seen: Watched) -> None:
-        """A line of metrics, with what the routers did; FloatingPointError if the loss is not finite."""
+        """Write a line of metrics, with what the routers did; FloatingPointError if the loss is not finite.
+
+        Every rank must call it: losses are means over all ranks. `rate` is the learning rate, `scale` the logit scale.
+        """
         self.collect()
         last = self.progress.last = self._metrics(losses, rate, scale)
-        self._log.write({**last, **({"layers": seen.summary()} if self.layers else {})})
+        self.log.write({**last, **({"layers": seen.summary()} if self.layers else {})})
         if not math.isfinite(last["loss"]):
             terms = {name: float(term.detach()) for name, term in losses.items()}
             raise FloatingPointError(f"the loss is {last['loss']} at step {self.progress.step - 1}: {terms}")
 
     def _metrics(self, losses: Mapping[str, Tensor], rate: float, scale: Tensor) -> dict[str, float]:
         terms_M = torch.stack(list(losses.values())).detach()
-        values = torch.cat([terms_M.sum()[None], terms_M])
+        values = torch.cat([terms_M.sum()[None], terms_M])  # [1 + M]: the loss, then its terms
         world, progress = distributed.world_size(), self.progress
         if world > 1:
             torch.distributed.all_reduce(values)
@@ -101,19 +97,22 @@ class Bookkeeping:
         }
 
     def collect(self) -> None:
-        """Bring `progress` up to date with what layers and device still hold; every rank must call it."""
+        """Add to `progress` what layers and device still hold: dropped choices, shares of the loss.
+
+        Every rank must call it.
+        """
         for layer in self.layers.values():
             dropped, routed = layer.take_dropped()
             self.progress.dropped += distributed.sum_over_ranks(dropped)
             self.progress.routed += distributed.sum_over_ranks(routed)
-        if not self._first:
+        if not self._first_terms:
             return
-        terms_SM = torch.stack([torch.stack([term.float() for term in terms.values()]) for terms in self._first])
+        terms_SM = torch.stack([torch.stack([term.float() for term in terms.values()]) for terms in self._first_terms])
         if distributed.world_size() > 1:
             torch.distributed.all_reduce(terms_SM)
         shares_M = (terms_SM / terms_SM.sum(1, keepdim=True)).sum(0)
         shares = self.progress.loss_shares
-        for name, share in zip(self._first[0], shares_M.tolist(), strict=True):
+        for name, share in zip(self._first_terms[0], shares_M.tolist(), strict=True):
             shares[name] = shares.get(name, 0.0) + share
-        self.progress.share_steps += len(self._first)
-        self._first.clear()
+        self.progress.share_steps += len(self._first_terms)
+        self._first_terms.clear()

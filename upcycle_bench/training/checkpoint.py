@@ -1,8 +1,8 @@
-"""Checkpoints of a training and its file of metrics: how an interrupted training goes on.
+"""Checkpoints of a training, and its file of metrics: what an interrupted training needs to continue.
 
-progress = resume(engine, extra, job)               # from the last checkpoint, if there is one
+progress = resume(engine, extra, job)               # loads the last checkpoint, if there is one
 with MetricsFile(job.metrics, progress.step) as log: log.write({"step": 1, "loss": 2.3})
-save(engine, extra, job, progress)                  # a checkpoint; older ones go
+save(engine, extra, job, progress)                  # writes a checkpoint and deletes older ones
 """
 
 from __future__ import annotations
@@ -24,23 +24,26 @@ from upcycle_bench.util.files import atomic
 
 
 class MetricsFile:
-    """Appends JSON lines; on resuming, drops the lines that stand past the checkpoint."""
+    """A file of JSON lines that grows; without a path, nothing is written.
+
+    Of a file that exists, the lines up to `step`, the last checkpoint's, stay: a resumed training writes the later
+    ones again.
+    """
 
     def __init__(self, path: Path | None, step: int) -> None:
-        self.path = path
-        if path is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            before = path.read_text().splitlines() if path.is_file() and step else []
-            with atomic(path) as part:
-                part.write_text("".join(line + "\n" for line in before if json.loads(line)["step"] <= step))
+        self.path, self.step = path, step
 
     def __enter__(self) -> MetricsFile:
         if self.path is not None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            before = self.path.read_text().splitlines() if self.path.is_file() and self.step else []
+            with atomic(self.path) as part:
+                part.write_text("".join(line + "\n" for line in before if json.loads(line)["step"] <= self.step))
             self.file = self.path.open("a")
         return self
 
     def write(self, metrics: Mapping[str, Any]) -> None:
-        """One line."""
+        """Append one line."""
         if self.path is not None:
             self.file.write(json.dumps(metrics) + "\n")
             self.file.flush()
@@ -51,16 +54,17 @@ class MetricsFile:
 
 
 def save(engine: Any, extra: ExtraLoss | None, job: Job, progress: Progress) -> None:
-    """A checkpoint of this step; DeepSpeed's `latest` is written last, then older ones go."""
+    """Write a checkpoint of this step, then delete older ones. Every rank must call it.
+
+    DeepSpeed writes the file `latest` last, so an interruption leaves the older checkpoint in force.
+    """
     assert job.checkpoints is not None, "checkpoint_every needs a folder"
     tag = f"step{progress.step}"
-    state = {"progress": vars(progress)}
-    if extra is not None:  # with expert parallelism every rank has teachers of its own
-        folder = job.checkpoints / tag
-        folder.mkdir(parents=True, exist_ok=True)
-        torch.save(extra.state_dict(), folder / f"loss_rank{distributed.rank()}.pt")
+    if extra is not None:  # one file a rank: with expert parallelism each rank has teachers of its own experts
+        (job.checkpoints / tag).mkdir(parents=True, exist_ok=True)
+        torch.save(extra.state_dict(), _loss_file(job.checkpoints / tag))
     with contextlib.redirect_stdout(sys.stderr):
-        engine.save_checkpoint(str(job.checkpoints), tag=tag, client_state=state)
+        engine.save_checkpoint(str(job.checkpoints), tag=tag, client_state={"progress": vars(progress)})
     distributed.barrier()
     if distributed.is_main():
         for old in job.checkpoints.glob("step*"):
@@ -69,21 +73,26 @@ def save(engine: Any, extra: ExtraLoss | None, job: Job, progress: Progress) -> 
 
 
 def last_checkpoint(job: Job) -> int:
-    """The step of the checkpoint that training goes on from; 0 without one."""
+    """The step after which the last checkpoint was written; 0 without one."""
     latest = job.checkpoints / "latest" if job.checkpoints else None
     return int(latest.read_text().strip().removeprefix("step")) if latest and latest.is_file() else 0
 
 
 def resume(engine: Any, extra: ExtraLoss | None, job: Job) -> Progress:
-    """How far the last checkpoint is, loaded into the engine and the extra loss; the beginning without one."""
-    if job.checkpoints is None or not last_checkpoint(job):
+    """Load the last checkpoint into the engine and the extra loss; returns its progress, or a new one without any."""
+    step = last_checkpoint(job)
+    if job.checkpoints is None or not step:
         return Progress()
     with contextlib.redirect_stdout(sys.stderr):
         _, state = engine.load_checkpoint(str(job.checkpoints))
     if extra is not None:
-        path = job.checkpoints / (job.checkpoints / "latest").read_text().strip()
-        extra.load_state_dict(torch.load(path / f"loss_rank{distributed.rank()}.pt", weights_only=True))
+        extra.load_state_dict(torch.load(_loss_file(job.checkpoints / f"step{step}"), weights_only=True))
     progress = Progress(**state["progress"])
     if distributed.is_main():
         print(f"an interrupted training goes on from step {progress.step}", file=sys.stderr)
     return progress
+
+
+def _loss_file(folder: Path) -> Path:
+    """Where this rank keeps the state of the strategy's own loss, in a checkpoint's folder."""
+    return folder / f"loss_rank{distributed.rank()}.pt"

@@ -1,11 +1,11 @@
-"""Trained once, scored ever after: what the cache keeps of a finished training, so that a new suite trains nothing.
+"""Finished trainings in the cache: a run that differs only in its suites scores stored weights and trains nothing.
 
-    key = trained.key(run_id, device)              # who was trained how, by which libraries, on which hardware
-    trained.store(key, facts, metrics)              # cache/trained/KEY.json and KEY.jsonl, by rank 0
-    found = trained.look_up(key)                      # (Trained, the model), or None: train
+    key = finished.key_of(run_id, device)          # the run, the libraries and the hardware
+    finished.store(key, facts, metrics)            # cache/trained/KEY.json and KEY.jsonl, by rank 0
+    found = finished.look_up(key)                  # (Trained, the model); None: it must be trained
 
-The weights themselves stand in cache/weights under their sha256. Only a training that went through is kept; what was
-damaged since is not found, which costs a training and is never an error.
+The weights stand in cache/weights under their sha256. A training that failed is never stored. If a stored file was
+damaged, the training is not found and runs again; this is not an error.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from upcycle_bench.model.ffn import FFN
 from upcycle_bench.model.moe import moe_layers
 from upcycle_bench.model.surgery import hidden_widths
 from upcycle_bench.planning.fingerprint import fingerprint
-from upcycle_bench.record import Part, Phase, PhaseCost, Timestamp
+from upcycle_bench.record import Part, PhaseCost, PhaseName, Timestamp
 from upcycle_bench.training.job import Progress
 from upcycle_bench.util import distributed, environment
 from upcycle_bench.util.cache import cache_root, locked
@@ -37,21 +37,25 @@ from upcycle_bench.util.files import file_sha256, write_atomically
 
 
 class Trained(Part):
-    """A finished training: its weights, what a record says of it, where and when it ran."""
+    """A finished training: its weights, and the parts of a record that a run with other suites takes from it.
+
+    `weights` is the sha256 of the file, `environment` and `time` are where and when it ran.
+    """
 
     weights: str
-    parameters: tuple[int, int] | None = None  # total, active, of the trained form; None: count those of the weights
+    parameters: tuple[int, int] | None = None  # total, active, of the trained form; older files: None
     receipt: dict[str, JsonValue] | None
-    phases: dict[Phase, PhaseCost]
+    phases: dict[PhaseName, PhaseCost]
     progress: Progress
     environment: dict[str, JsonValue]
     time: Timestamp
 
 
-def key(run_id: str, device: torch.device) -> str:
-    """Name of a training: other libraries or other hardware would round otherwise, so they have keys of their own.
+def key_of(run_id: str, device: torch.device) -> str:
+    """The name of a training in the cache.
 
-    So does a forced backend of the experts.
+    It depends on the versions of the libraries, the hardware, and a forced backend of the experts: others round
+    differently, so their weights differ.
     """
     versions = [environment.installed_version(name) for name in environment.PACKAGES if name != "upcycle-bench"]
     forced = [name] if (name := backends.forced()) else []
@@ -59,12 +63,12 @@ def key(run_id: str, device: torch.device) -> str:
 
 
 def metrics_of(key: str) -> Path:
-    """The training metrics of that key, JSON lines."""
+    """The file with the metrics of that training, as JSON lines."""
     return cache_root() / "trained" / f"{key}.jsonl"
 
 
 def store(key: str, facts: Trained, metrics: Path) -> None:
-    """Store a finished training, over an older one; its JSON comes last, so that it never stands alone."""
+    """Store a finished training, in place of an older one. The JSON is written last, so it never stands alone."""
     target = metrics_of(key)
     target.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(target, metrics.read_bytes())
@@ -72,7 +76,7 @@ def store(key: str, facts: Trained, metrics: Path) -> None:
 
 
 def look_up(key: str) -> tuple[Trained, Clip] | None:
-    """The stored training and its model, all experts in this process; None unless everything is there and whole."""
+    """The stored training, and its model with all experts in this process; None unless all files are whole."""
     metrics = metrics_of(key)
     try:
         facts = Trained.model_validate_json(metrics.with_suffix(".json").read_bytes())
@@ -80,16 +84,17 @@ def look_up(key: str) -> tuple[Trained, Clip] | None:
         if not metrics.is_file() or file_sha256(path) != facts.weights:
             return None
         return facts, weights.load(path)
-    except (OSError, ValueError, UserError):  # missing; not ours to read; another version's
+    except (OSError, ValueError, UserError):  # missing; not readable; of another version
         return None
 
 
 @contextlib.contextmanager
 def work_folder(key: str, resumable: bool, fresh: bool = False) -> Iterator[Path]:
-    """Where checkpoints and metrics live while a training goes on; kept after an interruption if there is a checkpoint.
+    """The folder for checkpoints and metrics during a training; deleted afterwards.
 
-    It is this process's own: another one with the same training (`lab` and `lab-dev` share theirs) waits until it is
-    through, and then finds it trained. `fresh` forgets an interrupted run.
+    After an interruption it stays if it holds a checkpoint. A process locks it: a second process with the same training
+    (`lab` and `lab-dev` have the same) waits, then finds the training finished. Without checkpoints (not `resumable`),
+    each process has a folder of its own. `fresh` deletes what an interrupted training left.
     """
     path = cache_root() / "runs" / key
     if not resumable:
@@ -110,17 +115,17 @@ def work_folder(key: str, resumable: bool, fresh: bool = False) -> Iterator[Path
 
 
 def can_be_rebuilt(model: nn.Module, dense: Any) -> bool:
-    """Whether `weights.load` makes this very model: each expert, on every rank, is what `FFN.expert` makes.
+    """Whether `weights.load` would make this very model: each expert, on every rank, is what `FFN.expert` makes.
 
-    A plugin's own expert modules are not: the file has their tensors, but not what they compute. Hidden widths may be
-    others than the dense model's, the same for all experts of a layer; nothing else may.
+    Expert modules of a plugin's own are not: the file has their tensors, but not what they compute. All experts of a
+    layer may have another hidden width than the dense model's FFN; nothing else may differ. Every rank must call it.
     """
     strange, layers, widths = 0, moe_layers(model), hidden_widths(model)
     for layer in layers.values():
         ffn = FFN.of(dense.get_submodule(layer.place.mlp_path))
         plain = ffn.resized(widths.get(layer.place.mlp_path, ffn.hidden)).expert()
         strange += sum(_form(expert) != _form(plain) for expert in layer.experts)
-        # Experts that share a tensor would come back with one each.
+        # Experts that share a tensor would each get a copy of it from the file.
         strange += len(list(layer.experts.parameters())) != len(layer.experts) * len(list(plain.parameters()))
     if not layers:
         memo = {id(value): nn.Parameter(value.to("meta")) for value in dense.parameters()}

@@ -6,15 +6,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from upcycle_bench.protocol import Schedule
+from upcycle_bench.util import distributed
 
-SHARE_STEPS = 50  # over the first so many steps the record says what share of the loss each term had
+SHARE_STEPS = 50  # a record gives each term's share of the loss over this many first steps
 
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What to train, beside the model and the data. `stop_step` < schedule.steps stops inside the schedule.
+    """The settings of one training. Where `stop_step` < `schedule.steps`, it stops before its schedule ends.
 
-    `purpose` keys the random streams with the seed, so that upcycling never replays the dense model's batches.
+    `purpose` and `seed` name the random streams: with equal seeds, upcycling does not repeat the dense model's batches.
+    `metrics`: the file for lines of metrics. `checkpoints`: the folder of checkpoints, written every
+    `checkpoint_every` steps (0: never).
     """
 
     purpose: str = "upcycling"
@@ -32,18 +35,22 @@ class Job:
 
     @property
     def stream(self) -> str:
-        """Key of all random streams of this training."""
+        """The name under which all random streams of this training are drawn."""
         return f"{self.purpose} {self.seed}"
 
     def checkpoint_due(self, step: int) -> bool:
-        """Whether a checkpoint stands after `step` steps; after the last one too, since evaluation may fail."""
+        """Whether to write a checkpoint after `step` steps; after the last step too, since the evaluation may fail."""
         every = self.checkpoint_every
         return every > 0 and (step % every == 0 or step == self.stop_step)
 
 
 @dataclass
 class Progress:
-    """What a finished (or resumed) training has done so far; saved with every checkpoint."""
+    """What a training has done so far, in all its sessions; every checkpoint holds it.
+
+    FLOPs are counted in `counted_steps` of the steps, on this rank alone. `routed` and `dropped` are (token, choice)
+    pairs over all ranks; `last` is the last line of metrics.
+    """
 
     step: int = 0
     seconds: float = 0.0
@@ -54,7 +61,7 @@ class Progress:
     dropped: int = 0
     last: dict[str, float] = field(default_factory=dict)
     share_steps: int = 0
-    loss_shares: dict[str, float] = field(default_factory=dict)  # summed over those steps
+    loss_shares: dict[str, float] = field(default_factory=dict)  # each term's shares, summed over `share_steps`
 
     @property
     def mean_loss_shares(self) -> dict[str, float]:
@@ -62,11 +69,16 @@ class Progress:
         return {name: total / self.share_steps for name, total in self.loss_shares.items()}
 
     def samples_per_second(self, batch_size: int) -> float:
-        """Throughput over the steps whose FLOPs were not counted, since counting is slow; over all where all were."""
+        """Pairs per second over the steps without counted FLOPs, since counting is slow; over all if there are none."""
         steps, seconds = self.step - self.counted_steps, self.seconds - self.counted_seconds
         return steps * batch_size / seconds if steps else self.step * batch_size / self.seconds
 
     @property
     def dropped_fraction(self) -> float | None:
-        """Share of (token, choice) pairs that capacity dropped; None without MoE layers."""
+        """Fraction of the (token, choice) pairs that were over capacity and dropped; None without MoE layers."""
         return self.dropped / self.routed if self.routed else None
+
+    def total_flops(self) -> int:
+        """FLOPs of all steps on all ranks, scaled up from the counted steps. Every rank must call it."""
+        counted = distributed.sum_over_ranks(self.counted_flops)  # not scaled up before the sum: int64 would overflow
+        return counted * self.step // max(1, self.counted_steps)

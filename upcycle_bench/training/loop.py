@@ -1,11 +1,14 @@
-"""The training loop, under DeepSpeed, the same for every strategy and for dense pre-training.
+"""The training loop, under DeepSpeed: one for every strategy and for dense pre-training.
 
-loss = contrastive (gathered over ranks) + load_balance * sum over MoE layers of L_lb + what the strategy adds (Eq. 13).
-AdamW starts with fresh state; the learning rate warms up and decays linearly; the logit scale is clamped.
+    progress = train(clip, data, job, make_loss=make_loss, on_step=bar)     # in place; inside `session.open_session`
 
-A strategy may divide the training into stages. Each stage has an engine, an optimiser and an extra loss of its own.
-With `checkpoint_every`, an interrupted training goes on from its last checkpoint, bit for bit. A checkpoint at step s
-has the form of the stage that made step s; the next stage begins after it is loaded.
+Loss = contrastive loss (over all ranks' pairs) + load_balance * sum over MoE layers of L_lb (Eq. 5) + the strategy's
+own term (Eq. 13). AdamW starts without state; the learning rate warms up, then decays linearly; the logit scale is
+clamped.
+
+A strategy may divide the training into stages, each with an engine, an optimiser and an extra loss of its own. With
+`checkpoint_every`, an interrupted training continues from its last checkpoint, bit for bit. A checkpoint after step s
+has the form of the stage that made step s; the next stage starts from it.
 """
 
 from __future__ import annotations
@@ -29,15 +32,15 @@ from upcycle_bench.protocol import learning_rate
 from upcycle_bench.strategy import ExtraLoss
 from upcycle_bench.training.allocator import return_freed_memory
 from upcycle_bench.training.bookkeeping import Bookkeeping
-from upcycle_bench.training.checkpoint import last_checkpoint, resume, save
+from upcycle_bench.training.checkpoint import MetricsFile, last_checkpoint, resume, save
 from upcycle_bench.training.job import Job, Progress
 from upcycle_bench.training.router_log import watch
 from upcycle_bench.training.step import Features, clamp_logit_scale, compute_losses, patch_dropout_stream
 from upcycle_bench.util import distributed
 from upcycle_bench.util.errors import PluginError
+from upcycle_bench.util.progress import OnStep
 
 MakeLoss = Callable[[Mapping[str, MoEFFN]], ExtraLoss | None]
-OnStep = Callable[[int, Mapping[str, float]], None]
 
 
 def train(
@@ -50,11 +53,14 @@ def train(
     next_stage: Callable[[Mapping[str, MoEFFN]], None] = lambda layers: None,
     on_step: OnStep = lambda step, metrics: None,
 ) -> Progress:
-    """Train `clip.model` in place up to `job.stop_step`; `on_step` sees each step's number and the last metrics.
+    """Train `clip.model` in place up to `job.stop_step`.
 
-    Before each step of `stages`, `next_stage` changes the layers; optimiser state and extra loss then start afresh.
-    PluginError if the stages do not ascend between 0 and `job.stop_step`. Must run inside `engine.session`, on every
-    rank. An interruption leaves the last checkpoint, if there are any.
+    Must run inside `session.open_session`, on every rank. `make_loss` makes the strategy's own loss of the MoE layers,
+    by name. Before each step of `stages`, `next_stage` changes the layers; optimiser and extra loss then start afresh.
+    `on_step` is called after each step with the number of steps done and the last metrics.
+
+    Raises PluginError unless the stages ascend between 0 and `job.stop_step`, and FloatingPointError for a loss that is
+    not finite. An interruption leaves the last checkpoint, if there is one.
     """
     model = clip.model.train()
     device = next(model.parameters()).device
@@ -62,20 +68,23 @@ def train(
     layers, schedule = moe_layers(model), job.schedule
     if list(stages) != sorted({step for step in stages if 0 < step < job.stop_step}):
         raise PluginError(f"stages {list(stages)} must ascend and begin after step 0 and before {job.stop_step}")
-    # open_clip's gather is deprecated by PyTorch, but it is the one with a gradient on gloo and nccl alike.
+    # PyTorch deprecates the gather that open_clip uses, but no other has a gradient on both gloo and nccl.
     warnings.filterwarnings("ignore", message="torch.distributed.nn.functional.all_gather is deprecated")
     done = last_checkpoint(job)
-    with attention_kernel(device, longest_sequence(model)), Bookkeeping(job, layers, done) as books:
+    log = MetricsFile(job.metrics if distributed.is_main() else None, done)
+    with attention_kernel(device, longest_sequence(model)), log:
+        books = Bookkeeping(job, layers, log)
         for first, stop in itertools.pairwise([0, *stages, job.stop_step]):
             if first > 0:
                 next_stage(layers)
-            if stop < done:  # a later stage made the checkpoint
+            if stop < done:  # a later stage wrote the checkpoint
                 continue
             with _stage(model, job, layers, make_loss) as (engine, extra):
                 if first == 0 or first < done:
                     books.begin(resume(engine, extra, job))
-                start, share = books.progress.step, (rank, world)
-                batches = data.batches(job.stream, start, stop, schedule.batch_size, *share, workers=_workers(device))
+                start = books.progress.step
+                workers = _loader_processes(device)
+                batches = data.batches(job.stream, start, stop, schedule.batch_size, rank, world, workers=workers)
                 for step, batch in enumerate(batches, start):
                     rate = learning_rate(step, schedule.steps, job.peak_lr, schedule.warmup_fraction)
                     for group in engine.optimizer.param_groups:
@@ -97,7 +106,7 @@ def train(
                         books.collect()
                         save(engine, extra, job, books.progress)
                         return_freed_memory()
-                books.collect()  # the next stage's loss may have other terms
+                books.collect()  # now, since the next stage's loss may have other terms
     return books.progress
 
 
@@ -105,12 +114,12 @@ def train(
 def _stage(
     model: nn.Module, job: Job, layers: Mapping[str, MoEFFN], make_loss: MakeLoss
 ) -> Iterator[tuple[Any, ExtraLoss | None]]:
-    """The engine and the strategy's own loss of one stage; both let go of the model at its end."""
+    """The engine and the strategy's own loss of one stage; at its end neither holds on to the model."""
     engine = create_engine(Features(model, job.schedule.precision), job)
     extra = make_loss(layers)
     try:
         yield engine, extra
-        engine.destroy()  # ZeRO's hooks would go on with the parameters
+        engine.destroy()  # it removes ZeRO's hooks from the parameters
         engine.module.zero_grad()
     finally:
         if extra is not None:
@@ -118,7 +127,7 @@ def _stage(
 
 
 def create_engine(model: nn.Module, job: Job) -> Any:
-    """DeepSpeed's engine around the model, with torch's AdamW; needs `engine.session`."""
+    """DeepSpeed's engine around the model, with torch's AdamW; only inside `session.open_session`."""
     from upcycle_bench.model.deepspeed_import import deepspeed
 
     world = distributed.world_size()
@@ -137,15 +146,18 @@ def create_engine(model: nn.Module, job: Job) -> Any:
         "zero_allow_untested_optimizer": True,
         "steps_per_print": sys.maxsize,
     }
-    with contextlib.redirect_stdout(io.StringIO()):  # it announces process groups there
+    with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints its process groups
         engine = deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
-    if world == 1 and job.zero_stage == 0:  # nothing to average, and DeepSpeed would copy every gradient twice
+    if world == 1 and job.zero_stage == 0:  # no gradients to average, and DeepSpeed would copy each one twice
         engine.enable_backward_allreduce = False
     return engine
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Weight decay on tensors of two or more dimensions; experts in groups of their own, as DeepSpeed wants them."""
+    """The optimiser's groups: weight decay on tensors of two or more dimensions, none on others.
+
+    Experts stand in groups of their own, as DeepSpeed requires.
+    """
     from deepspeed.moe.utils import has_moe_layers, split_params_into_different_moe_groups_for_optimizer
 
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -158,6 +170,6 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     return groups
 
 
-def _workers(device: torch.device) -> int:
-    """Loader processes: a GPU is fed by four; a CPU's cores all train."""
+def _loader_processes(device: torch.device) -> int:
+    """How many processes load batches: four for a GPU, none for a CPU, whose cores all train."""
     return 4 if device.type == "cuda" else 0

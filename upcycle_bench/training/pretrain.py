@@ -1,11 +1,12 @@
 """The dense model: trained on a protocol's own data up to the upcycling point, shipped with the package, or given.
 
-    clip, sha256 = load_dense(protocol, world, path, device, reporter)      # trained first if the cache lacks it
-    path, trained = pretrain_once(protocol, world, reporter)     # what `upcycle-bench pretrain` does
-    facts = pretrain(protocol, world, path, device, reporter)    # the training itself; resumable
-    export(path, Path("lab-vit.safetensors"))                # half precision, half the size
+    clip, sha256 = load_dense(protocol, world, path, device, reporter)  # trains it first if the cache lacks it
+    path, trained = pretrain_once(protocol, world, reporter)            # what `upcycle-bench pretrain` does
+    facts = pretrain(protocol, world, path, device, reporter)           # the training itself; resumable
+    export(path, Path("lab-vit.safetensors"))                           # half precision, half the size
 
-Beside every pre-trained checkpoint stands a .json of the same name: recipe, last metrics, cost, environment.
+Beside each pre-trained checkpoint stand two files of the same name: a .json with recipe, last metrics, cost and
+environment, and a .jsonl with the lines of metrics.
 """
 
 from __future__ import annotations
@@ -40,16 +41,16 @@ from upcycle_bench.util.progress import Reporter
 def load_dense(
     protocol: Protocol, world: World, path: Path, device: torch.device, reporter: Reporter
 ) -> tuple[Clip, str]:
-    """The dense model of the checkpoint at `path`, and its sha256; on every rank.
+    """The dense model of the checkpoint at `path`, on `device`, and the file's sha256; every rank must call it.
 
-    A protocol that trains its dense model on the spot does so here, if the cache has none.
+    For a protocol that trains its own dense model, it is trained here if there is no file yet.
     """
     if protocol.dense.source == "pretrain":
         with locked(path) if distributed.is_main() else contextlib.nullcontext():
             if not distributed.from_main(path.is_file()):
                 pretrain(protocol, world, path, device, reporter)
     digest = distributed.from_main(file_sha256(path) if distributed.is_main() else "")
-    # Other ranks may not see the file; they get the weights from rank 0.
+    # Rank 0 reads the file and sends the weights: other machines may not have it.
     patch_dropout = protocol.train.schedule.patch_dropout
     clip = create_clip(protocol.model, path if distributed.is_main() else None, patch_dropout=patch_dropout)
     distributed.send_from_main(clip.model.to(device))
@@ -57,14 +58,14 @@ def load_dense(
 
 
 def pretrain_once(protocol: Protocol, world: World, reporter: Reporter) -> tuple[Path, bool]:
-    """The dense checkpoint of that protocol in the cache, trained now if it is not there; where, and whether it was.
+    """Train the protocol's dense model unless the cache has it; returns its path, and whether it was trained now.
 
-    On every rank. Of two processes that want the same one, the second waits and finds it.
+    Every rank must call it. If two processes want the same model, the second one waits and then finds the first one's.
     """
     with session.open_session(protocol.threads) as device:
         path = recipe_path(dense_recipe(protocol, world))
         with locked(path) if distributed.is_main() else contextlib.nullcontext():
-            # The metrics are written last.
+            # The metrics are written last, so that with them all files are there.
             there = distributed.from_main(path.is_file() and path.with_suffix(".jsonl").is_file())
             if not there:
                 pretrain(protocol, world, path, device, reporter)
@@ -72,14 +73,14 @@ def pretrain_once(protocol: Protocol, world: World, reporter: Reporter) -> tuple
 
 
 def pretrain(protocol: Protocol, world: World, path: Path, device: torch.device, reporter: Reporter) -> dict[str, Any]:
-    """Train the dense model to the upcycling point and write it to `path`, atomically; returns what the .json says.
+    """Train the dense model to the upcycling point and write it to `path`, atomically.
 
-    Must run inside `engine.session`, on every rank. With `train.checkpoint_every` an interrupted one goes on.
+    Must run inside `session.open_session`, on every rank. Returns the content of the .json on rank 0, {} on others.
+    With `train.checkpoint_every`, an interrupted training continues at the next call.
     """
     schedule = protocol.dense.schedule
     recipe = dense_recipe(protocol, world)
     work = cache_root() / "runs" / f"dense-{recipe}"
-    every = protocol.train.checkpoint_every
     clip = create_clip(protocol.model, patch_dropout=schedule.patch_dropout, seed=protocol.dense.seed)
     clip.model.to(device)
     stop = round(protocol.dense.stop_fraction * schedule.steps)
@@ -92,14 +93,12 @@ def pretrain(protocol: Protocol, world: World, path: Path, device: torch.device,
         log_every=protocol.train.log_every,
         metrics=work / "metrics.jsonl",
         checkpoints=work / "checkpoints",
-        checkpoint_every=every,
+        checkpoint_every=protocol.train.checkpoint_every,
     )
     meter = Meter(device)
     with meter.phase("train") as phase, reporter.bar("dense model", stop) as bar:
         progress = train(clip, PairDataset(world.train_shards, clip, schedule.augmentation), job, on_step=bar)
-    phase.seconds = progress.seconds
-    counted = distributed.sum_over_ranks(progress.counted_flops)
-    phase.flops = counted * progress.step // max(1, progress.counted_steps)
+    phase.seconds, phase.flops = progress.seconds, progress.total_flops()
     facts: dict[str, Any] = {}
     if distributed.is_main():
         _write(path, {key: value.cpu().contiguous() for key, value in clip.model.state_dict().items()})
@@ -127,7 +126,7 @@ def pretrain(protocol: Protocol, world: World, path: Path, device: torch.device,
 
 
 def export(path: Path, target: Path) -> str:
-    """Write the checkpoint at `path` in half precision to `target`, .json and .jsonl beside it; returns the sha256."""
+    """Write the checkpoint at `path` in half precision to `target`, with its .json and .jsonl; returns its sha256."""
     from safetensors.torch import load_file
 
     _write(target, {key: value.half() for key, value in load_file(path).items()})

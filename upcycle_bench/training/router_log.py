@@ -1,17 +1,19 @@
-"""What the routers do while they train: a line of numbers per MoE layer beside the loss, every `log_every` steps.
+"""What the routers do in training: numbers for each MoE layer, in the lines of metrics.
 
     with watch(layers) as seen:          # around one forward pass in training
         loss = ...
     seen.summary()                       # {"vision.1": {"load": [...], "router_entropy": 1.9, ...}, ...}
 
-Per layer, over the tokens of this rank's batch: `load`, the share of the (token, choice) pairs per expert, before
-capacity; `router_entropy`, the mean over tokens of the full softmax's entropy in nats; `routing_probability`, the mean
-probability of an expert over the tokens that chose it (None: no token); `expert_cosine`, the mean pairwise cosine of
-the experts' parameters after the step; `relative_compactness`, below. These are the quantities of figures 4, 5 and B.1
-to B.4 of arXiv:2604.13508. Watching draws nothing and changes no number of the training.
+Each number is over the tokens of this rank's batch, for one layer:
 
-Shape suffixes: T tokens, D width, N experts, R rows routed to one expert,
-A axes between experts.
+    load                  share of the (token, choice) pairs for each expert, before capacity
+    router_entropy        entropy of the softmax over all experts in nats, mean over tokens
+    routing_probability   for each expert, its mean probability over the tokens that chose it; None without a token
+    expert_cosine         mean pairwise cosine of the experts' parameters, after the step; None where ranks hold parts
+    relative_compactness  `model.measure.relative_compactness` of the experts' outputs; None where it is not defined
+
+They are the quantities of figures 4, 5 and B.1 to B.4 of arXiv:2604.13508. Watching draws no random number and changes
+no number of the training.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ from upcycle_bench.model.moe import MoEFFN
 
 @contextlib.contextmanager
 def watch(layers: Mapping[str, MoEFFN]) -> Iterator[Watched]:
-    """Observe the next forward pass of each layer, until the block ends."""
+    """Observe the forward pass of each layer inside the block."""
     watched = Watched({name: _Seen(layer) for name, layer in layers.items()})
     try:
         yield watched
@@ -39,22 +41,24 @@ def watch(layers: Mapping[str, MoEFFN]) -> Iterator[Watched]:
 
 
 class Watched:
-    """What was seen of every layer."""
+    """What was seen of each layer."""
 
     def __init__(self, seen: dict[str, _Seen]) -> None:
         self.seen = seen
 
     def summary(self) -> dict[str, dict[str, Any]]:
-        """Numbers by layer name, with five digits."""
+        """The numbers of the module docstring by layer name, rounded to five digits."""
         return {name: seen.summary() for name, seen in self.seen.items() if seen.input_TD is not None}
 
 
 class _Seen:
+    """The hooks on one layer, and what they saw of its last forward pass."""
+
     def __init__(self, layer: MoEFFN) -> None:
         self.layer = layer
         self.input_TD: Tensor | None = None
-        self.router_ND = self.counts_N = torch.empty(0)
-        self.out_RD: tuple[Tensor, ...] = ()  # by expert; none where DeepSpeed's layer computes them
+        self.router_ED = self.counts_E = torch.empty(0)
+        self.out_RD: tuple[Tensor, ...] = ()  # [R, D] for each expert; empty where DeepSpeed's own layer computes
         self.handles = [
             layer.compute.register_forward_hook(self._rows),
             layer.moe.register_forward_hook(self._leave),
@@ -68,24 +72,24 @@ class _Seen:
         self.out_RD = args[2].by_expert(out_RD.detach())
 
     def _leave(self, _module: nn.Module, args: tuple[Tensor, ...], output: tuple[Any, ...]) -> None:
-        # Only kept here: what is computed inside the step would count as FLOPs of the training.
-        self.input_TD, self.counts_N = args[0].detach(), output[2]
-        self.router_ND = self.layer.router_weight.detach().clone()
+        # Only stored here: a computation inside the step would count as FLOPs of the training.
+        self.input_TD, self.counts_E = args[0].detach(), output[2]
+        self.router_ED = self.layer.router_weight.detach().clone()
 
     @torch.no_grad()
     def summary(self) -> dict[str, Any]:
         assert self.input_TD is not None
         dtype = torch.promote_types(self.input_TD.dtype, torch.float32)
-        probs_TN = torch.softmax(self.input_TD.to(dtype) @ self.router_ND.to(dtype).T, dim=1)
-        entropy = -torch.special.xlogy(probs_TN, probs_TN).sum(1).mean()
-        routed_TN = torch.zeros_like(probs_TN).scatter_(1, probs_TN.topk(self.layer.gate.k, dim=1).indices, 1)
-        chance_N = (probs_TN * routed_TN).sum(0) / routed_TN.sum(0)  # nan: no token
-        load_N = self.counts_N.double() / self.counts_N.sum()
+        probs_TE = torch.softmax(self.input_TD.to(dtype) @ self.router_ED.to(dtype).T, dim=1)
+        entropy = -torch.special.xlogy(probs_TE, probs_TE).sum(1).mean()
+        routed_TE = torch.zeros_like(probs_TE).scatter_(1, probs_TE.topk(self.layer.gate.k, dim=1).indices, 1)
+        chance_E = (probs_TE * routed_TE).sum(0) / routed_TE.sum(0)  # nan where no token chose the expert
+        load_E = self.counts_E.double() / self.counts_E.sum()
         compactness = relative_compactness(self.out_RD) if self.out_RD else None
         return {
-            "load": [round(share, 5) for share in load_N.tolist()],
+            "load": [round(share, 5) for share in load_E.tolist()],
             "router_entropy": round(float(entropy), 5),
-            "routing_probability": [None if p != p else round(p, 5) for p in chance_N.tolist()],
+            "routing_probability": [None if p != p else round(p, 5) for p in chance_E.tolist()],
             "expert_cosine": round(expert_cosine(self.layer.experts), 5) if self.layer.settings.ep_size == 1 else None,
             "relative_compactness": None if compactness is None else float(f"{compactness:.5g}"),
         }

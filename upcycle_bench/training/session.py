@@ -1,8 +1,8 @@
-"""A training session: device, process group, CPU threads; everything that must be there before DeepSpeed's engine.
+"""A training session: the device, the process group and the CPU threads, which DeepSpeed's engine needs.
 
-    with engine.session(threads=2) as device: ...
+    with session.open_session(threads=2) as device: ...
 
-One process needs no ports (an in-memory store); several come from torchrun.
+A single process uses an in-memory store and opens no port. Several processes are started by torchrun.
 """
 
 from __future__ import annotations
@@ -24,10 +24,13 @@ from upcycle_bench.util.distributed import choose_device
 
 @contextlib.contextmanager
 def open_session(threads: int) -> Iterator[torch.device]:
-    """A process group and `threads` CPU threads shared by this machine's processes; both undone at the end."""
+    """Start a process group and set `threads` CPU threads, shared by this machine's processes; undo both at the end.
+
+    Yields this rank's device. Raises UserError for an unknown backend of the experts, or a rank without a GPU.
+    """
     from upcycle_bench.model.deepspeed_import import deepspeed
 
-    backends.forced()  # a wrong name is said before anything is made
+    backends.forced()  # it raises for an unknown name, before anything is started
     device = choose_device()
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32
     if device.type == "cpu":
@@ -39,7 +42,7 @@ def open_session(threads: int) -> Iterator[torch.device]:
     if started:
         backend = "nccl" if device.type == "cuda" else "gloo"
         if "RANK" in os.environ:
-            # Rank 0 calibrates and evaluates alone while the others wait in a collective.
+            # Rank 0 calibrates and evaluates alone. The other ranks wait for it, perhaps for hours.
             dist.init_process_group(backend, timeout=timedelta(days=1))
         else:
             os.environ.setdefault("LOCAL_RANK", "0")  # deepspeed.initialize insists on it
@@ -56,7 +59,7 @@ def open_session(threads: int) -> Iterator[torch.device]:
 
 
 def _forget_groups() -> None:
-    """DeepSpeed keeps process groups and its backend in module globals; they die with the process group."""
+    """Clear the process groups and the backend that DeepSpeed keeps in module globals: they are no longer valid."""
     import deepspeed.comm.comm as comm
     from deepspeed.utils import groups
 
