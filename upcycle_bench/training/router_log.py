@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from upcycle_bench.model.measure import expert_cosine, relative_compactness
+from upcycle_bench.model.measure import expert_cosine, relative_compactness, router_probabilities
 from upcycle_bench.model.moe import MoEFFN
 
 
@@ -75,8 +75,7 @@ class _Seen:
     @torch.no_grad()
     def summary(self) -> dict[str, Any]:
         assert self.input_TD is not None
-        dtype = torch.promote_types(self.input_TD.dtype, torch.float32)
-        probs_TN = torch.softmax(self.input_TD.to(dtype) @ self.router_ND.to(dtype).T, dim=1)
+        probs_TN = router_probabilities(self.router_ND, self.input_TD)
         entropy = -torch.special.xlogy(probs_TN, probs_TN).sum(1).mean()
         routed_TN = torch.zeros_like(probs_TN).scatter_(1, probs_TN.topk(self.layer.gate.k, dim=1).indices, 1)
         chance_N = (probs_TN * routed_TN).sum(0) / routed_TN.sum(0)  # nan: no token
