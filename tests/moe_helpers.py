@@ -1,7 +1,4 @@
-"""A six-layer CLIP with sparse upcycling, single MoE layers, and comparisons of tensors.
-
-Shape suffixes: B batch, L sequence, T tokens, D width, N experts.
-"""
+"""A six-layer CLIP with sparse upcycling, single MoE layers, and comparisons of tensors."""
 
 import copy
 from collections.abc import Mapping, Sequence
@@ -90,6 +87,7 @@ def inputs_for(model: Any, count: int = 6, dtype: torch.dtype = torch.float32) -
 
 
 def settings_of(experts: int, top_k: int, factor: float = 2.0, minimum: int = 0, **changes: Any) -> protocol.MoE:
+    """`MOE` with other numbers; `factor` and `minimum` are those of the capacity."""
     changes = {"experts": experts, "top_k": top_k, "capacity_factor": factor, "min_capacity": minimum} | changes
     return protocol.MoE(**(MOE.model_dump() | changes))
 
@@ -107,25 +105,28 @@ def create_layer(
     *,
     hidden: int = 7,
     dense: FFN | None = None,
-    router_ND: Tensor | None = None,
+    router_ED: Tensor | None = None,
     padding: Padding | None = None,
 ) -> MoEFFN:
     """Different random experts, or copies of `dense`; a random router of ordinary sharpness unless one is given."""
     ffns = [dense or random_ffn(width, hidden, dtype) for _ in range(moe.experts)]
-    if router_ND is None:
-        router_ND = torch.randn(moe.experts, width, dtype=dtype)
+    if router_ED is None:
+        router_ED = torch.randn(moe.experts, width, dtype=dtype)
     layer = Layer("text" if padding else "vision", 1, 2, moe.experts, moe.top_k)
-    return MoEFFN(layer, [ffn.expert() for ffn in ffns], router_ND, moe, padding)
+    return MoEFFN(layer, [ffn.expert() for ffn in ffns], router_ED, moe, padding)
 
 
 def relative_error(ours: Tensor, theirs: Tensor, scale: float = 0.0) -> float:
-    """|ours - theirs| / |theirs|; `scale` bounds the denominator from below."""
+    """|ours - theirs| / |theirs|; `scale` is the least denominator."""
     norm = max(theirs.detach().norm().item(), scale)
     return (ours - theirs).detach().norm().item() / (norm or 1.0)
 
 
 def assert_gradients(ours: Sequence[Tensor], theirs: Sequence[Tensor], tolerance: float) -> None:
-    """Every tensor to `tolerance` of its own norm, or of a hundredth of the largest where its own is only rounding."""
+    """Every error is at most `tolerance` times the tensor's norm, or a hundredth of the largest norm if that is more.
+
+    The second is for gradients that are nothing but rounding.
+    """
     assert all(torch.isfinite(tensor).all() for tensor in ours)
     largest = max(float(tensor.norm()) for tensor in theirs)
     errors = [relative_error(*pair, scale=largest / 100) for pair in zip(ours, theirs, strict=True)]
@@ -133,8 +134,8 @@ def assert_gradients(ours: Sequence[Tensor], theirs: Sequence[Tensor], tolerance
 
 
 def router_of(kind: str, experts: int, width: int, dtype: torch.dtype) -> Tensor:
-    """Of ordinary sharpness, sharp (gates near 0 and 1), zero (all experts tie), or with two equal rows."""
-    router_ND = torch.randn(experts, width, dtype=dtype) * (5 if kind == "sharp" else 1)
+    """A random router: of ordinary sharpness, sharp (gates near 0 and 1), zero (all experts tie), with equal rows."""
+    router_ED = torch.randn(experts, width, dtype=dtype) * (5 if kind == "sharp" else 1)
     if kind == "twins":
-        router_ND[-1] = router_ND[0]
-    return torch.zeros_like(router_ND) if kind == "zero" else router_ND
+        router_ED[-1] = router_ED[0]
+    return torch.zeros_like(router_ED) if kind == "zero" else router_ED

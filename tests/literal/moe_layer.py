@@ -4,7 +4,7 @@ A reference for tests, written from METHODS 0.2 (DeepSpeed 0.19.8, `moe/sharded_
 expert sampling) and from Eqs. 3-5 and 11-12 of arXiv 2604.13508. Torch is used only so that autograd gives the
 gradients; an expert that no token reached has the gradient None, not zeros.
 
-Legend: T tokens, D model width, H hidden width, N experts, K = 2 choices of a token.
+Shape suffixes: K = 2.
 """
 
 from collections.abc import Callable
@@ -27,11 +27,11 @@ class LiteralMoE(NamedTuple):
     second_T: Tensor  # second expert of each token, int64, before dropping
     kept_TK: Tensor  # bool, False where capacity dropped the choice
     gates_TK: Tensor  # weights renormalised over the surviving choices, 0 where dropped, routing dtype
-    expert_counts_N: Tensor  # int64, tokens that chose the expert first or second, before dropping
+    expert_counts_E: Tensor  # int64, tokens that chose the expert first or second, before dropping
 
 
 def capacity(num_tokens: int, num_experts: int, capacity_factor: float, k: int, min_capacity: int) -> int:
-    """Slots of one expert: max(ceil(T / N * cf * k), min_capacity) (METHODS 0.2 step 4).
+    """Slots of one expert: max(ceil(T / E * cf * k), min_capacity) (METHODS 0.2 step 4).
 
     DeepSpeed multiplies in float32: 10 / 3 * 1.05 * 2 gives 7 slots, where float64 would give 8.
     """
@@ -45,36 +45,36 @@ def ffn(x_D: Tensor, expert: Expert, act: Act) -> Tensor:
     return w2_DH @ act(w1_HD @ x_D + b1_H) + b2_D  # Eq. 2 (with biases)
 
 
-def probabilities(x_D: Tensor, router_ND: Tensor) -> tuple[Tensor, Tensor]:
-    """Router logits [N] and their softmax over all experts [N], in the routing dtype."""
+def probabilities(x_D: Tensor, router_ED: Tensor) -> tuple[Tensor, Tensor]:
+    """Router logits [E] and their softmax over all experts [E], in the routing dtype."""
     dtype = torch.float64 if x_D.dtype == torch.float64 else torch.float32
-    logits_N = router_ND.to(dtype) @ x_D.to(dtype)
-    return logits_N, torch.softmax(logits_N, dim=0)  # Eq. 3
+    logits_E = router_ED.to(dtype) @ x_D.to(dtype)
+    return logits_E, torch.softmax(logits_E, dim=0)  # Eq. 3
 
 
 def moe_forward(
     x_TD: Tensor,
-    router_ND: Tensor,
+    router_ED: Tensor,
     experts: list[Expert],
     act: Act,
     *,
     capacity: int | None,
 ) -> LiteralMoE:
     """The whole layer on T pooled tokens; `capacity` None is unlimited. Ties go to the lower expert index."""
-    num_tokens, num_experts = x_TD.shape[0], router_ND.shape[0]
+    num_tokens, num_experts = x_TD.shape[0], router_ED.shape[0]
 
     # Steps 1-3: two choices of each token.
     probs: list[Tensor] = []
     first: list[int] = []
     second: list[int] = []
     for t in range(num_tokens):
-        logits_N, probs_N = probabilities(x_TD[t], router_ND)
-        i1 = int(torch.argmax(probs_N))
-        others_N = logits_N.detach().clone()
-        others_N[i1] = float("-inf")
-        probs.append(probs_N)
+        logits_E, probs_E = probabilities(x_TD[t], router_ED)
+        i1 = int(torch.argmax(probs_E))
+        others_E = logits_E.detach().clone()
+        others_E[i1] = float("-inf")
+        probs.append(probs_E)
         first.append(i1)
-        second.append(int(torch.argmax(others_N)))
+        second.append(int(torch.argmax(others_E)))
 
     # Steps 4-5: places are given in token order, all first choices before any second choice.
     queue = [0] * num_experts
@@ -84,7 +84,7 @@ def moe_forward(
             kept[t][slot] = capacity is None or queue[choices[t]] < capacity
             queue[choices[t]] += 1  # a dropped token counts too
 
-    # Steps 6-7: renormalise over the survivors and add the experts up.
+    # Steps 6-7: renormalise over the surviving choices and add up the experts' outputs.
     y, gates = [], []
     for t in range(num_tokens):
         p1 = probs[t][first[t]] * kept[t][0]
@@ -99,7 +99,7 @@ def moe_forward(
         y.append(y_D.to(x_TD.dtype))
         gates.append(torch.stack([g1, g2]))
 
-    # Step 8: only first choices count, before dropping, and the share f carries no gradient.
+    # Step 8: only first choices count, before dropping; the share f has no gradient.
     l_aux = torch.zeros((), dtype=probs[0].dtype)
     for e in range(num_experts):
         f = sum(1 for i in first if i == e) / num_tokens
@@ -113,14 +113,14 @@ def moe_forward(
         second_T=torch.tensor(second),
         kept_TK=torch.tensor(kept),
         gates_TK=torch.stack(gates),
-        expert_counts_N=torch.tensor(queue),
+        expert_counts_E=torch.tensor(queue),
     )
 
 
 def eesd_loss(
     x_TD: Tensor,
     y_TD: Tensor,
-    teacher_router_ND: Tensor,
+    teacher_router_ED: Tensor,
     teacher_experts: list[Expert],
     act: Act,
     *,
@@ -136,10 +136,10 @@ def eesd_loss(
     losses = []
     for t in range(num_tokens):
         with torch.no_grad():
-            _, probs_N = probabilities(x_TD[t], teacher_router_ND)
-            ensemble_D = torch.zeros(width, dtype=probs_N.dtype)
+            _, probs_E = probabilities(x_TD[t], teacher_router_ED)
+            ensemble_D = torch.zeros(width, dtype=probs_E.dtype)
             for e, expert in enumerate(teacher_experts):
-                ensemble_D = ensemble_D + probs_N[e] * ffn(x_TD[t], expert, act)  # Eq. 11
+                ensemble_D = ensemble_D + probs_E[e] * ffn(x_TD[t], expert, act)  # Eq. 11
         squared = ((y_TD[t].to(ensemble_D.dtype) - ensemble_D) ** 2).sum()
         losses.append(squared if feature_reduction == "sum" else squared / width)
     return torch.stack(losses).sum() / num_tokens  # Eq. 12

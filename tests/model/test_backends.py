@@ -1,13 +1,10 @@
-"""Backends of the experts' compute against a reference that goes token by token; which one is chosen, and why not.
-
-Shape suffixes: T tokens, D width, N experts, K choices per token.
-"""
+"""The backends against a reference that goes token by token, and the choice between them."""
 
 import copy
 import warnings
 from collections import OrderedDict
 from collections.abc import Iterator
-from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,15 +14,14 @@ from torch import Tensor, nn
 
 from tests.helpers import threads
 from tests.moe_helpers import assert_gradients, create_layer, relative_error, settings_of
-from upcycle_bench.evaluation.routes import LayerRoutes, _at_experts
+from upcycle_bench import run_state
 from upcycle_bench.model import backends
-from upcycle_bench.model.backends import BACKENDS, VARIABLE, default, multiple, refusal
+from upcycle_bench.model.backends import BACKENDS, VARIABLE, default, refusal, row_multiple
 from upcycle_bench.model.dispatch import Compute, Layout
 from upcycle_bench.model.moe import MoEFFN
 from upcycle_bench.planning.machine import checks
 from upcycle_bench.training import finished, session
 from upcycle_bench.training.router_log import watch
-from upcycle_bench.util import environment
 from upcycle_bench.util.errors import UserError
 from upcycle_bench.util.flops import FlopCounter
 
@@ -56,13 +52,13 @@ def tokens_of(kind: str) -> Tensor:
 
 def token_by_token(layer: MoEFFN, x_TD: Tensor) -> Tensor:
     """y_t = sum over its surviving choices of gate * expert(x_t), one token at a time."""
-    _, _, _, index_KT, _, gates_KT, _ = layer.gate(x_TD)
+    routes = layer.gate(x_TD)
     rows = []
     for t, x_D in enumerate(x_TD):
         y_D = torch.zeros(WIDTH)
-        for k in range(len(index_KT)):
-            if (number := int(index_KT[k, t])) >= 0:
-                y_D = y_D + gates_KT[k, t] * layer.experts[number](x_D)
+        for k in range(len(routes.index_KT)):
+            if (number := int(routes.index_KT[k, t])) >= 0:
+                y_D = y_D + routes.gates_KT[k, t] * layer.experts[number](x_D)
         rows.append(y_D)
     return torch.stack(rows)
 
@@ -71,7 +67,7 @@ def gradients(layer: MoEFFN, y_TD: Tensor, x_TD: Tensor) -> list[Tensor]:
     weight_TD = torch.randn(y_TD.shape, generator=torch.Generator().manual_seed(9))
     leaves = [x_TD, *layer.parameters()]
     found = torch.autograd.grad((y_TD.float() * weight_TD).sum(), leaves, allow_unused=True)
-    # The reference never calls an idle expert; a backend must give it zeros all the same, for the optimiser's sake.
+    # The reference never calls an idle expert. A backend must give it gradients of zeros, for the optimiser's sake.
     return [torch.zeros_like(leaf) if grad is None else grad for leaf, grad in zip(leaves, found, strict=True)]
 
 
@@ -80,10 +76,10 @@ def gradients(layer: MoEFFN, y_TD: Tensor, x_TD: Tensor) -> list[Tensor]:
 def test_outputs_and_gradients_are_those_token_by_token(
     act: type[nn.Module], top_k: int, tokens: str, factor: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With drops (small factors) and experts without rows (equal tokens), in float32 and under bf16 autocast."""
+    """Small factors drop choices, equal tokens leave experts without rows; in float32 and under bf16 autocast."""
     torch.manual_seed(top_k)
     layer, x_TD = layer_of(top_k, factor, act=act), tokens_of(tokens)
-    index_KT = layer.gate(x_TD)[3]
+    index_KT = layer.gate(x_TD).index_KT
     assert bool((index_KT < 0).any()) == (factor < 1)
     assert (len(index_KT.unique()) < EXPERTS) == (tokens == "equal")
     expected_TD = token_by_token(layer, x_TD)
@@ -127,70 +123,70 @@ def test_a_forced_backend_is_the_one_that_computes(name: str, used: list[str], m
     assert used == ([] if name == "deepspeed" else [name])  # DeepSpeed's layer calls neither
 
 
-def test_a_cpu_loops_as_it_always_did(used: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """To the bit: each expert on its slice, one after the other."""
+def test_a_cpu_runs_experts_one_by_one(used: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """To the bit: each expert on its block, one after the other."""
 
-    def as_before(_self: Compute, experts: Any, rows_RD: Tensor, layout: Layout) -> Tensor:
-        assert layout.rooms == layout.counts  # too few rows to pad
+    def one_by_one(_self: Compute, experts: Any, rows_RD: Tensor, layout: Layout) -> Tensor:
+        assert layout.block_sizes == layout.counts  # too few rows for filler rows
         return torch.cat([expert(rows) for expert, rows in zip(experts, rows_RD.split(layout.counts), strict=True)])
 
     torch.manual_seed(0)
     layer, x_TD = layer_of(2, 0.7), tokens_of("random")
     for precision in (torch.float32, torch.bfloat16):
         results = []
-        for forward in (Compute.forward, as_before):
+        for forward in (Compute.forward, one_by_one):
             with monkeypatch.context() as patch, torch.autocast("cpu", torch.bfloat16, enabled=precision != x_TD.dtype):
                 patch.setattr(Compute, "forward", forward)
                 y_TD = layer(x_TD[None])[0]
             assert y_TD.dtype == precision
             results.append([y_TD, *gradients(layer, y_TD, x_TD)])
-        assert all(torch.equal(ours, before) for ours, before in zip(*results, strict=True))
+        assert all(torch.equal(ours, theirs) for ours, theirs in zip(*results, strict=True))
     assert used == ["loop"] * 2
 
 
 def many_rows() -> tuple[MoEFFN, Tensor]:
-    """A layer and tokens of which each expert gets about 100."""
+    """A layer, and tokens of which each expert gets about 100 rows."""
     torch.manual_seed(0)
     return layer_of(2, 1.1), torch.randn(256, WIDTH, requires_grad=True)
 
 
-def test_rows_are_padded_in_bf16_and_nothing_else_changes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Outputs and gradients of experts on exactly their rows, of plain and of other experts; few shapes of products."""
+def test_filler_rows_in_bf16_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Outputs and gradients are those without filler rows, for plain and for other experts."""
     layer, x_TD = many_rows()
-    rooms: list[list[int]] = []
-    layer.moe.deepspeed_moe.compute.register_forward_hook(lambda _module, args, _out: rooms.append(args[2].rooms))
+    seen: list[list[int]] = []
+    layer.compute.register_forward_hook(lambda _module, args, _out: seen.append(args[2].block_sizes))
     for other in (False, True):
         if other:
-            layer.experts[0].gelu.register_forward_hook(lambda *_: None)  # its modules are called then
+            layer.experts[0].gelu.register_forward_hook(lambda *_: None)  # so that its modules are called
         results = []
-        for pads in (True, False):
+        for fills in (True, False):
             with monkeypatch.context() as patch, torch.autocast("cpu", torch.bfloat16):
-                if not pads:
-                    patch.setattr(backends, "multiple", lambda rows, mean: 1)
+                if not fills:
+                    patch.setattr(backends, "row_multiple", lambda rows, mean: 1)
                 y_TD = layer(x_TD[None])[0]
             results.append([y_TD, *gradients(layer, y_TD, x_TD)])
-        padded, exact = rooms[-2:]
-        assert padded != exact and all(0 <= a - b < 2 and a % 2 == 0 for a, b in zip(padded, exact, strict=True))
+        filled, exact = seen[-2:]
+        assert filled != exact and all(0 <= a - b < 2 and a % 2 == 0 for a, b in zip(filled, exact, strict=True))
         assert all(relative_error(a, b) <= 1e-6 for a, b in zip(*results, strict=True))
     layer(x_TD[None])
-    assert rooms[-1] == exact  # float32 meets no new shape
+    assert seen[-1] == exact  # float32 has no filler rows
 
 
-def test_padding_grows_with_the_rows_of_an_expert() -> None:
+def test_filler_rows_grow_with_the_rows_of_an_expert() -> None:
     rows = torch.zeros(1, 1, dtype=torch.bfloat16)
-    assert [multiple(rows, mean) for mean in (0, 31, 32, 63, 64, 512, 2176)] == [1, 1, 1, 1, 2, 16, 64]
-    assert multiple(rows.float(), 2176) == 1
+    assert [row_multiple(rows, mean) for mean in (0, 31, 32, 63, 64, 512, 2176)] == [1, 1, 1, 1, 2, 16, 64]
+    assert row_multiple(rows.float(), 2176) == 1
     with FlopCounter():
-        assert multiple(rows, 2176) == 1  # only work that is asked for counts
+        assert row_multiple(rows, 2176) == 1  # filler rows are no work
 
 
-def test_what_is_watched_and_counted_does_not_depend_on_padding(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_router_log_and_flops_do_not_depend_on_filler_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     layer, x_TD = many_rows()
     summaries, flops = [], []
-    for pads in (True, False):
+    for fills in (True, False):
         with monkeypatch.context() as patch, torch.autocast("cpu", torch.bfloat16):
-            if not pads:
-                patch.setattr(backends, "multiple", lambda rows, mean: 1)
+            if not fills:
+                patch.setattr(backends, "row_multiple", lambda rows, mean: 1)
             with watch({"vision.1": layer}) as seen:
                 layer(x_TD[None])
             with FlopCounter() as counter:
@@ -210,13 +206,18 @@ def test_autocast_leaves_float64_alone() -> None:
         assert torch.equal(layer(x_TD[None]), expected_TD)
 
 
-def test_rows_that_pad_are_no_rows_of_an_expert() -> None:
+def test_the_rows_of_an_expert_are_no_filler_rows() -> None:
     layer, x_TD = many_rows()
-    routes = LayerRoutes(layer.eval())
-    layer.moe.deepspeed_moe.compute.register_forward_hook(partial(_at_experts, routes))
+    rows: list[tuple[int, list[int]]] = []
+
+    def at_experts(_module: nn.Module, args: tuple[Any, ...], out_RD: Tensor) -> None:
+        rows.append((len(out_RD), [len(own_RD) for own_RD in args[2].by_expert(out_RD)]))
+
+    layer.eval().compute.register_forward_hook(at_experts)
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
         layer(x_TD[None])
-    assert routes.rows_N.sum() == 2 * len(x_TD)
+    (total, own), counts_E = rows[0], layer.gate(x_TD).counts_E
+    assert own == counts_E.tolist() and sum(own) == 2 * len(x_TD) < total
 
 
 def test_the_default_goes_by_device_and_precision(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -250,7 +251,7 @@ def test_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
     assert refusal(copy.deepcopy(experts).double(), rows_RD.double()) == "it does not compute in torch.float64"
 
     class Own(nn.Sequential):
-        """As a strategy's own expert: the same children, but who knows what it computes."""
+        """A strategy's own class of expert: the same children, but another forward is possible."""
 
     class Scaled(nn.GELU):
         """An activation with a number that its description does not show."""
@@ -313,8 +314,9 @@ def test_an_unknown_name_is_said_at_once(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_doctor_and_record_name_the_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     usual = finished.key_of("run", CPU)
-    assert environment.capture("cpu")["experts"] == "loop"
+    state: Any = SimpleNamespace(meter=SimpleNamespace(device=CPU))
+    assert run_state.machine(state)["experts"] == "loop"
     monkeypatch.setenv(VARIABLE, "grouped_mm")
-    assert environment.capture("cpu")["experts"] == "grouped_mm"
+    assert run_state.machine(state)["experts"] == "grouped_mm"
     assert next(check.found for check in checks() if check.name == "experts") == f"grouped_mm, forced by {VARIABLE}"
-    assert finished.key_of("run", CPU) != usual  # what another backend trained is not taken for it
+    assert finished.key_of("run", CPU) != usual  # a training with another backend is another training

@@ -1,4 +1,4 @@
-"""Dense models: strict loading, our configurations, transforms equal to open_clip's."""
+"""Dense models: checkpoints that must fit, our configurations, transforms equal to open_clip's."""
 
 from pathlib import Path
 

@@ -59,7 +59,7 @@ def test_r6_nothing_dropped_or_full_bits_is_the_identity(files: tuple[Path, Path
 
 @pytest.mark.parametrize("rate", [0.5, 0.9])
 def test_r6_dare_is_unbiased(rate: float) -> None:
-    """200 draws of 400 entries: each mean is off by |d| sqrt(p / (1 - p) / 200); six of these at most."""
+    """200 draws of 400 entries: means have the standard error |d| sqrt(p / (1 - p) / 200); six of these at most."""
     delta = normal(20, 20)
     draws = np.stack([Sparsify(rate).apply(delta, STREAM.child(number)) for number in range(200)])
     z = (draws.mean(0) - delta) / (np.abs(delta) * math.sqrt(rate / (1 - rate) / 200))
@@ -100,8 +100,8 @@ def test_many_bits_lose_little_even_with_outliers() -> None:
 
 
 @pytest.mark.parametrize(("method", "numbers"), [
-    (Sparsify(0.9), 1 + 4 * 0.1),  # (1 + N (1 - p)) numbers of 32 bits
-    (Quantise(2), (32 + 4 * 2) / 32),  # (K + N k) bits
+    (Sparsify(0.9), 1 + 4 * 0.1),  # 1 + E (1 - p) numbers of 32 bits
+    (Quantise(2), (32 + 4 * 2) / 32),  # 32 + E k bits
 ])  # fmt: skip
 def test_sizes_and_what_changes(files: tuple[Path, Path], tmp_path: Path, method: Any, numbers: float) -> None:
     report = compress(*files, method, tmp_path / "out.safetensors")
@@ -113,7 +113,7 @@ def test_sizes_and_what_changes(files: tuple[Path, Path], tmp_path: Path, method
     assert changed == {key for key in before if ".deepspeed_experts." in key and key.endswith("weight")}
     loaded = weights.load(tmp_path / "out.safetensors")
     assert len(moe_layers(loaded.model)) == 3
-    if isinstance(method, Sparsify):  # what is dropped is dense again
+    if isinstance(method, Sparsify):  # a dropped difference leaves the dense weight
         dense = load_file(files[1])["transformer.resblocks.1.mlp.c_fc.weight"]
         experts = moe_layers(loaded.model)["text.1"].experts
         share = [float((expert.c_fc.weight == dense).float().mean()) for expert in experts]  # type: ignore[union-attr]

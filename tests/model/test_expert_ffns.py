@@ -1,4 +1,4 @@
-"""Plain experts as one operation: the numbers of experts called one by one, to the bit, in every case of autograd."""
+"""All experts as one operation: the numbers of experts called one by one, to the bit, in every case of autograd."""
 
 import copy
 import weakref
@@ -14,29 +14,29 @@ from upcycle_bench.model.ffn import FFN
 from upcycle_bench.util.flops import FlopCounter
 
 WIDTH, HIDDEN = 16, 24
-ROOMS = [7, 0, 20, 5]
+BLOCK_SIZES = [7, 0, 20, 5]
 
 
 def experts_of(act: nn.Module) -> nn.ModuleList:
     torch.manual_seed(0)
     shapes = ((HIDDEN, WIDTH), (HIDDEN,), (WIDTH, HIDDEN), (WIDTH,))
-    return nn.ModuleList(FFN(*map(torch.randn, shapes), act).expert() for _ in ROOMS)
+    return nn.ModuleList(FFN(*map(torch.randn, shapes), act).expert() for _ in BLOCK_SIZES)
 
 
 def rows_of(dtype: torch.dtype = torch.float32) -> Tensor:
-    rows_RD = torch.randn(sum(ROOMS), WIDTH, generator=torch.Generator().manual_seed(1))
+    rows_RD = torch.randn(sum(BLOCK_SIZES), WIDTH, generator=torch.Generator().manual_seed(1))
     return rows_RD.to(dtype).requires_grad_()
 
 
-def one_by_one(rows_RD: Tensor, rooms: list[int], experts: nn.ModuleList) -> Tensor:
-    return torch.cat([expert(rows) for expert, rows in zip(experts, rows_RD.split(rooms), strict=True)])
+def one_by_one(rows_RD: Tensor, block_sizes: list[int], experts: nn.ModuleList) -> Tensor:
+    return torch.cat([expert(rows) for expert, rows in zip(experts, rows_RD.split(block_sizes), strict=True)])
 
 
 def results(compute: object, experts: nn.ModuleList, rows_RD: Tensor, bf16: bool) -> list[Tensor | None]:
-    """The output, and the gradients by rows and parameters; None where there is none."""
+    """The output, then the gradients of rows and parameters; None where there is none."""
     assert callable(compute)
     with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-        y_RD = compute(rows_RD, ROOMS, experts)
+        y_RD = compute(rows_RD, BLOCK_SIZES, experts)
     (y_RD.float() * torch.randn(y_RD.shape, generator=torch.Generator().manual_seed(2))).sum().backward()
     return [y_RD, rows_RD.grad, *(parameter.grad for parameter in experts.parameters())]
 
@@ -60,7 +60,7 @@ def test_numbers_are_those_of_experts_one_by_one(act: nn.Module, bf16: bool) -> 
     other = copy.deepcopy(experts)
     found, expected = results(expert_ffns, experts, rows_of(), bf16), results(one_by_one, other, rows_of(), bf16)
     assert same(found, expected)
-    idle = found[2 + 4 : 2 + 8]  # of the expert without rows
+    idle = found[2 + 4 : 2 + 8]  # the gradients of the expert without rows
     assert all(grad is not None and not grad.any() for grad in idle)
     assert all(grad is not None and grad.any() for grad in found[2:6])
 
@@ -84,14 +84,14 @@ def test_what_does_not_train_gets_no_gradient(frozen: str) -> None:
 
 
 class Noisy(nn.GELU):
-    """A subclass may do what it likes."""
+    """A subclass of a known activation, which draws."""
 
     def forward(self, hidden_RH: Tensor) -> Tensor:
         return super().forward(hidden_RH) * torch.rand(1)
 
 
 class Scaled(nn.Module):
-    """Has a tensor that is no parameter."""
+    """An activation with a tensor that is no parameter."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -106,20 +106,20 @@ OTHERS = [nn.RReLU(), nn.Dropout(0.5), nn.PReLU(), nn.ReLU(inplace=True), nn.SiL
 
 @pytest.mark.parametrize("act", OTHERS, ids=str)
 def test_an_activation_that_draws_learns_or_overwrites_is_left_to_its_module(act: nn.Module) -> None:
-    """The gradient of any but GELU computes it again."""
+    """But for GELU, the backward pass computes the activation again."""
     experts = experts_of(act).train()
     with torch.autocast("cpu", torch.bfloat16):
         assert not as_one(experts, rows_of())
     other = copy.deepcopy(experts)
     torch.manual_seed(5)
-    found = results(lambda rows_RD, rooms, own: loop(own, rows_RD, rooms), experts, rows_of(), True)
+    found = results(lambda rows_RD, block_sizes, own: loop(own, rows_RD, block_sizes), experts, rows_of(), True)
     torch.manual_seed(5)
     assert same(found, results(one_by_one, other, rows_of(), True))
 
 
 def test_a_second_backward_pass_adds_the_same_again() -> None:
     experts, rows_RD = experts_of(QuickGELU()), rows_of()
-    loss = expert_ffns(rows_RD, ROOMS, experts).square().sum()
+    loss = expert_ffns(rows_RD, BLOCK_SIZES, experts).square().sum()
     loss.backward(retain_graph=True)
     once = [parameter.grad.clone() for parameter in experts.parameters() if parameter.grad is not None]
     loss.backward()
@@ -130,19 +130,19 @@ def test_a_second_backward_pass_adds_the_same_again() -> None:
 
 
 def test_experts_that_share_a_weight_are_computed_one_by_one() -> None:
-    """Autocast casts it once, and adds its gradients in bf16."""
+    """Autocast would cast the weight once, and add its gradients in bf16."""
     experts = experts_of(nn.GELU())
     experts[3].c_fc.weight = experts[0].c_fc.weight
     other = copy.deepcopy(experts)
     assert other[3].c_fc.weight is other[0].c_fc.weight
     with torch.autocast("cpu", torch.bfloat16):
         assert not as_one(experts, rows_of())
-    found = results(lambda rows_RD, rooms, own: loop(own, rows_RD, rooms), experts, rows_of(), True)
+    found = results(lambda rows_RD, block_sizes, own: loop(own, rows_RD, block_sizes), experts, rows_of(), True)
     assert same(found, results(one_by_one, other, rows_of(), True))
 
 
 class Watched(QuickGELU):
-    """Counts the hidden rows that are alive when the next expert's are made."""
+    """Counts the tensors of hidden rows that are alive when the next expert's is made."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -161,18 +161,18 @@ def test_without_gradients_nothing_is_kept(grad: bool) -> None:
     experts, watched = experts_of(nn.GELU()), Watched()
     experts[0].gelu = watched
     with torch.set_grad_enabled(grad):
-        y_RD = expert_ffns(rows_of(), ROOMS, experts)
-    assert y_RD.requires_grad is grad and watched.most == (len(ROOMS) if grad else 1)
+        y_RD = expert_ffns(rows_of(), BLOCK_SIZES, experts)
+    assert y_RD.requires_grad is grad and watched.most == (len(BLOCK_SIZES) if grad else 1)
 
 
 def test_precisions_that_do_not_match_are_refused_as_ever() -> None:
     experts = experts_of(nn.GELU())
     with pytest.raises(RuntimeError, match="dtype"):
-        expert_ffns(rows_of(torch.bfloat16), ROOMS, experts)
+        expert_ffns(rows_of(torch.bfloat16), BLOCK_SIZES, experts)
     with torch.autocast("cpu", torch.bfloat16):
         with pytest.raises(RuntimeError, match="dtype"):
-            expert_ffns(rows_of(torch.float64), ROOMS, experts)
-        assert expert_ffns(rows_of(torch.float64), ROOMS, experts.double()).dtype == torch.float64
+            expert_ffns(rows_of(torch.float64), BLOCK_SIZES, experts)
+        assert expert_ffns(rows_of(torch.float64), BLOCK_SIZES, experts.double()).dtype == torch.float64
 
 
 def test_flops_are_those_of_experts_one_by_one() -> None:
@@ -181,4 +181,4 @@ def test_flops_are_those_of_experts_one_by_one() -> None:
         with FlopCounter() as counter:
             results(compute, experts_of(nn.GELU()), rows_of(), True)
         counts.append(counter.get_total_flops())
-    assert counts[0] == counts[1] == sum(ROOMS) * WIDTH * HIDDEN * 2 * 2 * 3
+    assert counts[0] == counts[1] == sum(BLOCK_SIZES) * WIDTH * HIDDEN * 2 * 2 * 3

@@ -3,7 +3,7 @@
 Also: the group's capacity for many numbers of tokens, and that each rank drops patches of its own.
 
 Both processes run once and write down what they computed (`work`); the tests compare it with the same computation in
-this process. All of it in float64. Shape suffixes: B batch, L sequence, T tokens, D width, N experts, K choices.
+this process. All of it in float64.
 """
 
 import itertools
@@ -78,7 +78,7 @@ def different_experts(model: nn.Module) -> nn.Module:
     """Move every expert by an amount that its global number names."""
     with torch.no_grad():
         for layer in moe_layers(model).values():
-            first = dist.get_rank() % layer.moe.ep_size * len(layer.experts) if layer.moe.ep_size > 1 else 0
+            first = dist.get_rank() % layer.settings.ep_size * len(layer.experts) if layer.settings.ep_size > 1 else 0
             for number, expert in enumerate(layer.experts, start=first):
                 for parameter in expert.parameters():
                     parameter.add_(0.01 * (number + 1) * torch.linspace(-1, 1, parameter.numel()).view(parameter.shape))
@@ -121,7 +121,7 @@ def run_layer(rank: int, ep_size: int, top_k: int, factor: float) -> dict[str, A
     leaves = [x_BLD, *layer.parameters()]
     gradients = torch.autograd.grad((y_BLD * weight_BLD).sum(), leaves, retain_graph=True)
     balance = torch.autograd.grad(l_aux, leaves[:2])
-    dropped = layer.gate.take_dropped()
+    dropped = layer.take_dropped()
     keep_T = padding.keep_T
     is_padding_P = torch.ones(x_BLD.shape[:2], dtype=torch.bool).flatten().index_fill(0, keep_T, False)
     evaluated_TD = None
@@ -135,8 +135,8 @@ def run_layer(rank: int, ep_size: int, top_k: int, factor: float) -> dict[str, A
         "expert gradients": gradients[2:],
         "l_aux": l_aux.detach(),
         "l_aux gradients": (balance[0].flatten(0, 1)[keep_T], balance[1]),
-        "capacity": int(routes[0][1]),
-        "indices": routes[0][3],
+        "capacity": int(routes[0].capacity),
+        "indices": routes[0].index_KT,
         "dropped": dropped,
         "evaluated": evaluated_TD,
         "at padding": [t.detach().flatten(0, 1)[is_padding_P].abs().sum().item() for t in (y_BLD, gradients[0])],
@@ -158,7 +158,7 @@ def run_model(rank: int) -> tuple[Tensor, Tensor]:
 
 
 def run_weights(folder: Path) -> dict[str, Any]:
-    """Gather and save the smoke model."""
+    """Gather the experts of the smoke model, and save it."""
     clip = create_clip("smoke-vit", seed=1)
     moe = MOE.model_copy(update={"ep_size": 2})
     clip = replace(clip, model=different_experts(upcycled(clip.model, moe)))
@@ -178,7 +178,7 @@ def run_capacities(rank: int) -> dict[int, list[int]]:
         layer = layer_of(2, top_k, factor)
         layer.moe.set_deepspeed_parallelism()
         inputs = (torch.randn(counts[rank], WIDTH, dtype=torch.float64) for counts in COUNTS)
-        found[top_k] = [int(layer.gate(x_TD)[1]) for x_TD in inputs]
+        found[top_k] = [int(layer.gate(x_TD).capacity) for x_TD in inputs]
     return found
 
 
@@ -294,7 +294,7 @@ def test_with_drops_capacity_is_the_groups_largest(ranks: list[dict[Any, Any]], 
             use_rts=False,
             top2_2nd_expert_sampling=False,
         ).train()
-        stock.wg.weight = layer.gate.wg.weight
+        stock.wg.weight = layer.router_weight
         assert torch.equal(result["indices"], stock(x_TD, None, True, False)[3])
         assert result["dropped"] == (int((result["indices"] < 0).sum()), top_k * len(x_TD))
     assert results[1]["dropped"][0] > 0
@@ -308,10 +308,10 @@ def test_l_aux_is_that_of_all_tokens(ranks: list[dict[Any, Any]], case: tuple[in
     results = [rank[case] for rank in ranks]
     x_TD = torch.cat([compact_tokens(rank)[0] for rank in range(WORLD)]).requires_grad_()
     layer = layer_of(1, top_k, factor)
-    router_ND = layer.gate.wg.weight
-    probs_TN = torch.softmax(x_TD @ router_ND.T, dim=1)
-    chosen_TN = torch.zeros_like(probs_TN).scatter(1, probs_TN.topk(top_k if top_k > 2 else 1).indices, 1.0)
-    expected = EXPERTS * (chosen_TN.mean(0) / chosen_TN.sum(1)[0] * probs_TN.mean(0)).sum()  # Eq. 5
+    router_ED = layer.router_weight
+    probs_TE = torch.softmax(x_TD @ router_ED.T, dim=1)
+    chosen_TE = torch.zeros_like(probs_TE).scatter(1, probs_TE.topk(top_k if top_k > 2 else 1).indices, 1.0)
+    expected = EXPERTS * (chosen_TE.mean(0) / chosen_TE.sum(1)[0] * probs_TE.mean(0)).sum()  # Eq. 5
     layer(x_TD[None])
     assert_close(layer.l_aux.double(), expected, rtol=1e-6, atol=0)  # what one process has, DeepSpeed's own
 
@@ -322,7 +322,7 @@ def test_l_aux_is_that_of_all_tokens(ranks: list[dict[Any, Any]], case: tuple[in
         torch.cat([result["l_aux gradients"][0] for result in results]) / WORLD,
         sum(result["l_aux gradients"][1] for result in results) / WORLD,
     ]
-    assert_close(ours, list(torch.autograd.grad(expected, [x_TD, router_ND])), rtol=1e-5, atol=1e-8)
+    assert_close(ours, list(torch.autograd.grad(expected, [x_TD, router_ED])), rtol=1e-5, atol=1e-8)
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case[:2] != (2, 1)])

@@ -1,7 +1,4 @@
-"""The transcription of the MoE layer itself: hand-worked numbers and DeepSpeed 0.19.8.
-
-Shape suffixes as there: T tokens, D width, H hidden, N experts, K = 2 choices.
-"""
+"""The literal MoE layer against hand-worked numbers and DeepSpeed 0.19.8."""
 
 import numpy as np
 import pytest
@@ -46,7 +43,7 @@ def test_two_experts_by_hand() -> None:
     unlimited = forward(None)
     assert unlimited.first_T.tolist() == [0, 0, 1, 0]
     assert unlimited.second_T.tolist() == [1, 1, 0, 1]
-    assert unlimited.expert_counts_N.tolist() == [4, 4]
+    assert unlimited.expert_counts_E.tolist() == [4, 4]
     assert unlimited.kept_TK.all()
     assert_close(unlimited.y_TD, torch.tensor([[0.75, 0.25], [0.6, 0.4], [0.2, 0.8], [0.5, 0.5]]).double())
     # f = (3/4, 1/4), P = (2.05, 1.95) / 4, so l_aux = 2 (0.75 * 0.5125 + 0.25 * 0.4875) = 1.0125.
@@ -62,7 +59,7 @@ def test_two_experts_by_hand() -> None:
     one = forward(1)
     assert one.kept_TK.tolist() == [[True, False], [False, False], [True, False], [False, False]]
     assert_close(one.y_TD, torch.tensor([[1, 0], [0, 0], [0, 1], [0, 0]]).double())
-    assert one.expert_counts_N.tolist() == [4, 4]  # before dropping
+    assert one.expert_counts_E.tolist() == [4, 4]  # before dropping
     assert one.l_aux.item() == unlimited.l_aux.item()
 
 
@@ -99,12 +96,12 @@ def test_share_of_tokens_carries_no_gradient() -> None:
 def test_identical_experts_are_the_dense_ffn() -> None:
     torch.manual_seed(0)
     dense = random_experts(1, 5, 7, torch.float64)[0]
-    x_TD, router_ND = torch.randn(6, 5).double(), torch.randn(4, 5).double()
-    moe = moe_layer.moe_forward(x_TD, router_ND, [dense] * 4, GELU, capacity=None)
+    x_TD, router_ED = torch.randn(6, 5).double(), torch.randn(4, 5).double()
+    moe = moe_layer.moe_forward(x_TD, router_ED, [dense] * 4, GELU, capacity=None)
     w1_HD, b1_H, w2_DH, b2_D = dense
     y_TD = GELU(x_TD @ w1_HD.T + b1_H) @ w2_DH.T + b2_D
     assert_close(moe.y_TD, y_TD, rtol=1e-12, atol=1e-12)
-    loss = moe_layer.eesd_loss(x_TD, moe.y_TD, router_ND, [dense] * 4, GELU, feature_reduction="sum")
+    loss = moe_layer.eesd_loss(x_TD, moe.y_TD, router_ED, [dense] * 4, GELU, feature_reduction="sum")
     assert loss.item() < 1e-24  # K8
 
 
@@ -119,15 +116,15 @@ def test_eesd_by_hand() -> None:
     # P = (3/4, 1/4) over outputs (1, 0) and (0, 2): ensemble (0.75, 0.5); y = (1, 1) is off by (0.25, 0.5), 0.3125.
     x_TD = log_probabilities([[0.75, 0.25], [0.75, 0.25]]).requires_grad_()
     y_TD = torch.tensor([[1.0, 1.0], [0.75, 0.5]], dtype=torch.float64, requires_grad=True)
-    router_ND = torch.eye(2, dtype=torch.float64, requires_grad=True)
+    router_ED = torch.eye(2, dtype=torch.float64, requires_grad=True)
     teacher = constant_experts([[1.0, 0.0], [0.0, 2.0]], d=2)
-    loss = moe_layer.eesd_loss(x_TD, y_TD, router_ND, teacher, GELU, feature_reduction="sum")
+    loss = moe_layer.eesd_loss(x_TD, y_TD, router_ED, teacher, GELU, feature_reduction="sum")
     assert loss.item() == pytest.approx(0.3125 / 2)
     loss.backward()
     assert_close(y_TD.grad, torch.tensor([[0.25, 0.5], [0, 0]]).double())  # 2 (y - ens) / T
     assert x_TD.grad is None
-    assert router_ND.grad is None
-    mean = moe_layer.eesd_loss(x_TD, y_TD, router_ND, teacher, GELU, feature_reduction="mean")
+    assert router_ED.grad is None
+    mean = moe_layer.eesd_loss(x_TD, y_TD, router_ED, teacher, GELU, feature_reduction="mean")
     assert mean.item() == pytest.approx(0.3125 / 4)
 
 
@@ -152,15 +149,15 @@ def test_routing_is_deepspeeds(seed: int, drop_tokens: bool) -> None:
     rng = np.random.default_rng(seed)
     t, n = int(rng.integers(1, 60)), int(rng.integers(2, 12))
     factor, min_capacity = float(rng.choice([0.3, 0.5, 1.0, 1.05, 1.5, 2.0])), int(rng.integers(0, 5))
-    logits_TN = torch.tensor(rng.normal(size=(t, n)) * rng.choice([0.5, 3, 30]), dtype=torch.float32)
+    logits_TE = torch.tensor(rng.normal(size=(t, n)) * rng.choice([0.5, 3, 30]), dtype=torch.float32)
     if seed % 2:
-        logits_TN = logits_TN.round()  # many ties
+        logits_TE = logits_TE.round()  # many ties
 
     # x = logits and an identity router: the layer's own logits are then exactly these.
     slots = moe_layer.capacity(t, n, factor, 2, min_capacity) if drop_tokens else None
-    moe = moe_layer.moe_forward(logits_TN, torch.eye(n), random_experts(n, n, 2), GELU, capacity=slots)
-    l_aux, used, _, indices_KT, _, gates_KT, counts_N = top2gating(
-        logits_TN.clone(),
+    moe = moe_layer.moe_forward(logits_TE, torch.eye(n), random_experts(n, n, 2), GELU, capacity=slots)
+    l_aux, used, _, indices_KT, _, gates_KT, counts_E = top2gating(
+        logits_TE.clone(),
         factor,
         min_capacity,
         drop_tokens=drop_tokens,
@@ -171,7 +168,7 @@ def test_routing_is_deepspeeds(seed: int, drop_tokens: bool) -> None:
     assert slots is None or slots == int(used)
     choices_TK = torch.stack([moe.first_T, moe.second_T], dim=1)
     assert torch.equal(indices_KT.T.long(), choices_TK.where(moe.kept_TK, -1))
-    assert torch.equal(counts_N, moe.expert_counts_N)
+    assert torch.equal(counts_E, moe.expert_counts_E)
     assert_close(moe.gates_TK, gates_KT.T, rtol=1e-6, atol=1e-6)
     assert_close(moe.l_aux, l_aux, rtol=1e-6, atol=1e-6)
 
@@ -208,7 +205,7 @@ def test_outputs_and_gradients_are_deepspeeds(seed: int) -> None:
 def test_bfloat16_inputs_are_routed_in_float32() -> None:
     torch.manual_seed(0)
     experts = random_experts(3, 4, 5, torch.bfloat16)
-    x_TD, router_ND = torch.randn(7, 4).bfloat16(), torch.randn(3, 4).bfloat16()
-    moe = moe_layer.moe_forward(x_TD, router_ND, experts, GELU, capacity=None)
+    x_TD, router_ED = torch.randn(7, 4).bfloat16(), torch.randn(3, 4).bfloat16()
+    moe = moe_layer.moe_forward(x_TD, router_ED, experts, GELU, capacity=None)
     assert (moe.y_TD.dtype, moe.gates_TK.dtype, moe.l_aux.dtype) == (torch.bfloat16, torch.float32, torch.float32)
-    assert torch.equal(moe.first_T, (x_TD.float() @ router_ND.float().T).argmax(dim=1))
+    assert torch.equal(moe.first_T, (x_TD.float() @ router_ED.float().T).argmax(dim=1))

@@ -1,4 +1,4 @@
-"""Diagnostics: sparse upcycling at step 0, numbers worked by hand, and no hook left behind."""
+"""Measures of routers and experts: sparse upcycling at step 0, numbers worked by hand, and no hook left behind."""
 
 import math
 from collections.abc import Iterator
@@ -47,11 +47,11 @@ def test_sparse_upcycling_at_step_0() -> None:
 
 
 def test_a_zero_router_is_uniform() -> None:
-    """Entropy ln N; all experts tie, so that every token goes to the first two."""
+    """Entropy ln E; all experts tie, so that every token goes to the first two."""
     dense = create_dense()
     model = upcycled(dense)
     for layer in moe_layers(model).values():
-        nn.init.zeros_(layer.gate.wg.weight)
+        nn.init.zeros_(layer.router_weight)
     report = diagnose(model, dense, [inputs_for(dense)])
     for layer in report["layers"].values():
         assert layer["router_entropy"] == pytest.approx(math.log(8), abs=1e-6)
@@ -70,11 +70,11 @@ def test_entropy_and_load_by_hand() -> None:
     handle.remove()
     x_TD = torch.cat(seen)
     assert len(x_TD) == (1 + 2 + 3 + 4 + 5) + (1 + 2)  # tokens up to end-of-text
-    probs_TN = torch.softmax(x_TD.double() @ layer.gate.wg.weight.detach().double().T, dim=1)
-    entropy = -(probs_TN * probs_TN.log()).sum(1).mean()
+    probs_TE = torch.softmax(x_TD.double() @ layer.router_weight.detach().double().T, dim=1)
+    entropy = -(probs_TE * probs_TE.log()).sum(1).mean()
     assert report["layers"]["text.3"]["router_entropy"] == pytest.approx(float(entropy), rel=1e-5)
-    share_N = torch.bincount(probs_TN.topk(2, dim=1).indices.flatten(), minlength=8) / (2 * len(x_TD))
-    assert_close(torch.tensor(report["layers"]["text.3"]["load"]), share_N, rtol=0, atol=1e-6)
+    share_E = torch.bincount(probs_TE.topk(2, dim=1).indices.flatten(), minlength=8) / (2 * len(x_TD))
+    assert_close(torch.tensor(report["layers"]["text.3"]["load"]), share_E, rtol=0, atol=1e-6)
 
 
 def test_drift_and_cosine_see_a_change_where_it_is() -> None:
@@ -143,8 +143,8 @@ def test_expert_distance_by_hand() -> None:
 
 def test_pair_retrieval_by_hand() -> None:
     """Images (1, 0), (0, 1) and texts (2, 0), (3, 0) at scale ln 3: logits ln 3 for the first image's row, else 0."""
-    image_BE, text_BE = torch.eye(2), torch.tensor([[2.0, 0.0], [3.0, 0.0]])
-    found = pair_retrieval(image_BE, text_BE, torch.tensor(3.0).log())
+    image_BC, text_BC = torch.eye(2), torch.tensor([[2.0, 0.0], [3.0, 0.0]])
+    found = pair_retrieval(image_BC, text_BC, torch.tensor(3.0).log())
     # image to text: both rows are ties, ln 1/2; text to image: right with 3/4, wrong with 1/4
     images, texts = math.log(0.5), (math.log(0.75) + math.log(0.25)) / 2
     assert found["log_likelihood"] == pytest.approx((images + texts) / 2)

@@ -1,7 +1,4 @@
-"""The MoE layer in training, against DeepSpeed's (routing to the bit) and the literal transcription.
-
-Shape suffixes: B batch, L sequence, T tokens, D width, N experts, K choices per token.
-"""
+"""The MoE layer in training, against DeepSpeed's (routing to the bit) and the literal transcription."""
 
 import pytest
 import torch
@@ -75,17 +72,16 @@ def test_routing_is_bit_equal_to_deepspeeds(
         use_rts=False,
         top2_2nd_expert_sampling=False,
     ).train()
-    router_ND = router_of(router, experts, width, torch.float32)
-    stock.wg.weight = nn.Parameter(router_ND)
-    ours = create_layer(width, settings_of(experts, top_k, factor, minimum), torch.float32, router_ND=router_ND).gate
+    router_ED = router_of(router, experts, width, torch.float32)
+    stock.wg.weight = nn.Parameter(router_ED)
+    ours = create_layer(width, settings_of(experts, top_k, factor, minimum), torch.float32, router_ED=router_ED).gate
     x_TD = tokens_of(tokens, count, width, torch.float32)
 
     expected = stock(x_TD, None, True, False)
     actual = ours.train()(x_TD)
-    names = ("l_aux", "capacity", "N", "index_KT", "location_KT", "gates_KT", "counts_N")
-    for name, a, b in zip(names, actual, expected, strict=True):
+    for name, a, b in zip(actual._fields, actual, expected, strict=True):
         assert torch.equal(a, b) if isinstance(a, Tensor) else a == b, name
-    assert actual[3].shape == actual[5].shape == (top_k, count)
+    assert actual.index_KT.shape == actual.gates_KT.shape == (top_k, count)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-12)])
@@ -107,8 +103,8 @@ def test_outputs_and_gradients_are_the_parents(
     """RaggedMOELayer.forward against DeepSpeed's MOELayer.forward on the same modules."""
     torch.manual_seed(seed)
     top_k = min(top_k, experts)
-    router_ND = router_of(router, experts, width, dtype)
-    layer = create_layer(width, settings_of(experts, top_k, factor, minimum), dtype, router_ND=router_ND).train()
+    router_ED = router_of(router, experts, width, dtype)
+    layer = create_layer(width, settings_of(experts, top_k, factor, minimum), dtype, router_ED=router_ED).train()
     ragged = layer.moe.deepspeed_moe
     x_TD = tokens_of(tokens, count, width, dtype).requires_grad_()
     weight_TD = torch.randn(count, width, dtype=dtype)
@@ -120,17 +116,17 @@ def test_outputs_and_gradients_are_the_parents(
         y_TD = forward(x_TD, None)
         gradients = torch.autograd.grad((y_TD * weight_TD).sum() + ragged.l_aux, leaves)
         results.append((y_TD, ragged.l_aux, ragged.exp_counts, gradients))
-    (y_TD, l_aux, counts_N, ours), (expected_TD, expected_aux, expected_N, theirs) = results
-    assert torch.equal(l_aux, expected_aux) and torch.equal(counts_N, expected_N)
+    (y_TD, l_aux, counts_E, ours), (expected_TD, expected_aux, expected_E, theirs) = results
+    assert torch.equal(l_aux, expected_aux) and torch.equal(counts_E, expected_E)
     assert relative_error(y_TD, expected_TD) <= tolerance
     assert_gradients(ours, theirs, tolerance)
 
 
 def test_the_examples_above_cover_drops_and_empty_experts() -> None:
-    """Numbers of one such problem, so that a change of the generators that made them easy would show."""
+    """Numbers of one such problem: they would show a change of the generators that leaves only easy problems."""
     torch.manual_seed(0)
     layer = create_layer(5, settings_of(6, 2, 0.3), torch.float32).train()
-    index_KT = layer.gate(tokens_of("equal", 40, 5, torch.float32))[3]
+    index_KT = layer.gate(tokens_of("equal", 40, 5, torch.float32)).index_KT
     # capacity = ceil(40 / 6 * 0.3 * 2) = 4: two experts keep 4 choices each, 72 of 80 are dropped, four are empty
     assert (index_KT < 0).sum() == 72
     assert sorted(torch.bincount(index_KT[index_KT >= 0], minlength=6).tolist()) == [0, 0, 0, 0, 4, 4]
@@ -146,18 +142,18 @@ def test_float32_routing_under_autocast() -> None:
         actual = layer.gate(x_TD)
         y_BLD = layer(x_TD[None])
         half = layer.gate(x_TD.bfloat16())
-    for index in (0, 3, 5, 6):
-        assert torch.equal(actual[index], expected[index])
-    assert half[5].dtype == torch.float32  # tokens may well be bfloat16 there, as after open_clip's LayerNorm
-    assert torch.equal(half[3], layer.gate(x_TD.bfloat16())[3])
-    assert y_BLD.dtype == torch.bfloat16  # the experts do run in it
+    for name in ("l_aux", "index_KT", "gates_KT", "counts_E"):
+        assert torch.equal(getattr(actual, name), getattr(expected, name)), name
+    assert half.gates_KT.dtype == torch.float32  # tokens may be bfloat16, as they are after open_clip's LayerNorm
+    assert torch.equal(half.index_KT, layer.gate(x_TD.bfloat16()).index_KT)
+    assert y_BLD.dtype == torch.bfloat16  # the experts run in it
     assert relative_error(y_BLD.float(), layer(x_TD[None])) < 0.02
 
 
 def test_parameters_are_marked_as_deepspeed_wants_them() -> None:
     layer = create_layer(4, settings_of(3, 2))
     assert all(is_moe_param(p) and p.group_name == "ep_size_1" for p in layer.experts.parameters())
-    assert not is_moe_param(layer.gate.wg.weight)
+    assert not is_moe_param(layer.router_weight)
     assert len(list(layer.parameters())) == 1 + 3 * 4
 
 
@@ -173,21 +169,21 @@ def test_the_literal_transcription_in_float64(
     layer = create_layer(width, settings_of(experts, 2, factor, minimum)).train()
     x_TD = tokens_of(tokens, min(count, 24), width, torch.float64).requires_grad_()
     weight_TD = torch.randn_like(x_TD)
-    leaves = [x_TD, layer.gate.wg.weight, *layer.experts.parameters()]
+    leaves = [x_TD, layer.router_weight, *layer.experts.parameters()]
 
     y_TD = layer(x_TD[None])[0]
     reference = literal.moe_forward(
         x_TD,
-        layer.gate.wg.weight,
+        layer.router_weight,
         [tuple(expert.parameters()) for expert in layer.experts],
         GELU,
         capacity=literal.capacity(len(x_TD), experts, factor, 2, minimum),
     )
     routes = layer.gate(x_TD)
     choices_TK = torch.stack([reference.first_T, reference.second_T], dim=1).where(reference.kept_TK, -1)
-    assert torch.equal(routes[3].T.long(), choices_TK)
-    assert torch.equal(routes[6], reference.expert_counts_N)
-    assert_close(routes[5].T, reference.gates_TK, rtol=1e-12, atol=1e-12)
+    assert torch.equal(routes.index_KT.T.long(), choices_TK)
+    assert torch.equal(routes.counts_E, reference.expert_counts_E)
+    assert_close(routes.gates_KT.T, reference.gates_TK, rtol=1e-12, atol=1e-12)
     assert relative_error(y_TD, reference.y_TD) <= 1e-12
     assert_close(layer.l_aux.double(), reference.l_aux, rtol=1e-6, atol=1e-6)  # DeepSpeed's l_aux is float32
 
@@ -206,19 +202,18 @@ def test_drop_counters() -> None:
     torch.manual_seed(0)
     layer = create_layer(5, settings_of(4, 2, factor=0.5)).train()
     expected = [0, 0]
-    assert layer.gate.take_dropped() == (0, 0)
+    assert layer.take_dropped() == (0, 0)
     for count in (30, 17):
         x_TD = torch.randn(count, 5, dtype=torch.float64)
         layer.eval()(x_TD[None])  # evaluation does not count
-        layer.train()(x_TD[None])
+        _, _, counts_E = layer.train().moe(x_TD)
         # All 2 * count choices less those that a slot of one of the 4 experts holds.
-        counts_N = layer.moe.deepspeed_moe.exp_counts
         capacity = literal.capacity(count, 4, 0.5, 2, 0)
-        expected[0] += 2 * count - int(counts_N.clamp(max=capacity).sum())
+        expected[0] += 2 * count - int(counts_E.clamp(max=capacity).sum())
         expected[1] += 2 * count
     assert expected[0] > 0
-    assert layer.gate.take_dropped() == tuple(expected)
-    assert layer.gate.take_dropped() == (0, 0)
+    assert layer.take_dropped() == tuple(expected)
+    assert layer.take_dropped() == (0, 0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -1,7 +1,4 @@
-"""An MoE layer whose experts are copies of one FFN: METHODS S1 to S5.
-
-Shape suffixes: T tokens, D width, H hidden, N experts.
-"""
+"""An MoE layer whose experts are copies of one FFN: METHODS S1 to S5."""
 
 from collections.abc import Iterable
 
@@ -22,8 +19,8 @@ def identical(top_k: int, router: str, factor: float, dtype: torch.dtype = torch
     """A layer of 6 copies of one FFN, and that FFN."""
     torch.manual_seed(top_k)
     dense = random_ffn(9, 12, dtype)
-    router_ND = router_of(router, 6, 9, dtype)
-    return create_layer(9, settings_of(6, top_k, factor), dtype, dense=dense, router_ND=router_ND).train(), dense
+    router_ED = router_of(router, 6, 9, dtype)
+    return create_layer(9, settings_of(6, top_k, factor), dtype, dense=dense, router_ED=router_ED).train(), dense
 
 
 def dense_forward(x_TD: Tensor, weights: Iterable[Tensor]) -> Tensor:
@@ -49,7 +46,7 @@ def test_s2_one_choice_keeps_its_raw_probability(router: str) -> None:
     layer, dense = identical(1, router, factor=6.0)
     x_TD = torch.randn(50, 9, dtype=torch.float64)
     expected_TD = dense_forward(x_TD, (dense.w1_HD, dense.b1_H, dense.w2_DH, dense.b2_D))
-    top_T1 = torch.softmax(x_TD @ layer.gate.wg.weight.T, dim=1).amax(1, keepdim=True)
+    top_T1 = torch.softmax(x_TD @ layer.router_weight.T, dim=1).amax(1, keepdim=True)
     assert relative_error(layer(x_TD[None])[0], top_T1 * expected_TD) <= 1e-12
 
 
@@ -60,19 +57,19 @@ def test_s3_copies_give_the_router_no_gradient(top_k: int, router: str, factor: 
     """S3: with identical experts only l_aux moves a renormalising router; for k = 1 the task does too."""
     layer, _ = identical(top_k, router, factor)
     x_TD = torch.randn(50, 9, dtype=torch.float64)
-    layer.gate.wg.weight.requires_grad_()
+    layer.router_weight.requires_grad_()
     loss = (layer(x_TD[None]) * torch.randn(50, 9, dtype=torch.float64)).sum()
-    (task_ND,) = torch.autograd.grad(loss, layer.gate.wg.weight, retain_graph=True)
-    (balance_ND,) = torch.autograd.grad(layer.l_aux, layer.gate.wg.weight)
-    # One choice alone moves the router by this much; renormalised, they cancel to rounding.
-    (scale_ND,) = torch.autograd.grad(
-        torch.softmax(x_TD @ layer.gate.wg.weight.T, dim=1).amax(1).sum(), layer.gate.wg.weight
+    (task_ED,) = torch.autograd.grad(loss, layer.router_weight, retain_graph=True)
+    (balance_ED,) = torch.autograd.grad(layer.l_aux, layer.router_weight)
+    # The gradient of one choice alone has this size; renormalised, the gradients of all choices cancel to rounding.
+    (scale_ED,) = torch.autograd.grad(
+        torch.softmax(x_TD @ layer.router_weight.T, dim=1).amax(1).sum(), layer.router_weight
     )
     if top_k == 1:
-        assert task_ND.norm() > 1e-3 * scale_ND.norm()
+        assert task_ED.norm() > 1e-3 * scale_ED.norm()
     else:
-        assert task_ND.norm() <= 1e-12 * max(1, scale_ND.norm())
-    assert balance_ND.norm() > 0
+        assert task_ED.norm() <= 1e-12 * max(1, scale_ED.norm())
+    assert balance_ED.norm() > 0
 
 
 @pytest.mark.parametrize("top_k", [2, 3])
@@ -81,7 +78,7 @@ def test_s4_capacity_leaves_survivors_dense_and_zeroes_the_rest(top_k: int, fact
     """S4: a token with at least one surviving choice is dense, one with none is zero."""
     layer, dense = identical(top_k, "random", factor)
     x_TD = torch.randn(60, 9, dtype=torch.float64)
-    kept_T = (layer.gate(x_TD)[3] >= 0).any(0)
+    kept_T = (layer.gate(x_TD).index_KT >= 0).any(0)
     y_TD = layer(x_TD[None])[0]
     expected_TD = dense_forward(x_TD, (dense.w1_HD, dense.b1_H, dense.w2_DH, dense.b2_D))
     assert kept_T.any()

@@ -1,13 +1,11 @@
 """The MoE layer in evaluation: no token depends on its batch, and nothing is random."""
 
-from collections.abc import Sequence
-
 import pytest
 import torch
-from torch import Tensor
 from torch.testing import assert_close
 
 from tests.moe_helpers import captions, create_dense, create_layer, settings_of, upcycled
+from upcycle_bench.model.gate import Routes
 
 
 @pytest.mark.parametrize("top_k", [1, 2, 3])
@@ -17,16 +15,16 @@ def test_evaluation_of_a_token_does_not_depend_on_the_batch(top_k: int) -> None:
     x_TD = torch.randn(40, 6, dtype=torch.float64)
     with torch.no_grad():
         layer.train()
-        assert (layer.gate(x_TD)[3] < 0).any()  # the same batch drops tokens in training
+        assert (layer.gate(x_TD).index_KT < 0).any()  # the same batch drops tokens in training
         layer.eval()
         routes = layer.gate(x_TD)
-        assert (routes[3] >= 0).all() and routes[6].sum() == 40 * top_k
+        assert (routes.index_KT >= 0).all() and routes.counts_E.sum() == 40 * top_k
         together_TD = layer(x_TD[None])[0]
         alone_TD = torch.cat([layer(x_D[None, None])[0] for x_D in x_TD])  # one token: fewer than min_capacity
         assert_close(alone_TD, together_TD, rtol=1e-12, atol=1e-12)
         order_T = torch.randperm(40)
         assert_close(layer(x_TD[order_T][None])[0], together_TD[order_T], rtol=1e-12, atol=1e-12)
-        crowd_TD = torch.cat([x_TD[3:4].repeat(500, 1), x_TD])  # 500 rivals for the experts of token 3
+        crowd_TD = torch.cat([x_TD[3:4].repeat(500, 1), x_TD])  # 500 tokens that choose the experts of token 3
         assert_close(layer(crowd_TD[None])[0, 500:], together_TD, rtol=1e-12, atol=1e-12)
 
 
@@ -46,29 +44,29 @@ def test_sampling_of_the_second_expert_in_training_only() -> None:
     x_TD = torch.randn(200, 6, dtype=torch.float64)
     layer = create_layer(6, settings_of(6, 2, factor=6.0, second_expert_sampling=True))
 
-    def route(seed: int) -> Sequence[Tensor]:
+    def route(seed: int) -> Routes:
         torch.manual_seed(seed)
         return layer.gate(x_TD)
 
     layer.train()
     once, again, other = route(1), route(1), route(2)
-    assert torch.equal(once[3], again[3])
-    assert torch.equal(once[3][0], other[3][0])  # first choices are never sampled
-    assert (once[3][1] != other[3][1]).float().mean() > 0.1
-    probs_TN = torch.softmax(x_TD @ layer.gate.wg.weight.T, dim=1)
-    chosen_KT = probs_TN.T.gather(0, once[3].long())
-    assert_close(once[5], chosen_KT / chosen_KT.sum(0), rtol=1e-12, atol=0)  # the clean probabilities, renormalised
+    assert torch.equal(once.index_KT, again.index_KT)
+    assert torch.equal(once.index_KT[0], other.index_KT[0])  # first choices are never sampled
+    assert (once.index_KT[1] != other.index_KT[1]).float().mean() > 0.1
+    probs_TE = torch.softmax(x_TD @ layer.router_weight.T, dim=1)
+    chosen_KT = probs_TE.T.gather(0, once.index_KT.long())
+    assert_close(once.gates_KT, chosen_KT / chosen_KT.sum(0), rtol=1e-12, atol=0)  # probabilities without the noise
 
     layer.eval()
     state = torch.random.get_rng_state()
-    once, other = route(1)[3], route(2)[3]
-    assert torch.equal(once, other)
-    assert torch.equal(once.long(), probs_TN.topk(2, dim=1).indices.T)
+    once, other = route(1), route(2)
+    assert torch.equal(once.index_KT, other.index_KT)
+    assert torch.equal(once.index_KT.long(), probs_TE.topk(2, dim=1).indices.T)
     torch.random.set_rng_state(state)
     layer(x_TD[None])
-    assert torch.equal(torch.random.get_rng_state(), state)  # nothing at all is drawn
+    assert torch.equal(torch.random.get_rng_state(), state)  # evaluation draws nothing
 
     layer = create_layer(6, settings_of(6, 2, factor=6.0)).train()
     torch.random.set_rng_state(state)
-    layer(x_TD[None])  # nor in training without the flag
+    layer(x_TD[None])  # nor does training without the flag
     assert torch.equal(torch.random.get_rng_state(), state)

@@ -1,6 +1,6 @@
 """Text padding takes no part: in what `Padding` keeps, in an MoE layer, in a whole text tower.
 
-Shape suffixes: B batch, L sequence, P = B L positions, T tokens, D width.
+Shape suffixes: P = B L positions.
 """
 
 from typing import Any
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from tests.literal import moe_layer as literal
 from tests.moe_helpers import END, assert_gradients, captions, create_dense, create_layer, settings_of, upcycled
+from upcycle_bench.model.gate import Routes
 from upcycle_bench.model.moe import moe_layers
 from upcycle_bench.model.padding import Padding
 
@@ -20,7 +21,7 @@ def positions_of_tokens(text_BL: Tensor, end: int | None) -> list[list[bool]]:
     rows = []
     for ids in text_BL.tolist():
         mark = max(ids) if end is None else end
-        last = ids.index(mark) if mark in ids else 0  # what `argmax` of a row without it gives, and CLIP pools there
+        last = ids.index(mark) if mark in ids else 0  # `argmax` of a row without the mark, where CLIP pools
         rows.append([position <= last for position in range(len(ids))])
     return rows
 
@@ -60,10 +61,10 @@ def test_padding_takes_no_part_in_the_layer(end: int | None, top_k: int, factor:
     count = int(keep_BL.sum())
     padding = Padding(end)
     layer = create_layer(5, settings_of(4, top_k, factor, 2), padding=padding).train()
-    routes: list[Any] = []
+    routes: list[Routes] = []
     layer.gate.register_forward_hook(lambda module, args, output: routes.append(output))
 
-    def forward(x_BLD: Tensor) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, ...]]:
+    def forward(x_BLD: Tensor) -> tuple[Tensor, Tensor, Routes, tuple[Tensor, ...]]:
         padding.observe(nn.Identity(), (text_BL,))
         y_BLD = layer(x_BLD)
         weight_BLD = torch.randn(y_BLD.shape, generator=torch.Generator().manual_seed(1), dtype=y_BLD.dtype)
@@ -72,14 +73,14 @@ def test_padding_takes_no_part_in_the_layer(end: int | None, top_k: int, factor:
 
     x_BLD = torch.randn(6, 11, 5, dtype=torch.float64, requires_grad=True)
     y_BLD, l_aux, routed, gradients = forward(x_BLD)
-    assert int(routed[1]) == literal.capacity(count, 4, factor, top_k, 2)
+    assert int(routed.capacity) == literal.capacity(count, 4, factor, top_k, 2)
     if factor == 0.4:
-        assert int(routed[1]) < literal.capacity(text_BL.numel(), 4, factor, top_k, 2)
-        assert (routed[3] < 0).any()
-    assert routed[3].shape == (top_k, count) and routed[6].sum() == count * top_k
+        assert int(routed.capacity) < literal.capacity(text_BL.numel(), 4, factor, top_k, 2)
+        assert (routed.index_KT < 0).any()
+    assert routed.index_KT.shape == (top_k, count) and routed.counts_E.sum() == count * top_k
     assert (y_BLD[~keep_BL] == 0).all() and (gradients[0][~keep_BL] == 0).all()
 
-    # Anything else behind end-of-text: the same bits everywhere.
+    # Other values behind end-of-text change no bit.
     noise_BLD = torch.randn_like(x_BLD) * 100 * ~keep_BL[..., None]
     again = forward((x_BLD + noise_BLD).detach().requires_grad_())
     assert torch.equal(again[0], y_BLD) and torch.equal(again[1], l_aux)
@@ -112,7 +113,7 @@ def test_padding_takes_no_part_in_the_model(changes: dict[str, Any]) -> None:
         features = model.encode_text(text_BL)
         l_aux = [layer.l_aux for layer in moe_layers(model).values() if layer.place.tower == "text"]
         (features.square().sum() + torch.stack(l_aux).sum()).backward()
-        drops = [layer.gate.take_dropped() for layer in moe_layers(model).values()]
+        drops = [layer.take_dropped() for layer in moe_layers(model).values()]
         gradients = [p.grad for name, p in model.named_parameters() if ".moe." in name and p.grad is not None]
         results.append((features, l_aux, drops, gradients))
     (features, l_aux, drops, gradients), (other_features, other_aux, other_drops, other_gradients) = results

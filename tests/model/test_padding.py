@@ -20,12 +20,13 @@ def model_of(kind: str) -> nn.Module:
 
 
 def features_and_gradients(model: nn.Module, packed: bool, text_BL: torch.Tensor) -> list[torch.Tensor]:
+    """The text features, then the gradient of every parameter that has one."""
     model.zero_grad()
-    text_BE = encode_text(model, text_BL) if packed else model.encode_text(text_BL)
+    text_BC = encode_text(model, text_BL) if packed else model.encode_text(text_BL)
     balance = sum((layer.l_aux for layer in moe_layers(model).values() if layer.place.tower == "text"), torch.zeros(()))
-    (text_BE.square().sum() + 0.1 * balance).backward()
-    # a copy: the packed gradient replaces the other in place
-    return [text_BE.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
+    (text_BC.square().sum() + 0.1 * balance).backward()
+    # Copies: the next call writes into the same gradients.
+    return [text_BC.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
 
 
 @pytest.mark.parametrize("kind", ["dense", "moe"])

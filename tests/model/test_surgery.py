@@ -10,11 +10,10 @@ from torch import nn
 
 from tests.helpers import random_ffn
 from tests.moe_helpers import MOE, SIX_LAYERS, captions, create_dense, inputs_for, sparse_inits, upcycled
-from upcycle_bench.model import surgery
 from upcycle_bench.model.clip import model_config
 from upcycle_bench.model.ffn import FFN, LayerInit
 from upcycle_bench.model.moe import moe_layers, parameter_counts
-from upcycle_bench.model.surgery import find_layers, put_experts
+from upcycle_bench.model.surgery import all_finite, find_layers, put_experts
 from upcycle_bench.util.errors import PluginError, UserError
 
 
@@ -40,7 +39,7 @@ def test_parameter_counts_of_the_published_models(name: str, dense_total: int, m
 
     model = upcycled(dense)
     routers = 6 * (8 * 768 + 8 * 512)
-    assert routers == 61_440 == sum(layer.gate.wg.weight.numel() for layer in moe_layers(model).values())
+    assert routers == 61_440 == sum(layer.router_weight.numel() for layer in moe_layers(model).values())
     total, active = parameter_counts(model)
     # 7 * 6 * (4,722,432 + 2,099,712) = 286,530,048 more, and with top-2 one expert more per layer is active.
     assert total == moe_total == dense_total + 286_530_048 + routers
@@ -75,11 +74,10 @@ def test_s6_everything_but_the_ffns_is_a_bit_equal_copy() -> None:
 
     expected = set()
     for layer in find_layers(dense, MOE):
-        head = f"{layer.mlp_path}.moe.deepspeed_moe"
-        expected.add(f"{head}.gate.wg.weight")
+        expected.add(f"{layer.mlp_path}.moe.deepspeed_moe.gate.wg.weight")  # a name in files of weights
         for number in range(8):
             for name in ("c_fc.weight", "c_fc.bias", "c_proj.weight", "c_proj.bias"):
-                key = f"{head}.experts.deepspeed_experts.{number}.{name}"
+                key = f"{layer.mlp_path}.moe.deepspeed_moe.experts.deepspeed_experts.{number}.{name}"
                 expected.add(key)
                 assert torch.equal(target[key], source[f"{layer.mlp_path}.{name}"]), key  # sparse: a copy
     assert {key for key in target if key.startswith(replaced)} == expected
@@ -88,7 +86,7 @@ def test_s6_everything_but_the_ffns_is_a_bit_equal_copy() -> None:
 
 @pytest.mark.parametrize("training", [True, False])
 def test_the_result_is_in_the_dense_models_mode(training: bool) -> None:
-    """Else a copy of a model in eval mode would drop tokens at its MoE layers."""
+    """Otherwise the copy of a model in eval mode would drop tokens."""
     model = upcycled(create_dense().train(training))
     assert {module.training for module in model.modules()} == {training}
 
@@ -138,7 +136,7 @@ def test_the_dense_model_is_not_touched() -> None:
 
 
 def test_a_copy_of_the_result_keeps_its_own_padding() -> None:
-    """deepcopy carries the embedding hook along: the copy must not move the original's padding, nor miss its own."""
+    """deepcopy copies the embedding's hook: the copy's must set the copy's padding, and not the original's."""
     model = upcycled(create_dense()).eval()
     twin = copy.deepcopy(model)
     texts = captions([3, 5, 8])
@@ -168,7 +166,7 @@ def test_s1_step_0_is_the_dense_model(config: Any, dtype: torch.dtype, tolerance
             ours, theirs = getattr(model, encode)(data), getattr(dense, encode)(data)
             assert ours.dtype == dtype
             assert (ours - theirs).norm() <= tolerance * theirs.norm(), encode
-        assert all(layer.gate.wg.weight.dtype == dtype for layer in moe_layers(model).values())
+        assert all(layer.router_weight.dtype == dtype for layer in moe_layers(model).values())
 
 
 @pytest.mark.parametrize("changes", [{"text_pool_type": "eos", "text_eos_id": 7}, {"text_pool_type": "last"}])
@@ -295,7 +293,7 @@ def test_an_expert_stands_where_the_ffn_does_wherever_its_tensors_were_made() ->
     ],
 )
 def test_finite(values: torch.Tensor, finite: bool) -> None:
-    assert surgery._finite(values) is finite
+    assert all_finite(values) is finite
 
 
 def test_an_expert_that_is_not_finite_is_named() -> None:

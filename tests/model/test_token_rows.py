@@ -1,7 +1,4 @@
-"""Gather-only row moves against plain indexing and `index_add`, outputs and gradients, with and without holes.
-
-Shape suffixes: T tokens, R routed rows, D width, K choices per token.
-"""
+"""Gathers of token rows against plain indexing and `index_add`, outputs and gradients, with and without holes."""
 
 import pytest
 import torch
@@ -24,17 +21,17 @@ EXAMPLES = settings(max_examples=60, deadline=None, derandomize=True, database=N
 
 
 def routing(tokens: int, choices: int, kept: float) -> tuple[Tensor, Tensor]:
-    """(source_R, slots_KT) of random kept choices in a random order; source = k * T + t, slots = R where dropped."""
+    """(the choice of each row [R], the row of each choice [K, T]; R: dropped) of random choices in a random order."""
     chosen = (torch.rand(choices * tokens) < kept).nonzero().squeeze(1)
-    source_R = chosen[torch.randperm(len(chosen))]
-    slots_KT = torch.full((choices, tokens), len(source_R))
-    for row, source in enumerate(source_R.tolist()):
-        slots_KT[source // tokens, source % tokens] = row
-    return source_R, slots_KT
+    choice_R = chosen[torch.randperm(len(chosen))]
+    slots_KT = torch.full((choices, tokens), len(choice_R))
+    for row, choice in enumerate(choice_R.tolist()):
+        slots_KT[choice // tokens, choice % tokens] = row
+    return choice_R, slots_KT
 
 
 def gradients(output: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
-    """Of a random but fixed functional of the output."""
+    """Those of a weighted sum of the output, with the same random weights at each call."""
     weights = torch.randn(output.shape, generator=torch.Generator().manual_seed(1), dtype=output.dtype)
     return torch.autograd.grad((output * weights).sum(), inputs)
 
@@ -43,10 +40,10 @@ def gradients(output: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
 @given(**SIZES)
 def test_select_rows_is_indexing(seed: int, tokens: int, width: int, choices: int, kept: float) -> None:
     torch.manual_seed(seed)
-    source_R, slots_KT = routing(tokens, choices, kept)
+    choice_R, slots_KT = routing(tokens, choices, kept)
     x_TD = torch.randn(tokens, width, dtype=torch.float64, requires_grad=True)
-    index_R = source_R % tokens
-    actual = select_rows(x_TD, index_R, slots_KT, inverse_holes=len(source_R) < slots_KT.numel())
+    index_R = choice_R % tokens
+    actual = select_rows(x_TD, index_R, slots_KT, inverse_holes=len(choice_R) < slots_KT.numel())
     expected = x_TD[index_R]
     assert torch.equal(actual, expected)
     assert_close(gradients(actual, x_TD), gradients(expected, x_TD), rtol=1e-13, atol=1e-13)
@@ -55,7 +52,7 @@ def test_select_rows_is_indexing(seed: int, tokens: int, width: int, choices: in
 @EXAMPLES
 @given(**{name: SIZES[name] for name in ("seed", "tokens", "width", "kept")})
 def test_compacting_and_expanding_is_a_mask(seed: int, tokens: int, width: int, kept: float) -> None:
-    """What `Padding` does: the kept rows in order, and back with zeros in the gaps."""
+    """As `Padding` does it: the kept rows in order, and back with zeros between them."""
     torch.manual_seed(seed)
     keep_P = torch.rand(tokens) < kept
     keep_T = keep_P.nonzero().squeeze(1)
@@ -77,38 +74,38 @@ def test_compacting_and_expanding_is_a_mask(seed: int, tokens: int, width: int, 
 @given(**SIZES)
 def test_combine_rows_is_a_weighted_index_add(seed: int, tokens: int, width: int, choices: int, kept: float) -> None:
     torch.manual_seed(seed)
-    source_R, slots_KT = routing(tokens, choices, kept)
-    rows_RD = torch.randn(len(source_R), width, dtype=torch.float64, requires_grad=True)
+    choice_R, slots_KT = routing(tokens, choices, kept)
+    rows_RD = torch.randn(len(choice_R), width, dtype=torch.float64, requires_grad=True)
     gates_KT = torch.rand(choices, tokens, dtype=torch.float64, requires_grad=True)
-    actual = combine_rows(rows_RD, gates_KT, slots_KT, source_R, holes=len(source_R) < slots_KT.numel())
-    weighted_RD = rows_RD * gates_KT.flatten()[source_R, None]
-    expected = torch.zeros(tokens, width, dtype=torch.float64).index_add(0, source_R % tokens, weighted_RD)
+    actual = combine_rows(rows_RD, gates_KT, slots_KT, choice_R, holes=len(choice_R) < slots_KT.numel())
+    weighted_RD = rows_RD * gates_KT.flatten()[choice_R, None]
+    expected = torch.zeros(tokens, width, dtype=torch.float64).index_add(0, choice_R % tokens, weighted_RD)
     assert_close(actual, expected, rtol=1e-13, atol=1e-13)
     ours, theirs = (gradients(y_TD, rows_RD, gates_KT) for y_TD in (actual, expected))
     assert_close(ours, theirs, rtol=1e-13, atol=1e-13)
-    assert (ours[1][slots_KT == len(source_R)] == 0).all()  # a dropped choice's gate moves nothing
+    assert (ours[1][slots_KT == len(choice_R)] == 0).all()  # a dropped choice's gate moves nothing
 
 
 @pytest.mark.parametrize("kept", [0.0, 0.5, 1.0])
 def test_gradcheck(kept: float) -> None:
     torch.manual_seed(0)
-    source_R, slots_KT = routing(5, 2, kept)
+    choice_R, slots_KT = routing(5, 2, kept)
     x_TD = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
-    rows_RD = torch.randn(len(source_R), 3, dtype=torch.float64, requires_grad=True)
+    rows_RD = torch.randn(len(choice_R), 3, dtype=torch.float64, requires_grad=True)
     gates_KT = torch.rand(2, 5, dtype=torch.float64, requires_grad=True)
-    holes = len(source_R) < slots_KT.numel()
+    holes = len(choice_R) < slots_KT.numel()
     assert torch.autograd.gradcheck(
-        lambda x: select_rows(x, source_R % 5, slots_KT, inverse_holes=holes), (x_TD,), check_undefined_grad=False
+        lambda x: select_rows(x, choice_R % 5, slots_KT, inverse_holes=holes), (x_TD,), check_undefined_grad=False
     )
     assert torch.autograd.gradcheck(
-        lambda rows, gates: combine_rows(rows, gates, slots_KT, source_R, holes=holes),
+        lambda rows, gates: combine_rows(rows, gates, slots_KT, choice_R, holes=holes),
         (rows_RD, gates_KT),
         check_undefined_grad=False,
     )
 
 
 def test_combine_rows_accumulates_bfloat16_in_the_gates_precision() -> None:
-    # 1 + 2^-9 needs more than bfloat16's 8 bits: summed in bfloat16 the small term is lost before 1 is taken away.
+    # 1 + 2^-9 needs more than bfloat16's 8 bits: a sum in bfloat16 would lose the small term before it subtracts 1.
     rows_RD = torch.tensor([[1.0], [2.0**-9], [-1.0]], dtype=torch.bfloat16, requires_grad=True)
     gates_KT = torch.ones(3, 1, requires_grad=True)
     y_TD = combine_rows(rows_RD, gates_KT, torch.tensor([[0], [1], [2]]), torch.arange(3), holes=False)
@@ -118,7 +115,7 @@ def test_combine_rows_accumulates_bfloat16_in_the_gates_precision() -> None:
     assert gates_KT.grad.flatten().tolist() == [1.0, 2.0**-9, -1.0]
 
 
-def test_rows_in_another_precision_are_cast_rows_and_their_gradients_are_added_in_the_first() -> None:
+def test_rows_are_cast_and_their_gradients_added_up_in_the_dtype_of_x() -> None:
     x_TD = torch.tensor([[1 + 2.0**-9], [3.0]], requires_grad=True)
     token_R, slots_KT = torch.tensor([0, 1, 0]), torch.tensor([[0, 1], [2, 3]])
     rows_RD = select_rows(x_TD, token_R, slots_KT, inverse_holes=True, dtype=torch.bfloat16)
@@ -129,40 +126,40 @@ def test_rows_in_another_precision_are_cast_rows_and_their_gradients_are_added_i
 
 def test_rows_by_hand() -> None:
     # Two tokens with two choices each; token 1's second choice was dropped. Rows: t1 first, t0 second, t0 first.
-    source_R, slots_KT = torch.tensor([1, 2, 0]), torch.tensor([[2, 0], [1, 3]])
+    choice_R, slots_KT = torch.tensor([1, 2, 0]), torch.tensor([[2, 0], [1, 3]])
     x_TD = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
-    rows_RD = select_rows(x_TD, source_R % 2, slots_KT, inverse_holes=True)
+    rows_RD = select_rows(x_TD, choice_R % 2, slots_KT, inverse_holes=True)
     assert rows_RD.tolist() == [[3, 4], [1, 2], [1, 2]]
     # y0 = 0.75 * row 2 + 0.25 * 10 * row 1, y1 = 1 * row 0
     gates_KT = torch.tensor([[0.75, 1.0], [0.25, 0.0]])
-    y_TD = combine_rows(rows_RD * torch.tensor([[1.0], [10.0], [1.0]]), gates_KT, slots_KT, source_R, holes=True)
+    y_TD = combine_rows(rows_RD * torch.tensor([[1.0], [10.0], [1.0]]), gates_KT, slots_KT, choice_R, holes=True)
     assert y_TD.tolist() == [[0.75 + 2.5, 1.5 + 5.0], [3, 4]]
 
 
 @EXAMPLES
 @given(**SIZES, experts=st.integers(1, 5), multiple=st.sampled_from([1, 2, 4]))
-def test_a_padded_layout_moves_what_one_without_padding_does(
+def test_a_layout_with_filler_rows_is_plain_indexing(
     seed: int, tokens: int, width: int, choices: int, kept: float, experts: int, multiple: int
 ) -> None:
-    """Each expert's rows in its own room, by choice and token; outputs and gradients those of plain indexing."""
+    """Each expert's rows are in its block, by choice and token; outputs and gradients are those of plain indexing."""
     torch.manual_seed(seed)
     given_KT = torch.randint(experts, (choices, tokens))
     index_KT = given_KT.where(torch.rand(choices, tokens) < kept, -1)
     layout = lay_out(index_KT, experts, multiple)
     assert layout.counts == [int((index_KT == expert).sum()) for expert in range(experts)]
-    assert layout.rooms == [-(-count // multiple) * multiple for count in layout.counts]
+    assert layout.block_sizes == [-(-count // multiple) * multiple for count in layout.counts]
     assert layout.drops == bool((index_KT < 0).any())
-    for expert, room in enumerate(layout.choice_R.split(layout.rooms)):
-        own_C = (index_KT.flatten() == expert).nonzero().squeeze(1)
-        assert room.tolist() == own_C.tolist() + [index_KT.numel()] * (len(room) - len(own_C))
+    for expert, block in enumerate(layout.choice_R.split(layout.block_sizes)):
+        own_M = (index_KT.flatten() == expert).nonzero().squeeze(1)
+        assert block.tolist() == own_M.tolist() + [index_KT.numel()] * (len(block) - len(own_M))
 
     x_TD = torch.randn(tokens, width, dtype=torch.float64, requires_grad=True)
     gates_KT = torch.rand(choices, tokens, dtype=torch.float64, requires_grad=True)
-    scale_N = torch.rand(experts, dtype=torch.float64) + 1  # what an expert does
-    scale_R1 = scale_N.repeat_interleave(torch.tensor(layout.rooms))[:, None]
+    scale_E = torch.rand(experts, dtype=torch.float64) + 1  # what an expert does
+    scale_R1 = scale_E.repeat_interleave(torch.tensor(layout.block_sizes))[:, None]
     rows_RD = select_rows(x_TD, layout.token_R, layout.slots_KT, inverse_holes=layout.drops) * scale_R1
     actual = combine_rows(rows_RD, gates_KT, layout.slots_KT, layout.choice_R, holes=layout.drops)
-    weight_KT = gates_KT * (index_KT >= 0) * scale_N[index_KT]
+    weight_KT = gates_KT * (index_KT >= 0) * scale_E[index_KT]
     expected = (weight_KT[:, :, None] * x_TD).sum(0)
     assert_close(actual, expected, rtol=1e-13, atol=1e-13)
     ours, theirs = (gradients(y_TD, x_TD, gates_KT) for y_TD in (actual, expected))

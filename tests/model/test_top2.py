@@ -1,5 +1,7 @@
 """Our top-2 routing against DeepSpeed's own function: every output and gradient, to the bit."""
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -8,8 +10,8 @@ from torch import Tensor
 
 from tests.helpers import threads
 from tests.moe_helpers import create_layer, settings_of
+from upcycle_bench.model import gate as gate_module
 from upcycle_bench.model.deepspeed_import import top2gating
-from upcycle_bench.model.gate import Gate
 from upcycle_bench.model.top2 import top2
 
 
@@ -23,31 +25,31 @@ from upcycle_bench.model.top2 import top2
 )
 def test_it_is_deepspeeds_to_the_bit(seed: int, tokens: int, experts: int, slots: int | None, kind: str) -> None:
     torch.manual_seed(seed)
-    logits_TN = torch.randn(tokens, experts)
+    logits_TE = torch.randn(tokens, experts)
     if kind == "ties":
-        logits_TN = logits_TN.round()
+        logits_TE = logits_TE.round()
     if kind == "equal":
-        logits_TN = logits_TN[:1].repeat(tokens, 1)
+        logits_TE = logits_TE[:1].repeat(tokens, 1)
     if kind == "sharp":
-        logits_TN = logits_TN * 100  # second probabilities that are zero
+        logits_TE = logits_TE * 100  # second probabilities that are zero
     weight_KT = torch.randn(2, tokens)
 
-    def theirs(given_TN: Tensor) -> tuple[Tensor, ...]:
-        # A capacity factor of slots * N / (2 T) less half a slot, which DeepSpeed rounds up.
+    def theirs(given_TE: Tensor) -> tuple[Tensor, ...]:
+        # The factor slots * E / (2 T), less half a slot, which DeepSpeed rounds up.
         factor = 1.0 if slots is None else (slots - 0.5) * experts / (2 * tokens)
-        return top2gating(given_TN, factor, 0, slots is not None, None, False, sparse_routes=True)
+        return top2gating(given_TE, factor, 0, slots is not None, None, False, sparse_routes=True)
 
-    def ours(given_TN: Tensor) -> tuple[Tensor, ...]:
-        return top2(given_TN, None if slots is None else torch.tensor(slots))
+    def ours(given_TE: Tensor) -> tuple[Tensor, ...]:
+        return top2(given_TE, None if slots is None else torch.tensor(slots))
 
     results = []
     with threads(1):
         for route in (ours, theirs):
-            leaf_TN = logits_TN.clone().requires_grad_()
-            l_aux, capacity, number, index_KT, location_KT, gates_KT, counts_N = route(leaf_TN)
+            leaf_TE = logits_TE.clone().requires_grad_()
+            l_aux, capacity, number, index_KT, location_KT, gates_KT, counts_E = route(leaf_TE)
             assert number == experts
             ((gates_KT * weight_KT).sum() + l_aux).backward()
-            results.append([l_aux, capacity, index_KT, location_KT, gates_KT, counts_N, leaf_TN.grad])
+            results.append([l_aux, capacity, index_KT, location_KT, gates_KT, counts_E, leaf_TE.grad])
     for name, mine, stock in zip(
         ("l_aux", "capacity", "index", "location", "gates", "counts", "grad"), *results, strict=True
     ):
@@ -57,9 +59,9 @@ def test_it_is_deepspeeds_to_the_bit(seed: int, tokens: int, experts: int, slots
 
 def test_no_tokens() -> None:
     for capacity in (None, torch.tensor(4)):
-        _, _, _, index_KT, location_KT, gates_KT, counts_N = top2(torch.zeros(0, 3), capacity)
+        _, _, _, index_KT, location_KT, gates_KT, counts_E = top2(torch.zeros(0, 3), capacity)
         assert index_KT.shape == location_KT.shape == gates_KT.shape == (2, 0)
-        assert counts_N.tolist() == [0, 0, 0]
+        assert counts_E.tolist() == [0, 0, 0]
 
 
 @pytest.mark.parametrize(
@@ -71,7 +73,11 @@ def test_what_is_not_top_2_goes_to_deepspeed(
     called: list[Tensor] = []
     gate = create_layer(8, settings_of(4, top_k), torch.float32).gate.train()
     gate.second_expert_sampling = sampling
-    usual = Gate._top2
-    monkeypatch.setattr(Gate, "_top2", lambda self, x_TD: called.append(x_TD) or usual(self, x_TD))
+
+    def spy(logits_TE: Tensor, capacity: Tensor | None) -> tuple[Any, ...]:
+        called.append(logits_TE)
+        return top2(logits_TE, capacity)
+
+    monkeypatch.setattr(gate_module, "top2", spy)
     gate(torch.randn(20, 8))
     assert bool(called) == expected

@@ -95,7 +95,7 @@ def test_a_file_trained_in_parallel_loads_in_one_process(clip: Clip, tmp_path: P
     digest = weights.save(clip, SMALL.model_copy(update={"ep_size": 2}), tmp_path)
     loaded = weights.load(tmp_path / f"{digest}.safetensors")
     assert_same(loaded, clip)
-    assert all(layer.moe.ep_size == 1 for layer in moe_layers(loaded.model).values())
+    assert all(layer.settings.ep_size == 1 for layer in moe_layers(loaded.model).values())
 
 
 @pytest.mark.parametrize("culprit", ["os.replace", "file_sha256", "save_file"])
@@ -165,7 +165,8 @@ def test_a_file_that_does_not_fit_its_metadata(
     clip: Clip, tmp_path: Path, changes: dict[str, Any] | str, match: str
 ) -> None:
     state = {key: value.clone() for key, value in clip.model.state_dict().items()}
-    router = next(key for key in state if key.endswith("gate.wg.weight"))
+    weight = next(iter(moe_layers(clip.model).values())).router_weight
+    router = next(name for name, parameter in clip.model.named_parameters() if parameter is weight)
     state[router] = state[router][:-1].clone()
     ours = {"model": "smoke-vit", "moe": MOE_OF_FILE}
     text = changes if isinstance(changes, str) else json.dumps(ours | changes)

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from upcycle_bench.data.evalset import EvalSet
 from upcycle_bench.evaluation.features import embed, finite
 from upcycle_bench.model import padding
-from upcycle_bench.model.measure import compactness_of_moments, expert_cosine
+from upcycle_bench.model.measure import compactness_of_moments, expert_cosine, router_probabilities
 from upcycle_bench.model.moe import MoEFFN, moe_layers
 from upcycle_bench.model.padding import Padding
 from upcycle_bench.suite import EvalContext
@@ -38,8 +38,8 @@ class LayerRoutes:
     """
 
     def __init__(self, layer: MoEFFN) -> None:
-        experts, width = layer.gate.wg.weight.shape
-        like = {"dtype": torch.float64, "device": layer.gate.wg.weight.device}
+        experts, width = layer.router_weight.shape
+        like = {"dtype": torch.float64, "device": layer.router_weight.device}
         self.layer = layer
         self.tokens, self.choices, self.dropped, self.entropy = 0, 0, 0, 0.0
         self.routed_E, self.probability_E = torch.zeros(experts, **like), torch.zeros(experts, **like)
@@ -89,7 +89,7 @@ class LayerRoutes:
     def gate_saw(self, x_TD: Tensor, routes: tuple[Any, ...], lengths_B: Tensor) -> None:
         """Add a batch: the gate's input, what the gate returned, and how many of the T tokens each item has."""
         index_KT = routes[3].long()  # -1: dropped
-        probs_TE = torch.softmax(x_TD.float() @ self.layer.router_weight.float().T, dim=1)
+        probs_TE = router_probabilities(self.layer.router_weight, x_TD)
         self.tokens += len(x_TD)
         self.choices += index_KT.numel()
         self.dropped += int((index_KT < 0).sum())

@@ -1,18 +1,18 @@
-"""Backends of the experts' compute, chosen by device; tests hold their outputs and gradients together.
+"""The backends that run experts on their rows: three ways to the same numbers, chosen by device and precision.
 
-    loop         each expert on its own slice of the rows: any device, precision and expert; what a CPU takes
-    grouped_mm   one grouped product for all experts' W1 and one for all W2: what CUDA takes for bf16, from Hopper on
-    deepspeed    DeepSpeed's own layer, every expert padded to its capacity: the reference, and expert parallelism
+    loop         each expert on its own block of rows: any device, precision and expert; the default on a CPU
+    grouped_mm   one grouped product for all W1 and one for all W2: the default on CUDA from Hopper on, in bf16
+    deepspeed    DeepSpeed's own layer, rows padded to the capacity: the reference, and expert parallelism
 
-UPCYCLE_BENCH_EXPERTS=NAME forces one, for measurements and comparisons; records say which it was. Experts that
-`grouped_mm` does not know (DeRS, a plugin's) or cannot align are looped over, and that is said once.
+UPCYCLE_BENCH_EXPERTS=NAME forces one; records name it. Where `grouped_mm` cannot take some experts (DeRS, a plugin's,
+widths that do not align), `loop` runs them and one warning says why.
 
-torch.nn.functional.grouped_mm, as documented and as tried on a CPU (torch 2.14): operands of one dtype, float32 or of
-16 bits; strides of whole 16 bytes; int32 offsets; no bias; autocast does not see it. Below Hopper and in float32 it is
-itself a loop over groups (pytorch#161407). Its kernel once hung in the backward pass where a group had no rows
-(pytorch#152668), so experts without rows are left out.
+Limits of torch.nn.functional.grouped_mm, from its documentation and trials on a CPU (torch 2.14): operands of one
+dtype, float32 or of 16 bits; strides of whole 16 bytes; int32 offsets; no bias; no autocast. Below Hopper and in
+float32 it is itself a loop over groups (pytorch#161407). Its kernel once hung in the backward pass where a group had
+no rows (pytorch#152668), so experts without rows are left out.
 
-Shape suffixes: R routed rows, sorted by expert; D width, H hidden width, N experts.
+Shape suffixes: R rows in blocks by expert, filler rows included; I inputs and O outputs of a linear layer.
 """
 
 from __future__ import annotations
@@ -39,49 +39,37 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 Backend = Callable[[Sequence[Any], Tensor, Sequence[int]], Tensor]
 
 
-def loop(experts: Sequence[Any], rows_RD: Tensor, rooms: Sequence[int]) -> Tensor:
-    """Each expert on its `rooms[i]` rows (those that pad included), [R, D] -> [R, D]."""
+def loop(experts: Sequence[Any], rows_RD: Tensor, block_sizes: Sequence[int]) -> Tensor:
+    """Each expert on its block of rows, [R, D] -> [R, D]; expert i has `block_sizes[i]` rows."""
     if as_one(experts, rows_RD):
-        return expert_ffns(rows_RD, rooms, experts)
-    return torch.cat([expert(rows) for expert, rows in zip(experts, rows_RD.split(rooms), strict=True)])
+        return expert_ffns(rows_RD, block_sizes, experts)
+    return torch.cat([expert(rows) for expert, rows in zip(experts, rows_RD.split(block_sizes), strict=True)])
 
 
-def multiple(rows: Tensor, mean: int) -> int:
-    """What number of rows an expert's are padded to a multiple of, where it has `mean` of them on average.
-
-    In bf16 on a CPU, PyTorch's products compile a kernel for each shape that they have not met lately, which for the
-    ever new row counts of a small layer takes as long as the product. A power of two up to 1/32 of the mean leaves few
-    shapes and adds 1/64 of rows. Zeros at the end of a sum do not change it. FLOPs are counted without.
-    """
-    if rows.device.type != "cpu" or compute_dtype(rows) != torch.bfloat16 or counting() or mean < 32:
-        return 1
-    return 1 << ((mean // 32).bit_length() - 1)
-
-
-def grouped_mm(experts: Sequence[Any], rows_RD: Tensor, counts: Sequence[int]) -> Tensor:
-    """The same for plain FFNs, all experts at once; see `refusal` for what it cannot take."""
+def grouped_mm(experts: Sequence[Any], rows_RD: Tensor, block_sizes: Sequence[int]) -> Tensor:
+    """The same for plain FFNs, all experts at once; `refusal` says which it cannot take."""
     dtype = compute_dtype(rows_RD)
-    busy = [number for number, count in enumerate(counts) if count]
-    ends = torch.tensor(counts)[busy].cumsum(0).to(rows_RD.device, torch.int32)
+    busy = [number for number, size in enumerate(block_sizes) if size]
+    ends = torch.tensor(block_sizes)[busy].cumsum(0).to(rows_RD.device, torch.int32)
 
-    def linear(x_RK: Tensor, layers: Sequence[Any]) -> Tensor:
-        weight_NMK = torch.stack([layer.weight.to(dtype) for layer in layers])  # all: the idle get a gradient of zeros
+    def linear(x_RI: Tensor, layers: Sequence[Any]) -> Tensor:
+        weight_EOI = torch.stack([layer.weight.to(dtype) for layer in layers])  # all, so that each gets a gradient
         if len(busy) < len(layers):
-            weight_NMK = weight_NMK[busy]
-        y_RM = F.grouped_mm(x_RK, weight_NMK.transpose(1, 2), offs=ends)
-        biases = [layer.bias.to(dtype).expand(count, -1) for layer, count in zip(layers, counts, strict=True)]
-        return y_RM.add_(torch.cat(biases))
+            weight_EOI = weight_EOI[busy]
+        y_RO = F.grouped_mm(x_RI, weight_EOI.transpose(1, 2), offs=ends)
+        biases = [layer.bias.to(dtype).expand(size, -1) for layer, size in zip(layers, block_sizes, strict=True)]
+        return y_RO.add_(torch.cat(biases))
 
     hidden_RH = linear(rows_RD.to(dtype), [expert.c_fc for expert in experts])
     return linear(experts[0].gelu(hidden_RH), [expert.c_proj for expert in experts])
 
 
-# DeepSpeed's backend is a whole layer (gate, slots, all-to-all), so `ragged.RaggedMOELayer` calls it, not `Compute`.
+# DeepSpeed's backend is a whole layer: `dispatch.RaggedMOELayer` calls it, and `dispatch.Compute` the others.
 BACKENDS: dict[str, Backend | None] = {"loop": loop, "grouped_mm": grouped_mm, "deepspeed": None}
 
 
 def forced() -> str | None:
-    """The backend that UPCYCLE_BENCH_EXPERTS names, if it is set; UserError for one that there is not."""
+    """The backend that UPCYCLE_BENCH_EXPERTS names, or None where it is not set; UserError for an unknown name."""
     name = os.environ.get(VARIABLE)
     if not name:
         return None
@@ -102,8 +90,21 @@ def default(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> str:
 
 
 def rows_dtype(experts: Sequence[Any], x: Tensor) -> torch.dtype:
-    """What rows are best gathered in: that of the experts' products, if these are all that is done with them."""
+    """The dtype in which to gather rows of `x`: that of the matrix products, where nothing else is done with them."""
     return compute_dtype(x) if as_one(experts, x) else x.dtype
+
+
+def row_multiple(x: Tensor, mean: int) -> int:
+    """The number of which every block size should be a multiple, where experts have `mean` rows on average.
+
+    In bf16 on a CPU, PyTorch compiles a kernel for every shape of a matrix product that it has not met lately. With
+    row counts that change at every step, a small layer spends as long on that as on the products. A power of two up to
+    1/32 of the mean leaves few shapes and adds 1/64 of rows. Filler rows have gradients of zeros, and zeros at the end
+    of a sum do not change it. The number is 1 while FLOPs are counted.
+    """
+    if x.device.type != "cpu" or compute_dtype(x) != torch.bfloat16 or counting() or mean < 32:
+        return 1
+    return 1 << ((mean // 32).bit_length() - 1)
 
 
 def refusal(experts: Sequence[Any], rows_RD: Tensor) -> str | None:
@@ -128,13 +129,14 @@ def refusal(experts: Sequence[Any], rows_RD: Tensor) -> str | None:
 
 
 def as_one(experts: Sequence[Any], x: Tensor) -> bool:
-    """Whether `expert_ffns` computes them: alike, no weight used twice, an activation that it can compute again.
+    """Whether `loop` computes these experts by `expert_ffns`, as one operation.
 
-    Under autocast, where it spares casts: in one precision it is no faster, and at small widths 5 % slower.
+    They must be alike, share no weight, and have an activation that can be computed again in the backward pass. Only
+    under autocast, where it saves casts: in one precision it is no faster, and at small widths 5 % slower.
     """
     if not torch.is_autocast_enabled(x.device.type):
         return False
-    from open_clip.transformer import QuickGELU  # not for who only asks which backend there is
+    from open_clip.transformer import QuickGELU  # here: those who ask only for a backend's name need not wait for it
 
     act = getattr(experts[0], "gelu", None)
     if type(act) not in (nn.GELU, nn.ReLU, nn.SiLU, QuickGELU) or getattr(act, "inplace", False):
@@ -144,5 +146,5 @@ def as_one(experts: Sequence[Any], x: Tensor) -> bool:
 
 @functools.cache
 def say_once(reason: str) -> None:
-    """Warn that `grouped_mm` was not taken, once for each reason."""
+    """Warn that `loop` ran instead of `grouped_mm`, once for each reason."""
     warnings.warn(f"experts are computed one by one, not by grouped_mm: {reason}", stacklevel=2)

@@ -1,7 +1,9 @@
-"""The dense model: an open_clip CLIP with its tokenizer and transforms, loaded strictly or pre-trained on the spot.
+"""A dense model: an open_clip CLIP with its tokenizer and transforms, from a checkpoint or with random weights.
 
-clip = create_clip("ViT-B-32", checkpoint=Path("epoch_15.pt"), patch_dropout=0.5)
-clip.model, clip.tokenize(["a photo of a cat"]), clip.resize(pil_image), clip.normalise(uint8_B3HW)
+    clip = create_clip("ViT-B-32", checkpoint=Path("epoch_15.pt"), patch_dropout=0.5)
+    clip.model, clip.tokenize(["a photo of a cat"]), clip.resize(pil_image), clip.normalise(uint8_B3HW)
+
+Shape suffixes: H and W are an image's height and width in B3HW.
 """
 
 from __future__ import annotations
@@ -20,17 +22,19 @@ from upcycle_bench.assets import MODELS
 from upcycle_bench.util.errors import UserError, unknown
 
 Precision = Literal["fp32", "fp16", "bf16"]
-PREPROCESS = ("mean", "std", "interpolation", "resize_mode")  # what open_clip lets a pretrained tag say of transforms
+PREPROCESS = ("mean", "std", "interpolation", "resize_mode")  # the settings that an open_clip tag may change
 
 
 @dataclass(frozen=True)
 class Clip:
-    """A CLIP and what its inputs go through.
+    """A CLIP with its tokenizer and transforms.
 
-    tokenize: list of strings -> int64 [B, L]; resize: PIL image -> uint8 [3, H, W] (deterministic);
-    augment: PIL image -> uint8 [3, H, W] (open_clip's random resized crop, draws from torch's global generator);
+    tokenize: list of strings -> int64 [B, L];
+    resize: PIL image -> uint8 [3, H, W], deterministic;
+    augment: PIL image -> uint8 [3, H, W], open_clip's random resized crop; draws from torch's global generator;
     transform: PIL image -> float32 [3, H, W], open_clip's own evaluation transform;
-    preprocess: open_clip's settings of the transforms where they are not those of the name (some pretrained tags).
+    mean, std: of the three colours, for `normalise`;
+    preprocess: settings of the transforms that differ from those of `name` (some pretrained tags have their own).
     """
 
     name: str
@@ -44,7 +48,7 @@ class Clip:
     preprocess: Mapping[str, Any] | None = None
 
     def normalise(self, images_B3HW: Tensor) -> Tensor:
-        """uint8 -> float32, as open_clip's ToTensor and Normalize do one by one."""
+        """uint8 [B, 3, H, W] -> float32: what open_clip's ToTensor and Normalize do image by image."""
         device = images_B3HW.device
         mean, std = (torch.tensor(value, device=device).view(1, 3, 1, 1) for value in (self.mean, self.std))
         return images_B3HW.float().div_(255).sub_(mean).div_(std)
@@ -59,11 +63,12 @@ def create_clip(
     precision: Precision = "fp32",
     preprocess: Mapping[str, Any] | None = None,
 ) -> Clip:
-    """Build `name` (open_clip's or ours); weights from `checkpoint`, all of them, or random from `seed`.
+    """Build the model `name`, open_clip's or ours; all weights from `checkpoint`, or random ones from `seed`.
 
-    `precision` is open_clip's: fp16 and bf16 leave LayerNorms and embeddings in float32.
-    Raises UserError for an unknown model, a missing file, a missing or superfluous weight. A state dict does not say
-    its activation: weights trained with QuickGELU (OpenAI's, LAION-400M's ViT-B-32) need `ViT-B-32-quickgelu`.
+    `precision` is open_clip's: fp16 and bf16 leave LayerNorms and embeddings in float32. A state dict does not name its
+    activation: weights trained with QuickGELU (OpenAI's, LAION-400M's ViT-B-32) need the name `ViT-B-32-quickgelu`.
+
+    Raises UserError for an unknown model, a missing file, and a missing or superfluous weight.
     """
     import open_clip
 
@@ -73,7 +78,7 @@ def create_clip(
     level = logging.getLogger().level
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        logging.getLogger().setLevel(logging.ERROR)  # open_clip warns of random weights, which are what we asked for
+        logging.getLogger().setLevel(logging.ERROR)  # open_clip warns of random weights, but here they are wanted
         try:
             model, train_transform, transform = open_clip.create_model_and_transforms(
                 name,
@@ -88,7 +93,7 @@ def create_clip(
         except Exception as error:  # a file that is no state dict makes torch.load fail in many ways
             if checkpoint is None:
                 raise
-            raise UserError(f"checkpoint {checkpoint} does not fit {name}: {_first_lines(error)}") from None
+            raise UserError(f"checkpoint {checkpoint} does not fit {name}: {_one_line(error)}") from None
         finally:
             logging.getLogger().setLevel(level)
     tokenizer = open_clip.get_tokenizer(name)
@@ -109,7 +114,7 @@ def create_clip(
 
 
 def model_config(name: str) -> dict[str, Any]:
-    """open_clip's configuration of that name, ours included; UserError for an unknown one."""
+    """The configuration of that name in open_clip, with our own models added; UserError for an unknown name."""
     import open_clip
 
     open_clip.add_model_config(MODELS)
@@ -119,10 +124,10 @@ def model_config(name: str) -> dict[str, Any]:
 
 
 def find_pretrained(name: str, source: str) -> tuple[Path, Mapping[str, Any]]:
-    """The weights that `source` names, a file or one of open_clip's tags for `name`, and their own transform settings.
+    """The file of weights that `source` names, and their settings of the transforms, if they have their own.
 
-    A tag is fetched into open_clip's cache. Raises UserError for what is neither, cannot be fetched, or was trained
-    with another activation than that of `name`.
+    `source` is a file, or one of open_clip's tags for the model `name`, which is downloaded into open_clip's cache.
+    Raises UserError if it is neither, cannot be downloaded, or was trained with another activation than that of `name`.
     """
     import open_clip
     from open_clip.transform import PreprocessCfg
@@ -143,7 +148,7 @@ def find_pretrained(name: str, source: str) -> tuple[Path, Mapping[str, Any]]:
         path = Path(open_clip.download_pretrained(pretrained))
     except Exception as error:  # of urllib, huggingface_hub and open_clip, each with its own
         raise UserError(
-            f"cannot fetch the {source} weights of {name} ({_first_lines(error)}); download them where there is a "
+            f"cannot fetch the {source} weights of {name} ({_one_line(error)}); download them where there is a "
             "network and give the file."
         ) from None
     usual = asdict(PreprocessCfg())
@@ -151,6 +156,8 @@ def find_pretrained(name: str, source: str) -> tuple[Path, Mapping[str, Any]]:
 
 
 def _to_uint8(steps: list[Callable[[Any], Any]]) -> Callable[[Any], np.ndarray]:
+    """The steps one after the other, then PIL image -> uint8 [3, H, W]."""
+
     def apply(image: Any) -> np.ndarray:
         for step in steps:
             image = step(image)
@@ -159,6 +166,7 @@ def _to_uint8(steps: list[Callable[[Any], Any]]) -> Callable[[Any], np.ndarray]:
     return apply
 
 
-def _first_lines(error: BaseException) -> str:
+def _one_line(error: BaseException) -> str:
+    """The beginning of its message, in one line."""
     text = " ".join(str(error).split())
     return text if len(text) < 400 else text[:400] + " ..."

@@ -3,12 +3,14 @@
     report = compress(checkpoint, base, Sparsify(rate=0.9), output)
 
 W_base is the dense model's weight, Delta_i what expert i has learnt since. `Sparsify` drops each entry of Delta_i with
-probability p and divides the others by 1 - p (DARE), so that its mean stays; `Quantise` gives each entry k bits. The
-output holds the decompressed values, an ordinary checkpoint that can be scored; the sizes in the report are what the
-paper's formulas give for the experts' matrices: (1 + N (1 - p)) in out numbers, (K + N k) bits per weight.
+probability p and divides the others by 1 - p (DARE), so that its mean stays. `Quantise` gives each entry k bits.
 
-The paper does not state its quantiser. Ours: 2^k values s {-(2^k - 1), ..., -1, 1, ..., 2^k - 1} per matrix, with the
-step s of least squared error that alternating optimisation finds; k = 32 keeps the numbers.
+The output holds the decompressed values: an ordinary checkpoint, which can be scored. The sizes in the report follow
+the paper's formulas for the experts' matrices. For one of O x I weights `Sparsify` keeps (1 + E (1 - p)) O I
+numbers; `Quantise` keeps (32 + E k) O I bits.
+
+The paper does not state its quantiser. Ours has 2^k values s {-(2^k - 1), ..., -1, 1, ..., 2^k - 1} for each matrix.
+Alternating optimisation finds the step s of least squared error; k = 32 keeps the numbers.
 
 Shape suffixes: O outputs, I inputs of a matrix.
 """
@@ -30,24 +32,24 @@ from upcycle_bench.util.errors import UserError
 from upcycle_bench.util.files import atomic, file_sha256
 from upcycle_bench.util.rng import Stream
 
-FULL_BITS = 32  # of a number in our checkpoints
+FULL_BITS = 32  # bits of a number in our checkpoints
 
 Array = NDArray[np.float64]
 
 
 class Method(Protocol):
-    """How a delta becomes cheaper."""
+    """A way to compress the difference between an expert's matrix and the dense one."""
 
     def apply(self, delta_OI: Array, rng: Stream) -> Array:
-        """The delta after compression and decompression, float64 [O, I]."""
+        """The difference after compression and decompression, float64 [O, I]."""
 
     def bits(self, experts: int) -> float:
-        """Bits per weight of the dense matrix, base included, for N experts."""
+        """Bits per weight of the dense matrix, itself included, for that many experts."""
 
 
 @dataclass(frozen=True)
 class Sparsify:
-    """DARE: entries dropped with probability `rate`, the others divided by 1 - rate."""
+    """Drop entries with probability `rate` and divide the others by 1 - rate (DARE, arXiv:2311.03099)."""
 
     rate: float
 
@@ -65,7 +67,7 @@ class Sparsify:
 
 @dataclass(frozen=True)
 class Quantise:
-    """Every entry in `bits_per_weight` bits."""
+    """Round each entry to one of 2^`bits_per_weight` values."""
 
     bits_per_weight: int
 
@@ -77,7 +79,8 @@ class Quantise:
         if self.bits_per_weight == FULL_BITS or not delta_OI.any():
             return delta_OI
         top = 2**self.bits_per_weight - 1
-        # Fine steps reach the largest entry, coarse ones do better without it.
+        # The optimisation finds a local minimum. A fine quantiser should begin with a step that reaches the largest
+        # entry, a coarse one with a step that cuts it off.
         starts = np.abs(delta_OI).max() / top, 2 * np.sqrt(np.square(delta_OI).mean()) / top
         candidates = [_fitted(delta_OI, start, top) for start in starts]
         return min(candidates, key=lambda quantised: np.square(quantised - delta_OI).sum())
@@ -87,18 +90,18 @@ class Quantise:
 
 
 def _fitted(delta_OI: Array, step: float, top: int, rounds: int = 20) -> Array:
-    """Codes for the step and the best step for the codes, in turn; the error never grows."""
+    """Quantised values: the best codes for a step and the best step for the codes in turn; the error never grows."""
     for _ in range(rounds):
-        # Odd numbers from -top to top; the codes lie 2 steps apart.
+        # Codes are odd numbers from -top to top, so that neighbouring values lie 2 steps apart.
         code_OI = np.clip(2 * np.floor(delta_OI / (2 * step)) + 1, -top, top)
         step = float((delta_OI * code_OI).sum() / np.square(code_OI).sum())
     return step * code_OI
 
 
 def compress(checkpoint: Path, base: Path, method: Method, output: Path, seed: int = 0) -> dict[str, Any]:
-    """Compress the experts of `checkpoint` (ours) against `base`, the dense open_clip weights; returns the report.
+    """Compress the experts of `checkpoint`, a file of `weights.save`; `base` has the dense weights. Returns a report.
 
-    Writes `output` atomically, for `weights.load`. UserError if a file is not what it should be.
+    Writes `output` whole or not at all, for `weights.load`. Raises UserError for a file of another kind.
     """
     from safetensors import safe_open
     from safetensors.torch import save_file

@@ -1,7 +1,7 @@
-"""The one door to DeepSpeed: import it from here, so that it finds its device quietly and builds nothing.
+"""The one place that imports DeepSpeed, so that it finds its device, prints nothing and compiles nothing.
 
-DeepSpeed prints to stdout at import and warns on machines without a GPU, and on a CPU it would compile a small
-shared-memory extension at its first collective, and die without a compiler. It is switched off; gloo does the work.
+DeepSpeed prints to stdout at import and warns on machines without a GPU. On a CPU it would compile a shared-memory
+extension at its first collective, and fail without a compiler. That extension is switched off: gloo does its work.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections import defaultdict
 import torch
 
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
-# Its log handler binds stdout at import: stdout is for results, and a progress bar may stand for stderr just then.
+# Its log handler keeps the stdout of the import. Stdout is for results, and `sys.stderr` may be a progress bar's.
 with contextlib.redirect_stdout(sys.__stderr__ or sys.stderr):
     import deepspeed
     from deepspeed.moe.layer import MoE

@@ -1,11 +1,12 @@
-"""The plain FFNs of a layer, each on its own rows, as one operation: what experts mostly are.
+"""All experts of a layer as one operation, where they are plain FFNs: each runs on its own block of rows.
 
-    y_RD = expert_ffns(x_RD, rooms, experts)        # rows of block i: experts[i](x)
+    y_RD = expert_ffns(x_RD, block_sizes, experts)        # the rows of block i go through experts[i]
 
-Numbers are those of the experts called one by one, to the bit, under autocast too, where each has weights of its own
-(autocast would cast a shared one once, and add its gradients in that precision). What is spared is the rest: one buffer
-that all write into instead of a concatenation, forwards and backwards, one cast of the rows, and most of autograd's
-steps.
+Numbers are those of the experts called one by one, to the bit, under autocast too. It saves the rest: a concatenation
+in each direction (all experts write into one buffer), casts of the rows, and most of autograd's steps. No weight may be
+shared: autocast would cast it once, and add its gradients in bf16.
+
+Shape suffixes: R rows in blocks by expert, filler rows included (see `dispatch`).
 """
 
 from __future__ import annotations
@@ -19,39 +20,39 @@ from torch.autograd.function import once_differentiable
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
-    """What a matrix product with `x` is computed in: autocast's dtype where it is on."""
+    """The dtype of a matrix product with `x`: autocast's where it is on, else that of x."""
     kind = x.device.type
     if x.dtype == torch.float64:  # which autocast leaves alone
         return x.dtype
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
-def expert_ffns(x_RD: Tensor, rooms: Sequence[int], experts: Sequence[Any]) -> Tensor:
-    """[R, D] -> [R, D] for experts that `expert_backends.as_one` lets pass, with `rooms[i]` rows for experts[i]."""
-    keeps = torch.is_grad_enabled()  # which a Function does not see
-    y_RD: Tensor = _ExpertFFNs.apply(x_RD, rooms, experts[0].gelu, keeps, *parameters_of(experts))
+def expert_ffns(x_RD: Tensor, block_sizes: Sequence[int], experts: Sequence[Any]) -> Tensor:
+    """[R, D] -> [R, D], `block_sizes[i]` rows through experts[i]; `backends.as_one` says which experts it can take."""
+    keeps = torch.is_grad_enabled()  # within a Function it is always off
+    y_RD: Tensor = _ExpertFFNs.apply(x_RD, block_sizes, experts[0].gelu, keeps, *parameters_of(experts))
     return y_RD
 
 
 def parameters_of(experts: Sequence[Any]) -> list[Tensor]:
-    """W1 [H, D], b1 [H], W2 [D, H], b2 [D] of the first, of the second, ..."""
+    """W1 [H, D], b1 [H], W2 [D, H], b2 [D] of the first expert, then of the second, and so on."""
     return [tensor for one in experts for part in (one.c_fc, one.c_proj) for tensor in (part.weight, part.bias)]
 
 
 class _ExpertFFNs(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x_RD: Tensor, rooms: Sequence[int], act: nn.Module, keeps: bool, *parameters: Tensor
+        ctx: Any, x_RD: Tensor, block_sizes: Sequence[int], act: nn.Module, keeps: bool, *parameters: Tensor
     ) -> Tensor:
         ctx.set_materialize_grads(False)
-        ctx.rooms, ctx.act, ctx.parameters, ctx.dtype = rooms, act, parameters, x_RD.dtype
+        ctx.block_sizes, ctx.act, ctx.parameters, ctx.dtype = block_sizes, act, parameters, x_RD.dtype
         dtype, kind = compute_dtype(x_RD), x_RD.device.type
         casts = torch.is_autocast_enabled(kind) and dtype != torch.float64
         x_RD = x_RD.to(dtype)
         y_RD = torch.empty_like(x_RD)
         saved: list[Tensor] = []
         with torch.autocast(kind, enabled=False):
-            for number, (x, y) in enumerate(zip(x_RD.split(rooms), y_RD.split(rooms), strict=True)):
+            for number, (x, y) in enumerate(zip(x_RD.split(block_sizes), y_RD.split(block_sizes), strict=True)):
                 own = parameters[4 * number : 4 * number + 4]
                 w1_HD, b1_H, w2_DH, b2_D = (each.to(dtype) if casts else each for each in own)
                 hidden_RH = torch.addmm(b1_H, x, w1_HD.t())
@@ -71,7 +72,7 @@ class _ExpertFFNs(torch.autograd.Function):
         x_RD, *saved = ctx.saved_tensors
         grad_x_RD = torch.empty_like(x_RD)
         wanted, grads = ctx.needs_input_grad[4:], []
-        blocks = zip(*(rows.split(ctx.rooms) for rows in (x_RD, grad_RD, grad_x_RD)), strict=True)
+        blocks = zip(*(rows.split(ctx.block_sizes) for rows in (x_RD, grad_RD, grad_x_RD)), strict=True)
         for number, (x, grad, grad_x) in enumerate(blocks):
             own = slice(4 * number, 4 * number + 4)
             hidden_RH, active_RH, w1_HD, w2_DH = saved[own]
@@ -89,7 +90,7 @@ class _ExpertFFNs(torch.autograd.Function):
 
 
 def _through(act: Any, hidden_RH: Tensor, grad_RH: Tensor) -> Tensor:
-    """The gradient behind an activation."""
+    """The gradient of the activation's input, from that of its output."""
     if type(act) is nn.GELU:
         made: Tensor = torch.ops.aten.gelu_backward(grad_RH, hidden_RH, approximate=act.approximate)
         return made

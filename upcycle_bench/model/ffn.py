@@ -1,63 +1,27 @@
-"""The dense FFN, its place in the network, and what a strategy makes of it: experts and a router."""
+"""The dense FFN, where it stands in the network, and what a strategy makes of it: experts and a router.
+
+ffn = FFN.of(model.get_submodule(layer.mlp_path))                               # the dense weights, read-only
+init = LayerInit([ffn.expert() for _ in range(layer.num_experts)], router_ED)   # sparse upcycling: copies
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
-
-from torch import Tensor, nn
-
-if TYPE_CHECKING:
-    pass
-
-
 import copy
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import Any, Literal
 
 import torch.nn.functional as F
-
-if TYPE_CHECKING:
-    pass
-
-
-def merged(expert: Any) -> nn.Module:
-    """The plain FFN that computes what `expert` does: itself, or what its `merged` makes."""
-    return expert.merged() if hasattr(expert, "merged") else expert
-
-
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-
-
-def alike(experts: Sequence[Any]) -> bool:
-    """Whether all are plain FFNs with the same activation, which can then be computed for all rows at once."""
-    return all(plain(expert) and _act(expert) == _act(experts[0]) for expert in experts)
-
-
-def plain(expert: Any) -> bool:
-    """What `FFN.expert` makes, and no hook that wants to see it run."""
-    if type(expert) is not nn.Sequential or list(expert._modules) != ["c_fc", "gelu", "c_proj"]:
-        return False
-    c_fc, act, c_proj = parts = expert._modules.values()
-    linear = all(type(part) is nn.Linear and part._parameters["bias"] is not None for part in (c_fc, c_proj))
-    return linear and not act._parameters and not act._modules and not any(map(_hooked, (expert, *parts)))
-
-
-def _hooked(part: Any) -> bool:
-    own = part.__dict__  # asked 30 times a layer and step: a module looks its attributes up slowly
-    return "forward" in own or any(own[name] for name in _HOOKS)
-
-
-def _act(expert: Any) -> tuple[type, dict[str, Any]]:
-    act = expert._modules["gelu"]
-    return type(act), {name: value for name, value in act.__dict__.items() if name[0] != "_"}
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
 class FFN:
-    """One dense feed-forward block, FFN(x) = W2 act(W1 x + b1) + b2; tensors are the dense model's own, read-only."""
+    """One dense feed-forward block, FFN(x) = W2 act(W1 x + b1) + b2.
+
+    The tensors are the dense model's own: read them, do not write to them.
+    """
 
     w1_HD: Tensor
     b1_H: Tensor
@@ -67,7 +31,7 @@ class FFN:
 
     @classmethod
     def of(cls, mlp: Any) -> FFN:
-        """Read open_clip's `mlp` (c_fc, gelu, c_proj)."""
+        """The FFN of open_clip's `mlp` (c_fc, gelu, c_proj)."""
         return cls(
             mlp.c_fc.weight.detach(),
             mlp.c_fc.bias.detach(),
@@ -78,16 +42,19 @@ class FFN:
 
     @property
     def width(self) -> int:
-        """D."""
+        """D, the width of the block's input and output."""
         return self.w1_HD.shape[1]
 
     @property
     def hidden(self) -> int:
-        """H."""
+        """H, the hidden width."""
         return self.w1_HD.shape[0]
 
     def resized(self, hidden: int) -> FFN:
-        """Its first `hidden` neurons, or, where it has fewer, neurons of zeros behind its own: the same function."""
+        """The FFN with `hidden` hidden neurons: the first ones, or all and then neurons of zeros.
+
+        Neurons of zeros do not change the function.
+        """
         if hidden == self.hidden:
             return self
         more = max(0, hidden - self.hidden)
@@ -100,7 +67,7 @@ class FFN:
         )
 
     def put_into(self, mlp: Any) -> None:
-        """Give open_clip's `mlp` copies of these tensors, whatever its hidden width was."""
+        """Give open_clip's `mlp` copies of these tensors; its hidden width may change."""
         made: Any = self.expert()
         mlp.c_fc, mlp.c_proj = made.c_fc, made.c_proj
 
@@ -112,7 +79,10 @@ class FFN:
         w2_DH: Tensor | None = None,
         b2_D: Tensor | None = None,
     ) -> nn.Sequential:
-        """A trainable copy of this FFN with storage of its own; given tensors replace the dense ones."""
+        """A trainable copy of this FFN with storage of its own.
+
+        Tensors that are given replace the dense ones; they are copied to the FFN's dtype and device.
+        """
         parts = [
             own if given is None else given
             for own, given in ((self.w1_HD, w1_HD), (self.b1_H, b1_H), (self.w2_DH, w2_DH), (self.b2_D, b2_D))
@@ -125,7 +95,7 @@ class FFN:
 
 @dataclass(frozen=True)
 class Layer:
-    """Where an MoE layer stands and what the protocol wants of it; `depth` is the number of blocks of its tower."""
+    """Where an MoE layer stands, and its size by the protocol; `depth` is the number of blocks of its tower."""
 
     tower: Literal["vision", "text"]
     block: int
@@ -135,12 +105,12 @@ class Layer:
 
     @property
     def name(self) -> str:
-        """Short unique name, as in diagnostics: `vision.1`."""
+        """Its unique name in records: `vision.1`."""
         return f"{self.tower}.{self.block}"
 
     @property
     def mlp_path(self) -> str:
-        """The module's path in an open_clip CLIP."""
+        """The path of its `mlp` in an open_clip CLIP."""
         prefix = "visual." if self.tower == "vision" else ""
         return f"{prefix}transformer.resblocks.{self.block}.mlp"
 
@@ -149,13 +119,47 @@ class Layer:
 class LayerInit:
     """What a strategy makes of one FFN.
 
-    experts: N modules [T, D] -> [T, D], global order; router_ND: rows are router directions, no bias;
+    experts: E modules [T, D] -> [T, D], in the order of their global numbers;
+    router_ND: a direction for each expert, [E, D], no bias;
     notes: numbers for the step-0 receipt (ranks kept, agreement rate, ...).
 
-    An expert that is not what `FFN.expert` makes may have `merged() -> nn.Module`: the plain FFN that computes the same
-    function, with storage of its own. Trained experts are merged before they are saved and scored.
+    An expert of another form than `FFN.expert` makes may have a method `merged() -> nn.Module`. It returns the plain
+    FFN that computes the same function, with storage of its own. Trained experts are merged before they are saved.
     """
 
     experts: Sequence[nn.Module]
     router_ND: Tensor
     notes: Mapping[str, float] = field(default_factory=dict)
+
+
+def merged(expert: Any) -> nn.Module:
+    """The plain FFN that computes what `expert` does: `expert.merged()` if it has that method, else itself."""
+    return expert.merged() if hasattr(expert, "merged") else expert
+
+
+def alike(experts: Sequence[Any]) -> bool:
+    """Whether all are plain FFNs with the same activation, so that a backend may compute them together."""
+    return all(plain(expert) and _activation(expert) == _activation(experts[0]) for expert in experts)
+
+
+def plain(expert: Any) -> bool:
+    """Whether `expert` is what `FFN.expert` makes, with no hook that must see its modules run."""
+    if type(expert) is not nn.Sequential or list(expert._modules) != ["c_fc", "gelu", "c_proj"]:
+        return False
+    c_fc, act, c_proj = parts = expert._modules.values()
+    linear = all(type(part) is nn.Linear and part._parameters["bias"] is not None for part in (c_fc, c_proj))
+    return linear and not act._parameters and not act._modules and not any(map(_hooked, (expert, *parts)))
+
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def _hooked(module: Any) -> bool:
+    own = module.__dict__  # a layer asks this 30 times a step, and attribute access on a module is slow
+    return "forward" in own or any(own[name] for name in _HOOKS)
+
+
+def _activation(expert: Any) -> tuple[type, dict[str, Any]]:
+    """The class of an expert's activation and its settings."""
+    act = expert._modules["gelu"]
+    return type(act), {name: value for name, value in act.__dict__.items() if name[0] != "_"}

@@ -1,12 +1,18 @@
-"""The MoE layer that replaces an FFN: text padding, experts and DeepSpeed's layer (`ragged`) behind one `forward`.
+"""The MoE layer that replaces an FFN: DeepSpeed's layer with our experts and router, without text padding.
 
-DeepSpeed is imported when the first layer is made, so that what only names layers (`upcycle-bench list`) is quick.
+    layer = moe_layers(model)["vision.1"]
+    layer.router_weight, layer.experts, layer.l_aux
+
+No other file knows where DeepSpeed keeps things: they use the properties of `MoEFFN`.
+
+DeepSpeed is imported when the first layer is made, so that commands which need none (`upcycle-bench list`) are quick.
 
 Shape suffixes: T tokens of the local micro-batch, padding left out.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -14,25 +20,23 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from upcycle_bench import protocol
-from upcycle_bench.model.ffn import Layer
+from upcycle_bench.model.ffn import Layer, merged
 from upcycle_bench.model.padding import Padding
 
 if TYPE_CHECKING:
-    from upcycle_bench.model.gate import Gate
+    from upcycle_bench.model.gate import Gate  # which imports DeepSpeed
 
-
-from upcycle_bench.model.ffn import merged
-
-EXPERTS = "moe.deepspeed_moe.experts.deepspeed_experts"  # where DeepSpeed keeps them, in an `MoEFFN`
+EXPERTS = "moe.deepspeed_moe.experts.deepspeed_experts"  # where DeepSpeed keeps them in an `MoEFFN`
+EXPERT_KEY = re.compile(rf"(.*)\.{re.escape(EXPERTS)}\.(\d+)\.(.*)")  # the path of the `MoEFFN`, the expert, its part
 
 
 class MoEFFN(nn.Module):
-    """What replaces a block's `mlp`: [B, L, D] -> [B, L, D], text padding left out before the gate.
+    """What replaces a block's `mlp`: [B, L, D] -> [B, L, D]; or tokens without padding, [T, D] -> [T, D].
 
-    Tokens [T, D] without padding (`upcycle_bench.model.padding`) stay as they are.
+    Text padding is left out before the gate, and gets an output of zeros.
 
-    `self.moe` is DeepSpeed's MoE; its input [T, D] and its output (y [T, D], l_aux, counts) are what forward hooks see.
-    With ep_size > 1 this rank keeps the experts ep_rank * N/ep_size onwards.
+    `self.moe` is DeepSpeed's MoE. Its forward hooks see its input [T, D] and its output: y [T, D], l_aux, counts [E].
+    Under expert parallelism this rank keeps E / ep_size experts, from global number ep_rank * E / ep_size on.
     """
 
     def __init__(
@@ -64,69 +68,8 @@ class MoEFFN(nn.Module):
             gate, holder, self.moe.expert_group_name, moe.ep_size, self.moe.num_local_experts
         )
 
-    def _mark(self, experts: nn.Module) -> None:
-        parameter: Any
-        for parameter in experts.parameters():  # as deepspeed.moe.experts.Experts marks its copies
-            parameter.allreduce = False
-            parameter.group_name = self.moe.expert_group_name
-
-    def merge(self) -> None:
-        """Put the plain FFN in the place of each expert that has a `merged` form."""
-        for number, expert in enumerate(self.experts):
-            plain = merged(expert)
-            if plain is not expert:
-                self._mark(plain)
-                self.experts[number] = plain.train(expert.training)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """As `RaggedMOELayer`'s."""
-        return self.__dict__ | {"l_aux": None}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """A copy's parameters are new ones, without DeepSpeed's marks."""
-        super().__setstate__(state)
-        self._mark(self.moe.deepspeed_moe.experts)
-
-    @property
-    def gate(self) -> Gate:
-        """The router."""
-        return self.moe.deepspeed_moe.gate
-
-    @property
-    def experts(self) -> nn.ModuleList:
-        """This rank's experts."""
-        return self.moe.deepspeed_moe.experts.deepspeed_experts
-
-    @property
-    def router_weight(self) -> nn.Parameter:
-        """The router's rows, [E, D]."""
-        return self.gate.wg.weight
-
-    @property
-    def compute(self) -> nn.Module:
-        """What runs the experts on their rows, for hooks: (experts, rows_RD, layout) -> [R, D]."""
-        return self.moe.deepspeed_moe.compute
-
-    @property
-    def expert_group(self) -> Any:
-        """The process group over which the experts are spread."""
-        return self.moe.deepspeed_moe.ep_group
-
-    def take_dropped(self) -> tuple[int, int]:
-        """(choices dropped, choices routed) in training since the last call."""
-        return self.gate.take_dropped()
-
-    @staticmethod
-    def state_key(expert: int | str, part: str) -> str:
-        """Key of an expert's tensor in this layer's state dict; `part` is `c_fc.weight` or the like."""
-        return f"{EXPERTS}.{expert}.{part}"
-
-    @property
-    def c_fc(self) -> nn.Module:
-        """open_clip asks block 0 for `mlp.c_fc.weight.dtype`; the router answers for us."""
-        return self.gate.wg
-
     def forward(self, x_BLD: Tensor) -> Tensor:
+        """[B, L, D] or [T, D], the same out; sets `l_aux`, the load-balancing loss of these tokens."""
         x_TD = x_BLD.flatten(0, -2)
         padding = self.padding if x_BLD.dim() == 3 else None
         if padding is not None:
@@ -136,16 +79,82 @@ class MoEFFN(nn.Module):
             y_TD = padding.expand(y_TD)
         return y_TD.view(x_BLD.shape)
 
+    def merge(self) -> None:
+        """Put the plain FFN in the place of each expert that has a `merged` form."""
+        for number, expert in enumerate(self.experts):
+            plain = merged(expert)
+            if plain is not expert:
+                self._mark(plain)
+                self.experts[number] = plain.train(expert.training)
+
+    @property
+    def gate(self) -> Gate:
+        """The router; its forward hooks see `gate.Routes`."""
+        return self.moe.deepspeed_moe.gate
+
+    @property
+    def experts(self) -> nn.ModuleList:
+        """The experts of this rank."""
+        return self.moe.deepspeed_moe.experts.deepspeed_experts
+
+    @property
+    def router_weight(self) -> nn.Parameter:
+        """The router's weight, [E, D]."""
+        return self.gate.wg.weight
+
+    @property
+    def compute(self) -> nn.Module:
+        """What runs the experts; its forward hooks see (experts, rows [R, D], `dispatch.Layout`) and the output [R, D].
+
+        It does not run under expert parallelism nor with the backend `deepspeed`.
+        """
+        return self.moe.deepspeed_moe.compute
+
+    @property
+    def expert_group(self) -> Any:
+        """The process group over which the experts are spread, once an engine has made it."""
+        return self.moe.deepspeed_moe.ep_group
+
+    def take_dropped(self) -> tuple[int, int]:
+        """(choices dropped, choices routed) in training since the last call."""
+        return self.gate.take_dropped()
+
+    @staticmethod
+    def state_key(expert: int | str, part: str) -> str:
+        """The key of an expert's tensor in the state dict of an `MoEFFN`; `part` is `c_fc.weight` or the like."""
+        return f"{EXPERTS}.{expert}.{part}"
+
+    @property
+    def c_fc(self) -> nn.Module:
+        """For open_clip, which asks block 0 for `mlp.c_fc.weight.dtype`: the router has the layer's dtype."""
+        return self.gate.wg
+
+    def _mark(self, experts: nn.Module) -> None:
+        """Mark the experts' parameters for DeepSpeed's engine, as `deepspeed.moe.experts.Experts` does."""
+        parameter: Any
+        for parameter in experts.parameters():
+            parameter.allreduce = False
+            parameter.group_name = self.moe.expert_group_name
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy has no last loss, which holds a graph."""
+        return self.__dict__ | {"l_aux": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy's parameters are new ones, without DeepSpeed's marks."""
+        super().__setstate__(state)
+        self._mark(self.moe.deepspeed_moe.experts)
+
 
 def moe_layers(model: nn.Module) -> dict[str, MoEFFN]:
-    """The upcycled layers by name (`vision.1`), in model order; empty for a dense model."""
+    """The MoE layers by name (`vision.1`), in the order of the model; empty for a dense model."""
     return {module.place.name: module for module in model.modules() if isinstance(module, MoEFFN)}
 
 
 def parameter_counts(model: nn.Module) -> tuple[int, int]:
-    """(total, active per token) parameters, experts of other ranks included; active: k of N in every MoE layer.
+    """(total, active per token) parameters, experts of other ranks included; active are K of E experts in each layer.
 
-    What all experts of a layer share counts once in both.
+    Parameters that all experts of a layer share count once in both.
     """
     total = sum(p.numel() for p in model.parameters())
     idle = 0

@@ -1,10 +1,12 @@
-"""CLIP's text padding: it takes no part in MoE layers and, in training, in hardly anything.
+"""CLIP's text padding, which is left out of the text tower: what stands behind the end-of-text token.
 
-    if packs(model): text_BC = encode_text(model, text_BL)       # model.encode_text to rounding, gradients too
+    if packs(model):
+        text_BC = encode_text(model, text_BL)     # model.encode_text to rounding, gradients too
 
-Captions are short, and most of a text batch is padding. Positions behind the end-of-text token cannot influence the
-text feature (causal attention, pooled at that token). `encode_text` leaves them out of everything but attention, which
-sees captions padded to the longest of the batch. MoE layers then get the tokens [T, D] that they would keep anyway.
+Captions are short, and most of a text batch is padding. It cannot influence the text feature: attention is causal, and
+the feature is pooled at the end-of-text token. In an MoE layer it would take up capacity, so `Padding` leaves it out
+before the gate. `encode_text` leaves it out of the whole tower but attention, which sees captions padded to the longest
+of the batch.
 
 Shape suffixes: P = B * L positions; T tokens, padding left out.
 """
@@ -21,20 +23,16 @@ from upcycle_bench.model.token_rows import select_rows
 
 
 class Padding:
-    """Which text positions carry a token: known when the token embedding is called, used by every text MoE layer.
-
-    Positions behind the end-of-text token cannot influence CLIP's text feature (causal attention, pooled at that
-    token), so they would only eat expert capacity; they are left out before the gate and get no MoE output.
-    """
+    """Which positions of a text batch carry a token: noted by a hook of the token embedding, used by MoE layers."""
 
     def __init__(self, end_of_text: int | None = None) -> None:
-        self.end_of_text = end_of_text  # None: the end-of-text token is the highest id (CLIP's tokenizer)
-        self.keep_T: Tensor | None = None
-        self.position_P: Tensor | None = None
+        self.end_of_text = end_of_text  # None: the highest id of a text, as with CLIP's tokenizer
+        self.keep_T: Tensor | None = None  # the position of each token
+        self.position_P: Tensor | None = None  # the token of each position; T: padding
 
     @classmethod
     def of(cls, model: Any) -> Padding | None:
-        """What follows the padding of that CLIP; None where it pools elsewhere or attends to what comes later."""
+        """For that CLIP; None if it pools elsewhere or attends to later positions, where padding has a meaning."""
         pool = getattr(model, "text_pool_type", None)
         if pool not in ("argmax", "eos") or model.attn_mask is None:
             return None
@@ -46,7 +44,7 @@ class Padding:
         return marks_BL.argmax(1)
 
     def observe(self, _module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        """Forward pre-hook of the token embedding; args[0] is text_BL."""
+        """Note a batch. It is a forward pre-hook of the token embedding: args[0] is text_BL."""
         text_BL = args[0]
         end_B = self.end_positions(text_BL)
         keep_P = (torch.arange(text_BL.shape[1], device=text_BL.device) <= end_B[:, None]).flatten()
@@ -54,18 +52,18 @@ class Padding:
         self.position_P = torch.where(keep_P, keep_P.cumsum(0) - 1, len(self.keep_T))
 
     def compact(self, x_PD: Tensor) -> Tensor:
-        """[B*L, D] -> the T rows that carry a token."""
+        """[P, D] -> [T, D], the rows that carry a token."""
         assert self.keep_T is not None and self.position_P is not None, "the token embedding was not called"
         return select_rows(x_PD, self.keep_T, self.position_P[None], inverse_holes=True)
 
     def expand(self, y_TD: Tensor) -> Tensor:
-        """The inverse of `compact`, zeros at padding."""
+        """[T, D] -> [P, D], the inverse of `compact`, with zeros at padding."""
         assert self.keep_T is not None and self.position_P is not None
         return select_rows(y_TD, self.position_P, self.keep_T[None], index_holes=True)
 
 
 def packs(model: Any) -> bool:
-    """Whether `encode_text` knows that model's text tower: causal, pooled at the end of text, plain blocks."""
+    """Whether `encode_text` knows that model's text tower: causal, pooled at end-of-text, PyTorch's attention."""
     blocks = getattr(getattr(model, "transformer", None), "resblocks", [])
     return Padding.of(model) is not None and all(
         isinstance(block.attn, nn.MultiheadAttention) and block.attn.in_proj_bias is not None for block in blocks
@@ -73,7 +71,7 @@ def packs(model: Any) -> bool:
 
 
 def encode_text(model: Any, text_BL: Tensor) -> Tensor:
-    """Text features [B, E], not normalised: what `model.encode_text(text_BL)` gives, to rounding."""
+    """Text features [B, C], not normalised: what `model.encode_text(text_BL)` gives, to rounding."""
     padding = Padding.of(model)
     assert padding is not None
     end_B = padding.end_positions(text_BL)
@@ -82,7 +80,7 @@ def encode_text(model: Any, text_BL: Tensor) -> Tensor:
     keep_T = padding.keep_T
     assert keep_T is not None
     rows, longest = text_BL.shape
-    # not by the embedding module's own forward: its hooks expect whole captions
+    # Not by the embedding module's forward: `Padding.observe`, its hook, expects whole captions.
     x_TD = F.embedding(text_BL.flatten()[keep_T], model.token_embedding.weight)
     x_TD = x_TD + model.positional_embedding[keep_T % longest]
     for block in model.transformer.resblocks:
@@ -96,9 +94,9 @@ def encode_text(model: Any, text_BL: Tensor) -> Tensor:
 
 
 def _attention(attention: nn.MultiheadAttention, x_TD: Tensor, padding: Padding, rows: int, longest: int) -> Tensor:
-    """Causal self-attention; only queries, keys and values are padded."""
-    qkv_T = F.linear(x_TD, attention.in_proj_weight, attention.in_proj_bias)
+    """Causal self-attention, [T, D] -> [T, D]; queries, keys and values alone are padded."""
+    qkv_T = F.linear(x_TD, attention.in_proj_weight, attention.in_proj_bias)  # [T, 3 D]
     qkv_BL = padding.expand(qkv_T).view(rows, longest, 3, attention.num_heads, attention.head_dim)
-    query, key, value = qkv_BL.permute(2, 0, 3, 1, 4)
+    query, key, value = qkv_BL.permute(2, 0, 3, 1, 4)  # each [B, heads, L, D / heads]
     mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True)
     return attention.out_proj(padding.compact(mixed.transpose(1, 2).reshape(rows * longest, -1)))

@@ -1,4 +1,4 @@
-"""In which precision, and by which attention kernel, a model computes."""
+"""The precision in which a model computes, and the kernel of its attention."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 
 def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[Any]:
-    """bf16 autocast on float32 weights, or nothing."""
+    """The context of a forward pass: autocast for "bf16", where weights stay float32; else nothing."""
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
 
 
 def attention_kernel(device: torch.device, longest: int) -> contextlib.AbstractContextManager[Any]:
-    """Plain matmul-softmax attention for short sequences on a CPU, where the flash kernel's backward is slow.
+    """A context that takes PyTorch's plain attention for short sequences on a CPU; its flash kernel is slow backwards.
 
-    The bound is a measurement (docs/performance.md: in bf16 the plain kernel pays up to 77 tokens and not from 197).
-    It is fixed, so that numbers do not depend on a timing.
+    `longest` counts tokens. The bound lies between two measurements in bf16 (docs/performance.md): the plain kernel is
+    faster at 77 tokens and slower at 197. It is fixed, so that numbers do not depend on a timing.
     """
     plain = device.type == "cpu" and longest <= 128
     return sdpa_kernel(SDPBackend.MATH) if plain else contextlib.nullcontext()
 
 
 def longest_sequence(model: Any) -> int:
-    """The longer of the image's tokens and the text's."""
+    """The number of tokens of an image or of a text, the larger of the two."""
     return max(len(model.visual.positional_embedding), model.context_length)

@@ -1,12 +1,11 @@
-"""Weight surgery: a dense CLIP in, an upcycled copy out, every tensor accounted for.
+"""Weight surgery: a dense CLIP in, a copy with MoE layers out.
 
-    layers = find_layers(dense, protocol.moe)
-    model = upcycle(dense, {layer.name: LayerInit(...)}, protocol.moe)
-
+    layers = find_layers(dense, moe)
+    model = put_experts(dense, {layer.name: LayerInit(...) for layer in layers}, moe)
     merge(model)    # after training: experts of other forms become plain FFNs
 
-Every dense tensor is either copied bit for bit or belongs to a replaced FFN; every target tensor is a copy or belongs
-to an MoE layer; anything else raises. The dense model is not touched and shares no storage with the result.
+Every tensor of the dense model is copied bit for bit, but for those of the FFNs that are replaced. The dense model is
+not changed and shares no storage with the result.
 """
 
 from __future__ import annotations
@@ -26,7 +25,10 @@ from upcycle_bench.util.errors import PluginError, UserError
 
 
 def find_layers(model: Any, moe: protocol.MoE) -> list[Layer]:
-    """The blocks to replace: every `moe.every`-th from `moe.offset` on, vision first, in block order."""
+    """The blocks to replace: every `moe.every`-th from `moe.offset` on, in block order, the vision tower's first.
+
+    Raises UserError for a model whose blocks are not open_clip's plain ViT ones, and where no block is left.
+    """
     layers = []
     towers: tuple[tuple[Literal["vision", "text"], str], ...] = (("vision", "visual."), ("text", ""))
     for tower, prefix in towers:
@@ -53,18 +55,18 @@ def find_layers(model: Any, moe: protocol.MoE) -> list[Layer]:
 
 
 def put_experts(dense: Any, inits: Mapping[str, LayerInit], moe: protocol.MoE) -> Any:
-    """A copy of `dense` in which each layer of `inits` (by layer name) is an MoE layer.
+    """A copy of `dense` with MoE layers in the place of some FFNs: `inits` has one entry for each of `find_layers`.
 
-    Raises ValueError when a layer's experts or router have the wrong number or shape, or share storage with the dense
-    model; AssertionError when the key accounting does not add up.
+    Raises PluginError when experts or router have the wrong number or shape, hold values that are not finite, or share
+    storage with the dense model; AssertionError when a tensor was neither copied nor replaced.
     """
     layers = find_layers(dense, moe)
     if [layer.name for layer in layers] != list(inits):
         raise PluginError(
             f"layers {list(inits)} were initialised, but the protocol replaces {[x.name for x in layers]}"
         )
-    # The replaced FFNs are not copied: hand deepcopy an entry that says they stand for themselves.
     replaced = {layer.name: dense.get_submodule(layer.mlp_path) for layer in layers}
+    # The memo of deepcopy gets the replaced FFNs as if they were copied already, which saves the memory of copies.
     model = copy.deepcopy(dense, {id(mlp): mlp for mlp in replaced.values()})
     padding = Padding.of(model)
     if padding is not None:
@@ -73,21 +75,21 @@ def put_experts(dense: Any, inits: Mapping[str, LayerInit], moe: protocol.MoE) -
         init, ffn = inits[layer.name], FFN.of(replaced[layer.name])
         _check(layer, init, ffn, moe.ep_size)
         parent = model.get_submodule(layer.mlp_path.rpartition(".")[0])
-        router_ND = init.router_ND.to(ffn.w1_HD)  # a random router is drawn on the CPU
-        parent.mlp = MoEFFN(layer, init.experts, router_ND, moe, padding if layer.tower == "text" else None)
+        router_ED = init.router_ND.to(ffn.w1_HD)  # a random router is drawn on the CPU
+        parent.mlp = MoEFFN(layer, init.experts, router_ED, moe, padding if layer.tower == "text" else None)
         parent.mlp.train(replaced[layer.name].training)
-    _account(dense, model, layers)
+    _check_copy(dense, model, layers)
     return model
 
 
 def merge(model: nn.Module) -> None:
-    """Replace, in place, every expert that has a `merged` form by it; DeepSpeed's marks stay on the parameters."""
+    """Put, in place, the plain FFN for every expert that has a `merged` form."""
     for layer in moe_layers(model).values():
         layer.merge()
 
 
 def hidden_widths(model: Any) -> dict[str, int]:
-    """Hidden width of every plain FFN of a CLIP, or of an MoE layer's first expert, by the `mlp`'s path."""
+    """The hidden width of every plain FFN by the path of its `mlp`; of an MoE layer, that of its first expert."""
     widths = {}
     for path, module in model.named_modules():
         if path.endswith(".mlp"):
@@ -98,7 +100,17 @@ def hidden_widths(model: Any) -> dict[str, int]:
     return widths
 
 
+def all_finite(value: torch.Tensor) -> bool:
+    """Whether no number is infinite or nan.
+
+    A finite sum shows it, and takes less time than `isfinite` of every number. The sum of finite numbers may overflow,
+    so that an infinite one shows nothing.
+    """
+    return bool(value.detach().sum().isfinite()) or bool(value.isfinite().all())
+
+
 def _check(layer: Layer, init: LayerInit, ffn: FFN, ep_size: int) -> None:
+    """Raise PluginError unless the layer can be made of `init`, in the place of `ffn`."""
     if len(init.experts) != layer.num_experts:
         raise PluginError(
             f"{layer.name}: {len(init.experts)} experts were made, the protocol wants {layer.num_experts}"
@@ -111,7 +123,7 @@ def _check(layer: Layer, init: LayerInit, ffn: FFN, ep_size: int) -> None:
     tensors = [("the router", [init.router_ND])]
     tensors += [(f"expert {number}", list(expert.parameters())) for number, expert in enumerate(init.experts)]
     for what, values in tensors:
-        if not all(value.is_meta or _finite(value) for value in values):
+        if not all(value.is_meta or all_finite(value) for value in values):
             raise PluginError(f"{layer.name}: {what} holds values that are not finite")
     expected = (layer.num_experts, ffn.width)
     if tuple(init.router_ND.shape) != expected:
@@ -122,13 +134,8 @@ def _check(layer: Layer, init: LayerInit, ffn: FFN, ep_size: int) -> None:
             raise PluginError(f"{layer.name}: expert {number} shares storage with the dense model; copy its tensors")
 
 
-def _finite(value: torch.Tensor) -> bool:
-    """By the sum, which is finite only if all are: `isfinite` of every number costs as much as copying it, and more."""
-    return bool(value.detach().sum().isfinite()) or bool(value.isfinite().all())  # sums of finite numbers may overflow
-
-
-def _account(dense: nn.Module, model: nn.Module, layers: list[Layer]) -> None:
-    """Every source key is used, every target key is filled, exactly once."""
+def _check_copy(dense: nn.Module, model: nn.Module, layers: list[Layer]) -> None:
+    """Assert that every tensor outside the replaced FFNs is a copy of the dense one, and that there is no other."""
     prefixes = tuple(f"{layer.mlp_path}." for layer in layers)
     source = {key: value for key, value in dense.state_dict().items() if not key.startswith(prefixes)}
     target = {key: value for key, value in model.state_dict().items() if not key.startswith(prefixes)}

@@ -1,10 +1,12 @@
-"""Moving token rows between orders by gathers only, forwards and backwards.
+"""Token rows in another order, and back: gathers alone, in the forward and in the backward pass.
 
-PyTorch's own backward of `index_select` is `index_add`, which on a CPU is several times slower than a gather. The
-MoE layer knows the inverse of every index it uses, so each backward here is a gather as well.
+PyTorch's backward of `index_select` is `index_add`, which on a CPU is several times slower than a gather. The caller
+knows the inverse of every index it uses, so that each backward pass here is a gather as well.
 
-Shape suffixes: T tokens, R routed rows (and those that pad), D width, K choices per token, C = K * T choices,
-N experts. An index equal to the number of rows means "a row of zeros" (a dropped choice, a padding position).
+An index may have holes: an entry equal to the number of rows means a row of zeros (a dropped choice, text padding).
+
+Shape suffixes: R rows, filler rows included (see `dispatch`); M = K * T choices, choice k * T + t being the k-th of
+token t.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from torch.autograd.function import once_differentiable
 
 
 def _with_hole(rows_RD: Tensor, has_holes: bool) -> Tensor:
-    """The rows as an index may name them: with one more behind them, of zeros, if it has holes."""
+    """The rows, and behind them a row of zeros if the index has holes."""
     return torch.cat([rows_RD, rows_RD.new_zeros(1, rows_RD.shape[1])]) if has_holes else rows_RD
 
 
@@ -56,10 +58,10 @@ def select_rows(
     inverse_holes: bool = False,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """x_TD[index_R], [R, D]. inverse_KT[k, t] is the k-th row of the result that comes from token t (R if none).
+    """x_TD[index_R], [R, D]; inverse_KT[k, t] is the k-th row of the result that comes from token t, R if none.
 
-    `*_holes` say that an index contains the zero row. With `dtype` the rows are x's in that precision; gradients are
-    still added in x's own.
+    `index_holes` and `inverse_holes` say whether that index may have holes. With `dtype` the rows are cast to it; their
+    gradients are still added up in the dtype of x.
     """
     return _SelectRows.apply(x_TD, index_R, inverse_KT, index_holes, inverse_holes, dtype)
 
@@ -69,7 +71,7 @@ class _CombineRows(torch.autograd.Function):
     def forward(ctx: Any, rows_RD: Tensor, gates_KT: Tensor, slots_KT: Tensor, choice_R: Tensor, holes: bool) -> Tensor:
         ctx.save_for_backward(rows_RD, gates_KT, slots_KT, choice_R)
         ctx.holes = holes
-        # Gates are float32 or wider, so products and their sum over choices are accumulated in that precision.
+        # Gates are float32 or wider: products are taken and added up in their precision.
         total_TD: Tensor | None = None
         holed_RD = _with_hole(rows_RD, holes)
         for slots_T, gates_T in zip(slots_KT, gates_KT, strict=True):
@@ -82,23 +84,24 @@ class _CombineRows(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         rows_RD, gates_KT, slots_KT, choice_R = ctx.saved_tensors
-        # Both factors in the gates' precision before they meet: mixed operands take a slow path on a CPU.
+        # Cast before the products: operands of two dtypes take a slow path on a CPU.
         grad_TD = grad_TD.to(gates_KT.dtype)
         num_tokens = len(grad_TD)
         grad_gates_KT = torch.empty_like(gates_KT)
-        grad_CD = rows_RD.new_empty(gates_KT.numel() + 1, rows_RD.shape[1])  # by choice; the last: of none
-        grad_CD[-1] = 0
+        grad_MD = rows_RD.new_empty(gates_KT.numel() + 1, rows_RD.shape[1])  # the last row is that of filler rows
+        grad_MD[-1] = 0
         holed_RD = _with_hole(rows_RD, ctx.holes)
         for k, (slots_T, gates_T) in enumerate(zip(slots_KT, gates_KT, strict=True)):
             own_TD = holed_RD.index_select(0, slots_T).to(gates_KT.dtype)
             torch.sum(own_TD.mul_(grad_TD), 1, out=grad_gates_KT[k])
-            grad_CD[k * num_tokens : (k + 1) * num_tokens] = grad_TD * gates_T.unsqueeze(1)
-        return grad_CD.index_select(0, choice_R), grad_gates_KT, None, None, None
+            grad_MD[k * num_tokens : (k + 1) * num_tokens] = grad_TD * gates_T.unsqueeze(1)
+        return grad_MD.index_select(0, choice_R), grad_gates_KT, None, None, None
 
 
 def combine_rows(rows_RD: Tensor, gates_KT: Tensor, slots_KT: Tensor, choice_R: Tensor, *, holes: bool) -> Tensor:
-    """y_t = sum_k gates[k, t] * rows[slots[k, t]], [T, D]; slots = R where the choice was dropped, which `holes` says.
+    """y_t = sum_k gates[k, t] * rows[slots[k, t]], [T, D]: the outputs of each token's experts, weighted.
 
-    choice_R[r] = k * T + t names the choice that row r holds; K * T: none, a row that pads and moves nothing.
+    slots_KT is R where a choice was dropped; `holes` says whether one was. choice_R is its inverse: the choice that
+    each row holds, M for a filler row, which has no effect.
     """
     return _CombineRows.apply(rows_RD, gates_KT, slots_KT, choice_R, holes)

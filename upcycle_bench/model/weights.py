@@ -1,18 +1,16 @@
-"""Final weights: one safetensors file for the whole model, named by its content, that loads without the run.
+"""Files of weights: a whole model, dense or upcycled, in one safetensors file that needs nothing else to be loaded.
 
-    digest = save(clip, plan.moe, folder)            # on every rank; rank 0 writes folder/<sha256>.safetensors
-    clip = load(folder / f"{digest}.safetensors")    # one process, all experts, any machine
+    digest = save(clip, moe, folder)                 # every rank calls it; rank 0 writes folder/SHA256.safetensors
+    clip = load(folder / f"{digest}.safetensors")    # one process, all experts, on any machine
 
-Experts that expert parallelism spread over ranks are gathered under their global numbers. The file's metadata holds
-the open_clip model name and the MoE configuration, which is all that is needed to build the module again, and where
-they are not the name's own, the settings of the transforms and the hidden widths.
+The file's metadata says how to build the model: its name in open_clip, the MoE settings, and where they differ from
+the name's own, the hidden widths and the settings of the transforms.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -25,26 +23,56 @@ from torch import Tensor, nn
 from upcycle_bench import protocol
 from upcycle_bench.model.clip import Clip, Precision, create_clip
 from upcycle_bench.model.ffn import FFN, LayerInit
-from upcycle_bench.model.moe import EXPERTS, moe_layers
+from upcycle_bench.model.moe import EXPERT_KEY, moe_layers
 from upcycle_bench.model.surgery import find_layers, hidden_widths, put_experts
 from upcycle_bench.util import distributed
 from upcycle_bench.util.cache import cache_root
 from upcycle_bench.util.errors import UserError
 from upcycle_bench.util.files import file_sha256, temporary
 
-FORMAT = "upcycle-bench/1"  # the metadata's one key: safetensors writes several in a random order
-EXPERT_KEY = re.compile(rf"(.*)\.{re.escape(EXPERTS)}\.(\d+)\.(.*)")  # the layer's path, the expert, its part
+FORMAT = "upcycle-bench/1"  # the one key of the metadata: safetensors writes several in a random order
+
+
+def save(clip: Clip, moe: protocol.MoE, folder: Path) -> str:
+    """Write the model to `folder`/SHA256.safetensors; returns the sha256 on rank 0, "" on the other ranks."""
+    if distributed.is_main():
+        folder.mkdir(parents=True, exist_ok=True)
+    with temporary(folder / "weights") as part:
+        if digest := write(clip, moe, part):
+            os.replace(part, folder / f"{digest}.safetensors")
+    return digest
+
+
+def write(clip: Clip, moe: protocol.MoE, path: Path) -> str:
+    """Write the model to `path`, as `save` does to a path of its own; the file is not written atomically."""
+    from safetensors.torch import save_file
+
+    state = consolidate(clip)
+    if not distributed.is_main():
+        return ""
+    settings: dict[str, Any] = {"model": clip.name, "moe": moe.model_dump() if moe_layers(clip.model) else None}
+    with torch.device("meta"):
+        usual = hidden_widths(create_clip(clip.name).model)
+    if hidden := {path: width for path, width in hidden_widths(clip.model).items() if width != usual.get(path)}:
+        settings["hidden"] = hidden  # left out where usual: files of other models keep their bytes, and their names
+    if clip.preprocess:
+        settings["preprocess"] = dict(clip.preprocess)
+    save_file(state, path, metadata={FORMAT: json.dumps(settings)})
+    return file_sha256(path)
 
 
 def consolidate(clip: Clip) -> dict[str, Tensor]:
-    """The whole model's state dict on the CPU, every expert under its global number; the same on every rank."""
+    """The whole model's state dict on the CPU, the same on every rank.
+
+    All ranks must call it: experts that expert parallelism spread over them are gathered under their global numbers.
+    """
     state = {}
     layers = {layer.place.mlp_path: layer for layer in moe_layers(clip.model).values()}
     for key, value in clip.model.state_dict().items():
         match = EXPERT_KEY.fullmatch(key)
         layer = layers[match[1]] if match else None
         if match is None or layer is None or layer.settings.ep_size == 1:
-            # Tied tensors are written twice.
+            # A copy of each: safetensors refuses tensors that share storage.
             state[key] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
             continue
         path, local, part = match.groups()
@@ -56,36 +84,8 @@ def consolidate(clip: Clip) -> dict[str, Tensor]:
     return state
 
 
-def save(clip: Clip, moe: protocol.MoE, folder: Path) -> str:
-    """Write the consolidated model to `folder`/SHA256.safetensors; returns the sha256 on rank 0, "" on the others."""
-    if distributed.is_main():
-        folder.mkdir(parents=True, exist_ok=True)
-    with temporary(folder / "weights") as part:
-        if digest := write(clip, moe, part):
-            os.replace(part, folder / f"{digest}.safetensors")
-    return digest
-
-
-def write(clip: Clip, moe: protocol.MoE, path: Path) -> str:
-    """Write the consolidated model to `path`, as `save` does; all ranks take part, rank 0 writes."""
-    from safetensors.torch import save_file
-
-    state = consolidate(clip)
-    if not distributed.is_main():
-        return ""
-    settings: dict[str, Any] = {"model": clip.name, "moe": moe.model_dump() if moe_layers(clip.model) else None}
-    with torch.device("meta"):
-        usual = hidden_widths(create_clip(clip.name).model)
-    if hidden := {path: width for path, width in hidden_widths(clip.model).items() if width != usual.get(path)}:
-        settings["hidden"] = hidden  # else left out: the same model has the same file
-    if clip.preprocess:
-        settings["preprocess"] = dict(clip.preprocess)
-    save_file(state, path, metadata={FORMAT: json.dumps(settings)})
-    return file_sha256(path)
-
-
 def is_ours(path: Path) -> bool:
-    """Whether `save` wrote that file, by its metadata."""
+    """Whether `save` or `write` wrote that file; its metadata shows it."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -96,7 +96,10 @@ def is_ours(path: Path) -> bool:
 
 
 def of_record(record: Path, digest: str | None) -> Path:
-    """The file in the cache with the weights of that record, whose sha256 `digest` is; UserError if it is not whole."""
+    """The file in the cache with the weights of a record; `digest` is the sha256 that the record names.
+
+    Raises UserError where the record names none, and where the file is missing or damaged.
+    """
     if digest is None:
         raise UserError(f"{record}: the record of a run that failed before it had weights; give one that went through.")
     file = cache_root() / "weights" / f"{digest}.safetensors"
@@ -111,9 +114,9 @@ def of_record(record: Path, digest: str | None) -> Path:
 
 
 def load(path: Path) -> Clip:
-    """The model of a file that `save` wrote, in eval mode, all experts in this process, in the file's dtypes.
+    """The model of a file that `save` or `write` wrote: in eval mode, with all experts, in the file's dtypes.
 
-    Raises UserError for a file that is not one of ours or does not fit its own metadata.
+    Raises UserError for a file of another kind, and for one that does not fit its own metadata.
     """
     from safetensors import SafetensorError, safe_open
     from safetensors.torch import load_file
@@ -137,10 +140,10 @@ def load(path: Path) -> Clip:
             inits = {}
             for layer in find_layers(clip.model, moe):
                 ffn = FFN.of(clip.model.get_submodule(layer.mlp_path))
-                router_ND = torch.zeros(layer.num_experts, ffn.width)
-                inits[layer.name] = LayerInit([ffn.expert() for _ in range(layer.num_experts)], router_ND)
+                router_ED = torch.zeros(layer.num_experts, ffn.width)
+                inits[layer.name] = LayerInit([ffn.expert() for _ in range(layer.num_experts)], router_ED)
             clip = replace(clip, model=put_experts(clip.model, inits, moe))
-        _follow(clip.model, state)
+        _take_dtypes(clip.model, state)
         clip.model.load_state_dict(state, strict=True)
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
         reason = " ".join(str(error).split())[:400]
@@ -150,14 +153,17 @@ def load(path: Path) -> Clip:
 
 
 def _precision(state: Mapping[str, Tensor]) -> Precision:
-    """open_clip's mixed precision needs LayerNorms of another class; where all dtypes are one, they only follow."""
+    """The precision with which open_clip must build the model of that state.
+
+    In mixed precision its LayerNorms are of another class. Where all tensors have one dtype, `_take_dtypes` suffices.
+    """
     weight, norm = state.get("visual.conv1.weight"), state.get("ln_final.weight")
     if weight is None or norm is None or weight.dtype == norm.dtype:
         return "fp32"
     return "bf16" if weight.dtype == torch.bfloat16 else "fp16"
 
 
-def _follow(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+def _take_dtypes(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Give the tensors of `model` the dtypes of `state`, and the logit scale its number of dimensions."""
     for key, value in model.state_dict(keep_vars=True).items():
         if key in state:

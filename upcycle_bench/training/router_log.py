@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from upcycle_bench.model.measure import expert_cosine, relative_compactness
+from upcycle_bench.model.measure import expert_cosine, relative_compactness, router_probabilities
 from upcycle_bench.model.moe import MoEFFN
 
 
@@ -79,8 +79,7 @@ class _Seen:
     @torch.no_grad()
     def summary(self) -> dict[str, Any]:
         assert self.input_TD is not None
-        dtype = torch.promote_types(self.input_TD.dtype, torch.float32)
-        probs_TE = torch.softmax(self.input_TD.to(dtype) @ self.router_ED.to(dtype).T, dim=1)
+        probs_TE = router_probabilities(self.router_ED, self.input_TD)
         entropy = -torch.special.xlogy(probs_TE, probs_TE).sum(1).mean()
         routed_TE = torch.zeros_like(probs_TE).scatter_(1, probs_TE.topk(self.layer.gate.k, dim=1).indices, 1)
         chance_E = (probs_TE * routed_TE).sum(0) / routed_TE.sum(0)  # nan where no token chose the expert
