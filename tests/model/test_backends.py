@@ -4,7 +4,6 @@ import copy
 import warnings
 from collections import OrderedDict
 from collections.abc import Iterator
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -314,9 +313,8 @@ def test_an_unknown_name_is_said_at_once(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_doctor_and_record_name_the_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     usual = finished.key_of("run", CPU)
-    state: Any = SimpleNamespace(meter=SimpleNamespace(device=CPU))
-    assert run_state.machine(state)["experts"] == "loop"
+    assert run_state.machine(CPU)["experts"] == "loop"
     monkeypatch.setenv(VARIABLE, "grouped_mm")
-    assert run_state.machine(state)["experts"] == "grouped_mm"
+    assert run_state.machine(CPU)["experts"] == "grouped_mm"
     assert next(check.found for check in checks() if check.name == "experts") == f"grouped_mm, forced by {VARIABLE}"
     assert finished.key_of("run", CPU) != usual  # a training with another backend is another training

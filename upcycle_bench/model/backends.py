@@ -25,10 +25,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from upcycle_bench.model.expert_ffns import compute_dtype, expert_ffns, parameters_of
 from upcycle_bench.model.ffn import alike
+from upcycle_bench.model.precision import compute_dtype
 from upcycle_bench.util.errors import unknown
 from upcycle_bench.util.flops import counting
 
@@ -41,8 +41,6 @@ Backend = Callable[[Sequence[Any], Tensor, Sequence[int]], Tensor]
 
 def loop(experts: Sequence[Any], rows_RD: Tensor, block_sizes: Sequence[int]) -> Tensor:
     """Each expert on its block of rows, [R, D] -> [R, D]; expert i has `block_sizes[i]` rows."""
-    if as_one(experts, rows_RD):
-        return expert_ffns(rows_RD, block_sizes, experts)
     return torch.cat([expert(rows) for expert, rows in zip(experts, rows_RD.split(block_sizes), strict=True)])
 
 
@@ -89,11 +87,6 @@ def default(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> str:
     return "grouped_mm" if fast else "loop"
 
 
-def rows_dtype(experts: Sequence[Any], x: Tensor) -> torch.dtype:
-    """The dtype in which to gather rows of `x`: that of the matrix products, where nothing else is done with them."""
-    return compute_dtype(x) if as_one(experts, x) else x.dtype
-
-
 def row_multiple(x: Tensor, mean: int) -> int:
     """The number of which every block size should be a multiple, where experts have `mean` rows on average.
 
@@ -126,22 +119,6 @@ def refusal(experts: Sequence[Any], rows_RD: Tensor) -> str | None:
         hidden, width = first.c_fc.weight.shape
         return f"a width of {width} or {hidden} in {dtype} is no multiple of {ALIGNMENT} bytes"
     return None
-
-
-def as_one(experts: Sequence[Any], x: Tensor) -> bool:
-    """Whether `loop` computes these experts by `expert_ffns`, as one operation.
-
-    They must be alike, share no weight, and have an activation that can be computed again in the backward pass. Only
-    under autocast, where it saves casts: in one precision it is no faster, and at small widths 5 % slower.
-    """
-    if not torch.is_autocast_enabled(x.device.type):
-        return False
-    from open_clip.transformer import QuickGELU  # here: those who ask only for a backend's name need not wait for it
-
-    act = getattr(experts[0], "gelu", None)
-    if type(act) not in (nn.GELU, nn.ReLU, nn.SiLU, QuickGELU) or getattr(act, "inplace", False):
-        return False
-    return alike(experts) and len({*map(id, parameters_of(experts))}) == 4 * len(experts)
 
 
 @functools.cache

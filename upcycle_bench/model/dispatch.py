@@ -22,8 +22,7 @@ from torch import Tensor, nn
 
 from upcycle_bench.model import backends
 from upcycle_bench.model.deepspeed_import import MOELayer
-from upcycle_bench.model.expert_ffns import compute_dtype
-from upcycle_bench.model.token_rows import combine_rows, select_rows
+from upcycle_bench.model.precision import compute_dtype
 
 
 class RaggedMOELayer(MOELayer):
@@ -42,10 +41,8 @@ class RaggedMOELayer(MOELayer):
         multiple = backends.row_multiple(x_TD, index_KT.numel() // num_experts)
         layout = lay_out(index_KT, num_experts, multiple)
         experts = self.experts.deepspeed_experts
-        dtype = backends.rows_dtype(experts, x_TD)
-        rows_RD = select_rows(x_TD, layout.token_R, layout.slots_KT, inverse_holes=layout.drops, dtype=dtype)
-        out_RD = self.compute(experts, rows_RD, layout)
-        return combine_rows(out_RD, gates_KT, layout.slots_KT, layout.choice_R, holes=layout.drops)  # Eq. 4
+        out_RD = self.compute(experts, gather_rows(x_TD, layout), layout)
+        return combine_rows(out_RD, gates_KT, layout)  # Eq. 4
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy in the midst of training has no process group, and no last loss, which holds a graph."""
@@ -84,11 +81,6 @@ class Layout:
         blocks = rows_RD.split(self.block_sizes)
         return tuple(block[:count] for block, count in zip(blocks, self.counts, strict=True))
 
-    @property
-    def token_R(self) -> Tensor:
-        """The token of each row; a filler row copies token 0."""
-        return self.choice_R % self.slots_KT.shape[1]
-
 
 def lay_out(index_KT: Tensor, experts: int, multiple: int = 1) -> Layout:
     """The layout of choices by their experts `index_KT` (-1: dropped); block sizes are multiples of `multiple`."""
@@ -105,3 +97,23 @@ def lay_out(index_KT: Tensor, experts: int, multiple: int = 1) -> Layout:
     choice_R = torch.full((ends[-1] + 1,), choices, device=index_M.device)  # the last takes the dropped choices
     choice_R.index_copy_(0, slots_M, torch.arange(choices, device=index_M.device))
     return Layout(choice_R[:-1], slots_M.view(index_KT.shape), counts, block_sizes, dropped > 0)
+
+
+def gather_rows(x_TD: Tensor, layout: Layout) -> Tensor:
+    """The row of each choice's token, [T, D] -> [R, D]; a filler row copies the last token.
+
+    A choice has one row at most. So no two gradients meet in one place before they are summed over the K choices, and
+    the sum has a fixed order on every device.
+    """
+    choices_MD = x_TD.expand(len(layout.slots_KT), *x_TD.shape).flatten(0, 1)
+    return choices_MD.index_select(0, layout.choice_R.clamp(max=len(choices_MD) - 1))
+
+
+def combine_rows(rows_RD: Tensor, gates_KT: Tensor, layout: Layout) -> Tensor:
+    """y_t = sum_k gates[k, t] * rows[slots[k, t]], [T, D], summed in the gates' precision; a dropped choice adds 0."""
+    holed_RD = torch.cat([rows_RD, rows_RD.new_zeros(1, rows_RD.shape[1])]) if layout.drops else rows_RD
+    parts = [
+        holed_RD.index_select(0, slots_T).to(gates_T.dtype) * gates_T.unsqueeze(1)
+        for slots_T, gates_T in zip(layout.slots_KT, gates_KT, strict=True)
+    ]
+    return sum(parts[1:], start=parts[0]).to(rows_RD.dtype)

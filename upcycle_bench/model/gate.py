@@ -2,7 +2,7 @@
 
     routes = Gate(width, moe)(x_TD)
 
-Routes are DeepSpeed's own, to the bit; `top2` computes the usual case faster. In evaluation capacity is unlimited and
+Routes are DeepSpeed's own. In evaluation capacity is unlimited and
 nothing is sampled, so that the output for a token never depends on the rest of the batch.
 
 Sources: `deepspeed.moe.sharded_moe.TopKGate`; equations of arXiv:2604.13508.
@@ -20,7 +20,6 @@ from torch import Tensor
 from upcycle_bench import protocol
 from upcycle_bench.model.deepspeed_import import TopKGate
 from upcycle_bench.model.deepspeed_import import capacity as deepspeed_capacity
-from upcycle_bench.model.top2 import top2
 
 
 class Routes(NamedTuple):
@@ -73,7 +72,7 @@ class Gate(TopKGate):
             self.capacity_factor = (slots - 0.5) * self.wg.out_features / (len(x_TD) * self.k)
             self.min_capacity = 0
         with torch.autocast(x_TD.device.type, enabled=False):  # it would make DeepSpeed's float32 logits bfloat16
-            routes = Routes(*(self._top2(x_TD) if self._is_plain_top2() else super().forward(x_TD, None, True, False)))
+            routes = Routes(*super().forward(x_TD, None, True, False))
             world = dist.get_world_size() if self.training and dist.is_initialized() else 1
             if x_TD.dtype == torch.float64 or world > 1:
                 dtype = torch.promote_types(x_TD.dtype, torch.float32)
@@ -92,14 +91,6 @@ class Gate(TopKGate):
         counts = int(self.dropped), self.routed
         self.routed = self.dropped = 0
         return counts
-
-    def _is_plain_top2(self) -> bool:
-        alone = self.ep_group is None or dist.get_world_size(self.ep_group) == 1
-        return self.k == 2 and alone and not self.top2_2nd_expert_sampling
-
-    def _top2(self, x_TD: Tensor) -> tuple[Any, ...]:
-        logits_TE = F.linear(x_TD.float(), self.wg.weight.float())
-        return top2(logits_TE, self._capacity(len(x_TD)) if self.drop_tokens else None)
 
     def _capacity(self, num_tokens: int) -> Tensor:
         """DeepSpeed's capacity for that many tokens, a scalar on the CPU."""

@@ -19,8 +19,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from upcycle_bench.model.token_rows import select_rows
-
 
 class Padding:
     """Which positions of a text batch carry a token: noted by a hook of the token embedding, used by MoE layers."""
@@ -28,7 +26,7 @@ class Padding:
     def __init__(self, end_of_text: int | None = None) -> None:
         self.end_of_text = end_of_text  # None: the highest id of a text, as with CLIP's tokenizer
         self.keep_T: Tensor | None = None  # the position of each token
-        self.position_P: Tensor | None = None  # the token of each position; T: padding
+        self.positions = 0  # P
 
     @classmethod
     def of(cls, model: Any) -> Padding | None:
@@ -49,17 +47,17 @@ class Padding:
         end_B = self.end_positions(text_BL)
         keep_P = (torch.arange(text_BL.shape[1], device=text_BL.device) <= end_B[:, None]).flatten()
         self.keep_T = keep_P.nonzero().squeeze(1)
-        self.position_P = torch.where(keep_P, keep_P.cumsum(0) - 1, len(self.keep_T))
+        self.positions = len(keep_P)
 
     def compact(self, x_PD: Tensor) -> Tensor:
         """[P, D] -> [T, D], the rows that carry a token."""
-        assert self.keep_T is not None and self.position_P is not None, "the token embedding was not called"
-        return select_rows(x_PD, self.keep_T, self.position_P[None], inverse_holes=True)
+        assert self.keep_T is not None, "the token embedding was not called"
+        return x_PD.index_select(0, self.keep_T)
 
     def expand(self, y_TD: Tensor) -> Tensor:
         """[T, D] -> [P, D], the inverse of `compact`, with zeros at padding."""
-        assert self.keep_T is not None and self.position_P is not None
-        return select_rows(y_TD, self.position_P, self.keep_T[None], index_holes=True)
+        assert self.keep_T is not None, "the token embedding was not called"
+        return y_TD.new_zeros(self.positions, y_TD.shape[1]).index_copy(0, self.keep_T, y_TD)
 
 
 def packs(model: Any) -> bool:

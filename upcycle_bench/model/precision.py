@@ -6,12 +6,21 @@ import contextlib
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 
 def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[Any]:
     """The context of a forward pass: autocast for "bf16", where weights stay float32; else nothing."""
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """What a matrix product with `x` is computed in: autocast's dtype where it is on."""
+    kind = x.device.type
+    if x.dtype == torch.float64:  # which autocast leaves alone
+        return x.dtype
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
 def attention_kernel(device: torch.device, longest: int) -> contextlib.AbstractContextManager[Any]:

@@ -35,8 +35,6 @@ RECONSTRUCTED = (
     "EESD includes tokens that capacity dropped (not stated)",
 )
 
-_CACHED = 2048  # tokens that the experts see at a time on a CPU, so few that their hidden layer fits a core's cache
-
 
 @dataclass(frozen=True, kw_only=True)
 class Distilled(Strategy):
@@ -178,10 +176,8 @@ class _Teacher(nn.Module):
         with torch.autocast(x_TD.device.type, enabled=False):  # logits in float32, as in the student's gate
             gate_TE = torch.softmax(x_TD.to(dtype) @ self.router_ED.to(dtype).T, dim=1)
         total_TD = torch.zeros(x_TD.shape, dtype=dtype, device=x_TD.device)
-        rows = _CACHED if x_TD.device.type == "cpu" else max(1, len(x_TD))
-        for x_RD, gate_RE, total_RD in zip(x_TD.split(rows), gate_TE.split(rows), total_TD.split(rows), strict=True):
-            for number, expert in enumerate(self.experts, start=first_expert):
-                total_RD.addcmul_(gate_RE[:, number : number + 1], expert(x_RD).to(dtype))
+        for number, expert in enumerate(self.experts, start=first_expert):
+            total_TD.addcmul_(gate_TE[:, number : number + 1], expert(x_TD).to(dtype))
         return total_TD
 
     @torch.no_grad()
