@@ -241,7 +241,7 @@ def random_ffn(
 def moe_layer(init: LayerInit, *, moe: MoE | None = None, tower: str = "vision") -> MoEFFN:
     """One MoE layer outside a model, without text padding."""
     moe = moe or tiny_moe(experts=len(init.experts))
-    return MoEFFN(Layer(tower, 1, 2, moe.experts, moe.top_k), init.experts, init.router_ND, moe, None)  # type: ignore[arg-type]
+    return MoEFFN(Layer(tower, 1, 2, moe.experts, moe.top_k), init.experts, init.router_ED, moe, None)  # type: ignore[arg-type]
 
 
 @contextlib.contextmanager

@@ -52,9 +52,9 @@ def create_layer(width: int, capacity_factor: float, seed: int = 0, experts: int
     """Our layer with different random experts and a router that spreads random tokens almost evenly."""
     generator = torch.Generator().manual_seed(seed)
     ffns = [random_ffn(width, generator).expert() for _ in range(experts)]
-    router_ND = torch.randn(experts, width, generator=generator) / width**0.5
+    router_ED = torch.randn(experts, width, generator=generator) / width**0.5
     settings = settings_of(capacity_factor, experts)
-    return MoEFFN(Layer("vision", 1, 2, experts, TOP_K), ffns, router_ND, settings, None).train()
+    return MoEFFN(Layer("vision", 1, 2, experts, TOP_K), ffns, router_ED, settings, None).train()
 
 
 def with_stock_layer(layer: MoEFFN) -> MoEFFN:

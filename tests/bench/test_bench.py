@@ -154,8 +154,8 @@ def test_naive_experts_are_ours() -> None:
     ffn = layers.random_ffn(32, torch.Generator().manual_seed(0))
     stream = list(initialisation.token_stream(6000, 32, torch.device("cpu")))
     ours = initialisation.our_experts(ffn, stream, cluster_tokens=2000)
-    w1s, router_ND = initialisation.stored_experts(ffn, stream, cluster_tokens=2000)
-    assert torch.equal(ours.router_ND, router_ND)
+    w1s, router_ED = initialisation.stored_experts(ffn, stream, cluster_tokens=2000)
+    assert torch.equal(ours.router_ED, router_ED)
     for expert, w1_HD in zip(ours.experts, w1s, strict=True):
         assert relative_error(expert.c_fc.weight, w1_HD) < 1e-5
         assert relative_error(ffn.w1_HD, w1_HD) > 0.1

@@ -212,7 +212,7 @@ def stock_step(clip: Clip, job: Job, batches: Sequence[Batch]) -> Step:
 class StockMoE(nn.Module):
     """DeepSpeed's MoE as a block's `mlp`, every text position included."""
 
-    def __init__(self, ffn: FFN, router_ND: Tensor, moe: MoESettings) -> None:
+    def __init__(self, ffn: FFN, router_ED: Tensor, moe: MoESettings) -> None:
         super().__init__()
         self.moe = MoE(
             ffn.width,
@@ -224,7 +224,7 @@ class StockMoE(nn.Module):
             use_rts=False,
             top2_2nd_expert_sampling=False,
         )
-        self.moe.deepspeed_moe.gate.wg.weight = nn.Parameter(router_ND.detach().clone())
+        self.moe.deepspeed_moe.gate.wg.weight = nn.Parameter(router_ED.detach().clone())
         self.l_aux = torch.zeros(())
 
     @property
@@ -247,7 +247,7 @@ def stock_upcycled(clip: Clip, moe: MoESettings) -> Clip:
     for layer in find_layers(model, moe):
         ffn = FFN.of(model.get_submodule(layer.mlp_path))
         parent = model.get_submodule(layer.mlp_path.rpartition(".")[0])
-        parent.mlp = StockMoE(ffn, inits[layer.name].router_ND, moe).to(device)
+        parent.mlp = StockMoE(ffn, inits[layer.name].router_ED, moe).to(device)
     return replace(clip, model=model)
 
 

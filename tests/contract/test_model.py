@@ -80,7 +80,7 @@ def test_everything_trains(strategy: Strategy) -> None:
     assert (len(layers) > 0) == strategy.replaces_ffn
     trained = 0
     for name, layer in layers.items():
-        assert layer.gate.wg.weight.grad.any(dim=1).all(), name  # every row, if only by the load-balancing loss
+        assert layer.router_weight.grad.any(dim=1).all(), name  # every row, if only by the load-balancing loss
         reaching_T = reaching(model, layer.place, text_BL)
         for number, expert in enumerate(layer.experts):
             gradients = [p.grad for p in expert.parameters() if p.grad is not None]

@@ -64,7 +64,7 @@ def tensors(made: Initialised) -> dict[str, Tensor]:
     """All tensors that a strategy made, by unique names."""
     named = {}
     for layer, init in made.inits.items():
-        named[f"{layer}.router"] = init.router_ND
+        named[f"{layer}.router"] = init.router_ED
         for number, expert in enumerate(init.experts):
             named |= {f"{layer}.{number}.{key}": value for key, value in expert.state_dict().items()}
     return named
@@ -230,7 +230,7 @@ def test_init_layer_is_a_pure_function(strategy: Strategy) -> None:
 
 def storages(init: Any) -> set[int]:
     return {tensor.data_ptr() for expert in init.experts for tensor in expert.parameters()} | {
-        init.router_ND.data_ptr()
+        init.router_ED.data_ptr()
     }
 
 
@@ -296,9 +296,9 @@ def test_shapes_and_notes(strategy: Strategy, dtype: torch.dtype) -> None:
         made = initialise(strategy, clip, seed=0, moe=tiny_moe(experts=experts))
         for layer in made.layers:
             ffn, init = made.ffns[layer.name], made.inits[layer.name]
-            assert init.router_ND.shape == (moe.experts, ffn.width)
-            assert init.router_ND.dtype == dtype
-            assert torch.isfinite(init.router_ND).all()
+            assert init.router_ED.shape == (moe.experts, ffn.width)
+            assert init.router_ED.dtype == dtype
+            assert torch.isfinite(init.router_ED).all()
             assert len(init.experts) == moe.experts
             x_TD = torch.randn(5, ffn.width, generator=torch.Generator().manual_seed(0)).to(dtype)
             for expert in init.experts:
@@ -334,7 +334,7 @@ def test_every_parameter_is_accounted_for(strategy: Strategy) -> None:
         assert torch.equal(ours[key], dense[key]), key
         assert ours[key].data_ptr() != dense[key].data_ptr(), key
     for layer in layers.values():  # inside an MoE layer: a router, experts and nothing else
-        made = {id(parameter) for parameter in (layer.gate.wg.weight, *layer.experts.parameters())}
+        made = {id(parameter) for parameter in (layer.router_weight, *layer.experts.parameters())}
         assert made == {id(parameter) for parameter in layer.parameters()}
     for _ in strategy.stages(100):
         strategy.next_stage(layers)

@@ -276,7 +276,7 @@ def test_routing_margins_against_the_gates_own_probabilities() -> None:
 
 
 def _probabilities(seen: list[Tensor], layer: Any, _gate: nn.Module, args: Any, _output: Any) -> None:
-    seen.append(torch.softmax(args[0] @ layer.gate.wg.weight.T, dim=1).detach())
+    seen.append(torch.softmax(args[0] @ layer.router_weight.T, dim=1).detach())
 
 
 @pytest.mark.parametrize(("scale", "sound"), [(1e-6, True), (1.0, False)])
@@ -284,7 +284,7 @@ def test_one_difference_may_be_traced_to_a_routing_margin(root: Path, scale: flo
     """One image has another embedding in small batches. That is sound only where all experts are nearly equal."""
     clip = moe()
     for layer in moe_layers(clip.model).values():
-        layer.gate.wg.weight.data.mul_(scale)
+        layer.router_weight.data.mul_(scale)
     odd: list[Tensor] = []
 
     def change(pooled_BD: Tensor) -> Tensor:

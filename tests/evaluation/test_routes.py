@@ -146,7 +146,7 @@ def test_routes_by_loops_over_single_images_and_texts(clip: Clip, root: Path) ->
         routes = (images if name.startswith("vision") else texts).layers[name]
         chosen, entropies, first, probabilities = np.zeros(4), [], [], np.zeros(4)
         for x_TD in seen[name]:
-            probs_TE = torch.softmax(x_TD @ layer.gate.wg.weight.T, dim=1).detach().double().numpy()
+            probs_TE = torch.softmax(x_TD @ layer.router_weight.T, dim=1).detach().double().numpy()
             entropies += [-(p * np.log(p)).sum() for p in probs_TE]
             first.append([int((probs_TE.argmax(1) == expert).sum()) for expert in range(4)])
             for p in probs_TE:

@@ -198,7 +198,7 @@ def test_s1_without_a_causal_mask_padding_is_kept() -> None:
 def test_wrong_number_of_experts() -> None:
     dense = create_dense()
     inits = sparse_inits(dense, MOE)
-    inits["text.3"] = LayerInit(inits["text.3"].experts[:7], inits["text.3"].router_ND)
+    inits["text.3"] = LayerInit(inits["text.3"].experts[:7], inits["text.3"].router_ED)
     with pytest.raises(ValueError, match=r"text\.3: 7 experts were made, the protocol wants 8"):
         put_experts(dense, inits, MOE)
 
@@ -206,7 +206,7 @@ def test_wrong_number_of_experts() -> None:
 def test_wrong_router_shape() -> None:
     dense = create_dense()
     inits = sparse_inits(dense, MOE)
-    inits["vision.5"] = LayerInit(inits["vision.5"].experts, inits["vision.5"].router_ND.T)
+    inits["vision.5"] = LayerInit(inits["vision.5"].experts, inits["vision.5"].router_ED.T)
     with pytest.raises(ValueError, match=r"vision\.5: the router's shape is \(32, 8\), it must be \(8, 32\)"):
         put_experts(dense, inits, MOE)
 

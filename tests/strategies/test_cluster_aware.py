@@ -61,7 +61,7 @@ def compare(hidden: int, width: int, options: dict[str, Any], dtype: torch.dtype
     init, calibrator = make(strategy, ffn, x_TD, 4, chunk=270)
     w1_experts, router_ED = transcription(strategy, ffn, x_TD, 4)
     # Centroids: faiss works in float32 on points that both sides rounded from another precision.
-    np.testing.assert_allclose(init.router_ND.double().numpy(), router_ED, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(init.router_ED.double().numpy(), router_ED, rtol=0, atol=1e-5)
     labels_T = literal.assign(x_TD.numpy(), router_ED)
     assert calibrator.count_E.tolist() == np.bincount(labels_T, minlength=4).tolist()
     # Experts: float64 of equal tokens in another order and by another algorithm (eigh and QR against Cholesky, SVD
@@ -80,7 +80,7 @@ def test_fast_strategy_equals_the_literal_one_on_clusters_with_few_tokens() -> N
     init, calibrator = make(strategy, ffn, x_TD, 4)
     assert 0 < calibrator.count_E.min() <= calibrator.count_E.max() < 13
     w1_experts, router_ED = transcription(strategy, ffn, x_TD, 4)
-    np.testing.assert_allclose(init.router_ND.double().numpy(), router_ED, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(init.router_ED.double().numpy(), router_ED, rtol=0, atol=1e-5)
     for expert, expected_HD in zip(init.experts, w1_experts, strict=True):
         assert relative(w1(expert), torch.from_numpy(expected_HD)) < 1e-6
 
@@ -97,7 +97,7 @@ def test_k10_second_linear_and_biases_are_the_dense_ones_to_the_bit(dtype: torch
         assert torch.equal(expert.c_proj.bias, ffn.b2_D)
         assert not torch.equal(w1(expert), ffn.w1_HD)
         assert {parameter.dtype for parameter in expert.parameters()} == {dtype}
-    assert init.router_ND.dtype == dtype
+    assert init.router_ED.dtype == dtype
     tensors = [p for expert in init.experts for p in expert.parameters()]
     tensors += [ffn.w1_HD, ffn.b1_H, ffn.w2_DH, ffn.b2_D]
     assert len({tensor.data_ptr() for tensor in tensors}) == len(tensors)  # storage of their own
@@ -115,7 +115,7 @@ def test_an_empty_cluster_keeps_the_dense_weights_and_is_counted() -> None:
     assert torch.equal(w1(init.experts[empty]), ffn.w1_HD)
     assert not torch.equal(w1(init.experts[1 - empty]), ffn.w1_HD)
     assert init.notes["empty_clusters"] == 1
-    assert torch.isfinite(init.router_ND).all()
+    assert torch.isfinite(init.router_ED).all()
 
 
 def test_notes_say_what_was_done() -> None:
@@ -184,10 +184,10 @@ def test_cluster_only_is_cluster_aware_without_its_loss() -> None:
     ffn = random_ffn(32, 16)
     x_TD, _ = cones(400, orthonormal(4, 16), seed=6)
     both, only = (make(strategy(pca_divisor=4), ffn, x_TD, 4)[0] for strategy in (ClusterAware, ClusterOnly))
-    assert torch.equal(both.router_ND, only.router_ND)
+    assert torch.equal(both.router_ED, only.router_ED)
     assert all(torch.equal(w1(a), w1(b)) for a, b in zip(both.experts, only.experts, strict=True))
     made, other = (initialise(strategy(), tiny_clip(), 0).inits for strategy in (ClusterOnly, ClusterAware))
-    assert all(torch.equal(made[name].router_ND, other[name].router_ND) for name in made)  # in a run as well
+    assert all(torch.equal(made[name].router_ED, other[name].router_ED) for name in made)  # in a run as well
     layers = moe_layers(put_experts(tiny_clip().model, made, tiny_moe()))
     assert ClusterOnly().loss(layers, STREAM) is None
     assert ClusterAware().loss(layers, STREAM) is not None
@@ -200,7 +200,7 @@ def test_eesd_only_is_sparse_upcycling_with_cluster_awares_loss() -> None:
     EESDOnly, sparse = registry["eesd-only"].target, registry["sparse-upcycling"].target()
     ffn = random_ffn(32, 16)
     made, copies = (s.init_layer(ffn, layer_of(4), None, STREAM) for s in (EESDOnly(), sparse))
-    assert torch.equal(made.router_ND, copies.router_ND)
+    assert torch.equal(made.router_ED, copies.router_ED)
     for a, b in zip(made.experts, copies.experts, strict=True):
         assert all(map(torch.equal, a.state_dict().values(), b.state_dict().values()))
     layers = moe_layers(put_experts(tiny_clip().model, initialise(EESDOnly(), tiny_clip(), 0).inits, tiny_moe()))
@@ -215,6 +215,6 @@ def test_each_ablation_starts_from_the_model_of_the_strategy_that_it_is_to_be_co
         made = [initialise(configure(registry[name].target, {}), tiny_clip(), 3).inits for name in (ablation, whole)]
         first, second = made
         for name, init in first.items():
-            assert torch.equal(init.router_ND, second[name].router_ND)
+            assert torch.equal(init.router_ED, second[name].router_ED)
             for ours, theirs in zip(init.experts, second[name].experts, strict=True):
                 assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))

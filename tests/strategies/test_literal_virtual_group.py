@@ -64,7 +64,7 @@ def compare(granularity: int, top_k: int, scaling: str, dtype: torch.dtype) -> N
     init = strategy.init_layer(ffn, layer, None, STREAM)
     dense = (ffn.w1_HD, ffn.b1_H, ffn.w2_DH, ffn.b2_D)
     made, rows_ED = literal.upcycle(dense, random_router(ffn, layer, STREAM), granularity, scaling)
-    assert torch.equal(init.router_ND, rows_ED)
+    assert torch.equal(init.router_ED, rows_ED)
     assert len(init.experts) == len(made) == moe.experts
     for fast, slow in zip(init.experts, made, strict=True):
         parts = fast.c_fc.weight, fast.c_fc.bias, fast.c_proj.weight, fast.c_proj.bias

@@ -78,7 +78,7 @@ def test_k5_scaled_tokens_give_the_same_layer() -> None:
     ffn = random_ffn(64, 24)
     x_TD, _ = cones(1500, orthonormal(4, 24), seed=5, noise=0.3)
     first, second = (make(ClusterAware(pca_divisor=4), ffn, c * x_TD, 4)[0] for c in (1, 16))
-    assert torch.equal(first.router_ND, second.router_ND)
+    assert torch.equal(first.router_ED, second.router_ED)
     for a, b in zip(first.experts, second.experts, strict=True):
         assert relative(w1(a), w1(b)) < 1e-9
 
@@ -113,7 +113,7 @@ def test_k6_a_layer_with_few_tokens_is_nearly_exact_on_them() -> None:
     ffn = random_ffn(64, 24)
     x_TD, _ = cones(32, orthonormal(4, 24), seed=2)
     init, _ = make(ClusterAware(pca_divisor=4, kmeans_restarts=5), ffn, x_TD, 4)
-    label_T = (x_TD @ init.router_ND.float().T).argmax(1)
+    label_T = (x_TD @ init.router_ED.float().T).argmax(1)
     for i, expert in enumerate(init.experts):
         x_iTD = x_TD[label_T == i].double()
         assert relative(x_iTD @ w1(expert).T, x_iTD @ ffn.w1_HD.T) < 1e-3

@@ -41,7 +41,7 @@ def test_s1_defaults_are_bit_equal_copies_and_the_common_random_router(router_in
         init = make(ffn, router_init=router_init)
         for expert in init.experts:
             assert all(map(torch.equal, expert.parameters(), parts(ffn)))
-        assert torch.equal(init.router_ND, random_router(ffn, LAYER, STREAM, router_init))  # type: ignore[arg-type]
+        assert torch.equal(init.router_ED, random_router(ffn, LAYER, STREAM, router_init))  # type: ignore[arg-type]
 
 
 def test_s1_noise_on_the_router_preserves_the_function_noise_on_experts_does_not() -> None:
@@ -86,7 +86,7 @@ def test_noise_has_the_deviation_that_is_asked_for(absolute: float, relative: fl
 def test_router_noise_is_added_to_the_same_router() -> None:
     ffn = random_ffn(8, 1024)
     init = make(ffn, router_noise_std=0.1)
-    z_ED = (init.router_ND - make(ffn).router_ND) / 0.1
+    z_ED = (init.router_ED - make(ffn).router_ED) / 0.1
     assert abs(float(z_ED.std()) - 1) < SIGMAS / math.sqrt(2 * z_ED.numel())
     assert all(torch.equal(expert.c_fc.weight, ffn.w1_HD) for expert in init.experts)
 
@@ -103,7 +103,7 @@ def test_fast_strategy_equals_the_literal_one(noise: tuple[float, float, float],
         return torch.randn(shape, generator=STREAM.child(*name).generator(), dtype=torch.float64).tolist()
 
     uniform_ED = torch.rand((4, 5), generator=STREAM.child("router").generator(), dtype=torch.float64).tolist()
-    pairs = [(init.router_ND, literal.router(uniform_ED, router, normal((4, 5), "router noise")))]
+    pairs = [(init.router_ED, literal.router(uniform_ED, router, normal((4, 5), "router noise")))]
     for number, expert in enumerate(init.experts):
         normals = normal((12, 5), "expert", number, "w1"), normal((5, 12), "expert", number, "w2")
         made = literal.expert(dense, *normals, absolute, relative)

@@ -104,7 +104,7 @@ def test_k1_on_the_tokens_of_every_cluster_of_a_layer(tau: float) -> None:
     ffn = random_ffn(64, 24)
     x_TD, _ = cones(2000, orthonormal(4, 24), seed=3, noise=0.4)
     init, calibrator = make(strategy, ffn, x_TD, 4, chunk=333)
-    label_T = (x_TD @ init.router_ND.float().T).argmax(1)
+    label_T = (x_TD @ init.router_ED.float().T).argmax(1)
     for i, expert in enumerate(init.experts):
         x_iTD = x_TD[label_T == i].double()
         ours = truncate(ffn.w1_HD, calibrator.moment(i), tau=tau, rank_floor=0.0)

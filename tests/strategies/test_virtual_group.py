@@ -58,7 +58,7 @@ def test_virtual_group_topk_then_softmax_with_w2_scaled_is_the_dense_ffn(granula
         init = make(ffn, granularity)
         expected_TD = dense_forward(ffn, x_TD)
         if granularity == top_k == 1:  # DeepSpeed's top-1 keeps the raw probability
-            probs_TE = torch.softmax(x_TD @ init.router_ND.T, 1)
+            probs_TE = torch.softmax(x_TD @ init.router_ED.T, 1)
             expected_TD = expected_TD * probs_TE.max(1, keepdim=True).values
         assert_close(moe_layer(init, moe=moe).eval()(x_TD), expected_TD, rtol=1e-10, atol=1e-10)
 
@@ -91,11 +91,11 @@ def check_whole_copies(experts: int, granularity: int, top_k: int, dtype: torch.
 
 def test_virtual_group_shards_of_a_copy_share_a_row_and_copies_do_not() -> None:
     init = make(random_ffn(HIDDEN, WIDTH), 3)
-    assert init.router_ND.shape == (12, WIDTH)
-    rows_VGD = init.router_ND.view(4, 3, WIDTH)
+    assert init.router_ED.shape == (12, WIDTH)
+    rows_VGD = init.router_ED.view(4, 3, WIDTH)
     assert torch.equal(rows_VGD, rows_VGD[:, :1].expand(4, 3, WIDTH))
     assert len({tuple(row.tolist()) for row in rows_VGD[:, 0]}) == 4
-    assert init.router_ND.abs().max() <= WIDTH**-0.5  # as DeepSpeed draws
+    assert init.router_ED.abs().max() <= WIDTH**-0.5  # as DeepSpeed draws
 
 
 def test_virtual_group_shards_are_the_dense_neurons_in_order() -> None:
@@ -141,7 +141,7 @@ def test_virtual_group_softmax_then_topk_would_give_a_share_of_the_ffn() -> None
     ffn = random_ffn(HIDDEN, WIDTH)
     init = make(ffn, 2)
     x_TD = tokens(20)
-    probs_TE = torch.softmax(x_TD @ init.router_ND.T, 1)
+    probs_TE = torch.softmax(x_TD @ init.router_ED.T, 1)
     for copy in range(4):
         pair = [2 * copy, 2 * copy + 1]
         # W2 without its scale G, and without b2.
@@ -171,7 +171,7 @@ def test_survivors_of_capacity_are_dense_and_the_load_balance_is_that_of_the_cop
     assert (y_TD[lost_T] == 0).all()
     assert_close(y_TD[~lost_T], dense_forward(ffn, x_TD)[~lost_T], rtol=1e-10, atol=1e-10)
     # l_aux counts all choices: E sum_e f_e P_e with f and P a G-th of the copy's, hence V sum_v f_v P_v.
-    logits_TV = x_TD @ layer.gate.wg.weight[::granularity].T
+    logits_TV = x_TD @ layer.router_weight[::granularity].T
     probs_TV = torch.softmax(logits_TV, 1)
     f_V = torch.bincount(logits_TV.topk(2, dim=1).indices.flatten(), minlength=4) / (2 * 400)
     expected = 4 * (f_V * probs_TV.mean(0)).sum().item()
@@ -183,7 +183,7 @@ def test_shards_of_a_copy_drift_apart() -> None:
     ffn = random_ffn(HIDDEN, WIDTH)
     layer = moe_layer(make(ffn, 2), moe=settings(2)).train()
     layer(tokens(100)).square().sum().backward()
-    gradient_VGD = layer.gate.wg.weight.grad.view(4, 2, WIDTH)
+    gradient_VGD = layer.router_weight.grad.view(4, 2, WIDTH)
     assert gradient_VGD.any(-1).all()
     assert not torch.allclose(gradient_VGD[:, 0], gradient_VGD[:, 1])
 

@@ -205,7 +205,7 @@ def test_weight_decay_on_matrices_only() -> None:
     assert sum(len(group["params"]) for group in groups) == len(list(clip.model.parameters()))
     for group in groups:
         assert all((p.ndim >= 2) == (group["weight_decay"] == 0.2) for p in group["params"])
-    routers = {id(layer.gate.wg.weight) for layer in moe_layers(clip.model).values()}
+    routers = {id(layer.router_weight) for layer in moe_layers(clip.model).values()}
     decayed = {id(p) for group in groups if group["weight_decay"] for p in group["params"]}
     assert routers <= decayed
 

@@ -36,7 +36,7 @@ def test_numbers_of_a_layer_by_loops(layer: Any) -> None:
     outputs: list[list[Tensor]] = [[] for _ in range(EXPERTS)]
     entropies = []
     for x_D in x_BLD.reshape(-1, WIDTH):
-        logits = [float(row_D @ x_D) for row_D in layer.gate.wg.weight.detach()]
+        logits = [float(row_D @ x_D) for row_D in layer.router_weight.detach()]
         total = sum(math.exp(logit) for logit in logits)
         probs = [math.exp(logit) / total for logit in logits]
         entropies.append(-sum(p * math.log(p) for p in probs))
@@ -77,7 +77,7 @@ def test_compactness_by_formula_and_where_it_is_none() -> None:
 def test_an_expert_that_nobody_chose_has_no_probability(layer: Any) -> None:
     x_BLD = tokens().abs()
     with torch.no_grad():
-        layer.gate.wg.weight[0] = -100.0
+        layer.router_weight[0] = -100.0
     with watch({"vision.1": layer}) as seen:
         layer(x_BLD)
     found = seen.summary()["vision.1"]

@@ -95,7 +95,7 @@ def test_k8_eesd_value_and_gradient_equal_the_literal_ones(capacity_factor: floa
     actual = torch.autograd.grad(value, leaves, allow_unused=True)
 
     slots = literal_moe.capacity(40, 4, capacity_factor, 2, 0)
-    moe = literal_moe.moe_forward(x_TD, layer.gate.wg.weight, weights_of(layer.experts), nn.GELU(), capacity=slots)
+    moe = literal_moe.moe_forward(x_TD, layer.router_weight, weights_of(layer.experts), nn.GELU(), capacity=slots)
     assert bool(moe.kept_TK.all()) == (capacity_factor > 1)  # dropped tokens are included in the loss
     expected_value = 0.7 * literal_moe.eesd_loss(
         x_TD, moe.y_TD, teacher_router_ED, teacher, nn.GELU(), feature_reduction=reduction
@@ -163,7 +163,7 @@ def test_k8_masked_tokens_are_those_that_lost_a_choice(capacity_factor: float) -
     teacher = [tuple(p.detach().clone() for p in expert) for expert in weights_of(layer.experts)]
     layer(tokens()[None])
     slots = literal_moe.capacity(40, 4, capacity_factor, 2, 0)
-    moe = literal_moe.moe_forward(tokens(), layer.gate.wg.weight, weights_of(layer.experts), nn.GELU(), capacity=slots)
+    moe = literal_moe.moe_forward(tokens(), layer.router_weight, weights_of(layer.experts), nn.GELU(), capacity=slots)
     whole_T = moe.kept_TK.all(1)
     expected = literal_moe.eesd_loss(
         tokens()[whole_T], moe.y_TD[whole_T], router_ED, teacher, nn.GELU(), feature_reduction="sum"
@@ -230,7 +230,7 @@ def test_k8_ema_freezes_copies_or_moves(alpha: float) -> None:
         return [parameter.detach().clone() for parameter in loss.teacher["vision.1"].parameters()]
 
     def pupil() -> list[Tensor]:
-        return [layer.gate.wg.weight.detach().clone(), *(p.detach().clone() for p in layer.experts.parameters())]
+        return [layer.router_weight.detach().clone(), *(p.detach().clone() for p in layer.experts.parameters())]
 
     start = teacher()
     assert all(map(torch.equal, start, pupil()))  # equal at step 0
@@ -250,11 +250,11 @@ def test_k8_ema_after_two_steps_by_hand() -> None:
     # alpha = 1/2, a weight that goes 1 -> 3 -> 7 in the student: teacher 1, then (1 + 3)/2 = 2, then (2 + 7)/2 = 4.5.
     layer = student(random_init(2))
     with torch.no_grad():
-        layer.gate.wg.weight.fill_(1)
+        layer.router_weight.fill_(1)
     loss = distil({"vision.1": layer}, eesd_ema=0.5)
     for value, expected in ((3.0, 2.0), (7.0, 4.5)):
         with torch.no_grad():
-            layer.gate.wg.weight.fill_(value)
+            layer.router_weight.fill_(value)
         loss.after_step()
         assert (loss.teacher["vision.1"].router_ED == expected).all()
 

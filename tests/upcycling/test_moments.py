@@ -42,11 +42,11 @@ def test_k7_router_rows_are_unit_and_choose_the_cluster(pca_divisor: int) -> Non
     x_TD, _ = cones(1200, orthonormal(4, 24), seed=7, noise=0.5)
     x_TD = x_TD + 5 * torch.randn(24, generator=torch.Generator().manual_seed(0))  # a mean, which PCA must not lose
     init, calibrator = make(ClusterAware(pca_divisor=pca_divisor, cluster_tokens=300), ffn, x_TD, 6, chunk=100)
-    assert_close(init.router_ND.norm(dim=1), torch.ones(6), rtol=0, atol=1e-6)
+    assert_close(init.router_ED.norm(dim=1), torch.ones(6), rtol=0, atol=1e-6)
     layer = moe_layer(init).eval()
     with torch.no_grad():
         first_T = layer.gate(x_TD)[3][0]  # DeepSpeed's index_KT
-    label_T = torch.from_numpy(literal.assign(x_TD.numpy(), init.router_ND.double().numpy()))
+    label_T = torch.from_numpy(literal.assign(x_TD.numpy(), init.router_ED.double().numpy()))
     assert torch.equal(first_T.long(), label_T)
     assert torch.equal(torch.bincount(label_T, minlength=6), calibrator.count_E)
     moment_EDD = torch.zeros_like(moments(calibrator))
@@ -59,7 +59,7 @@ def test_k7_router_scale_multiplies_and_changes_nothing_else() -> None:
     ffn = random_ffn(32, 24)
     x_TD, _ = cones(500, orthonormal(4, 24), seed=7)
     one, four = (make(ClusterAware(pca_divisor=4, router_scale=scale), ffn, x_TD, 4)[0] for scale in (1, 4))
-    assert torch.equal(four.router_ND, 4 * one.router_ND)
+    assert torch.equal(four.router_ED, 4 * one.router_ED)
     assert all(torch.equal(w1(a), w1(b)) for a, b in zip(one.experts, four.experts, strict=True))
     assert one.notes == four.notes
 
@@ -94,9 +94,9 @@ def test_k7_without_pca_the_router_is_exact(options: dict[str, Any]) -> None:
     init, _ = make(ClusterAware(**options), ffn, x_TD, 6)
     assert init.notes["router_agreement"] == 1
     plain, _ = make(ClusterAware(pca_divisor=1), ffn, x_TD, 6)
-    assert torch.equal(init.router_ND, plain.router_ND)
+    assert torch.equal(init.router_ED, plain.router_ED)
     other, _ = make(ClusterAware(pca_divisor=4), ffn, x_TD, 6)
-    assert not torch.equal(other.router_ND, plain.router_ND)
+    assert not torch.equal(other.router_ED, plain.router_ED)
 
 
 def loose_tokens() -> Tensor:
@@ -112,7 +112,7 @@ def test_k7_the_agreement_is_the_share_of_tokens_that_the_router_sends_to_their_
     axes_PD = torch.linalg.svd(F.normalize(x_TD.double(), dim=1), full_matrices=False).Vh[:6]
     centroid_ED = calibrator.centroid_ED.double()
     label_T = (F.normalize(x_TD.double() @ axes_PD.T, dim=1) @ (centroid_ED @ axes_PD.T).T).argmax(1)
-    share = float(((x_TD.double() @ init.router_ND.T).argmax(1) == label_T).double().mean())
+    share = float(((x_TD.double() @ init.router_ED.T).argmax(1) == label_T).double().mean())
     assert init.notes["router_agreement"] == pytest.approx(share, abs=1e-3)
     assert share > 0.999  # no mean is subtracted: nothing is lost that a router without bias could not express
     assert torch.equal(torch.bincount(label_T, minlength=6), calibrator.count_E)

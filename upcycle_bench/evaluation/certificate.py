@@ -165,7 +165,7 @@ def routing_margin(model: nn.Module, encode: Any, row: Tensor, context: EvalCont
 
     def at_gate(layer: MoEFFN, x_TD: Tensor) -> None:
         nonlocal least
-        probs_TE = torch.softmax(x_TD.float() @ layer.gate.wg.weight.float().T, dim=1)
+        probs_TE = router_probabilities(layer.router_weight, x_TD)
         if layer.gate.k < probs_TE.shape[1]:
             top_TK = probs_TE.topk(layer.gate.k + 1, dim=1).values
             least = min(least, float((top_TK[:, -2] - top_TK[:, -1]).min()))

@@ -39,7 +39,7 @@ class LayerRoutes:
 
     def __init__(self, layer: MoEFFN) -> None:
         experts, width = layer.router_weight.shape
-        like = {"dtype": torch.float64, "device": layer.router_weight.device}
+        like: dict[str, Any] = {"dtype": torch.float64, "device": layer.router_weight.device}
         self.layer = layer
         self.tokens, self.choices, self.dropped, self.entropy = 0, 0, 0, 0.0
         self.routed_E, self.probability_E = torch.zeros(experts, **like), torch.zeros(experts, **like)

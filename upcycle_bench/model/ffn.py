@@ -120,7 +120,7 @@ class LayerInit:
     """What a strategy makes of one FFN.
 
     experts: E modules [T, D] -> [T, D], in the order of their global numbers;
-    router_ND: a direction for each expert, [E, D], no bias;
+    router_ED: a direction for each expert, [E, D], no bias;
     notes: numbers for the step-0 receipt (ranks kept, agreement rate, ...).
 
     An expert of another form than `FFN.expert` makes may have a method `merged() -> nn.Module`. It returns the plain
@@ -128,7 +128,7 @@ class LayerInit:
     """
 
     experts: Sequence[nn.Module]
-    router_ND: Tensor
+    router_ED: Tensor
     notes: Mapping[str, float] = field(default_factory=dict)
 
 

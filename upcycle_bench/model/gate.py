@@ -56,7 +56,8 @@ class Gate(TopKGate):
         # The parent's attributes of similar names are set anew in every forward pass.
         self.second_expert_sampling = moe.second_expert_sampling
         self.own_factor, self.own_minimum = moe.capacity_factor, moe.min_capacity
-        self.routed = self.dropped = 0
+        self.routed = 0
+        self.dropped: int | Tensor = 0  # a tensor while it counts, so that no step waits for a GPU
 
     def forward(
         self, x_TD: Tensor, used_token: None = None, sparse_routes: bool = True, use_tutel: bool = False

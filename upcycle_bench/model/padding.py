@@ -80,7 +80,8 @@ def encode_text(model: Any, text_BL: Tensor) -> Tensor:
     rows, longest = text_BL.shape
     # Not by the embedding module's forward: `Padding.observe`, its hook, expects whole captions.
     x_TD = F.embedding(text_BL.flatten()[keep_T], model.token_embedding.weight)
-    x_TD = x_TD + model.positional_embedding[keep_T % longest]
+    # Not by indexing: its backward pass adds rows up in an order that several threads leave to chance.
+    x_TD = x_TD + F.embedding(keep_T % longest, model.positional_embedding)
     for block in model.transformer.resblocks:
         x_TD = x_TD + block.ls_1(_attention(block.attn, block.ln_1(x_TD), padding, rows, longest))
         x_TD = x_TD + block.ls_2(block.mlp(block.ln_2(x_TD)))

@@ -75,7 +75,7 @@ def put_experts(dense: Any, inits: Mapping[str, LayerInit], moe: protocol.MoE) -
         init, ffn = inits[layer.name], FFN.of(replaced[layer.name])
         _check(layer, init, ffn, moe.ep_size)
         parent = model.get_submodule(layer.mlp_path.rpartition(".")[0])
-        router_ED = init.router_ND.to(ffn.w1_HD)  # a random router is drawn on the CPU
+        router_ED = init.router_ED.to(ffn.w1_HD)  # a random router is drawn on the CPU
         parent.mlp = MoEFFN(layer, init.experts, router_ED, moe, padding if layer.tower == "text" else None)
         parent.mlp.train(replaced[layer.name].training)
     _check_copy(dense, model, layers)
@@ -120,14 +120,14 @@ def _check(layer: Layer, init: LayerInit, ffn: FFN, ep_size: int) -> None:
     parameters = [id(parameter) for expert in init.experts for parameter in expert.parameters()]
     if ep_size > 1 and len(set(parameters)) < len(parameters):  # their gradients would not be summed over ranks
         raise PluginError(f"{layer.name}: experts share parameters, which needs moe.ep_size=1")
-    tensors = [("the router", [init.router_ND])]
+    tensors = [("the router", [init.router_ED])]
     tensors += [(f"expert {number}", list(expert.parameters())) for number, expert in enumerate(init.experts)]
     for what, values in tensors:
         if not all(value.is_meta or all_finite(value) for value in values):
             raise PluginError(f"{layer.name}: {what} holds values that are not finite")
     expected = (layer.num_experts, ffn.width)
-    if tuple(init.router_ND.shape) != expected:
-        raise PluginError(f"{layer.name}: the router's shape is {tuple(init.router_ND.shape)}, it must be {expected}")
+    if tuple(init.router_ED.shape) != expected:
+        raise PluginError(f"{layer.name}: the router's shape is {tuple(init.router_ED.shape)}, it must be {expected}")
     own = {tensor.untyped_storage()._cdata for tensor in (ffn.w1_HD, ffn.b1_H, ffn.w2_DH, ffn.b2_D)}
     for number, module in enumerate(init.experts):
         if any(p.untyped_storage()._cdata in own for p in module.parameters()):

@@ -78,7 +78,7 @@ def initialise(
 
 
 def _on_cpu(init: LayerInit) -> LayerInit:
-    return replace(init, experts=[expert.cpu() for expert in init.experts], router_ND=init.router_ND.cpu())
+    return replace(init, experts=[expert.cpu() for expert in init.experts], router_ED=init.router_ED.cpu())
 
 
 def _prepare(strategy: Strategy, start: Start, init_seed: int, meter: Meter, reporter: Reporter) -> Preparation | None:
