@@ -35,6 +35,7 @@ from torch import Tensor, nn
 from upcycle_bench.evaluation import shuffled_labels
 from upcycle_bench.evaluation.features import embed
 from upcycle_bench.evaluation.witness import Witness, digests
+from upcycle_bench.model.measure import router_probabilities
 from upcycle_bench.model.moe import MoEFFN, moe_layers
 from upcycle_bench.record import CertificatePart, RepeatPart
 from upcycle_bench.suite import EvalContext, Suite
@@ -118,7 +119,8 @@ def repeat(
         )
     margins = []
     for place in differing:
-        margin = routing_margin(model, *inputs[place], context)
+        encode, row = inputs[place]
+        margin = routing_margin(model, encode, row, context)
         if not margin < MARGIN:
             what = f"the least routing margin is {margin:.1e}" if math.isfinite(margin) else "there is no router"
             raise Unsound(
