@@ -15,7 +15,7 @@ import typer
 
 from tests.training.test_distributed import launch
 from upcycle_bench import __version__, cli
-from upcycle_bench.cli.common import interruptible, uncollected, warn_broken
+from upcycle_bench.cli.common import interruptible, key_value, uncollected, warn_broken
 from upcycle_bench.cli.data import show_world
 from upcycle_bench.cli.tables import table
 from upcycle_bench.data.world import World
@@ -375,3 +375,7 @@ def test_an_interrupted_command_ends_with_130_and_sigterm_means_afterwards_what_
     with interruptible("unused"):
         assert signal.getsignal(signal.SIGTERM) != before
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_an_options_value_may_hold_an_equals_sign() -> None:
+    assert key_value("eval=a=b.tar") == ("eval", "a=b.tar")

@@ -2,6 +2,7 @@
 
 import io
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -189,3 +190,23 @@ def test_shards_digest_sees_both_ends_of_a_large_shard(tmp_path: Path) -> None:
         shard.write_bytes(content)
         digests.add(shards_digest([shard]))
     assert len(digests) == 5
+
+
+def test_suffixes_in_capitals_are_read_too(tmp_path: Path, clip: Clip) -> None:
+    """A camera's 00000.JPG is an image: the pairs are those of the same shard in small letters."""
+    shards = [write_tar(tmp_path / "0.tar", 4), tmp_path / "capitals.tar"]
+    with tarfile.open(shards[0]) as source, tarfile.open(shards[1], "w") as target:
+        for member in source:
+            content = source.extractfile(member)
+            member.name = member.name.upper()
+            target.addfile(member, content)
+    small, capitals = (PairDataset([shard], clip).batch(0, 0, 4) for shard in shards)
+    assert torch.equal(small.images, capitals.images)
+    assert torch.equal(small.texts, capitals.texts)
+
+
+def test_each_sample_of_a_batch_has_a_crop_of_its_own(pairs: PairDataset, clip: Clip) -> None:
+    """The augmentation returns what it draws: no two of 20 samples draw the same."""
+    noisy = replace(clip, augment=lambda image: torch.randint(256, (3, 32, 32), dtype=torch.uint8).numpy())
+    images = PairDataset(pairs.shards, noisy, "random-resized-crop").batch(0, 0, 20).images
+    assert len(images.flatten(1).unique(dim=0)) == 20

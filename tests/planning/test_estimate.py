@@ -1,9 +1,11 @@
 """The estimate of a run's cost: against counts by hand and against the model itself."""
 
-from typing import Any
+import re
+from typing import Any, ClassVar
 
 import pytest
 import torch
+from pydantic.dataclasses import dataclass
 
 from upcycle_bench.model.clip import create_clip
 from upcycle_bench.model.ffn import FFN
@@ -11,8 +13,8 @@ from upcycle_bench.model.moe import parameter_counts
 from upcycle_bench.model.surgery import find_layers, put_experts
 from upcycle_bench.planning.estimate import dense_forward_flops, estimate, estimate_seconds, unequal_shape
 from upcycle_bench.planning.registry import load_registry
-from upcycle_bench.protocol import load_protocol
-from upcycle_bench.strategy import Strategy, resolve_moe
+from upcycle_bench.protocol import MoE, load_protocol
+from upcycle_bench.strategy import Strategy, StrategyInfo, resolve_moe
 from upcycle_bench.util.rng import Stream
 
 REGISTRY = load_registry()
@@ -151,3 +153,22 @@ def test_what_costs_more_than_the_protocols_moe_does_not_compare() -> None:
     reason = unequal_shape(smoke, strategy("virtual-group", granularity=16))
     assert reason == "13,214,720 forward FLOPs per pair, the protocol's own MoE has 12,508,160"
     assert unequal_shape(PROTOCOLS["clip-b32"], strategy("virtual-group", granularity=16)) is None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Narrow(Strategy):
+    """Experts of half the dense width."""
+
+    info: ClassVar[StrategyInfo] = StrategyInfo(name="narrow", summary="s", paper="p", status="control")
+
+    def ffn_hidden(self, hidden: int, moe: MoE) -> int:
+        return hidden // 2
+
+
+def test_what_costs_less_than_the_protocols_moe_does_not_compare_either() -> None:
+    """Three layers with two chosen experts each: of an expert, (2 * 64 + 1) * 128 parameters are missing."""
+    reason = unequal_shape(PROTOCOLS["smoke"], Narrow())
+    said = re.match(r"([\d,]+) active parameters, the protocol's own MoE has ([\d,]+); .* forward FLOPs", reason or "")
+    assert said is not None
+    ours, theirs = (int(number.replace(",", "")) for number in said.groups())
+    assert theirs - ours == 3 * 2 * (2 * 64 + 1) * 128

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from upcycle_bench.planning.fingerprint import dense_recipe
+from upcycle_bench.planning.fingerprint import dense_recipe, training_fingerprint
 from upcycle_bench.planning.plan import Paths, Plan, find_world, make_plan, run_id
 from upcycle_bench.planning.registry import load_registry
 from upcycle_bench.protocol import load_protocol
@@ -178,3 +178,19 @@ def test_torchs_version_is_part_of_a_dense_models_recipe(monkeypatch: pytest.Mon
     assert dense_recipe(protocol, world) == before
     monkeypatch.setattr(torch, "__version__", "another")
     assert dense_recipe(protocol, world) != before
+
+
+@pytest.mark.parametrize(("name", "value"), [("NUMERICS", -1), ("model_config", lambda name: {"embed_dim": 1})])
+def test_numerics_and_model_configuration_count_for_a_given_dense_model_too(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: Any
+) -> None:
+    """A dense model that is trained on the spot has both in its own identity; a given one has its sha256 alone."""
+    protocol, world = plan().protocol, plan().world
+    assert world is not None
+
+    def identities() -> set[str]:
+        return {training_fingerprint(protocol, world, "given", None), dense_recipe(protocol, world)}
+
+    before = identities()
+    monkeypatch.setattr(f"upcycle_bench.planning.fingerprint.{name}", value)
+    assert not identities() & before

@@ -182,3 +182,14 @@ def test_headers_say_what_plus_minus_is() -> None:
 def test_unknown_format() -> None:
     with pytest.raises(UserError, match=r"unknown format 'markdown'.* There are: csv, json, md, terminal"):
         render(build([make_record()]), "markdown")
+
+
+def test_the_caption_names_the_largest_error_of_the_rows() -> None:
+    """The row with the best primary has the smallest error here."""
+    made = []
+    for label, value, error in (("dense", 0.6, 0.01), ("zzz", 0.5, 0.03), ("aaa", 0.4, 0.02)):
+        part = score("digits-test", "acc1", value, primary=True)
+        part |= {"standard_error": error, "interval": (value - 2 * error, value + 2 * error)}
+        made.append(make_record(label, primary=value, scores=[part]))
+    text = " ".join(render(build(made), "md").split())
+    assert "the standard error of the primary is 0.0300 at most" in text

@@ -18,7 +18,8 @@ from upcycle_bench.model.surgery import find_layers, put_experts
 from upcycle_bench.planning.registry import load_registry
 from upcycle_bench.protocol import Schedule, learning_rate, load_protocol
 from upcycle_bench.strategy import ExtraLoss
-from upcycle_bench.training.job import Job
+from upcycle_bench.training.bookkeeping import Bookkeeping
+from upcycle_bench.training.job import Job, Progress
 from upcycle_bench.training.loop import parameter_groups, train
 from upcycle_bench.util.errors import UserError
 from upcycle_bench.util.rng import Stream
@@ -253,3 +254,11 @@ def test_steps_whose_flops_are_counted_are_no_part_of_the_throughput(pairs: Pair
     plain = 4 * 32 / (progress.seconds - progress.counted_seconds)
     assert progress.samples_per_second(32) == pytest.approx(plain)
     assert progress.last["samples_per_second"] == pytest.approx(plain)
+
+
+def test_the_seconds_of_earlier_sessions_count() -> None:
+    with Bookkeeping(job(), {}, done=3) as books:
+        books.begin(Progress(step=3, seconds=1000.0))
+        books.count_step({"contrastive": torch.ones(())})
+    assert 1000 < books.progress.seconds < 1060
+    assert books.progress.step == 4

@@ -220,3 +220,14 @@ def test_kmeans_finds_blobs_and_leaves_the_global_generator_alone() -> None:
     assert torch.equal(label_T, distance_TE.argmin(1))
     with pytest.raises(UserError, match="2 samples cannot make 3 clusters"):
         clustering.minibatch_kmeans(points_TD[:2], 3, Stream(("a",)))
+
+
+def test_another_seed_draws_other_captions_for_the_same_samples(pairs: PairDataset) -> None:
+    rows_SB = torch.arange(64).view(2, 32)
+    made = []
+    for seed in (0, 1):
+        shop = workshop(pairs, seed)
+        model = shop.dense()
+        shop.train(model, rows_SB, "all")
+        made.append(model.state_dict())
+    assert not torch.equal(made[0]["token_embedding.weight"], made[1]["token_embedding.weight"])

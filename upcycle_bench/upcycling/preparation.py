@@ -188,8 +188,7 @@ class TrainingWorkshop:
             parameter.grad = None
         model.train(was_training)
         gc.collect()  # the engine and its optimiser refer to each other, and hold the states' memory
-        counted = distributed.sum_over_ranks(progress.counted_flops)
-        return counted * progress.step // max(1, progress.counted_steps)
+        return progress.total_flops()
 
     def training_flops(self) -> int:
         """FLOPs of one training step of the upcycled model, if all experts are copies and none is over capacity.
