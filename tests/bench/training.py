@@ -112,7 +112,7 @@ def our_step(
     batches: Sequence[Batch],
     make_loss: Callable[[Mapping[str, MoEFFN]], ExtraLoss | None] = lambda layers: None,
 ) -> Step:
-    """A step as `upcycle_bench.training.loop.train` makes it. Needs `session.open_session`, as all that use an engine."""
+    """A step as `upcycle_bench.training.loop.train` makes it. Needs `session.open_session`, as every engine does."""
     model = clip.model.train()
     layers = moe_layers(model)
     engine = create_engine(Features(model, job.schedule.precision), job)

@@ -1,6 +1,7 @@
 """Plans: fingerprints change with what they must and with nothing else; missing options are named."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch

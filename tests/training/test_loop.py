@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from tests.helpers import threads
 from upcycle_bench.data.pairs import Batch, PairDataset
 from upcycle_bench.model.clip import Clip, create_clip
 from upcycle_bench.model.ffn import FFN
@@ -262,3 +263,14 @@ def test_the_seconds_of_earlier_sessions_count() -> None:
         books.count_step({"contrastive": torch.ones(())})
     assert 1000 < books.progress.seconds < 1060
     assert books.progress.step == 4
+
+
+def test_two_threads_give_the_same_weights_twice(pairs: PairDataset) -> None:
+    """No gradient is added up in an order that threads leave to chance: captions share positions and experts rows."""
+    made = []
+    for _ in range(3):
+        clip = upcycled()
+        with threads(2):
+            train(clip, pairs, job(schedule=schedule(batch_size=256, precision="bf16"), stop_step=3), make_loss=eesd)
+        made.append(state(clip))
+    assert all(torch.equal(value, other[key]) for other in made[1:] for key, value in made[0].items())
