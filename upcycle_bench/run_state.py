@@ -29,6 +29,7 @@ from upcycle_bench.training.job import Progress
 from upcycle_bench.util import distributed, environment
 from upcycle_bench.util.flops import COUNTING_RULE
 from upcycle_bench.util.meter import Meter, Phase
+from upcycle_bench.util.plain import plain
 
 
 @dataclass
@@ -73,7 +74,8 @@ class RunState:
 def machine(device: torch.device) -> dict[str, Any]:
     """The environment of this process, and the backend that computes experts in bf16."""
     backend = backends.forced() or backends.default(device)
-    return environment.capture(device.type) | {"experts": backend}
+    fast = {"plain": True} if plain() else {}
+    return environment.capture(device.type) | {"experts": backend, **fast}
 
 
 def write_record(state: RunState, outcome: Mapping[str, SuiteResult], results: Path) -> Path:

@@ -156,7 +156,7 @@ def route_texts(evalsets: Iterable[EvalSet], context: EvalContext) -> Routed:
                     prompts.add(prompt)
                     items.add(name, -1)
                     texts.append(prompt)
-    encode = partial(padding.encode_text, model) if padding.packs(model) else model.encode_text
+    encode = padding.text_encoder(model)
     ends = Padding.of(model)
     with _watch(model, "text") as watching:
         for start in context.track(range(0, len(texts), context.batch_size), "texts"):

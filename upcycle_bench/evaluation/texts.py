@@ -84,7 +84,7 @@ def _encode(texts: Sequence[str], name: str, context: EvalContext, known: dict[s
     """Text embeddings [N, C], which are added to `known`; only texts that it lacks are encoded."""
     unknown = [text for text in dict.fromkeys(texts) if text not in known]
     model: Any = context.model
-    encode = partial(padding.encode_text, model) if padding.packs(model) else model.encode_text
+    encode = padding.text_encoder(model)
     for start in context.track(range(0, len(unknown), context.batch_size), f"{name}: texts"):
         batch = unknown[start : start + context.batch_size]
         with uncounted():

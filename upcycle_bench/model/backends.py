@@ -31,6 +31,7 @@ from upcycle_bench.model.ffn import alike
 from upcycle_bench.model.precision import compute_dtype
 from upcycle_bench.util.errors import unknown
 from upcycle_bench.util.flops import counting
+from upcycle_bench.util.plain import plain
 
 VARIABLE = "UPCYCLE_BENCH_EXPERTS"
 HOPPER = (9, 0)  # the first compute capability with a kernel of its own
@@ -95,7 +96,7 @@ def row_multiple(x: Tensor, mean: int) -> int:
     1/32 of the mean leaves few shapes and adds 1/64 of rows. Filler rows have gradients of zeros, and zeros at the end
     of a sum do not change it. The number is 1 while FLOPs are counted.
     """
-    if x.device.type != "cpu" or compute_dtype(x) != torch.bfloat16 or counting() or mean < 32:
+    if x.device.type != "cpu" or compute_dtype(x) != torch.bfloat16 or counting() or mean < 32 or plain():
         return 1
     return 1 << ((mean // 32).bit_length() - 1)
 

@@ -1,7 +1,6 @@
 """CLIP's text padding, which is left out of the text tower: what stands behind the end-of-text token.
 
-    if packs(model):
-        text_BC = encode_text(model, text_BL)     # model.encode_text to rounding, gradients too
+    text_BC = text_encoder(model)(text_BL)        # model.encode_text(text_BL) to rounding, gradients too
 
 Captions are short, and most of a text batch is padding. It cannot influence the text feature: attention is causal, and
 the feature is pooled at the end-of-text token. In an MoE layer it would take up capacity, so `Padding` leaves it out
@@ -13,11 +12,15 @@ Shape suffixes: P = B * L positions; T tokens, padding left out.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from upcycle_bench.util.plain import plain
 
 
 class Padding:
@@ -58,6 +61,11 @@ class Padding:
         """[T, D] -> [P, D], the inverse of `compact`, with zeros at padding."""
         assert self.keep_T is not None, "the token embedding was not called"
         return y_TD.new_zeros(self.positions, y_TD.shape[1]).index_copy(0, self.keep_T, y_TD)
+
+
+def text_encoder(model: Any) -> Callable[[Tensor], Tensor]:
+    """What encodes texts [B, L] to features [B, C]: `encode_text` below for a model that it knows, else the model's."""
+    return partial(encode_text, model) if packs(model) and not plain() else model.encode_text
 
 
 def packs(model: Any) -> bool:

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from upcycle_bench.util.plain import plain
+
 
 def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[Any]:
     """The context of a forward pass: autocast for "bf16", where weights stay float32; else nothing."""
@@ -29,8 +31,8 @@ def attention_kernel(device: torch.device, longest: int) -> contextlib.AbstractC
     `longest` counts tokens. The bound lies between two measurements in bf16 (docs/performance.md): the plain kernel is
     faster at 77 tokens and slower at 197. It is fixed, so that numbers do not depend on a timing.
     """
-    plain = device.type == "cpu" and longest <= 128
-    return sdpa_kernel(SDPBackend.MATH) if plain else contextlib.nullcontext()
+    short = device.type == "cpu" and longest <= 128
+    return sdpa_kernel(SDPBackend.MATH) if short and not plain() else contextlib.nullcontext()
 
 
 def longest_sequence(model: Any) -> int:

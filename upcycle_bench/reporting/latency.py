@@ -87,7 +87,7 @@ def image_encoder(clip: Clip, model: Any, size: int) -> Callable[[], Any]:
 def text_encoder(clip: Clip, model: Any, size: int) -> Callable[[], Any]:
     """A call that encodes `size` different short prompts, on the model's device."""
     texts = clip.tokenize([f"a picture of thing number {number}" for number in range(size)])
-    encode = partial(padding.encode_text, model) if padding.packs(model) else model.encode_text
+    encode = padding.text_encoder(model)
     return partial(_without_gradient, encode, texts.to(model.visual.conv1.weight.device))
 
 

@@ -34,6 +34,7 @@ from upcycle_bench.util import distributed, environment
 from upcycle_bench.util.cache import cache_root, locked
 from upcycle_bench.util.errors import UserError
 from upcycle_bench.util.files import file_sha256, write_atomically
+from upcycle_bench.util.plain import plain
 
 
 class Trained(Part):
@@ -54,11 +55,12 @@ class Trained(Part):
 def key_of(run_id: str, device: torch.device) -> str:
     """The name of a training in the cache.
 
-    It depends on the versions of the libraries, the hardware, and a forced backend of the experts: others round
-    differently, so their weights differ.
+    It depends on the versions of the libraries, the hardware, a forced backend of the experts, and on whether fast
+    paths are off (`util.plain`): others round differently, so their weights differ.
     """
     versions = [environment.installed_version(name) for name in environment.PACKAGES if name != "upcycle-bench"]
     forced = [name] if (name := backends.forced()) else []
+    forced += ["plain"] if plain() else []
     return fingerprint([run_id, versions, device.type, environment.device_name(device.type), *forced])
 
 

@@ -20,6 +20,7 @@ from upcycle_bench.model import backends
 from upcycle_bench.training.allocator import keep_compiled_kernels, keep_freed_memory
 from upcycle_bench.util import distributed
 from upcycle_bench.util.distributed import choose_device
+from upcycle_bench.util.plain import plain
 
 
 @contextlib.contextmanager
@@ -33,7 +34,7 @@ def open_session(threads: int) -> Iterator[torch.device]:
     backends.forced()  # it raises for an unknown name, before anything is started
     device = choose_device()
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32
-    if device.type == "cpu":
+    if device.type == "cpu" and not plain():
         keep_freed_memory()
         keep_compiled_kernels()
     before = torch.get_num_threads()

@@ -39,14 +39,13 @@ class Features(nn.Module):
     def __init__(self, clip: nn.Module, precision: str) -> None:
         super().__init__()
         self.clip, self.precision = clip, precision
-        self.packs = padding.packs(clip)
+        self.encode_text = padding.text_encoder(clip)
 
     def forward(self, images: Tensor, text_BL: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         clip: Any = self.clip
         with autocast(images.device, self.precision):
             image_BC = clip.encode_image(images, normalize=True)
-            text_BC = padding.encode_text(clip, text_BL) if self.packs else clip.encode_text(text_BL)
-            text_BC = F.normalize(text_BC, dim=-1)
+            text_BC = F.normalize(self.encode_text(text_BL), dim=-1)
         return image_BC.float(), text_BC.float(), clip.logit_scale.exp().float().squeeze()
 
 

@@ -133,7 +133,7 @@ class TrainingWorkshop:
             model.eval()
             with counted_flops() as counter:
                 image_BC = model.encode_image(images)
-                text_BC = padding.encode_text(model, texts) if padding.packs(model) else model.encode_text(texts)
+                text_BC = padding.text_encoder(model)(texts)
             model.train(was_training)
             self.flops += distributed.sum_over_ranks(counter.get_total_flops())
             both = (F.normalize(features.float(), dim=-1) for features in (image_BC, text_BC))
