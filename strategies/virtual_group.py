@@ -57,7 +57,7 @@ class VirtualGroup(Strategy):
     )
     preserves_function: ClassVar[bool] = True  # with scaling="exact"
 
-    granularity: int = Field(default=2, ge=1, description="shards of each copy: N experts become N times as many")
+    granularity: int = Field(default=2, ge=1, description="shards G of each copy: V experts become V G")
     scaling: Literal["exact", "megatron"] = Field(
         default="exact", description="where the scale G goes: on W2, or its square root on W1 (with b1) and on W2"
     )

@@ -115,7 +115,7 @@ class TinyWorkshop(TrainingWorkshop):
         return ceiling
 
     @torch.no_grad()
-    def fit(self, model: Any, rows_SB: Tensor, name: str, trainable: Callable[[str], bool], *_: Any) -> int:
+    def _fit(self, model: Any, rows_SB: Tensor, name: str, trainable: Callable[[str], bool], *_: Any) -> int:
         rng = self.rng.child("fit", name, *rows_SB.flatten().tolist())
         for key, parameter in model.named_parameters():
             if trainable(key):

@@ -25,9 +25,8 @@ from upcycle_bench.strategy import resolve_moe
 from upcycle_bench.upcycling.calibration_pairs import CalibrationPairs
 from upcycle_bench.upcycling.from_checkpoint import choose_strategy, moe_settings
 from upcycle_bench.upcycling.initialise import make_experts
-from upcycle_bench.util import distributed
 from upcycle_bench.util.errors import UserError
-from upcycle_bench.util.files import temporary
+from upcycle_bench.util.files import publish, temporary
 
 
 def upcycle(
@@ -95,12 +94,9 @@ def save(model: Any, path: str | os.PathLike[str], name: str) -> str:
     moe = next((layer.settings for layer in moe_layers(model).values()), None) or PUBLISHED_MOE
     clip = replace(form, model=model, preprocess=_preprocess(model, form.model))
     try:
-        with temporary(path) as usual, temporary(path) as part:
-            if distributed.is_main():
-                usual.touch()
+        with temporary(path) as part:
             if digest := weights.write(clip, moe, part):
-                part.chmod(usual.stat().st_mode)  # the mode of a file made as usual; safetensors makes it private
-                os.replace(part, path)
+                publish(part, path)
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror or error}).") from None
     return digest

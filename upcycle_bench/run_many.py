@@ -159,7 +159,8 @@ def _why(code: int, last: str) -> str | None:
     """Why a process with that exit status failed, or None; `last`: the last line of its stderr."""
     if code < 0:
         names = {each.value: each.name for each in signal.Signals}
-        return f"killed by {names.get(-code, f'signal {-code}')}{', perhaps for want of memory' * (code == -9)}"
+        memory = ", perhaps for want of memory" if code == -signal.SIGKILL else ""
+        return f"killed by {names.get(-code, f'signal {-code}')}{memory}"
     return (last.removeprefix("error: ") or f"exit status {code}") if code else None
 
 
@@ -173,19 +174,20 @@ def run_apart(
 ) -> list[Outcome]:
     """Run `jobs` cells at once, each in a process whose stderr a thread reads; an interruption stops all processes."""
     waiting = deque(todo)
+    started: list[_Child] = []
     children: dict[Future[str | None], _Child] = {}
     outcomes = []
     with ThreadPoolExecutor(jobs) as threads:
         try:
             for _ in reporter.track(range(len(todo)), "runs"):
                 while waiting and len(children) < jobs:
-                    child = _start(waiting.popleft(), results, shared, environment)
-                    children[threads.submit(child.forward, reporter.say)] = child
+                    started.append(_start(waiting.popleft(), results, shared, environment))
+                    children[threads.submit(started[-1].forward, reporter.say)] = started[-1]
                 over = next(iter(wait(children, return_when=FIRST_COMPLETED).done))
-                child = children.pop(over)
-                outcomes.append(_outcome(child.cell, results, child.known, over.result()))
+                reason, child = over.result(), children.pop(over)
+                outcomes.append(_outcome(child.cell, results, child.known, reason))
         finally:
-            _stop([child.process for child in children.values()])
+            _stop([child.process for child in started if child.process.poll() is None])
     return outcomes
 
 
@@ -217,6 +219,7 @@ def _stop(processes: Sequence[subprocess.Popen[bytes]]) -> None:
             process.wait()  # its thread reads its stderr meanwhile
     except KeyboardInterrupt:
         for process in processes:
-            process.kill()
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # a session of its own: its workers hold stderr, too
             process.wait()
         raise

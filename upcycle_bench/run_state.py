@@ -15,8 +15,6 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from upcycle_bench import record
 from upcycle_bench.evaluation.score import scores_of, skips_of
 from upcycle_bench.model import backends
@@ -26,10 +24,9 @@ from upcycle_bench.planning.plan import Plan, run_id
 from upcycle_bench.suite import SuiteResult
 from upcycle_bench.training.finished import Trained
 from upcycle_bench.training.job import Progress
-from upcycle_bench.util import distributed, environment
+from upcycle_bench.util import distributed
 from upcycle_bench.util.flops import COUNTING_RULE
 from upcycle_bench.util.meter import Meter, Phase
-from upcycle_bench.util.plain import plain
 
 
 @dataclass
@@ -58,7 +55,7 @@ class RunState:
             "receipt": self.receipt,
             "phases": {name: asdict(phase) for name, phase in self.meter.phases.items()},
             "progress": asdict(self.progress),
-            "environment": machine(self.meter.device),
+            "environment": backends.machine(self.meter.device),
             "time": now(),
         }
         return Trained.model_validate_json(json.dumps(tree, allow_nan=False))
@@ -69,13 +66,6 @@ class RunState:
         self.parameters, self.final, self.metrics = facts.parameters, final, metrics
         self.meter.phases |= {name: Phase(**cost.model_dump()) for name, cost in facts.phases.items()}
         self.training = {"time": facts.time, "environment": facts.environment}
-
-
-def machine(device: torch.device) -> dict[str, Any]:
-    """The environment of this process, and the backend that computes experts in bf16."""
-    backend = backends.forced() or backends.default(device)
-    fast = {"plain": True} if plain() else {}
-    return environment.capture(device.type) | {"experts": backend, **fast}
 
 
 def write_record(state: RunState, outcome: Mapping[str, SuiteResult], results: Path) -> Path:
@@ -159,7 +149,7 @@ def _record(state: RunState, **parts: Any) -> record.Record:
         },
         "seeds": {"init": plan.init_seed, "train": plan.train_seed},
         "receipt": state.receipt,
-        "environment": machine(state.meter.device) | ({"training": state.training} if state.training else {}),
+        "environment": backends.machine(state.meter.device) | ({"training": state.training} if state.training else {}),
         "hashes": {
             "dense": state.dense or "not loaded",
             "data": plan.world.sha256 if plan.world else "not loaded",

@@ -166,8 +166,8 @@ def open_clip_step(clip: Clip, job: Job, batches: Sequence[Batch]) -> Step:
         images, texts = next(turns)
         optimizer.zero_grad()
         with autocast(device, job.schedule.precision):
-            image_BD, text_BD, scale = model(images, texts)[:3]
-            total = loss(image_BD, text_BD, scale)
+            image_BC, text_BC, scale = model(images, texts)[:3]
+            total = loss(image_BC, text_BC, scale)
         total.backward()
         nn.utils.clip_grad_norm_(model.parameters(), job.schedule.grad_clip, norm_type=2.0)
         optimizer.step()
@@ -198,8 +198,8 @@ def stock_step(clip: Clip, job: Job, batches: Sequence[Batch]) -> Step:
     def step() -> None:
         images, texts = next(turns)
         with autocast(device, job.schedule.precision):
-            image_BD, text_BD, scale = engine(images, texts)[:3]
-            total = loss(image_BD, text_BD, scale)
+            image_BC, text_BC, scale = engine(images, texts)[:3]
+            total = loss(image_BC, text_BC, scale)
             total = total + job.load_balance * torch.stack([layer.l_aux for layer in layers]).sum()
         engine.backward(total)
         engine.step()

@@ -110,10 +110,10 @@ class Priced(TrainingWorkshop):
         self.flops += flops
         return flops
 
-    def training_flops(self) -> int:
+    def _training_flops(self) -> int:
         return self.charge(4000)
 
-    def step_flops(self, model: Any, trainable: Callable[[str], bool]) -> int:
+    def _step_flops(self, model: Any, trainable: Callable[[str], bool]) -> int:
         return self.charge(2000)
 
     def encode(self, model: Any, index_S: Tensor) -> Iterator[Any]:
@@ -139,7 +139,7 @@ def test_what_a_budget_pays_by_hand(pairs: PairDataset) -> None:
 def test_budgets_are_shares_of_the_upcycled_models_training(pairs: PairDataset) -> None:
     shop = workshop(pairs)
     before = shop.dense().state_dict()
-    expected = shop.training_flops()
+    expected = shop._training_flops()
     assert 0 < shop.flops < expected
     assert equal(shop.dense().state_dict(), before)
     moe = tiny_moe(experts=8, capacity_factor=8.0)  # nothing is dropped
@@ -148,7 +148,7 @@ def test_budgets_are_shares_of_the_upcycled_models_training(pairs: PairDataset) 
     model = put_experts(clip.model, initialise(strategy, clip, 0, moe=moe).inits, moe)
     schedule = load_protocol(SMOKE, SETTINGS).train.schedule
     job = Job(schedule=schedule, peak_lr=1.0, stop_step=1, seed=0)
-    progress = train(replace(clip, model=model), PickedBatches(pairs, shop.probe()[None]), job)
+    progress = train(replace(clip, model=model), PickedBatches(pairs, shop._probe()[None]), job)
     assert progress.counted_flops == pytest.approx(expected, rel=0.005)
 
 

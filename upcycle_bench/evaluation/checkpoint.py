@@ -21,7 +21,7 @@ from pydantic import ValidationError
 from upcycle_bench import record
 from upcycle_bench.data import evalset_check
 from upcycle_bench.evaluation.score import score, scores_of, skips_of
-from upcycle_bench.model import weights
+from upcycle_bench.model import backends, weights
 from upcycle_bench.model.clip import Clip, create_clip, find_pretrained
 from upcycle_bench.model.moe import parameter_counts
 from upcycle_bench.planning.fingerprint import suite_fingerprints
@@ -30,7 +30,6 @@ from upcycle_bench.planning.registry import Registry
 from upcycle_bench.protocol import load_protocol
 from upcycle_bench.suite import OnlyNamed, Suite
 from upcycle_bench.training import session
-from upcycle_bench.util import environment
 from upcycle_bench.util.errors import UserError, first_problem
 from upcycle_bench.util.files import file_sha256
 from upcycle_bench.util.meter import Meter
@@ -104,7 +103,7 @@ def score_checkpoint(
             raise
         except Exception as error:  # every suite raised, and `score` raises the first error
             raise UserError(f"no suite could run: {type(error).__name__}: {' '.join(str(error).split())}") from error
-        surroundings = environment.capture(device.type)
+        surroundings = backends.machine(device)
     scores, failed = scores_of(outcome), skips_of(outcome)
     if found.protocol is None:  # suites are called SUITE/SET, and no set of a user's is the primary one
         scores = [score | {"suite": score["suite"].partition("/")[0], "primary": False} for score in scores]

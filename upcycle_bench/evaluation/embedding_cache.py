@@ -28,6 +28,7 @@ from upcycle_bench.suite import EvalContext
 from upcycle_bench.util.cache import build_once, cache_root
 from upcycle_bench.util.environment import installed_version
 from upcycle_bench.util.errors import Unsound
+from upcycle_bench.util.plain import plain
 
 VERSION = 2  # raise it when the same weights and inputs would give other arrays
 SPOT = 128  # cached rows that are encoded again, to compare
@@ -92,6 +93,7 @@ def _arithmetic(context: EvalContext) -> list[Any]:
     versions = [torch.__version__, *map(installed_version, ("open_clip_torch", "torchvision", "pillow"))]
     fused = torch.backends.mha.get_fastpath_enabled()
     numerics = [context.device.type, processor, precision, threads, backend, fused, context.batch_size]
+    numerics += ["plain"] if plain() else []
     return [*versions, *numerics, _pixels(context.transform)]
 
 

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from upcycle_bench.model.ffn import alike
 from upcycle_bench.model.precision import compute_dtype
+from upcycle_bench.util import environment
 from upcycle_bench.util.errors import unknown
 from upcycle_bench.util.flops import counting
 from upcycle_bench.util.plain import plain
@@ -126,3 +127,9 @@ def refusal(experts: Sequence[Any], rows_RD: Tensor) -> str | None:
 def say_once(reason: str) -> None:
     """Warn that `loop` ran instead of `grouped_mm`, once for each reason."""
     warnings.warn(f"experts are computed one by one, not by grouped_mm: {reason}", stacklevel=2)
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """The environment of this process, the backend that computes experts in bf16, and whether fast paths are off."""
+    fast = {"plain": True} if plain() else {}
+    return environment.capture(device.type) | {"experts": forced() or default(device), **fast}

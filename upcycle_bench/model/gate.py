@@ -2,8 +2,8 @@
 
     routes = Gate(width, moe)(x_TD)
 
-Routes are DeepSpeed's own. In evaluation capacity is unlimited and
-nothing is sampled, so that the output for a token never depends on the rest of the batch.
+Routes are DeepSpeed's own. In evaluation capacity is unlimited and nothing is sampled, so that the output for a token
+never depends on the rest of the batch.
 
 Sources: `deepspeed.moe.sharded_moe.TopKGate`; equations of arXiv:2604.13508.
 """
@@ -114,8 +114,8 @@ class Gate(TopKGate):
         for k <= 2, and all choices (divided by k) for a larger k.
         """
         experts = probs_TE.shape[1]
-        chosen_TK = probs_TE.detach().topk(self.k if self.k > 2 else 1, dim=1).indices
-        chosen_TK = chosen_TK if self.k > 2 else probs_TE.detach().argmax(1, keepdim=True)
+        p_TE = probs_TE.detach()
+        chosen_TK = p_TE.topk(self.k, dim=1).indices if self.k > 2 else p_TE.argmax(1, keepdim=True)
         totals = torch.cat(
             [torch.bincount(chosen_TK.flatten(), minlength=experts), chosen_TK.new_tensor([len(probs_TE)])]
         )

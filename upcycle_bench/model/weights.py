@@ -10,7 +10,6 @@ the name's own, the hidden widths and the settings of the transforms.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -28,18 +27,16 @@ from upcycle_bench.model.surgery import find_layers, hidden_widths, put_experts
 from upcycle_bench.util import distributed
 from upcycle_bench.util.cache import cache_root
 from upcycle_bench.util.errors import UserError
-from upcycle_bench.util.files import file_sha256, temporary
+from upcycle_bench.util.files import file_sha256, publish, temporary
 
 FORMAT = "upcycle-bench/1"  # the one key of the metadata: safetensors writes several in a random order
 
 
 def save(clip: Clip, moe: protocol.MoE, folder: Path) -> str:
     """Write the model to `folder`/SHA256.safetensors; returns the sha256 on rank 0, "" on the other ranks."""
-    if distributed.is_main():
-        folder.mkdir(parents=True, exist_ok=True)
     with temporary(folder / "weights") as part:
         if digest := write(clip, moe, part):
-            os.replace(part, folder / f"{digest}.safetensors")
+            publish(part, folder / f"{digest}.safetensors")
     return digest
 
 
@@ -57,6 +54,7 @@ def write(clip: Clip, moe: protocol.MoE, path: Path) -> str:
         settings["hidden"] = hidden  # left out where usual: files of other models keep their bytes, and their names
     if clip.preprocess:
         settings["preprocess"] = dict(clip.preprocess)
+    path.parent.mkdir(parents=True, exist_ok=True)  # after the collectives: an error here must not leave ranks waiting
     save_file(state, path, metadata={FORMAT: json.dumps(settings)})
     return file_sha256(path)
 

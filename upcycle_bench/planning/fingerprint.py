@@ -25,7 +25,8 @@ from upcycle_bench.strategy import Strategy
 from upcycle_bench.suite import Suite
 from upcycle_bench.util import distributed
 from upcycle_bench.util.cache import cache_root
-from upcycle_bench.util.errors import UserError
+from upcycle_bench.util.errors import PluginError, UserError
+from upcycle_bench.util.plain import plain
 
 # Part of the training fingerprint: raise it when the same protocol, data and seeds would give other weights.
 NUMERICS = 2
@@ -47,6 +48,7 @@ def dense_recipe(protocol: Protocol, world: World) -> str:
     values = protocol.model_dump(mode="json", include={"model", "threads", "dense"})
     values["dense"] = {key: value for key, value in values["dense"].items() if key not in ("source", "shipped")}
     values["made by"] = [torch.__version__, distributed.choose_device().type, distributed.world_size()]
+    values["made by"] += ["plain"] if plain() else []
     return fingerprint({**values, "config": model_config(protocol.model), "data": world.sha256, "numerics": NUMERICS})
 
 
@@ -96,7 +98,8 @@ def code_fingerprint(strategy: type[Strategy]) -> str:
 
     It covers the files of the class and its bases, and what these import from `upcycling` or from their own package.
     Imports, docstrings and comments do not count: a reworded comment does not change it, a changed constant does. Code
-    that all strategies share (the network, the training) is covered by `NUMERICS` instead.
+    that all strategies share (the network, the training, `upcycling.initialise`, `calibration`, `starting_model`) is
+    covered by `NUMERICS` instead. Raises PluginError for a class that stands in no file.
     """
     bases = [base for base in strategy.__mro__ if issubclass(base, Strategy) and base is not Strategy]
     names = {base.__module__ for base in bases}
@@ -108,17 +111,18 @@ def code_fingerprint(strategy: type[Strategy]) -> str:
             continue
         files[name] = file
         names |= {each for each in _imports(file, name) if each.startswith((UPCYCLING, *own))} - files.keys()
+    if not files:
+        raise PluginError(f"{strategy.__name__}: its code is in no file, so a run of it would have no identity")
     return fingerprint(sorted(fingerprint(_bare_code(file.read_text(encoding="utf-8"))) for file in files.values()))
 
 
 def _source_file(module: str) -> Path | None:
-    """The module's file; None if there is no such module, or it has no Python source."""
-    loaded = sys.modules.get(module)
-    try:
-        spec = loaded.__spec__ if loaded is not None else importlib.util.find_spec(module)
-        file = spec.origin if spec is not None else getattr(loaded, "__file__", None)
-    except (ImportError, ValueError, AttributeError):
-        return None
+    """The module's file, found without importing it; None if there is no such module, or it has no Python source."""
+    loaded, (package, _, leaf) = sys.modules.get(module), module.rpartition(".")
+    file = getattr(loaded, "__file__", None)
+    if loaded is None and (parent := _source_file(package) if package else None) is not None:
+        beside = (parent.with_name(f"{leaf}.py"), parent.with_name(leaf) / "__init__.py")
+        file = next((str(path) for path in beside if parent.name == "__init__.py" and path.is_file()), None)
     return Path(file) if file is not None and file.endswith(".py") else None
 
 
@@ -135,9 +139,21 @@ def _imports(file: Path, module: str) -> set[str]:
     return found
 
 
-def _bare_code(source: str) -> str:
-    """The code of a file in canonical form, without imports, docstrings and comments."""
-    return ast.unparse(_Bare().visit(ast.parse(source)))
+def _bare_code(source: str) -> Any:
+    """The syntax tree of a file as nested lists, without imports, docstrings and comments; the same for each Python."""
+    return _tree(_Bare().visit(ast.parse(source)))
+
+
+def _tree(node: Any) -> Any:
+    if isinstance(node, list):
+        return [_tree(each) for each in node]
+    if not isinstance(node, ast.AST):
+        return repr(node)
+    # Empty fields are left out: later versions of Python have some that earlier ones lack.
+    fields = [
+        [name, _tree(value)] for name, value in ast.iter_fields(node) if value not in (None, []) and name != "kind"
+    ]
+    return [type(node).__name__, fields]
 
 
 class _Bare(ast.NodeTransformer):

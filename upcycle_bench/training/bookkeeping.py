@@ -58,7 +58,7 @@ class Bookkeeping:
         """Add one finished step, whose loss had these terms, to `progress`."""
         progress = self.progress
         if progress.step < SHARE_STEPS:  # the tensors stay on the device: to read them now, the step must wait for it
-            self._first_terms.append({name: term.detach() for name, term in losses.items()})
+            self._first_terms.append(losses)
         before, progress.seconds = progress.seconds, time.perf_counter() - self._began
         progress.step += 1
         if self._flops is not None:
@@ -75,11 +75,11 @@ class Bookkeeping:
         last = self.progress.last = self._metrics(losses, rate, scale)
         self.log.write({**last, **({"layers": seen.summary()} if self.layers else {})})
         if not math.isfinite(last["loss"]):
-            terms = {name: float(term.detach()) for name, term in losses.items()}
+            terms = {name: float(term) for name, term in losses.items()}
             raise FloatingPointError(f"the loss is {last['loss']} at step {self.progress.step - 1}: {terms}")
 
     def _metrics(self, losses: Mapping[str, Tensor], rate: float, scale: Tensor) -> dict[str, float]:
-        terms_M = torch.stack(list(losses.values())).detach()
+        terms_M = torch.stack(list(losses.values()))
         values = torch.cat([terms_M.sum()[None], terms_M])  # [1 + M]: the loss, then its terms
         world, progress = distributed.world_size(), self.progress
         if world > 1:

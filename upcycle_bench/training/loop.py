@@ -77,7 +77,7 @@ def train(
         for first, stop in itertools.pairwise([0, *stages, job.stop_step]):
             if first > 0:
                 next_stage(layers)
-            if stop < done:  # a later stage wrote the checkpoint
+            if stop < done:  # the checkpoint is of a later stage; the layers only had to take its form
                 continue
             with _stage(model, job, layers, make_loss) as (engine, extra):
                 if first == 0 or first < done:
@@ -95,6 +95,7 @@ def train(
                             losses, scale = compute_losses(engine, clip, batch, job, layers, extra)
                         engine.backward(torch.stack(list(losses.values())).sum())
                         engine.step()
+                    losses = {name: term.detach() for name, term in losses.items()}  # lets go of the graph
                     clamp_logit_scale(model, job)
                     if extra is not None:
                         extra.after_step()

@@ -25,13 +25,14 @@ from torch import Tensor
 
 from upcycle_bench.data.pairs import PairDataset
 from upcycle_bench.data.world import World
+from upcycle_bench.model import backends
 from upcycle_bench.model.clip import Clip, create_clip
 from upcycle_bench.planning.fingerprint import dense_recipe, recipe_path
 from upcycle_bench.protocol import Protocol
 from upcycle_bench.training import session
 from upcycle_bench.training.job import Job
 from upcycle_bench.training.loop import train
-from upcycle_bench.util import distributed, environment
+from upcycle_bench.util import distributed
 from upcycle_bench.util.cache import cache_root, locked
 from upcycle_bench.util.files import atomic, file_sha256, write_atomically
 from upcycle_bench.util.meter import Meter
@@ -113,7 +114,7 @@ def pretrain(protocol: Protocol, world: World, path: Path, device: torch.device,
             "last metrics": progress.last,
             "cost": asdict(phase),
             "samples": progress.step * schedule.batch_size,
-            "environment": environment.capture(device.type),
+            "environment": backends.machine(device),
             "created": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
             "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
         }

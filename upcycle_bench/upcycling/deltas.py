@@ -29,7 +29,8 @@ class LowRank(nn.Module):
         """`factors` are a_OP and b_PI; the optimiser sees them in this order. They get the dtype of `weight_OI`."""
         super().__init__()
         for name, factor in factors.items():
-            self.register_parameter(name, nn.Parameter(factor.to(weight_OI)))
+            trained = factor.numel() > 0  # a difference of rank 0 has nothing to train
+            self.register_parameter(name, nn.Parameter(factor.to(weight_OI), requires_grad=trained))
 
     def forward(self, x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor) -> Tensor:
         """x (W + A B)^T + b [T, O], computed from the factors."""

@@ -100,11 +100,11 @@ class TrainingWorkshop:
         branch's step, and those of encoding `encoded_per_step` samples for each step, are counted on one batch.
         Raises UserError when the budget does not pay one step for each branch.
         """
-        whole = self.training_flops() * self._protocol.train.schedule.steps
-        step = self.step_flops(self.dense(), trainable)
+        whole = self._training_flops() * self._protocol.train.schedule.steps
+        step = self._step_flops(self.dense(), trainable)
         if encoded_per_step:
             before = self.flops
-            for _ in self.encode(self.dense(), self.probe()):
+            for _ in self.encode(self.dense(), self._probe()):
                 pass
             step += (self.flops - before) * encoded_per_step // self.batch_size
         paid = (budget * whole - self.flops) / (branches * step)
@@ -156,9 +156,9 @@ class TrainingWorkshop:
         every parameter requires a gradient again, and none has one.
         """
         with self._reporter.bar(f"preparing {self._label}: {name}", len(rows_SB)) as bar:
-            self.flops += self.fit(model, rows_SB, name, trainable, lr_factor, label_smoothing, bar)
+            self.flops += self._fit(model, rows_SB, name, trainable, lr_factor, label_smoothing, bar)
 
-    def fit(
+    def _fit(
         self,
         model: Any,
         rows_SB: Tensor,
@@ -190,7 +190,7 @@ class TrainingWorkshop:
         gc.collect()  # the engine and its optimiser refer to each other, and hold the states' memory
         return progress.total_flops()
 
-    def training_flops(self) -> int:
+    def _training_flops(self) -> int:
         """FLOPs of one training step of the upcycled model, if all experts are copies and none is over capacity.
 
         A step of the dense model is counted. For the other K - 1 choices and the router, FLOPs are added by the
@@ -207,16 +207,16 @@ class TrainingWorkshop:
 
         for layer in find_layers(model, moe):
             model.get_submodule(layer.mlp_path).register_forward_pre_hook(observe)
-        dense = self.step_flops(model, lambda name: True)
+        dense = self._step_flops(model, lambda name: True)
         return dense + distributed.sum_over_ranks(extra)
 
-    def step_flops(self, model: Any, trainable: Callable[[str], bool]) -> int:
+    def _step_flops(self, model: Any, trainable: Callable[[str], bool]) -> int:
         """FLOPs of one training step. The step is made to count them, and charged like all others."""
-        flops = self.fit(model, self.probe()[None], "probe", trainable, 1.0, 0.0, lambda done, metrics: None)
+        flops = self._fit(model, self._probe()[None], "probe", trainable, 1.0, 0.0, lambda done, metrics: None)
         self.flops += flops
         return flops
 
-    def probe(self) -> Tensor:
+    def _probe(self) -> Tensor:
         """A random batch to count FLOPs on, int64 [B]."""
         order_S = torch.randperm(len(self), generator=self.rng.child("probe").generator())
         if len(order_S) < self.batch_size:

@@ -41,7 +41,15 @@ def atomic(path: Path) -> Iterator[Path]:
     """A `temporary` path to write to; it is renamed to `path` when the block ends, deleted when the block raises."""
     with temporary(path) as part:
         yield part
-        os.replace(part, path)
+        publish(part, path)
+
+
+def publish(part: Path, path: Path) -> None:
+    """Rename `part` to `path`, with the mode of a file made as usual: safetensors makes its files private."""
+    with temporary(path) as usual:
+        usual.touch()
+        part.chmod(usual.stat().st_mode)
+    os.replace(part, path)
 
 
 def write_atomically(path: Path, data: bytes) -> None:

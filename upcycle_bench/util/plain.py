@@ -15,9 +15,14 @@ from __future__ import annotations
 
 import os
 
+from upcycle_bench.util.errors import UserError
+
 VARIABLE = "UPCYCLE_BENCH_PLAIN"
 
 
 def plain() -> bool:
-    """Whether UPCYCLE_BENCH_PLAIN is set, to anything but nothing."""
-    return bool(os.environ.get(VARIABLE))
+    """Whether UPCYCLE_BENCH_PLAIN is 1; UserError where it is neither 0 nor 1."""
+    value = os.environ.get(VARIABLE, "")
+    if value not in ("", "0", "1"):
+        raise UserError(f"{VARIABLE} must be 0 or 1, not {value!r}.")
+    return value == "1"

@@ -80,7 +80,7 @@ class TerminalReporter(Reporter):
                 progress.advance(task)
 
     def say(self, line: str) -> None:
-        self.console.print(line, markup=False, highlight=False, soft_wrap=True)
+        self.console.print(line, markup=False, emoji=False, highlight=False, soft_wrap=True)
 
     def _progress(self) -> Any:
         from rich import progress

@@ -140,7 +140,9 @@ def wilson(share: float, samples: float) -> Interval:
     from statsmodels.stats.proportion import proportion_confint  # imports pandas and scipy.stats, about a second
 
     low, high = proportion_confint(share * samples, samples, method="wilson")
-    return min(share, low), max(share, high)  # at a share of 0 or 1, rounding can put an end on its wrong side
+    return max(0.0, min(share, low)), min(
+        1.0, max(share, high)
+    )  # at a share of 0 or 1, rounding can put an end on its wrong side
 
 
 def _clustered_error(rest_N: np.ndarray, cluster_N: np.ndarray) -> float:
