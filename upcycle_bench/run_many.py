@@ -8,6 +8,7 @@ way, the outcome of a run is read from its record.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from tests.helpers import threads
 from tests.moe_helpers import assert_gradients, create_layer, relative_error, settings_of
-from upcycle_bench import run_state
 from upcycle_bench.model import backends
 from upcycle_bench.model.backends import BACKENDS, VARIABLE, default, refusal, row_multiple
 from upcycle_bench.model.dispatch import Compute, Layout
@@ -313,8 +312,8 @@ def test_an_unknown_name_is_said_at_once(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_doctor_and_record_name_the_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     usual = finished.key_of("run", CPU)
-    assert run_state.machine(CPU)["experts"] == "loop"
+    assert backends.machine(CPU)["experts"] == "loop"
     monkeypatch.setenv(VARIABLE, "grouped_mm")
-    assert run_state.machine(CPU)["experts"] == "grouped_mm"
+    assert backends.machine(CPU)["experts"] == "grouped_mm"
     assert next(check.found for check in checks() if check.name == "experts") == f"grouped_mm, forced by {VARIABLE}"
     assert finished.key_of("run", CPU) != usual  # a training with another backend is another training

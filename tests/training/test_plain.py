@@ -10,19 +10,21 @@ from upcycle_bench.data.pairs import PairDataset
 from upcycle_bench.model.padding import text_encoder
 from upcycle_bench.training import finished
 from upcycle_bench.training.loop import train
-from upcycle_bench.util.plain import VARIABLE
+from upcycle_bench.training.session import open_session
+from upcycle_bench.util.errors import UserError
+from upcycle_bench.util.plain import VARIABLE, plain
 
 pytestmark = pytest.mark.usefixtures("session")
 
 
 def test_fast_paths_and_plain_twins_give_the_same_weights(pairs: PairDataset, monkeypatch: pytest.MonkeyPatch) -> None:
-    fast, plain = upcycled(), upcycled()
+    fast, twin = upcycled(), upcycled()
     settings = job(load_balance=0.01)
     losses = [train(fast, pairs, settings, make_loss=eesd).last["loss"]]
     monkeypatch.setenv(VARIABLE, "1")
-    losses.append(train(plain, pairs, settings, make_loss=eesd).last["loss"])
+    losses.append(train(twin, pairs, settings, make_loss=eesd).last["loss"])
     assert losses[0] == pytest.approx(losses[1], rel=1e-4) and losses[0] != losses[1]  # to rounding; not the same path
-    for key, value in state(plain).items():
+    for key, value in state(twin).items():
         # Adam divides by the root of the second moment, which turns rounding of tiny gradients into steps of their own
         assert torch.allclose(fast.model.state_dict()[key], value, rtol=1e-3, atol=2e-4), key
 
@@ -41,3 +43,12 @@ def test_the_switch_reaches_every_fast_path(monkeypatch: pytest.MonkeyPatch, tmp
     monkeypatch.setenv(VARIABLE, "1")
     assert text_encoder(model) == model.encode_text
     assert finished.key_of("run", cpu) != key  # what rounds otherwise is another training
+
+
+def test_a_value_that_is_none_is_said_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    for value, found in (("", False), ("0", False), ("1", True)):
+        monkeypatch.setenv(VARIABLE, value)
+        assert plain() is found
+    monkeypatch.setenv(VARIABLE, "yes")
+    with pytest.raises(UserError, match="UPCYCLE_BENCH_PLAIN must be 0 or 1, not 'yes'"), open_session(1):
+        pytest.fail("a session was opened")

@@ -32,9 +32,10 @@ def open_session(threads: int) -> Iterator[torch.device]:
     from upcycle_bench.model.deepspeed_import import deepspeed
 
     backends.forced()  # it raises for an unknown name, before anything is started
+    off = plain()  # and another wrong value
     device = choose_device()
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32
-    if device.type == "cpu" and not plain():
+    if device.type == "cpu" and not off:
         keep_freed_memory()
         keep_compiled_kernels()
     before = torch.get_num_threads()
