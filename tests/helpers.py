@@ -21,7 +21,7 @@ from upcycle_bench.model.ffn import FFN, Layer, LayerInit
 from upcycle_bench.model.moe import MoEFFN
 from upcycle_bench.model.surgery import find_layers, put_experts
 from upcycle_bench.planning.registry import load_registry
-from upcycle_bench.protocol import MoE, load_protocol
+from upcycle_bench.protocol import PUBLISHED_MOE, MoE, load_protocol
 from upcycle_bench.strategy import Strategy, resolve_moe
 from upcycle_bench.upcycling.calibration import calibrate
 from upcycle_bench.upcycling.initialise import make_dense
@@ -35,18 +35,7 @@ SMOKE = load_registry().protocols["smoke"].target
 
 def tiny_moe(**changes: Any) -> MoE:
     """The published layout on a small scale: top-2 of 4 experts in every other block."""
-    settings: dict[str, Any] = {
-        "experts": 4,
-        "top_k": 2,
-        "every": 2,
-        "offset": 1,
-        "capacity_factor": 2.0,
-        "min_capacity": 4,
-        "load_balance": 0.001,
-        "second_expert_sampling": False,
-        "ep_size": 1,
-    }
-    return MoE(**(settings | changes))
+    return MoE(**(PUBLISHED_MOE.model_dump() | {"experts": 4} | changes))
 
 
 @functools.cache

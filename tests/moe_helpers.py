@@ -17,17 +17,7 @@ from upcycle_bench.model.surgery import find_layers, put_experts
 from upcycle_bench.planning.registry import load_registry
 from upcycle_bench.util.rng import Stream
 
-MOE = protocol.MoE(
-    experts=8,
-    top_k=2,
-    every=2,
-    offset=1,
-    capacity_factor=2.0,
-    min_capacity=4,
-    load_balance=0.001,
-    second_expert_sampling=False,
-    ep_size=1,
-)
+MOE = protocol.PUBLISHED_MOE
 SIX_LAYERS = {
     "embed_dim": 16,
     "quick_gelu": True,

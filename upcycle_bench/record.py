@@ -19,54 +19,63 @@ from typing import TYPE_CHECKING
 
 from pydantic import ValidationError
 
+# `X as X`: this module is the contract, so what the schema defines is imported from here.
 from upcycle_bench.record_schema import (
-    SCHEMA_VERSION,
-    CertificatePart,
-    ControlPart,
-    Cost,
-    Hashes,
-    Name,
-    Part,
-    PhaseCost,
-    PhaseName,
-    ProtocolPart,
-    Record,
-    RepeatPart,
-    ScoreRecord,
-    Seeds,
-    StrategyPart,
-    Timestamp,
-    json_schema,
+    SCHEMA_VERSION as SCHEMA_VERSION,
+)
+from upcycle_bench.record_schema import (
+    CertificatePart as CertificatePart,
+)
+from upcycle_bench.record_schema import (
+    ControlPart as ControlPart,
+)
+from upcycle_bench.record_schema import (
+    Cost as Cost,
+)
+from upcycle_bench.record_schema import (
+    Hashes as Hashes,
+)
+from upcycle_bench.record_schema import (
+    Name as Name,
+)
+from upcycle_bench.record_schema import (
+    Part as Part,
+)
+from upcycle_bench.record_schema import (
+    PhaseCost as PhaseCost,
+)
+from upcycle_bench.record_schema import (
+    PhaseName as PhaseName,
+)
+from upcycle_bench.record_schema import (
+    ProtocolPart as ProtocolPart,
+)
+from upcycle_bench.record_schema import (
+    Record as Record,
+)
+from upcycle_bench.record_schema import (
+    RepeatPart as RepeatPart,
+)
+from upcycle_bench.record_schema import (
+    ScoreRecord as ScoreRecord,
+)
+from upcycle_bench.record_schema import (
+    Seeds as Seeds,
+)
+from upcycle_bench.record_schema import (
+    StrategyPart as StrategyPart,
+)
+from upcycle_bench.record_schema import (
+    Timestamp as Timestamp,
+)
+from upcycle_bench.record_schema import (
+    json_schema as json_schema,
 )
 from upcycle_bench.util.errors import UserError, first_problem
 from upcycle_bench.util.files import write_atomically
 
 if TYPE_CHECKING:
     import numpy as np
-
-__all__ = [
-    "SCHEMA_VERSION",
-    "CertificatePart",
-    "ControlPart",
-    "Cost",
-    "Hashes",
-    "Name",
-    "Part",
-    "PhaseCost",
-    "PhaseName",
-    "ProtocolPart",
-    "Record",
-    "RepeatPart",
-    "ScoreRecord",
-    "Seeds",
-    "StrategyPart",
-    "Timestamp",
-    "json_schema",
-    "read",
-    "read_outcomes",
-    "record_paths",
-    "write",
-]
 
 
 def write(record: Record, outcomes: dict[str, np.ndarray] | None, folder: Path) -> Path:

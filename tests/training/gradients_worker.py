@@ -1,6 +1,6 @@
 """test_distributed starts it on every rank: one forward and backward pass of a global batch; rank 0 writes gradients.
 
-usage: gradients_worker.py OUTPUT EP_SIZE STRATEGY
+usage: gradients_worker.py OUTPUT EP_SIZE STRATEGY...
 """
 
 import sys
@@ -13,7 +13,7 @@ from upcycle_bench.data.pairs import PairDataset
 from upcycle_bench.model.clip import create_clip
 from upcycle_bench.model.moe import MoEFFN, moe_layers
 from upcycle_bench.model.weights import EXPERT_KEY
-from upcycle_bench.planning.plan import make_plan
+from upcycle_bench.planning.plan import Plan, make_plan
 from upcycle_bench.planning.registry import load_registry
 from upcycle_bench.protocol import load_protocol
 from upcycle_bench.training import session
@@ -27,40 +27,48 @@ from upcycle_bench.util.progress import Reporter
 from upcycle_bench.util.rng import Stream
 
 
-def main(output: str, ep_size: str, strategy: str) -> None:
+def main(output: str, ep_size: str, *strategies: str) -> None:
     registry = load_registry()
     # With capacity_factor 8 nothing is dropped, else the result would depend on the number of ranks.
     overrides = [f"moe.ep_size={ep_size}", "moe.capacity_factor=8.0", "train.schedule.batch_size=32"]
     protocol = load_protocol(registry.get("protocol", "smoke").target, overrides)
-    plan = make_plan(registry, strategy, protocol)
+    plans = {name: make_plan(registry, name, protocol) for name in strategies}
     with session.open_session(threads=1) as device:
-        dense = create_clip(protocol.model, seed=3)
-        data = PairDataset(plan.world.train_shards, dense, protocol.train.schedule.augmentation)
-        start = Start(protocol, plan.world, dense, data)
-        model, _ = initialise(plan.strategy, start, plan.init_seed, Meter(device), Reporter())
-        model.model.train()
-        job = Job(schedule=protocol.train.schedule, peak_lr=1e-3, stop_step=1, seed=0, load_balance=0.5)
-        engine = create_engine(Features(model.model, "fp32"), job)
-        layers = moe_layers(model.model)
-        extra = plan.strategy.loss(layers, Stream(("loss",)))
-        if extra is not None:  # make the teacher differ from the student, or parts of the loss would be 0
-            for layer in layers.values():
-                with torch.no_grad():
-                    layer.router_weight.add_(0.3 * layer.router_weight.flip(0))
-        batch = data.batch(0, 0, 32, distributed.rank(), distributed.world_size())
-        losses, _ = compute_losses(engine, model, batch, job, layers, extra)
-        engine.backward(torch.stack(list(losses.values())).sum())
-        gradients = {}
-        for name, parameter in model.model.named_parameters():
-            assert parameter.grad is not None, name
-            gradients[name] = parameter.grad.clone()
-        values = torch.stack([value.detach() for value in losses.values()])
-        if distributed.world_size() > 1:
-            dist.all_reduce(values)
-            values /= distributed.world_size()
-        gathered = _gather_experts(gradients, layers, int(ep_size))
+        made = {name: _pass(plan, device, int(ep_size)) for name, plan in plans.items()}
         if distributed.is_main():
-            torch.save({"gradients": gathered, "losses": dict(zip(losses, values.tolist(), strict=True))}, output)
+            torch.save(made, output)
+
+
+def _pass(plan: Plan, device: torch.device, ep_size: int) -> dict[str, dict[str, Any]]:
+    """The gradients and losses of one global batch, on every rank."""
+    protocol = plan.protocol
+    dense = create_clip(protocol.model, seed=3)
+    data = PairDataset(plan.world.train_shards, dense, protocol.train.schedule.augmentation)
+    start = Start(protocol, plan.world, dense, data)
+    model, _ = initialise(plan.strategy, start, plan.init_seed, Meter(device), Reporter())
+    model.model.train()
+    job = Job(schedule=protocol.train.schedule, peak_lr=1e-3, stop_step=1, seed=0, load_balance=0.5)
+    engine = create_engine(Features(model.model, "fp32"), job)
+    layers = moe_layers(model.model)
+    extra = plan.strategy.loss(layers, Stream(("loss",)))
+    if extra is not None:  # make the teacher differ from the student, or parts of the loss would be 0
+        for layer in layers.values():
+            with torch.no_grad():
+                layer.router_weight.add_(0.3 * layer.router_weight.flip(0))
+    batch = data.batch(0, 0, 32, distributed.rank(), distributed.world_size())
+    losses, _ = compute_losses(engine, model, batch, job, layers, extra)
+    engine.backward(torch.stack(list(losses.values())).sum())
+    gradients = {}
+    for name, parameter in model.model.named_parameters():
+        assert parameter.grad is not None, name
+        gradients[name] = parameter.grad.clone()
+    values = torch.stack([value.detach() for value in losses.values()])
+    if distributed.world_size() > 1:
+        dist.all_reduce(values)
+        values /= distributed.world_size()
+    engine.destroy()
+    gathered = _gather_experts(gradients, layers, ep_size)
+    return {"gradients": gathered, "losses": dict(zip(losses, values.tolist(), strict=True))}
 
 
 def _gather_experts(

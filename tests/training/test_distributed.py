@@ -28,24 +28,32 @@ def launch(processes: int, *command: str) -> str:
     return done.stdout
 
 
-def gradients(tmp_path: Path, processes: int, ep_size: int, strategy: str) -> Any:
-    output = tmp_path / f"{processes}-{ep_size}.pt"
-    launch(processes, str(WORKER), str(output), str(ep_size), strategy)
-    return torch.load(output, weights_only=True)
+STRATEGIES = ("sparse-upcycling", "cluster-aware")
+Gradients = dict[str, dict[str, Any]]  # by strategy
 
 
-@pytest.mark.parametrize("strategy", ["sparse-upcycling", "cluster-aware"])
-def test_gradients_equal_one_process(tmp_path: Path, strategy: str) -> None:
+@pytest.fixture(scope="module")
+def gradients(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, int], Gradients]:
+    """By (processes, ep_size); all strategies of one such pair in one start."""
+    made = {}
+    for processes, ep_size in ((1, 1), (2, 1), (2, 2)):
+        output = tmp_path_factory.mktemp("gradients") / "made.pt"
+        launch(processes, str(WORKER), str(output), str(ep_size), *STRATEGIES)
+        made[processes, ep_size] = torch.load(output, weights_only=True)
+    return made
+
+
+@pytest.mark.parametrize("ep_size", [1, 2])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_gradients_equal_one_process(gradients: dict[tuple[int, int], Gradients], strategy: str, ep_size: int) -> None:
     """In fp32, within 1e-5 of each tensor's norm, nothing dropped. All three losses are of the global batch."""
-    one = gradients(tmp_path, 1, 1, strategy)
-    for ep_size in (1, 2):
-        two = gradients(tmp_path, 2, ep_size, strategy)
-        assert two["losses"] == pytest.approx(one["losses"], rel=1e-5)
-        assert two["gradients"].keys() == one["gradients"].keys()
-        for name, expected in one["gradients"].items():
-            error = (two["gradients"][name] - expected).norm()
-            # The gradient of a key's bias is rounding only; 1e-8 is far below any other tensor's norm.
-            assert error <= 1e-5 * expected.norm() + 1e-8, (ep_size, name, error / expected.norm())
+    one, two = gradients[1, 1][strategy], gradients[2, ep_size][strategy]
+    assert two["losses"] == pytest.approx(one["losses"], rel=1e-5)
+    assert two["gradients"].keys() == one["gradients"].keys()
+    for name, expected in one["gradients"].items():
+        error = (two["gradients"][name] - expected).norm()
+        # The gradient of a key's bias is rounding only; 1e-8 is far below any other tensor's norm.
+        assert error <= 1e-5 * expected.norm() + 1e-8, (name, error / expected.norm())
 
 
 @pytest.mark.parametrize("ep_size", [1, 2])

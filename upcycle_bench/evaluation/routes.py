@@ -27,6 +27,7 @@ from upcycle_bench.model import padding
 from upcycle_bench.model.measure import compactness_of_moments, expert_cosine, router_probabilities
 from upcycle_bench.model.moe import MoEFFN, moe_layers
 from upcycle_bench.model.padding import Padding
+from upcycle_bench.model.routes import Routes
 from upcycle_bench.suite import EvalContext
 
 
@@ -86,9 +87,9 @@ class LayerRoutes:
         compactness = compactness_of_moments(self.rows_E, self.sum_ED, self.second_DD) if seen else None
         return found if compactness is None else found | {"relative_compactness": compactness}
 
-    def gate_saw(self, x_TD: Tensor, routes: tuple[Any, ...], lengths_B: Tensor) -> None:
+    def gate_saw(self, x_TD: Tensor, routes: Routes, lengths_B: Tensor) -> None:
         """Add a batch: the gate's input, what the gate returned, and how many of the T tokens each item has."""
-        index_KT = routes[3].long()  # -1: dropped
+        index_KT = routes.index_KT.long()
         probs_TE = router_probabilities(self.layer.router_weight, x_TD)
         self.tokens += len(x_TD)
         self.choices += index_KT.numel()
@@ -189,7 +190,7 @@ class _Watching:
     layers: dict[str, LayerRoutes]
     lengths_of: Callable[[int], Tensor]
 
-    def at_gate(self, routes: LayerRoutes, _gate: nn.Module, args: tuple[Tensor, ...], output: tuple[Any, ...]) -> None:
+    def at_gate(self, routes: LayerRoutes, _gate: nn.Module, args: tuple[Tensor, ...], output: Routes) -> None:
         routes.gate_saw(args[0], output, self.lengths_of(len(args[0])))
 
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from upcycle_bench.model.moe import moe_layers
+from upcycle_bench.model.routes import Routes
 from upcycle_bench.util.flops import uncounted
 from upcycle_bench.util.rng import Stream
 
@@ -66,9 +67,9 @@ class Routed:
 
     made: list[tuple[int, Tensor]] = field(default_factory=list)
 
-    def count(self, _gate: nn.Module, _args: Any, output: tuple[Any, ...]) -> None:
-        """Forward hook of the gate; output[3] is index_KT, where -1 is a dropped choice."""
-        index_KT = output[3]
+    def count(self, _gate: nn.Module, _args: Any, routes: Routes) -> None:
+        """Forward hook of the gate."""
+        index_KT = routes.index_KT  # -1: dropped
         self.made.append((index_KT.numel(), (index_KT < 0).sum()))  # summed at the end, so that a GPU need not wait
 
     @property

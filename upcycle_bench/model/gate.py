@@ -10,7 +10,7 @@ Sources: `deepspeed.moe.sharded_moe.TopKGate`; equations of arXiv:2604.13508.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -20,18 +20,7 @@ from torch import Tensor
 from upcycle_bench import protocol
 from upcycle_bench.model.deepspeed_import import TopKGate
 from upcycle_bench.model.deepspeed_import import capacity as deepspeed_capacity
-
-
-class Routes(NamedTuple):
-    """Where T tokens go; the order of the fields is DeepSpeed's."""
-
-    l_aux: Tensor  # the load-balancing loss, a scalar
-    capacity: Tensor  # the most tokens that an expert takes, a scalar
-    num_experts: int  # E
-    index_KT: Tensor  # the expert of each choice; -1: dropped
-    location_KT: Tensor  # the place of each choice in its expert's queue
-    gates_KT: Tensor  # the weight of each choice in the output, float32 or wider; 0: dropped
-    counts_E: Tensor  # the choices of each expert, those dropped included
+from upcycle_bench.model.routes import Routes
 
 
 class Gate(TopKGate):

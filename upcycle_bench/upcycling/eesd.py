@@ -24,6 +24,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
+from upcycle_bench.model.routes import Routes
 from upcycle_bench.strategy import ExtraLoss, MoEFFN, Strategy
 from upcycle_bench.util import distributed
 from upcycle_bench.util.distributed import mean_weight
@@ -82,10 +83,9 @@ class EESD(ExtraLoss):
         return keep
 
     def _gate_hook(self, name: str) -> Any:
-        def keep(module: nn.Module, args: tuple[Tensor, ...], output: tuple[Any, ...]) -> None:
-            index_KT = output[3]  # -1: dropped
+        def keep(module: nn.Module, args: tuple[Tensor, ...], routes: Routes) -> None:
             if module.training:
-                self.whole[name] = (index_KT >= 0).all(0)
+                self.whole[name] = (routes.index_KT >= 0).all(0)  # -1: dropped
 
         return keep
 
