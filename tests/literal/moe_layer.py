@@ -1,6 +1,6 @@
 """The token-choice top-2 MoE layer and the EESD loss, one token at a time.
 
-A reference for tests, written from METHODS 0.2 (DeepSpeed 0.19.8, `moe/sharded_moe.py`, `top2gating` without second
+A reference for tests, written from DeepSpeed's steps (0.19.8, `moe/sharded_moe.py`, `top2gating` without second
 expert sampling) and from Eqs. 3-5 and 11-12 of arXiv 2604.13508. Torch is used only so that autograd gives the
 gradients; an expert that no token reached has the gradient None, not zeros.
 
@@ -31,7 +31,7 @@ class LiteralMoE(NamedTuple):
 
 
 def capacity(num_tokens: int, num_experts: int, capacity_factor: float, k: int, min_capacity: int) -> int:
-    """Slots of one expert: max(ceil(T / E * cf * k), min_capacity) (METHODS 0.2 step 4).
+    """Slots of one expert: max(ceil(T / E * cf * k), min_capacity).
 
     DeepSpeed multiplies in float32: 10 / 3 * 1.05 * 2 gives 7 slots, where float64 would give 8.
     """

@@ -1,4 +1,4 @@
-"""DeRS compression (METHODS 4b, R6): unbiased, the identity at p = 0 and full bits, sizes by the paper's formulas."""
+"""DeRS compression: unbiased, the identity at p = 0 and full bits, sizes by the paper's formulas."""
 
 import itertools
 import json

@@ -133,7 +133,7 @@ def test_the_examples_above_cover_drops_and_empty_experts() -> None:
 
 
 def test_float32_routing_under_autocast() -> None:
-    """METHODS 0.2 step 1: logits are float32, although torch's autocast would make any matmul's bfloat16."""
+    """Logits are float32, although torch's autocast would make any matmul's bfloat16."""
     torch.manual_seed(0)
     layer = create_layer(64, settings_of(8, 2), torch.float32).train()
     x_TD = torch.randn(2000, 64)

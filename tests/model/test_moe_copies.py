@@ -1,4 +1,4 @@
-"""An MoE layer whose experts are copies of one FFN: METHODS S1 to S5."""
+"""An MoE layer whose experts are copies of one FFN computes what that FFN does."""
 
 from collections.abc import Iterable
 

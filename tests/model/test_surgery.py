@@ -1,4 +1,4 @@
-"""Weight surgery: parameter counts (METHODS 0.1), what is copied (S6, S7), and function preservation at step 0 (S1)."""
+"""Weight surgery: parameter counts, what is copied, and function preservation at step 0."""
 
 import copy
 from typing import Any
@@ -22,7 +22,7 @@ def on_meta(name: str) -> Any:
         return open_clip.CLIP(**model_config(name), nonscalar_logit_scale=True)
 
 
-# ---- METHODS 0.1: parameter counts ------------------------------------------------------------------------------
+# ---- Parameter counts -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
