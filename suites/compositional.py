@@ -78,9 +78,9 @@ class Compositional(Suite):
         if not scored:
             raise UserError(f"compositional: {', '.join(self.sets)}: no two captions differ by exactly one word.")
         for name, one in scored.items():
-            result.scores.extend(scores(name, [one], primary=True))
+            result.scores.extend(scores(name, [one], headline="compositional"))
         if len(scored) > 1:
-            result.scores.extend(scores(AVERAGE, list(scored.values()), primary=False))
+            result.scores.extend(scores(AVERAGE, list(scored.values()), headline=""))
         result.notes["words"] = frequent_words(list(scored.values()))
         return result
 
@@ -125,7 +125,7 @@ def judge_pairs(images_PIC: Tensor, texts_PSC: Tensor) -> dict[str, np.ndarray]:
     }
 
 
-def scores(dataset: str, sets: Sequence[Scored], primary: bool) -> Iterable[Score]:
+def scores(dataset: str, sets: Sequence[Scored], headline: str) -> Iterable[Score]:
     """The scores of one set, or the unweighted means over several: of all pairs, and of the pairs of either kind.
 
     The kinds are words that replace each other, "[swapped]", and words that one caption adds, "[added]".
@@ -143,8 +143,8 @@ def scores(dataset: str, sets: Sequence[Scored], primary: bool) -> Iterable[Scor
             sure = uncertainty.of_shares(values, [w[mask] for w, mask in zip(words, masks, strict=True)])
             yield Score(
                 dataset=dataset, metric=f"{metric}{suffix}", value=mean, higher_is_better=True, chance=chance,
-                samples=sum(map(len, values)), primary=primary and metric == "group_score" and not suffix,
-                **asdict(sure),
+                samples=sum(map(len, values)), **asdict(sure),
+                headline=headline if metric == "group_score" and not suffix else "",
             )  # fmt: skip
 
 

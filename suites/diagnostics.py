@@ -32,7 +32,7 @@ class Diagnostics(Suite):
         summary="What routers and experts do: entropy, load, similarity, agreement with classes and styles",
         paper="section 4.5 of Chu et al. 2026, arXiv:2604.13508",
         version=1,
-        primary=False,
+        headline=False,
     )
 
     images: tuple[str, ...] = Field(min_length=1)

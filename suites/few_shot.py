@@ -90,7 +90,7 @@ class FewShot(ProbeSuite):
             "weight_decays": [decay for _, decay in hashes],
             "test_samples": len(rows[0].label_N),
         }
-        add_scores(title, rows, classes, result)
+        add_scores(title, rows, classes, self.info.name, result)
 
 
 @hookimpl

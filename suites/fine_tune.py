@@ -140,7 +140,7 @@ class FineTune(ProbeSuite):
                 f"({', '.join(f'{rate:g}' for rate in self.rates)}) in {len(edges)} of {len(splits)} draws.",
                 file=sys.stderr,
             )
-        add_scores(title, rows, len(classes_YC), result)
+        add_scores(title, rows, len(classes_YC), self.info.name, result)
 
 
 @plain_dataclass(frozen=True)

@@ -65,7 +65,7 @@ class LinearProbe(ProbeSuite):
             assert data.test is not None
             result.notes[name] |= {"training_samples": samples, "weight_decay": fitted.weight_decay}
             answers = classified(fitted.logits(data.test.features_NC), data.test.label_N)
-            add_scores(name, [answers], classes, result)
+            add_scores(name, [answers], classes, self.info.name, result)
         return result
 
 

@@ -102,7 +102,8 @@ def _add(name: str, task: Task, scale: float, result: SuiteResult) -> None:
         result.scores.append(
             Score(
                 dataset=name, metric=metric, value=float(value_Q.mean()), higher_is_better=True, chance=chance,
-                samples=samples, primary=metric == "acc1", **asdict(uncertainty.of_outcomes(value_Q)),
+                samples=samples, headline="out-of-domain" if metric == "acc1" else "",
+                **asdict(uncertainty.of_outcomes(value_Q)),
             )
         )  # fmt: skip
     result.outcomes.update({f"{name}/{key}": value_Q for key, value_Q in judged.outcomes([1]).items()})

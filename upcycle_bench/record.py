@@ -36,6 +36,9 @@ from upcycle_bench.record_schema import (
     Hashes as Hashes,
 )
 from upcycle_bench.record_schema import (
+    Headline as Headline,
+)
+from upcycle_bench.record_schema import (
     Name as Name,
 )
 from upcycle_bench.record_schema import (

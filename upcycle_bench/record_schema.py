@@ -14,7 +14,7 @@ from pydantic import AfterValidator, ConfigDict, Field, JsonValue, model_validat
 
 from upcycle_bench.protocol import Frozen
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 Name = Annotated[str, Field(min_length=1)]
 PhaseName = Literal["prepare", "calibrate", "upcycle", "train", "evaluate"]
@@ -89,9 +89,18 @@ class ScoreRecord(Part):
     higher_is_better: bool | None = Field(description="None: it describes the model and does not judge it")
     chance: float | None
     samples: int = Field(ge=1)
-    primary: bool
+    headline: str = Field(default="", description="the headline score of which it is a part")
     standard_error: float | None = Field(default=None, ge=0)
     interval: tuple[float, float] | None = Field(default=None, description="95 %")
+
+
+class Headline(Part):
+    """A headline score: the mean of the scores that name it. They may share images, so the error is an upper bound."""
+
+    value: float
+    higher_is_better: bool
+    chance: float | None
+    standard_error: float | None = Field(ge=0, description="over evaluation samples")
 
 
 class RepeatPart(Part):
@@ -164,7 +173,7 @@ class Hashes(Part):
 class Record(Part):
     """One run. A run that failed may lack receipt, scores and cost."""
 
-    schema_version: Literal[1]
+    schema_version: Literal[2]
     run_id: str = Field(pattern=r"^[A-Za-z0-9_-]{8,}$")
     created: Timestamp
     status: Literal["ok", "failed"]
@@ -178,7 +187,9 @@ class Record(Part):
         "the strategy notes",
     )
     scores: list[ScoreRecord] = Field(default_factory=list)
-    primary: float | None = Field(default=None, description="mean of the primary scores, those of one suite")
+    headlines: dict[Name, Headline] = Field(
+        default_factory=dict, description="headline scores of one suite, never mixed; tables rank by the first"
+    )
     skipped: dict[str, str] = Field(default_factory=dict, description="suite, or suite/part -> why it did not run")
     suite_notes: dict[str, JsonValue] = Field(
         default_factory=dict, description="suite -> what it says of its data: classes, hashes of few-shot manifests"
@@ -205,16 +216,18 @@ class Record(Part):
         keys = [(score.suite, score.dataset, score.metric) for score in self.scores]
         if len(set(keys)) < len(keys):
             raise ValueError("two scores have the same suite, dataset and metric")
-        primary = [score for score in self.scores if score.primary]
-        if not all(score.higher_is_better for score in primary):
-            raise ValueError("primary scores must be higher-is-better, since tables rank by their mean")
-        mean = sum(score.value for score in primary) / len(primary) if primary else None
-        if (mean is None) != (self.primary is None) or (
-            mean is not None and self.primary is not None and not math.isclose(mean, self.primary, abs_tol=1e-9)
-        ):
-            raise ValueError(f"primary is {self.primary}, but the mean of the primary scores is {mean}")
-        if self.status == "ok" and (self.primary is None or self.cost is None):
-            raise ValueError("a run that is ok needs a primary score and its cost")
+        named = {score.headline for score in self.scores} - {""}
+        if named != self.headlines.keys():
+            raise ValueError(f"scores name the headlines {sorted(named)}, the record has {sorted(self.headlines)}")
+        for name, headline in self.headlines.items():
+            parts = [score for score in self.scores if score.headline == name]
+            if any(score.higher_is_better is not headline.higher_is_better for score in parts):
+                raise ValueError(f"headline {name}: a part has another direction")
+            mean = sum(score.value for score in parts) / len(parts)
+            if not math.isclose(mean, headline.value, abs_tol=1e-9):
+                raise ValueError(f"headline {name} is {headline.value}, but the mean of its parts is {mean}")
+        if self.status == "ok" and not (self.headlines and self.cost):
+            raise ValueError("a run that is ok needs a headline score and its cost")
         return self
 
 

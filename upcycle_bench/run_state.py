@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from upcycle_bench import record
-from upcycle_bench.evaluation.score import scores_of, skips_of
+from upcycle_bench.evaluation.score import headlines_of, scores_of, skips_of
 from upcycle_bench.model import backends
 from upcycle_bench.model.clip import Clip
 from upcycle_bench.model.moe import parameter_counts
@@ -75,7 +75,6 @@ def write_record(state: RunState, outcome: Mapping[str, SuiteResult], results: P
     """
     plan, progress = state.plan, state.progress
     scores, skipped = scores_of(outcome), skips_of(outcome)
-    primary = [score["value"] for score in scores if score["primary"]]
     assert state.final is not None
     total, active = state.parameters or parameter_counts(state.final.model)
     batch_size = plan.protocol.train.schedule.batch_size
@@ -99,7 +98,7 @@ def write_record(state: RunState, outcome: Mapping[str, SuiteResult], results: P
         scores=scores,
         skipped=plan.skipped | skipped,
         suite_notes={name: result.notes for name, result in outcome.items() if result.notes},
-        primary=sum(primary) / len(primary) if primary else None,
+        headlines=headlines_of(scores),
         cost=cost,
         diagnostics=state.diagnostics or {},
         certificate=state.certificate.model_dump(mode="json") if state.certificate else None,

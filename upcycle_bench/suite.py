@@ -25,14 +25,19 @@ if TYPE_CHECKING:
 # All that a plugin needs, with `hookspecs.hookimpl`.
 __all__ = ["EvalContext", "Score", "Suite", "SuiteInfo", "SuiteResult", "UserError"]
 
-AVERAGE = "average"  # the name of the dataset of a suite's means over sets; printed tables then omit the single sets
+AVERAGE = "average"  # a suite's means over sets are of the dataset `average`, or `average/...`
+
+
+def is_average(dataset: str) -> bool:
+    """Whether a score is a mean over sets. Where a suite has such scores, printed tables omit the single sets."""
+    return dataset.partition("/")[0] == AVERAGE
 
 
 @dataclass(frozen=True, kw_only=True)
 class SuiteInfo:
     """What a suite is. `version` is part of its fingerprint: raise it when the same weights would get other scores.
 
-    `primary`: whether it has a primary score. A suite without one describes the model, and a run needs another suite.
+    `headline`: whether it has headline scores. A suite without any describes the model, and a run needs another suite.
     `tunes`: whether it trains copies of the model and scores those; a certificate does not cover them.
     """
 
@@ -40,7 +45,7 @@ class SuiteInfo:
     summary: str
     paper: str
     version: int
-    primary: bool = True
+    headline: bool = True
     tunes: bool = False
 
 
@@ -52,7 +57,9 @@ class OnlyNamed(UserError):
 class Score:
     """One number of a table. `chance` is the value of uniform guessing, or None.
 
-    `higher_is_better` is None for a number that describes a model without judging it; such a number is never primary.
+    `headline` names the headline score of which this one is a part, or is empty. A headline score is the mean of its
+    parts, which have one direction; tables rank by it. `higher_is_better` is None for a number that describes a model
+    without judging it; such a number is part of none.
     `standard_error` and `interval` (95 %) are over samples (`util.uncertainty`) or over draws; None if not known.
     """
 
@@ -62,7 +69,7 @@ class Score:
     higher_is_better: bool | None
     chance: float | None
     samples: int
-    primary: bool = False
+    headline: str = ""
     standard_error: float | None = None
     interval: tuple[float, float] | None = None
 

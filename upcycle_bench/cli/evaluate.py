@@ -63,12 +63,12 @@ def evaluate(
 
 def show_evaluation(facts: Mapping[str, Any], output: Path | None) -> None:
     """Scores, size and certificate of the model, and the file that holds them."""
-    from upcycle_bench.suite import AVERAGE
+    from upcycle_bench.suite import is_average
 
     scored = f"protocol {facts['protocol']}" if facts["protocol"] else facts["data"]
     show_scores(f"{facts['checkpoint']} ({facts['model']}), {scored}", facts["scores"])
     show_skipped(facts["skipped"])
-    if any(score["dataset"] == AVERAGE for score in facts["scores"]):
+    if any(is_average(score["dataset"]) for score in facts["scores"]):
         print(f"all {len(facts['scores'])} scores, of each set and stratum, are what --output or --json has")
     total, active = facts["parameters_total"], facts["parameters_active"]
     print(f"{total:,} parameters, {active:,} active; {facts['seconds']:.1f} s; sha256 {facts['sha256']}")

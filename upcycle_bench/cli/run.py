@@ -177,20 +177,23 @@ def _plain(value: Any) -> str:
 
 def show_record(made: Record, path: Path) -> None:
     """Scores and cost of a run, and its files."""
-    from upcycle_bench.suite import AVERAGE
-    from upcycle_bench.util.uncertainty import of_scores
+    from upcycle_bench.suite import is_average
 
-    assert made.cost is not None and made.primary is not None
-    averaged = any(score.dataset == AVERAGE for score in made.scores)
+    assert made.cost is not None
+    averaged = any(is_average(score.dataset) for score in made.scores)
     seeds = made.seeds
     title = f"{made.strategy.label}, protocol {made.protocol.name}, seeds {seeds.init} and {seeds.train}"
     show_scores(title, [score.model_dump() for score in made.scores])
     show_skipped(made.skipped)
-    primaries = sum(score.primary for score in made.scores)
-    rest = f"; all {len(made.scores)} scores, strata included, stand in the record" if averaged else ""
-    error = of_scores((score.dataset, score.metric, score.standard_error) for score in made.scores if score.primary)
-    mean_of = f", the mean of {primaries} scores" if primaries > 1 else ""
-    print(f"primary: {with_error(made.primary, error)}{mean_of}{rest}")
+    for name, headline in made.headlines.items():
+        parts = [score.metric for score in made.scores if score.headline == name]
+        what = parts[0] if len(parts) == 1 else f"mean of {len(parts)} scores"
+        chance = "" if headline.chance is None else f", chance {headline.chance:.4f}"
+        better = "higher" if headline.higher_is_better else "lower"
+        value = with_error(headline.value, headline.standard_error)
+        print(f"{name}: {value} ({what}, {better} is better{chance})")
+    if averaged:
+        print(f"all {len(made.scores)} scores, strata included, stand in the record")
     cost = made.cost
     parts = [f"{name} {phase.seconds:.1f} s" for name, phase in cost.phases.items()]
     parts.append(f"{cost.parameters_total:,} parameters, {cost.parameters_active:,} active")
@@ -241,7 +244,7 @@ def show_outcomes(outcomes: Sequence[Outcome], as_json: bool) -> None:
                 **_identity(outcome.cell),
                 "status": "failed" if outcome.reason else "ok",
                 "ran": outcome.ran,
-                "primary": made.primary if made else None,
+                "headlines": {name: each.value for name, each in made.headlines.items()} if made else None,
                 "train_seconds": train.seconds if train else None,
                 "record": str(outcome.path) if outcome.path else None,
                 "reason": outcome.reason,
@@ -250,11 +253,12 @@ def show_outcomes(outcomes: Sequence[Outcome], as_json: bool) -> None:
     if as_json:
         print(json.dumps({"runs": rows}, indent=2))
         return
+    names = dict.fromkeys(name for row in rows for name in row["headlines"] or {})
     shown = [
         {
             "strategy": row["strategy"],
             "seed": outcome.cell.seed,
-            "primary": "failed" if row["primary"] is None else f"{row['primary']:.4f}",
+            **{name: f"{row['headlines'][name]:.4f}" if row["headlines"] else "failed" for name in names},
             "train s": "" if row["train_seconds"] is None else f"{row['train_seconds']:.1f}",
             "status": row["status"],
         }

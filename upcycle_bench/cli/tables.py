@@ -56,19 +56,19 @@ def show_scores(title: str, scores: Sequence[Mapping[str, Any]]) -> None:
 
 def score_rows(scores: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
     """The rows of one suite's table."""
-    from upcycle_bench.suite import AVERAGE
+    from upcycle_bench.suite import is_average
 
-    averaged = any(score["dataset"] == AVERAGE for score in scores)
+    averaged = any(is_average(score["dataset"]) for score in scores)
     return [
         {
             "dataset": score["dataset"],
-            "metric": score["metric"] + (" (primary)" if score["primary"] else ""),
+            "metric": score["metric"] + (f" ({score['headline']})" if score["headline"] else ""),
             "value": with_error(score["value"], score["standard_error"], score["interval"]),
             "chance": "" if score["chance"] is None else f"{score['chance']:.4f}",
             "n": f"{score['samples']:,}",
         }
         for score in scores
-        if not averaged or (score["dataset"] == AVERAGE and "[" not in score["metric"])
+        if not averaged or (is_average(score["dataset"]) and "[" not in score["metric"])
     ]
 
 

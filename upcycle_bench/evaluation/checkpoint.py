@@ -105,8 +105,8 @@ def score_checkpoint(
             raise UserError(f"no suite could run: {type(error).__name__}: {' '.join(str(error).split())}") from error
         surroundings = backends.machine(device)
     scores, failed = scores_of(outcome), skips_of(outcome)
-    if found.protocol is None:  # suites are called SUITE/SET, and no set of a user's is the primary one
-        scores = [score | {"suite": score["suite"].partition("/")[0], "primary": False} for score in scores]
+    if found.protocol is None:  # suites are called SUITE/SET, and no set of a user's is a headline
+        scores = [score | {"suite": score["suite"].partition("/")[0], "headline": ""} for score in scores]
     total, active = parameter_counts(model.clip.model)
     return {
         "checkpoint": checkpoint,

@@ -1,6 +1,6 @@
 """Scores of probes and tuned models: accuracies as CLIP_benchmark defines them, and their means over draws.
 
-    add_scores("digits/5-shot", [classified(logits_NY, label_N) for each draw], classes=10, result=result)
+    add_scores("digits/5-shot", [classified(logits_NY, label_N) for each draw], 10, "few-shot", result)
 
 Shape suffixes: N test samples, Y classes, A best answers.
 """
@@ -36,8 +36,11 @@ def classified(logits_NY: Tensor, label_N: Tensor) -> Classified:
     return Classified(label_N.cpu().numpy(), right_NA[:, 0], np.any(right_NA, axis=1))
 
 
-def add_scores(title: str, draws: Sequence[Classified], classes: int, result: SuiteResult) -> None:
-    """Add the scores and outcomes of a dataset to `result`. Standard errors are over draws; of one, over samples."""
+def add_scores(title: str, draws: Sequence[Classified], classes: int, headline: str, result: SuiteResult) -> None:
+    """Add the scores and outcomes of a dataset to `result`; `acc1` is a part of the headline score.
+
+    Standard errors are over draws; of one, over samples.
+    """
     rows = [("acc1", [draw.first_N.mean() for draw in draws], 1 / classes)]
     if classes >= 5:
         rows.append(("acc5", [draw.five_N.mean() for draw in draws], 5 / classes))
@@ -53,7 +56,7 @@ def add_scores(title: str, draws: Sequence[Classified], classes: int, result: Su
                 higher_is_better=True,
                 chance=chance,
                 samples=sum(len(draw.label_N) for draw in draws),
-                primary=metric == "acc1",
+                headline=headline if metric == "acc1" else "",
                 **asdict(known),
             )
         )

@@ -79,7 +79,7 @@ def suite_fingerprint(suite: Suite, eval_root: Path) -> str:
 
 
 def suite_fingerprints(suites: Mapping[str, Suite], eval_root: Path) -> tuple[dict[str, str | None], dict[str, str]]:
-    """Fingerprints of suites that can run, and why the others cannot; UserError if none has a primary score."""
+    """Fingerprints of suites that can run, and why the others cannot; UserError if none has a headline score."""
     found: dict[str, str | None] = {}
     skipped: dict[str, str] = {}
     for name, suite in suites.items():
@@ -87,8 +87,10 @@ def suite_fingerprints(suites: Mapping[str, Suite], eval_root: Path) -> tuple[di
             found[name] = suite_fingerprint(suite, eval_root)
         except UserError as error:
             skipped[name] = str(error)
-    if not any(suites[name].info.primary for name in found):
-        alone = f"--suite {','.join(found)} has no primary score, which a record needs; name a suite that has one, too."
+    if not any(suites[name].info.headline for name in found):
+        alone = (
+            f"--suite {','.join(found)} has no headline score, which a record needs; name a suite that has one, too."
+        )
         raise UserError(" ".join(skipped.values()) or alone)
     return found, skipped
 

@@ -15,15 +15,16 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from functools import partial, reduce
 from operator import or_
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from upcycle_bench.reporting.leaderboard import Board, Row, SeedMean
-from upcycle_bench.suite import AVERAGE
+from upcycle_bench.suite import is_average
 from upcycle_bench.util.errors import unknown
 
 if TYPE_CHECKING:
     from rich.table import Table
 
+LOG_RANK = "log_rank"  # as `evaluation.ranking` calls it
 # The metrics in tables for people; csv and json have all metrics.
 SHOWN = re.compile(r"acc1|(.*_)?(recall|r)@1|(text|image|group)_score", re.IGNORECASE)
 FOLDED = 24  # characters of a strategy's name on one line, where a board needs several tables
@@ -97,15 +98,15 @@ def _csv(boards: list[Board]) -> str:
     for board in boards:
         facts = asdict(board) | {
             "overrides": " ".join(board.overrides),
-            "primary": " ".join(board.primary),
+            "headlines": " ".join(board.headlines),
             "suite_fingerprints": " ".join(f"{suite}={value}" for suite, value in board.suite_fingerprints.items()),
         }
         del facts["rows"]
         for row in board.rows:
             line = {f"board_{key}": value for key, value in facts.items()}
             for key, value in asdict(row).items():
-                if key in ("primary", "difference"):
-                    line |= {f"{key}_{part}": (value or {}).get(part) for part in ("mean", "half_width", "n")}
+                if key == "headlines":
+                    line |= {f"{name} {part}": number for name in value for part, number in _flat(value[name])}
                 elif key == "scores":
                     line |= {name: value.get(name) for name in names}
                 elif key == "standard_errors":
@@ -114,10 +115,21 @@ def _csv(boards: list[Board]) -> str:
                     line[key] = value
             lines.append(line)
     output = io.StringIO()
-    writer = csv.DictWriter(output, list(lines[0]), lineterminator="\n")
+    header = dict.fromkeys(name for line in lines for name in line)  # boards may have other headline scores
+    writer = csv.DictWriter(output, list(header), lineterminator="\n")
     writer.writeheader()
     writer.writerows(lines)
     return output.getvalue()
+
+
+def _flat(headline: dict[str, Any]) -> Iterable[tuple[str, Any]]:
+    """The numbers of a row's headline score and of its difference, by name."""
+    for key, value in headline.items():
+        if key == "standard_error":
+            yield "standard error", value
+        else:
+            prefix = "" if key == "mean" else f"{key} "
+            yield from ((prefix + part, (value or {}).get(part)) for part in ("mean", "half_width", "n"))
 
 
 def _json(boards: list[Board]) -> str:
@@ -137,18 +149,32 @@ def _caption(board: Board) -> list[str]:
     if board.division == "open":
         settings = [" ".join(f"--set {override}" for override in board.overrides), board.unequal or ""]
         sentences.append(f"Open division, not to be compared with other tables: {'; '.join(filter(None, settings))}")
-    if board.primary:
-        sentences.append(f"Primary: mean of {_primary_scores(board.primary)}; higher is better.")
+    for name, headline in board.headlines.items():
+        direction = f"{'higher' if headline.higher_is_better else 'lower'} is better"
+        chance = "" if headline.chance is None else f", chance is {headline.chance:.4f}"
+        sentences.append(f"{name}: mean of {_parts(headline.parts)}; {direction}{chance}.")
+    if len(board.headlines) > 1:
+        sentences.append(f"Ranks are by {next(iter(board.headlines))}; the headline scores are never mixed.")
+    if any(_split(part)[2].endswith(LOG_RANK) for headline in board.headlines.values() for part in headline.parts):
+        sentences.append("log_rank: mean ln(1 + wrong answers nearer than the right one); e to it is a geometric mean.")
     if board.baseline:
-        sentences.append(f"vs {board.baseline}: the primary minus that of {board.baseline}.")
-    errors = [row.primary_standard_error for row in board.rows if row.primary_standard_error is not None]
+        sentences.append(f"vs {board.baseline}: the score minus that of {board.baseline}.")
+    errors = {
+        name: max(known)
+        for name in board.headlines
+        if (
+            known := [e for row in board.rows if (h := row.headlines.get(name)) and (e := h.standard_error) is not None]
+        )
+    }
     if errors:
+        most = ", ".join(f"{name} {error:.4f}" for name, error in errors.items())
         sentences.append(
-            f"Over evaluation samples the standard error of the primary is {max(errors):.4f} at most; rows share the "
-            "samples, so their differences are surer."
+            f"Over evaluation samples the standard error is at most: {most}; rows share the samples, so their "
+            "differences are surer."
         )
     scored = {name for row in board.rows for name in row.scores}
-    shown = {_split(name)[0] for name in (*_shown(scored), *board.primary)}
+    parts = [part for headline in board.headlines.values() for part in headline.parts]
+    shown = {_split(name)[0] for name in (*_shown(scored), *parts)}
     if scored and (hidden := sorted(board.suite_fingerprints.keys() - shown)):
         sentences.append(
             f"No column here for {', '.join(hidden)}: scores are in csv and json, all they say in the records."
@@ -161,31 +187,35 @@ def _caption(board: Board) -> list[str]:
     return sentences
 
 
-def _primary_scores(primary: tuple[str, ...]) -> str:
-    """Up to four primary scores by name; more of them grouped by suite and metric."""
-    if len(primary) <= 4:
-        return ", ".join(primary)
+def _parts(columns: tuple[str, ...]) -> str:
+    """Up to four scores by name; more of them grouped by suite and metric."""
+    if len(columns) <= 4:
+        return ", ".join(columns)
     suites: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
-    for column in primary:
+    for column in columns:
         suite, dataset, metric = _split(column)
         suites[suite][metric].append(dataset)
     groups = [
         f"{suite} " + "; ".join(f"{metric} on {', '.join(datasets)}" for metric, datasets in sorted(metrics.items()))
         for suite, metrics in suites.items()
     ]
-    return f"{len(primary)} scores ({'; '.join(groups)})"
+    return f"{len(columns)} scores ({'; '.join(groups)})"
 
 
 def _groups(board: Board) -> list[Columns]:
     """Columns for people in five groups: who, result, scores, cost, runs."""
     rows = board.rows
     who = {"#": [str(row.rank or "-") for row in rows], "strategy": [row.title for row in rows]}
-    result = {"n": [str(row.primary.n if row.primary else 0) for row in rows]}
-    primaries = [_seed_mean(row.primary) for row in rows]
-    result["primary" + _unit(primaries)] = primaries
-    if board.baseline:
-        differences = ["-" if row.label == board.baseline else _seed_mean(row.difference, "+") for row in rows]
-        result[f"vs {board.baseline}" + _unit(differences)] = differences
+    result = {"n": [str(row.seeds) for row in rows]}
+    for name in board.headlines:
+        found = [row.headlines.get(name) for row in rows]
+        means = [_seed_mean(each.mean if each else None) for each in found]
+        result[name + _unit(means)] = means
+        if board.baseline:
+            cells = [_seed_mean(each.difference if each else None, "+") for each in found]
+            cells = ["-" if row.label == board.baseline else cell for row, cell in zip(rows, cells, strict=True)]
+            which = f"{name} " if len(board.headlines) > 1 else ""
+            result[f"{which}vs {board.baseline}" + _unit(cells)] = cells
     shown = _shown({name for row in rows for name in row.scores})
     scores = {name: [_score(row, name) for row in rows] for name in shown}
     cost = {
@@ -202,11 +232,11 @@ def _groups(board: Board) -> list[Columns]:
 def _shown(columns: Iterable[str]) -> list[str]:
     """The columns of scores in tables for people; a suite with averages shows these alone."""
     parts = {column: _split(column) for column in columns}
-    averaging = {suite for suite, dataset, _ in parts.values() if dataset == AVERAGE}
+    averaging = {suite for suite, dataset, _ in parts.values() if is_average(dataset)}
     return sorted(
         column
         for column, (suite, dataset, metric) in parts.items()
-        if SHOWN.fullmatch(metric) and (dataset == AVERAGE or suite not in averaging)
+        if SHOWN.fullmatch(metric) and (is_average(dataset) or suite not in averaging)
     )
 
 

@@ -3,7 +3,8 @@
     boards = build([read(path) for path in record_paths(folder)])
     print(render(boards, "terminal"))        # or "md", "csv", "json"
 
-The value of a row is a mean over training seeds, with Student's t interval; n counts training seeds. Initialisations of
+Runs have one headline score or several, which are never mixed. A row has each as a mean over training seeds, with
+Student's t interval; n counts training seeds. Rows are ranked by the first headline score. Initialisations of
 one training seed depend on each other, so they are averaged first. Standard errors over evaluation samples are separate
 columns, since all runs share the samples; a row has the mean of the errors of its runs.
 """
@@ -15,12 +16,11 @@ import math
 import statistics
 import textwrap
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from upcycle_bench.record import Record, ScoreRecord
-from upcycle_bench.util import uncertainty
 from upcycle_bench.util.errors import UserError
 
 BASELINES = ("sparse-upcycling", "dense")  # differences are to the first of these with a successful run
@@ -37,6 +37,26 @@ class SeedMean:
     n: int
 
 
+@dataclass(frozen=True)
+class RowHeadline:
+    """A headline score of a row, its difference to the baseline's, paired by both seeds, and an upper bound of its
+    standard error over evaluation samples.
+    """
+
+    mean: SeedMean
+    difference: SeedMean | None
+    standard_error: float | None
+
+
+@dataclass(frozen=True)
+class BoardHeadline:
+    """A headline score of a board: the scores whose mean it is, its direction, and the value of guessing."""
+
+    parts: tuple[str, ...]
+    higher_is_better: bool
+    chance: float | None
+
+
 @dataclass(frozen=True, kw_only=True)
 class Row:
     """One strategy label: means over the runs that count, which are the newest successes of each pair of seeds.
@@ -48,11 +68,9 @@ class Row:
     label: str
     strategy: str
     kind: str  # the row's mark: reconstructed, parts reconstructed, control, unpublished; "": published
-    primary: SeedMean | None
-    difference: SeedMean | None  # to the baseline, paired by both seeds
+    headlines: dict[str, RowHeadline]  # empty where no run succeeded
     scores: dict[str, float]  # suite/dataset/metric -> mean
     standard_errors: dict[str, float]  # over evaluation samples, of the scores where all runs have one
-    primary_standard_error: float | None  # over evaluation samples, an upper bound
     parameters_total: int | None
     parameters_active: int | None
     train_seconds: float | None
@@ -73,10 +91,15 @@ class Row:
         return f"{self.label} ({self.kind})" if self.kind else self.label
 
     @property
+    def seeds(self) -> int:
+        """How many training seeds count."""
+        return max((headline.mean.n for headline in self.headlines.values()), default=0)
+
+    @property
     def outcome(self) -> str:
         """How the runs ended, in words."""
         failed = [f"{self.failed} failed"] if self.failed else []
-        if self.primary is None:
+        if not self.headlines:
             reason = textwrap.shorten(self.reason or "", 80, placeholder=" ...")
             return f"{self.status}: {reason}" + (f" ({failed[0]})" if self.failed > 1 else "")
         superseded = [f"{self.superseded} superseded"] if self.superseded else []
@@ -95,7 +118,7 @@ class Board:
     training_fingerprint: str
     suite_fingerprints: dict[str, str]
     dense: str
-    primary: tuple[str, ...]  # the scores whose mean is the primary score
+    headlines: dict[str, BoardHeadline]
     baseline: str | None
     rows: tuple[Row, ...]
 
@@ -140,7 +163,15 @@ def _board(records: list[Record]) -> Board:
         _row(runs, counting[label], counting[baseline] if baseline and label != baseline else {})
         for label, runs in by_label.items()
     ]
-    rows.sort(key=lambda row: (row.primary is None, -row.primary.mean if row.primary else 0.0, row.label))
+    headlines = _headlines([run for runs in counting.values() for run in runs.values()])
+    first = next(iter(headlines), "")
+    sign = -1 if first and headlines[first].higher_is_better else 1
+
+    def place(row: Row) -> tuple[bool, float, str]:
+        known = row.headlines.get(first)
+        return known is None, sign * known.mean.mean if known else 0.0, row.label
+
+    rows.sort(key=place)
     newest = records[-1]
     return Board(
         protocol=newest.protocol.name,
@@ -150,23 +181,33 @@ def _board(records: list[Record]) -> Board:
         training_fingerprint=newest.protocol.training_fingerprint,
         suite_fingerprints=dict(sorted(newest.protocol.suite_fingerprints.items())),
         dense=newest.hashes.dense,
-        primary=tuple(sorted({_column(s) for r in records if r.status == "ok" for s in r.scores if s.primary})),
+        headlines=headlines,
         baseline=baseline,
-        rows=tuple(replace(row, rank=rank) if row.primary else row for rank, row in enumerate(rows, start=1)),
+        rows=tuple(replace(row, rank=rank) if row.headlines else row for rank, row in enumerate(rows, start=1)),
     )
+
+
+def _headlines(runs: Sequence[Record]) -> dict[str, BoardHeadline]:
+    """The headline scores of these runs, whose suites are equal."""
+    found = {}
+    for run in runs:
+        for name, headline in run.headlines.items():
+            parts = tuple(sorted(_column(score) for score in run.scores if score.headline == name))
+            found[name] = BoardHeadline(parts, headline.higher_is_better, headline.chance)
+    return found
 
 
 def _row(runs: list[Record], counting: dict[SeedPair, Record], base: dict[SeedPair, Record]) -> Row:
     """The row of one label. `runs`: all of it, oldest first; `counting`: those that count; `base`: the baseline's."""
-    primary: dict[int, list[float]] = defaultdict(list)
-    difference: dict[int, list[float]] = defaultdict(list)
+    headlines: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
+    differences: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
     scores: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
     errors: dict[str, list[float | None]] = defaultdict(list)
     for seeds, run in sorted(counting.items()):
-        assert run.primary is not None, "a run that is ok has a primary score"
-        primary[seeds[1]].append(run.primary)
-        if seeds in base:
-            difference[seeds[1]].append(run.primary - (base[seeds].primary or 0.0))
+        for name, headline in run.headlines.items():
+            headlines[name][seeds[1]].append(headline.value)
+            if seeds in base:
+                differences[name][seeds[1]].append(headline.value - base[seeds].headlines[name].value)
         for score in run.scores:
             scores[_column(score)][seeds[1]].append(score.value)
             errors[_column(score)].append(score.standard_error)
@@ -179,16 +220,16 @@ def _row(runs: list[Record], counting: dict[SeedPair, Record], base: dict[SeedPa
         label=newest.strategy.label,
         strategy=newest.strategy.name,
         kind=_mark(newest),
-        primary=seed_mean(primary) if primary else None,
-        difference=seed_mean(difference) if difference else None,
+        headlines={
+            name: RowHeadline(
+                seed_mean(values),
+                seed_mean(differences[name]) if name in differences else None,
+                _mean(run.headlines[name].standard_error for run in counting.values()),
+            )
+            for name, values in headlines.items()
+        },
         scores={name: seed_mean(values).mean for name, values in sorted(scores.items())},
         standard_errors={name: mean for name, each in sorted(errors.items()) if (mean := _mean(each)) is not None},
-        primary_standard_error=_mean(
-            uncertainty.of_scores(
-                (score.dataset, score.metric, score.standard_error) for score in run.scores if score.primary
-            )
-            for run in counting.values()
-        ),
         parameters_total=costs[0].parameters_total if costs else None,
         parameters_active=costs[0].parameters_active if costs else None,
         train_seconds=_mean(cost.phases["train"].seconds if "train" in cost.phases else 0 for cost in costs),
