@@ -133,67 +133,52 @@ def results() -> str:
     shown = lab()
     lines = []
     for row in shown.rows:
-        estimates = [estimated(each) for each in (row.primary, row.difference)]
-        cost = f"{row.charged_flops or 0:.2e}"
-        lines.append([row.title, str(row.primary.n if row.primary else 0), *estimates, cost])
-    return table(["strategy", "seeds", "primary score", f"minus `{shown.baseline}`", "charged FLOPs"], lines)
+        found = [row.headlines.get(name) for name in shown.headlines]
+        pairs = [(estimated(each.mean), estimated(each.difference)) if each else ("", "") for each in found]
+        cost = "" if row.charged_flops is None else f"{row.charged_flops:.2e}"
+        lines.append([row.title, str(row.seeds), *(cell for pair in pairs for cell in pair), cost])
+    heads = [head for name in shown.headlines for head in (name, f"minus `{shown.baseline}`")]
+    chance = ["*chance*", "", *(c for h in shown.headlines.values() for c in (f"{h.chance:.4f}", "")), ""]
+    return table(["strategy", "seeds", *heads, "charged FLOPs"], [*lines, chance])
 
 
 def caption() -> str:
     """What the picture shows, in words: its description within the file."""
-    differences = {row.title: row.difference for row in lab().rows}
-    return "; ".join(f"{title}: {estimated(each)} (n={each.n})" for title, each in differences.items() if each)
+    return "; ".join(
+        f"{row.title}, {name}: {estimated(headline.difference)} (n={headline.difference.n})"
+        for row in lab().rows
+        for name, headline in row.headlines.items()
+        if headline.difference
+    )
 
 
 def draw(path: Path = FIGURE) -> None:
-    """Each strategy's difference to the baseline over training seeds, with its interval, as a small SVG."""
+    """Each strategy's difference to the baseline over training seeds, with its interval, as a small SVG.
+
+    A panel for each headline score, with the better side on the right.
+    """
     import matplotlib
     from matplotlib.figure import Figure
 
     shown = lab()
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "upcycle-bench", "font.size": 10}):
-        figure = Figure(figsize=(8, 2.9), layout="constrained")
-        axes = figure.subplots()
-        axes.axvline(0, color="grey", linewidth=1)
-        for place, row in enumerate(reversed(shown.rows)):
-            colour = "grey" if row.kind == "control" else "C0"
-            point = (row.difference.mean, row.difference.half_width or 0) if row.difference else (0.0, 0.0)
-            axes.errorbar(point[0], place, xerr=point[1] or None, fmt="o", capsize=4, color=colour)
-        axes.set_yticks(range(len(shown.rows)), [row.title for row in reversed(shown.rows)])
-        axes.margins(y=0.12)
-        figure.supxlabel(f"primary score minus that of {shown.baseline}; bars: 95 % over training seeds", fontsize=10)
-        axes.spines[["top", "right", "left"]].set_visible(False)
+        rows = [row for row in reversed(shown.rows) if row.headlines]
+        figure = Figure(figsize=(9, 1.3 + 0.3 * len(rows)), layout="constrained")
+        panels = figure.subplots(1, len(shown.headlines), sharey=True, squeeze=False)[0]
+        for axes, (name, headline) in zip(panels, shown.headlines.items(), strict=True):
+            axes.axvline(0, color="grey", linewidth=1)
+            for place, row in enumerate(rows):
+                colour = "grey" if row.kind.startswith("control") else "C0"
+                difference = row.headlines[name].difference or SeedMean(0.0, None, 0)
+                axes.errorbar(difference.mean, place, xerr=difference.half_width, fmt="o", capsize=4, color=colour)
+            if not headline.higher_is_better:
+                axes.invert_xaxis()
+            axes.set_title(f"{name} (right is better)", fontsize=10)
+            axes.set_yticks(range(len(rows)), [row.title for row in rows])
+            axes.margins(y=0.12)
+            axes.spines[["top", "right", "left"]].set_visible(False)
+        figure.supxlabel(f"score minus that of {shown.baseline}; bars: 95 % over training seeds", fontsize=10)
         figure.savefig(path, format="svg", metadata={"Date": None, "Description": caption()})
-
-
-def all_suites() -> str:
-    """What the optional suites say of the records in results/lab-suites; strata and single layers left out."""
-    runs = [record.read(path) for path in record.record_paths(ROOT / "results" / "lab-suites")]
-    titles = {
-        run.strategy.label: f"`{run.strategy.label}`"
-        + (f" ({kind})" if (kind := mark(run.strategy.status, run.strategy.reconstructed)) else "")
-        for run in runs
-    }
-    values: dict[tuple[str, str, str], dict[str, str]] = {}
-    for run in sorted(runs, key=lambda run: run.strategy.label):
-        for score in run.scores:
-            agreement = score.metric in ("nmi_class", "nmi_set") and "." not in score.dataset
-            pairs = score.suite == "compositional" and score.dataset == "average" and "[" not in score.metric
-            single = (
-                score.suite in ("few-shot", "linear-probe", "fine-tune", "out-of-domain") and score.metric == "acc1"
-            )
-            if agreement or pairs or single:
-                row = values.setdefault((score.suite, score.dataset, score.metric), {})
-                chance = f"{score.chance:.3f}"
-                row["chance"] = "" if agreement else chance
-                beside = f" (chance {chance})" if agreement else f" ± {score.standard_error:.3f}"
-                row[run.strategy.label] = f"{score.value:.3f}{beside}"
-    labels = sorted(titles, key=lambda label: (label != "dense", label))
-    lines = [
-        [f"`{suite}`", f"`{name}`", f"`{metric}`", row["chance"], *(row.get(label, "") for label in labels)]
-        for (suite, name, metric), row in values.items()
-    ]
-    return table(["suite", "of", "metric", "chance", *(titles[label] for label in labels)], lines)
 
 
 def cluster() -> str:
@@ -239,7 +224,6 @@ PARTS: dict[str, Callable[[], str]] = {
     "suites": suites,
     "help": commands,
     "cluster": cluster,
-    "all-suites": all_suites,
 }
 
 
