@@ -56,12 +56,12 @@ def show_scores(title: str, scores: Sequence[Mapping[str, Any]]) -> None:
 
 def score_rows(scores: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
     """The rows of one suite's table."""
-    from upcycle_bench.suite import is_average
+    from upcycle_bench.suite import AVERAGE, is_average
 
     averaged = any(is_average(score["dataset"]) for score in scores)
     return [
         {
-            "dataset": score["dataset"],
+            "dataset": score["dataset"].removeprefix(f"{AVERAGE}/"),
             "metric": score["metric"] + (f" ({score['headline']})" if score["headline"] else ""),
             "value": with_error(score["value"], score["standard_error"], score["interval"]),
             "chance": "" if score["chance"] is None else f"{score['chance']:.4f}",
