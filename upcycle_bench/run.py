@@ -98,7 +98,7 @@ def train_model(
             model,
             data,
             job,
-            make_loss=lambda layers: plan.strategy.loss(layers, rng),
+            make_loss=lambda layers: plan.strategy.loss(layers, rng, job.stop_step),
             stages=plan.strategy.stages(job.stop_step),
             next_stage=plan.strategy.next_stage,
             on_step=bar,
@@ -115,13 +115,15 @@ def whole_model(plan: Plan, model: Clip, path: Path) -> Clip:
 
 
 def diagnostics(state: RunState, dense: Clip, data: PairDataset) -> dict[str, Any]:
-    """The receipt's numbers for the final model, and each term's mean share of the loss in the first steps."""
+    """The receipt's numbers for the final model, each term's mean share of the first losses, the own loss's notes."""
     assert state.final is not None
     found = diagnose(state.final.model, dense.model, diagnosed(dense, data, state.meter.device))
     progress = state.progress
-    if progress is None or not progress.share_steps:
-        return found
-    return found | {"loss_shares_at_start": {"steps": progress.share_steps, **progress.mean_loss_shares}}
+    if progress is not None and progress.share_steps:
+        found["loss_shares_at_start"] = {"steps": progress.share_steps, **progress.mean_loss_shares}
+    if progress is not None and progress.loss_notes:
+        found["loss_notes"] = progress.loss_notes
+    return found
 
 
 def remember(state: RunState, key: str, model: Clip, dense: Clip) -> None:

@@ -102,6 +102,10 @@ class ExtraLoss(ABC):
     def state_dict(self) -> dict[str, Any]:
         """State for checkpoints."""
         return {}
+    def notes(self) -> dict[str, float]:
+        """Numbers that the options came to in this training, for the record's `diagnostics`."""
+        return {}
+
 
     def load_state_dict(self, state: dict[str, Any]) -> None:  # noqa: B027  (optional)
         """Restore `state_dict`."""
@@ -166,8 +170,11 @@ class Strategy(ABC):
         """
         raise NotImplementedError(f"{self.info.name} replaces FFNs but has no init_layer")
 
-    def loss(self, layers: Mapping[str, MoEFFN], rng: Stream) -> ExtraLoss | None:
-        """The strategy's own training term over the MoE layers, by layer name, or None; made anew for each stage."""
+    def loss(self, layers: Mapping[str, MoEFFN], rng: Stream, steps: int) -> ExtraLoss | None:
+        """The strategy's own training term over the MoE layers, by layer name, or None; made anew for each stage.
+
+        `steps` are the optimiser steps of the whole training: what depends on its length is a share of them.
+        """
         return None
 
     def stages(self, steps: int) -> Sequence[int]:

@@ -126,7 +126,7 @@ def test_facts_are_consistent(strategy: Strategy) -> None:
         assert strategy.preserves_function
         assert strategy.calibration_pairs == 0
         assert strategy.moe_settings(tiny_moe()) == tiny_moe()
-        assert strategy.loss({}, Stream(("loss", 0))) is None
+        assert strategy.loss({}, Stream(("loss", 0)), 100) is None
     hidden = strategy.ffn_hidden(256, resolve_moe(strategy, tiny_moe()))
     assert type(hidden) is int and hidden > 0
     assert changes_model(strategy) or hidden == 256

@@ -108,6 +108,7 @@ def test_a_protocol_gives_a_strategy_its_options_for_the_scale() -> None:
     protocol = load_protocol(REGISTRY.get("protocol", "clip-b16").target)
     usual = make_plan(REGISTRY, "cluster-aware", protocol)
     assert usual.strategy.config()["eesd_weight"] == 0.1
+    assert usual.strategy.config()["eesd_ema"] == 0.999  # as printed, whatever the share of the steps
     assert usual.label == "cluster-aware"
     other = make_plan(REGISTRY, "cluster-aware", protocol, options={"eesd_weight": "1.0", "tau": "0.8"})
     assert other.strategy.config()["eesd_weight"] == 1.0

@@ -91,6 +91,7 @@ def test_interrupted_at_a_boundary_and_resumed_is_bit_equal(
     resumed = upcycled(seed=5)  # its weights come from the checkpoint
     progress = train(resumed, pairs, resumable, on_step=lambda step, _: steps.append(step), **stages)
     assert (steps, progress.step) == ([5, 6, 7], 7)
+    assert progress.loss_notes == eesd(moe_layers(resumed.model)).notes()
     assert helpers.equal(state(whole), state(resumed))
 
     def lines(name: str) -> list[dict[str, float]]:

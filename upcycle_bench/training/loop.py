@@ -82,6 +82,7 @@ def train(
             with _stage(model, job, layers, make_loss) as (engine, extra):
                 if first == 0 or first < done:
                     books.begin(resume(engine, extra, job))
+                books.progress.loss_notes = extra.notes() if extra else {}
                 start = books.progress.step
                 workers = _loader_processes(device)
                 batches = data.batches(job.stream, start, stop, schedule.batch_size, rank, world, workers=workers)
