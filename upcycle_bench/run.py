@@ -76,14 +76,17 @@ def run(plan: Plan, results: Path, reporter: Reporter, *, fresh: bool = False) -
 def train_model(
     plan: Plan, model: Clip, data: PairDataset, work: Path, meter: Meter, reporter: Reporter
 ) -> Progress | None:
-    """Train `model` in place, by the protocol and the same for every strategy; None for an untrained control."""
+    """Train `model` in place, by the protocol and the same for every strategy; None for an untrained control.
+
+    A strategy with a number of steps of its own gets the protocol's schedule, stretched to them.
+    """
     if not plan.strategy.trains:
         return None
     settings = plan.protocol.train
     job = Job(
-        schedule=settings.schedule,
+        schedule=settings.schedule.model_copy(update={"steps": plan.steps}),
         peak_lr=plan.protocol.peak_lr,
-        stop_step=settings.schedule.steps,
+        stop_step=plan.steps,
         seed=plan.train_seed,
         load_balance=plan.moe.load_balance,
         zero_stage=settings.zero_stage,
@@ -98,8 +101,8 @@ def train_model(
             model,
             data,
             job,
-            make_loss=lambda layers: plan.strategy.loss(layers, rng, job.stop_step),
-            stages=plan.strategy.stages(job.stop_step),
+            make_loss=lambda layers: plan.strategy.loss(layers, rng, plan.steps),
+            stages=plan.strategy.stages(plan.steps),
             next_stage=plan.strategy.next_stage,
             on_step=bar,
         )

@@ -96,16 +96,16 @@ class ExtraLoss(ABC):
         Its mean over ranks must be the loss of the global batch, as it is for `mean_weight` times a sum over tokens.
         """
 
+    def notes(self) -> dict[str, float]:
+        """Numbers that the options came to in this training, for the record's `diagnostics`."""
+        return {}
+
     def after_step(self) -> None:  # noqa: B027  (optional)
         """Called after each optimiser step, where an EMA teacher moves."""
 
     def state_dict(self) -> dict[str, Any]:
         """State for checkpoints."""
         return {}
-    def notes(self) -> dict[str, float]:
-        """Numbers that the options came to in this training, for the record's `diagnostics`."""
-        return {}
-
 
     def load_state_dict(self, state: dict[str, Any]) -> None:  # noqa: B027  (optional)
         """Restore `state_dict`."""
@@ -141,6 +141,13 @@ class Strategy(ABC):
         `hidden` is the dense FFN's, `moe` are the settings that `moe_settings` gave.
         """
         return hidden
+
+    def training_steps(self, steps: int, dense_flops: int, moe_flops: int) -> int:
+        """The optimiser steps of its training, where the protocol has `steps`; the schedule is stretched to them.
+
+        `dense_flops` and `moe_flops` are what training on a pair costs, of the dense model and the protocol's MoE.
+        """
+        return steps
 
     def init_dense(self, model: Any, layers: Sequence[Layer], rng: Stream) -> None:  # noqa: B027  (optional)
         """Change this copy of the dense model in place (of a control, `replaces_ffn` False): weights, FFNs' widths.

@@ -122,6 +122,14 @@ def test_a_wrong_option_in_a_protocol_is_one_line() -> None:
         make_plan(REGISTRY, "cluster-aware", wrong)
 
 
+def test_the_longer_control_is_a_run_of_its_own_in_the_same_table() -> None:
+    usual, longer, untrained = plan("dense"), plan("dense-longer"), plan("dense-frozen")
+    assert (usual.steps, longer.steps, untrained.steps) == (100, 132, 0)
+    assert longer.training_fingerprint == usual.training_fingerprint
+    assert (longer.division, longer.unequal) == ("closed", None)
+    assert run_id(longer, "dense") != run_id(usual, "dense")
+
+
 # ---- a shape of the strategy's own --------------------------------------------------------------------------------
 
 
