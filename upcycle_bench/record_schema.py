@@ -137,6 +137,8 @@ class PhaseCost(Part):
     seconds: float = Field(ge=0)
     flops: int | None = Field(ge=0)
     peak_memory_bytes: int = Field(ge=0)
+    samples: int = Field(default=0, ge=0, description="training pairs that models of this phase saw, trained on or not")
+    steps: int = Field(default=0, ge=0, description="optimiser steps, each of a batch")
 
 
 class Cost(Part):
@@ -147,7 +149,7 @@ class Cost(Part):
     parameters_total: int = Field(ge=1)
     parameters_active: int = Field(ge=1, description="used per token")
     tokens_dropped: float | None = Field(ge=0, le=1, description="fraction of training tokens over capacity")
-    samples: int = Field(ge=0, description="training pairs seen")
+    samples: int = Field(ge=0, description="pairs trained on, preparation included; `phases` has the parts")
     samples_per_second: float | None = Field(ge=0)
     world_size: int = Field(ge=1)
 

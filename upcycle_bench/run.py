@@ -107,6 +107,7 @@ def train_model(
             on_step=bar,
         )
     phase.seconds, phase.flops = progress.seconds, progress.total_flops()  # of all sessions, if it was interrupted
+    phase.steps, phase.samples = progress.step, progress.step * job.schedule.batch_size
     return progress
 
 
