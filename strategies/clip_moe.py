@@ -63,6 +63,7 @@ class ClipMoE(BranchStrategy):
         paper="Zhang et al., CLIP-MoE, EMNLP 2025, arXiv:2409.19291",
         url="https://arxiv.org/abs/2409.19291",
         status="published",
+        footing="trains branches first, charged",
         reconstructed=(
             "as a baseline of arXiv:2604.13508: 8 experts, every other block, then the training that all have",
             "labels are accumulated over 3 stages at most, while a mean cluster fills a batch (max_accumulated_stages)",

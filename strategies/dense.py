@@ -38,6 +38,7 @@ class DenseLonger(Dense):
         Dense.info,
         name="dense-longer",
         summary="the dense model trained for the FLOPs of the MoE: more steps of a stretched schedule",
+        footing="more steps and pairs, equal FLOPs",
     )
 
     def training_steps(self, steps: int, dense_flops: int, moe_flops: int) -> int:

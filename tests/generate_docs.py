@@ -156,7 +156,7 @@ def draw(path: Path = FIGURE) -> None:
         axes = figure.subplots()
         axes.axvline(0, color="grey", linewidth=1)
         for place, row in enumerate(reversed(shown.rows)):
-            colour = "grey" if row.kind == "control" else "C0"
+            colour = "grey" if row.kind.startswith("control") else "C0"
             point = (row.difference.mean, row.difference.half_width or 0) if row.difference else (0.0, 0.0)
             axes.errorbar(point[0], place, xerr=point[1] or None, fmt="o", capsize=4, color=colour)
         axes.set_yticks(range(len(shown.rows)), [row.title for row in reversed(shown.rows)])

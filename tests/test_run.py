@@ -89,6 +89,7 @@ def test_a_run_is_recorded_whole(tmp_path: Path, quick: list[str], strategy: str
     seen = {name: (phase.samples, phase.steps) for name, phase in made.cost.phases.items()}
     expected = {"calibrate": (1079, 0), "upcycle": (0, 0), "train": (steps * 32, steps), "evaluate": (0, 0)}
     assert seen == {name: expected[name] for name in seen}
+    assert made.strategy.footing == planned.strategy.info.footing
     assert (made.strategy.moe is not None) == (strategy == "virtual-group")
     assert bool(made.receipt["layers"]) == moe
     assert (made.cost.parameters_active < made.cost.parameters_total) == moe

@@ -47,6 +47,7 @@ class StrategyPart(Part):
     moe: dict[str, JsonValue] | None = Field(default=None, description="MoE settings where not the protocol's")
     status: Literal["published", "reconstructed", "control", "unpublished"]
     reconstructed: tuple[str, ...] = Field(description="parts that the paper leaves open and we had to choose")
+    footing: str = Field(default="", description="what is not as for all others, and is charged or told instead")
     paper: str
     distribution: str
     version: str

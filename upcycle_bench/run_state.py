@@ -130,6 +130,7 @@ def _record(state: RunState, **parts: Any) -> record.Record:
             "moe": plan.moe.model_dump(mode="json") if plan.moe != protocol.moe else None,
             "status": info.status,
             "reconstructed": info.reconstructed,
+            "footing": info.footing,
             "paper": info.paper,
             "distribution": plan.entry.distribution,
             "version": plan.entry.version,

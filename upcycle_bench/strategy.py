@@ -61,8 +61,9 @@ Status = Literal["published", "reconstructed", "control", "unpublished"]
 class StrategyInfo:
     """What a strategy is, for tables and records.
 
-    reconstructed: the parts of a published method that its paper leaves open and we had to choose. Raises PluginError
-    for an unknown `status`.
+    reconstructed: the parts of a published method that its paper leaves open and we had to choose. footing: what is not
+    as for all others, and is charged or told instead, in at most 40 characters. Raises PluginError for an unknown
+    `status` or a longer `footing`.
     """
 
     name: str
@@ -71,8 +72,13 @@ class StrategyInfo:
     status: Status
     url: str = ""
     reconstructed: tuple[str, ...] = ()
+    footing: str = ""
 
     def __post_init__(self) -> None:
+        if len(self.footing) > 40:
+            raise PluginError(
+                f"{self.name}: footing has {len(self.footing)} characters; 40 are what a table has room for"
+            )
         if self.status not in get_args(Status):
             raise PluginError(f"{self.name}: status {self.status!r} is none of {', '.join(get_args(Status))}")
 

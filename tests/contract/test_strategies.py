@@ -106,6 +106,7 @@ def test_info_is_filled(name: str) -> None:
     assert isinstance(info.reconstructed, tuple)
     assert all(isinstance(part, str) and part for part in info.reconstructed)
     assert info.reconstructed or info.status != "reconstructed"  # a reconstruction says what it reconstructed
+    assert len(info.footing) <= 40 and "\n" not in info.footing  # it stands in tables
     assert info.url == "" or info.url.startswith("https://")
     assert entry.distribution
     for text in (inspect.getmodule(entry.target).__doc__, entry.target.__doc__):

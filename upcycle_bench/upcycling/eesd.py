@@ -39,6 +39,7 @@ from upcycle_bench.util.rng import Stream
 
 PAPER_WIDTH = {"vision": 768, "text": 512}  # of ViT-B, for which the paper states its weights
 PAPER_MEMORY = 0.0126  # 1,000 steps, the memory of 0.999, of the 1.3B / 16,384 = 79,346 steps of ViT-B/32
+FOOTING = "teacher's FLOPs charged"
 RECONSTRUCTED = (
     "EESD summed over features (as at the paper's widths, 768 and 512), averaged over layers (not stated)",
     "EESD's EMA remembers the share of the training that it does for ViT-B/32 (published: 0.999)",
