@@ -157,7 +157,8 @@ def test_the_longer_control_spends_the_flops_of_the_mixture_on_a_stretched_sched
     tmp_path: Path, quick: list[str]
 ) -> None:
     """As counted in training, where captions are shorter than the estimate takes them; nothing is dropped here."""
-    settings = [*quick, "train.schedule.steps=40", "train.log_every=1", "moe.capacity_factor=8.0"]
+    settings = [each for each in quick if not each.startswith("train.schedule.steps")]
+    settings += ["train.schedule.steps=40", "train.log_every=1", "moe.capacity_factor=8.0"]
     plans = {name: plan(name, settings) for name in ("sparse-upcycling", "dense-longer")}
     paths = {name: run(planned, tmp_path, Reporter()) for name, planned in plans.items()}
     flops = {name: record.read(path).cost.phases["train"].flops for name, path in paths.items()}
