@@ -55,6 +55,7 @@ class BTX(BranchStrategy):
         paper="Sukhbaatar et al., Branch-Train-MiX, 2024, arXiv:2403.07816",
         url="https://arxiv.org/abs/2403.07816",
         status="published",
+        footing="trains branches first, charged",
         reconstructed=(
             "domains of image-text data: groups gathered into as many domains of equal size as there are experts",
             "branches shortened to a budget of training FLOPs (option budget), at most an epoch of the domain",

@@ -39,6 +39,7 @@ CHOSEN = (
     "calibration on 131,072 pairs (the text prints 128), clusters fitted on the first 32,768 tokens of them",
 )
 published = partial(StrategyInfo, paper=PAPER, url="https://arxiv.org/abs/2604.13508", status="published")
+distilled = partial(published, footing=eesd.FOOTING)
 
 
 class Truncated(NamedTuple):
@@ -125,7 +126,7 @@ class ClusterOnly(Strategy):
 class ClusterAware(eesd.Distilled, ClusterOnly):
     """Eqs. 6 to 13: the whole method."""
 
-    info: ClassVar[StrategyInfo] = published(
+    info: ClassVar[StrategyInfo] = distilled(
         name="cluster-aware",
         summary="experts from cluster subspaces, router from centroids, EMA-ensemble distillation",
         reconstructed=(*CHOSEN, *eesd.RECONSTRUCTED),
@@ -136,7 +137,7 @@ class ClusterAware(eesd.Distilled, ClusterOnly):
 class EESDOnly(eesd.Distilled):
     """Eqs. 11 to 13 on copies and a random router, as sparse upcycling makes them: the ablation without clusters."""
 
-    info: ClassVar[StrategyInfo] = published(
+    info: ClassVar[StrategyInfo] = distilled(
         name="eesd-only",
         summary="copies and a random router, with cluster-aware's distillation (the paper's ablation)",
         reconstructed=(FORMULAS, *eesd.RECONSTRUCTED),

@@ -6,8 +6,8 @@ fixed random places (`ders-sm`). Trained experts are merged into plain FFNs; a r
 
 Where we differ: experts of LLMs have no biases, those of CLIP do. The base's biases are shared, and `bias_deltas` gives
 each expert differences of its own, zero at first. The paper's gates are not renormalised; ours are the protocol's. So
-is weight decay: it acts on W_shared and the factors, not on sparse values and biases, which have one dimension. There
-is no official code; `info.reconstructed` lists what the paper does not state. Rank 4 and rate 0.999 are the paper's for
+is weight decay: it acts on W_shared, on the factors, and on sparse values as on the entries that they are. There is no
+official code; `info.reconstructed` lists what the paper does not state. Rank 4 and rate 0.999 are the paper's for
 a "universal FFN" (Table S19). It has rank 1 and rate 0.9999 for multimodal models that start from a fine-tuned FFN, and
 rank 4 and rate 0.9 for code.
 
@@ -130,6 +130,7 @@ class DersSM(Ders):
 class Sparse(nn.Module):
     """Delta_i with S trained values, zero at first, at fixed places of the flattened matrix; elsewhere always zero."""
 
+    matrix_entries: ClassVar = ("value_S",)  # `training.loop`: they decay
     place_S: Tensor
 
     def __init__(self, weight_OI: Tensor, count: int, rng: Stream) -> None:

@@ -51,6 +51,7 @@ class Spri(Strategy):
         paper="Shan et al., SPRI, arXiv:2606.16456",
         url="https://arxiv.org/abs/2606.16456",
         status="reconstructed",
+        footing="optimiser restarts at its second stage",
         reconstructed=(
             "the whole method: only its abstract and a third-party digest could be read",
             "rank kept (75 % of the singular values), interleaved partition, scale 1, both matrices, biases copied",

@@ -28,7 +28,7 @@ from upcycle_bench.model.clip import create_clip
 from upcycle_bench.model.ffn import LayerInit
 from upcycle_bench.planning.plan import Paths, Plan, make_plan
 from upcycle_bench.planning.registry import load_registry
-from upcycle_bench.protocol import load_protocol
+from upcycle_bench.protocol import learning_rate, load_protocol
 from upcycle_bench.run import run
 from upcycle_bench.strategy import Strategy, StrategyInfo, random_router
 from upcycle_bench.util.cache import cache_root
@@ -67,19 +67,29 @@ def scores(made: record.Record) -> dict[tuple[str, str], float]:
 
 
 @pytest.mark.parametrize(
-    "strategy", ["sparse-upcycling", "cluster-aware", "virtual-group", "dense", "dense-frozen", "dense-wide"]
+    "strategy",
+    ["sparse-upcycling", "cluster-aware", "virtual-group", "dense", "dense-frozen", "dense-longer", "dense-wide"],
 )
 def test_a_run_is_recorded_whole(tmp_path: Path, quick: list[str], strategy: str) -> None:
-    path = run(plan(strategy, quick, init_seed=1, train_seed=2), tmp_path, Reporter())
+    planned = plan(strategy, quick, init_seed=1, train_seed=2)
+    path = run(planned, tmp_path, Reporter())
     assert path is not None
     made = record.read(path)
     moe, trains = not strategy.startswith("dense"), strategy != "dense-frozen"
+    steps = {"dense-frozen": 0, "dense-longer": 5}.get(
+        strategy, 4
+    )  # the MoE costs 1.32 times as much as the dense model
     assert made.status == "ok"
     assert (made.seeds.init, made.seeds.train) == (1, 2)
     assert made.protocol.division == "open"
     assert made.cost is not None
-    assert made.cost.samples == (4 * 32 if trains else 0)
+    assert made.cost.samples == steps * 32
     assert ("train" in made.cost.phases) == trains
+    assert ("calibrate" in made.cost.phases) == (strategy == "cluster-aware")
+    seen = {name: (phase.samples, phase.steps) for name, phase in made.cost.phases.items()}
+    expected = {"calibrate": (1079, 0), "upcycle": (0, 0), "train": (steps * 32, steps), "evaluate": (0, 0)}
+    assert seen == {name: expected[name] for name in seen}
+    assert made.strategy.footing == planned.strategy.info.footing
     assert (made.strategy.moe is not None) == (strategy == "virtual-group")
     assert bool(made.receipt["layers"]) == moe
     assert (made.cost.parameters_active < made.cost.parameters_total) == moe
@@ -133,9 +143,33 @@ def test_preparation_is_charged_and_leaves_the_training_seed_alone(tmp_path: Pat
     assert 0.5 * phases["train"].flops < phases["prepare"].flops <= 1.01 * phases["train"].flops
     assert phases["prepare"].seconds > 0
     assert made[0].receipt["preparation"]["branch 1 samples"] == 1079
-    assert 2 <= made[0].receipt["preparation"]["branch 1 steps"] <= 4
+    branch = made[0].receipt["preparation"]["branch 1 steps"]
+    assert 2 <= branch <= 4
+    steps = branch + 2  # two more, of which the FLOPs were counted to know what the budget pays
+    assert (phases["prepare"].steps, phases["prepare"].samples) == (steps, steps * 32)
+    assert (phases["train"].steps, phases["train"].samples) == (4, 4 * 32)
+    assert made[0].cost.samples == (steps + 4) * 32
     assert made[0].receipt == made[1].receipt
     assert made[0].hashes.weights != made[1].hashes.weights
+
+
+def test_the_longer_control_spends_the_flops_of_the_mixture_on_a_stretched_schedule(
+    tmp_path: Path, quick: list[str]
+) -> None:
+    """As counted in training, where captions are shorter than the estimate takes them; nothing is dropped here."""
+    settings = [each for each in quick if not each.startswith("train.schedule.steps")]
+    settings += ["train.schedule.steps=40", "train.log_every=1", "moe.capacity_factor=8.0"]
+    plans = {name: plan(name, settings) for name in ("sparse-upcycling", "dense-longer")}
+    paths = {name: run(planned, tmp_path, Reporter()) for name, planned in plans.items()}
+    flops = {name: record.read(path).cost.phases["train"].flops for name, path in paths.items()}
+    assert flops["dense-longer"] == pytest.approx(flops["sparse-upcycling"], rel=0.01)
+    rates = {
+        name: [json.loads(line)["learning_rate"] for line in path.with_suffix(".jsonl").read_text().splitlines()]
+        for name, path in paths.items()
+    }
+    peak, steps = plans["dense-longer"].protocol.peak_lr, plans["dense-longer"].steps
+    assert (len(rates["sparse-upcycling"]), len(rates["dense-longer"])) == (40, 53)  # 40 * 1.3241
+    assert rates["dense-longer"] == [learning_rate(step, steps, peak, 0.02) for step in range(53)]
 
 
 def test_sparse_upcycling_starts_from_the_dense_function(tmp_path: Path, quick: list[str]) -> None:

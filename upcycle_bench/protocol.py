@@ -39,7 +39,9 @@ class Schedule(Frozen):
     warmup_fraction: float = Field(ge=0, lt=1)
     betas: tuple[float, float]
     eps: float = Field(gt=0)
-    weight_decay: float = Field(ge=0, description="on tensors of two or more dimensions")
+    weight_decay: float = Field(
+        ge=0, description="on matrices: tensors of two or more dimensions, and values that are entries of one"
+    )
     grad_clip: float = Field(ge=0, description="global gradient norm; 0: off")
     patch_dropout: float = Field(ge=0, lt=1)
     augmentation: Literal["none", "random-resized-crop"]

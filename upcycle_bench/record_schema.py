@@ -47,6 +47,7 @@ class StrategyPart(Part):
     moe: dict[str, JsonValue] | None = Field(default=None, description="MoE settings where not the protocol's")
     status: Literal["published", "reconstructed", "control", "unpublished"]
     reconstructed: tuple[str, ...] = Field(description="parts that the paper leaves open and we had to choose")
+    footing: str = Field(default="", description="what is not as for all others, and is charged or told instead")
     paper: str
     distribution: str
     version: str
@@ -146,6 +147,8 @@ class PhaseCost(Part):
     seconds: float = Field(ge=0)
     flops: int | None = Field(ge=0)
     peak_memory_bytes: int = Field(ge=0)
+    samples: int = Field(default=0, ge=0, description="training pairs that models of this phase saw, trained on or not")
+    steps: int = Field(default=0, ge=0, description="optimiser steps, each of a batch")
 
 
 class Cost(Part):
@@ -156,7 +159,7 @@ class Cost(Part):
     parameters_total: int = Field(ge=1)
     parameters_active: int = Field(ge=1, description="used per token")
     tokens_dropped: float | None = Field(ge=0, le=1, description="fraction of training tokens over capacity")
-    samples: int = Field(ge=0, description="training pairs seen")
+    samples: int = Field(ge=0, description="pairs trained on, preparation included; `phases` has the parts")
     samples_per_second: float | None = Field(ge=0)
     world_size: int = Field(ge=1)
 

@@ -76,14 +76,17 @@ def run(plan: Plan, results: Path, reporter: Reporter, *, fresh: bool = False) -
 def train_model(
     plan: Plan, model: Clip, data: PairDataset, work: Path, meter: Meter, reporter: Reporter
 ) -> Progress | None:
-    """Train `model` in place, by the protocol and the same for every strategy; None for an untrained control."""
+    """Train `model` in place, by the protocol and the same for every strategy; None for an untrained control.
+
+    A strategy with a number of steps of its own gets the protocol's schedule, stretched to them.
+    """
     if not plan.strategy.trains:
         return None
     settings = plan.protocol.train
     job = Job(
-        schedule=settings.schedule,
+        schedule=settings.schedule.model_copy(update={"steps": plan.steps}),
         peak_lr=plan.protocol.peak_lr,
-        stop_step=settings.schedule.steps,
+        stop_step=plan.steps,
         seed=plan.train_seed,
         load_balance=plan.moe.load_balance,
         zero_stage=settings.zero_stage,
@@ -98,12 +101,13 @@ def train_model(
             model,
             data,
             job,
-            make_loss=lambda layers: plan.strategy.loss(layers, rng),
-            stages=plan.strategy.stages(job.stop_step),
+            make_loss=lambda layers: plan.strategy.loss(layers, rng, plan.steps),
+            stages=plan.strategy.stages(plan.steps),
             next_stage=plan.strategy.next_stage,
             on_step=bar,
         )
     phase.seconds, phase.flops = progress.seconds, progress.total_flops()  # of all sessions, if it was interrupted
+    phase.steps, phase.samples = progress.step, progress.step * job.schedule.batch_size
     return progress
 
 
@@ -115,13 +119,15 @@ def whole_model(plan: Plan, model: Clip, path: Path) -> Clip:
 
 
 def diagnostics(state: RunState, dense: Clip, data: PairDataset) -> dict[str, Any]:
-    """The receipt's numbers for the final model, and each term's mean share of the loss in the first steps."""
+    """The receipt's numbers for the final model, each term's mean share of the first losses, the own loss's notes."""
     assert state.final is not None
     found = diagnose(state.final.model, dense.model, diagnosed(dense, data, state.meter.device))
     progress = state.progress
-    if progress is None or not progress.share_steps:
-        return found
-    return found | {"loss_shares_at_start": {"steps": progress.share_steps, **progress.mean_loss_shares}}
+    if progress is not None and progress.share_steps:
+        found["loss_shares_at_start"] = {"steps": progress.share_steps, **progress.mean_loss_shares}
+    if progress is not None and progress.loss_notes:
+        found["loss_notes"] = progress.loss_notes
+    return found
 
 
 def remember(state: RunState, key: str, model: Clip, dense: Clip) -> None:

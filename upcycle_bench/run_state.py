@@ -78,14 +78,13 @@ def write_record(state: RunState, outcome: Mapping[str, SuiteResult], results: P
     assert state.final is not None
     total, active = state.parameters or parameter_counts(state.final.model)
     batch_size = plan.protocol.train.schedule.batch_size
-    samples = progress.step * batch_size if progress else 0
     cost = {
         "phases": {name: asdict(phase) for name, phase in state.meter.phases.items()},
         "counting_rule": COUNTING_RULE,
         "parameters_total": total,
         "parameters_active": active,
         "tokens_dropped": progress.dropped_fraction if progress else None,
-        "samples": samples,
+        "samples": sum(phase.steps for phase in state.meter.phases.values()) * batch_size,
         "samples_per_second": progress.samples_per_second(batch_size) if progress else None,
         "world_size": distributed.world_size(),
     }
@@ -130,6 +129,7 @@ def _record(state: RunState, **parts: Any) -> record.Record:
             "moe": plan.moe.model_dump(mode="json") if plan.moe != protocol.moe else None,
             "status": info.status,
             "reconstructed": info.reconstructed,
+            "footing": info.footing,
             "paper": info.paper,
             "distribution": plan.entry.distribution,
             "version": plan.entry.version,

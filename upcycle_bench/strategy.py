@@ -12,15 +12,13 @@ A run finds it in the registry and calls it layer by layer; nothing else knows i
             return LayerInit([ffn.expert(w1_HD=...) for _ in range(layer.num_experts)], random_router(ffn, layer, rng))
 
 The only required method is `init_layer` (`init_dense` of a control without experts).
-
-Shape suffixes: S samples.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar, Literal, Protocol, get_args
 
 from pydantic import ValidationError
@@ -33,6 +31,7 @@ from upcycle_bench.protocol import MoE
 from upcycle_bench.util.distributed import mean_weight
 from upcycle_bench.util.errors import PluginError, UserError, first_problem, unknown
 from upcycle_bench.util.rng import Stream
+from upcycle_bench.workshop import Groups, Preparation, Workshop
 
 # What a plugin imports from here. With `hookspecs.hookimpl` that is all it needs.
 __all__ = [
@@ -62,8 +61,9 @@ Status = Literal["published", "reconstructed", "control", "unpublished"]
 class StrategyInfo:
     """What a strategy is, for tables and records.
 
-    reconstructed: the parts of a published method that its paper leaves open and we had to choose. Raises PluginError
-    for an unknown `status`.
+    reconstructed: the parts of a published method that its paper leaves open and we had to choose. footing: what is not
+    as for all others, and is charged or told instead, in at most 40 characters. Raises PluginError for an unknown
+    `status` or a longer `footing`.
     """
 
     name: str
@@ -72,88 +72,15 @@ class StrategyInfo:
     status: Status
     url: str = ""
     reconstructed: tuple[str, ...] = ()
+    footing: str = ""
 
     def __post_init__(self) -> None:
+        if len(self.footing) > 40:
+            raise PluginError(
+                f"{self.name}: footing has {len(self.footing)} characters; 40 are what a table has room for"
+            )
         if self.status not in get_args(Status):
             raise PluginError(f"{self.name}: status {self.status!r} is none of {', '.join(get_args(Status))}")
-
-
-@dataclass(frozen=True)
-class Preparation:
-    """What a strategy trained before its experts are made.
-
-    model: the open_clip CLIP whose FFNs are replaced and whose other parameters are kept; branches: dense CLIPs, whose
-    FFNs `init_layer` gets; notes: numbers for the receipt (steps per branch, share of the data lost, ...).
-    """
-
-    model: Any
-    branches: Sequence[Any]
-    notes: Mapping[str, float] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Groups:
-    """The group of every training sample, int64 [S], numbered from 0. Where none are known, its shard of the data."""
-
-    kind: Literal["group", "shard"]
-    number_S: Tensor
-
-
-class Workshop(Protocol):
-    """What `Strategy.prepare` may use. It gives the same on every rank, and charges every FLOP to the strategy.
-
-    rng: the preparation's own randomness; experts: how many the protocol has; batch_size: of its training.
-    """
-
-    rng: Stream
-    experts: int
-    batch_size: int
-
-    def __len__(self) -> int:
-        """The number of training samples."""
-
-    def dense(self) -> Any:
-        """A fresh copy of the dense CLIP."""
-
-    def from_main(self, value_S: Tensor) -> Tensor:
-        """Rank 0's tensor, on every rank: for what could differ by a rounding."""
-
-    def groups(self) -> Groups:
-        """The groups of the training samples: lineages of the lab, classes of the digits, shards of local data."""
-
-    def steps_per_branch(
-        self,
-        branches: int,
-        ceiling: int,
-        *,
-        budget: float,
-        encoded_per_step: int = 0,
-        trainable: Callable[[str], bool] = lambda name: True,
-    ) -> int:
-        """How many steps each of `branches` trainings may take, at most `ceiling`.
-
-        `budget` is a share of the FLOPs of the protocol's training of the upcycled model. Each step costs a training
-        step of the parameters that `trainable` chooses, and the encoding of `encoded_per_step` samples. UserError when
-        the budget does not pay one step for each branch.
-        """
-
-    def encode(self, model: Any, index_S: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Normalised features of the samples `index_S`, in batches: (images [B, C], texts [B, C]), float32, CPU."""
-
-    def train(
-        self,
-        model: Any,
-        rows_SB: Tensor,
-        name: str,
-        *,
-        trainable: Callable[[str], bool] = lambda name: True,
-        lr_factor: float = 1.0,
-        label_smoothing: float = 0.0,
-    ) -> None:
-        """Train `model` in place by the protocol's loop, optimiser and schedule, one step for each row of samples.
-
-        `trainable` chooses parameters by name, `lr_factor` multiplies the protocol's peak learning rate.
-        """
 
 
 class Calibrator(Protocol):
@@ -174,6 +101,10 @@ class ExtraLoss(ABC):
 
         Its mean over ranks must be the loss of the global batch, as it is for `mean_weight` times a sum over tokens.
         """
+
+    def notes(self) -> dict[str, float]:
+        """Numbers that the options came to in this training, for the record's `diagnostics`."""
+        return {}
 
     def after_step(self) -> None:  # noqa: B027  (optional)
         """Called after each optimiser step, where an EMA teacher moves."""
@@ -217,6 +148,13 @@ class Strategy(ABC):
         """
         return hidden
 
+    def training_steps(self, steps: int, dense_flops: int, moe_flops: int) -> int:
+        """The optimiser steps of its training, where the protocol has `steps`; the schedule is stretched to them.
+
+        `dense_flops` and `moe_flops` are what training on a pair costs, of the dense model and the protocol's MoE.
+        """
+        return steps
+
     def init_dense(self, model: Any, layers: Sequence[Layer], rng: Stream) -> None:  # noqa: B027  (optional)
         """Change this copy of the dense model in place (of a control, `replaces_ffn` False): weights, FFNs' widths.
 
@@ -245,8 +183,11 @@ class Strategy(ABC):
         """
         raise NotImplementedError(f"{self.info.name} replaces FFNs but has no init_layer")
 
-    def loss(self, layers: Mapping[str, MoEFFN], rng: Stream) -> ExtraLoss | None:
-        """The strategy's own training term over the MoE layers, by layer name, or None; made anew for each stage."""
+    def loss(self, layers: Mapping[str, MoEFFN], rng: Stream, steps: int) -> ExtraLoss | None:
+        """The strategy's own training term over the MoE layers, by layer name, or None; made anew for each stage.
+
+        `steps` are the optimiser steps of the whole training: what depends on its length is a share of them.
+        """
         return None
 
     def stages(self, steps: int) -> Sequence[int]:

@@ -66,7 +66,9 @@ def our_moe_step(settings: Settings, zero_stage: int = 0, *, eesd: bool = False)
     if not eesd:
         return our_step(clip, job, batches), clip
     strategy = configure(load_registry().get("strategy", "cluster-aware").target, {})
-    return our_step(clip, job, batches, lambda layers: strategy.loss(layers, Stream(("bench", "eesd")))), clip
+    return our_step(
+        clip, job, batches, lambda layers: strategy.loss(layers, Stream(("bench", "eesd")), job.schedule.steps)
+    ), clip
 
 
 def stock_layers_step(settings: Settings) -> Step:

@@ -77,6 +77,7 @@ def test_list_as_json_is_one_document() -> None:
     assert cluster_aware["from"] == f"upcycle-bench {__version__}"
     assert any("tau" in part for part in cluster_aware["reconstructed"])
     assert "CVPR 2026" in cluster_aware["paper"]
+    assert cluster_aware["footing"] == "teacher's FLOPs charged"
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """What the model of every registered strategy, ours or a plugin's, must do, on a tiny CLIP."""
 
 import io
+import math
 from pathlib import Path
 from typing import Any
 
@@ -95,12 +96,13 @@ def test_extra_loss(strategy: Strategy) -> None:
     model = upcycled(strategy, clip, seed=0).model.train()
     layers = moe_layers(model)
     hooks = count_hooks(model)
-    loss = strategy.loss(layers, Stream(("strategy loss", 0)))
+    loss = strategy.loss(layers, Stream(("strategy loss", 0)), 100)
     if loss is None:
         assert count_hooks(model) == hooks
         return
     assert isinstance(loss, ExtraLoss)
     assert loss.name
+    assert all(math.isfinite(value) for value in loss.notes().values())
     assert loss.name not in ("contrastive", "load_balance", "step", "loss")  # columns of the metrics file
     batch = tiny_batches(clip, seed=3)[0]
     for _ in range(2):
@@ -120,7 +122,7 @@ def test_extra_loss(strategy: Strategy) -> None:
     file = io.BytesIO()
     torch.save(loss.state_dict(), file)
     file.seek(0)
-    twin = strategy.loss(layers, Stream(("strategy loss", 0)))
+    twin = strategy.loss(layers, Stream(("strategy loss", 0)), 100)
     twin.load_state_dict(torch.load(file, weights_only=True))
     model(*batch)
     assert loss.compute().item() == twin.compute().item()

@@ -106,6 +106,7 @@ def test_info_is_filled(name: str) -> None:
     assert isinstance(info.reconstructed, tuple)
     assert all(isinstance(part, str) and part for part in info.reconstructed)
     assert info.reconstructed or info.status != "reconstructed"  # a reconstruction says what it reconstructed
+    assert len(info.footing) <= 40 and "\n" not in info.footing  # it stands in tables
     assert info.url == "" or info.url.startswith("https://")
     assert entry.distribution
     for text in (inspect.getmodule(entry.target).__doc__, entry.target.__doc__):
@@ -115,6 +116,7 @@ def test_info_is_filled(name: str) -> None:
 
 def test_facts_are_consistent(strategy: Strategy) -> None:
     assert all(type(fact) is bool for fact in (strategy.replaces_ffn, strategy.trains, strategy.preserves_function))
+    assert [strategy.training_steps(steps, 100, 130) for steps in (1, 10, 800)] in ([1, 10, 800], [1, 13, 1040])
     assert isinstance(strategy.calibration_pairs, int)
     assert strategy.calibration_pairs >= 0
     if strategy.replaces_ffn:
@@ -126,7 +128,7 @@ def test_facts_are_consistent(strategy: Strategy) -> None:
         assert strategy.preserves_function
         assert strategy.calibration_pairs == 0
         assert strategy.moe_settings(tiny_moe()) == tiny_moe()
-        assert strategy.loss({}, Stream(("loss", 0))) is None
+        assert strategy.loss({}, Stream(("loss", 0)), 100) is None
     hidden = strategy.ffn_hidden(256, resolve_moe(strategy, tiny_moe()))
     assert type(hidden) is int and hidden > 0
     assert changes_model(strategy) or hidden == 256

@@ -15,6 +15,7 @@ from upcycle_bench.planning.estimate import dense_forward_flops, estimate, estim
 from upcycle_bench.planning.registry import load_registry
 from upcycle_bench.protocol import MoE, load_protocol
 from upcycle_bench.strategy import Strategy, StrategyInfo, resolve_moe
+from upcycle_bench.util.errors import PluginError
 from upcycle_bench.util.rng import Stream
 
 REGISTRY = load_registry()
@@ -76,6 +77,25 @@ def test_an_untrained_control_costs_no_training() -> None:
 def test_estimated_seconds_are_positive_and_scale() -> None:
     one = estimate_seconds(PROTOCOLS["smoke"], 10**9, torch.device("cpu"))
     assert 0 < one < 600
+
+
+@pytest.mark.parametrize("protocol", ["smoke", "lab", "lab-long", "clip-b32", "clip-b16"])
+def test_the_longer_control_costs_what_the_mixture_costs(protocol: str) -> None:
+    settings = PROTOCOLS[protocol]
+    moe, longer, dense = (estimate(settings, strategy(name)) for name in ("sparse-upcycling", "dense-longer", "dense"))
+    assert longer.train_flops == pytest.approx(moe.train_flops, rel=0.01)
+    assert longer.samples == longer.steps * settings.train.schedule.batch_size
+    assert (longer.steps > moe.steps, longer.parameters_total) == (True, dense.parameters_total)
+
+
+@pytest.mark.parametrize("steps", [0, -1, 1.5, None])
+def test_a_training_of_no_whole_number_of_steps_is_the_plugins_error(steps: Any) -> None:
+    class Broken(Narrow):
+        def training_steps(self, *_: int) -> int:
+            return steps
+
+    with pytest.raises(PluginError, match="narrow: training_steps gives"):
+        estimate(PROTOCOLS["smoke"], Broken())
 
 
 # ---- strategies with a shape of their own --------------------------------------------------------------------------

@@ -27,6 +27,7 @@ def planned(label: str) -> Plan:
         entry=entry(label, "control"),
         strategy=None,  # type: ignore[arg-type]
         moe=None,  # type: ignore[arg-type]
+        steps=4,
         label=label,
         suites={},
         init_seed=0,

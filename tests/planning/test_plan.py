@@ -108,6 +108,7 @@ def test_a_protocol_gives_a_strategy_its_options_for_the_scale() -> None:
     protocol = load_protocol(REGISTRY.get("protocol", "clip-b16").target)
     usual = make_plan(REGISTRY, "cluster-aware", protocol)
     assert usual.strategy.config()["eesd_weight"] == 0.1
+    assert usual.strategy.config()["eesd_ema"] == 0.999  # as printed, whatever the share of the steps
     assert usual.label == "cluster-aware"
     other = make_plan(REGISTRY, "cluster-aware", protocol, options={"eesd_weight": "1.0", "tau": "0.8"})
     assert other.strategy.config()["eesd_weight"] == 1.0
@@ -119,6 +120,14 @@ def test_a_wrong_option_in_a_protocol_is_one_line() -> None:
     wrong = protocol.model_copy(update={"strategies": {"cluster-aware": {"tou": 1}}})
     with pytest.raises(UserError, match="tou"):
         make_plan(REGISTRY, "cluster-aware", wrong)
+
+
+def test_the_longer_control_is_a_run_of_its_own_in_the_same_table() -> None:
+    usual, longer, untrained = plan("dense"), plan("dense-longer"), plan("dense-frozen")
+    assert (usual.steps, longer.steps, untrained.steps) == (100, 132, 0)
+    assert longer.training_fingerprint == usual.training_fingerprint
+    assert (longer.division, longer.unequal) == ("closed", None)
+    assert run_id(longer, "dense") != run_id(usual, "dense")
 
 
 # ---- a shape of the strategy's own --------------------------------------------------------------------------------

@@ -254,10 +254,18 @@ def test_marks() -> None:
                 make_record("dense", strategy={"status": "control"}),
                 make_record("derived[tau=0.8]", strategy={"status": "reconstructed"}),
                 make_record("plain"),
+                make_record("restarted", strategy={"status": "reconstructed", "footing": "restarts"}),
+                make_record("taught", strategy={"footing": "teacher charged"}),
             ]
         )
     )
-    assert [row.title for row in rows.values()] == ["dense (control)", "derived[tau=0.8] (reconstructed)", "plain"]
+    assert [row.title for row in rows.values()] == [
+        "dense (control)",
+        "derived[tau=0.8] (reconstructed)",
+        "plain",
+        "restarted (reconstructed; restarts)",
+        "taught (teacher charged)",
+    ]
 
 
 @pytest.mark.parametrize("changes", [{"version": "0.2.0"}, {"config": {"tau": 0.7}}, {"distribution": "fork"}])

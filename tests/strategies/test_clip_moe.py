@@ -94,6 +94,31 @@ def test_c1_holds_for_what_is_trained() -> None:
         assert preparation.notes[f"stage {stage} steps"] == len(rows_SB)
 
 
+@pytest.mark.parametrize(
+    ("batches", "clusters", "most", "stages"),
+    [
+        (1500, 3, 3, 3),
+        (729, 3, 3, 3),
+        (728, 3, 3, 2),
+        (130, 3, 3, 2),
+        (16, 3, 3, 1),
+        (8, 3, 3, 1),
+        (10**6, 3, 2, 2),
+        (1, 1, 3, 3),
+    ],
+)
+def test_labels_come_together_while_a_mean_cluster_fills_a_batch(
+    batches: int, clusters: int, most: int, stages: int
+) -> None:
+    """1.2 million samples are 1,500 of the paper's batches of 800; smoke's 1,079 are 16 batches of 64."""
+    assert clip_moe.depth(batches, clusters, most) == stages
+
+
+def test_the_receipt_says_how_many_stages_came_together() -> None:
+    assert watched()[0].notes["accumulated stages"] == 1  # 16 batches, 9 and 81 clusters
+    assert watched(clusters=2)[0].notes["accumulated stages"] == 2  # 4, 16 and 64 clusters
+
+
 @CAPS
 def test_c2_accumulated_labels_refine_those_before(cap: int) -> None:
     """a_s // 9 is a_{s-1}, without its oldest label once `cap` of them have come together."""
@@ -123,10 +148,10 @@ def test_a_single_cluster_is_ordinary_fine_tuning() -> None:
 
 
 def test_all_clusters_skipped_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    labels = iter([torch.arange(64) % 8, torch.arange(64) // 8])  # together every sample has one of its own
+    labels = iter([torch.zeros(64, dtype=torch.long), torch.arange(64)])  # in stage 2 every sample has one of its own
     monkeypatch.setattr(clip_moe, "stage_labels", lambda *_: next(labels))
     with pytest.raises(UserError, match=r"stage 2 of 3: all 64 clusters of 64 samples are smaller than a batch of 4"):
-        watched()
+        watched(clusters=8)
 
 
 # ---- C3: what a stage trains ----------------------------------------------------------------------------------------

@@ -170,8 +170,9 @@ def test_defaults_are_the_papers_or_reconstructed() -> None:
     strategy = ClusterAware()  # the paper's section 4.1, or what `info.reconstructed` says
     assert (strategy.tau, strategy.rank_floor, strategy.pca_divisor, strategy.router_scale) == (0.9, 0.5, 8, 1.0)
     assert (strategy.calibration_pairs, strategy.kmeans_iterations) == (131072, 25)
-    assert (strategy.eesd_weight, strategy.eesd_ema) == (1.0, 0.999)
-    assert (strategy.eesd_feature_reduction, strategy.eesd_layer_reduction) == ("sum", "mean")
+    assert (strategy.eesd_weight, strategy.eesd_ema) == (1.0, None)
+    assert strategy.eesd_memory == pytest.approx(1000 / 79_346, rel=1e-3)  # 0.999 in the training of ViT-B/32
+    assert (strategy.eesd_feature_reduction, strategy.eesd_layer_reduction) == ("paper", "mean")
     assert (strategy.eesd_tokens, strategy.eesd_mask_dropped) == (1.0, False)
     assert (strategy.pca, strategy.rank_fraction) == (True, 0.0)
 
@@ -189,8 +190,8 @@ def test_cluster_only_is_cluster_aware_without_its_loss() -> None:
     made, other = (initialise(strategy(), tiny_clip(), 0).inits for strategy in (ClusterOnly, ClusterAware))
     assert all(torch.equal(made[name].router_ED, other[name].router_ED) for name in made)  # in a run as well
     layers = moe_layers(put_experts(tiny_clip().model, made, tiny_moe()))
-    assert ClusterOnly().loss(layers, STREAM) is None
-    assert ClusterAware().loss(layers, STREAM) is not None
+    assert ClusterOnly().loss(layers, STREAM, 100) is None
+    assert ClusterAware().loss(layers, STREAM, 100) is not None
     own = {field.name for field in fields(ClusterOnly)}
     assert own == {field.name for field in fields(ClusterAware) if not field.name.startswith("eesd_")}
 
@@ -204,7 +205,7 @@ def test_eesd_only_is_sparse_upcycling_with_cluster_awares_loss() -> None:
     for a, b in zip(made.experts, copies.experts, strict=True):
         assert all(map(torch.equal, a.state_dict().values(), b.state_dict().values()))
     layers = moe_layers(put_experts(tiny_clip().model, initialise(EESDOnly(), tiny_clip(), 0).inits, tiny_moe()))
-    assert type(EESDOnly().loss(layers, STREAM)) is type(ClusterAware().loss(layers, STREAM))
+    assert type(EESDOnly().loss(layers, STREAM, 100)) is type(ClusterAware().loss(layers, STREAM, 100))
     loss_options = {field.name for field in fields(ClusterAware) if field.name.startswith("eesd_")}
     assert {field.name for field in fields(EESDOnly)} == loss_options | {"router_init"}
 

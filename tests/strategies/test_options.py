@@ -23,6 +23,7 @@ REFUSED = {
         "kmeans_restarts": ["0"],
         "eesd_weight": ["-1", "inf"],
         "eesd_ema": ["1.01"],
+        "eesd_memory": ["0", "1.01", "nan"],
         "eesd_feature_reduction": ["max"],
         "eesd_layer_reduction": [""],
         "eesd_tokens": ["0", "1.5"],

@@ -50,7 +50,7 @@ def _pass(plan: Plan, device: torch.device, ep_size: int) -> dict[str, dict[str,
     job = Job(schedule=protocol.train.schedule, peak_lr=1e-3, stop_step=1, seed=0, load_balance=0.5)
     engine = create_engine(Features(model.model, "fp32"), job)
     layers = moe_layers(model.model)
-    extra = plan.strategy.loss(layers, Stream(("loss",)))
+    extra = plan.strategy.loss(layers, Stream(("loss",)), protocol.train.schedule.steps)
     if extra is not None:  # make the teacher differ from the student, or parts of the loss would be 0
         for layer in layers.values():
             with torch.no_grad():

@@ -65,6 +65,9 @@ def test_the_second_run_records_the_same_and_trains_nothing(
     assert all(np.array_equal(outcomes[name], outcomes_again[name]) for name in outcomes)
     assert path.with_suffix(".jsonl").read_bytes() == path_again.with_suffix(".jsonl").read_bytes()
 
+    # Of 4 steps the EMA remembers one, the least; smoke-vit is 64 wide: 768 / 64 and 512 / 64.
+    notes = {"eesd_ema": 0, "eesd_memory_steps": 1, "eesd_factor_vision": 12, "eesd_factor_text": 8}
+    assert again.diagnostics.get("loss_notes") == (notes if strategy == "cluster-aware" else None)
     assert fresh.cost is not None and again.cost is not None
     charged, charged_again = (cost.model_dump(exclude={"phases": {"evaluate"}}) for cost in (fresh.cost, again.cost))
     assert charged_again == charged

@@ -50,7 +50,7 @@ def upcycled(seed: int = 0) -> Clip:
 
 
 def eesd(layers: Mapping[str, Any]) -> Any:
-    return REGISTRY.strategies["cluster-aware"].target(eesd_ema=0.9).loss(layers, Stream(("loss",)))
+    return REGISTRY.strategies["cluster-aware"].target(eesd_ema=0.9).loss(layers, Stream(("loss",)), 6)
 
 
 def state(clip: Clip) -> dict[str, torch.Tensor]:

@@ -3,6 +3,7 @@
 The strategy that has stages is SPRI; the layers that share parameters are DeRS'.
 """
 
+import copy
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -91,6 +92,7 @@ def test_interrupted_at_a_boundary_and_resumed_is_bit_equal(
     resumed = upcycled(seed=5)  # its weights come from the checkpoint
     progress = train(resumed, pairs, resumable, on_step=lambda step, _: steps.append(step), **stages)
     assert (steps, progress.step) == ([5, 6, 7], 7)
+    assert progress.loss_notes == eesd(moe_layers(resumed.model)).notes()
     assert helpers.equal(state(whole), state(resumed))
 
     def lines(name: str) -> list[dict[str, float]]:
@@ -214,7 +216,27 @@ def test_a_shared_base_is_one_parameter_everywhere(name: str) -> None:
         assert (group["moe"], group["weight_decay"], weight.allreduce) == (True, 0.2, False)
 
 
-@pytest.mark.parametrize(("name", "zero_stage"), [("ders-lm", 0), ("ders-sm", 1)])
+def decays(name: str, parameter: torch.Tensor) -> bool:
+    """Matrices do, and so do the sparse values of `ders-sm`, which are entries of one."""
+    return parameter.ndim >= 2 or name.endswith("value_S")
+
+
+@pytest.mark.parametrize("name", ["ders-lm", "ders-sm", "spri"])
+def test_differences_to_a_matrix_decay_as_the_matrix_does(name: str) -> None:
+    """Biases do not. A copied or loaded model has the same groups: the class says it, not the parameter."""
+    model = upcycled(name).model
+    for each in (model, copy.deepcopy(model)):
+        each.load_state_dict(model.state_dict())
+        groups = parameter_groups(each, 0.2)
+        decay = {p: group["weight_decay"] for group in groups for p in group["params"]}
+        trained = {key: p for key, p in each.named_parameters() if p.requires_grad}
+        assert {key: decay[p] for key, p in trained.items()} == {
+            key: 0.2 * decays(key, p) for key, p in trained.items()
+        }
+    assert any("value_S" in key for key in trained) == (name == "ders-sm")
+
+
+@pytest.mark.parametrize(("name", "zero_stage"), [("ders-lm", 0), ("ders-sm", 0), ("ders-sm", 1)])
 def test_a_shared_base_trains_as_in_a_plain_loop(pairs: PairDataset, name: str, zero_stage: int) -> None:
     """Gradients are clipped: the base's gradient counts once in the norm."""
     settings = job(zero_stage=zero_stage, schedule=schedule(grad_clip=0.1, eps=1e-3))
@@ -222,7 +244,7 @@ def test_a_shared_base_trains_as_in_a_plain_loop(pairs: PairDataset, name: str, 
     train(ours, pairs, settings)
     model = plain.model.train()
     groups = [
-        {"params": [p for p in model.parameters() if (p.ndim >= 2) == matrix], "weight_decay": 0.2 * matrix}
+        {"params": [p for n, p in model.named_parameters() if decays(n, p) == matrix], "weight_decay": 0.2 * matrix}
         for matrix in (True, False)
     ]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), eps=1e-3)

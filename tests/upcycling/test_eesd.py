@@ -1,4 +1,7 @@
-"""EESD, the distillation of cluster-aware upcycling: K8 its value, gradient and teacher, K9 padding."""
+"""EESD, the distillation of cluster-aware upcycling: K8 its value, gradient and teacher, K9 padding.
+
+Values are those of the sum over features, unless a test says otherwise: the layers here are 8 wide.
+"""
 
 import io
 import itertools
@@ -15,24 +18,27 @@ from tests.literal import moe_layer as literal_moe
 from upcycle_bench.model.ffn import LayerInit
 from upcycle_bench.model.moe import MoEFFN, moe_layers
 from upcycle_bench.model.surgery import put_experts
+from upcycle_bench.util.errors import UserError
 
 
-def random_init(num_experts: int, seed: int = 0, *, identical: bool = False, router_scale: float = 1.0) -> LayerInit:
+def random_init(
+    num_experts: int, seed: int = 0, *, identical: bool = False, router_scale: float = 1.0, width: int = 8
+) -> LayerInit:
     """Experts of one layer, H = 12 and D = 8, float64, and a random router."""
-    ffns = [random_ffn(12, 8, seed=0 if identical else seed + i) for i in range(num_experts)]
+    ffns = [random_ffn(12, width, seed=0 if identical else seed + i) for i in range(num_experts)]
     generator = torch.Generator().manual_seed(seed + 1000)
-    router_ED = router_scale * torch.randn(num_experts, 8, generator=generator, dtype=torch.float64)
+    router_ED = router_scale * torch.randn(num_experts, width, generator=generator, dtype=torch.float64)
     return LayerInit([ffn.expert() for ffn in ffns], router_ED)
 
 
-def distil(layers: dict[str, MoEFFN], **options: Any) -> Any:
-    return ClusterAware(**options).loss(layers, STREAM)
+def distil(layers: dict[str, MoEFFN], steps: int = 100, **options: Any) -> Any:
+    return ClusterAware(**({"eesd_feature_reduction": "sum"} | options)).loss(layers, STREAM, steps)
 
 
-def student(init: LayerInit, *, top_k: int = 2, capacity_factor: float = 50.0) -> MoEFFN:
+def student(init: LayerInit, *, top_k: int = 2, capacity_factor: float = 50.0, tower: str = "vision") -> MoEFFN:
     """A layer in training mode."""
     moe = tiny_moe(experts=len(init.experts), top_k=top_k, capacity_factor=capacity_factor, min_capacity=0)
-    return moe_layer(init, moe=moe).train()
+    return moe_layer(init, moe=moe, tower=tower).train()
 
 
 def weights_of(experts: Any) -> list[literal_moe.Expert]:
@@ -152,7 +158,7 @@ def test_eesd_weights_and_reductions() -> None:
     assert value(["a", "b"], eesd_layer_reduction="sum") == pytest.approx(a + b)
     assert value(["a", "b"], eesd_weight=0.1) == pytest.approx(0.1 * (a + b) / 2)
     assert value(["a"], eesd_feature_reduction="mean") == pytest.approx(a / 8)  # D = 8
-    assert ClusterAware(eesd_weight=0.0).loss({"a": student(random_init(4))}, STREAM) is None
+    assert distil({"a": student(random_init(4))}, eesd_weight=0.0) is None
 
 
 @pytest.mark.parametrize("capacity_factor", [50.0, 0.4])
@@ -257,6 +263,62 @@ def test_k8_ema_after_two_steps_by_hand() -> None:
             layer.router_weight.fill_(value)
         loss.after_step()
         assert (loss.teacher["vision.1"].router_ED == expected).all()
+
+
+@pytest.mark.parametrize(("steps", "memory"), [(79_346, 1000.0), (800, 10.08), (39_673, 500.0), (50, 1.0)])
+def test_the_ema_remembers_the_same_share_of_every_training(steps: int, memory: float) -> None:
+    """That of the paper's B/32, where 0.999 remembers 1,000 of 79,346 steps; but never less than one step."""
+    notes = distil({"vision.1": student(random_init(2))}, steps).notes()
+    assert notes["eesd_memory_steps"] == pytest.approx(memory, rel=1e-3)
+    assert notes["eesd_ema"] == pytest.approx(1 - 1 / memory, abs=1e-5)
+
+
+def test_an_ema_that_is_given_is_taken_as_printed() -> None:
+    layers = {"vision.1": student(random_init(2))}
+    assert {distil(layers, steps, eesd_ema=0.999).notes()["eesd_ema"] for steps in (10, 800, 79_346)} == {0.999}
+    assert distil(layers, eesd_ema=1.0).notes()["eesd_memory_steps"] == 0  # it never forgets: JSON has no infinity
+    with pytest.raises(UserError, match="exclude each other"):
+        ClusterAware(eesd_ema=0.999, eesd_memory=0.5)
+
+
+def test_what_the_teacher_keeps_of_step_0_by_hand() -> None:
+    """A quarter of 8 steps is a memory of 2 and an EMA of 1/2: after 8 steps 1/256 of step 0 is left.
+
+    The printed 0.999 would leave 0.999^8 = 0.992, and of the lab's 800 steps 0.449.
+    """
+    for options, left in (({"eesd_memory": 0.25}, 1 / 256), ({"eesd_ema": 0.999}, 0.999**8)):
+        layer = student(random_init(2))
+        with torch.no_grad():
+            layer.router_weight.fill_(1)
+        loss = distil({"vision.1": layer}, 8, **options)
+        with torch.no_grad():
+            layer.router_weight.fill_(0)
+        for _ in range(8):
+            loss.after_step()
+        kept = loss.teacher["vision.1"].router_ED
+        assert_close(kept, torch.full_like(kept, left), rtol=1e-12, atol=0)
+    at_the_end = {steps: distil({"a": layer}, steps).notes()["eesd_ema"] ** steps for steps in (800, 79_346)}
+    assert all(share < 1e-30 for share in at_the_end.values())  # exp(-1 / 0.0126), in the paper and in the lab
+    assert 0.449 < 0.999**800 < 0.45
+
+
+@pytest.mark.parametrize(
+    ("tower", "width", "factor"), [("vision", 768, 1.0), ("text", 512, 1.0), ("vision", 128, 6.0), ("text", 128, 4.0)]
+)
+def test_the_papers_weight_keeps_its_meaning_at_another_width(tower: str, width: int, factor: float) -> None:
+    """At the widths of ViT-B it is the plain sum, to the bit; elsewhere the mean over features times that width."""
+    x_TD = tokens(20, width=width)
+    value = {}
+    for reduction in ("paper", "sum", "mean"):
+        layer = student(random_init(3, width=width), tower=tower)
+        loss = distil({f"{tower}.1": layer}, eesd_feature_reduction=reduction)
+        perturb(layer)
+        layer(x_TD[None])
+        value[reduction] = loss.compute().item()
+        assert loss.notes()[f"eesd_factor_{tower}"] == {"paper": factor, "sum": 1.0, "mean": 1 / width}[reduction]
+    assert value["paper"] == pytest.approx(factor * value["sum"], rel=0 if factor == 1 else 1e-6)
+    assert value["sum"] > 0
+    assert value["paper"] == pytest.approx({"vision": 768, "text": 512}[tower] * value["mean"], rel=1e-6)
 
 
 def test_eesd_state_round_trip() -> None:

@@ -62,6 +62,7 @@ def test_features_are_the_models_own_whatever_the_batch(pairs: PairDataset) -> N
         assert torch.allclose(ours, F.normalize(theirs, dim=-1), atol=1e-5)
     assert shop.flops > 0
     assert list(shop.encode(model, index_S[:0])) == []
+    assert (shop.samples, shop.steps) == (300, 0)
 
 
 def test_training_changes_what_was_chosen_and_nothing_else(pairs: PairDataset) -> None:
@@ -77,6 +78,7 @@ def test_training_changes_what_was_chosen_and_nothing_else(pairs: PairDataset) -
         assert equal(shop.dense().state_dict(), before)
         assert all(p.requires_grad and p.grad is None for p in model.parameters())
         made.append((model.state_dict(), shop.flops))
+        assert (shop.samples, shop.steps) == (96, 3)
     assert equal(made[0][0], made[1][0])
     assert made[0][1] == made[1][1] > 0
 

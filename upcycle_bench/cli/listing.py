@@ -79,6 +79,7 @@ def rows(registry: Registry, kind: str) -> list[dict[str, Any]]:
             row |= {"summary": info.summary, "paper": info.paper}
             if kind == "strategies":
                 row |= {"status": info.status, "url": info.url, "reconstructed": list(info.reconstructed)}
+                row["footing"] = info.footing
                 row["options"] = [_option(spec) for spec in fields(entry.target)]
         listed.append(row | {"from": entry.owner})
     return listed

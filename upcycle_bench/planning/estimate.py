@@ -26,6 +26,7 @@ from upcycle_bench.model.precision import attention_kernel, autocast, longest_se
 from upcycle_bench.model.surgery import find_layers
 from upcycle_bench.protocol import MoE, Protocol
 from upcycle_bench.strategy import Strategy, resolve_moe
+from upcycle_bench.util.errors import PluginError
 from upcycle_bench.util.flops import FlopCounter
 
 SHAPE_TOLERANCE = 0.01  # how far a strategy's cost may be from that of the protocol's own MoE, as a fraction
@@ -51,10 +52,9 @@ def estimate(protocol: Protocol, strategy: Strategy) -> Estimate:
     Texts are counted at full length, experts as plain FFNs, the backward pass as two forward passes. Raises UserError
     for a hidden width that the strategy cannot make.
     """
-    moe, schedule = resolve_moe(strategy, protocol.moe), protocol.train.schedule
+    moe, steps = resolve_moe(strategy, protocol.moe), training_steps(protocol, strategy)
     counts = _counts(protocol, moe, lambda hidden: strategy.ffn_hidden(hidden, moe), experts=strategy.replaces_ffn)
-    steps = schedule.steps if strategy.trains else 0
-    samples = steps * schedule.batch_size
+    samples = steps * protocol.train.schedule.batch_size
     train_flops = 3 * counts.forward * samples
     return Estimate(
         layers=counts.layers if strategy.replaces_ffn else (),
@@ -66,6 +66,21 @@ def estimate(protocol: Protocol, strategy: Strategy) -> Estimate:
         train_flops=train_flops,
         prepare_flops_at_most=int(strategy.preparation_budget() * train_flops),
     )
+
+
+def training_steps(protocol: Protocol, strategy: Strategy) -> int:
+    """The optimiser steps of the strategy's training, 0 if it has none. PluginError unless that is a whole number."""
+    steps = protocol.train.schedule.steps
+    if not strategy.trains:
+        return 0
+    if type(strategy).training_steps is Strategy.training_steps:
+        return steps
+    dense = _meta_flops(protocol.model, protocol.train.schedule.patch_dropout)
+    moe = _counts(protocol, protocol.moe, lambda hidden: hidden, experts=True).forward
+    own = strategy.training_steps(steps, 3 * dense, 3 * moe)
+    if not isinstance(own, int) or own < 1:
+        raise PluginError(f"{strategy.info.name}: training_steps gives {own!r}; a training has 1, 2, 3, ... steps")
+    return own
 
 
 def unequal_shape(protocol: Protocol, strategy: Strategy) -> str | None:

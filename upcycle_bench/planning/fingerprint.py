@@ -29,7 +29,7 @@ from upcycle_bench.util.errors import PluginError, UserError
 from upcycle_bench.util.plain import plain
 
 # Part of the training fingerprint: raise it when the same protocol, data and seeds would give other weights.
-NUMERICS = 2
+NUMERICS = 3
 
 # Settings of training that cannot change the weights.
 _WITHOUT_EFFECT = {"log_every", "checkpoint_every"}

@@ -18,7 +18,7 @@ from upcycle_bench.assets import CHECKPOINTS
 from upcycle_bench.data.shards import expand_shards, shards_digest
 from upcycle_bench.data.world import World
 from upcycle_bench.data.worlds import load_world
-from upcycle_bench.planning.estimate import unequal_shape
+from upcycle_bench.planning.estimate import training_steps, unequal_shape
 from upcycle_bench.planning.fingerprint import (
     code_fingerprint,
     dense_recipe,
@@ -51,7 +51,8 @@ class Plan:
     """One run, with everything decided. `missing` names what a user must still give; fingerprints may then be None.
 
     `suites` can run; `skipped` says for each other suite that is wanted why it cannot. `moe` is the protocol's MoE as
-    the strategy changes it; `unequal` says why a model of that shape does not compare, or is None.
+    the strategy changes it, and `steps` are those of its training, 0 if it has none; `unequal` says why a model of that
+    shape does not compare, or is None.
     """
 
     protocol: Protocol
@@ -59,6 +60,7 @@ class Plan:
     strategy: Strategy
     moe: MoE
     unequal: str | None = None
+    steps: int
     label: str
     suites: dict[str, Suite]
     init_seed: int
@@ -112,6 +114,7 @@ def make_plan(
         strategy=strategy,
         moe=moe,
         unequal=unequal,
+        steps=training_steps(protocol, strategy),
         label=_label(strategy, usual),
         suites={name: suite for name, suite in wanted.items() if name not in skipped},
         init_seed=init_seed,
@@ -256,6 +259,7 @@ def run_id(plan: Plan, dense_digest: str) -> str:
         plan.entry.owner,
         code_fingerprint(type(plan.strategy)),
         plan.strategy.config(),
+        plan.steps,
         plan.training_fingerprint,
         dense_digest,
         plan.init_seed,

@@ -249,10 +249,10 @@ def _row(runs: list[Record], counting: dict[SeedPair, Record], base: dict[SeedPa
 
 
 def _mark(record: Record) -> str:
-    """The mark of the row: it names a reconstruction, whole or in part, wherever the label stands."""
-    if record.strategy.status == "published":
-        return "parts reconstructed" if record.strategy.reconstructed else ""
-    return record.strategy.status
+    """The mark of a row, wherever its label stands: a reconstruction, whole or in part, and the strategy's footing."""
+    strategy = record.strategy
+    kind = "parts reconstructed" if strategy.reconstructed else ""
+    return "; ".join(filter(None, [kind if strategy.status == "published" else strategy.status, strategy.footing]))
 
 
 def _column(score: ScoreRecord) -> str:

@@ -62,6 +62,7 @@ class Progress:
     last: dict[str, float] = field(default_factory=dict)
     share_steps: int = 0
     loss_shares: dict[str, float] = field(default_factory=dict)  # each term's shares, summed over `share_steps`
+    loss_notes: dict[str, float] = field(default_factory=dict)  # of the strategy's own loss
 
     @property
     def mean_loss_shares(self) -> dict[str, float]:

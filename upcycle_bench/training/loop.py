@@ -82,6 +82,7 @@ def train(
             with _stage(model, job, layers, make_loss) as (engine, extra):
                 if first == 0 or first < done:
                     books.begin(resume(engine, extra, job))
+                books.progress.loss_notes = extra.notes() if extra else {}
                 start = books.progress.step
                 workers = _loader_processes(device)
                 batches = data.batches(job.stream, start, stop, schedule.batch_size, rank, world, workers=workers)
@@ -155,16 +156,24 @@ def create_engine(model: nn.Module, job: Job) -> Any:
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """The optimiser's groups: weight decay on tensors of two or more dimensions, none on others.
+    """The optimiser's groups: weight decay on matrices, and on what stands for entries of one; none on others.
 
-    Experts stand in groups of their own, as DeepSpeed requires.
+    A parameter of two or more dimensions is a matrix. A module says in `matrix_entries` which of its parameters hold a
+    matrix's entries in another form: they decay as the entries would. Experts stand in groups of their own, as
+    DeepSpeed requires.
     """
     from deepspeed.moe.utils import has_moe_layers, split_params_into_different_moe_groups_for_optimizer
 
+    entries = {getattr(module, name) for module in model.modules() for name in getattr(module, "matrix_entries", ())}
     parameters = [p for p in model.parameters() if p.requires_grad]
+    decayed = [p.ndim >= 2 or p in entries for p in parameters]
     groups = [
-        {"name": "decay", "params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
-        {"name": "no decay", "params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+        {"name": "decay", "params": [*itertools.compress(parameters, decayed)], "weight_decay": weight_decay},
+        {
+            "name": "no decay",
+            "params": [p for p, decays in zip(parameters, decayed, strict=True) if not decays],
+            "weight_decay": 0.0,
+        },
     ]
     if has_moe_layers(model)[0]:
         return split_params_into_different_moe_groups_for_optimizer(groups)

@@ -29,14 +29,15 @@ def calibrate(
     layers: list[Layer],
     calibrators: Mapping[str, Calibrator],
     batches: Iterable[tuple[Tensor, Tensor]],
-) -> None:
+) -> int:
     """Feed `calibrators` (by layer name) from `batches` of (images [B, 3, H, W], texts [B, L]) on the model's device.
 
-    Afterwards, also after an error, the hooks are removed and every module is in the mode it was in.
+    Returns the number of pairs. Afterwards, also after an error, the hooks are removed and every module is in the mode
+    it was in.
     """
     padding = Padding.of(model)
     modes = [(module, module.training) for module in model.modules()]  # of each, as a part may be frozen in eval mode
-    handles = []
+    handles, pairs = [], 0
     try:
         if padding is not None:
             handles.append(model.token_embedding.register_forward_pre_hook(padding.observe))
@@ -48,6 +49,7 @@ def calibrate(
             handles.append(model.get_submodule(layer.mlp_path).register_forward_pre_hook(_stop))
         model.eval()
         for images, texts in batches:
+            pairs += len(images)
             for tower, encode, inputs in (("vision", model.encode_image, images), ("text", model.encode_text, texts)):
                 if tower in last:
                     with contextlib.suppress(_TowerSeenError):
@@ -57,6 +59,7 @@ def calibrate(
             handle.remove()
         for module, training in modes:
             module.training = training
+    return pairs
 
 
 class _TowerSeenError(Exception):

@@ -9,6 +9,12 @@ averages (EMA) of those that are trained:
     Eq. 12      L_EESD = mean over tokens of |y - y_ens|^2, with no gradient to y_ens
 
 The text we hold lost the formulas: these forms fit its sentences.
+
+The paper's numbers belong to its trainings and its widths. Here they keep their meaning in a training of other size:
+- Its EMA of 0.999 remembers 1,000 steps, 1.26 % of the 79,346 that it trains ViT-B/32. `eesd_memory` is that share.
+- Its weights go with a sum over 768 or 512 features. At equal size of the features, which pre-LN transformers have at
+  any width, a sum grows with the width and the contrastive loss does not. So at width D the sum is multiplied by
+  768 / D in the vision tower and by 512 / D in the text tower: it is the mean over features, times the paper's width.
 """
 
 from __future__ import annotations
@@ -28,11 +34,15 @@ from upcycle_bench.model.routes import Routes
 from upcycle_bench.strategy import ExtraLoss, MoEFFN, Strategy
 from upcycle_bench.util import distributed
 from upcycle_bench.util.distributed import mean_weight
+from upcycle_bench.util.errors import UserError
 from upcycle_bench.util.rng import Stream
 
-Reduction = Literal["sum", "mean"]
+PAPER_WIDTH = {"vision": 768, "text": 512}  # of ViT-B, for which the paper states its weights
+PAPER_MEMORY = 0.0126  # 1,000 steps, the memory of 0.999, of the 1.3B / 16,384 = 79,346 steps of ViT-B/32
+FOOTING = "teacher's FLOPs charged"
 RECONSTRUCTED = (
-    "EESD summed over features, averaged over layers (not stated)",
+    "EESD summed over features (as at the paper's widths, 768 and 512), averaged over layers (not stated)",
+    "EESD's EMA remembers the share of the training that it does for ViT-B/32 (published: 0.999)",
     "EESD includes tokens that capacity dropped (not stated)",
 )
 
@@ -44,14 +54,34 @@ class Distilled(Strategy):
     eesd_weight: float = Field(
         default=1.0, ge=0, allow_inf_nan=False, description="0: no distillation; the paper's B/16 has 0.1"
     )
-    eesd_ema: float = Field(default=0.999, ge=0, le=1)
-    eesd_feature_reduction: Reduction = "sum"
-    eesd_layer_reduction: Reduction = "mean"
+    eesd_memory: float = Field(
+        default=PAPER_MEMORY, gt=0, le=1, description="share of the training's steps that the EMA remembers"
+    )
+    eesd_ema: float | None = Field(default=None, ge=0, le=1, description="in place of `eesd_memory`: the EMA itself")
+    eesd_feature_reduction: Literal["paper", "sum", "mean"] = Field(
+        default="paper", description="paper: the mean times the paper's width, 768 (vision) or 512 (text)"
+    )
+    eesd_layer_reduction: Literal["sum", "mean"] = "mean"
     eesd_tokens: float = Field(default=1.0, gt=0, le=1, description="share of tokens, drawn at each step, it sees")
     eesd_mask_dropped: bool = Field(default=False, description="leave out tokens that lost a choice to capacity")
 
-    def loss(self, layers: Mapping[str, MoEFFN], rng: Stream) -> ExtraLoss | None:
-        return EESD(self, layers, rng) if self.eesd_weight > 0 else None
+    def __post_init__(self) -> None:
+        if self.eesd_ema is not None and self.eesd_memory != PAPER_MEMORY:
+            raise UserError("eesd_ema (given, or the protocol's) and eesd_memory exclude each other; give eesd_ema.")
+
+    def loss(self, layers: Mapping[str, MoEFFN], rng: Stream, steps: int) -> ExtraLoss | None:
+        return EESD(self, layers, rng, steps) if self.eesd_weight > 0 else None
+
+    def ema(self, steps: int) -> float:
+        """a of Eq. 11 in a training of `steps`: a memory of m steps is 1 - 1/m, and no memory is shorter than one."""
+        return 1 - 1 / max(1.0, self.eesd_memory * steps) if self.eesd_ema is None else self.eesd_ema
+
+    def feature_factor(self, layer: MoEFFN) -> float:
+        """What the sum over features is multiplied by in this layer."""
+        width = layer.router_weight.shape[1]
+        return {"sum": 1.0, "mean": 1 / width, "paper": PAPER_WIDTH[layer.place.tower] / width}[
+            self.eesd_feature_reduction
+        ]
 
 
 class EESD(ExtraLoss):
@@ -64,8 +94,10 @@ class EESD(ExtraLoss):
 
     name: ClassVar[str] = "eesd"
 
-    def __init__(self, config: Distilled, layers: Mapping[str, MoEFFN], rng: Stream) -> None:
+    def __init__(self, config: Distilled, layers: Mapping[str, MoEFFN], rng: Stream, steps: int) -> None:
         self.config, self.rng = config, rng
+        self.ema = config.ema(steps)
+        self.factor = {name: config.feature_factor(layer) for name, layer in layers.items()}
         self.step = 0  # of the optimiser; tokens are drawn anew at each
         self.layers = dict(layers)
         self.teacher = {name: _Teacher(layer) for name, layer in layers.items()}
@@ -113,17 +145,22 @@ class EESD(ExtraLoss):
             x_TD, y_TD = self._chosen(name, *self.seen[name])
             target_TD = self.teacher[name].ensemble(x_TD)  # Eq. 11
             error_TD = (y_TD.float() - target_TD.float()).square()  # Eq. 12
-            error_T = error_TD.sum(1) if self.config.eesd_feature_reduction == "sum" else error_TD.mean(1)
+            error_T = self.factor[name] * error_TD.sum(1)
             terms.append(error_T.sum() * mean_weight(len(error_T)))  # the mean over the tokens of all ranks
         self.seen.clear()
         self.whole.clear()
         total = torch.stack(terms).sum()
         return self.config.eesd_weight * (total if self.config.eesd_layer_reduction == "sum" else total / len(terms))
 
+    def notes(self) -> dict[str, float]:
+        """The EMA, its memory in steps (0: endless), and the factor on the sum over features of each tower."""
+        factors = {f"eesd_factor_{self.layers[name].place.tower}": factor for name, factor in self.factor.items()}
+        return {"eesd_ema": self.ema, "eesd_memory_steps": 1 / (1 - self.ema) if self.ema < 1 else 0.0, **factors}
+
     def after_step(self) -> None:
         """Move the teachers (Eq. 11)."""
         for name, layer in self.layers.items():
-            self.teacher[name].follow(layer, self.config.eesd_ema)
+            self.teacher[name].follow(layer, self.ema)
         self.step += 1
 
     def state_dict(self) -> dict[str, Any]:

@@ -32,7 +32,7 @@ from upcycle_bench.util.threads import one_thread
 
 # How many pairs are wanted -> batches of (images [B, 3, H, W] as the model takes them, texts [B, L]), on its device.
 CalibrationSource = Callable[[int], Iterable[tuple[Tensor, Tensor]]]
-# The name of a part of the work -> a context that measures it (`util.meter.Meter.phase`).
+# The name of a part of the work -> a context that measures it (`util.meter.Meter.phase`), or gives None.
 Phases = Callable[[str], contextlib.AbstractContextManager[Any]]
 
 
@@ -65,8 +65,10 @@ def make_experts(
     if strategy.calibration_pairs:
         for layer in layers:
             seen[layer.name] = strategy.calibrator(ffns[layer.name], layer, root.child(layer.name, "calibration"))
-        with phase("calibrate"):
-            calibrate(dense, layers, seen, calibration(strategy.calibration_pairs))
+        with phase("calibrate") as cost:
+            pairs = calibrate(dense, layers, seen, calibration(strategy.calibration_pairs))
+            if cost is not None:
+                cost.samples = pairs
     inits = {}
     with phase("upcycle"):
         for layer in layers:

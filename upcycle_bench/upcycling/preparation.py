@@ -2,7 +2,7 @@
 
     workshop = TrainingWorkshop(dense, data, protocol, rng, groups, reporter, "my-idea")
     preparation = strategy.prepare(workshop)        # branches and the model to upcycle; None for most strategies
-    workshop.flops                                  # what it cost, charged to the strategy
+    workshop.flops, workshop.steps                  # what it cost, charged to the strategy
 
 The workshop gives copies of the dense model, features of the training pairs, their groups, the protocol's own training
 loop on batches that the strategy chooses, and the number of steps that the budget pays.
@@ -46,7 +46,8 @@ class TrainingWorkshop:
     """A `strategy.Workshop` that trains by the project's own loop. Must be used inside a session, on every rank.
 
     dense, data: the dense CLIP and the training pairs; groups: the group of each pair, or None where only shards are
-    known; label: the strategy's name, for messages and progress; flops: spent so far, over all ranks.
+    known; label: the strategy's name, for messages and progress. Spent so far, over all ranks, to count FLOPs too:
+    flops; steps, the optimiser's; samples, trained on or encoded.
     """
 
     def __init__(
@@ -59,7 +60,7 @@ class TrainingWorkshop:
         reporter: Reporter | None = None,
         label: str = "",
     ) -> None:
-        self.rng, self.flops = rng, 0
+        self.rng, self.flops, self.steps, self.samples = rng, 0, 0, 0
         self.experts, self.batch_size = protocol.moe.experts, protocol.train.schedule.batch_size
         self._clip, self._data, self._protocol = dense, data, protocol
         self._groups, self._reporter, self._label = groups, reporter or Reporter(), label
@@ -136,6 +137,7 @@ class TrainingWorkshop:
                 text_BC = padding.text_encoder(model)(texts)
             model.train(was_training)
             self.flops += distributed.sum_over_ranks(counter.get_total_flops())
+            self.samples += len(part_B)
             both = (F.normalize(features.float(), dim=-1) for features in (image_BC, text_BC))
             image_BC, text_BC = (distributed.gather(features)[: len(part_B)].cpu() for features in both)
             yield image_BC, text_BC
@@ -188,6 +190,8 @@ class TrainingWorkshop:
             parameter.grad = None
         model.train(was_training)
         gc.collect()  # the engine and its optimiser refer to each other, and hold the states' memory
+        self.steps += len(rows_SB)
+        self.samples += rows_SB.numel()
         return progress.total_flops()
 
     def _training_flops(self) -> int:

@@ -93,7 +93,7 @@ def _prepare(strategy: Strategy, start: Start, init_seed: int, meter: Meter, rep
         rng = Stream(("strategy", name, init_seed)).child("preparation")
         workshop = TrainingWorkshop(start.dense, start.data, start.protocol, rng, groups, reporter, name)
         preparation = strategy.prepare(workshop)
-        phase.flops = workshop.flops
+        phase.flops, phase.samples, phase.steps = workshop.flops, workshop.samples, workshop.steps
     return preparation
 
 

@@ -23,11 +23,16 @@ from upcycle_bench.util.flops import counted_flops
 
 @dataclass
 class Phase:
-    """The cost of one phase. `flops` is None where they are not counted; `peak_memory_bytes` as in `peak_memory`."""
+    """The cost of one phase. `flops` is None where they are not counted; `peak_memory_bytes` as in `peak_memory`.
+
+    `samples` are the training pairs that it sent through a model, `steps` its optimiser steps; its user sets them.
+    """
 
     seconds: float = 0.0
     flops: int | None = None
     peak_memory_bytes: int = 0
+    samples: int = 0
+    steps: int = 0
 
 
 @dataclass
