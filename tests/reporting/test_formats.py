@@ -132,9 +132,7 @@ def test_a_narrow_terminal_splits_many_columns_into_tables_that_all_say_who() ->
     strategies = ["dense", "cluster-aware[tau=0.8,layers=all]", "x" * 40]
     boards = build(
         [
-            make_record(
-                label, train=seed, scores=[score("a", "loss", seed / 8, headline="in", lower=True), *parts]
-            )
+            make_record(label, train=seed, scores=[score("a", "loss", seed / 8, headline="in", lower=True), *parts])
             for label in strategies
             for seed in (0, 1)
         ]

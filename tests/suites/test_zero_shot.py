@@ -274,7 +274,7 @@ def test_a_score_is_the_mean_over_both_halves_each_at_its_scale(model, root, res
 
 
 def made_up(queries: int, seed: int, prefix: str = "", captions: int = 1) -> zero_shot.Question:
-    """A question with random embeddings and answers; with a prefix each sample is a query, and has that many answers."""
+    """A question with random embeddings; with a prefix each sample is a query, and has that many answers."""
     generator = torch.Generator().manual_seed(seed)
     embeddings = torch.nn.functional.normalize(torch.randn(queries + 12, 8, generator=generator), dim=1)
     labels = torch.arange(queries) if prefix else torch.randint(5, (queries,), generator=generator)

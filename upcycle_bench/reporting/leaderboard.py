@@ -183,7 +183,9 @@ def _board(records: list[Record]) -> Board:
         dense=newest.hashes.dense,
         headlines=headlines,
         baseline=baseline,
-        rows=tuple(replace(row, rank=rank) if first in row.headlines else row for rank, row in enumerate(rows, start=1)),
+        rows=tuple(
+            replace(row, rank=rank) if first in row.headlines else row for rank, row in enumerate(rows, start=1)
+        ),
     )
 
 
