@@ -169,7 +169,8 @@ def test_scores_do_not_depend_on_the_batch_size(model, root, result):
 
 def test_scores_are_means_of_outcomes_with_direction_chance_and_samples(result):
     by_name = {f"{s.dataset}/{s.metric}": s for s in result.scores}
-    assert len(by_name) == len(result.scores) == 5 + 10 + 10 + 4 + 10
+    # the sets one by one; the averages of `digits`, of either kind, and of `captions`
+    assert len(by_name) == len(result.scores) == (5 + 10 + 10 + 4 + 10) + (5 + 10 + 10)
     for s in result.scores:
         assert s.higher_is_better is not s.metric.endswith("log_rank")
         assert math.isfinite(s.value)
@@ -273,14 +274,15 @@ def test_a_score_is_the_mean_over_both_halves_each_at_its_scale(model, root, res
     assert scores(result)["digits-test/log_likelihood"] == pytest.approx(total / 359, abs=1e-12)
 
 
-def made_up(queries: int, seed: int, prefix: str = "", captions: int = 1) -> zero_shot.Question:
-    """A question with random embeddings; with a prefix each sample is a query, and has that many answers."""
+def made_up(samples: int, seed: int, prefix: str = "", captions: int = 1) -> zero_shot.Question:
+    """A question that is answered better than by chance; with a prefix each sample has answers of its own."""
     generator = torch.Generator().manual_seed(seed)
-    embeddings = torch.nn.functional.normalize(torch.randn(queries + 12, 8, generator=generator), dim=1)
-    labels = torch.arange(queries) if prefix else torch.randint(5, (queries,), generator=generator)
-    answers = torch.arange(queries).repeat(captions) if prefix else torch.arange(5)
+    label_N = torch.arange(samples) if prefix else torch.randint(5, (samples,), generator=generator)
+    answers = torch.arange(samples).repeat(captions) if prefix else torch.arange(5)
     gallery = torch.nn.functional.normalize(torch.randn(len(answers), 8, generator=generator), dim=1)
-    return zero_shot.Question(prefix, Task(embeddings[:queries], gallery, labels, answers), np.array([]))
+    queries = gallery[label_N] + 0.7 * torch.randn(samples, 8, generator=generator)
+    task = Task(torch.nn.functional.normalize(queries, dim=1), gallery, label_N, answers)
+    return zero_shot.Question(prefix, task, np.array([]))
 
 
 @pytest.mark.parametrize("samples", [1, 2, 99, 100, 101, 359])
@@ -373,7 +375,7 @@ def test_a_headline_is_the_mean_of_its_parts(result):
         assert found[name]["higher_is_better"] is False
     # A model that knows the digits is better than chance, one that knows nothing of the captions is not.
     assert found["digits"]["value"] < found["digits"]["chance"] - 0.5
-    assert found["captions"]["value"] == pytest.approx(found["captions"]["chance"], abs=0.3)
+    assert found["captions"]["value"] == pytest.approx(found["captions"]["chance"], abs=0.5)
 
 
 def test_another_headline_metric_has_its_own_direction(model, divided):
@@ -470,11 +472,7 @@ def test_each_headline_has_averages_over_its_sets_of_a_kind(model, divided):
     # `two` has no stratum "unseen". `pairs` is the only one of its kind in this headline, but not in the suite: its
     # average is itself. `plain` has no strata, so that the means over these sets are of the whole.
     metrics = [*whole, "mean_per_class_recall", *(f"{m}[seen]" for m in whole)]
-    assert set(average["in"]) == {
-        *metrics,
-        *ways,
-        *(m for m in strata if "recall@10[" not in m or f"pairs/{m}" in found),
-    }
+    assert set(average["in"]) == {*metrics, *ways, *strata}
     assert set(average["shift"]) == set(ways)
     for headline, scored in average.items():
         for metric, score in scored.items():
