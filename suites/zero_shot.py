@@ -33,7 +33,7 @@ from upcycle_bench.evaluation.features import encode_images
 from upcycle_bench.evaluation.ranking import LOG_RANK, Judged, Task
 from upcycle_bench.evaluation.texts import class_embeddings, classification_task, retrieval_tasks
 from upcycle_bench.hookspecs import hookimpl
-from upcycle_bench.suite import AVERAGE, EvalContext, Score, Suite, SuiteInfo, SuiteResult
+from upcycle_bench.suite import AVERAGE, EvalContext, Score, Suite, SuiteInfo, SuiteResult, is_average
 from upcycle_bench.util import uncertainty
 from upcycle_bench.util.errors import UserError, unknown
 from upcycle_bench.util.rng import Stream
@@ -95,7 +95,7 @@ class ZeroShot(Suite):
         for field, names in {"sets": self.sets, "headlines": named}.items():
             if len(set(names)) < len(names):
                 raise ValueError(f"{field} names a set twice")
-        if AVERAGE in self.sets:
+        if any(map(is_average, self.sets)):
             raise ValueError(f"a set must not be called {AVERAGE}: the means over sets are")
         if empty := [headline for headline, sets in self.headlines.items() if not (headline and sets)]:
             raise ValueError(f"headlines: {empty[0] or 'one without a name'} names no set")

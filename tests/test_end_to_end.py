@@ -53,6 +53,8 @@ def test_the_whole_smoke_run(tmp_path: Path) -> None:
     values = {(score["dataset"], score["metric"]): score["value"] for score in record["scores"]}
     assert values["digits-test", "acc1"] > 0.8  # chance is 0.1
     assert values["digits-test", "log_likelihood"] > -0.8  # chance is -2.3
+    assert values["digits-test", "log_rank"] < 0.25  # chance is 1.51; a middle place of 1.3
+    assert record["headlines"]["in-distribution"]["value"] < record["headlines"]["in-distribution"]["chance"] - 1
     assert values["digits-retrieval", "text_retrieval_recall@1"] > 0.4  # chance is 0.03
     for layer in record["receipt"]["layers"].values():
         assert layer["router_agreement"] > 0.999

@@ -19,12 +19,16 @@ from upcycle_bench.util.errors import UserError
 
 
 def make_record(
-    label: str = "dense", init: int = 0, train: int = 0, primary: float | None = 0.5, **changes: Any
+    label: str = "dense", init: int = 0, train: int = 0, value: float | None = 0.5, **changes: Any
 ) -> Record:
-    """A valid record; `changes` are top-level keys, or parts to be merged (`protocol={"name": "lab"}`)."""
+    """A valid record; `changes` are top-level keys, or parts to be merged (`protocol={"name": "lab"}`).
+
+    `value`: of its only score, or None for no scores. The headlines are the means of the scores that name them.
+    """
     name = label.partition("[")[0]
+    scores = [] if value is None else [score("digits-test", "log_likelihood", value, headline="in-distribution")]
     tree: dict[str, Any] = {
-        "schema_version": 1,
+        "schema_version": 2,
         "run_id": f"12345678-i{init}-t{train}",
         "created": "2026-01-02T03:04:05Z",
         "status": "ok",
@@ -48,8 +52,8 @@ def make_record(
         },
         "seeds": {"init": init, "train": train},
         "receipt": {"function_drift": 0.0},
-        "scores": [] if primary is None else [score("digits-test", "log_likelihood", primary, primary=True)],
-        "primary": primary,
+        "scores": scores,
+        "headlines": headlines_of(changes.get("scores", scores)),
         "diagnostics": {"vision.1": {"router_entropy": 1.5}},
         "cost": {
             "phases": {
@@ -70,20 +74,38 @@ def make_record(
         "command": ["upcycle-bench", "run"],
     }
     for key, value in changes.items():
-        tree[key] = tree[key] | value if isinstance(value, dict) and isinstance(tree.get(key), dict) else value
+        merged = isinstance(value, dict) and isinstance(tree.get(key), dict) and key != "headlines"
+        tree[key] = tree[key] | value if merged else value
     return Record(**tree)
 
 
-def score(dataset: str, metric: str, value: float, *, primary: bool = False) -> dict[str, Any]:
+def headlines_of(scores: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The means of the scores of each headline, in the order of the scores, as a record has them."""
+    parts: dict[str, list[dict[str, Any]]] = {}
+    for each in scores:
+        if each["headline"]:
+            parts.setdefault(each["headline"], []).append(each)
+    return {
+        name: {
+            "value": sum(part["value"] for part in each) / len(each),
+            "higher_is_better": each[0]["higher_is_better"],
+            "chance": None,
+            "standard_error": each[0].get("standard_error"),
+        }
+        for name, each in parts.items()
+    }
+
+
+def score(dataset: str, metric: str, value: float, *, headline: str = "", lower: bool = False) -> dict[str, Any]:
     return {
         "suite": "zero-shot",
         "dataset": dataset,
         "metric": metric,
         "value": value,
-        "higher_is_better": True,
+        "higher_is_better": not lower,
         "chance": None,
         "samples": 100,
-        "primary": primary,
+        "headline": headline,
     }
 
 
@@ -98,7 +120,7 @@ def files(folder: Path) -> list[str]:
 @pytest.mark.parametrize(
     "changes",
     [
-        lambda bad: {"scores": [score("a", "acc1", 0.5, primary=True), score("a", "acc5", bad)]},
+        lambda bad: {"scores": [score("a", "acc1", 0.5, headline="in"), score("a", "acc5", bad)]},
         lambda bad: {"receipt": {"drift": bad}},
         lambda bad: {"diagnostics": {"vision.1": {"load": [0.5, bad]}}},
         lambda bad: {"protocol": {"resolved": {"lr": bad}}},
@@ -110,35 +132,60 @@ def test_no_nan_or_infinity_anywhere(changes: Any, bad: float) -> None:
         make_record(**changes(bad))
 
 
-def test_primary_is_the_mean_of_the_primary_scores() -> None:
-    scores = [score("a", "x", 0.2, primary=True), score("b", "x", 0.6, primary=True), score("c", "x", 9.0)]
-    assert make_record(scores=scores, primary=0.4).primary == 0.4  # (0.2 + 0.6) / 2
-    for wrong in (0.5, None):
-        with pytest.raises(ValidationError, match=r"the mean of the primary scores is 0\.4"):
-            make_record(scores=scores, primary=wrong)
-    with pytest.raises(ValidationError, match="the mean of the primary scores is None"):
-        make_record(scores=[score("c", "x", 9.0)], primary=9.0)
+def test_a_headline_is_the_mean_of_the_scores_that_name_it() -> None:
+    scores = [score("a", "x", 0.2, headline="in"), score("b", "x", 0.6, headline="in"), score("c", "x", 9.0)]
+    scores.append(score("d", "x", 0.3, headline="shift", lower=True))
+    right = headlines_of(scores)
+    made = make_record(scores=scores).headlines
+    assert list(made) == ["in", "shift"]
+    assert (made["in"].value, made["in"].higher_is_better) == (0.4, True)  # (0.2 + 0.6) / 2
+    assert (made["shift"].value, made["shift"].higher_is_better) == (0.3, False)
+    with pytest.raises(ValidationError, match=r"headline in is 0\.5, but the mean of its parts is 0\.4"):
+        make_record(scores=scores, headlines=right | {"in": right["in"] | {"value": 0.5}})
+    for missing in ({}, {"in": right["in"]}, {"shift": right["shift"]}):
+        with pytest.raises(ValidationError, match=r"scores name the headlines \['in', 'shift'\], the record has "):
+            make_record(scores=scores, headlines=missing)
+    with pytest.raises(ValidationError, match=r"scores name the headlines \[\], the record has \['in'\]"):
+        make_record(scores=[score("c", "x", 0.4)], headlines={"in": right["in"]})
+    with pytest.raises(ValidationError, match=r"scores name the headlines \['in', 'shift'\], the record has .*'mixed'"):
+        make_record(scores=scores, headlines=right | {"mixed": right["in"]})
 
 
-def test_scores_are_unique_and_primary_ones_point_upwards() -> None:
+def test_a_headline_has_the_direction_of_all_its_parts() -> None:
+    up, down = score("a", "x", 0.5, headline="in"), score("b", "x", 0.5, headline="in", lower=True)
+    assert make_record(scores=[up]).headlines["in"].higher_is_better
+    assert not make_record(scores=[down]).headlines["in"].higher_is_better
+    for scores in ([up, down], [down, up]):
+        with pytest.raises(ValidationError, match="headline in: a part has another direction"):
+            make_record(scores=scores)
+    wrong = headlines_of([up])["in"] | {"higher_is_better": False}
+    with pytest.raises(ValidationError, match="headline in: a part has another direction"):
+        make_record(scores=[up], headlines={"in": wrong})
+    described = up | {"higher_is_better": None}  # it describes the model and does not judge it
+    for direction in (True, False):
+        with pytest.raises(ValidationError, match="headline in: a part has another direction"):
+            make_record(scores=[described], headlines={"in": wrong | {"higher_is_better": direction}})
+    with pytest.raises(ValidationError, match="valid boolean"):
+        make_record(scores=[described])
+
+
+def test_scores_are_unique() -> None:
     with pytest.raises(ValidationError, match="same suite, dataset and metric"):
-        make_record(scores=[score("a", "x", 0.5, primary=True), score("a", "x", 0.1)])
-    with pytest.raises(ValidationError, match="higher-is-better"):
-        make_record(scores=[score("a", "x", 0.5, primary=True) | {"higher_is_better": False}])
+        make_record(scores=[score("a", "x", 0.5, headline="in"), score("a", "x", 0.1)])
 
 
 @pytest.mark.parametrize("status", ["failed"])
 def test_a_run_that_is_not_ok_needs_a_reason_and_nothing_more(status: str) -> None:
-    short: dict[str, Any] = {"status": status, "receipt": None, "scores": [], "primary": None, "cost": None}
+    short: dict[str, Any] = {"status": status, "receipt": None, "scores": [], "cost": None}
     assert make_record(**short, reason="out of memory").reason == "out of memory"
     for reason in (None, "", "  "):
         with pytest.raises(ValidationError, match="needs a reason"):
             make_record(**short, reason=reason)
 
 
-@pytest.mark.parametrize("missing", [{"cost": None}, {"scores": [], "primary": None}])
+@pytest.mark.parametrize("missing", [{"cost": None}, {"scores": []}])
 def test_a_run_that_is_ok_is_complete(missing: dict[str, Any]) -> None:
-    with pytest.raises(ValidationError, match="needs a primary score and its cost"):
+    with pytest.raises(ValidationError, match="needs a headline score and its cost"):
         make_record(**missing)
 
 
@@ -159,7 +206,8 @@ def test_a_shape_of_another_cost_opens_the_division() -> None:
     "changes",
     [
         {"surprise": 1},
-        {"schema_version": 2},
+        {"schema_version": 1},
+        {"schema_version": 3},
         {"created": "2026-01-02T03:04:05+02:00"},  # not UTC
         {"created": "2026-13-02T03:04:05Z"},  # no such month
         {"run_id": "../../escape"},
@@ -223,10 +271,10 @@ def test_outcomes_of_another_run_are_refused(tmp_path: Path) -> None:
 
 
 def test_never_overwrites(tmp_path: Path) -> None:
-    path = write(make_record(primary=0.5), {"a": np.arange(3)}, tmp_path)
+    path = write(make_record(value=0.5), {"a": np.arange(3)}, tmp_path)
     before = path.read_bytes(), path.with_suffix(".npz").read_bytes()
     with pytest.raises(UserError, match="never overwritten"):
-        write(make_record(primary=0.6), {"a": np.arange(4)}, tmp_path)
+        write(make_record(value=0.6), {"a": np.arange(4)}, tmp_path)
     assert (path.read_bytes(), path.with_suffix(".npz").read_bytes()) == before
 
 
@@ -276,12 +324,23 @@ def test_names_cannot_leave_the_folder(tmp_path: Path) -> None:
         (lambda text: text.replace('"drift": 0.0', '"drift": NaN'), "not strict JSON"),
         (lambda text: text.replace('"drift": 0.0', '"drift": 1e999'), "not strict JSON"),
         (
-            lambda text: text.replace('"schema_version": 1', '"schema_version": 2'),
-            "schema version 2.* reads 1; use the",
+            lambda text: text.replace('"schema_version": 2', '"schema_version": 3'),
+            "schema version 3.* reads 2; use the",
+        ),
+        (
+            lambda text: text.replace('"schema_version": 2', '"schema_version": 1'),
+            "schema version 1.* reads 2; use the version that wrote it",
         ),
         (lambda text: text[: len(text) // 2], "not strict JSON"),
         (lambda text: text.replace('"seeds"', '"seedz"'), r"seeds: Field required"),
-        (lambda text: text.replace('"primary": 0.5', '"primary": 0.7'), "the mean of the primary scores is 0.5"),
+        (
+            lambda text: text.replace('"in-distribution": {\n      "value": 0.5', '"in-distribution": {"value": 0.7'),
+            r"headline in-distribution is 0\.7, but the mean of its parts is 0\.5",
+        ),
+        (
+            lambda text: text.replace('"headline": "in-distribution"', '"headline": "shift"'),
+            r"scores name the headlines \['shift'\], the record has \['in-distribution'\]",
+        ),
         (lambda text: '{"boards": []}', "not an upcycle-bench record"),
         (lambda text: "[" * 100_000, "not strict JSON"),
         (lambda text: "\udcff", "not strict JSON"),
@@ -311,14 +370,14 @@ def test_the_schema_describes_what_is_written(tmp_path: Path) -> None:
     schema = json_schema()
     jsonschema.Draft202012Validator.check_schema(schema)
     assert "$id" not in schema and schema["title"] == "upcycle-bench record" and schema["description"]
-    failed = make_record(train=1, status="failed", reason="why", receipt=None, scores=[], primary=None, cost=None)
+    failed = make_record(train=1, status="failed", reason="why", receipt=None, scores=[], cost=None)
     for record in (make_record(), failed):
         tree = json.loads(write(record, {"a": np.arange(2)}, tmp_path).read_text())
         jsonschema.validate(tree, schema)
         with pytest.raises(jsonschema.ValidationError):
             jsonschema.validate(tree | {"surprise": 1}, schema)
         with pytest.raises(jsonschema.ValidationError):
-            jsonschema.validate(tree | {"schema_version": 2}, schema)
+            jsonschema.validate(tree | {"schema_version": 1}, schema)
 
 
 FINITE = st.floats(allow_nan=False, allow_infinity=False)
@@ -331,7 +390,7 @@ JSON = st.recursive(
 
 @settings(max_examples=50, deadline=None)
 @given(
-    primary=FINITE,
+    value=FINITE,
     receipt=st.none() | st.dictionaries(st.text(), JSON, max_size=3),
     diagnostics=st.dictionaries(st.text(), JSON, max_size=3),
     command=st.lists(st.text(), max_size=3),
@@ -339,10 +398,10 @@ JSON = st.recursive(
     flops=st.none() | st.integers(min_value=0, max_value=10**30),
 )
 def test_round_trip(
-    tmp_path_factory: pytest.TempPathFactory, primary: float, flops: int | None, config: Any, **changes: Any
+    tmp_path_factory: pytest.TempPathFactory, value: float, flops: int | None, config: Any, **changes: Any
 ) -> None:
     phases = {"train": {"seconds": 1.0, "flops": flops, "peak_memory_bytes": 0}}
-    record = make_record(primary=primary, strategy={"config": config}, cost={"phases": phases}, **changes)
+    record = make_record(value=value, strategy={"config": config}, cost={"phases": phases}, **changes)
     path = write(record, None, tmp_path_factory.mktemp("records"))
     assert read(path) == record
     json.loads(path.read_text(), parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))

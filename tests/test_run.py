@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import signal
 import subprocess
 import sys
@@ -93,7 +94,14 @@ def test_a_run_is_recorded_whole(tmp_path: Path, quick: list[str], strategy: str
     assert (made.strategy.moe is not None) == (strategy == "virtual-group")
     assert bool(made.receipt["layers"]) == moe
     assert (made.cost.parameters_active < made.cost.parameters_total) == moe
-    assert made.primary == scores(made)["digits-test", "log_likelihood"]
+    parts = [("digits-test", "log_rank")]
+    parts += [("digits-retrieval", f"{way}_retrieval_log_rank") for way in ("text", "image")]
+    assert [(each.dataset, each.metric) for each in made.scores if each.headline == "in-distribution"] == parts
+    (headline,) = made.headlines.values()
+    assert headline.value == pytest.approx(sum(scores(made)[part] for part in parts) / 3)
+    assert not headline.higher_is_better and headline.standard_error > 0
+    # 10 classes; 30 images, and 30 captions
+    assert headline.chance == pytest.approx((math.lgamma(11) / 10 + 2 * math.lgamma(31) / 30) / 3)
     if trains:
         assert made.cost.phases["train"].flops > 0
         assert path.with_suffix(".jsonl").is_file()
@@ -366,14 +374,20 @@ def test_a_cluster_protocol_runs_on_local_shards_with_a_local_checkpoint(tmp_pat
     torch.save(create_clip("smoke-vit", seed=3).model.state_dict(), tmp_path / "dense.pt")
     overrides = ["model=smoke-vit", "train.schedule.steps=3", "train.schedule.batch_size=32", "train.log_every=1"]
     overrides += [f"train.zero_stage={zero_stage}", "train.checkpoint_every=2"]
-    overrides += ['suites.zero-shot.sets=["digits-test"]', 'suites.zero-shot.primary=["digits-test"]']
+    overrides += ['suites.zero-shot.sets=["digits-test", "digits-validation"]']
+    overrides += ['suites.zero-shot.headlines.imagenet=["digits-test"]']
+    overrides += ['suites.zero-shot.headlines.shift=["digits-validation"]']
     registry = load_registry()
     protocol = load_protocol(registry.get("protocol", "clip-b32").target, overrides)
     paths = Paths(data=str(world.train_shards[0].parent), checkpoint=tmp_path / "dense.pt", eval_data=world.eval_root)
     planned = make_plan(registry, "cluster-aware", protocol, options={"pairs": "200"}, paths=paths)
     made = record.read(run(planned, tmp_path / "results", Reporter()))
     assert made.hashes.dense == file_sha256(tmp_path / "dense.pt")
-    assert made.primary == scores(made)["digits-test", "acc1"]
+    assert {name: headline.value for name, headline in made.headlines.items()} == {
+        "imagenet": scores(made)["digits-test", "acc1"],
+        "shift": scores(made)["digits-validation", "acc1"],
+    }
+    assert list(made.headlines) == ["imagenet", "shift"] and made.headlines["imagenet"].higher_is_better
     assert made.cost is not None
     assert made.cost.samples == 96
 

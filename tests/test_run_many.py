@@ -84,11 +84,10 @@ def test_a_failure_stops_no_other_run_and_the_next_call_runs_what_is_missing(
     assert len(first) == 6
     for seed in (50, 51):
         assert first["dense-frozen", seed]["status"] == "ok"
-        assert (
-            record.read(Path(first["dense-frozen", seed]["record"])).primary == first["dense-frozen", seed]["primary"]
-        )
+        made = record.read(Path(first["dense-frozen", seed]["record"])).headlines
+        assert first["dense-frozen", seed]["headlines"] == {"in-distribution": made["in-distribution"].value}
         failed = first["failing", seed]
-        assert (failed["status"], failed["primary"]) == ("failed", None)
+        assert (failed["status"], failed["headlines"]) == ("failed", None)
         assert failed["reason"] == "ArithmeticError: singular matrix in vision.1"
         assert record.read(Path(failed["record"])).reason == failed["reason"]
         assert first["refusing", seed]["record"] is None
@@ -198,7 +197,7 @@ def test_a_process_that_a_signal_ends_is_a_failed_run(
     assert "cluster-aware seed 55: all is well" in err
     assert made["dense-frozen", 55]["status"] == "ok"
     failed = made["cluster-aware", 55]
-    assert (failed["status"], failed["record"], failed["primary"]) == ("failed", None, None)
+    assert (failed["status"], failed["record"], failed["headlines"]) == ("failed", None, None)
     assert failed["reason"] == "killed by SIGKILL, perhaps for want of memory"
     assert json.loads(command(*arguments[:-1], "--dry-run", "--json")[1])["to_do"] == 1
 

@@ -37,7 +37,7 @@ from upcycle_bench.util.progress import Reporter
 from upcycle_bench.util.threads import one_thread
 
 ROOT = Path(__file__).parents[2]
-SCORED, TEMPERATURE = (tuple(f"{name}{kind}" for kind in ("", "-retrieval")) for name in ("validation", "temperature"))
+SCORED = tuple(f"{name}{kind}" for name in ("validation", "temperature") for kind in ("", "-retrieval"))
 KEPT = ("worlds", "decoded", "downloads", "dense")  # parts of the cache that hold no run
 
 
@@ -128,7 +128,7 @@ def evaluation(settings: Settings) -> Iterator[Row]:
     temperature, which hold over half of the images and the largest galleries: scoring grows with their square, so all
     18 have a smaller ratio. At most two rounds.
     """
-    suites = {"zero-shot": {"sets": SCORED, "temperature_sets": TEMPERATURE, "primary": SCORED}}
+    suites = {"zero-shot": {"sets": SCORED, "headlines": {"in-distribution": SCORED}}}
     plan, clip = lab_plan(lab_protocol().model_copy(update={"suites": suites})), lab_clip(settings.device)
     assert plan.world is not None
     root, final = plan.world.eval_root, replace(clip, model=clip.model.eval())

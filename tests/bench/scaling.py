@@ -144,7 +144,7 @@ def evaluation(images: int, classes: int) -> Step:
     samples = ((Image.fromarray(image), number % classes) for number, image in enumerate(pixels))
     names = [f"thing number {number}" for number in range(classes)]
     evalset_write.write_classification(Path(folder.name) / "pixels", samples, names, ["a picture of a {c}"])
-    suite = load_registry().get("suite", "zero-shot").target(sets=("pixels",), primary=("pixels",))
+    suite = load_registry().get("suite", "zero-shot").target(sets=("pixels",), headlines={"pixels": ("pixels",)})
 
     def evaluate() -> Any:
         return suite.evaluate(

@@ -119,7 +119,7 @@ def test_real_photos_go_through_everything(models: dict[str, Path], sets: Path, 
     together = "skipped: few-shot/photos-captions, linear-probe/photos-captions: it has captions, not labels."
     assert "photos/5-shot" in table and together in table
     assert table.count("scores only what a protocol names") == len(unnamed)  # every reason is printed once
-    assert not any(score["primary"] for score in facts["scores"])
+    assert not any(score["headline"] for score in facts["scores"])
 
     with pytest.raises(UserError, match="--force replaces it"):
         command("evaluate", models["moe"], "--data", sets, "--output", output)
@@ -213,7 +213,7 @@ def test_a_record_and_its_weights_get_the_scores_of_the_record(made: Path) -> No
         assert values(facts["scores"]) == values(there.scores)
         assert facts["suite_fingerprints"] == there.protocol.suite_fingerprints
         assert (facts["protocol"], facts["sha256"], facts["skipped"]) == ("smoke", there.hashes.weights, {})
-        assert [score["primary"] for score in facts["scores"]] == [score.primary for score in there.scores]
+        assert [score["headline"] for score in facts["scores"]] == [score.headline for score in there.scores]
 
 
 def test_a_protocol_that_was_not_given_is_said_before_its_data_are_built(

@@ -1,31 +1,97 @@
 """Tables of scores on the terminal, with their standard errors and intervals."""
 
+import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from tests.test_record import make_record, score
-from upcycle_bench.cli.run import show_record
+from tests.test_record import headlines_of, make_record, score
+from upcycle_bench.cli.run import show_outcomes, show_record
 from upcycle_bench.cli.tables import score_rows, show_key, show_scores
 from upcycle_bench.reporting.leaderboard import build
-from upcycle_bench.suite import AVERAGE
+from upcycle_bench.suite import AVERAGE, is_average
 
 
 def test_callers_tell_which_set_a_score_is_of(capsys):
     """A leaderboard's row and what `run` prints: 1-shot and 2-shot of one test set, 0.05 each, are 0.05 together."""
     scores = [
-        score(f"digits/{k}-shot", "acc1", 0.5, primary=True) | {"standard_error": 0.05, "interval": (0.4, 0.6)}
+        score(f"digits/{k}-shot", "acc1", 0.5, headline="few-shot") | {"standard_error": 0.05, "interval": (0.4, 0.6)}
         for k in (1, 2)
     ]
-    made = make_record(scores=scores, primary=0.5)
+    headlines = headlines_of(scores)
+    made = make_record(scores=scores, headlines=headlines)
     (board,) = build([made])
-    assert board.rows[0].primary_standard_error == pytest.approx(0.05)
+    assert board.rows[0].headlines["few-shot"].standard_error == pytest.approx(0.05)
     show_record(made, Path("record.json"))
-    assert "primary: 0.5000 ± 0.0500, the mean of 2 scores" in capsys.readouterr().out
+    assert "few-shot: 0.5000 ± 0.0500 (mean of 2 scores, higher is better)" in capsys.readouterr().out
+
+
+def test_a_run_shows_every_headline_with_its_direction_and_chance(capsys):
+    scores = [
+        score("a", "log_rank", 1.25, headline="in-distribution", lower=True) | {"standard_error": 0.125, "chance": 3.0},
+        score("b", "image_retrieval_log_rank", 2.0, headline="shift", lower=True),
+        score("c", "text_retrieval_log_rank", 3.0, headline="shift", lower=True),
+    ]
+    scores = [{"chance": None, "standard_error": None, **each} for each in scores]
+    show_record(make_record(scores=scores, headlines=headlines_of(scores)), Path("record.json"))
+    lines = capsys.readouterr().out.splitlines()
+    assert "in-distribution: 1.2500 ± 0.1250 (log_rank, lower is better, chance 3.0000)" in lines
+    assert "shift: 2.5000 (mean of 2 scores, lower is better)" in lines
+    assert not any("stand in the record" in line for line in lines)  # all of them are shown above
+    averages = [score("average/shift", "log_rank", 2.5, lower=True)]
+    show_record(make_record(scores=[*scores, *averages], headlines=headlines_of(scores)), Path("record.json"))
+    lines = capsys.readouterr().out.splitlines()
+    assert "all 4 scores, strata included, stand in the record" in lines
+    assert "shift: 2.5000 (mean of 2 scores, lower is better)" in lines
+    assert any("average/shift" in line for line in lines) and not any("image_retrieval" in line for line in lines)
+
+
+def test_a_table_says_of_which_headline_a_score_is_a_part():
+    part = {"suite": "s", "dataset": "d", "value": 1.0, "chance": None, "samples": 20, "standard_error": None}
+    part |= {"interval": None}
+    rows = score_rows([part | {"metric": "log_rank", "headline": "shift"}, part | {"metric": "acc1", "headline": ""}])
+    assert [row["metric"] for row in rows] == ["log_rank (shift)", "acc1"]
+
+
+def test_a_matrix_shows_every_headline_as_a_table_and_as_json(capsys):
+    scores = [score("a", "log_rank", 1.25, headline="near", lower=True), score("b", "acc1", 0.5, headline="photos")]
+    made = make_record("new", train=3, scores=scores)
+    failed = make_record("bad", status="failed", reason="why", value=None, cost=None, receipt=None)
+    outcomes = []
+    for label, found, reason in (("new", made, None), ("bad", failed, "why"), ("lost", None, "why")):
+        plan = SimpleNamespace(label=label, init_seed=3, train_seed=4, protocol=made.protocol)
+        cell = SimpleNamespace(strategy=label, seed=4, plan=plan)
+        outcomes.append(SimpleNamespace(cell=cell, made=found, path=Path("a.json"), reason=reason, ran=True))
+    show_outcomes(outcomes, as_json=True)
+    one, *others = json.loads(capsys.readouterr().out)["runs"]
+    assert (one["status"], one["headlines"]) == ("ok", {"near": 1.25, "photos": 0.5})
+    for other in others:
+        assert (other["status"], other["headlines"], other["reason"]) == ("failed", None, "why")
+    show_outcomes(outcomes, as_json=False)
+    out = capsys.readouterr().out
+    header = next(line for line in out.splitlines() if "strategy" in line).split()
+    assert header[:4] == ["strategy", "seed", "near", "photos"]
+    rows = [line.split()[:4] for line in out.splitlines()]
+    assert ["new", "4", "1.2500", "0.5000"] in rows
+    assert all([label, "4", "failed", "failed"] in rows for label in ("bad", "lost"))
+
+
+def test_runs_of_a_matrix_with_other_headlines_share_its_table(capsys):
+    """A first suite may fail in one run only: the headlines of that run are then those of the next suite."""
+    outcomes = []
+    for label, name in (("one", "near"), ("two", "far")):
+        made = make_record(label, scores=[score("a", "acc1", 0.25, headline=name)])
+        plan = SimpleNamespace(label=label, init_seed=0, train_seed=0, protocol=made.protocol)
+        cell = SimpleNamespace(strategy=label, seed=0, plan=plan)
+        outcomes.append(SimpleNamespace(cell=cell, made=made, path=Path("a.json"), reason=None, ran=True))
+    show_outcomes(outcomes, as_json=False)
+    rows = [line.split()[:3] for line in capsys.readouterr().out.splitlines()]
+    assert ["one", "0", "0.2500"] in rows and ["two", "0", "0.2500"] in rows
 
 
 def test_tables_show_the_interval_where_the_error_is_nothing(capsys):
-    part = {"suite": "s", "dataset": "d", "metric": "acc1", "primary": False, "chance": None, "samples": 20}
+    part = {"suite": "s", "dataset": "d", "metric": "acc1", "headline": "", "chance": None, "samples": 20}
     values = [(0.5, 0.1, (0.3, 0.7)), (1.0, 0.0, (0.8389, 1.0)), (0.0, 0.0, (0.0, 0.16)), (0.3, 0.0, (0.3, 0.3))]
     values.append((0.25, None, None))
     rows = score_rows(
@@ -45,7 +111,7 @@ def test_tables_show_the_interval_where_the_error_is_nothing(capsys):
 
 
 def test_each_suite_has_a_table_of_its_own(capsys):
-    part = {"dataset": "d", "metric": "acc1", "primary": False, "chance": 0.1, "samples": 20, "standard_error": None}
+    part = {"dataset": "d", "metric": "acc1", "headline": "", "chance": 0.1, "samples": 20, "standard_error": None}
     part |= {"interval": None}
     averaged = [part | {"suite": "a", "value": 0.25}, part | {"suite": "a", "value": 0.75, "dataset": AVERAGE}]
     show_scores("all of it", averaged)
@@ -55,3 +121,9 @@ def test_each_suite_has_a_table_of_its_own(capsys):
     lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
     assert lines[0] == "all of it" and [line for line in lines if line in ("a", "b")] == ["a", "b"]
     assert sum("0.5000" in line for line in lines) == 1  # b has no average, so all its scores stand
+    of_headlines = [part | {"suite": "a", "value": 0.25, "dataset": "d"}]
+    of_headlines += [part | {"suite": "a", "value": value, "dataset": f"{AVERAGE}/{value}"} for value in (0.5, 0.75)]
+    assert [row["dataset"] for row in score_rows(of_headlines)] == ["average/0.5", "average/0.75"]
+    assert [is_average(name) for name in (AVERAGE, "average/in", "average-set", "averages/a", "d")] == [
+        True, True, False, False, False
+    ]  # fmt: skip

@@ -35,7 +35,7 @@ from upcycle_bench.util.meter import Meter
 from upcycle_bench.util.progress import Reporter
 
 NAMES = ("red", "green", "blue", "grey")
-SUITES = {"zero-shot": ZeroShot(sets=("colours", "pairs"), primary=("colours",))}
+SUITES = {"zero-shot": ZeroShot(sets=("colours", "pairs"), headlines={"in": ("colours",)})}
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +130,7 @@ def test_predictions_that_depend_on_the_batch_are_refused_of_few_inputs_too(tmp_
     rng = np.random.default_rng(0)
     pictures = [Image.fromarray(p) for p in rng.integers(0, 256, (32, 8, 8, 3), dtype=np.uint8)]
     evalset_write.write_classification(tmp_path / "few", zip(pictures, [0, 1] * 16, strict=True), ("a", "b"), ("{c}",))
-    suites = {"zero-shot": ZeroShot(sets=("few",), primary=("few",))}
+    suites = {"zero-shot": ZeroShot(sets=("few",), headlines={"in": ("few",)})}
     change = broken(lambda pooled_BD: (pooled_BD - pooled_BD.mean(dim=0)) / pooled_BD.std(dim=0))
     assert "in batches of 7; at most 1 in 10,000 may" in refused(tmp_path, change, suites)
 
@@ -183,7 +183,7 @@ class Training(ZeroShot):
 
 
 def test_changed_weights_are_refused(root: Path) -> None:
-    text = refused(root, tiny_clip(), {"training": Training(sets=("colours",), primary=("colours",))})
+    text = refused(root, tiny_clip(), {"training": Training(sets=("colours",), headlines={"in": ("colours",)})})
     assert "it changed 1 tensors of the model, logit_scale first; a suite must not train it." in text
 
 
@@ -295,7 +295,7 @@ def test_one_difference_may_be_traced_to_a_routing_margin(root: Path, scale: flo
         return torch.where(same_B[:, None], -pooled_BD, pooled_BD)
 
     clip.model.visual = Broken(clip.model.visual, change)
-    suites = {"zero-shot": ZeroShot(sets=("colours",), primary=("colours",))}
+    suites = {"zero-shot": ZeroShot(sets=("colours",), headlines={"in": ("colours",)})}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Reservoir, "chosen", _in_order)
         patch.setattr(shuffled_labels, "score_shuffled", lambda *_: ([], "left out"))
@@ -377,7 +377,7 @@ def test_small_sets_and_other_labels_have_no_control(root: Path, tmp_path: Path)
     rng = np.random.default_rng(0)
     pictures = [Image.fromarray(p) for p in rng.integers(0, 256, (40, 8, 8, 3), dtype=np.uint8)]
     evalset_write.write_classification(tmp_path / "few", zip(pictures, [0, 1] * 20, strict=True), ("a", "b"), ("{c}",))
-    _, proof = evaluate(tmp_path, tiny_clip(), {"zero-shot": ZeroShot(sets=("few",), primary=("few",))})
+    _, proof = evaluate(tmp_path, tiny_clip(), {"zero-shot": ZeroShot(sets=("few",), headlines={"in": ("few",)})})
     assert proof is not None and proof.controls == ()
     assert proof.uncontrolled == "zero-shot: evaluation set few: 40 samples are too few for a control."
 
@@ -396,7 +396,7 @@ class Named(ZeroShot):
 def test_what_a_certificate_leaves_out_is_said_on_the_terminal(
     root: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    suites = SUITES | {"named": Named(sets=("colours",), primary=("colours",))}
+    suites = SUITES | {"named": Named(sets=("colours",), headlines={"in": ("colours",)})}
     _, proof = evaluate(root, tiny_clip(), suites)
     assert proof is not None and proof.uncovered == "named"
     assert proof.uncontrolled == "named: it scores only what a protocol names, and no protocol names shuffled labels."

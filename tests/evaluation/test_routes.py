@@ -19,6 +19,7 @@ from upcycle_bench.data import evalset as evalsets
 from upcycle_bench.data import evalset_write
 from upcycle_bench.evaluation.agreement import agreement, agreements, main_expert
 from upcycle_bench.evaluation.routes import route_images, route_texts
+from upcycle_bench.evaluation.score import headlines_of
 from upcycle_bench.model import weights
 from upcycle_bench.model.clip import Clip
 from upcycle_bench.model.measure import compactness_of_moments, relative_compactness
@@ -33,7 +34,7 @@ from upcycle_bench.run import run
 from upcycle_bench.suite import EvalContext
 from upcycle_bench.suites.diagnostics import Diagnostics
 from upcycle_bench.util.cache import cache_root
-from upcycle_bench.util.errors import UserError
+from upcycle_bench.util.errors import PluginError, UserError
 from upcycle_bench.util.progress import Reporter
 
 COLOURS = {"red": (230, 20, 20), "green": (20, 230, 20), "blue": (20, 20, 230)}
@@ -183,7 +184,7 @@ def test_scores_do_not_depend_on_the_batch_size(clip: Clip, root: Path) -> None:
     for one, other in zip(first.scores, second.scores, strict=True):
         assert (one.dataset, one.metric, one.samples) == (other.dataset, other.metric, other.samples)
         assert one.value == pytest.approx(other.value, rel=1e-5, abs=1e-9)
-        assert one.higher_is_better is None and not one.primary
+        assert one.higher_is_better is None and not one.headline
     values = {(score.dataset, score.metric): score.value for score in first.scores}
     for metric in ("load_variation", "nmi_class", "ami_set"):  # a tower is the mean of its layers
         assert values["vision", metric] == pytest.approx((values["vision.1", metric] + values["vision.3", metric]) / 2)
@@ -225,26 +226,33 @@ def test_experts_for_colours_agree_with_classes_and_not_with_sets(specialised: C
 
 def test_a_dense_model_is_skipped_with_the_reason_and_keeps_its_place(quick: list[str], tmp_path: Path) -> None:
     protocol = load_protocol(load_registry().protocols["smoke"].target, quick)
-    with pytest.raises(UserError, match="diagnostics has no primary score"):
+    with pytest.raises(UserError, match="diagnostics has no headline score"):
         make_plan(load_registry(), "dense-frozen", protocol, suites=("diagnostics",))
     planned = make_plan(load_registry(), "dense-frozen", protocol, suites=("zero-shot", "diagnostics"))
     made = record.read(run(planned, tmp_path, Reporter()))  # type: ignore[arg-type]
     assert made.skipped == {"diagnostics/experts": "a dense model has no experts and no routers"}
     assert made.protocol.suite_fingerprints == planned.suite_fingerprints  # one table for both
-    assert made.primary is not None and {score.suite for score in made.scores} == {"zero-shot"}
+    assert made.headlines and {score.suite for score in made.scores} == {"zero-shot"}
 
 
-def test_descriptive_scores_are_never_primary_and_stand_in_csv() -> None:
+def test_descriptive_scores_are_no_part_of_a_headline_and_stand_in_csv() -> None:
     part = {
         "suite": "diagnostics", "dataset": "vision.1", "metric": "nmi_class", "value": 0.25, "higher_is_better": None,
-        "chance": 0.1, "samples": 9, "primary": False,
+        "chance": 0.1, "samples": 9, "headline": "",
     }  # fmt: skip
     usual = make_record().model_dump(mode="json")["scores"]
     boards = leaderboard.build([make_record(), make_record("sparse-upcycling", scores=[*usual, part])])
     assert "diagnostics/vision.1/nmi_class" in formats.render(boards, "csv")
     assert "nmi_class" not in formats.render(boards, "md")
-    with pytest.raises(ValueError, match="primary scores must be higher-is-better"):
-        make_record(primary=0.25, scores=[part | {"primary": True}])
+    for direction in (True, False):
+        headline = {"value": 0.25, "higher_is_better": direction, "chance": 0.1, "standard_error": None}
+        with pytest.raises(ValueError, match="headline in: a part has another direction"):
+            make_record(scores=[part | {"headline": "in"}], headlines={"in": headline})
+    with pytest.raises(PluginError, match="headline score in: all its parts must be higher-is-better, or all lower-is"):
+        headlines_of([part | {"headline": "in"}])
+    up, down = ({**part, "headline": "in", "higher_is_better": direction} for direction in (True, False))
+    with pytest.raises(PluginError, match="headline score in: all its parts"):
+        headlines_of([up, down])
 
 
 # ---- the sheets ---------------------------------------------------------------------------------------------------

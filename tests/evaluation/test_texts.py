@@ -78,7 +78,7 @@ def test_a_second_evaluation_calls_no_text_tower(towers: Towers, tmp_path: Path)
     )
     pairs = [(picture, [f"number {i}", "a dog"]) for i, picture in enumerate(pictures)]
     evalset_write.write_retrieval(root / "pairs", pairs)
-    suite = ZeroShot(sets=("one", "many", "pairs"), primary=("one",))
+    suite = ZeroShot(sets=("one", "many", "pairs"), headlines={"in": ("one",)})
 
     first = suite.evaluate(towers.context(root=root))
     # The two sets share their classes, and all images share the caption "a dog".

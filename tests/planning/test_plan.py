@@ -93,7 +93,9 @@ def test_paths_go_with_local_protocols_only(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ('suites.zero-shot.primary=["elsewhere"]', "elsewhere"),
+        ('suites.zero-shot.headlines.in-distribution=["elsewhere"]', "headlines name what is not in sets: elsewhere"),
+        ("suites.zero-shot.headlines.in-distribution=[]", "headlines: in-distribution names no set"),
+        ('suites.zero-shot.headlines.in-distribution=["digits-test", "digits-test"]', "headlines names a set twice"),
         ('suites.zero-shot.sets=["digits-nothing"]', "digits-"),
         ("suites.zero-shot.sets=3", "sets"),
     ],
@@ -166,7 +168,11 @@ def test_the_number_of_ranks_is_part_of_every_identity(tmp_path: Path, monkeypat
     world = plan().world
     assert world is not None
     paths = Paths(data=str(world.train_shards[0].parent), checkpoint=checkpoint, eval_data=world.eval_root)
-    sets = ('suites.zero-shot.sets=["digits-test"]', 'suites.zero-shot.primary=["digits-test"]')
+    sets = (
+        'suites.zero-shot.sets=["digits-test", "digits-validation"]',
+        'suites.zero-shot.headlines.imagenet=["digits-test"]',
+        'suites.zero-shot.headlines.shift=["digits-validation"]',
+    )
     given = plan("sparse-upcycling", *sets, protocol="clip-b32", paths=paths)
 
     def identities() -> list[str | None]:

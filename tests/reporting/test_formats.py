@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from tests.reporting.test_leaderboard import failure, runs
-from tests.test_record import make_record, score
+from tests.reporting.test_leaderboard import failure, runs, two_headlines
+from tests.test_record import headlines_of, make_record, score
 from upcycle_bench.reporting.formats import NOTES, render
 from upcycle_bench.reporting.leaderboard import Board, build
 from upcycle_bench.util.errors import UserError
@@ -17,7 +17,7 @@ from upcycle_bench.util.errors import UserError
 @pytest.fixture
 def boards() -> list[Board]:
     scores = [
-        score("digits-test", "log_likelihood", 0.5, primary=True),
+        score("digits-test", "log_likelihood", 0.5, headline="in-distribution"),
         score("digits-test", "acc1", 0.61),
         score("digits-test", "acc5", 0.62),
         score("digits-retrieval", "text_retrieval_recall@1", 0.63),
@@ -55,37 +55,38 @@ def test_metrics_of_tables_and_of_files(boards: list[Board]) -> None:
     line = next(csv.DictReader(io.StringIO(render(boards, "csv"))))
     assert line["zero-shot/digits-test/acc5"] == "0.62"
     assert line["zero-shot/digits-retrieval/text_retrieval_recall@5"] == "0.64"
-    assert line["board_training_fingerprint"] == "train-fingerprint" and line["primary_mean"] == "0.5"
+    assert line["board_training_fingerprint"] == "train-fingerprint" and line["in-distribution mean"] == "0.5"
     row = json.loads(render(boards, "json"))["boards"][0]["rows"][0]
     assert row["scores"]["zero-shot/digits-test/acc5"] == 0.62
-    assert row["primary"] == {"mean": 0.5, "half_width": None, "n": 1}
+    assert row["headlines"]["in-distribution"]["mean"] == {"mean": 0.5, "half_width": None, "n": 1}
 
 
 def test_the_caption_says_what_the_numbers_are(boards: list[Board]) -> None:
     for format in ("terminal", "md", "json"):
         text = " ".join(render(boards, format, 100).split())
-        assert "Primary: mean of zero-shot/digits-test/log_likelihood; higher is better." in text
-        assert "vs dense: the primary minus that of dense." in text
+        assert "in-distribution: mean of zero-shot/digits-test/log_likelihood; higher is better." in text
+        assert "vs dense: the score minus that of dense." in text
+        assert "never mixed" not in text and "log_rank" not in text  # one headline, of another metric
         for note in NOTES:
             assert note in text
     assert "95 % Student-t" in NOTES[0] and "Over few seeds such an interval is wide" in NOTES[0]
 
 
-def test_the_caption_groups_many_primary_scores_by_metric() -> None:
+def test_the_caption_groups_the_many_parts_of_a_headline_by_metric() -> None:
     def caption(names: list[tuple[str, str]], **changes: Any) -> str:
-        parts = [score(dataset, metric, 0.5, primary=True) | changes for dataset, metric in names]
+        parts = [score(dataset, metric, 0.5, headline="in") | changes for dataset, metric in names]
         return " ".join(render(build([make_record(scores=parts)]), "terminal", 300).split())
 
     few = [("a", "acc1"), ("b", "acc1"), ("c", "acc1"), ("d", "text_retrieval_recall@1")]
     assert (
-        "Primary: mean of zero-shot/a/acc1, zero-shot/b/acc1, zero-shot/c/acc1, "
+        "in: mean of zero-shot/a/acc1, zero-shot/b/acc1, zero-shot/c/acc1, "
         "zero-shot/d/text_retrieval_recall@1; higher is better."
     ) in caption(few)
     assert (
-        "Primary: mean of 5 scores (zero-shot acc1 on a, b, c; text_retrieval_recall@1 on d, e); higher is better."
+        "in: mean of 5 scores (zero-shot acc1 on a, b, c; text_retrieval_recall@1 on d, e); higher is better."
     ) in caption([*few, ("e", "text_retrieval_recall@1")])
-    other = score("f", "acc1", 0.5, primary=True) | {"suite": "few-shot"}
-    parts = [*(score(dataset, metric, 0.5, primary=True) for dataset, metric in few), other]
+    other = score("f", "acc1", 0.5, headline="in") | {"suite": "few-shot"}
+    parts = [*(score(dataset, metric, 0.5, headline="in") for dataset, metric in few), other]
     assert "(few-shot acc1 on f; zero-shot acc1 on a, b, c; text_retrieval_recall@1 on d)" in " ".join(
         render(build([make_record(scores=parts)]), "md").split()
     )
@@ -94,10 +95,10 @@ def test_the_caption_groups_many_primary_scores_by_metric() -> None:
 def test_tables_for_people_show_the_averages_of_a_suite_that_has_them() -> None:
     metrics = ("acc1", "acc5", "acc1[seen]", "text_retrieval_recall@1")
     parts = [score("average", metric, 0.71 + i / 100) for i, metric in enumerate(metrics)]
-    parts += [score(dataset, "acc1", 0.31 + i / 100, primary=True) for i, dataset in enumerate("ab")]
+    parts += [score(dataset, "acc1", 0.31 + i / 100, headline="in") for i, dataset in enumerate("ab")]
     parts += [score("elsewhere", "text_retrieval_recall@1", 0.41)]
     other = score("c", "acc1", 0.51) | {"suite": "few-shot"}
-    boards = build([make_record(primary=0.315, scores=[*parts, other])])
+    boards = build([make_record(scores=[*parts, other])])
     shown = ["few-shot/c/acc1", "zero-shot/average/acc1", "zero-shot/average/text_retrieval_recall@1"]
     headers = next(line for line in render(boards, "md").splitlines() if line.startswith("| #")).split(" | ")
     assert [header for header in headers if "/" in header] == shown
@@ -131,9 +132,7 @@ def test_a_narrow_terminal_splits_many_columns_into_tables_that_all_say_who() ->
     strategies = ["dense", "cluster-aware[tau=0.8,layers=all]", "x" * 40]
     boards = build(
         [
-            make_record(
-                label, train=seed, primary=seed / 8, scores=[score("a", "loss", seed / 8, primary=True), *parts]
-            )
+            make_record(label, train=seed, scores=[score("a", "loss", seed / 8, headline="in", lower=True), *parts])
             for label in strategies
             for seed in (0, 1)
         ]
@@ -161,7 +160,7 @@ def test_a_narrow_terminal_splits_many_columns_into_tables_that_all_say_who() ->
 
 
 def test_suites_without_a_column_are_named() -> None:
-    parts = [score("a", "acc1", 0.5, primary=True), score("a", "entropy", 0.5) | {"suite": "diagnostics"}]
+    parts = [score("a", "acc1", 0.5, headline="in"), score("a", "entropy", 0.5) | {"suite": "diagnostics"}]
     record = make_record(scores=parts, protocol={"suite_fingerprints": {"zero-shot": "z", "diagnostics": "d"}})
     for format in ("terminal", "md", "json"):
         assert "No column here for diagnostics: scores are in csv and json" in " ".join(
@@ -174,9 +173,9 @@ def test_suites_without_a_column_are_named() -> None:
 def test_headers_say_what_plus_minus_is() -> None:
     boards = build(runs("dense", {0: 1.0, 1: 3.0}) + runs("new", {0: 1.5, 1: 2.0}))
     header = next(line for line in render(boards, "md").splitlines() if line.startswith("| #"))
-    assert "| primary (± 95 %) | vs dense (± 95 %) |" in header
+    assert "| in-distribution (± 95 %) | vs dense (± 95 %) |" in header
     one = render(build(runs("dense", {0: 1.0}) + runs("new", {0: 1.5})), "md")
-    assert "| primary | vs dense |" in one
+    assert "| in-distribution | vs dense |" in one
 
 
 def test_unknown_format() -> None:
@@ -185,11 +184,106 @@ def test_unknown_format() -> None:
 
 
 def test_the_caption_names_the_largest_error_of_the_rows() -> None:
-    """The row with the best primary has the smallest error here."""
+    """The best row has the smallest error here."""
     made = []
     for label, value, error in (("dense", 0.6, 0.01), ("zzz", 0.5, 0.03), ("aaa", 0.4, 0.02)):
-        part = score("digits-test", "acc1", value, primary=True)
+        part = score("digits-test", "acc1", value, headline="in")
         part |= {"standard_error": error, "interval": (value - 2 * error, value + 2 * error)}
-        made.append(make_record(label, primary=value, scores=[part]))
+        made.append(make_record(label, scores=[part]))
     text = " ".join(render(build(made), "md").split())
-    assert "the standard error of the primary is 0.0300 at most" in text
+    assert "the standard error is at most: in 0.0300; rows share the samples" in text
+
+
+# ---- several headline scores -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def two() -> list[Board]:
+    """Two runs each of `dense` and `new`, with two headlines; lower is better."""
+    return build(
+        [
+            *two_headlines("dense", {0: 2.0, 1: 3.0}, {0: 4.0, 1: 6.0}),
+            *two_headlines("new", {0: 1.0, 1: 2.5}, {0: 5.0, 1: 6.5}),
+            failure("zzz"),
+        ]
+    )
+
+
+def test_every_format_holds_every_headline_and_its_difference(two: list[Board]) -> None:
+    first, second, failed = csv.DictReader(io.StringIO(render(two, "csv")))
+    assert [row["label"] for row in (first, second, failed)] == ["new", "dense", "zzz"]
+    expected = {
+        "in-distribution mean": 1.75, "in-distribution n": 2,
+        "in-distribution difference mean": -0.75, "in-distribution difference n": 2,  # -1 and -0.5
+        "shift mean": 5.75, "shift n": 2, "shift difference mean": 0.75, "shift difference n": 2,  # 1 and 0.5
+    }  # fmt: skip
+    assert {name: float(first[name]) for name in expected} == expected
+    # -1 and -0.5, 1 and 0.5: sd sqrt(1/8), by sqrt(2) 1/4 -> T1 / 4
+    for name in ("in-distribution", "shift"):
+        assert float(first[f"{name} difference half_width"]) == pytest.approx(12.706205 / 4)
+        assert [second[f"{name} difference {part}"] for part in ("mean", "half_width", "n")] == ["", "", ""]
+        assert [failed[f"{name} {part}"] for part in ("mean", "half_width", "n", "standard error")] == [""] * 4
+    assert first["board_headlines"] == "in-distribution shift"
+
+    (board,) = json.loads(render(two, "json"))["boards"]
+    assert board["headlines"] == {
+        "in-distribution": {"parts": ["zero-shot/a/log_rank"], "higher_is_better": False, "chance": None},
+        "shift": {"parts": ["zero-shot/b/log_rank"], "higher_is_better": False, "chance": None},
+    }
+    new, dense, zzz = board["rows"]
+    assert [new["headlines"][name]["mean"]["mean"] for name in board["headlines"]] == [1.75, 5.75]
+    assert [new["headlines"][name]["difference"]["mean"] for name in board["headlines"]] == [-0.75, 0.75]
+    assert dense["headlines"]["shift"]["difference"] is None and zzz["headlines"] == {}
+
+    header, _, row, baseline, *_ = (line for line in render(two, "md").splitlines() if line.startswith("| "))
+    cells = dict(zip(header.split(" | "), row.split(" | "), strict=True))
+    columns = ["in-distribution", "in-distribution vs dense", "shift", "shift vs dense"]
+    found = [cells[f"{column} (± 95 %)"] for column in columns]
+    assert [cell.split(" ±")[0] for cell in found] == ["1.7500", "-0.7500", "5.7500", "+0.7500"]
+    cells = dict(zip(header.split(" | "), baseline.split(" | "), strict=True))
+    assert [cells[f"{column} (± 95 %)"] for column in columns[1::2]] == ["-", "-"]
+    for width in (80, 300):
+        text = render(two, "terminal", width)
+        assert all(value in text for value in ("1.7500", "-0.7500", "5.7500", "+0.7500", "2.5000", "5.0000"))
+
+
+def test_the_caption_says_direction_chance_and_that_headlines_are_never_mixed() -> None:
+    scores = [
+        score("a", "log_rank", 1.0, headline="near", lower=True),
+        score("b", "image_retrieval_log_rank", 2.0, headline="near", lower=True),
+        score("c", "acc1", 0.5, headline="photos"),
+    ]
+    headlines = headlines_of(scores)
+    headlines["near"] |= {"chance": 3.25, "standard_error": 0.125}
+    boards = build([make_record(scores=scores, headlines=headlines)])
+    for format in ("terminal", "md", "json"):
+        text = " ".join(render(boards, format, 100).split())
+        assert (
+            "near: mean of zero-shot/a/log_rank, zero-shot/b/image_retrieval_log_rank; lower is better, "
+            "chance is 3.2500."
+        ) in text
+        assert "photos: mean of zero-shot/c/acc1; higher is better." in text  # no chance is known
+        assert "Ranks are by near; the headline scores are never mixed." in text
+        assert "log_rank: mean ln(1 + wrong answers nearer than the right one); e to it is a geometric mean." in text
+        assert "the standard error is at most: near 0.1250; rows share" in text
+    alone = build([make_record(scores=scores[2:])])
+    text = render(alone, "md")
+    assert "never mixed" not in text and "log_rank" not in text and "standard error is at most" not in text
+
+
+def test_boards_of_different_headlines_share_one_header_of_csv(two: list[Board]) -> None:
+    other = make_record(
+        scores=[score("x", "acc1", 0.5, headline="few-shot") | {"suite": "few-shot"}],
+        protocol={"suite_fingerprints": {"few-shot": "other"}},
+    )
+    boards = [*two, *build([other])]
+    text = render(boards, "csv")
+    header, *lines = csv.reader(io.StringIO(text))
+    assert len(set(header)) == len(header) and {len(line) for line in lines} == {len(header)} and len(lines) == 4
+    for name in ("in-distribution", "shift", "few-shot"):
+        for part in ("mean", "half_width", "n", "difference mean", "difference half_width", "difference n"):
+            assert f"{name} {part}" in header
+        assert f"{name} standard error" in header
+    *_, last = csv.DictReader(io.StringIO(text))
+    assert (last["few-shot mean"], last["shift mean"], last["in-distribution n"]) == ("0.5", "", "")
+    assert next(csv.DictReader(io.StringIO(text)))["few-shot mean"] == ""

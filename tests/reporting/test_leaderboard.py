@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from tests.test_record import make_record, score
+from tests.test_record import headlines_of, make_record, score
 from upcycle_bench.record import Record, read, record_paths, write
 from upcycle_bench.reporting.formats import render
-from upcycle_bench.reporting.leaderboard import Board, Row, SeedMean, build
+from upcycle_bench.reporting.leaderboard import Board, BoardHeadline, Row, RowHeadline, SeedMean, build
 from upcycle_bench.util.errors import UserError
 
 # Student's t, 97.5 % quantile: 1 degree of freedom 12.706205, 2: 4.302653 (any printed table)
@@ -20,17 +20,33 @@ T1, T2 = 12.706205, 4.302653
 
 def runs(label: str, values: dict[int, float], **changes: Any) -> list[Record]:
     """A run for each training seed, with the same number as seed of the initialisation."""
-    return [make_record(label, init=seed, train=seed, primary=value, **changes) for seed, value in values.items()]
+    return [make_record(label, init=seed, train=seed, value=value, **changes) for seed, value in values.items()]
 
 
 def failure(label: str, train: int = 0, reason: str = "RuntimeError: out of memory", **changes: Any) -> Record:
     parts: dict[str, Any] = {"status": "failed", "reason": reason, "receipt": None, "scores": [], "cost": None}
-    return make_record(label, train=train, primary=None, **(parts | changes))
+    return make_record(label, train=train, value=None, **(parts | changes))
 
 
 def only(boards: list[Board]) -> dict[str, Row]:
     (board,) = boards
     return {row.label: row for row in board.rows}
+
+
+def main(row: Row) -> RowHeadline:
+    """The only headline score of these tests' usual records."""
+    (headline,) = row.headlines.values()
+    return headline
+
+
+def two_headlines(label: str, near: dict[int, float], far: dict[int, float], **changes: Any) -> list[Record]:
+    """A run for each training seed, whose headlines are two mean log ranks: lower is better."""
+    made = []
+    for seed, value in near.items():
+        scores = [score("a", "log_rank", value, headline="in-distribution", lower=True)]
+        scores.append(score("b", "log_rank", far[seed], headline="shift", lower=True))
+        made.append(make_record(label, init=seed, train=seed, scores=scores, **changes))
+    return made
 
 
 def close(found: SeedMean | None, mean: float, half_width: float, n: int) -> None:
@@ -51,14 +67,14 @@ def test_intervals_and_paired_differences_by_hand() -> None:
         )
     )
     # dense: mean 2, sd 1 -> T2 * 1 / sqrt(3)
-    close(rows["dense"].primary, 2.0, T2 / 3**0.5, 3)
+    close(main(rows["dense"]).mean, 2.0, T2 / 3**0.5, 3)
     # cluster-aware: mean 13/3, deviations -4/3, 2/3, 2/3, variance (16 + 4 + 4) / 9 / 2 = 4/3 -> T2 sqrt(4/3) / sqrt(3)
-    close(rows["cluster-aware"].primary, 13 / 3, T2 * 2 / 3, 3)
+    close(main(rows["cluster-aware"]).mean, 13 / 3, T2 * 2 / 3, 3)
     # pairs: 3-2, 5-4, 5-3 = 1, 1, 2: mean 4/3, variance (1 + 1 + 4) / 9 / 2 = 1/3 -> T2 sqrt(1/3) / sqrt(3)
-    close(rows["cluster-aware"].difference, 4 / 3, T2 / 3, 3)
+    close(main(rows["cluster-aware"]).difference, 4 / 3, T2 / 3, 3)
     # pairs: 1-2, 2-4, 3-3 = -1, -2, 0: mean -1, sd 1
-    close(rows["dense"].difference, -1.0, T2 / 3**0.5, 3)
-    assert rows["sparse-upcycling"].difference is None
+    close(main(rows["dense"]).difference, -1.0, T2 / 3**0.5, 3)
+    assert main(rows["sparse-upcycling"]).difference is None
     assert [(row.rank, label) for label, row in rows.items()] == [
         (1, "cluster-aware"),
         (2, "sparse-upcycling"),
@@ -69,26 +85,26 @@ def test_intervals_and_paired_differences_by_hand() -> None:
 def test_only_shared_seeds_make_pairs() -> None:
     records = runs("dense", {0: 1.0, 1: 2.0, 2: 9.0}) + runs("new", {0: 2.0, 1: 5.0, 7: 100.0})
     # pairs at seeds 0 and 1: 1, 3: mean 2, sd sqrt(2) -> T1 sqrt(2) / sqrt(2)
-    close(only(build(records))["new"].difference, 2.0, T1, 2)
+    close(main(only(build(records))["new"]).difference, 2.0, T1, 2)
     # another initialisation seed is another run: nothing to pair
     apart = [make_record("dense", init=0, train=0), make_record("new", init=1, train=0)]
-    assert only(build(apart))["new"].difference is None
+    assert main(only(build(apart))["new"]).difference is None
 
 
 def test_initialisations_of_one_training_seed_are_averaged_first() -> None:
-    base = [make_record("dense", init=i, train=t, primary=0.0) for i, t in ((0, 0), (1, 0), (0, 1))]
-    several = [make_record("new", init=i, train=t, primary=v) for i, t, v in ((0, 0, 1.0), (1, 0, 3.0), (0, 1, 4.0))]
+    base = [make_record("dense", init=i, train=t, value=0.0) for i, t in ((0, 0), (1, 0), (0, 1))]
+    several = [make_record("new", init=i, train=t, value=v) for i, t, v in ((0, 0, 1.0), (1, 0, 3.0), (0, 1, 4.0))]
     row = only(build(base + several))["new"]
     # training seed 0: (1 + 3) / 2 = 2, training seed 1: 4; mean 3, sd sqrt(2), n = 2 -> T1 sqrt(2) / sqrt(2)
-    close(row.primary, 3.0, T1, 2)
-    close(row.difference, 3.0, T1, 2)
+    close(main(row).mean, 3.0, T1, 2)
+    close(main(row).difference, 3.0, T1, 2)
     assert row.scores == {"zero-shot/digits-test/log_likelihood": 3.0} and row.runs == 3
 
 
 def test_one_seed_has_no_interval() -> None:
     boards = build(runs("dense", {0: 1.0}) + runs("new", {0: 1.5}))
-    assert only(boards)["new"].primary == SeedMean(1.5, None, 1)
-    assert only(boards)["new"].difference == SeedMean(0.5, None, 1)
+    assert main(only(boards)["new"]).mean == SeedMean(1.5, None, 1)
+    assert main(only(boards)["new"]).difference == SeedMean(0.5, None, 1)
     text = render(boards, "terminal", 200)
     assert "1.5000 (n=1)" in text and "+0.5000 (n=1)" in text and "1.5000 ±" not in text
 
@@ -99,12 +115,93 @@ def test_the_baseline_is_the_first_that_succeeded() -> None:
     assert build(dense + new + sparse)[0].baseline == "sparse-upcycling"
     assert build([*dense, *new, failure("sparse-upcycling")])[0].baseline == "dense"
     (board,) = build(new)
-    assert board.baseline is None and board.rows[0].difference is None
+    assert board.baseline is None and main(board.rows[0]).difference is None
     assert "vs " not in render([board], "terminal", 200).split("±")[0]
 
 
 def test_ties_are_sorted_by_label() -> None:
     assert list(only(build(runs("b", {0: 1.0}) + runs("c", {0: 2.0}) + runs("a", {0: 1.0})))) == ["c", "a", "b"]
+
+
+def test_where_lower_is_better_rows_ascend_and_where_higher_is_they_descend() -> None:
+    values = {"b": 0.5, "c": 0.25, "a": 0.75}
+    for lower, expected in ((True, ["c", "b", "a"]), (False, ["a", "b", "c"])):
+        made = [
+            make_record(label, scores=[score("s", "log_rank", value, headline="one", lower=lower)])
+            for label, value in values.items()
+        ]
+        rows = only(build([*made, failure("0")]))
+        assert [(row.rank, label) for label, row in rows.items()] == [*enumerate(expected, start=1), (None, "0")]
+
+
+def test_ties_of_a_lower_is_better_score_are_sorted_by_label() -> None:
+    made = [make_record(x, scores=[score("s", "log_rank", 1.0, headline="one", lower=True)]) for x in ("b", "c", "a")]
+    assert list(only(build(made))) == ["a", "b", "c"]
+
+
+def test_ranks_are_by_the_first_headline_alone() -> None:
+    """The other one says the opposite, and their sum and mean would, too."""
+    records = two_headlines("a", {0: 1.0}, {0: 9.0}) + two_headlines("b", {0: 1.5}, {0: 3.0})
+    for order in (records, records[::-1]):
+        assert [(row.rank, label) for label, row in only(build(order)).items()] == [(1, "a"), (2, "b")]
+    first = [score("x", "log_rank", 2.0, headline="shift", lower=True)]
+    turned = [
+        make_record("a", scores=[*first, score("y", "acc1", 0.9, headline="in-distribution")]),
+        make_record("b", scores=[first[0] | {"value": 1.0}, score("y", "acc1", 0.1, headline="in-distribution")]),
+    ]
+    assert list(only(build(turned))) == ["b", "a"]
+
+
+def test_each_headline_has_a_mean_and_paired_differences_of_its_own() -> None:
+    rows = only(
+        build(
+            two_headlines("dense", {0: 1.0, 1: 2.0, 2: 3.0}, {0: 10.0, 1: 20.0, 2: 30.0})
+            + two_headlines("new", {0: 0.5, 1: 1.0, 2: 0.5}, {0: 11.0, 1: 21.0, 2: 34.0})
+            + two_headlines("some", {1: 1.0, 7: 0.0}, {1: 26.0, 7: 1.0})
+        )
+    )
+    assert all(list(row.headlines) == ["in-distribution", "shift"] for row in rows.values())
+    near, far = rows["new"].headlines.values()
+    # 0.5, 1, 0.5: mean 2/3, variance (1 + 4 + 1) / 36 / 2 = 1/12; minus 1, 2, 3: -0.5, -1, -2.5, mean -4/3,
+    # deviations 5/6, 2/6, -7/6, variance (25 + 4 + 49) / 36 / 2 = 13/12
+    close(near.mean, 2 / 3, T2 * (1 / 12 / 3) ** 0.5, 3)
+    close(near.difference, -4 / 3, T2 * (13 / 12 / 3) ** 0.5, 3)
+    # 11, 21, 34: mean 22, variance (121 + 1 + 144) / 2 = 133; minus 10, 20, 30: 1, 1, 4, mean 2, variance 3
+    close(far.mean, 22.0, T2 * (133 / 3) ** 0.5, 3)
+    close(far.difference, 2.0, T2, 3)
+    assert [each.difference for each in rows["some"].headlines.values()] == [
+        SeedMean(-1.0, None, 1), SeedMean(6.0, None, 1)
+    ]  # fmt: skip
+    assert all(each.difference is None for each in rows["dense"].headlines.values())
+    assert rows["new"].seeds == 3 and rows["some"].seeds == 2
+
+
+def test_a_board_says_what_its_headlines_are_made_of() -> None:
+    scores = [
+        score("b", "text_retrieval_log_rank", 1.0, headline="shift", lower=True),
+        score("a", "log_rank", 3.0, headline="shift", lower=True),
+        score("c", "acc1", 0.5, headline="photos"),
+        score("d", "acc1", 0.5),
+    ]
+    headlines = headlines_of(scores)
+    headlines["shift"]["chance"] = 4.5
+    (board,) = build([make_record(scores=scores, headlines=headlines), failure("zzz")])
+    assert list(board.headlines.items()) == [
+        ("shift", BoardHeadline(("zero-shot/a/log_rank", "zero-shot/b/text_retrieval_log_rank"), False, 4.5)),
+        ("photos", BoardHeadline(("zero-shot/c/acc1",), True, None)),
+    ]
+    assert main(only(build([make_record()]))["dense"]).mean.mean == 0.5
+    (nothing,) = build([failure("zzz")])
+    assert nothing.headlines == {} and nothing.rows[0].rank is None
+
+
+def test_a_run_without_the_first_headline_has_no_rank_and_stops_no_leaderboard() -> None:
+    """Its first suite gave it no scores, so that the headlines are those of another suite."""
+    other = score("x", "acc1", 0.5, headline="few-shot") | {"suite": "few-shot"}
+    rows = only(build([*two_headlines("new", {0: 1.0}, {0: 2.0}), make_record("other", scores=[other])]))
+    assert [(row.rank, label) for label, row in rows.items()] == [(1, "new"), (None, "other")]
+    rows = only(build([make_record("dense", scores=[other]), *two_headlines("new", {0: 1.0}, {0: 2.0})]))
+    assert all(each.difference is None for each in rows["new"].headlines.values())
 
 
 def test_costs() -> None:
@@ -144,7 +241,7 @@ CERTIFICATE = {
 def test_standard_errors_over_samples_stand_beside_the_metrics() -> None:
     def parts(error: float | None) -> list[dict[str, Any]]:
         return [
-            score("a", "log_likelihood", 0.5, primary=True) | {"standard_error": error},
+            score("a", "log_likelihood", 0.5, headline="in-distribution") | {"standard_error": error},
             score("a", "acc1", 0.6) | {"standard_error": error, "interval": (0.4, 0.8)},
         ]
 
@@ -153,13 +250,13 @@ def test_standard_errors_over_samples_stand_beside_the_metrics() -> None:
     boards = build([*new, old])
     row = only(boards)["new"]
     # (0.02 + 0.04) / 2: seeds share the samples, so a second seed does not lower the error
-    assert row.primary_standard_error == pytest.approx(0.03)
+    assert main(row).standard_error == pytest.approx(0.03)
     assert row.standard_errors == pytest.approx(dict.fromkeys(row.scores, 0.03))
-    assert only(boards)["old"].standard_errors == {} and only(boards)["old"].primary_standard_error is None
+    assert only(boards)["old"].standard_errors == {} and main(only(boards)["old"]).standard_error is None
     for format in ("terminal", "md"):
         text = " ".join(render(boards, format, 250).split())
         assert "0.6000 (0.0300)" in text
-        assert "the standard error of the primary is 0.0300 at most" in text
+        assert "the standard error is at most: in-distribution 0.0300;" in text
     lines = {line["label"]: line for line in csv.DictReader(io.StringIO(render(boards, "csv")))}
     assert float(lines["new"]["zero-shot/a/acc1 standard error"]) == pytest.approx(0.03)
     assert lines["old"]["zero-shot/a/acc1 standard error"] == ""
@@ -219,13 +316,13 @@ def test_a_shape_of_another_cost_is_explained() -> None:
 
 def test_the_newest_success_counts() -> None:
     records = [
-        make_record(primary=2.0, created="2026-01-03T00:00:00Z", run_id="second-run"),
-        make_record(primary=1.0, created="2026-01-02T23:59:59.999999+00:00", run_id="first-run"),
+        make_record(value=2.0, created="2026-01-03T00:00:00Z", run_id="second-run"),
+        make_record(value=1.0, created="2026-01-02T23:59:59.999999+00:00", run_id="first-run"),
         failure("dense", created="2026-01-04T00:00:00Z", run_id="third-run"),
     ]
     for order in (records, records[::-1]):
         row = only(build(order))["dense"]
-        assert row.primary == SeedMean(2.0, None, 1)
+        assert main(row).mean == SeedMean(2.0, None, 1)
         assert (row.runs, row.failed, row.superseded) == (1, 1, 1) and row.outcome == "ok, 1 failed, 1 superseded"
 
 
@@ -240,7 +337,7 @@ def test_a_label_with_failures_only_keeps_a_row() -> None:
     )
     rows = only(boards)
     assert [(row.rank, label) for label, row in rows.items()] == [(1, "dense"), (None, "a"), (None, "b")]
-    assert rows["a"].primary is rows["a"].difference is rows["a"].train_flops is None
+    assert rows["a"].headlines == {} and rows["a"].seeds == 0 and rows["a"].train_flops is None
     assert rows["a"].outcome == "failed: RuntimeError: out of memory"
     assert rows["b"].outcome == "failed: RuntimeError: [gloo] connection | closed (2 failed)"
     assert rows["a"].outcome in render(boards, "terminal", 250) and rows["b"].outcome in render(boards, "terminal", 250)
@@ -278,7 +375,7 @@ def test_from_files(tmp_path: Path) -> None:
     for record in (*runs("dense", {0: 1.0, 1: 3.0}), failure("new")):
         write(record, None, tmp_path)
     rows = only(build([read(path) for path in record_paths(tmp_path)]))
-    close(rows["dense"].primary, 2.0, T1, 2)  # 1, 3: sd sqrt(2)
+    close(main(rows["dense"]).mean, 2.0, T1, 2)  # 1, 3: sd sqrt(2)
     assert rows["new"].rank is None
 
 

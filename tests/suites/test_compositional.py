@@ -86,7 +86,7 @@ def test_a_set_worked_by_hand(root: Path) -> None:
     assert {metric: found["squares", metric] for metric in CHANCE} == expected
     assert {metric: found["squares", f"{metric}[swapped]"] for metric in CHANCE} == dict.fromkeys(CHANCE, 1.0)
     assert found["squares", "pairwise_accuracy[added]"] == 1 / 4
-    assert [score.metric for score in result.scores if score.primary] == ["group_score"]
+    assert [(s.metric, s.headline) for s in result.scores if s.headline] == [("group_score", "compositional")]
     assert {score.metric: score.chance for score in result.scores if "[" not in score.metric} == CHANCE
     assert result.skipped == {"lonely": "no two of its captions differ by exactly one word."}
     assert result.notes["squares"] | {"manifest": ""} == {"images": 5, "candidates": 2, "pairs": 2, "manifest": ""}
@@ -108,6 +108,9 @@ def test_the_mean_over_sets_and_the_batch(root: Path) -> None:
     assert errors["average"] == pytest.approx(errors["squares"])
     samples = {(score.dataset, score.metric): score.samples for score in result.scores}
     assert (samples["squares", "group_score"], samples["average", "group_score"]) == (2, 4)
+    assert {(score.dataset, score.metric, score.headline) for score in result.scores if score.headline} == {
+        (name, "group_score", "compositional") for name in ("squares", "again")
+    }
 
 
 @pytest.mark.filterwarnings("ignore:WebDataset.shardshuffle")

@@ -101,7 +101,7 @@ def test_scores_are_means_over_draws_with_their_interval(root):
     means = correct_RN.mean(axis=1)
     assert score.value == pytest.approx(means.mean()) and score.value > 0.5
     assert score.standard_error == pytest.approx(means.std(ddof=1) / 3**0.5)
-    assert (score.samples, score.chance, score.primary) == (90, 1 / 3, True)
+    assert (score.samples, score.chance, score.headline) == (90, 1 / 3, "few-shot")
     assert {s.metric for s in result.scores} == {"acc1", "mean_per_class_recall"}  # three classes have no acc5
 
 
@@ -218,10 +218,10 @@ def test_the_linear_probe_learns_from_the_whole_pool(root, solver):
     tasks = {"colours": {"pool": ("light",), "test": ("dark",)}}
     results = [LinearProbe(tasks=tasks, solver=solver).evaluate(context(root)) for _ in range(2)]
     acc1, recall = results[0].scores
-    assert (acc1.dataset, acc1.metric, acc1.samples, acc1.primary) == ("colours", "acc1", 30, True)
+    assert (acc1.dataset, acc1.metric, acc1.samples, acc1.headline) == ("colours", "acc1", 30, "linear-probe")
     assert acc1.value == results[0].outcomes["colours/correct@1"].mean() > 0.8
     assert acc1.standard_error == pytest.approx((acc1.value * (1 - acc1.value) / 30) ** 0.5)
-    assert recall.metric == "mean_per_class_recall"
+    assert (recall.metric, recall.headline) == ("mean_per_class_recall", "")
     assert recall.interval[0] < recall.value <= recall.interval[1] <= 1 and recall.interval[0] > 0.7
     assert results[0].notes["colours"]["training_samples"] == 30
     assert [s.value for s in results[1].scores] == [acc1.value, recall.value]

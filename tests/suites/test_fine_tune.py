@@ -100,10 +100,10 @@ def test_it_learns_charges_the_grid_and_leaves_the_model_alone(root, models, kin
     assert {name: module.training for name, module in model.named_modules()} == mode
     assert all(parameter.grad is None for parameter in model.parameters())
 
-    zero_shot = ZeroShot(sets=("dark",), primary=("dark",)).evaluate(context(root, model))
+    zero_shot = ZeroShot(sets=("dark",), headlines={"in": ("dark",)}).evaluate(context(root, model))
     assert acc1(result, "colours/3-shot") == 1.0 > 0.7 > acc1(zero_shot, "dark")
     score = next(s for s in result.scores if s.metric == "acc1")
-    assert (score.primary, score.samples, score.chance, score.standard_error) == (True, 30, 1 / 3, 0.0)
+    assert (score.headline, score.samples, score.chance, score.standard_error) == ("fine-tune", 30, 1 / 3, 0.0)
     assert result.outcomes["colours/3-shot/correct@1"].all()
 
     notes = result.notes["colours/3-shot"]
@@ -129,7 +129,7 @@ def test_at_step_0_it_is_the_zero_shot_classifier(root, models, kind):
     model, here = models[kind], context(root, models[kind])
     classes_YC = class_embeddings(probe_tasks.first_set(suite().tasks["colours"], root), here, {})
     logits_NY, label_N = predict(zero_shot_classifier(model, classes_YC), labelled.index(root / "dark", "test"), here)
-    expected = ZeroShot(sets=("dark",), primary=("dark",)).evaluate(here)
+    expected = ZeroShot(sets=("dark",), headlines={"in": ("dark",)}).evaluate(here)
     correct_N = (logits_NY.argmax(1) == label_N).numpy()
     assert (correct_N == expected.outcomes["dark/correct@1"]).all() and 0 < correct_N.mean() < 1
     log_likelihood_N = logits_NY.log_softmax(1).gather(1, label_N[:, None])[:, 0]
@@ -339,7 +339,7 @@ def test_a_run_of_experts_is_tuned_where_it_was_trained(quick, tmp_path):
     found = {(s.dataset, s.metric): s for s in made.scores if s.suite == "fine-tune"}
     assert found.keys() == {("digits/5-shot", name) for name in ("acc1", "acc5", "mean_per_class_recall")}
     score = found["digits/5-shot", "acc1"]
-    assert score.standard_error > 0 and not score.primary  # zero-shot is the first suite, and has the primary ones
+    assert score.standard_error > 0 and not score.headline  # zero-shot is the first suite, and has the headlines
     assert made.certificate is not None and made.certificate.choices_routed > 0
     assert made.cost.phases["evaluate"].flops > made.suite_notes["fine-tune"]["digits/5-shot"]["flops"] > 0
     # Scored again from the file of weights, it is the same.

@@ -129,7 +129,7 @@ def test_the_suite_equals_clip_benchmark(root: Path) -> None:
         given.model, Loader(), given.tokenizer, dataset.classes, dataset.templates, "cpu", amp=False
     )
     suite = ZeroShot.of_set(root / "colours")
-    assert (suite.primary, suite.primary_metric) == (("colours",), "mean_average_precision")
+    assert (suite.headlines, suite.headline_metric) == ({"colours": ("colours",)}, "mean_average_precision")
     result = suite.evaluate(given)
     (score,) = result.scores
     ((metric, value),) = theirs.items()
@@ -137,24 +137,25 @@ def test_the_suite_equals_clip_benchmark(root: Path) -> None:
         f"colours/{metric}: ours {score.value:.6f}, CLIP_benchmark's {value:.6f}, difference {score.value - value:.1e}"
     )
     assert {score.metric: score.value} == pytest.approx(theirs, abs=1e-6)
-    assert (score.samples, score.primary, score.higher_is_better) == (50, True, True)
+    assert (score.samples, score.headline, score.higher_is_better) == (50, "colours", True)
     precision_Y = result.outcomes["colours/average_precision"]
     assert score.value == precision_Y.mean() and precision_Y[3] == 0
     assert 0.3 < score.chance < 0.5 < precision_Y[:3].max()  # half of the images show a colour; one class is empty
-    assert list(result.outcomes) == ["colours/average_precision"]
+    assert list(result.outcomes) == ["colours/average_precision"] and result.notes == {}  # no logit scale
     (again,) = suite.evaluate(context(root, batch_size=7)).scores
     assert again.value == pytest.approx(score.value, abs=1e-9)
 
 
 def test_beside_other_kinds(root: Path) -> None:
-    found = ZeroShot(sets=("colours", "one"), primary=("one",)).evaluate(context(root))
-    assert [(s.dataset, s.metric, s.primary) for s in found.scores][:2] == [
-        ("colours", "mean_average_precision", False),
-        ("one", "log_likelihood", True),
+    found = ZeroShot(sets=("colours", "one"), headlines={"in": ("one",)}).evaluate(context(root))
+    assert [(s.dataset, s.metric, s.headline) for s in found.scores][:2] == [
+        ("colours", "mean_average_precision", ""),
+        ("one", "log_rank", "in"),
     ]
+    assert list(found.notes["logit_scales"]) == ["one"]
     for settings, message in (
-        ({"sets": ("colours",), "primary": ("colours",)}, "multilabel set colours 'log_likelihood'"),
-        ({"sets": ("one",), "primary": ("one",), "temperature_sets": ("colours",)}, "fitted to the multilabel set"),
+        ({"sets": ("colours",), "headlines": {"in": ("colours",)}}, "multilabel set colours 'log_rank'"),
+        ({"sets": ("one", "colours"), "headlines": {"in": ("one", "colours")}}, "multilabel set colours 'log_rank'"),
     ):
         with pytest.raises(UserError, match=message):
             ZeroShot(**settings).evaluate(context(root))

@@ -50,7 +50,7 @@ def test_it_scores_as_clip_benchmark_with_the_protocols_templates(context: EvalC
     assert list(dataset.templates) != list(TEMPLATES)
     assert found["acc1"].value == pytest.approx(theirs["acc1"])
     assert found["acc5"].value == pytest.approx(theirs["acc5"])
-    assert [score.metric for score in result.scores if score.primary] == ["acc1"]
+    assert [(score.metric, score.headline) for score in result.scores if score.headline] == [("acc1", "out-of-domain")]
     assert (found["acc1"].chance, found["acc1"].samples) == (0.1, 359)
     share = found["acc1"].value
     assert found["acc1"].standard_error == pytest.approx(math.sqrt(share * (1 - share) / 359))
@@ -105,7 +105,7 @@ def test_evaluate_scores_the_labs_digits_without_the_labs_data(tmp_path: Path) -
     assert list(facts["skipped"]) == ["compositional"]
     assert facts["skipped"]["compositional"].startswith("evaluation set not found: test-carbon-retrieval")
     assert {score["suite"] for score in facts["scores"]} == {"out-of-domain"}
-    assert len([score for score in facts["scores"] if score["primary"]]) == 1
+    assert len([score for score in facts["scores"] if score["headline"]]) == 1
     assert np.isfinite([score["value"] for score in facts["scores"]]).all()
 
 

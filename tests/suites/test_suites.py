@@ -35,17 +35,24 @@ def test_optional_suites_run_only_when_asked_and_move_no_other_fingerprint(quick
         plan(quick, "all", "few-shot")
 
 
-def test_the_first_suite_has_the_primary_score(quick: list[str], tmp_path: Path) -> None:
+def test_the_first_suite_has_the_headline_scores(quick: list[str], tmp_path: Path) -> None:
     both = record.read(run(plan(quick, "zero-shot", "few-shot", "compositional"), tmp_path, Reporter()))
     assert {score.suite for score in both.scores} == {"zero-shot", "few-shot", "compositional"}
-    assert {score.suite for score in both.scores if score.primary} == {"zero-shot"}
+    assert {score.suite for score in both.scores if score.headline} == {"zero-shot"}
+    assert list(both.headlines) == ["in-distribution"]
     assert len(both.suite_notes["few-shot"]["digits/5-shot"]["manifests"]) == 3
     notes = both.suite_notes["compositional"]["digits-retrieval"]
     assert (notes["images"], notes["pairs"], len(notes["manifest"])) == (30, 14, 64)
     alone = record.read(run(plan(quick, "few-shot"), tmp_path, Reporter()))
     mine = [score for score in both.scores if score.suite == "few-shot"]
     assert [score.value for score in alone.scores] == [score.value for score in mine]
-    assert {score.dataset for score in alone.scores if score.primary} == {"digits/1-shot", "digits/5-shot"}
+    parts = [score for score in alone.scores if score.headline]
+    assert {(score.headline, score.dataset, score.metric) for score in parts} == {
+        ("few-shot", f"digits/{shots}-shot", "acc1") for shots in (1, 5)
+    }
+    headline = alone.headlines["few-shot"]
+    assert headline.value == pytest.approx(sum(score.value for score in parts) / 2)
+    assert (headline.higher_is_better, headline.chance) == (True, pytest.approx(0.1))
     assert all(score.interval[0] <= score.value <= score.interval[1] for score in alone.scores)
 
 
@@ -60,7 +67,7 @@ def test_a_suite_that_fails_is_skipped_and_its_run_is_not_done(
     path = run(planned, tmp_path, Reporter())
     made = record.read(path)
     assert (made.status, made.skipped) == ("ok", {"few-shot": "ZeroDivisionError: on a bad day"})
-    assert made.primary is not None and {score.suite for score in made.scores} == {"zero-shot"}
+    assert made.headlines and {score.suite for score in made.scores} == {"zero-shot"}
     assert made.protocol.suite_fingerprints == plan(quick).suite_fingerprints
     show_record(made, path)
     assert "skipped: few-shot: ZeroDivisionError: on a bad day" in capsys.readouterr().out

@@ -58,7 +58,7 @@ def test_the_second_run_records_the_same_and_trains_nothing(
     again, path_again = run(planned, tmp_path / "again")
     assert trainings == [strategy]
 
-    for part in ("run_id", "scores", "primary", "receipt", "diagnostics", "hashes", "protocol", "strategy", "seeds"):
+    for part in ("run_id", "scores", "headlines", "receipt", "diagnostics", "hashes", "protocol", "strategy", "seeds"):
         assert getattr(again, part) == getattr(fresh, part), part
     outcomes, outcomes_again = record.read_outcomes(path), record.read_outcomes(path_again)
     assert outcomes.keys() == outcomes_again.keys()
@@ -81,15 +81,18 @@ def test_the_second_run_records_the_same_and_trains_nothing(
 
 def test_another_suite_scores_the_same_training(tmp_path: Path, quick: list[str], trainings: list[str]) -> None:
     first, _ = run(plan("dense", quick, train_seed=42), tmp_path)
-    other = [*quick, 'suites.zero-shot.primary=["digits-retrieval"]']
+    other = [*quick, 'suites.zero-shot.headlines.in-distribution=["digits-retrieval"]']
     second, _ = run(plan("dense", other, train_seed=42), tmp_path)
     assert trainings == ["dense"]
     assert second.protocol.training_fingerprint == first.protocol.training_fingerprint
     assert second.protocol.suite_fingerprints != first.protocol.suite_fingerprints
     assert second.hashes.weights == first.hashes.weights
-    (primary,) = (score for score in second.scores if score.primary)
-    assert primary.dataset == "digits-retrieval"
-    assert primary.value == next(score.value for score in first.scores if score.metric == primary.metric)
+    parts = [score for score in second.scores if score.headline]
+    assert [(score.dataset, score.metric) for score in parts] == [
+        ("digits-retrieval", f"{way}_retrieval_log_rank") for way in ("text", "image")
+    ]
+    for part in parts:
+        assert part.value == next(score.value for score in first.scores if score.metric == part.metric)
 
 
 def test_other_seeds_and_libraries_are_other_trainings(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -244,7 +244,7 @@ def show_outcomes(outcomes: Sequence[Outcome], as_json: bool) -> None:
                 **_identity(outcome.cell),
                 "status": "failed" if outcome.reason else "ok",
                 "ran": outcome.ran,
-                "headlines": {name: each.value for name, each in made.headlines.items()} if made else None,
+                "headlines": {name: each.value for name, each in made.headlines.items()} or None if made else None,
                 "train_seconds": train.seconds if train else None,
                 "record": str(outcome.path) if outcome.path else None,
                 "reason": outcome.reason,
@@ -258,7 +258,7 @@ def show_outcomes(outcomes: Sequence[Outcome], as_json: bool) -> None:
         {
             "strategy": row["strategy"],
             "seed": outcome.cell.seed,
-            **{name: f"{row['headlines'][name]:.4f}" if row["headlines"] else "failed" for name in names},
+            **{name: _value(row["headlines"], name) for name in names},
             "train s": "" if row["train_seconds"] is None else f"{row['train_seconds']:.1f}",
             "status": row["status"],
         }
@@ -267,6 +267,13 @@ def show_outcomes(outcomes: Sequence[Outcome], as_json: bool) -> None:
     table(f"protocol {outcomes[0].cell.plan.protocol.name}", shown)
     for row, outcome in zip(rows, outcomes, strict=True):  # outside the table paths stay whole, to be copied
         print(f"{row['strategy']}, seed {outcome.cell.seed}: {row['reason'] or row['record'] or ''}")
+
+
+def _value(headlines: dict[str, float] | None, name: str) -> str:
+    """A headline score of a run, which may have others only: those of the first suite that did not fail."""
+    if headlines is None:
+        return "failed"
+    return f"{headlines[name]:.4f}" if name in headlines else ""
 
 
 def _identity(cell: Cell) -> dict[str, Any]:

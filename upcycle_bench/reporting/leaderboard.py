@@ -183,7 +183,9 @@ def _board(records: list[Record]) -> Board:
         dense=newest.hashes.dense,
         headlines=headlines,
         baseline=baseline,
-        rows=tuple(replace(row, rank=rank) if row.headlines else row for rank, row in enumerate(rows, start=1)),
+        rows=tuple(
+            replace(row, rank=rank) if first in row.headlines else row for rank, row in enumerate(rows, start=1)
+        ),
     )
 
 
@@ -206,7 +208,7 @@ def _row(runs: list[Record], counting: dict[SeedPair, Record], base: dict[SeedPa
     for seeds, run in sorted(counting.items()):
         for name, headline in run.headlines.items():
             headlines[name][seeds[1]].append(headline.value)
-            if seeds in base:
+            if seeds in base and name in base[seeds].headlines:
                 differences[name][seeds[1]].append(headline.value - base[seeds].headlines[name].value)
         for score in run.scores:
             scores[_column(score)][seeds[1]].append(score.value)
