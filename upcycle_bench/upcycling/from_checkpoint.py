@@ -34,7 +34,7 @@ from upcycle_bench.upcycling.initialise import make_experts
 from upcycle_bench.upcycling.starting_model import CALIBRATION_BATCH
 from upcycle_bench.util import distributed
 from upcycle_bench.util.errors import UserError, first_problem
-from upcycle_bench.util.meter import Meter
+from upcycle_bench.util.meter import Meter, Phase
 from upcycle_bench.util.progress import Reporter
 from upcycle_bench.util.rng import Stream
 
@@ -110,13 +110,13 @@ def upcycle_checkpoint(request: Request, reporter: Reporter) -> Made:
         return reporter.track(_Calibration(request, dense, pairs, wanted), "calibrating")
 
     @contextlib.contextmanager
-    def phase(part: str) -> Iterator[None]:
+    def phase(part: str) -> Iterator[Phase]:
         if part == "calibrate":  # shows its own progress
-            with meter.phase("calibrate"):
-                yield
+            with meter.phase("calibrate") as cost:
+                yield cost
         else:
-            with meter.phase("experts"), reporter.task(f"making experts, {strategy.info.name}"):
-                yield
+            with meter.phase("experts") as cost, reporter.task(f"making experts, {strategy.info.name}"):
+                yield cost
 
     inits = make_experts(strategy, dense.model, request.moe, request.seed, calibration, phase=phase)
     with meter.phase("compare"), reporter.task("comparing with the dense model"):

@@ -27,13 +27,19 @@ from upcycle_bench.model.surgery import find_layers
 from upcycle_bench.strategy import Strategy
 from upcycle_bench.upcycling.calibration import calibrate
 from upcycle_bench.util.errors import PluginError
+from upcycle_bench.util.meter import Phase
 from upcycle_bench.util.rng import Stream
 from upcycle_bench.util.threads import one_thread
 
 # How many pairs are wanted -> batches of (images [B, 3, H, W] as the model takes them, texts [B, L]), on its device.
 CalibrationSource = Callable[[int], Iterable[tuple[Tensor, Tensor]]]
-# The name of a part of the work -> a context that measures it (`util.meter.Meter.phase`), or gives None.
-Phases = Callable[[str], contextlib.AbstractContextManager[Any]]
+# The name of a part of the work -> a context that measures it (`util.meter.Meter.phase`).
+Phases = Callable[[str], contextlib.AbstractContextManager[Phase]]
+
+
+def unmeasured(name: str) -> contextlib.AbstractContextManager[Phase]:
+    """A phase that nobody asks for."""
+    return contextlib.nullcontext(Phase())
 
 
 def make_experts(
@@ -43,7 +49,7 @@ def make_experts(
     init_seed: int,
     calibration: CalibrationSource,
     branches: Sequence[Any] | None = None,
-    phase: Phases = contextlib.nullcontext,
+    phase: Phases = unmeasured,
 ) -> dict[str, LayerInit]:
     """The strategy's experts and router for every layer of `dense` (an open_clip CLIP), by layer name.
 
@@ -66,9 +72,7 @@ def make_experts(
         for layer in layers:
             seen[layer.name] = strategy.calibrator(ffns[layer.name], layer, root.child(layer.name, "calibration"))
         with phase("calibrate") as cost:
-            pairs = calibrate(dense, layers, seen, calibration(strategy.calibration_pairs))
-            if cost is not None:
-                cost.samples = pairs
+            cost.samples = calibrate(dense, layers, seen, calibration(strategy.calibration_pairs))
     inits = {}
     with phase("upcycle"):
         for layer in layers:
