@@ -39,7 +39,7 @@ from upcycle_bench.util.progress import Reporter
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-VERSION = 3  # raise it when the same icons would give other files
+VERSION = 4  # raise it when the same icons would give other files
 SHARDS = 16
 TEMPLATES = ("{c}", "{c} outline", "{c} filled", "{c} line")
 SEEN, UNSEEN = "seen-caption", "unseen-caption"
@@ -109,7 +109,7 @@ def write_evaluation(
     classnames = [caption(name) for name in classes]
     trained = {text for text, split in zip(table.caption, table.split, strict=True) if split == "train"}
     counts = {}
-    for split in sorted(set(table.split) - {"train", "near", "variant"}):
+    for split in sorted(set(table.split) - {"train", *lab_splits.LEFT_OUT}):
         rows = np.flatnonzero(table.split == split)
         known = [row for row in rows if table.base[row] in label_of]
         labelled = ((_picture(images[table.rows[row]]), label_of[table.base[row]]) for row in known)
@@ -183,7 +183,7 @@ def facts(icons: Icons, table: Table, blank: int, counts: dict[str, int], classe
             "unreadable": int((~icons.readable).sum()),
             "blank": blank,
             "near-identical to an evaluation image": int((table.split == "near").sum()),
-            "named like a training icon but for one style word": int((table.split == "variant").sum()),
+            "named like a training icon but for style words": int((table.split == "variant").sum()),
         },
         "classes": len(classes),
         "groups": groups,

@@ -42,6 +42,7 @@ HELD_OUT = {  # group -> split, and how it is drawn
 HELD_SHARE = 0.048  # of (group, drawing) for validation, and again for the temperature
 NEAR = 12.0  # two images that differ by no more grey levels (root mean square) look like one drawing
 BLANK = 8  # an image whose grey levels span no more shows nothing
+LEFT_OUT = ("near", "variant")  # splits of icons that are in neither training nor evaluation
 CLASS_GROUPS = 20  # a base name that at least as many groups draw is a class
 
 
@@ -57,7 +58,7 @@ class Table:
     drawing: list[str]  # coarser than `base`; all icons of a drawing go to one split
     category: list[str]
     caption: list[str]
-    split: np.ndarray  # object [N]: train, near, variant, validation, temperature, dev-GROUP, test-GROUP
+    split: np.ndarray  # object [N]: train, validation, temperature, dev-GROUP, test-GROUP, or one of `LEFT_OUT`
 
 
 def tabulate(icons: Icons) -> tuple[Table, int]:
@@ -130,20 +131,19 @@ def separate(table: Table, images: np.ndarray) -> np.ndarray:
 
 
 def drop_variants(table: Table) -> None:
-    """Move evaluation icons whose name is a training icon's with or without a style word to the split `variant`.
+    """Move evaluation icons that are named like a training icon of their group to the split `variant`.
 
     All icons of a drawing have one split, but a style that a family does not declare can hide that two names are one
-    drawing: "add-duotone-line" beside "add-duotone".
+    drawing: "add-duotone-line" beside "add-duotone", "foot-negative" beside "foot".
     """
-    row_of = {(group, name): row for row, (group, name) in enumerate(zip(table.group, table.name, strict=True))}
-    trained = np.isin(table.split, ["train", "near"])
-    dropped = []
-    for (group, name), row in row_of.items():
-        bare, _, last = name.rpartition("-")
-        other = row_of.get((group, bare), row)
-        if last in lineage.STYLES | lineage.SIBLINGS and trained[row] != trained[other]:
-            dropped.append(row if trained[other] else other)
-    table.split[dropped] = "variant"
+    trained: set[tuple[str, str]] = set()
+    keys = []
+    for group, name, drawing, split in zip(table.group, table.name, table.drawing, table.split, strict=True):
+        keys.append({(group, lineage.plain_name(name)), (group, lineage.plain_name(drawing))})
+        if split in ("train", "near"):
+            trained |= keys[-1]
+    held = ~np.isin(table.split, ["train", *LEFT_OUT])
+    table.split[[row for row in np.flatnonzero(held) if keys[row] & trained]] = "variant"
 
 
 def concepts(table: Table) -> list[str]:
