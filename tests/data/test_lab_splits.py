@@ -58,6 +58,10 @@ def test_every_icon_of_that_name_leaves_and_none_of_another_group():
     assert without_variants(names, splits, ["g", "g", "h", "g"]) == ["variant", "variant", "validation", "train"]
 
 
+def test_a_twin_stays_a_twin():
+    assert without_variants(["foot", "foot-dark"], ["twin", "train"]) == ["twin", "train"]
+
+
 def test_drawings_count_as_names():
     """What the families' declared styles tell: "foot-wavy" and "foot-negative" are one if a family declares "wavy"."""
     assert without_variants(["foot-wavy", "foot-dark"], ["validation", "train"]) == ["validation", "train"]

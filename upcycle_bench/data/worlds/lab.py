@@ -65,6 +65,8 @@ def build(folder: Path, reporter: Reporter) -> None:
         table, blank = lab_splits.tabulate(icons)
     with reporter.task("looking for near-identical images"):
         near_pairs = lab_splits.separate(table, icons.images)
+    with reporter.task("looking for twins"):
+        twins = lab_splits.drop_twins(table, icons.images)
         lab_splits.drop_variants(table)
     classes = lab_splits.concepts(table)
     counts = write_training(folder, table, icons.images, reporter)
@@ -73,7 +75,7 @@ def build(folder: Path, reporter: Reporter) -> None:
     write_index(folder / "index.tsv", table, set(classes))
     write_attribution(folder / "ATTRIBUTION.md", icons)
     with reporter.task("sealing"):
-        write_manifest(folder, facts(icons, table, blank, counts, classes))
+        write_manifest(folder, facts(icons, table, blank, twins, counts, classes))
 
 
 def write_training(folder: Path, table: Table, images: np.ndarray, reporter: Reporter) -> dict[str, int]:
@@ -156,7 +158,14 @@ def write_attribution(path: Path, icons: Icons) -> None:
     path.write_text("\n".join(lines) + "\n", encoding="utf-8", newline="\n")
 
 
-def facts(icons: Icons, table: Table, blank: int, counts: dict[str, int], classes: Sequence[str]) -> dict[str, Any]:
+def facts(
+    icons: Icons,
+    table: Table,
+    blank: int,
+    twins: dict[str, int],
+    counts: dict[str, int],
+    classes: Sequence[str],
+) -> dict[str, Any]:
     """What the manifest says besides the files' hashes: the counts of all splits, removals and groups."""
     icons_of, families_of, left_of = Counter(table.group), defaultdict(set), Counter[str]()
     for family, group, split in zip(table.family, table.group, table.split, strict=True):
@@ -183,6 +192,7 @@ def facts(icons: Icons, table: Table, blank: int, counts: dict[str, int], classe
             "unreadable": int((~icons.readable).sum()),
             "blank": blank,
             "near-identical to an evaluation image": int((table.split == "near").sum()),
+            "twin of a training image": twins,
             "named like a training icon but for style words": int((table.split == "variant").sum()),
         },
         "classes": len(classes),

@@ -2,7 +2,8 @@
 
     table, blank = tabulate(icons)              # a row for each icon that shows something
     pairs = separate(table, icons.images)       # images that look like an evaluation image leave training
-    drop_variants(table)                        # icons that are named like a training icon leave evaluation
+    counts = drop_twins(table, icons.images)    # what training has in other colours or mirrored leaves evaluation
+    drop_variants(table)                        # and what is named like a training icon
 
 Families that descend from each other are one group (`lineage.py`). Twelve groups are held out whole: the `dev` shifts
 for decisions, the `test` shifts for reports. Of all other groups, one in 21 pairs (group, drawing) is held out for
@@ -42,7 +43,7 @@ HELD_OUT = {  # group -> split, and how it is drawn
 HELD_SHARE = 0.048  # of (group, drawing) for validation, and again for the temperature
 NEAR = 12.0  # two images that differ by no more grey levels (root mean square) look like one drawing
 BLANK = 8  # an image whose grey levels span no more shows nothing
-LEFT_OUT = ("near", "variant")  # splits of icons that are in neither training nor evaluation
+LEFT_OUT = ("near", "twin", "variant")  # splits of icons that are in neither training nor evaluation
 CLASS_GROUPS = 20  # a base name that at least as many groups draw is a class
 
 
@@ -128,6 +129,25 @@ def separate(table: Table, images: np.ndarray) -> np.ndarray:
     others = np.unique(pairs[:, 1])
     table.split[others[table.split[others] == "train"]] = "near"
     return pairs
+
+
+def drop_twins(table: Table, images: np.ndarray) -> dict[str, int]:
+    """Move evaluation icons whose image has a twin in training (`twins.py`) to the split `twin`; counts them by kind.
+
+    Training stays as it is, since the shipped dense model was trained on it.
+    """
+    from upcycle_bench.data.worlds.twins import KINDS, find_twins
+
+    trained = np.flatnonzero(table.split == "train")
+    evaluated = np.flatnonzero(~np.isin(table.split, ["train", *LEFT_OUT]))
+    pairs = find_twins(images[table.rows[evaluated]], images[table.rows[trained]])
+    counts = {}
+    for kind in KINDS:
+        rows = evaluated[np.unique(pairs[kind][:, 0])]
+        rows = rows[table.split[rows] != "twin"]
+        table.split[rows] = "twin"
+        counts[kind] = len(rows)
+    return counts
 
 
 def drop_variants(table: Table) -> None:
