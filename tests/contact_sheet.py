@@ -31,7 +31,7 @@ def main() -> None:
     for number in range(TRAINING_ROWS):
         shard = folder / "train" / f"{number * lab.SHARDS // TRAINING_ROWS:02d}.tar"
         rows.append(("training" if number == 0 else "", pictures(shard, COLUMNS, every=700)))
-    held = [("validation", "validation: the training styles")]
+    held = [("validation", "validation: the training families")]
     for split in ("dev", "test"):
         groups = [group for group, (where, _) in lab_splits.HELD_OUT.items() if where == split]
         held += [(f"{split}-{group}", f"shift-{split}: {group} ({lab_splits.HELD_OUT[group][1]})") for group in groups]

@@ -38,6 +38,12 @@ HELD_OUT = {
     "twins": ("test", "colour"),
 }
 LICENSED = [*TRAINING, "iota", "uil", "uim", "kappa", "twins"]
+COPIES = {  # kind of twin -> what is behind the drawing, its colour, and its place, where the original has (4, 6)
+    "recoloured": ("", "#b02020", "translate(4 6)"),
+    "inverted": ('<path fill="#000" d="M0 0h24v24H0z"/>', "#fff", "translate(4 6)"),
+    "mirrored": ("", "currentColor", "translate(24 0) scale(-1 1) translate(4 6)"),
+    "shifted": ("", "currentColor", "translate(7 3)"),  # four pixels
+}
 STYLES = {"suffixes": {"": "Regular", "bold": "Bold"}}
 
 
@@ -65,6 +71,13 @@ def families() -> list[dict[str, Any]]:
         for copy, moved in enumerate((0, 0, NEARLY)):
             name = f"twin-{'abc'[copy]}{'uvwxyz'[place]}"
             icons["twins"][name] = drawing(99, place, fill="#c33" if place % 2 else "currentColor", moved=moved)
+    # Held-out icons and copies of them in a family that is trained on.
+    for number, (kind, (behind, fill, placed)) in enumerate(COPIES.items()):
+        for place in range(6):
+            own = drawing(95, place, number)
+            icons["kappa"][f"{kind}-{chr(97 + place)}"] = f'<g transform="translate(4 6) scale(.5)">{own}</g>'
+            own = drawing(95, place, number, fill=fill)
+            icons["alpha"][f"{kind}-copy-{chr(97 + place)}"] = f'{behind}<g transform="{placed} scale(.5)">{own}</g>'
     icons["twins"] |= {"home_work": drawing(98, 0), "home-work": drawing(98, 1)}
     tones = ("", "-light", "-medium-dark", "-dark-skin-tone")
     icons["theta"] |= {f"wave{tone}": drawing(97, len(tone)) for tone in tones}
@@ -154,7 +167,7 @@ def test_the_splits_are_all_there_and_none_is_empty(world: World, manifest: dict
     sets = sorted(path.name for path in world.eval_root.iterdir())
     assert sets == sorted([*SPLITS, *(f"{split}-retrieval" for split in SPLITS)])
     assert [path.name for path in world.train_shards] == ["00.tar", "01.tar", "02.tar"]
-    assert set(manifest["counts"]) == {*SPLITS, "train", "near", "set train", *(f"set {name}" for name in sets)}
+    assert set(manifest["counts"]) == {*SPLITS, "train", "near", "twin", "set train", *(f"set {name}" for name in sets)}
     assert min(manifest["counts"].values()) >= 5
 
 
@@ -219,9 +232,9 @@ def test_nothing_crosses_by_group_family_or_drawing(index: list[dict[str, str]])
         for key in ("drawing", "class"):
             bases[row["group"], row[key] or row["drawing"]].add(row["split"].replace("near", "train"))
     for group, (split, _) in HELD_OUT.items():
-        assert splits_of[group] == {f"{split}-{group}"}
+        assert splits_of[group] - {"twin"} == {f"{split}-{group}"}
     assert splits_of["uim"] == {"dev-uil"}
-    assert all(splits_of[family] <= {"train", "near", "variant", "validation", "temperature"} for family in TRAINING)
+    assert all(splits_of[family] <= {"train", "near", "validation", "temperature"} for family in TRAINING)
     assert all(len(splits) == 1 for splits in bases.values())
 
 
@@ -241,6 +254,24 @@ def test_no_training_image_is_near_an_evaluation_image(
     assert {("gamma", f"copy-{n}") for n in "abcde"} | {("delta", "stolen")} <= names | {
         (row["family"], row["name"]) for row in index if row["split"] in ("validation", "temperature")
     }
+
+
+def test_what_training_has_in_another_guise_has_left_evaluation(
+    manifest: dict[str, Any], index: list[dict[str, str]], world: World, training: list[tuple[np.ndarray, str]]
+):
+    split_of = {(row["family"], row["name"]): row["split"] for row in index}
+    counts = {}
+    for kind in COPIES:
+        pairs = [(split_of["kappa", f"{kind}-{n}"], split_of["alpha", f"{kind}-copy-{n}"]) for n in "abcdef"]
+        assert all((original == "twin") == (copy == "train") for original, copy in pairs)
+        counts[kind] = sum(original == "twin" for original, _ in pairs)
+    assert min(counts.values()) > 0
+    assert manifest["removed"]["twin of a training image"] == counts
+    assert manifest["counts"]["twin"] == sum(counts.values())
+    evaluated = [image for path in world.eval_root.iterdir() for image, _ in samples(world, path.name)]
+    trained = [image for image, _ in training]
+    for change in (lambda image: 255 - image, lambda image: image[:, ::-1], lambda image: 255 - image[:, ::-1]):
+        assert not near([change(image) for image in evaluated], trained).any()
 
 
 def test_the_training_shards_hold_the_training_icons_in_order(

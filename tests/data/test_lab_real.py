@@ -20,10 +20,13 @@ from tests.conftest import REAL_CACHE
 from tests.data.test_lineage import REQUIRED
 from upcycle_bench.data.worlds import icons, lab, lab_splits
 from upcycle_bench.data.worlds.lineage import caption, skin_tones
+from upcycle_bench.data.worlds.twins import KINDS, find_twins
 from upcycle_bench.util.files import file_sha256
 
 FOLDER = REAL_CACHE / "worlds" / f"lab-{lab.VERSION}"
 QUERIES = 300  # evaluation images that are compared with all of training
+TRAINED_ON = "26043a6c8d81bcf6074127eaa12a76482fd94c19d08ff2ceaa6054f982e2a030"  # by the dense model that we ship
+WORDS = "line outline fill filled solid bold light thin 20-filled negative dark icon wordmark".split()  # noqa: SIM905
 
 
 @pytest.fixture(scope="module")
@@ -90,8 +93,17 @@ def test_a_sample_of_files_is_what_the_manifest_says(folder: Path, manifest: dic
         assert file_sha256(folder / name) == files[name], name
 
 
-def test_no_training_image_is_near_an_evaluation_image(folder: Path, manifest: dict[str, Any]):
-    """`QUERIES` evaluation images, as many from each set, against every training image, on all pixels."""
+def test_the_training_shards_are_those_of_the_shipped_dense_model(manifest: dict[str, Any]):
+    """Splits may change for evaluation only: the sha256 of the hashes of all shards, in their order."""
+    shards = sorted(name for name in manifest["files"] if name.startswith("train/"))
+    assert hashlib.sha256("".join(manifest["files"][name] for name in shards).encode()).hexdigest() == TRAINED_ON
+
+
+def test_no_training_image_is_near_an_evaluation_image_or_its_twin(folder: Path, manifest: dict[str, Any]):
+    """`QUERIES` evaluation images, as many from each set, against every training image, on all pixels.
+
+    Nor is one of them inverted, mirrored or moved, or in other colours.
+    """
     sets = sorted((folder / "eval").iterdir())
     rng = random.Random(0)
     evaluated: list[bytes] = []
@@ -105,11 +117,12 @@ def test_no_training_image_is_near_an_evaluation_image(folder: Path, manifest: d
     bound = lab_splits.NEAR**2 * queries_QP.shape[1]
     float_QP = queries_QP.astype(np.float32)
     squares_Q = np.square(float_QP).sum(1)
-    seen = 0
+    seen, shape = 0, (icons.SIZE, icons.SIZE, 3)
     for shard in sorted((folder / "train").iterdir()):
         images = [image for image, _ in samples(shard)]
         assert not exact.intersection(hashlib.blake2b(image, digest_size=16).digest() for image in images)
         seen += len(images)
+        parts = []
         for start in range(0, len(images), 4096):
             some_NP = np.stack([pixels(image) for image in images[start : start + 4096]])
             float_NP = some_NP.astype(np.float32)
@@ -118,6 +131,9 @@ def test_no_training_image_is_near_an_evaluation_image(folder: Path, manifest: d
             for n, q in np.argwhere(rest_NQ <= 1.01 * bound):
                 difference = some_NP[n].astype(int) - queries_QP[q]
                 assert (difference**2).sum() > bound, (shard.name, start + n)
+            parts.append(some_NP)
+        twins = find_twins(queries_QP.reshape(-1, *shape), np.concatenate(parts).reshape(-1, *shape))
+        assert {kind: len(pairs) for kind, pairs in twins.items()} == dict.fromkeys(KINDS, 0), shard.name
     assert seen == manifest["counts"]["train"] >= 200_000
 
 
@@ -150,24 +166,24 @@ def test_no_family_or_group_crosses(index: list[dict[str, str]]):
     assert all(len(groups) == 1 for groups in groups_of.values())
     for group, splits in splits_of.items():
         if group in lab_splits.HELD_OUT:
-            assert splits == {f"{lab_splits.HELD_OUT[group][0]}-{group}"}
+            assert splits - {"twin"} == {f"{lab_splits.HELD_OUT[group][0]}-{group}"}
         else:
-            assert splits <= {"train", "near", "variant", "validation", "temperature"}
+            assert splits <= {"train", *lab_splits.LEFT_OUT, "validation", "temperature"}
     assert lab_splits.HELD_OUT.keys() <= splits_of.keys()
 
 
 def test_no_drawing_of_a_group_crosses(index: list[dict[str, str]]):
     splits_of: dict[tuple[str, str], set[str]] = defaultdict(set)
     for row in index:
-        if row["split"] != "variant":
+        if row["split"] not in ("twin", "variant"):
             splits_of[row["group"], row["drawing"]].add(row["split"].replace("near", "train"))
     assert [key for key, splits in splits_of.items() if len(splits) > 1] == []
 
 
-@pytest.mark.parametrize("word", ["line", "outline", "fill", "filled", "solid", "bold", "light", "thin", "20-filled"])
+@pytest.mark.parametrize("word", WORDS)
 def test_a_name_and_its_variant_are_on_one_side(index: list[dict[str, str]], word: str):
     """Told from the names alone, without the functions that made the split."""
-    kept = [row for row in index if row["split"] != "variant"]
+    kept = [row for row in index if row["split"] not in ("twin", "variant")]
     split_of = {(row["group"], row["name"]): row["split"] in ("train", "near") for row in kept}
     pairs = [
         (name, trained, split_of[group, f"{name}-{word}"])
@@ -199,11 +215,14 @@ def test_the_manifest_counts_what_the_index_lists(manifest: dict[str, Any], inde
     listed = {split: count for split, count in manifest["counts"].items() if not split.startswith("set ")}
     assert listed == counts
     assert manifest["removed"]["near-identical to an evaluation image"] == counts["near"]
-    assert manifest["removed"]["named like a training icon but for one style word"] == counts["variant"] < 100
+    assert manifest["removed"]["named like a training icon but for style words"] == counts["variant"] < 1000
+    twins = manifest["removed"]["twin of a training image"]
+    assert list(twins) == sorted(KINDS) and min(twins.values()) > 0
+    assert sum(twins.values()) == counts["twin"] < 0.04 * 65_635  # of all images held out
     assert manifest["counts"]["set train"] == counts["train"] >= 200_000
-    assert min(counts["validation"], counts["temperature"]) >= 16_000
+    assert min(counts["validation"], counts["temperature"]) >= 15_000
     assert manifest["classes"] == len({row["class"] for row in index} - {""})
-    for split in counts.keys() - {"train", "near", "variant"}:
+    for split in counts.keys() - {"train", *lab_splits.LEFT_OUT}:
         labelled = sum(row["split"] == split and row["class"] != "" for row in index)
         assert manifest["counts"][f"set {split}"] == labelled
         assert 0 < manifest["counts"][f"set {split}-retrieval"] <= counts[split]

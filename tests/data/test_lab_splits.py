@@ -26,11 +26,44 @@ def test_a_share_of_the_drawings_is_held_for_each_purpose(monkeypatch: pytest.Mo
     assert set(splits) == {"train", "validation", "temperature"}
 
 
+def without_variants(
+    names: list[str], splits: list[str], groups: list[str] | None = None, drawings: list[str] | None = None
+) -> list[str]:
+    """The splits after `drop_variants`; one group, and drawings called like the icons, unless told."""
+    empty = [""] * len(names)
+    columns = [empty, groups or ["g"] * len(names), names, names, drawings or names, empty, names]
+    table = lab_splits.Table(np.arange(len(names)), *columns, np.array(splits, dtype=object))
+    lab_splits.drop_variants(table)
+    return table.split.tolist()
+
+
 def test_what_is_named_like_a_training_icon_leaves_evaluation():
     names = ["add", "add-line", "bell-duo", "bell-duo-line", "cat", "cat-line", "dog-house", "dog"]
     splits = ["train", "validation", "temperature", "near", "validation", "validation", "train", "validation"]
-    columns = [["g"] * len(names), ["g"] * len(names), names, names, names, [""] * len(names), names]
-    table = lab_splits.Table(np.arange(len(names)), *columns, np.array(splits, dtype=object))
-    lab_splits.drop_variants(table)
     changed = ["train", "variant", "variant", "near", "validation", "validation", "train", "validation"]
-    assert table.split.tolist() == changed  # "house" is no style
+    assert without_variants(names, splits) == changed  # "house" is no style
+
+
+def test_negative_dark_icon_and_wordmark_make_variants_in_either_direction():
+    names = ["foot-negative", "foot", "foot-outline-24px", "x", "x-icon", "y-wordmark", "y-dark", "z-dark", "z-cat"]
+    splits = ["train", "validation", "validation", "train", "temperature", "validation", "near", "dev-g", "dev-g"]
+    changed = ["train", "variant", "variant", "train", "variant", "variant", "near", "dev-g", "dev-g"]
+    assert without_variants(names, splits) == changed
+
+
+def test_every_icon_of_that_name_leaves_and_none_of_another_group():
+    """A group has several families, and so a name more than once."""
+    names = ["foot", "foot", "foot", "foot-negative"]
+    splits = ["validation"] * 3 + ["train"]
+    assert without_variants(names, splits, ["g", "g", "h", "g"]) == ["variant", "variant", "validation", "train"]
+
+
+def test_a_twin_stays_a_twin():
+    assert without_variants(["foot", "foot-dark"], ["twin", "train"]) == ["twin", "train"]
+
+
+def test_drawings_count_as_names():
+    """What the families' declared styles tell: "foot-wavy" and "foot-negative" are one if a family declares "wavy"."""
+    assert without_variants(["foot-wavy", "foot-dark"], ["validation", "train"]) == ["validation", "train"]
+    found = without_variants(["foot-wavy", "foot-dark"], ["validation", "train"], drawings=["foot", "foot-dark"])
+    assert found == ["variant", "train"]

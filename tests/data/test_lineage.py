@@ -150,6 +150,33 @@ def test_base_name(name: str, declared: tuple[str, ...], base: str):
     assert base_name(base, declared) == base  # nothing more comes off
 
 
+@pytest.mark.parametrize(
+    ("name", "plain"),
+    [
+        ("foot-negative", "foot"),
+        ("foot-dark-24px", "foot"),
+        ("github-icon", "github"),
+        ("github-wordmark-dark", "github"),
+        ("chart-line-duotone-2", "chart"),
+        ("outline-home", "home"),
+        ("dark-mode", "dark-mode"),  # only at the end
+        ("negative-light", "negative"),
+        ("icon", "icon"),  # never empty
+        ("dog-house", "dog-house"),
+    ],
+)
+def test_plain_name(name: str, plain: str):
+    assert lineage.plain_name(name) == plain
+    assert lineage.plain_name(plain) == plain
+
+
+def test_the_split_does_not_know_the_new_words():
+    """With them other icons would be trained on, and the shipped dense model would not fit any more."""
+    names = ["foot", "foot-negative", "foot-dark", "foot-icon", "foot-wordmark"]
+    assert lineage.drawings(names, []) == {name: name for name in names}
+    assert [base_name(name) for name in names] == names
+
+
 def test_sizes_and_fill_variants_share_a_base_name():
     variants = ["cloud", "cloud-16", "cloud-24", "cloud-filled", "cloud-16-filled", "cloud-24px", "outline-cloud"]
     assert {base_name(name) for name in variants} == {"cloud"}

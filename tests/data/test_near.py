@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from upcycle_bench.data.worlds import near
-from upcycle_bench.data.worlds.near import components, near_pairs
+from upcycle_bench.data.worlds.near import components, matches, near_pairs
 
 RMS = 12.0
 
@@ -96,6 +96,24 @@ def test_no_queries_and_a_single_image():
     images = np.zeros((3, 10), dtype=np.uint8)
     assert near_pairs(images, np.zeros(0, dtype=np.int64), RMS).shape == (0, 2)
     assert near_pairs(images[:1], np.array([0]), RMS).shape == (0, 2)
+
+
+@pytest.mark.parametrize("pixels", [3, 40, 300])
+def test_matches_of_images_that_are_not_among_the_others(pixels: int):
+    rng = np.random.default_rng(pixels)
+    images = planted(rng, 20, pixels)
+    queries, others = np.split(rng.permutation(images), [40])
+    both = np.concatenate([queries, others])
+    asked = [(query, other - 40) for query, other in by_hand(both, np.arange(40), RMS) if other >= 40]
+    assert asked and [tuple(pair) for pair in matches(queries, others, RMS).tolist()] == asked
+    far = 255 - queries // 4  # hardly any of them is near: the projection is fitted to the others
+    expected = [pair for pair in by_hand(np.concatenate([far, others]), np.arange(40), RMS) if pair[1] >= 40]
+    assert matches(far, others, RMS).tolist() == [[query, other - 40] for query, other in expected]
+    own = rng.choice([4.0, RMS, 60.0], 40)  # a bound for each query
+    within = {rms: set(by_hand(both, np.flatnonzero(own == rms), rms)) for rms in set(own.tolist())}
+    expected = sorted(pair for found in within.values() for pair in found if pair[1] >= 40)
+    assert matches(queries, others, own).tolist() == [[query, other - 40] for query, other in expected]
+    assert matches(queries, others[:0], RMS).shape == matches(queries[:0], others, RMS).shape == (0, 2)
 
 
 def test_strips_blocks_and_a_fit_to_a_sample(monkeypatch: pytest.MonkeyPatch):

@@ -39,7 +39,7 @@ from upcycle_bench.util.progress import Reporter
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-VERSION = 3  # raise it when the same icons would give other files
+VERSION = 4  # raise it when the same icons would give other files
 SHARDS = 16
 TEMPLATES = ("{c}", "{c} outline", "{c} filled", "{c} line")
 SEEN, UNSEEN = "seen-caption", "unseen-caption"
@@ -65,6 +65,8 @@ def build(folder: Path, reporter: Reporter) -> None:
         table, blank = lab_splits.tabulate(icons)
     with reporter.task("looking for near-identical images"):
         near_pairs = lab_splits.separate(table, icons.images)
+    with reporter.task("looking for twins"):
+        twins = lab_splits.drop_twins(table, icons.images)
         lab_splits.drop_variants(table)
     classes = lab_splits.concepts(table)
     counts = write_training(folder, table, icons.images, reporter)
@@ -73,7 +75,7 @@ def build(folder: Path, reporter: Reporter) -> None:
     write_index(folder / "index.tsv", table, set(classes))
     write_attribution(folder / "ATTRIBUTION.md", icons)
     with reporter.task("sealing"):
-        write_manifest(folder, facts(icons, table, blank, counts, classes))
+        write_manifest(folder, facts(icons, table, blank, twins, counts, classes))
 
 
 def write_training(folder: Path, table: Table, images: np.ndarray, reporter: Reporter) -> dict[str, int]:
@@ -109,7 +111,7 @@ def write_evaluation(
     classnames = [caption(name) for name in classes]
     trained = {text for text, split in zip(table.caption, table.split, strict=True) if split == "train"}
     counts = {}
-    for split in sorted(set(table.split) - {"train", "near", "variant"}):
+    for split in sorted(set(table.split) - {"train", *lab_splits.LEFT_OUT}):
         rows = np.flatnonzero(table.split == split)
         known = [row for row in rows if table.base[row] in label_of]
         labelled = ((_picture(images[table.rows[row]]), label_of[table.base[row]]) for row in known)
@@ -156,7 +158,14 @@ def write_attribution(path: Path, icons: Icons) -> None:
     path.write_text("\n".join(lines) + "\n", encoding="utf-8", newline="\n")
 
 
-def facts(icons: Icons, table: Table, blank: int, counts: dict[str, int], classes: Sequence[str]) -> dict[str, Any]:
+def facts(
+    icons: Icons,
+    table: Table,
+    blank: int,
+    twins: dict[str, int],
+    counts: dict[str, int],
+    classes: Sequence[str],
+) -> dict[str, Any]:
     """What the manifest says besides the files' hashes: the counts of all splits, removals and groups."""
     icons_of, families_of, left_of = Counter(table.group), defaultdict(set), Counter[str]()
     for family, group, split in zip(table.family, table.group, table.split, strict=True):
@@ -183,7 +192,8 @@ def facts(icons: Icons, table: Table, blank: int, counts: dict[str, int], classe
             "unreadable": int((~icons.readable).sum()),
             "blank": blank,
             "near-identical to an evaluation image": int((table.split == "near").sum()),
-            "named like a training icon but for one style word": int((table.split == "variant").sum()),
+            "twin of a training image": twins,
+            "named like a training icon but for style words": int((table.split == "variant").sum()),
         },
         "classes": len(classes),
         "groups": groups,

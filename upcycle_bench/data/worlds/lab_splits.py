@@ -2,7 +2,8 @@
 
     table, blank = tabulate(icons)              # a row for each icon that shows something
     pairs = separate(table, icons.images)       # images that look like an evaluation image leave training
-    drop_variants(table)                        # icons that are named like a training icon leave evaluation
+    counts = drop_twins(table, icons.images)    # what training has in other colours or mirrored leaves evaluation
+    drop_variants(table)                        # and what is named like a training icon
 
 Families that descend from each other are one group (`lineage.py`). Twelve groups are held out whole: the `dev` shifts
 for decisions, the `test` shifts for reports. Of all other groups, one in 21 pairs (group, drawing) is held out for
@@ -42,6 +43,7 @@ HELD_OUT = {  # group -> split, and how it is drawn
 HELD_SHARE = 0.048  # of (group, drawing) for validation, and again for the temperature
 NEAR = 12.0  # two images that differ by no more grey levels (root mean square) look like one drawing
 BLANK = 8  # an image whose grey levels span no more shows nothing
+LEFT_OUT = ("near", "twin", "variant")  # splits of icons that are in neither training nor evaluation
 CLASS_GROUPS = 20  # a base name that at least as many groups draw is a class
 
 
@@ -57,7 +59,7 @@ class Table:
     drawing: list[str]  # coarser than `base`; all icons of a drawing go to one split
     category: list[str]
     caption: list[str]
-    split: np.ndarray  # object [N]: train, near, variant, validation, temperature, dev-GROUP, test-GROUP
+    split: np.ndarray  # object [N]: train, validation, temperature, dev-GROUP, test-GROUP, or one of `LEFT_OUT`
 
 
 def tabulate(icons: Icons) -> tuple[Table, int]:
@@ -129,21 +131,39 @@ def separate(table: Table, images: np.ndarray) -> np.ndarray:
     return pairs
 
 
+def drop_twins(table: Table, images: np.ndarray) -> dict[str, int]:
+    """Move evaluation icons whose image has a twin in training (`twins.py`) to the split `twin`; counts them by kind.
+
+    Training stays as it is, since the shipped dense model was trained on it.
+    """
+    from upcycle_bench.data.worlds.twins import KINDS, find_twins
+
+    trained = np.flatnonzero(table.split == "train")
+    evaluated = np.flatnonzero(~np.isin(table.split, ["train", *LEFT_OUT]))
+    pairs = find_twins(images[table.rows[evaluated]], images[table.rows[trained]])
+    counts = {}
+    for kind in KINDS:
+        rows = evaluated[np.unique(pairs[kind][:, 0])]
+        rows = rows[table.split[rows] != "twin"]
+        table.split[rows] = "twin"
+        counts[kind] = len(rows)
+    return counts
+
+
 def drop_variants(table: Table) -> None:
-    """Move evaluation icons whose name is a training icon's with or without a style word to the split `variant`.
+    """Move evaluation icons that are named like a training icon of their group to the split `variant`.
 
     All icons of a drawing have one split, but a style that a family does not declare can hide that two names are one
-    drawing: "add-duotone-line" beside "add-duotone".
+    drawing: "add-duotone-line" beside "add-duotone", "foot-negative" beside "foot".
     """
-    row_of = {(group, name): row for row, (group, name) in enumerate(zip(table.group, table.name, strict=True))}
-    trained = np.isin(table.split, ["train", "near"])
-    dropped = []
-    for (group, name), row in row_of.items():
-        bare, _, last = name.rpartition("-")
-        other = row_of.get((group, bare), row)
-        if last in lineage.STYLES | lineage.SIBLINGS and trained[row] != trained[other]:
-            dropped.append(row if trained[other] else other)
-    table.split[dropped] = "variant"
+    trained: set[tuple[str, str]] = set()
+    keys = []
+    for group, name, drawing, split in zip(table.group, table.name, table.drawing, table.split, strict=True):
+        keys.append({(group, lineage.plain_name(name)), (group, lineage.plain_name(drawing))})
+        if split in ("train", "near"):
+            trained |= keys[-1]
+    held = ~np.isin(table.split, ["train", *LEFT_OUT])
+    table.split[[row for row in np.flatnonzero(held) if keys[row] & trained]] = "variant"
 
 
 def concepts(table: Table) -> list[str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from fnmatch import fnmatchcase
 
 # Families that are known to descend from each other. The group has the first name. A pattern stands for all that match.
@@ -45,6 +46,10 @@ STYLES = frozenset(
 SIBLINGS = frozenset(
     "line bold light thin regular broken duo alt variant round color colour flat stroke".split()  # noqa: SIM905
 )
+# Words at the end of a name that make it a variant of the name without them. The split itself keeps to the lists above:
+# with the last four words other icons would be held out, some that the shipped dense model was trained on. So these
+# words only take icons out of evaluation (`drop_variants`).
+VARIANTS = STYLES | SIBLINGS | {"negative", "dark", "icon", "wordmark"}
 TONES = "medium-light|medium-dark|light|medium|dark"
 
 
@@ -107,10 +112,19 @@ def base_name(name: str, declared: Iterable[str] = ()) -> str:
     `declared` are the style affixes that the family declares ("bold", "sharp-duotone"). The result is never empty.
     """
     styles = STYLES.union(*(affix.split("-") for affix in declared))
+    return _without(name, styles, styles)
+
+
+def plain_name(name: str) -> str:
+    """The name without `VARIANTS` words, sizes and counters at its end: "foot-negative-24px" -> "foot"."""
+    return _without(name, VARIANTS, STYLES)
+
+
+def _without(name: str, last: AbstractSet[str], first: AbstractSet[str]) -> str:
     words = name.split("-")
-    while len(words) > 1 and (words[-1] in styles or re.fullmatch(r"\d+(px)?", words[-1])):
+    while len(words) > 1 and (words[-1] in last or re.fullmatch(r"\d+(px)?", words[-1])):
         words.pop()
-    while len(words) > 1 and words[0] in styles:
+    while len(words) > 1 and words[0] in first:
         words.pop(0)
     return "-".join(words)
 
