@@ -23,6 +23,7 @@ from upcycle_bench.training.job import Job, Progress
 from upcycle_bench.training.loop import train
 from upcycle_bench.training.pretrain import load_dense
 from upcycle_bench.upcycling.starting_model import Start, diagnosed, initialise
+from upcycle_bench.upcycling.final_form import require_describable
 from upcycle_bench.util import distributed
 from upcycle_bench.util.cache import cache_root
 from upcycle_bench.util.meter import Meter
@@ -51,12 +52,16 @@ def run(plan: Plan, results: Path, reporter: Reporter, *, fresh: bool = False) -
                     start = Start(protocol, world, dense, data)
                     model, state.receipt = initialise(plan.strategy, start, plan.init_seed, state.meter, reporter)
                     state.progress = train_model(plan, model, data, work, state.meter, reporter)
+                    require_describable(
+                        plan.strategy, model.model, dense.model, protocol.train.schedule.steps,
+                        diagnosed(dense, data, device),
+                    )  # fmt: skip
                     state.metrics = work / "metrics.jsonl"
                     state.parameters = parameter_counts(model.model)  # of the trained form, before the merge
                     merge(model.model)
                     state.weights = weights.save(model, plan.moe, weights_folder)
                     state.final = whole_model(plan, model, weights_folder / f"{state.weights}.safetensors")
-                    remember(state, key, model, dense)
+                    remember(state, key)
                 path = None
                 if distributed.is_main():
                     assert state.final is not None and state.weights is not None
@@ -124,12 +129,12 @@ def diagnostics(state: RunState, dense: Clip, data: PairDataset) -> dict[str, An
     return found | {"loss_shares_at_start": {"steps": progress.share_steps, **progress.mean_loss_shares}}
 
 
-def remember(state: RunState, key: str, model: Clip, dense: Clip) -> None:
+def remember(state: RunState, key: str) -> None:
     """Store the finished training in the cache, before it is evaluated: if that fails, it need not be repeated.
 
-    A control that does not train is not stored, nor a model that its file does not describe. Every rank must call it.
+    A control that does not train is not stored.
     """
-    if state.plan.strategy.trains and finished.can_be_rebuilt(model.model, dense.model) and distributed.is_main():
+    if state.plan.strategy.trains and distributed.is_main():
         assert state.metrics is not None
         finished.store(key, state.trained(), state.metrics)
 
