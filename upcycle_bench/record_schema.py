@@ -48,6 +48,7 @@ class StrategyPart(Part):
     status: Literal["published", "reconstructed", "control", "unpublished"]
     reconstructed: tuple[str, ...] = Field(description="parts that the paper leaves open and we had to choose")
     paper: str
+    code: str | None = Field(default=None, description="fingerprint of its code; None in older records")
     distribution: str
     version: str
 

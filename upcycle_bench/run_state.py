@@ -21,6 +21,8 @@ from upcycle_bench.model import backends
 from upcycle_bench.model.clip import Clip
 from upcycle_bench.model.moe import parameter_counts
 from upcycle_bench.planning.plan import Plan, run_id
+from upcycle_bench.planning.estimate import unequal_cost
+from upcycle_bench.planning.fingerprint import code_fingerprint
 from upcycle_bench.suite import SuiteResult
 from upcycle_bench.training.finished import Trained
 from upcycle_bench.training.job import Progress
@@ -144,6 +146,7 @@ def _record(state: RunState, **parts: Any) -> record.Record:
             # Without the suites that were skipped: their tables have no row for this run.
             "suite_fingerprints": {
                 name: value for name, value in plan.suite_fingerprints.items() if name not in parts.get("skipped", {})
+            "code": code_fingerprint(type(plan.strategy)),
             },
             "resolved": protocol.model_dump(mode="json"),
         },
