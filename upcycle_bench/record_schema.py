@@ -60,7 +60,7 @@ class ProtocolPart(Part):
     division: Literal["closed", "open"]
     overrides: tuple[str, ...] = Field(description="`--set` values; any of them opens the division")
     unequal: str | None = Field(
-        default=None, description="why the strategy's own shape opens the division: its cost is not the protocol's"
+        default=None, description="why the built model opens the division: its cost is not that of the protocol's MoE"
     )
     training_fingerprint: Name
     suite_fingerprints: dict[str, str] = Field(description="suite -> fingerprint")

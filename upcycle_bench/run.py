@@ -13,6 +13,7 @@ from upcycle_bench.data.pairs import PairDataset
 from upcycle_bench.evaluation.score import score
 from upcycle_bench.model import weights
 from upcycle_bench.model.clip import Clip
+from upcycle_bench.model.cost import model_cost
 from upcycle_bench.model.measure import diagnose
 from upcycle_bench.model.moe import parameter_counts
 from upcycle_bench.model.surgery import merge
@@ -22,8 +23,8 @@ from upcycle_bench.training import finished, session
 from upcycle_bench.training.job import Job, Progress
 from upcycle_bench.training.loop import train
 from upcycle_bench.training.pretrain import load_dense
-from upcycle_bench.upcycling.starting_model import Start, diagnosed, initialise
 from upcycle_bench.upcycling.final_form import require_describable
+from upcycle_bench.upcycling.starting_model import Start, diagnosed, initialise
 from upcycle_bench.util import distributed
 from upcycle_bench.util.cache import cache_root
 from upcycle_bench.util.meter import Meter
@@ -51,11 +52,11 @@ def run(plan: Plan, results: Path, reporter: Reporter, *, fresh: bool = False) -
                 if fresh or not recall(state, key):
                     start = Start(protocol, world, dense, data)
                     model, state.receipt = initialise(plan.strategy, start, plan.init_seed, state.meter, reporter)
-                    state.progress = train_model(plan, model, data, work, state.meter, reporter)
                     require_describable(
                         plan.strategy, model.model, dense.model, protocol.train.schedule.steps,
                         diagnosed(dense, data, device),
                     )  # fmt: skip
+                    state.progress = train_model(plan, model, data, work, state.meter, reporter)
                     state.metrics = work / "metrics.jsonl"
                     state.parameters = parameter_counts(model.model)  # of the trained form, before the merge
                     merge(model.model)
@@ -65,6 +66,7 @@ def run(plan: Plan, results: Path, reporter: Reporter, *, fresh: bool = False) -
                 path = None
                 if distributed.is_main():
                     assert state.final is not None and state.weights is not None
+                    state.built = model_cost(state.final.model)
                     outcome, state.certificate = score(
                         plan.suites, world.eval_root, state.final, state.meter, reporter, state.weights
                     )

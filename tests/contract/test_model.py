@@ -9,12 +9,15 @@ import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from tests.helpers import contrastive_loss, equal, features, tiny_batches, tiny_clip, tiny_moe, upcycled
+from tests.helpers import SMOKE, contrastive_loss, equal, features, tiny_batches, tiny_clip, tiny_moe, upcycled
 from upcycle_bench.model import rebuild, weights
 from upcycle_bench.model.clip import Clip
+from upcycle_bench.model.cost import model_cost
 from upcycle_bench.model.moe import moe_layers
 from upcycle_bench.model.surgery import merge
+from upcycle_bench.planning.estimate import estimate
 from upcycle_bench.planning.registry import load_registry
+from upcycle_bench.protocol import load_protocol
 from upcycle_bench.strategy import ExtraLoss, Strategy, configure, resolve_moe
 from upcycle_bench.upcycling.final_form import require_describable
 from upcycle_bench.util.rng import Stream
@@ -184,3 +187,11 @@ def test_a_file_will_describe_what_training_makes(strategy: Strategy) -> None:
     clip = tiny_clip()
     model = upcycled(strategy, clip, seed=0).model
     require_describable(strategy, model, clip.model, 100, tiny_batches(clip, seed=5))
+
+
+def test_the_built_model_costs_what_the_plan_says(strategy: Strategy) -> None:
+    protocol = load_protocol(SMOKE, ["moe.experts=4"])
+    model = upcycled(strategy, tiny_clip(), 0, protocol.moe).model
+    merge(model)
+    planned = estimate(protocol, strategy)
+    assert model_cost(model) == (planned.parameters_active, planned.forward_flops)
