@@ -129,6 +129,9 @@ class CertificatePart(Part):
         default=None, description="suites that score copies they trained, which this leaves out"
     )
     weights: Name = Field(description="sha256 of the model's tensors, the same before and after")
+    reloaded: RepeatPart | None = Field(
+        default=None, description="the same by the model of the saved file; None: not ours, or older"
+    )
     seconds: float = Field(ge=0, description="that these checks took, without the evaluation")
 
 

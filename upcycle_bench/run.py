@@ -67,8 +67,9 @@ def run(plan: Plan, results: Path, reporter: Reporter, *, fresh: bool = False) -
                 if distributed.is_main():
                     assert state.final is not None and state.weights is not None
                     state.built = model_cost(state.final.model)
+                    file = weights_folder / f"{state.weights}.safetensors"
                     outcome, state.certificate = score(
-                        plan.suites, world.eval_root, state.final, state.meter, reporter, state.weights
+                        plan.suites, world.eval_root, state.final, state.meter, reporter, state.weights, file
                     )
                     state.diagnostics = diagnostics(state, dense, data)
                     path = write_record(state, outcome, results)

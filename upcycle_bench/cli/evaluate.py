@@ -94,6 +94,8 @@ def _certified(proof: Mapping[str, Any]) -> Iterator[str]:
     differing = sum(repeat["differing"] for repeat in proof["repeats"])
     same = f"{differing} differ, by a tie of experts" if differing else "the same"
     yield f"{proof['predictions']:,} predictions again in batches of {sizes}, the last in another order: {same}"
+    if proof["reloaded"]:
+        yield "the saved file gives the same"
     if proof["choices_routed"]:
         yield f"0 of {proof['choices_routed']:,} choices of tokens dropped"
     for control in proof["controls"]:

@@ -9,17 +9,19 @@ Shape suffixes: N samples.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from upcycle_bench.data import evalset as evalsets
+from upcycle_bench.data import labelled
 from upcycle_bench.data.evalset import EvalSet
-from upcycle_bench.evaluation.embedding_cache import SPOT, Arrays, remembered
+from upcycle_bench.evaluation.embedding_cache import Arrays, remembered
 from upcycle_bench.evaluation.probe import Examples
 from upcycle_bench.model import backends
 from upcycle_bench.suite import EvalContext
@@ -41,12 +43,13 @@ def image_features(folder: Path, split: str, context: EvalContext) -> Examples:
         features_NC, labels = encode_images(evalset, context)
         return {"features": features_NC.numpy(), "labels": torch.as_tensor(labels, dtype=torch.int64).numpy()}
 
-    def first() -> Arrays:
-        images_B3HW, _ = next(iter(evalsets.read(folder, context.transform, SPOT, split).batches))
+    def again(rows: Sequence[int]) -> Arrays:
+        chosen = labelled.index(folder, split).take(np.array(rows))
+        images_B3HW, _ = next(chosen.batches(context.transform, len(rows)))
         return {"features": embed(context.model.encode_image, images_B3HW, context).numpy()}
 
     what = ["images", evalsets.digest(folder, split), split] if context.weights else []
-    arrays = remembered(what, context, make, first)
+    arrays = remembered(what, context, make, again)
     return Examples(torch.from_numpy(arrays["features"]), torch.from_numpy(arrays["labels"]))
 
 
