@@ -91,7 +91,12 @@ def test_a_run_is_recorded_whole(tmp_path: Path, quick: list[str], strategy: str
     assert made.certificate is not None and made.certificate.predictions > 128
     assert sum(repeat.differing for repeat in made.certificate.repeats) == 0
     assert (made.certificate.choices_routed > 0) == moe
-    assert [(each.dataset, each.samples) for each in made.certificate.controls] == [("digits-test", 256)]
+    assert made.certificate.reloaded is not None and made.certificate.reloaded.differing == 0
+    assert [(each.dataset, each.permuted, each.draws, each.samples) for each in made.certificate.controls] == [
+        ("digits-test", "labels", 4, 256),
+        ("digits-test", "classes", 4, 256),
+    ]
+    assert made.protocol.unequal is None
     assert all(score.standard_error is not None and score.interval is not None for score in made.scores)
     outcomes = record.read_outcomes(path)
     right = outcomes["zero-shot/digits-test/correct@1"]

@@ -106,15 +106,22 @@ class RepeatPart(Part):
 
 
 class ControlPart(Part):
-    """A suite's scores with shuffled labels: the metric furthest above chance, by z of its standard errors."""
+    """A suite's scores with labels or class names dealt out anew (`evaluation.shuffled_labels`).
+
+    Of labels it is the metric furthest above chance.
+    """
 
     suite: Name
     dataset: Name
     samples: int = Field(ge=1)
     metric: Name
-    value: float
+    permuted: Literal["labels", "classes"] = "labels"
+    draws: int = Field(default=1, ge=1)
+    value: float = Field(description="mean over draws")
     chance: float
-    z: float
+    z: float | None = Field(default=None, description="of labels: standard errors above chance, all draws together")
+    z_of_draws: tuple[float, ...] = Field(default=(), description="of labels, each draw alone")
+    bound: float | None = Field(default=None, description="of classes: the most that answers from names can reach")
 
 
 class CertificatePart(Part):
@@ -122,6 +129,9 @@ class CertificatePart(Part):
 
     predictions: int = Field(ge=1, description="that each of `repeats` compares with those of the evaluation")
     repeats: tuple[RepeatPart, ...] = Field(min_length=1)
+    reloaded: RepeatPart | None = Field(
+        default=None, description="the same by the model of the saved file; None: not ours, or older"
+    )
     choices_routed: int = Field(ge=0, description="(token, choice) pairs in the whole evaluation; none was dropped")
     controls: tuple[ControlPart, ...]
     uncontrolled: str | None = Field(default=None, description="why a kind of set has no control")
@@ -129,9 +139,6 @@ class CertificatePart(Part):
         default=None, description="suites that score copies they trained, which this leaves out"
     )
     weights: Name = Field(description="sha256 of the model's tensors, the same before and after")
-    reloaded: RepeatPart | None = Field(
-        default=None, description="the same by the model of the saved file; None: not ours, or older"
-    )
     seconds: float = Field(ge=0, description="that these checks took, without the evaluation")
 
 

@@ -99,9 +99,10 @@ def _certified(proof: Mapping[str, Any]) -> Iterator[str]:
     if proof["choices_routed"]:
         yield f"0 of {proof['choices_routed']:,} choices of tokens dropped"
     for control in proof["controls"]:
+        what = "labels" if control["permuted"] == "labels" else "class names"
         yield (
-            f"labels of {control['dataset']} shuffled: {control['metric']} {control['value']:.4f}, chance "
-            f"{control['chance']:.4f} on {control['samples']} samples"
+            f"{what} of {control['dataset']} shuffled {control['draws']} times: {control['metric']} "
+            f"{control['value']:.4f}, chance {control['chance']:.4f} on {control['samples']} samples"
         )
     if proof["controls"]:
         yield "these are balanced subsets with fewer classes or captions, so their chance is not the tables'"

@@ -80,7 +80,8 @@ def certify(
         return None
     repeats = [repeat(witness.model, samples, context, *settings) for settings in REPEATS]
     reloaded = repeat_from_file(witness.model, samples, context, file) if file is not None else None
-    controls, uncontrolled = shuffled_labels.score_shuffled(suites, context)
+    tensors = hashlib.sha256("".join(witness.before.values()).encode()).hexdigest()
+    controls, uncontrolled = shuffled_labels.score_shuffled(suites, context, tensors)
     return CertificatePart(
         predictions=sum(len(sample.rows) for sample in samples),
         repeats=tuple(repeats),
@@ -89,7 +90,7 @@ def certify(
         controls=tuple(controls),
         uncontrolled=uncontrolled,
         uncovered=", ".join(name for name, suite in suites.items() if suite.info.tunes) or None,
-        weights=hashlib.sha256("".join(witness.before.values()).encode()).hexdigest(),
+        weights=tensors,
         seconds=time.perf_counter() - began,
     )
 
