@@ -49,6 +49,7 @@ class StrategyPart(Part):
     reconstructed: tuple[str, ...] = Field(description="parts that the paper leaves open and we had to choose")
     footing: str = Field(default="", description="what is not as for all others, and is charged or told instead")
     paper: str
+    code: str | None = Field(default=None, description="fingerprint of its code; None in older records")
     distribution: str
     version: str
 
@@ -60,7 +61,7 @@ class ProtocolPart(Part):
     division: Literal["closed", "open"]
     overrides: tuple[str, ...] = Field(description="`--set` values; any of them opens the division")
     unequal: str | None = Field(
-        default=None, description="why the strategy's own shape opens the division: its cost is not the protocol's"
+        default=None, description="why the built model opens the division: its cost is not that of the protocol's MoE"
     )
     training_fingerprint: Name
     suite_fingerprints: dict[str, str] = Field(description="suite -> fingerprint")
@@ -115,15 +116,22 @@ class RepeatPart(Part):
 
 
 class ControlPart(Part):
-    """A suite's scores with shuffled labels: the metric furthest above chance, by z of its standard errors."""
+    """A suite's scores with labels or class names dealt out anew (`evaluation.shuffled_labels`).
+
+    Of labels it is the metric furthest above chance.
+    """
 
     suite: Name
     dataset: Name
     samples: int = Field(ge=1)
     metric: Name
-    value: float
+    permuted: Literal["labels", "classes"] = "labels"
+    draws: int = Field(default=1, ge=1)
+    value: float = Field(description="mean over draws")
     chance: float
-    z: float
+    z: float | None = Field(default=None, description="of labels: standard errors better than chance, all draws together")
+    z_of_draws: tuple[float, ...] = Field(default=(), description="of labels, each draw alone")
+    bound: float | None = Field(default=None, description="of classes: the most that answers from names can reach")
 
 
 class CertificatePart(Part):
@@ -131,6 +139,9 @@ class CertificatePart(Part):
 
     predictions: int = Field(ge=1, description="that each of `repeats` compares with those of the evaluation")
     repeats: tuple[RepeatPart, ...] = Field(min_length=1)
+    reloaded: RepeatPart | None = Field(
+        default=None, description="the same by the model of the saved file; None: not ours, or older"
+    )
     choices_routed: int = Field(ge=0, description="(token, choice) pairs in the whole evaluation; none was dropped")
     controls: tuple[ControlPart, ...]
     uncontrolled: str | None = Field(default=None, description="why a kind of set has no control")

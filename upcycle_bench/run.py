@@ -13,6 +13,7 @@ from upcycle_bench.data.pairs import PairDataset
 from upcycle_bench.evaluation.score import score
 from upcycle_bench.model import weights
 from upcycle_bench.model.clip import Clip
+from upcycle_bench.model.cost import model_cost
 from upcycle_bench.model.measure import diagnose
 from upcycle_bench.model.moe import parameter_counts
 from upcycle_bench.model.surgery import merge
@@ -22,6 +23,7 @@ from upcycle_bench.training import finished, session
 from upcycle_bench.training.job import Job, Progress
 from upcycle_bench.training.loop import train
 from upcycle_bench.training.pretrain import load_dense
+from upcycle_bench.upcycling.final_form import require_describable
 from upcycle_bench.upcycling.starting_model import Start, diagnosed, initialise
 from upcycle_bench.util import distributed
 from upcycle_bench.util.cache import cache_root
@@ -50,18 +52,24 @@ def run(plan: Plan, results: Path, reporter: Reporter, *, fresh: bool = False) -
                 if fresh or not recall(state, key):
                     start = Start(protocol, world, dense, data)
                     model, state.receipt = initialise(plan.strategy, start, plan.init_seed, state.meter, reporter)
+                    require_describable(
+                        plan.strategy, model.model, dense.model, protocol.train.schedule.steps,
+                        diagnosed(dense, data, device),
+                    )  # fmt: skip
                     state.progress = train_model(plan, model, data, work, state.meter, reporter)
                     state.metrics = work / "metrics.jsonl"
                     state.parameters = parameter_counts(model.model)  # of the trained form, before the merge
                     merge(model.model)
                     state.weights = weights.save(model, plan.moe, weights_folder)
                     state.final = whole_model(plan, model, weights_folder / f"{state.weights}.safetensors")
-                    remember(state, key, model, dense)
+                    remember(state, key)
                 path = None
                 if distributed.is_main():
                     assert state.final is not None and state.weights is not None
+                    state.built = model_cost(state.final.model)
+                    file = weights_folder / f"{state.weights}.safetensors"
                     outcome, state.certificate = score(
-                        plan.suites, world.eval_root, state.final, state.meter, reporter, state.weights
+                        plan.suites, world.eval_root, state.final, state.meter, reporter, state.weights, file
                     )
                     state.diagnostics = diagnostics(state, dense, data)
                     path = write_record(state, outcome, results)
@@ -130,12 +138,12 @@ def diagnostics(state: RunState, dense: Clip, data: PairDataset) -> dict[str, An
     return found
 
 
-def remember(state: RunState, key: str, model: Clip, dense: Clip) -> None:
+def remember(state: RunState, key: str) -> None:
     """Store the finished training in the cache, before it is evaluated: if that fails, it need not be repeated.
 
-    A control that does not train is not stored, nor a model that its file does not describe. Every rank must call it.
+    A control that does not train is not stored.
     """
-    if state.plan.strategy.trains and finished.can_be_rebuilt(model.model, dense.model) and distributed.is_main():
+    if state.plan.strategy.trains and distributed.is_main():
         assert state.metrics is not None
         finished.store(key, state.trained(), state.metrics)
 

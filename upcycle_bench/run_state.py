@@ -19,7 +19,10 @@ from upcycle_bench import record
 from upcycle_bench.evaluation.score import headlines_of, scores_of, skips_of
 from upcycle_bench.model import backends
 from upcycle_bench.model.clip import Clip
+from upcycle_bench.model.cost import Cost
 from upcycle_bench.model.moe import parameter_counts
+from upcycle_bench.planning.estimate import unequal_cost
+from upcycle_bench.planning.fingerprint import code_fingerprint
 from upcycle_bench.planning.plan import Plan, run_id
 from upcycle_bench.suite import SuiteResult
 from upcycle_bench.training.finished import Trained
@@ -40,6 +43,7 @@ class RunState:
     progress: Progress | None = None
     metrics: Path | None = None  # the file
     parameters: tuple[int, int] | None = None  # total, active
+    built: Cost | None = None  # of the final model, as it is scored
     weights: str | None = None  # sha256 of the final model's file
     final: Clip | None = None  # with all its experts, on rank 0
     training: dict[str, Any] | None = None  # where and when the weights were trained, if not in this run
@@ -66,6 +70,16 @@ class RunState:
         self.parameters, self.final, self.metrics = facts.parameters, final, metrics
         self.meter.phases |= {name: Phase(**cost.model_dump()) for name, cost in facts.phases.items()}
         self.training = {"time": facts.time, "environment": facts.environment}
+
+
+def unequal(plan: Plan, built: Cost) -> str | None:
+    """Why a built model does not compare with the protocol's own MoE, or None.
+
+    A dense control compares, though it costs less, as long as it does not cost more or declares another shape.
+    """
+    if plan.strategy.info.status == "control" and not plan.strategy.replaces_ffn:
+        return plan.unequal or unequal_cost(plan.protocol, built, only_above=True)
+    return unequal_cost(plan.protocol, built)
 
 
 def write_record(state: RunState, outcome: Mapping[str, SuiteResult], results: Path) -> Path:
@@ -116,11 +130,11 @@ def write_failure(state: RunState, error: Exception, results: Path) -> Path:
 
 
 def _record(state: RunState, **parts: Any) -> record.Record:
-    plan = state.plan
+    plan = state.plan if state.built is None else state.plan.as_built(unequal(state.plan, state.built))
     info, protocol = plan.strategy.info, plan.protocol
     tree = {
         "schema_version": record.SCHEMA_VERSION,
-        "run_id": run_id(plan, state.dense or ""),
+        "run_id": run_id(state.plan, state.dense or ""),
         "created": now(),
         "strategy": {
             "name": info.name,
@@ -131,6 +145,7 @@ def _record(state: RunState, **parts: Any) -> record.Record:
             "reconstructed": info.reconstructed,
             "footing": info.footing,
             "paper": info.paper,
+            "code": code_fingerprint(type(plan.strategy)),
             "distribution": plan.entry.distribution,
             "version": plan.entry.version,
         },

@@ -98,6 +98,7 @@ class EvalContext:
     weights     sha256 of the model's file, under which embeddings are cached; "" for a model without a file
     track       track(items, what) yields the items and shows progress
     on_encoded  on_encoded(model, encode, inputs, embeddings), called after each batch that was encoded
+    encoded     where each input's embedding is kept, so that equal inputs are encoded once; None: encode all
     """
 
     model: nn.Module
@@ -109,6 +110,7 @@ class EvalContext:
     weights: str = ""
     track: Callable[[Iterable[Any], str], Iterable[Any]] = field(default=lambda items, what: items)
     on_encoded: Callable[[nn.Module, Any, torch.Tensor, torch.Tensor], None] | None = None
+    encoded: dict[Any, torch.Tensor] | None = None
 
 
 class Suite(ABC):

@@ -10,14 +10,17 @@ import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from tests.helpers import contrastive_loss, equal, features, tiny_batches, tiny_clip, tiny_moe, upcycled
-from upcycle_bench.model import weights
+from tests.helpers import SMOKE, contrastive_loss, equal, features, tiny_batches, tiny_clip, tiny_moe, upcycled
+from upcycle_bench.model import rebuild, weights
 from upcycle_bench.model.clip import Clip
+from upcycle_bench.model.cost import model_cost
 from upcycle_bench.model.moe import moe_layers
 from upcycle_bench.model.surgery import merge
+from upcycle_bench.planning.estimate import estimate
 from upcycle_bench.planning.registry import load_registry
+from upcycle_bench.protocol import load_protocol
 from upcycle_bench.strategy import ExtraLoss, Strategy, configure, resolve_moe
-from upcycle_bench.training import finished
+from upcycle_bench.upcycling.final_form import require_describable
 from upcycle_bench.util.rng import Stream
 
 REGISTRY = load_registry()
@@ -154,7 +157,7 @@ def test_merged_experts_compute_the_same_and_stand_alone(strategy: Strategy) -> 
     assert len({p.untyped_storage().data_ptr() for p in experts}) == len(experts)
     assert not [expert for layer in moe_layers(model).values() for expert in layer.experts if hasattr(expert, "merged")]
     if any(hasattr(expert, "merged") for expert in before):
-        assert finished.can_be_rebuilt(model, clip.model)
+        assert rebuild.unlike_its_file(model, clip.model) is None
 
 
 def test_round_trips(strategy: Strategy, tmp_path: Path) -> None:
@@ -177,4 +180,20 @@ def test_round_trips(strategy: Strategy, tmp_path: Path) -> None:
     assert torch.equal(features(loaded.model, *batch), expected)
     assert len(moe_layers(loaded.model)) == len(moe_layers(made.model))
     assert weights.save(loaded, moe, tmp_path) == digest  # same content, same name
-    assert finished.can_be_rebuilt(made.model, clip.model)
+    assert rebuild.unlike_its_file(made.model, clip.model) is None
+    assert rebuild.other_answers(made.model, clip.model, *batch) is None
+
+
+def test_a_file_will_describe_what_training_makes(strategy: Strategy) -> None:
+    """Also of experts that are merged, between the stages or at the end; a run would refuse it else."""
+    clip = tiny_clip()
+    model = upcycled(strategy, clip, seed=0).model
+    require_describable(strategy, model, clip.model, 100, tiny_batches(clip, seed=5))
+
+
+def test_the_built_model_costs_what_the_plan_says(strategy: Strategy) -> None:
+    protocol = load_protocol(SMOKE, ["moe.experts=4"])
+    model = upcycled(strategy, tiny_clip(), 0, protocol.moe).model
+    merge(model)
+    planned = estimate(protocol, strategy)
+    assert model_cost(model) == (planned.parameters_active, planned.forward_flops)

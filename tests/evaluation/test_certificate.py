@@ -15,12 +15,12 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from tests.evaluation.contexts import context_of
+from tests.evaluation.sets import write_sets
 from tests.helpers import equal, tiny_clip
 from upcycle_bench import api
 from upcycle_bench.cli.evaluate import show_certificate
-from upcycle_bench.data import evalset as evalsets
 from upcycle_bench.data import evalset_write
-from upcycle_bench.evaluation import certificate, features, shuffled_labels
+from upcycle_bench.evaluation import certificate, shuffled_labels
 from upcycle_bench.evaluation.certificate import MARGIN, differences, routing_margin
 from upcycle_bench.evaluation.score import score
 from upcycle_bench.evaluation.witness import MOST, Reservoir, Witness
@@ -34,27 +34,14 @@ from upcycle_bench.util.errors import Unsound
 from upcycle_bench.util.meter import Meter
 from upcycle_bench.util.progress import Reporter
 
-NAMES = ("red", "green", "blue", "grey")
 SUITES = {"zero-shot": ZeroShot(sets=("colours", "pairs"), headlines={"in": ("colours",)})}
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Noisy pictures of four tints, sorted by class: 90, 60, 40 and 10 of them; and the same pictures with captions."""
+    """`colours` and `pairs`; see tests/evaluation/sets.py."""
     folder = tmp_path_factory.mktemp("sets")
-    rng = np.random.default_rng(0)
-    labels = np.repeat(np.arange(4), (90, 60, 40, 10))
-    tints = np.array([[200, 40, 40], [40, 200, 40], [40, 40, 200], [120, 120, 120]])
-    noise = rng.integers(-40, 40, (200, 8, 8, 3))
-    pictures = [Image.fromarray(p) for p in (tints[labels][:, None, None] + noise).astype(np.uint8)]
-    evalset_write.write_classification(
-        folder / "colours", zip(pictures, labels.tolist(), strict=True), NAMES, ("{c}", "all {c}")
-    )
-    evalset_write.write_classification(
-        folder / "colours", zip(pictures, labels.tolist(), strict=True), NAMES, ("{c}",), split="train"
-    )
-    captions = [[f"{NAMES[label]} {i}"] for i, label in enumerate(labels)]
-    evalset_write.write_retrieval(folder / "pairs", zip(pictures, captions, strict=True))
+    write_sets(folder)
     return folder
 
 
@@ -82,8 +69,13 @@ def test_a_sound_evaluation_has_its_certificate(root: Path, experts: bool) -> No
     ]
     assert all(0 < each.largest_distance < 1e-5 for each in proof.repeats)
     assert (proof.choices_routed > 0) == experts
-    assert {(each.dataset, each.samples) for each in proof.controls} == {("colours", 120), ("pairs", 200)}
-    assert all(each.z < 4 for each in proof.controls) and proof.uncontrolled is None
+    assert {(each.dataset, each.permuted, each.draws, each.samples) for each in proof.controls} == {
+        ("colours", "labels", 4, 120),
+        ("colours", "classes", 2, 120),
+        ("pairs", "labels", 4, 200),
+    }
+    assert all(each.z < 5 for each in proof.controls if each.z is not None) and proof.uncontrolled is None
+    assert proof.reloaded is None  # it has no file
     assert not any(
         layer.gate._forward_hooks or layer.gate._forward_pre_hooks for layer in moe_layers(clip.model).values()
     )
@@ -185,27 +177,6 @@ class Training(ZeroShot):
 def test_changed_weights_are_refused(root: Path) -> None:
     text = refused(root, tiny_clip(), {"training": Training(sets=("colours",), headlines={"in": ("colours",)})})
     assert "it changed 1 tensors of the model, logit_scale first; a suite must not train it." in text
-
-
-def test_leaking_labels_are_refused(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The image features are made of the labels, so every answer is right, shuffled or not."""
-    honest = features.encode_images
-
-    def leaking(evalset: evalsets.EvalSet, context: EvalContext) -> tuple[Tensor, list[Any]]:
-        embeddings_NC, labels = honest(evalset, context)
-        if evalset.kind == "classification":
-            texts = context.tokenizer([evalset.templates[0].format(c=name) for name in evalset.classnames])
-            with torch.no_grad():
-                embeddings_NC = context.model.encode_text(texts, normalize=True)[torch.as_tensor(labels)]  # type: ignore[operator]
-        return embeddings_NC, labels
-
-    monkeypatch.setattr("upcycle_bench.evaluation.texts.encode_images", leaking)
-    text = refused(root, tiny_clip())
-    assert text.count("standard errors above") == 1
-    assert re.search(
-        r"with shuffled labels zero-shot gives \w+ 1.0000 on 120 samples of colours, where chance is 0.5", text
-    )
-    assert text.endswith("standard errors above); labels leak into the answers.")
 
 
 def test_features_of_another_model_in_the_cache_are_refused(root: Path, tmp_path: Path) -> None:
@@ -352,36 +323,6 @@ def test_the_reservoir_is_a_fair_sample() -> None:
     assert torch.histc(kept.float(), 5, 0, 5000).tolist() == pytest.approx([102.4] * 5, abs=36)  # 4 sigma
 
 
-def test_labels_are_shuffled_and_balanced(root: Path, tmp_path: Path) -> None:
-    assert shuffled_labels.shuffled(root / "colours", tmp_path / "colours") == 120  # 40 of the first three
-    made = evalsets.read(tmp_path / "colours", np.asarray, 200)
-    ((images, labels),) = made.batches
-    counts = np.bincount(labels)
-    assert len(set(counts.tolist())) == 1 and made.templates == ("{c}",)
-    means = np.array([image.reshape(-1, 3).mean(axis=0) for image in images])
-    true = [NAMES.index(made.classnames[k]) for k in range(len(counts))]
-    tints = means.argmax(axis=1)  # of red, green and blue pictures
-    assert np.bincount(tints, minlength=3)[true].tolist() == counts.tolist()
-    agree = np.mean(np.array(true)[labels] == tints)
-    assert agree == pytest.approx(1 / len(counts), abs=0.12)  # 3 sigma
-
-    assert shuffled_labels.shuffled(root / "pairs", tmp_path / "pairs") == 200
-    ((images, captions),) = evalsets.read(tmp_path / "pairs", np.asarray, 200).batches
-    ((originals, true_captions),) = evalsets.read(root / "pairs", np.asarray, 200).batches
-    of_image = {image.tobytes(): texts for image, texts in zip(originals, true_captions, strict=True)}
-    assert sorted(captions) == sorted(true_captions)
-    assert np.mean([of_image[image.tobytes()] == texts for image, texts in zip(images, captions, strict=True)]) < 0.03
-
-
-def test_small_sets_and_other_labels_have_no_control(root: Path, tmp_path: Path) -> None:
-    rng = np.random.default_rng(0)
-    pictures = [Image.fromarray(p) for p in rng.integers(0, 256, (40, 8, 8, 3), dtype=np.uint8)]
-    evalset_write.write_classification(tmp_path / "few", zip(pictures, [0, 1] * 20, strict=True), ("a", "b"), ("{c}",))
-    _, proof = evaluate(tmp_path, tiny_clip(), {"zero-shot": ZeroShot(sets=("few",), headlines={"in": ("few",)})})
-    assert proof is not None and proof.controls == ()
-    assert proof.uncontrolled == "zero-shot: evaluation set few: 40 samples are too few for a control."
-
-
 @dataclass(frozen=True, kw_only=True)
 class Named(ZeroShot):
     """A suite that scores only what a protocol names, on copies that it trains."""
@@ -410,5 +351,6 @@ def test_what_a_certificate_leaves_out_is_said_on_the_terminal(
     assert "not controlled: named: it scores only what a protocol names, and no protocol" in said
     assert "--protocol" not in said
     # The two largest of four classes: chance is 1/2 there and 1/4 in the table.
-    assert re.search(r"labels of colours shuffled: \S+ 0\.\d+, chance 0\.5000 on 120 samples", said)
+    assert re.search(r"labels of colours shuffled 4 times: \S+ 0\.\d+, chance 0\.5000 on 120 samples", said)
+    assert re.search(r"class names of colours shuffled 2 times: acc1 0\.\d+, chance 0\.5000 on 120 samples", said)
     assert "their chance is not the tables'" in said

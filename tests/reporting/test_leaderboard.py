@@ -365,10 +365,28 @@ def test_marks() -> None:
     ]
 
 
-@pytest.mark.parametrize("changes", [{"version": "0.2.0"}, {"config": {"tau": 0.7}}, {"distribution": "fork"}])
+@pytest.mark.parametrize(
+    "changes",
+    [{"version": "0.2.0"}, {"config": {"tau": 0.7}}, {"distribution": "fork"}, {"code": "0123456789abcdef"}],
+)
 def test_a_row_of_different_code_says_so(changes: dict[str, Any]) -> None:
     rows = only(build([make_record("new", train=0), make_record("new", train=1, strategy=changes)]))
-    assert rows["new"].outcome == "ok, mixes configurations or versions"
+    assert rows["new"].outcome == "ok, mixes configurations, versions or code"
+
+
+def test_runs_with_changes_that_no_commit_has_are_counted() -> None:
+    def tree(dirty: bool) -> dict[str, Any]:
+        return {"git": {"commit": "c", "dirty": dirty}}
+
+    scored, clean, wheel = {"environment": tree(True)}, {"environment": tree(False)}, {"environment": {"git": None}}
+    trained = {"environment": tree(False) | {"training": {"time": "t", "environment": tree(True)}}}
+    records = [make_record("new", train=seed, **each) for seed, each in enumerate((scored, clean, wheel, trained))]
+    boards = build([*records, make_record("dense", **clean)])
+    assert {label: row.outcome for label, row in only(boards).items()} == {
+        "new": "ok, 2 of a dirty tree",
+        "dense": "ok",
+    }
+    assert "2 of a dirty tree" in render(boards, "terminal", 250)
 
 
 def test_from_files(tmp_path: Path) -> None:

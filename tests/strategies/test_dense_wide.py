@@ -13,14 +13,13 @@ import torch
 from torch.testing import assert_close
 
 from tests.helpers import contrastive_loss, features, tiny_batches, tiny_clip, tiny_moe, upcycled
-from upcycle_bench.model import weights
+from upcycle_bench.model import rebuild, weights
 from upcycle_bench.model.ffn import FFN, Layer
 from upcycle_bench.model.measure import diagnose
 from upcycle_bench.model.surgery import find_layers, hidden_widths
 from upcycle_bench.planning.registry import load_registry
 from upcycle_bench.protocol import MoE
 from upcycle_bench.strategy import Strategy, StrategyInfo
-from upcycle_bench.training import finished
 from upcycle_bench.upcycling.initialise import make_dense
 from upcycle_bench.util.errors import PluginError, UserError
 from upcycle_bench.util.rng import Stream
@@ -110,7 +109,7 @@ def test_parameters_by_formula() -> None:
 def test_file_and_receipt(tmp_path: Path) -> None:
     clip = tiny_clip()
     made = upcycled(DenseWide(), clip, 0)
-    assert finished.can_be_rebuilt(made.model, clip.model)
+    assert rebuild.unlike_its_file(made.model, clip.model) is None
     digest = weights.save(made, tiny_moe(), tmp_path)
     loaded = weights.load(tmp_path / f"{digest}.safetensors").model
     widths, usual = hidden_widths(loaded), hidden_widths(clip.model)
@@ -178,4 +177,4 @@ def test_what_init_dense_may_not_do(act: str, message: str) -> None:
 def test_only_other_widths_can_be_rebuilt(act: str, can: bool) -> None:
     clip = tiny_clip()
     model = make_dense(Odd(act), clip.model, tiny_moe(), 0)
-    assert finished.can_be_rebuilt(model, clip.model) is can
+    assert (rebuild.unlike_its_file(model, clip.model) is None) is can

@@ -12,13 +12,12 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from tests.helpers import dense_forward, moe_layer, random_ffn, tiny_clip, tiny_moe, upcycled
-from upcycle_bench.model import weights
+from upcycle_bench.model import rebuild, weights
 from upcycle_bench.model.ffn import FFN, Layer, LayerInit
 from upcycle_bench.model.moe import MoEFFN, moe_layers
 from upcycle_bench.planning.registry import load_registry
 from upcycle_bench.protocol import MoE
 from upcycle_bench.strategy import resolve_moe
-from upcycle_bench.training import finished
 from upcycle_bench.util.errors import PluginError, UserError
 from upcycle_bench.util.rng import Stream
 
@@ -205,7 +204,7 @@ def test_the_file_knows_the_experts_width(tmp_path: Any) -> None:
     clip = tiny_clip()
     strategy = VirtualGroup(granularity=4)
     made = upcycled(strategy, clip, seed=0)
-    assert finished.can_be_rebuilt(made.model, clip.model)
+    assert rebuild.unlike_its_file(made.model, clip.model) is None
     digest = weights.save(made, resolve_moe(strategy, tiny_moe()), tmp_path)
     loaded = weights.load(tmp_path / f"{digest}.safetensors")
     for layer in moe_layers(loaded.model).values():

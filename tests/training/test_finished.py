@@ -1,6 +1,5 @@
 """Finished trainings: a second run of the same plan trains nothing and records the same, unless a file is damaged."""
 
-from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -8,17 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import nn
 
-from tests.helpers import tiny_clip, tiny_moe, upcycled
-from tests.test_run import Delta, plan
+from tests.test_run import plan
 from upcycle_bench import record
 from upcycle_bench import run as module
-from upcycle_bench.model.ffn import FFN
-from upcycle_bench.model.moe import moe_layers
 from upcycle_bench.planning.plan import Plan
-from upcycle_bench.planning.registry import load_registry
-from upcycle_bench.strategy import configure
 from upcycle_bench.training import finished
 from upcycle_bench.util.cache import cache_root
 from upcycle_bench.util.progress import Reporter
@@ -178,60 +171,6 @@ def test_a_training_that_fails_is_not_kept(tmp_path: Path, quick: list[str], mon
     with pytest.raises(FloatingPointError):
         module.run(plan("dense", quick, train_seed=46), tmp_path, Reporter())
     assert stored() == before
-
-
-# ---- what `weights.load` cannot rebuild --------------------------------------------------------------------------
-
-
-def replace_expert(model: Any, make: Callable[[FFN, nn.ModuleList], nn.Module]) -> None:
-    """Replace the last expert of the last layer."""
-    layer = list(moe_layers(model).values())[-1]
-    ffn = FFN.of(tiny_clip().model.get_submodule(layer.place.mlp_path))
-    layer.experts[-1] = make(ffn, layer.experts)
-
-
-def other_activation(ffn: FFN, _: nn.ModuleList) -> nn.Module:
-    expert = ffn.expert()
-    expert.gelu = nn.ReLU()
-    return expert
-
-
-def other_shape(ffn: FFN, _: nn.ModuleList) -> nn.Module:
-    return ffn.expert(w1_HD=ffn.w1_HD[1:], b1_H=ffn.b1_H[1:], w2_DH=ffn.w2_DH[:, 1:])
-
-
-def shared_tensor(ffn: FFN, experts: nn.ModuleList) -> nn.Module:
-    expert: Any = ffn.expert()
-    expert.c_fc.weight = experts[0].c_fc.weight
-    return expert
-
-
-def another_of_the_same_kind(ffn: FFN, _: nn.ModuleList) -> nn.Module:
-    return ffn.expert()
-
-
-@pytest.mark.parametrize(
-    ("make", "can"),
-    [
-        (another_of_the_same_kind, True),
-        (lambda ffn, _: Delta(ffn), False),
-        (other_activation, False),
-        (other_shape, False),
-        (shared_tensor, False),
-        (lambda ffn, _: ffn.expert().double(), False),
-    ],
-    ids=["plain", "own module", "activation", "shape", "shared", "dtype"],
-)
-def test_only_plain_experts_can_be_rebuilt(make: Any, can: bool) -> None:
-    dense = tiny_clip()
-    strategy = configure(load_registry().get("strategy", "sparse-upcycling").target, {})
-    model = upcycled(strategy, dense, 0, tiny_moe()).model
-    replace_expert(model, make)
-    assert finished.can_be_rebuilt(model, dense.model) is can
-
-
-def test_a_dense_model_can_be_rebuilt() -> None:
-    assert finished.can_be_rebuilt(tiny_clip().model, tiny_clip().model)
 
 
 @pytest.mark.parametrize("library", ["torch", "torchvision", "open_clip_torch", "deepspeed", "numpy"])

@@ -94,12 +94,15 @@ def _certified(proof: Mapping[str, Any]) -> Iterator[str]:
     differing = sum(repeat["differing"] for repeat in proof["repeats"])
     same = f"{differing} differ, by a tie of experts" if differing else "the same"
     yield f"{proof['predictions']:,} predictions again in batches of {sizes}, the last in another order: {same}"
+    if proof["reloaded"]:
+        yield "the saved file gives the same"
     if proof["choices_routed"]:
         yield f"0 of {proof['choices_routed']:,} choices of tokens dropped"
     for control in proof["controls"]:
+        what = "labels" if control["permuted"] == "labels" else "class names"
         yield (
-            f"labels of {control['dataset']} shuffled: {control['metric']} {control['value']:.4f}, chance "
-            f"{control['chance']:.4f} on {control['samples']} samples"
+            f"{what} of {control['dataset']} shuffled {control['draws']} times: {control['metric']} "
+            f"{control['value']:.4f}, chance {control['chance']:.4f} on {control['samples']} samples"
         )
     if proof["controls"]:
         yield "these are balanced subsets with fewer classes or captions, so their chance is not the tables'"

@@ -1,6 +1,6 @@
 """The certificate: each evaluation proves that it is sound, or ends with one line that says why it is not.
 
-    proof = certify(witness, suites_that_scored, context)      # record.CertificatePart, or Unsound
+    proof = certify(witness, suites_that_scored, context, file)      # record.CertificatePart, or Unsound
 
 The witness (witness.py) kept a random sample of what the suites encoded. Here the sample is encoded twice more: in
 smaller batches, then in batches of another size and in another order. The prediction of an image is its nearest text
@@ -12,9 +12,11 @@ One prediction in 10,000 may differ, and one where there are fewer. Each of them
 token of that input whose k-th and next expert have probabilities within 1e-5 of each other, so that rounding chooses.
 An embedding that moves by more than 0.001 counts as a prediction that differs.
 
+The model of the saved file must predict the same, too: what was scored is what a user can load.
+
 Three more checks cover the whole evaluation. No (token, choice) pair was dropped. The tensors of the model did not
-change. With shuffled labels the suites score at chance (shuffled_labels.py). The certificate names the suites that
-train copies of the model and score these, since it says nothing of the copies.
+change. With labels shuffled, or class names, the suites score at chance (shuffled_labels.py). The certificate names the
+suites that train copies of the model and score these, since it says nothing of the copies.
 
 Shape suffixes: N inputs of one kind, Q queries, G gallery.
 """
@@ -26,7 +28,10 @@ import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import groupby
+from pathlib import Path
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -35,6 +40,7 @@ from torch import Tensor, nn
 from upcycle_bench.evaluation import shuffled_labels
 from upcycle_bench.evaluation.features import embed
 from upcycle_bench.evaluation.witness import Witness, digests
+from upcycle_bench.model import weights
 from upcycle_bench.model.measure import router_probabilities
 from upcycle_bench.model.moe import MoEFFN, moe_layers
 from upcycle_bench.record import CertificatePart, RepeatPart
@@ -45,6 +51,7 @@ from upcycle_bench.util.rng import Stream
 MARGIN = 1e-5  # of router probabilities, and of cosines
 ALLOWED = 10_000  # predictions of which one may differ
 REPEATS = ((7, False), (100, True))  # batch size, shuffled: no batch has the members that it had in the evaluation
+RELOADED_BATCH = 64  # of the inputs that the model of the file encodes
 MOVED = 1e-3  # an embedding that moves farther counts as another one, whatever it predicts
 
 
@@ -57,10 +64,12 @@ class Sample:
     before_NC: Tensor
 
 
-def certify(witness: Witness, suites: Mapping[str, Suite], context: EvalContext) -> CertificatePart | None:
+def certify(
+    witness: Witness, suites: Mapping[str, Suite], context: EvalContext, file: Path | None = None
+) -> CertificatePart | None:
     """The certificate of the evaluation that `witness` watched; None where it saw no batch. Raises Unsound.
 
-    `suites` are those that scored; they score again, with shuffled labels.
+    `suites` are those that scored; they score again, with shuffled labels. `file`: where the model is saved, or None.
     """
     began = time.perf_counter()
     context = replace(context, weights="", on_encoded=None, track=lambda items, what: items)
@@ -70,15 +79,18 @@ def certify(witness: Witness, suites: Mapping[str, Suite], context: EvalContext)
     if not samples:
         return None
     repeats = [repeat(witness.model, samples, context, *settings) for settings in REPEATS]
-    controls, uncontrolled = shuffled_labels.score_shuffled(suites, context)
+    reloaded = repeat_from_file(witness.model, samples, context, file) if file is not None else None
+    tensors = hashlib.sha256("".join(witness.before.values()).encode()).hexdigest()
+    controls, uncontrolled = shuffled_labels.score_shuffled(suites, context, tensors)
     return CertificatePart(
         predictions=sum(len(sample.rows) for sample in samples),
         repeats=tuple(repeats),
+        reloaded=reloaded,
         choices_routed=sum(routed.choices for routed in witness.routed.values()),
         controls=tuple(controls),
         uncontrolled=uncontrolled,
         uncovered=", ".join(name for name, suite in suites.items() if suite.info.tunes) or None,
-        weights=hashlib.sha256("".join(witness.before.values()).encode()).hexdigest(),
+        weights=tensors,
         seconds=time.perf_counter() - began,
     )
 
@@ -105,7 +117,58 @@ def repeat(
     model: nn.Module, samples: Sequence[Sample], context: EvalContext, batch_size: int, shuffled: bool
 ) -> RepeatPart:
     """Encode the samples again and compare; Unsound where too many predictions differ, or one without a cause."""
-    how = f"in batches of {batch_size}{', in another order,' if shuffled else ''}"
+    how = (
+        f"when the same inputs are encoded again in batches of {batch_size}{', in another order,' if shuffled else ''}"
+    )
+    return compare(model, samples, context, batch_size, shuffled, how, "Its answers depend on the batch or on order.")
+
+
+def repeat_from_file(live: nn.Module, samples: Sequence[Sample], context: EvalContext, file: Path) -> RepeatPart:
+    """Likewise, by the model of the saved file: Unsound where that is not what was scored.
+
+    A hook, a replaced method, or a cache that another model filled gives answers that the file does not give.
+    """
+    model = weights.load(file).model.float().to(context.device)
+    require_own_code(model)
+    again = [reencoded(sample, live, model, context) for sample in samples]
+    how = f"from the saved file, {file.name[:16]}"
+    why = "What was scored is not what the file holds: its answers come from a hook, a patch or a cache."
+    return compare(model, again, context, RELOADED_BATCH, False, how, why)
+
+
+def reencoded(sample: Sample, live: nn.Module, model: Any, context: EvalContext) -> Sample:
+    """The sample, to be encoded by `model` as the evaluation did by `live`."""
+    encode, kind = sample.encode, "encode_image" if sample.rows[0].is_floating_point() else "encode_text"
+    if getattr(encode, "__self__", None) is live and hasattr(model, encode.__name__):
+        return replace(sample, encode=getattr(model, encode.__name__))
+    if isinstance(encode, partial) and encode.args == (live,):
+        return replace(sample, encode=partial(encode.func, model))
+    # A suite's own function, of which `model` has no counterpart: both models encode in the usual way.
+    usual = replace(sample, encode=getattr(live, kind))
+    return Sample(getattr(model, kind), sample.rows, _encode_again(usual, RELOADED_BATCH, False, context))
+
+
+def require_own_code(model: nn.Module) -> None:
+    """Unsound where a method of the model's classes was replaced: another process would load other code."""
+    for kind in dict.fromkeys(each for part in model.modules() for each in type(part).__mro__):
+        package = kind.__module__.partition(".")[0]
+        for name, function in vars(kind).items():
+            if isinstance(function, FunctionType) and function.__module__.partition(".")[0] not in (package, "torch"):
+                raise Unsound(
+                    f"{function.__module__} replaced {kind.__qualname__}.{name}; who loads the file has another one."
+                )
+
+
+def compare(
+    model: nn.Module,
+    samples: Sequence[Sample],
+    context: EvalContext,
+    batch_size: int,
+    shuffled: bool,
+    how: str,
+    why: str,
+) -> RepeatPart:
+    """Encode the samples and compare with before; Unsound, `how` and `why`, where more differs than may."""
     before = [sample.before_NC for sample in samples]
     again = [_encode_again(sample, batch_size, shuffled, context) for sample in samples]
     distance_N = torch.cat([(one - other).norm(dim=1) for one, other in zip(before, again, strict=True)])
@@ -114,8 +177,8 @@ def repeat(
     inputs = [(sample.encode, row) for sample in samples for row in sample.rows]
     if len(differing) > max(1, len(inputs) // ALLOWED):
         raise Unsound(
-            f"{len(differing):,} of {len(inputs):,} predictions come out otherwise when the same inputs are "
-            f"encoded again {how}; at most 1 in {ALLOWED:,} may. Its answers depend on the batch or on order."
+            f"{len(differing):,} of {len(inputs):,} predictions come out otherwise {how}; at most 1 in {ALLOWED:,} "
+            f"may. {why}"
         )
     margins = []
     for place in differing:
@@ -124,8 +187,8 @@ def repeat(
         if not margin < MARGIN:
             what = f"the least routing margin is {margin:.1e}" if math.isfinite(margin) else "there is no router"
             raise Unsound(
-                f"a prediction comes out otherwise when the same inputs are encoded again {how}, and no routing "
-                f"margin below {MARGIN:.0e} explains it ({what})."
+                f"a prediction comes out otherwise {how}, and no routing margin below {MARGIN:.0e} explains it "
+                f"({what})."
             )
         margins.append(margin)
     return RepeatPart(

@@ -41,12 +41,14 @@ class Checkpoint:
     """A model that can be scored.
 
     `identity`: the key of its cached features; for an open_clip file, which does not name its model, it holds the name.
-    `protocol` and `overrides`: those of the run that made it, where a record names them.
+    `file`: where it stands, if it is a file of ours. `protocol` and `overrides`: those of the run that made it, where a
+    record names them.
     """
 
     clip: Clip
     sha256: str
     identity: str
+    file: Path | None = None
     protocol: str | None = None
     overrides: tuple[str, ...] = ()
 
@@ -98,7 +100,7 @@ def score_checkpoint(
         meter = Meter(device)
         suites = {key: suite for key, suite in found.suites.items() if key not in missing}
         try:
-            outcome, certificate = score(suites, found.root, model.clip, meter, reporter, model.identity)
+            outcome, certificate = score(suites, found.root, model.clip, meter, reporter, model.identity, model.file)
         except UserError:
             raise
         except Exception as error:  # every suite raised, and `score` raises the first error
@@ -189,10 +191,10 @@ def _load(path: Path) -> Checkpoint:
         if not weights.is_ours(path):
             raise UserError(f"{path}: not written by upcycle-bench; say with --model which open_clip model it is.")
         digest = file_sha256(path)
-        return Checkpoint(weights.load(path), digest, digest)
+        return Checkpoint(weights.load(path), digest, digest, path)
     made = record.read(path)
     kept = weights.of_record(path, made.hashes.weights)
-    return Checkpoint(weights.load(kept), kept.stem, kept.stem, made.protocol.name, made.protocol.overrides)
+    return Checkpoint(weights.load(kept), kept.stem, kept.stem, kept, made.protocol.name, made.protocol.overrides)
 
 
 def _load_open_clip(checkpoint: str, name: str) -> Checkpoint:

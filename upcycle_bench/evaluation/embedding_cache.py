@@ -1,10 +1,11 @@
 """Embeddings in the cache: computed once for each file of weights, under a key of all that can change them.
 
-    arrays = remembered(["images", digest, split], context, make, first)  # make() -> {"features": ..., "labels": ...}
+    arrays = remembered(["images", digest, split], context, make, again)  # make() -> {"features": ..., "labels": ...}
 
 The key holds `what`, the hash of the weights (`EvalContext.weights`; without one nothing is cached) and all that
 changes the last bits of the arithmetic. A file is read with its check sums; a damaged one is deleted with a warning and
-made anew. Where a witness watches, the first rows are encoded again; if they differ, the evaluation is unsound.
+made anew. Where a witness watches, some rows, drawn at random, are encoded again; if they differ, the evaluation is
+unsound.
 
 Shape suffixes: N rows of the cache.
 """
@@ -29,6 +30,7 @@ from upcycle_bench.util.cache import build_once, cache_root
 from upcycle_bench.util.environment import installed_version
 from upcycle_bench.util.errors import Unsound
 from upcycle_bench.util.plain import plain
+from upcycle_bench.util.rng import Stream
 
 VERSION = 2  # raise it when the same weights and inputs would give other arrays
 SPOT = 128  # cached rows that are encoded again, to compare
@@ -36,12 +38,12 @@ Arrays = Mapping[str, np.ndarray]
 
 
 def remembered(
-    what: Sequence[Any], context: EvalContext, make: Callable[[], Arrays], first: Callable[[], Arrays]
+    what: Sequence[Any], context: EvalContext, make: Callable[[], Arrays], again: Callable[[Sequence[int]], Arrays]
 ) -> Arrays:
     """The arrays that `make` returns, from the cache if these weights have made them before.
 
-    `what` (JSON) names the inputs. `first` encodes the first rows again, at most SPOT, of the arrays that are
-    embeddings. Where a witness watches (`EvalContext.on_encoded`), cached rows that differ from these raise Unsound.
+    `what` (JSON) names the inputs. `again` encodes the rows of these numbers again, of the arrays that are embeddings.
+    Where a witness watches (`EvalContext.on_encoded`), cached rows that differ from these raise Unsound.
     """
     if not context.weights:  # the key could not tell these arrays from another model's
         return make()
@@ -60,7 +62,8 @@ def remembered(
             path.unlink(missing_ok=True)
         else:
             if context.on_encoded is not None:
-                _compare(arrays, first(), path)
+                rows = _spot(arrays, path)
+                _compare(arrays, rows, again(rows), path)
             return arrays
     return _read(build_once(path, build))
 
@@ -71,10 +74,16 @@ def _read(path: Path) -> Arrays:
         return dict(arrays)
 
 
-def _compare(arrays: Arrays, first: Arrays, path: Path) -> None:
+def _spot(arrays: Arrays, path: Path) -> list[int]:
+    """The numbers of at most SPOT rows, from anywhere: a file may begin with rows that are right."""
+    order_N = torch.randperm(len(next(iter(arrays.values()))), generator=Stream(("spot", path.stem)).generator())
+    return sorted(order_N[:SPOT].tolist())
+
+
+def _compare(arrays: Arrays, rows: Sequence[int], again: Arrays, path: Path) -> None:
     """Unsound where more than one row in a hundred differs by 0.001: a near tie in a router may let one differ."""
-    for name, fresh_NC in first.items():
-        distance_N = np.linalg.norm(arrays[name][: len(fresh_NC)] - fresh_NC, axis=1)
+    for name, fresh_NC in again.items():
+        distance_N = np.linalg.norm(arrays[name][rows] - fresh_NC, axis=1)
         if int((~(distance_N <= 1e-3)).sum()) > max(1, len(fresh_NC) // 100):  # NaN differs, too
             raise Unsound(f"{path} holds embeddings that its model does not give; delete it.")
 

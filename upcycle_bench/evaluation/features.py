@@ -9,17 +9,21 @@ Shape suffixes: N samples.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Hashable
+import hashlib
+from collections.abc import Hashable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from upcycle_bench.data import evalset as evalsets
+from upcycle_bench.data import labelled
 from upcycle_bench.data.evalset import EvalSet
-from upcycle_bench.evaluation.embedding_cache import SPOT, Arrays, remembered
+from upcycle_bench.evaluation.embedding_cache import Arrays, remembered
 from upcycle_bench.evaluation.probe import Examples
 from upcycle_bench.model import backends
 from upcycle_bench.suite import EvalContext
@@ -41,12 +45,13 @@ def image_features(folder: Path, split: str, context: EvalContext) -> Examples:
         features_NC, labels = encode_images(evalset, context)
         return {"features": features_NC.numpy(), "labels": torch.as_tensor(labels, dtype=torch.int64).numpy()}
 
-    def first() -> Arrays:
-        images_B3HW, _ = next(iter(evalsets.read(folder, context.transform, SPOT, split).batches))
+    def again(rows: Sequence[int]) -> Arrays:
+        chosen = labelled.index(folder, split).take(np.array(rows))
+        images_B3HW, _ = next(chosen.batches(context.transform, len(rows)))
         return {"features": embed(context.model.encode_image, images_B3HW, context).numpy()}
 
     what = ["images", evalsets.digest(folder, split), split] if context.weights else []
-    arrays = remembered(what, context, make, first)
+    arrays = remembered(what, context, make, again)
     return Examples(torch.from_numpy(arrays["features"]), torch.from_numpy(arrays["labels"]))
 
 
@@ -83,11 +88,24 @@ def embed(encode: Any, inputs: Tensor, context: EvalContext) -> Tensor:
 
     `encode` is a method of `context.model`, or calls one.
     """
+    if context.encoded is not None:
+        return _encoded_once(encode, inputs, context, context.encoded)
     with torch.autocast(context.device.type, enabled=False):
         embedded_BC = F.normalize(encode(inputs.to(context.device)).float(), dim=-1).cpu()
     if context.on_encoded is not None:
         context.on_encoded(context.model, encode, inputs, embedded_BC)
     return embedded_BC
+
+
+def _encoded_once(encode: Any, inputs: Tensor, context: EvalContext, known: dict[Any, Tensor]) -> Tensor:
+    """The same, but only inputs that `known` lacks are encoded."""
+    what = getattr(encode, "func", encode)  # partials of one function are not equal
+    keys = [(what, row.dtype, row.shape, hashlib.sha256(row.contiguous().numpy()).digest()) for row in inputs.cpu()]
+    new = [place for place, key in enumerate(keys) if key not in known]
+    if new:
+        made_BC = embed(encode, inputs[new], replace(context, encoded=None))
+        known.update(zip((keys[place] for place in new), made_BC, strict=True))
+    return torch.stack([known[key] for key in keys])
 
 
 def finite(embeddings: Tensor, name: str) -> Tensor:

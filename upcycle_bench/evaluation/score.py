@@ -1,6 +1,6 @@
 """Score one model: every suite evaluates it, and a certificate says that the evaluation is sound.
 
-results, certificate = score(suites, root, clip, meter, reporter, digest)
+results, certificate = score(suites, root, clip, meter, reporter, digest, file)
 scores_of(results), headlines_of(scores), skips_of(results)      # as they stand in a record
 """
 
@@ -27,12 +27,19 @@ Scored = tuple[dict[str, SuiteResult], record.CertificatePart | None]
 
 
 def score(
-    suites: Mapping[str, Suite], root: Path, final: Clip, meter: Meter, reporter: Reporter, digest: str
+    suites: Mapping[str, Suite],
+    root: Path,
+    final: Clip,
+    meter: Meter,
+    reporter: Reporter,
+    digest: str,
+    file: Path | None = None,
 ) -> Scored:
     """The result of each suite on the sets below `root`, and the certificate; Unsound (a UserError) without one.
 
-    `digest`: sha256 of the weights, under which features are cached, or "". A suite that fails is skipped, with its
-    reason, as long as another one gives a headline score; else its error is raised.
+    `digest`: sha256 of the weights, under which features are cached, or "". `file`: where `final` is saved, from which
+    the certificate loads it again; None for weights that are not ours. A suite that fails is skipped, with its reason,
+    as long as another one gives a headline score; else its error is raised.
     """
     witness = Witness(final.model.to(meter.device).eval())
     context = EvalContext(
@@ -61,7 +68,7 @@ def score(
         raise errors[0]
     with reporter.task("certificate"), counted_flops():  # the same kernels as in the evaluation
         scored = {name: suite for name, suite in suites.items() if results[name].scores}
-        return results, certify(witness, scored, context)
+        return results, certify(witness, scored, context, file)
 
 
 def scores_of(outcome: Mapping[str, SuiteResult]) -> list[dict[str, Any]]:

@@ -1,55 +1,66 @@
-"""The control with shuffled labels: a suite must score them at chance, or labels leak into its answers.
+"""Two controls: a suite must score wrong labels at chance, or labels leak into its answers.
 
-    controls, without = score_shuffled(suites, context)
+    controls, without = score_shuffled(suites, context, weights)
 
-A small set is made of a real one, in the same format, with labels (or captions) dealt out anew. The suite scores the
-model on it as on any set of a user's: it reads, encodes, ranks and computes its metrics. A small classification set has
-equally many samples of each of its classes, so that 1 / classes of the answers are right whatever a model prefers.
+A small set is made of a real one (small_sets.py), in the same format. The suite scores the model on it as on any set of
+a user's: it reads, encodes, ranks and computes its metrics.
 
-No score may stand 4 standard errors above chance. For a share of right answers this is a binomial test with the same
-odds, 1 in 30,000. For other metrics the standard error is the score's own.
+1. **Labels** (or captions) are dealt out anew, DRAWS times. Whatever a model answers, 1 / classes of the new labels
+   are right on average, and the draws are independent. So the sum of their z, standard errors better than chance, over
+   the root of their number is as normal as one of them. No score may reach LIMIT, whose odds are 1 in 3 million: a record
+   with a hundred scores is a false alarm less often than 1 in 30,000. For a share of right answers, z is that of the
+   binomial test with the same odds; for other metrics it counts the score's own standard errors.
 
-One set of each kind is enough: the first one that the suite reads and that has 64 samples to shuffle. A suite without a
-control is named, with the reason.
+2. **The class list** of a classification set is permuted, and its labels stay. No class has one name in two of the
+   lists. An answer from names is then right in one of the lists at most, so that the mean of acc1 over the lists is at
+   most 1 / lists, for every model. A suite that knows the label by another way than the name exceeds that.
+
+The weights seed all draws. So every record draws its own, and a repetition of the record draws the same.
+
+One set of each kind is enough: the first one that the suite reads and that has 64 samples. A suite without a control is
+named, with the reason.
 """
 
 from __future__ import annotations
 
+import hashlib
+import math
 import re
-import tarfile
+import statistics
 import tempfile
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
-from itertools import groupby
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from upcycle_bench.data import evalset
-from upcycle_bench.data.evalset_write import write_shard
+from upcycle_bench.evaluation import small_sets
+from upcycle_bench.evaluation.small_sets import SmallSet
 from upcycle_bench.record import ControlPart
 from upcycle_bench.suite import EvalContext, OnlyNamed, Score, Suite
 from upcycle_bench.util.errors import Unsound, UserError
 from upcycle_bench.util.rng import Stream
 
-SAMPLES, LEAST = 256, 64  # of a small set, at most and at least
-SCANNED = 8 * SAMPLES  # samples looked at, from the start of a set
-LIMIT = 4.0  # standard errors above chance
+DRAWS = 4  # of labels; and lists of classes, where there are as many classes
+LIMIT = 5.0  # of z, of all draws together
+LOWEST = -8.0  # z of a single draw: one of no right answer at all must not outweigh the others
+ROUNDED = 0.01  # of acc1: answers that rounding may turn from one list of classes to the next
 
 
-@dataclass(frozen=True)
-class _Member:
-    """A sample in a shard; `files`: suffix -> its file in the tar archive."""
+def score_shuffled(
+    suites: Mapping[str, Suite], context: EvalContext, weights: str
+) -> tuple[list[ControlPart], str | None]:
+    """The controls of each suite and each kind of set it reads; the suites without one, and why. Raises Unsound.
 
-    shard: Path
-    files: dict[str, tarfile.TarInfo]
-
-
-def score_shuffled(suites: Mapping[str, Suite], context: EvalContext) -> tuple[list[ControlPart], str | None]:
-    """A control for each suite and each kind of set it reads; the suites without one, and why. Raises Unsound."""
+    `weights`: the hash of the model's tensors.
+    """
     controls, without = [], []
     for name, suite in suites.items():
+        # Draws differ in labels alone, so each input is prepared and encoded once.
+        own = replace(context, encoded={}, transform=_once(context.transform))
         found: set[str] = set()
         reasons: dict[str, None] = {}
         for dataset in suite.datasets():
@@ -59,8 +70,12 @@ def score_shuffled(suites: Mapping[str, Suite], context: EvalContext) -> tuple[l
             try:
                 kind = evalset.kind_of(folder)
                 if kind not in found:
-                    controls.append(_control(name, suite, folder, context))
+                    rng = Stream(("certificate", "labels", folder.name, weights))
+                    small = small_sets.take(folder, rng.child("samples"))
+                    controls.append(_of_labels(name, suite, folder.name, small, own, rng))
                     found.add(kind)
+                    if small.classes:
+                        controls.append(_of_classes(name, suite, folder.name, small, own, rng.child("classes")))
             except Unsound:
                 raise
             except OnlyNamed:
@@ -73,35 +88,91 @@ def score_shuffled(suites: Mapping[str, Suite], context: EvalContext) -> tuple[l
     return controls, " ".join(without) or None
 
 
-def _control(name: str, suite: Suite, folder: Path, context: EvalContext) -> ControlPart:
-    """The score farthest above chance on a shuffled copy of the set; Unsound where it is too far."""
-    with tempfile.TemporaryDirectory() as temporary:
-        target = Path(temporary) / folder.name
-        samples = shuffled(folder, target)
-        result = type(suite).of_set(target).evaluate(replace(context, root=target.parent))
-    judged = [(z, score) for score in result.scores if score.higher_is_better and (z := z_of(score)) is not None]
-    if not judged:
-        raise UserError(f"suite {name} gives no score with a chance level and a standard error on {folder.name}.")
-    z, score = max(judged, key=lambda pair: pair[0])
+def _of_labels(
+    name: str, suite: Suite, dataset: str, small: SmallSet, context: EvalContext, rng: Stream
+) -> ControlPart:
+    """The metric farthest better than chance over all draws of labels; Unsound where it is too far."""
+    seen: dict[str, list[tuple[float, Score]]] = defaultdict(list)
+    for draw in range(DRAWS):
+        order = torch.randperm(len(small.values), generator=rng.child(draw).generator()).tolist()
+        for score in _scored(suite, dataset, small, [small.values[place] for place in order], small.classes, context):
+            if score.higher_is_better is not None and (z := z_of(score)) is not None:
+                seen[score.metric].append((z, score))
+    if not seen:
+        raise UserError(f"suite {name} gives no score with a chance level and a standard error on {dataset}.")
+    metric = max(seen, key=lambda metric: together([z for z, _ in seen[metric]]))
+    z_D, scores = [z for z, _ in seen[metric]], [score for _, score in seen[metric]]
+    value, chance, z = statistics.fmean(score.value for score in scores), scores[0].chance, together(z_D)
+    assert chance is not None
     if z >= LIMIT:
         raise Unsound(
-            f"with shuffled labels {name} gives {score.metric} {score.value:.4f} on {samples} samples of "
-            f"{folder.name}, where chance is {score.chance:.4f} ({z:,.0f} standard errors above); "
-            "labels leak into the answers."
+            f"with shuffled labels {name} gives {metric} {value:.4f} on {len(small.values)} samples of {dataset}, "
+            f"where chance is {chance:.4f} ({z:,.0f} standard errors better); labels leak into the answers."
         )
-    assert score.chance is not None
     return ControlPart(
-        suite=name.partition("/")[0], dataset=folder.name, samples=samples, metric=score.metric, value=score.value,
-        chance=score.chance, z=z,
+        suite=name.partition("/")[0], dataset=dataset, samples=len(small.values), metric=metric, draws=len(z_D),
+        value=value, chance=chance, z=z, z_of_draws=tuple(z_D),
     )  # fmt: skip
 
 
-def z_of(score: Score) -> float | None:
-    """How many standard errors a score stands above chance; None for a score without a standard error or a chance.
+def _of_classes(
+    name: str, suite: Suite, dataset: str, small: SmallSet, context: EvalContext, rng: Stream
+) -> ControlPart:
+    """The mean of acc1 over permuted lists of classes; Unsound where no answers from names can be so often right."""
+    scores = []
+    for classes in permuted(small.classes, rng):
+        found = _scored(suite, dataset, small, small.values, classes, context)
+        scores += [score for score in found if score.metric == "acc1" and score.chance is not None]
+    if not scores:
+        raise UserError(f"suite {name} gives no acc1 on {dataset}.")
+    value, bound = statistics.fmean(score.value for score in scores), 1 / len(scores)
+    if value > bound + ROUNDED:
+        raise Unsound(
+            f"with the list of classes permuted in {len(scores)} ways {name} gives acc1 {value:.4f} on "
+            f"{len(small.values)} samples of {dataset}, where answers from class names reach {bound:.4f} at most; it "
+            "knows the labels by another way."
+        )
+    return ControlPart(
+        suite=name.partition("/")[0], dataset=dataset, samples=len(small.values), metric="acc1", permuted="classes",
+        draws=len(scores), value=value, chance=scores[0].chance or 0.0, bound=bound,
+    )  # fmt: skip
 
-    For a share of right answers: the normal deviate, at least -8, whose odds are those of so many right answers or more
-    by chance (binomial). For other metrics the score's own standard error counts. It is 0 where all samples are alike;
-    1e-6 then allows for rounding.
+
+def permuted(classes: Sequence[str], rng: Stream) -> list[list[str]]:
+    """DRAWS orders of the classes, or as many as there are classes; at each place every order has another class.
+
+    The order as it is is one of them only where there are no more than DRAWS classes.
+    """
+    number = len(classes)
+    ring = torch.randperm(number, generator=rng.generator()).tolist()
+    place_of = {label: place for place, label in enumerate(ring)}
+    steps = [1 + step for step in torch.randperm(number - 1, generator=rng.child("steps").generator()).tolist()]
+    return [
+        [classes[ring[(place_of[label] + step) % number]] for label in range(number)] for step in [*steps, 0][:DRAWS]
+    ]
+
+
+def _scored(
+    suite: Suite, dataset: str, small: SmallSet, values: Sequence[bytes], classes: Sequence[str], context: EvalContext
+) -> list[Score]:
+    """What the suite gives for the small set with these labels and classes."""
+    with tempfile.TemporaryDirectory() as temporary:
+        target = Path(temporary) / dataset
+        small.write(target, values, classes)
+        return type(suite).of_set(target).evaluate(replace(context, root=target.parent)).scores
+
+
+def together(z_D: Sequence[float]) -> float:
+    """The z of independent draws together: normal if each of them is."""
+    return sum(z_D) / math.sqrt(len(z_D))
+
+
+def z_of(score: Score) -> float | None:
+    """How many standard errors a score is better than chance; None for one without a standard error or a chance.
+
+    For a share of right answers: the normal deviate whose odds are those of so many right answers or more by chance
+    (binomial). For other metrics the score's own standard error counts. It is 0 where all samples are alike; 1e-6 then
+    allows for rounding. At least LOWEST.
     """
     if score.chance is None or score.standard_error is None:
         return None
@@ -109,85 +180,19 @@ def z_of(score: Score) -> float | None:
         from scipy.stats import binom, norm
 
         odds = binom.sf(round(score.value * score.samples) - 1, score.samples, score.chance)
-        return float(norm.isf(min(odds, 1 - 1e-15)))
-    return (score.value - score.chance) / max(score.standard_error, 1e-6)
+        return max(LOWEST, float(norm.isf(max(odds, 1e-300))))
+    above = (score.value - score.chance) / max(score.standard_error, 1e-6)
+    return max(LOWEST, above if score.higher_is_better else -above)
 
 
-def shuffled(folder: Path, target: Path) -> int:
-    """Write the small set with shuffled labels to `target`; returns its number of samples.
+def _once(transform: Callable[[Any], torch.Tensor]) -> Callable[[Any], torch.Tensor]:
+    """The transform, which prepares equal pictures once."""
+    known: dict[bytes, torch.Tensor] = {}
 
-    Raises UserError for a set with several labels a sample, and for one with too few samples.
-    """
-    members = list(_scan(folder))
-    rng = Stream(("certificate", "labels", folder.name)).generator()
-    if evalset.kind_of(folder) == "classification":
-        suffix, labels = "cls", _texts(members, "cls", folder)
-        if not all(label.strip().isdigit() for label in labels):
-            raise UserError(f"evaluation set {folder.name}: not one class for each sample, so labels are not shuffled.")
-        chosen, classes = _balanced([int(label) for label in labels])
-        names = evalset.classnames(folder)
-        values = [str(classes.index(int(labels[place]))).encode() for place in chosen]
-        lines = {evalset.CLASSNAMES: [names[label] for label in classes]}
-        lines[evalset.TEMPLATES] = (folder / evalset.TEMPLATES).read_text(encoding="utf-8").splitlines()[:1]
-    else:
-        suffix, captions = "txt", _texts(members, "txt", folder)
-        chosen = sorted(torch.randperm(len(members), generator=rng).tolist()[:SAMPLES])
-        values, lines = [captions[place] for place in chosen], {}
-    if len(chosen) < LEAST:
-        raise UserError(f"evaluation set {folder.name}: {len(chosen)} samples are too few for a control.")
-    order = torch.randperm(len(values), generator=rng).tolist()
-    images = _images([members[place] for place in chosen], suffix)
-    samples = (image | {suffix: values[place]} for image, place in zip(images, order, strict=True))
-    write_shard(target / "test" / "0.tar", samples)
-    lines |= {"test/nshards.txt": ["1"], evalset.TYPE: [evalset.kind_of(folder)]}
-    for name, each in lines.items():
-        (target / name).write_text("".join(f"{line}\n" for line in each), encoding="utf-8")
-    return len(values)
+    def prepare(image: Any) -> torch.Tensor:
+        key = hashlib.sha256(f"{image.mode} {image.size} ".encode() + image.tobytes()).digest()
+        if key not in known:
+            known[key] = transform(image)
+        return known[key]
 
-
-def _scan(folder: Path) -> Iterator[_Member]:
-    """The first samples of the test split; members of one share their name up to its first dot, as in webdataset."""
-    seen = 0
-    for shard in evalset.shards_of(folder):
-        with tarfile.open(shard) as tar:
-            files = (member for member in tar if member.isfile())
-            for key, group in groupby(files, key=lambda member: re.sub(r"\.[^/]*$", "", member.name)):
-                yield _Member(shard, {member.name[len(key) + 1 :]: member for member in group})
-                seen += 1
-                if seen == SCANNED:
-                    return
-
-
-def _texts(members: list[_Member], suffix: str, folder: Path) -> list[bytes]:
-    if not all(suffix in member.files for member in members):
-        raise UserError(f"evaluation set {folder.name}: not every sample has a .{suffix}, so labels are not shuffled.")
-    return [files[suffix] for files in _read(members, lambda name: name == suffix)]
-
-
-def _images(members: list[_Member], suffix: str) -> Iterator[dict[str, bytes]]:
-    return _read(members, lambda name: name != suffix)
-
-
-def _read(members: list[_Member], wanted: Callable[[str], bool]) -> Iterator[dict[str, bytes]]:
-    for shard, group in groupby(members, key=lambda member: member.shard):
-        with tarfile.open(shard) as tar:
-            for member in group:
-                files = ((name, tar.extractfile(info)) for name, info in member.files.items() if wanted(name))
-                yield {name: file.read() for name, file in files if file is not None}
-
-
-def _balanced(labels: list[int]) -> tuple[list[int], list[int]]:
-    """The places of at most SAMPLES samples, equally many of each of two classes or more; and these classes.
-
-    It takes as many samples as it can. Of equally many it takes those with the fewest classes, where a leak needs the
-    fewest right answers to show.
-    """
-    places: dict[int, list[int]] = defaultdict(list)
-    for place, label in enumerate(labels):
-        places[label].append(place)
-    chosen: list[int] = []
-    for each in range(1, SAMPLES // 2 + 1):
-        classes = sorted(label for label in places if len(places[label]) >= each)[: SAMPLES // each]
-        if len(classes) >= 2 and each * len(classes) >= len(chosen):
-            chosen = sorted(place for label in classes for place in places[label][:each])
-    return chosen, sorted({labels[place] for place in chosen})
+    return prepare

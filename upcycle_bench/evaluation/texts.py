@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from upcycle_bench.data.evalset import EvalSet
-from upcycle_bench.evaluation.embedding_cache import SPOT, Arrays, remembered
+from upcycle_bench.evaluation.embedding_cache import Arrays, remembered
 from upcycle_bench.evaluation.features import embed, encode_images, finite
 from upcycle_bench.evaluation.ranking import Task
 from upcycle_bench.model import padding
@@ -39,15 +39,16 @@ PROBES = 16  # texts whose tokens represent the tokenizer and its context length
 def class_embeddings(evalset: EvalSet, context: EvalContext, known: dict[str, Tensor]) -> Tensor:
     """Class embeddings [Y, C]: the mean over templates, normalised, as in CLIP_benchmark's zero_shot_classifier."""
     prompts = [template.format(c=name) for name in evalset.classnames for template in evalset.templates]
+    templates = len(evalset.templates)
 
-    def make(classes: int, known: dict[str, Tensor]) -> Arrays:
-        chosen = prompts[: classes * len(evalset.templates)]
-        text_YPC = _encode(chosen, evalset.name, context, known).unflatten(0, (classes, -1))
+    def make(classes: Sequence[int], known: dict[str, Tensor]) -> Arrays:
+        chosen = [text for one in classes for text in prompts[one * templates : (one + 1) * templates]]
+        text_YPC = _encode(chosen, evalset.name, context, known).unflatten(0, (len(classes), -1))
         return {"classes": F.normalize(text_YPC.mean(dim=1), dim=1).numpy()}
 
     what = ["classes", evalset.classnames, evalset.templates, _tokens_of(prompts, context)]
-    classes = len(evalset.classnames)
-    arrays = remembered(what, context, partial(make, classes, known), partial(make, min(SPOT, classes), {}))
+    everything = partial(make, range(len(evalset.classnames)), known)
+    arrays = remembered(what, context, everything, partial(make, known={}))
     return torch.from_numpy(arrays["classes"])
 
 
@@ -72,10 +73,10 @@ def encode_texts(texts: Sequence[str], name: str, context: EvalContext, known: d
     different = list(dict.fromkeys(texts))
     what = ["texts", hashlib.sha256(json.dumps(different).encode()).hexdigest(), _tokens_of(different, context)]
 
-    def make(number: int, known: dict[str, Tensor]) -> Arrays:
-        return {"texts": _encode(different[:number], name, context, known).numpy()}
+    def make(rows: Sequence[int], known: dict[str, Tensor]) -> Arrays:
+        return {"texts": _encode([different[row] for row in rows], name, context, known).numpy()}
 
-    arrays = remembered(what, context, partial(make, len(different), known), partial(make, SPOT, {}))
+    arrays = remembered(what, context, partial(make, range(len(different)), known), partial(make, known={}))
     known.update(zip(different, torch.from_numpy(arrays["texts"]), strict=True))
     return torch.stack([known[text] for text in texts])
 

@@ -17,10 +17,11 @@ Shape suffixes: R rows in blocks by expert, filler rows included; I inputs and O
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -76,6 +77,20 @@ def forced() -> str | None:
     if name not in BACKENDS:
         raise unknown(f"{VARIABLE}:", name, BACKENDS, "Or unset it.")
     return name
+
+
+@contextlib.contextmanager
+def forcing(name: str) -> Iterator[None]:
+    """Force that backend in the block."""
+    before = os.environ.get(VARIABLE)
+    os.environ[VARIABLE] = name
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[VARIABLE]
+        else:
+            os.environ[VARIABLE] = before
 
 
 def default(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> str:

@@ -1,6 +1,7 @@
 """What a run will cost, as `--dry-run` prints it.
 
     costs = estimate(protocol, strategy)                                # parameters, samples, FLOPs
+    reason = unequal_cost(protocol, model_cost(model))                  # of a model that was built; None: it compares
     seconds = estimate_seconds(protocol, costs.train_flops, device)     # by a few measured steps
 
 FLOPs are those of matrix multiplications and attention, 2 for each multiply-add (`util.flops`). Those of the dense
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor
 
 from upcycle_bench.model.clip import Clip, create_clip
+from upcycle_bench.model.cost import Cost
 from upcycle_bench.model.ffn import FFN, Layer
 from upcycle_bench.model.precision import attention_kernel, autocast, longest_sequence
 from upcycle_bench.model.surgery import find_layers
@@ -53,8 +55,15 @@ def estimate(protocol: Protocol, strategy: Strategy) -> Estimate:
     for a hidden width that the strategy cannot make.
     """
     moe, steps = resolve_moe(strategy, protocol.moe), training_steps(protocol, strategy)
-    counts = _counts(protocol, moe, lambda hidden: strategy.ffn_hidden(hidden, moe), experts=strategy.replaces_ffn)
-    samples = steps * protocol.train.schedule.batch_size
+    schedule = protocol.train.schedule
+    counts = _counts(
+        protocol,
+        moe,
+        lambda hidden: strategy.ffn_hidden(hidden, moe),
+        schedule.patch_dropout,
+        experts=strategy.replaces_ffn,
+    )
+    samples = steps * schedule.batch_size
     train_flops = 3 * counts.forward * samples
     return Estimate(
         layers=counts.layers if strategy.replaces_ffn else (),
@@ -75,8 +84,9 @@ def training_steps(protocol: Protocol, strategy: Strategy) -> int:
         return 0
     if type(strategy).training_steps is Strategy.training_steps:
         return steps
-    dense = _meta_flops(protocol.model, protocol.train.schedule.patch_dropout)
-    moe = _counts(protocol, protocol.moe, lambda hidden: hidden, experts=True).forward
+    dropout = protocol.train.schedule.patch_dropout
+    dense = _meta_flops(protocol.model, dropout)
+    moe = _counts(protocol, protocol.moe, lambda hidden: hidden, dropout, experts=True).forward
     own = strategy.training_steps(steps, 3 * dense, 3 * moe)
     if not isinstance(own, int) or own < 1:
         raise PluginError(f"{strategy.info.name}: training_steps gives {own!r}; a training has 1, 2, 3, ... steps")
@@ -84,22 +94,32 @@ def training_steps(protocol: Protocol, strategy: Strategy) -> int:
 
 
 def unequal_shape(protocol: Protocol, strategy: Strategy) -> str | None:
-    """Why a strategy with a shape of its own does not compare: it costs more or less than the protocol's own MoE.
+    """Why a strategy with a shape of its own will not compare: it costs more or less than the protocol's own MoE.
 
     None where it keeps the shape, or where active parameters and forward FLOPs differ by at most `SHAPE_TOLERANCE`.
+    This is what the strategy declares; `unequal_cost` says it of the model that was built, and decides.
     """
     if resolve_moe(strategy, protocol.moe) == protocol.moe and type(strategy).ffn_hidden is Strategy.ffn_hidden:
         return None
-    made = estimate(protocol, strategy)
-    usual = _counts(protocol, protocol.moe, lambda hidden: hidden, experts=True)
+    moe = resolve_moe(strategy, protocol.moe)
+    made = _counts(protocol, moe, lambda hidden: strategy.ffn_hidden(hidden, moe), 0.0, experts=strategy.replaces_ffn)
+    return unequal_cost(protocol, Cost(made.active, made.forward))
+
+
+def unequal_cost(protocol: Protocol, made: Cost, *, only_above: bool = False) -> str | None:
+    """Why a model of that cost does not compare with the protocol's own MoE, or None; `only_above`: if it costs more.
+
+    Its cost is that of an evaluation: no patch is dropped.
+    """
+    usual = _counts(protocol, protocol.moe, lambda hidden: hidden, 0.0, experts=True)
     pairs = (
-        ("active parameters", made.parameters_active, usual.active),
-        ("forward FLOPs per pair", made.forward_flops, usual.forward),
+        ("active parameters", made.parameters, usual.active),
+        ("forward FLOPs per pair", made.flops, usual.forward),
     )
     reasons = [
         f"{ours:,} {what}, the protocol's own MoE has {theirs:,}"
         for what, ours, theirs in pairs
-        if abs(ours - theirs) > SHAPE_TOLERANCE * theirs
+        if (ours - theirs if only_above else abs(ours - theirs)) > SHAPE_TOLERANCE * theirs
     ]
     return "; ".join(reasons) or None
 
@@ -111,12 +131,13 @@ class _Counts(NamedTuple):
     forward: int  # FLOPs of a pair
 
 
-def _counts(protocol: Protocol, moe: MoE, hidden_of: Callable[[int], int], *, experts: bool) -> _Counts:
+def _counts(
+    protocol: Protocol, moe: MoE, hidden_of: Callable[[int], int], patch_dropout: float, *, experts: bool
+) -> _Counts:
     """Counts of the model with `moe`, whose FFNs have hidden width `hidden_of(dense width)`.
 
     Without `experts`, each layer has a single FFN of that width and no router.
     """
-    patch_dropout = protocol.train.schedule.patch_dropout
     clip = meta_clip(protocol.model, patch_dropout)
     forward = _meta_flops(protocol.model, patch_dropout)
     total = sum(p.numel() for p in clip.model.parameters())

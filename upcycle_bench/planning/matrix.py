@@ -94,7 +94,8 @@ def newest_record(cell: Cell, run_id: str, records: Records) -> Path | None:
 
 def describes(made: record.Record, cell: Cell) -> bool:
     """Whether a record belongs to this cell: strategy, protocol, fingerprints and seeds; of a failed run too."""
-    plan, protocol = cell.plan, made.protocol
+    protocol = made.protocol
+    plan = cell.plan.as_built(protocol.unequal)  # what the model costs is known only when it is built
     return (
         made.strategy.label == plan.label
         and (protocol.name, protocol.division) == (plan.protocol.name, plan.division)

@@ -8,7 +8,7 @@ run_id(plan, dense_digest)                              # equal for two runs of 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -52,7 +52,7 @@ class Plan:
 
     `suites` can run; `skipped` says for each other suite that is wanted why it cannot. `moe` is the protocol's MoE as
     the strategy changes it, and `steps` are those of its training, 0 if it has none; `unequal` says why a model of that
-    shape does not compare, or is None.
+    shape does not compare, or is None. That is what the strategy declares: the record says it `as_built`.
     """
 
     protocol: Protocol
@@ -77,6 +77,13 @@ class Plan:
     def division(self) -> Literal["closed", "open"]:
         """Runs compare if they are closed; an override opens a run, and so does a shape of another cost."""
         return "open" if self.unequal else self.protocol.division
+
+    def as_built(self, unequal: str | None) -> Plan:
+        """The plan of a run whose model turned out to compare, or not: `unequal` is what was measured on it."""
+        if unequal == self.unequal or self.world is None or self.dense_identity is None:
+            return self
+        found = training_fingerprint(self.protocol, self.world, self.dense_identity, unequal)
+        return replace(self, unequal=unequal, training_fingerprint=found)
 
 
 def make_plan(

@@ -81,7 +81,8 @@ class Row:
     certified: int  # how many of these have a certificate
     failed: int
     superseded: int
-    mixed: bool  # the runs that count differ in configuration or plugin version
+    mixed: bool  # the runs that count differ in configuration, plugin version or code
+    dirty: int  # how many of them ran with changes that no commit has
     status: str  # "ok" where a run succeeded, else the status of the newest run
     reason: str | None
 
@@ -103,8 +104,9 @@ class Row:
             reason = textwrap.shorten(self.reason or "", 80, placeholder=" ...")
             return f"{self.status}: {reason}" + (f" ({failed[0]})" if self.failed > 1 else "")
         superseded = [f"{self.superseded} superseded"] if self.superseded else []
-        mixed = ["mixes configurations or versions"] if self.mixed else []
-        return ", ".join(["ok", *failed, *superseded, *mixed])
+        mixed = ["mixes configurations, versions or code"] if self.mixed else []
+        dirty = [f"{self.dirty} of a dirty tree"] if self.dirty else []
+        return ", ".join(["ok", *failed, *superseded, *mixed, *dirty])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -245,6 +247,7 @@ def _row(runs: list[Record], counting: dict[SeedPair, Record], base: dict[SeedPa
         failed=len(failures),
         superseded=len(runs) - len(failures) - len(counting),
         mixed=len(sources) > 1,
+        dirty=sum(map(_dirty, counting.values())),
         status="ok" if counting else newest.status,
         reason=None if counting else newest.reason,
     )
@@ -255,6 +258,14 @@ def _mark(record: Record) -> str:
     strategy = record.strategy
     kind = "parts reconstructed" if strategy.reconstructed else ""
     return "; ".join(filter(None, [kind if strategy.status == "published" else strategy.status, strategy.footing]))
+
+
+def _dirty(record: Record) -> bool:
+    """Whether the code that trained or scored the run had changes that no commit has."""
+    training = record.environment.get("training")
+    trained = training.get("environment") if isinstance(training, dict) else None
+    trees = [each.get("git") for each in (record.environment, trained) if isinstance(each, dict)]
+    return any(isinstance(git, dict) and git.get("dirty") is True for git in trees)
 
 
 def _column(score: ScoreRecord) -> str:

@@ -11,22 +11,16 @@ damaged, the training is not found and runs again; this is not an error.
 from __future__ import annotations
 
 import contextlib
-import copy
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from pydantic import JsonValue
-from torch import nn
 
 from upcycle_bench.model import backends, weights
 from upcycle_bench.model.clip import Clip
-from upcycle_bench.model.ffn import FFN
-from upcycle_bench.model.moe import moe_layers
-from upcycle_bench.model.surgery import hidden_widths
 from upcycle_bench.planning.fingerprint import fingerprint
 from upcycle_bench.record import Part, PhaseCost, PhaseName, Timestamp
 from upcycle_bench.training.job import Progress
@@ -114,33 +108,3 @@ def work_folder(key: str, resumable: bool, fresh: bool = False) -> Iterator[Path
             raise
         if distributed.is_main():
             shutil.rmtree(path, ignore_errors=True)
-
-
-def can_be_rebuilt(model: nn.Module, dense: Any) -> bool:
-    """Whether `weights.load` would make this very model: each expert, on every rank, is what `FFN.expert` makes.
-
-    Expert modules of a plugin's own are not: the file has their tensors, but not what they compute. All experts of a
-    layer may have another hidden width than the dense model's FFN; nothing else may differ. Every rank must call it.
-    """
-    strange, layers, widths = 0, moe_layers(model), hidden_widths(model)
-    for layer in layers.values():
-        ffn = FFN.of(dense.get_submodule(layer.place.mlp_path))
-        plain = ffn.resized(widths.get(layer.place.mlp_path, ffn.hidden)).expert()
-        strange += sum(_form(expert) != _form(plain) for expert in layer.experts)
-        # Experts that share a tensor would each get a copy of it from the file.
-        strange += len(list(layer.experts.parameters())) != len(layer.experts) * len(list(plain.parameters()))
-    if not layers:
-        memo = {id(value): nn.Parameter(value.to("meta")) for value in dense.parameters()}
-        rebuilt = copy.deepcopy(dense, memo)
-        for path, width in widths.items():
-            mlp = rebuilt.get_submodule(path)
-            if FFN.of(mlp).hidden != width:
-                FFN.of(mlp).resized(width).put_into(mlp)
-        strange += _form(model) != _form(rebuilt)
-    return distributed.sum_over_ranks(strange) == 0
-
-
-def _form(module: nn.Module) -> Any:
-    """Everything about a module but the values of its tensors."""
-    parts = [(name, type(part), part.extra_repr()) for name, part in module.named_modules()]
-    return parts, {name: (value.shape, value.dtype) for name, value in module.state_dict().items()}
