@@ -129,7 +129,7 @@ class ControlPart(Part):
     draws: int = Field(default=1, ge=1)
     value: float = Field(description="mean over draws")
     chance: float
-    z: float | None = Field(default=None, description="of labels: standard errors better than chance, all draws together")
+    z: float | None = Field(default=None, description="of labels: standard errors better than chance, over all draws")
     z_of_draws: tuple[float, ...] = Field(default=(), description="of labels, each draw alone")
     bound: float | None = Field(default=None, description="of classes: the most that answers from names can reach")
 

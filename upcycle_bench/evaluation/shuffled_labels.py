@@ -7,9 +7,9 @@ a user's: it reads, encodes, ranks and computes its metrics.
 
 1. **Labels** (or captions) are dealt out anew, DRAWS times. Whatever a model answers, 1 / classes of the new labels
    are right on average, and the draws are independent. So the sum of their z, standard errors better than chance, over
-   the root of their number is as normal as one of them. No score may reach LIMIT, whose odds are 1 in 3 million: a record
-   with a hundred scores is a false alarm less often than 1 in 30,000. For a share of right answers, z is that of the
-   binomial test with the same odds; for other metrics it counts the score's own standard errors.
+   the root of their number is as normal as one of them. No score may reach LIMIT, whose odds are 1 in 3 million: a
+   record with a hundred scores is a false alarm less often than 1 in 30,000. For a share of right answers, z is that of
+   the binomial test with the same odds; for other metrics it counts the score's own standard errors.
 
 2. **The class list** of a classification set is permuted, and its labels stay. No class has one name in two of the
    lists. An answer from names is then right in one of the lists at most, so that the mean of acc1 over the lists is at
