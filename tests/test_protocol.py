@@ -1,10 +1,14 @@
 """Protocols: parsing, overrides, derived values, and that the published ones say where every value comes from."""
 
+import hashlib
+import json
 from pathlib import Path
 
 import pytest
 from pydantic import ValidationError
 
+from upcycle_bench.data.worlds import lab as world
+from upcycle_bench.planning.fingerprint import NUMERICS
 from upcycle_bench.planning.registry import load_registry
 from upcycle_bench.protocol import Protocol, flatten, learning_rate, load_protocol
 from upcycle_bench.util.errors import UserError
@@ -24,6 +28,27 @@ def test_the_shipped_protocols(name: str) -> None:
 
 def test_which_protocols_ship() -> None:
     assert {"smoke", "clip-b32", "clip-b16", "lab", "lab-dev", "lab-long", "lab-fp32", "lab-seed1"} <= set(PATHS)
+
+
+FROZEN = {
+    "lab": "3d9eaa43a1b644f5",
+    "lab-dev": "5049daa3c77f7db7",
+    "lab-fp32": "56ddc7e1cac1576a",
+    "lab-long": "f589637ad6a812a7",
+    "lab-seed1": "ab1511f1941379d3",
+}
+
+
+@pytest.mark.parametrize("name", FROZEN)
+def test_the_lab_is_frozen(name: str) -> None:
+    """Whoever changes a value of it makes a third edition, and all its records count as another table."""
+    text = json.dumps(values(load_protocol(PATHS[name])), sort_keys=True)
+    assert hashlib.sha256(text.encode()).hexdigest()[:16] == FROZEN[name]
+
+
+def test_what_else_the_labs_records_depend_on_is_frozen() -> None:
+    suite = load_registry().get("suite", "zero-shot").target
+    assert (world.VERSION, suite.info.version, NUMERICS) == (4, 3, 3)
 
 
 def test_lab_and_lab_dev_train_alike() -> None:
