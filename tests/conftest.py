@@ -2,9 +2,12 @@
 
 import os
 
-# One thread each: the tests' tensors are tiny, and several processes with two threads would wait for each other.
+# One thread each: the tests' tensors are tiny, and several processes with two threads would wait for each other. Where
+# a test asks for two, the one that waits sleeps: on busy cores it would else keep the other from its work.
 os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["OMP_WAIT_POLICY"] = "passive"
 
+import gc
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +25,15 @@ QUICK = [
     "train.schedule.steps=4",
     "train.schedule.batch_size=32",
 ]
+
+
+def pytest_collection() -> None:
+    """It imports everything: many objects and no garbage."""
+    gc.disable()
+
+
+def pytest_collection_finish() -> None:
+    gc.enable()
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -16,6 +16,7 @@ import pytest
 import torch
 from pydantic.dataclasses import dataclass
 
+from tests.conftest import QUICK
 from tests.helpers import heed_interrupts
 from upcycle_bench import record
 from upcycle_bench.data.pairs import Batch, PairDataset
@@ -64,6 +65,19 @@ def plan(strategy: str, quick: list[str], **options: Any) -> Plan:
 
 def scores(made: record.Record) -> dict[tuple[str, str], float]:
     return {(score.dataset, score.metric): score.value for score in made.scores}
+
+
+@pytest.fixture(scope="module")
+def sparse(tmp_path_factory: pytest.TempPathFactory) -> record.Record:
+    """A run of sparse-upcycling with both seeds 0."""
+    return record.read(run(plan("sparse-upcycling", QUICK), tmp_path_factory.mktemp("sparse"), Reporter()))
+
+
+@pytest.fixture(scope="module")
+def cluster_aware(tmp_path_factory: pytest.TempPathFactory) -> record.Record:
+    """A run of cluster-aware with both seeds 0, which trains whatever the cache holds."""
+    folder = tmp_path_factory.mktemp("cluster-aware")
+    return record.read(run(plan("cluster-aware", QUICK), folder, Reporter(), fresh=True))
 
 
 @pytest.mark.parametrize(
@@ -124,25 +138,25 @@ def test_a_run_is_recorded_whole(tmp_path: Path, quick: list[str], strategy: str
     assert list((cache_root() / "runs").iterdir()) == []
 
 
-def test_the_same_command_gives_the_same_scores_and_weights(tmp_path: Path, quick: list[str]) -> None:
-    one, two = (
-        record.read(run(plan("cluster-aware", quick), tmp_path / str(n), Reporter(), fresh=True)) for n in range(2)
-    )
-    assert scores(one) == scores(two)
-    assert one.hashes == two.hashes
-    assert one.receipt == two.receipt
+def test_the_same_command_gives_the_same_scores_and_weights(
+    tmp_path: Path, quick: list[str], cluster_aware: record.Record
+) -> None:
+    again = record.read(run(plan("cluster-aware", quick), tmp_path, Reporter(), fresh=True))
+    assert scores(again) == scores(cluster_aware)
+    assert again.hashes == cluster_aware.hashes
+    assert again.receipt == cluster_aware.receipt
 
 
-def test_the_two_seeds_are_independent(tmp_path: Path, quick: list[str]) -> None:
+def test_the_two_seeds_are_independent(tmp_path: Path, quick: list[str], sparse: record.Record) -> None:
     """The training seed does not change the receipt of step 0; the initialisation seed does."""
-    base, trained, initialised = (
+    trained, initialised = (
         record.read(run(plan("sparse-upcycling", quick, init_seed=i, train_seed=t), tmp_path / f"{i}{t}", Reporter()))
-        for i, t in ((0, 0), (0, 1), (1, 0))
+        for i, t in ((0, 1), (1, 0))
     )
-    assert base.receipt == trained.receipt
-    assert base.receipt != initialised.receipt
-    assert scores(base) != scores(trained)
-    assert len({made.hashes.dense for made in (base, trained, initialised)}) == 1
+    assert sparse.receipt == trained.receipt
+    assert sparse.receipt != initialised.receipt
+    assert scores(sparse) != scores(trained)
+    assert len({made.hashes.dense for made in (sparse, trained, initialised)}) == 1
 
 
 def test_preparation_is_charged_and_leaves_the_training_seed_alone(tmp_path: Path, quick: list[str]) -> None:
@@ -184,24 +198,23 @@ def test_the_longer_control_spends_the_flops_of_the_mixture_on_a_stretched_sched
     assert rates["dense-longer"] == [learning_rate(step, steps, peak, 0.02) for step in range(53)]
 
 
-def test_sparse_upcycling_starts_from_the_dense_function(tmp_path: Path, quick: list[str]) -> None:
-    made = record.read(run(plan("sparse-upcycling", quick), tmp_path, Reporter()))
-    for layer in made.receipt["layers"].values():
+def test_sparse_upcycling_starts_from_the_dense_function(sparse: record.Record) -> None:
+    for layer in sparse.receipt["layers"].values():
         assert layer["function_drift"] < 1e-5
         assert layer["expert_cosine"] == pytest.approx(1, abs=1e-6)
-    assert made.receipt["feature_cosine_with_dense"]["vision"] == pytest.approx(1, abs=1e-5)
+    assert sparse.receipt["feature_cosine_with_dense"]["vision"] == pytest.approx(1, abs=1e-5)
 
 
-def test_saved_weights_score_again(tmp_path: Path, quick: list[str]) -> None:
+def test_saved_weights_score_again(quick: list[str], cluster_aware: record.Record) -> None:
     """The weights in the cache give the scores of the record, so a new suite can score an old run."""
     planned = plan("cluster-aware", quick)
-    made = record.read(run(planned, tmp_path, Reporter(), fresh=True))
-    clip = weights.load(cache_root() / "weights" / f"{made.hashes.weights}.safetensors")
+    clip = weights.load(cache_root() / "weights" / f"{cluster_aware.hashes.weights}.safetensors")
     assert planned.world is not None
     meter = Meter(torch.device("cpu"))
     again, proof = score(planned.suites, planned.world.eval_root, clip, meter, Reporter(), "")
-    assert made.certificate is not None and proof is not None and proof.weights == made.certificate.weights
-    assert {(s.dataset, s.metric): s.value for s in again["zero-shot"].scores} == scores(made)
+    assert cluster_aware.certificate is not None and proof is not None
+    assert proof.weights == cluster_aware.certificate.weights
+    assert {(s.dataset, s.metric): s.value for s in again["zero-shot"].scores} == scores(cluster_aware)
 
 
 def test_a_failure_is_a_record_with_a_reason(tmp_path: Path, quick: list[str]) -> None:
@@ -278,11 +291,8 @@ def test_ctrl_c_while_training_leaves_nothing_half_written(tmp_path: Path, quick
     assert list((cache_root() / "runs").iterdir()) == []
 
 
-def test_an_interrupted_run_with_checkpoints_goes_on(
-    tmp_path: Path, quick: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interrupted_run_with_checkpoints_goes_on(tmp_path: Path, quick: list[str], sparse: record.Record) -> None:
     """With checkpoint_every=2, interrupted in step 3 of 4; the same command finishes it with a whole run's scores."""
-    whole = record.read(run(plan("sparse-upcycling", quick), tmp_path / "whole", Reporter()))
 
     class Interrupting(Reporter):
         @contextlib.contextmanager
@@ -300,7 +310,7 @@ def test_an_interrupted_run_with_checkpoints_goes_on(
     (work,) = (cache_root() / "runs").iterdir()
     assert (work / "checkpoints" / "latest").read_text() == "step2"
     path = run(resumable, tmp_path / "parts", Reporter(), fresh=True)
-    assert scores(record.read(path)) == scores(whole)
+    assert scores(record.read(path)) == scores(sparse)
     steps = [json.loads(line)["step"] for line in path.with_suffix(".jsonl").read_text().splitlines()]
     assert steps == [1, 4]
     assert list((cache_root() / "runs").iterdir()) == []

@@ -16,7 +16,6 @@ from pydantic.dataclasses import dataclass
 from tests.helpers import heed_interrupts
 from tests.test_run import Failing
 from tests.test_run import plan as make_plan
-from tests.training.test_distributed import launch
 from upcycle_bench import cli, record, run_many
 from upcycle_bench.hookspecs import hookimpl
 from upcycle_bench.model.ffn import LayerInit
@@ -234,17 +233,6 @@ def test_ctrl_c_stops_the_processes_and_leaves_nothing(tmp_path: Path, quick: li
     for child in children:
         with pytest.raises(ProcessLookupError):
             os.kill(child, 0)
-
-
-def test_two_ranks_run_a_matrix_and_reuse_weights(tmp_path: Path, quick_flags: list[str]) -> None:
-    command = ["-m", "upcycle_bench", "run", "-p", "smoke", *quick_flags, "--set", "moe.ep_size=2", "--json"]
-    one = json.loads(launch(2, *command, "-s", "sparse-upcycling", "--results", str(tmp_path / "one")))
-    made = outcomes(launch(2, *command, "-s", "dense-frozen,sparse-upcycling", "--results", str(tmp_path / "two")))
-    assert {row["status"] for row in made.values()} == {"ok"}
-    again = record.read(Path(made["sparse-upcycling", 0]["record"]))
-    assert "training" in again.environment
-    assert [score.model_dump(mode="json") for score in again.scores] == one["scores"]
-    assert again.diagnostics == one["diagnostics"]
 
 
 def test_an_interruption_in_this_process_says_how_to_go_on(

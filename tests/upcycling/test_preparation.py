@@ -15,8 +15,6 @@ from open_clip.loss import ClipLoss
 from torch import Tensor
 
 from tests.helpers import SMOKE, equal, initialise, tiny_moe
-from tests.training.test_distributed import launch
-from tests.upcycling import workshop_worker
 from upcycle_bench.data.pairs import PairDataset, PickedBatches
 from upcycle_bench.data.world import World
 from upcycle_bench.data.worlds import lab, load_world, training_groups
@@ -92,17 +90,6 @@ def test_picked_batches_are_the_rows_cut_by_rank(pairs: PairDataset) -> None:
     assert torch.equal(torch.cat([half.index for half in halves]), rows_SB[2])
     assert torch.equal(torch.cat([half.images for half in halves]), whole.images)
     assert torch.equal(torch.cat([half.texts for half in halves]), whole.texts)
-
-
-def test_two_ranks_do_what_one_does(tmp_path: Path) -> None:
-    launch(2, str(Path(workshop_worker.__file__)), str(tmp_path / "two.pt"))
-    two, one = torch.load(tmp_path / "two.pt", weights_only=True), workshop_worker.work()
-    for ours, theirs in zip(two["features"], one["features"], strict=True):
-        assert torch.allclose(ours, theirs, atol=1e-5)
-    for name, value in one["state"].items():
-        assert torch.allclose(two["state"][name], value, atol=1e-6), name
-    # Attention pads captions to the longest of a batch, here of each rank's; the last part has one sample more.
-    assert two["flops"] == pytest.approx(one["flops"], rel=0.02)
 
 
 class Priced(TrainingWorkshop):

@@ -1,6 +1,6 @@
-"""test_distributed starts it on every rank: one forward and backward pass of a global batch; rank 0 writes gradients.
+"""test_distributed starts it on every rank: gradients of a global batch, and a workshop; rank 0 writes them.
 
-usage: gradients_worker.py OUTPUT EP_SIZE STRATEGY...
+usage: python -m tests.training.ranks_worker OUTPUT
 """
 
 import sys
@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from upcycle_bench.data.pairs import PairDataset
+from upcycle_bench.data.worlds import load_world
 from upcycle_bench.model.clip import create_clip
 from upcycle_bench.model.moe import MoEFFN, moe_layers
 from upcycle_bench.model.weights import EXPERT_KEY
@@ -20,23 +21,33 @@ from upcycle_bench.training import session
 from upcycle_bench.training.job import Job
 from upcycle_bench.training.loop import create_engine
 from upcycle_bench.training.step import Features, compute_losses
+from upcycle_bench.upcycling.preparation import TrainingWorkshop
 from upcycle_bench.upcycling.starting_model import Start, initialise
 from upcycle_bench.util import distributed
 from upcycle_bench.util.meter import Meter
 from upcycle_bench.util.progress import Reporter
 from upcycle_bench.util.rng import Stream
 
+STRATEGIES = ("sparse-upcycling", "cluster-aware")
+Gradients = dict[str, dict[str, Any]]  # by strategy
 
-def main(output: str, ep_size: str, *strategies: str) -> None:
+
+def main(output: str) -> None:
+    with session.open_session(threads=1) as device:
+        made = {"gradients": {size: gradients(device, size) for size in (1, 2)}, "workshop": workshop()}
+        every = [distributed.gather(value[None]) for value in made["workshop"]["state"].values()]
+        assert all(torch.equal(value[0], each) for value in every for each in value)  # the ranks agree
+        if distributed.is_main():
+            torch.save(made, output)
+
+
+def gradients(device: torch.device, ep_size: int) -> Gradients:
+    """Of one forward and backward pass of a global batch."""
     registry = load_registry()
     # With capacity_factor 8 nothing is dropped, else the result would depend on the number of ranks.
     overrides = [f"moe.ep_size={ep_size}", "moe.capacity_factor=8.0", "train.schedule.batch_size=32"]
     protocol = load_protocol(registry.get("protocol", "smoke").target, overrides)
-    plans = {name: make_plan(registry, name, protocol) for name in strategies}
-    with session.open_session(threads=1) as device:
-        made = {name: _pass(plan, device, int(ep_size)) for name, plan in plans.items()}
-        if distributed.is_main():
-            torch.save(made, output)
+    return {name: _pass(make_plan(registry, name, protocol), device, ep_size) for name in STRATEGIES}
 
 
 def _pass(plan: Plan, device: torch.device, ep_size: int) -> dict[str, dict[str, Any]]:
@@ -92,5 +103,24 @@ def _gather_experts(
     return whole
 
 
+def workshop() -> dict[str, Any]:
+    """What a preparation gets: features, and a model trained on chosen batches.
+
+    eps is large, because Adam would turn the rounding of tiny gradients into full steps.
+    """
+    smoke = load_registry().protocols["smoke"].target
+    protocol = load_protocol(smoke, ["train.schedule.batch_size=32", "train.schedule.eps=0.01"])
+    clip = create_clip("smoke-vit", seed=3 + distributed.rank())
+    distributed.send_from_main(clip.model)
+    pairs = PairDataset(load_world("digits", 0).train_shards, clip)
+    shop = TrainingWorkshop(clip, pairs, protocol, Stream(("test",)))
+    model = shop.dense()
+    index_S = torch.arange(0, 1035, 3)  # 345: on two ranks the last part is odd
+    features = [torch.cat(parts) for parts in zip(*shop.encode(model, index_S), strict=True)]
+    encoding = shop.flops
+    shop.train(model, index_S[:96].view(3, 32), "test", trainable=lambda name: "mlp" in name, label_smoothing=0.1)
+    return {"features": features, "state": model.state_dict(), "flops": (encoding, shop.flops)}
+
+
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main(sys.argv[1])
