@@ -1,6 +1,6 @@
 """Small copies of evaluation sets in memory, whose labels or class names a control deals out anew.
 
-    small = take(folder, Stream(("certificate", ...)))          # at most 256 samples
+    small = take(folder, Stream(("certificate", ...)))          # at most 128 samples
     small.write(target, small.values, small.classes)            # a folder that every suite reads
 
 A small classification set has equally many samples of each of its classes, so that 1 / classes of the answers are right
@@ -24,7 +24,7 @@ from upcycle_bench.data.evalset_write import write_shard
 from upcycle_bench.util.errors import UserError
 from upcycle_bench.util.rng import Stream
 
-SAMPLES, LEAST = 256, 64  # of a small set, at most and at least
+SAMPLES, LEAST = 128, 64  # of a small set, at most and at least; a suite reads it several times
 SCANNED = 8 * SAMPLES  # samples looked at, from the start of a set
 
 
@@ -46,7 +46,7 @@ class SmallSet:
         suffix = "cls" if self.kind == "classification" else "txt"
         samples = (image | {suffix: value} for image, value in zip(self.images, values, strict=True))
         write_shard(target / "test" / "0.tar", samples)
-        lines = {"test/nshards.txt": ["1"], evalset.TYPE: [self.kind]}
+        lines: dict[str, list[str]] = {"test/nshards.txt": ["1"], evalset.TYPE: [self.kind]}
         if self.classes:
             lines |= {evalset.CLASSNAMES: list(classes), evalset.TEMPLATES: list(self.templates)}
         for name, each in lines.items():
