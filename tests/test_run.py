@@ -125,8 +125,8 @@ def test_a_run_is_recorded_whole(tmp_path: Path, quick: list[str], strategy: str
     assert (made.certificate.choices_routed > 0) == moe
     assert made.certificate.reloaded is not None and made.certificate.reloaded.differing == 0
     assert [(each.dataset, each.permuted, each.draws, each.samples) for each in made.certificate.controls] == [
-        ("digits-test", "labels", 4, 256),
-        ("digits-test", "classes", 4, 256),
+        ("digits-test", "labels", 4, 128),
+        ("digits-test", "classes", 4, 128),
     ]
     assert made.protocol.unequal is None
     assert all(score.standard_error is not None and score.interval is not None for score in made.scores)

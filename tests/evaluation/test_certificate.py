@@ -72,7 +72,7 @@ def test_a_sound_evaluation_has_its_certificate(root: Path, experts: bool) -> No
     assert {(each.dataset, each.permuted, each.draws, each.samples) for each in proof.controls} == {
         ("colours", "labels", 4, 120),
         ("colours", "classes", 2, 120),
-        ("pairs", "labels", 4, 200),
+        ("pairs", "labels", 4, 128),
     }
     assert all(each.z < 5 for each in proof.controls if each.z is not None) and proof.uncontrolled is None
     assert proof.reloaded is None  # it has no file

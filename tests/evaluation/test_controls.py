@@ -92,12 +92,13 @@ def test_class_names_are_permuted_and_labels_stay(root: Path, read: list[Any]) -
 
 def test_captions_are_dealt_out_anew(root: Path, read: list[Any]) -> None:
     (part,), _ = controls(root, Reading(sets=("pairs",), headlines={"in": ("pairs",)}))
-    assert (part.dataset, part.samples, part.draws, len(read)) == ("pairs", 200, DRAWS, DRAWS)
+    assert (part.dataset, part.samples, part.draws, len(read)) == ("pairs", 128, DRAWS, DRAWS)
     ((originals, true_captions),) = evalsets.read(root / "pairs", np.asarray, 200).batches
     of_image = {image.tobytes(): texts for image, texts in zip(originals, true_captions, strict=True)}
     for _, images, captions in read:
-        assert sorted(captions) == sorted(true_captions)
-        agree = [of_image[image.tobytes()] == texts for image, texts in zip(images, captions, strict=True)]
+        own = [of_image[image.tobytes()] for image in images]
+        assert sorted(captions) == sorted(own)
+        agree = [one == texts for one, texts in zip(own, captions, strict=True)]
         assert np.mean(agree) < 0.04
 
 
@@ -116,7 +117,8 @@ def test_all_draws_encode_each_input_once(root: Path) -> None:
     clip.model.visual.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     suite = ZeroShot(sets=("colours", "pairs"), headlines={"in": ("colours",)})
     score_shuffled({"zero-shot": suite}, context_of(clip, root), "w")
-    assert sum(map(len, seen)) == 200  # 120 pictures of colours, which are among the 200 of pairs
+    images = torch.cat(seen)
+    assert 128 < len(images) == len(images.unique(dim=0)) < 120 + 128  # the two sets have pictures in common
 
 
 @pytest.mark.parametrize("number", range(2, 10))
@@ -177,7 +179,7 @@ def test_leaking_labels_are_refused(root: Path, monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(Unsound) as caught:
         controls(root, ZeroShot(sets=("colours", "pairs"), headlines={"in": ("colours",)}))
     assert re.search(
-        r"with shuffled labels zero-shot gives \w+ 1.0000 on 120 samples of colours, where chance is 0.5000 \(\d+ "
+        r"with shuffled labels zero-shot gives \w+ 1.0000 on 120 samples of colours, where chance is 0.5000 \([\d,]+ "
         r"standard errors better\); labels leak into the answers.$",
         str(caught.value),
     )
@@ -188,7 +190,7 @@ class Memorised(ZeroShot):
     """It knows pictures: their tint. What it answers is the number of the class that it learned by heart."""
 
     info: ClassVar[SuiteInfo] = SuiteInfo(name="memorised", summary="s", paper="p", version=1)
-    by_name: bool = False  # honest: it answers with the class of that name
+    by_name: ClassVar[bool] = False
 
     def evaluate(self, context: EvalContext) -> SuiteResult:
         evalset = evalsets.read(context.root / self.sets[0], context.transform, 256)
@@ -203,6 +205,12 @@ class Memorised(ZeroShot):
         return SuiteResult([made], {})
 
 
+class Naming(Memorised):
+    """Its honest twin answers with the class of that name."""
+
+    by_name: ClassVar[bool] = True
+
+
 def test_a_suite_that_ignores_class_names_is_refused(root: Path) -> None:
     """Shuffled labels do not show it: it answers from the picture, and is right as often as chance."""
     with pytest.raises(Unsound) as caught:
@@ -211,9 +219,7 @@ def test_a_suite_that_ignores_class_names_is_refused(root: Path) -> None:
         "the evaluation is not sound: with the list of classes permuted in 2 ways memorised gives acc1 1.0000 on 120 "
         "samples of colours, where answers from class names reach 0.5000 at most; it knows the labels by another way."
     )
-    (labels, classes), without = controls(
-        root, Memorised(sets=("colours",), headlines={"in": ("colours",)}, by_name=True)
-    )
+    (labels, classes), without = controls(root, Naming(sets=("colours",), headlines={"in": ("colours",)}))
     assert without is None and abs(labels.z or 0) < LIMIT
     assert classes.value == 0.5  # each picture is right in one of the two lists
 

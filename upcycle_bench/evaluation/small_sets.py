@@ -1,6 +1,6 @@
 """Small copies of evaluation sets in memory, whose labels or class names a control deals out anew.
 
-    small = take(folder, Stream(("certificate", ...)))          # at most 256 samples
+    small = take(folder, Stream(("certificate", ...)))          # at most 128 samples
     small.write(target, small.values, small.classes)            # a folder that every suite reads
 
 A small classification set has equally many samples of each of its classes, so that 1 / classes of the answers are right
@@ -24,7 +24,7 @@ from upcycle_bench.data.evalset_write import write_shard
 from upcycle_bench.util.errors import UserError
 from upcycle_bench.util.rng import Stream
 
-SAMPLES, LEAST = 256, 64  # of a small set, at most and at least
+SAMPLES, LEAST = 128, 64  # of a small set, at most and at least; a suite reads it several times
 SCANNED = 8 * SAMPLES  # samples looked at, from the start of a set
 
 
