@@ -210,3 +210,5 @@ def test_learning_rate() -> None:
     rates = [learning_rate(step, 10, 1.0, 0.2) for step in range(10)]
     assert rates == pytest.approx([0.5, 1.0, 1.0, 7 / 8, 6 / 8, 5 / 8, 4 / 8, 3 / 8, 2 / 8, 1 / 8])
     assert learning_rate(0, 10, 1.0, 0.0) == 1.0
+    # 2 % of clip-b32's 79,346 steps are 1586.92, rounded to 1587.
+    assert learning_rate(1585, 79346, 1.0, 0.02) == pytest.approx(1586 / 1587, rel=1e-9)

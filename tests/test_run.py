@@ -37,6 +37,7 @@ from upcycle_bench.util.errors import Unsound, UserError
 from upcycle_bench.util.files import file_sha256
 from upcycle_bench.util.meter import Meter
 from upcycle_bench.util.progress import OnStep, Reporter
+from upcycle_bench.util.rng import Stream
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,16 +148,23 @@ def test_the_same_command_gives_the_same_scores_and_weights(
     assert again.receipt == cluster_aware.receipt
 
 
-def test_the_two_seeds_are_independent(tmp_path: Path, quick: list[str], sparse: record.Record) -> None:
-    """The training seed does not change the receipt of step 0; the initialisation seed does."""
-    trained, initialised = (
-        record.read(run(plan("sparse-upcycling", quick, init_seed=i, train_seed=t), tmp_path / f"{i}{t}", Reporter()))
-        for i, t in ((0, 1), (1, 0))
+def test_the_two_seeds_are_independent(tmp_path: Path, quick: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The training seed does not change the receipt of step 0, but a strategy's own loss; the other seed vice versa."""
+    drawn: list[int] = []  # from the stream of the loss
+
+    def loss(self: Strategy, layers: object, rng: Stream, steps: int) -> None:
+        drawn.append(rng.seed())
+
+    plans = [plan("sparse-upcycling", quick, init_seed=i, train_seed=t) for i, t in ((0, 0), (0, 1), (1, 0))]
+    monkeypatch.setattr(type(plans[0].strategy), "loss", loss)
+    base, trained, initialised = (
+        record.read(run(each, tmp_path / str(number), Reporter(), fresh=True)) for number, each in enumerate(plans)
     )
-    assert sparse.receipt == trained.receipt
-    assert sparse.receipt != initialised.receipt
-    assert scores(sparse) != scores(trained)
-    assert len({made.hashes.dense for made in (sparse, trained, initialised)}) == 1
+    assert drawn[0] == drawn[2] != drawn[1] and len(drawn) == 3
+    assert base.receipt == trained.receipt
+    assert base.receipt != initialised.receipt
+    assert scores(base) != scores(trained)
+    assert len({made.hashes.dense for made in (base, trained, initialised)}) == 1
 
 
 def test_preparation_is_charged_and_leaves_the_training_seed_alone(tmp_path: Path, quick: list[str]) -> None:

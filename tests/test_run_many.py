@@ -164,21 +164,24 @@ def test_jobs_run_in_processes_of_their_own(
     monkeypatch.chdir(shadow.parent)
     results = tmp_path / "results"
     status, out, err = command(
-        "-s", "dense,cluster-aware", "--seed", "53", "--jobs", "2", "--fresh", "--results", str(results), "--json"
-    )
+        "-s", "dense,cluster-aware", "--init-seed", "53", "--train-seed", "54", "--jobs", "2", "--fresh",
+        "--results", str(results), "--json",
+    )  # fmt: skip
     made = outcomes(out)
     assert status == 1
-    assert "dense seed 53: done training dense: 4 steps" in err
-    assert "cluster-aware seed 53: error: " in err
-    failed = made["cluster-aware", 53]
+    assert "dense seed 53/54: done training dense: 4 steps" in err
+    assert "cluster-aware seed 53/54: error: " in err
+    failed = made["cluster-aware", 54]
     assert (failed["status"], failed["record"]) == ("failed", None)
     assert "pip install 'upcycle-bench[cpu]'" in failed["reason"]
     assert not failed["reason"].startswith("error")
-    path = run(make_plan("dense", quick, init_seed=53, train_seed=53), tmp_path / "here", Reporter(), fresh=True)
+    assert (made["dense", 54]["status"], made["dense", 54]["reason"]) == ("ok", None)
+    path = run(make_plan("dense", quick, init_seed=53, train_seed=54), tmp_path / "here", Reporter(), fresh=True)
     assert path is not None
-    theirs = record.read(Path(made["dense", 53]["record"]))
+    theirs = record.read(Path(made["dense", 54]["record"]))
     assert theirs.hashes == record.read(path).hashes
-    assert theirs.command[:6] == ["upcycle-bench", "run", "--strategy", "dense", "--init-seed", "53"]
+    seeds = ["--init-seed", "53", "--train-seed", "54"]
+    assert theirs.command[:8] == ["upcycle-bench", "run", "--strategy", "dense", *seeds]
 
 
 def test_a_process_that_a_signal_ends_is_a_failed_run(

@@ -65,6 +65,11 @@ def test_valid_sets_are_counted(sets: Path) -> None:
     }
 
 
+def test_a_class_without_samples_is_the_rarest(tmp_path: Path) -> None:
+    evalset_write.write_classification(tmp_path / "ab", zip(pictures(2), [0, 0], strict=True), ("a", "b"), ("{c}",))
+    assert evalset_check.check(tmp_path / "ab").rarest == {"test": 0}
+
+
 def test_one_bad_set_is_status_1_and_named(sets: Path) -> None:
     (sets / "ab" / "classnames.txt").unlink()
     (sets / "empty").mkdir()

@@ -13,6 +13,8 @@ from upcycle_bench.data import evalset as evalsets
 from upcycle_bench.data import evalset_write
 from upcycle_bench.data.worlds import fashion
 from upcycle_bench.evaluation import embedding_cache
+from upcycle_bench.evaluation.features import image_features
+from upcycle_bench.evaluation.probe import Recipe, fit
 from upcycle_bench.evaluation.probe_scores import Classified, add_scores
 from upcycle_bench.evaluation.shots import Sizes, choose
 from upcycle_bench.suite import EvalContext, SuiteResult
@@ -103,6 +105,29 @@ def test_scores_are_means_over_draws_with_their_interval(root):
     assert score.standard_error == pytest.approx(means.std(ddof=1) / 3**0.5)
     assert (score.samples, score.chance, score.headline) == (90, 1 / 3, "few-shot")
     assert {s.metric for s in result.scores} == {"acc1", "mean_per_class_recall"}  # three classes have no acc5
+
+
+class Noise(torch.nn.Module):
+    """A model whose embedding says nothing of the class, so that a probe's answers depend on its first weights."""
+
+    def encode_image(self, images_B3HW):
+        return images_B3HW[:, 0, 0] % 5 - 2
+
+
+def test_each_draw_trains_a_probe_with_a_seed_of_its_own(root):
+    blind = replace(context(root), model=Noise())
+    found = suite(draws=2, shots=(1,)).evaluate(blind).outcomes["colours/1-shot/correct@1"]
+    pool, test = (image_features(root / name, "test", blind) for name in ("light", "dark"))
+
+    def answers(draw, seed):
+        manifest = choose("colours", pool.label_N.numpy(), NAMES, shots=1, draw=draw, sizes=Sizes(1, 3))
+        train, validation = pool.take(manifest.train_S), pool.take(manifest.validation_V)
+        logits_NY = fit(train, validation, len(NAMES), Recipe(seed=seed)).logits(test.features_NC)
+        return (logits_NY.argmax(1) == test.label_N).tolist()
+
+    second = answers(1, seed=1)
+    assert found.tolist() == answers(0, seed=0) + second
+    assert second != answers(1, seed=0)
 
 
 def test_intervals_over_draws_stay_within_0_and_1_and_are_not_empty():

@@ -63,10 +63,12 @@ def test_a_suite_that_fails_is_skipped_and_its_run_is_not_done(
         raise ZeroDivisionError("on a\nbad day")
 
     monkeypatch.setattr(FewShot, "evaluate", broken)
-    planned = plan(quick, "few-shot", "zero-shot")
+    lost = 'optional_suites.compositional.sets=["elsewhere"]'
+    planned = plan([*quick, lost], "few-shot", "zero-shot", "compositional")
     path = run(planned, tmp_path, Reporter())
     made = record.read(path)
-    assert (made.status, made.skipped) == ("ok", {"few-shot": "ZeroDivisionError: on a bad day"})
+    assert made.status == "ok" and planned.skipped.keys() == {"compositional"}  # the record has both reasons
+    assert made.skipped == planned.skipped | {"few-shot": "ZeroDivisionError: on a bad day"}
     assert made.headlines and {score.suite for score in made.scores} == {"zero-shot"}
     assert made.protocol.suite_fingerprints == plan(quick).suite_fingerprints
     show_record(made, path)

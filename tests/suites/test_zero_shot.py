@@ -25,6 +25,7 @@ from upcycle_bench.suite import EvalContext, is_average
 from upcycle_bench.suites import zero_shot
 from upcycle_bench.suites.zero_shot import ZeroShot
 from upcycle_bench.util.errors import UserError
+from upcycle_bench.util.uncertainty import of_outcomes
 
 SMOKE = json.loads((MODELS / "smoke-vit.json").read_text())
 TRANSFORM = open_clip.image_transform(8, is_train=False)
@@ -444,6 +445,16 @@ def test_the_chance_of_a_stratum_is_that_of_its_queries(model, divided):
     assert found["pairs/text_retrieval_recall@1[seen]"].chance == pytest.approx((4 * 1 + 3 * 2 + 3 * 3) / 10 / 79)
     assert found["pairs/image_retrieval_recall@1[seen]"].samples == 4 * 1 + 3 * 2 + 3 * 3
     assert found["pairs/image_retrieval_recall@1[seen]"].chance == 1 / 40
+
+
+def test_captions_of_one_image_are_one_sample_in_a_stratum_too(model, divided):
+    result = ZeroShot(sets=("pairs",), primary=("pairs",)).evaluate(context(model, divided))
+    image_Q = np.repeat(np.arange(40), [1 + i % 3 for i in range(40)])
+    seen_Q = image_Q % 4 == 0
+    score = by_name(result)["pairs/image_retrieval_recall@10[seen]"]
+    sure = of_outcomes(result.outcomes["pairs/image_retrieval_correct@10"][seen_Q], image_Q[seen_Q])
+    assert (score.standard_error, score.interval) == (sure.standard_error, sure.interval)
+    assert score.standard_error != pytest.approx((score.value * (1 - score.value) / score.samples) ** 0.5)
 
 
 def test_strata_change_nothing_else(model, divided):
