@@ -89,7 +89,7 @@ def headlines_of(scores: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
         name: {
             "value": sum(part["value"] for part in each) / len(each),
             "higher_is_better": each[0]["higher_is_better"],
-            "chance": None,
+            "chance": None if None in (known := [part["chance"] for part in each]) else sum(known) / len(known),
             "standard_error": each[0].get("standard_error"),
         }
         for name, each in parts.items()

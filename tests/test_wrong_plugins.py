@@ -47,7 +47,7 @@ class Honest(Strategy):
         experts = [ffn.expert(w2_DH=ffn.w2_DH * (1 + 0.1 * number)) for number in range(layer.num_experts)]
         return LayerInit(experts, random_router(ffn, layer, rng))
 
-    def loss(self, layers: Any, rng: Any) -> ExtraLoss:
+    def loss(self, layers: Any, rng: Any, steps: int) -> ExtraLoss:
         return Nothing(layers)
 
 
@@ -56,7 +56,7 @@ class PatchedGate(Honest):
 
     info: ClassVar[StrategyInfo] = info("patched-gate")
 
-    def loss(self, layers: Any, rng: Any) -> ExtraLoss:
+    def loss(self, layers: Any, rng: Any, steps: int) -> ExtraLoss:
         for layer in layers.values():
             layer.gate.forward = lambda x_TD, *rest, gate=layer.gate: Gate.forward(gate, -x_TD)
         return Nothing(layers)
@@ -67,7 +67,7 @@ class OtherFeatures(Honest):
 
     info: ClassVar[StrategyInfo] = info("other-features")
 
-    def loss(self, layers: Any, rng: Any) -> ExtraLoss:
+    def loss(self, layers: Any, rng: Any, steps: int) -> ExtraLoss:
         for layer in layers.values():
             width = layer.router_weight.shape[1]
             other = torch.randn(width, width, generator=rng.child(layer.place.name).generator()) / width**0.5

@@ -35,7 +35,7 @@ def test_strategy_and_seeds_are_not_part_of_the_fingerprints() -> None:
         ("dense.lr=1e-3", True, False),
         ("threads=2", True, False),
         ("data.seed=1", True, True),
-        ('suites.zero-shot.sets=["digits-test"]', False, True),
+        ('suites.zero-shot.headlines.in-distribution=["digits-test"]', False, True),
         ("train.log_every=3", False, False),
         ("train.checkpoint_every=3", False, False),
     ],

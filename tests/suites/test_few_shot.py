@@ -134,7 +134,7 @@ def test_intervals_over_draws_stay_within_0_and_1_and_are_not_empty():
     def of(*shares):
         """acc1 over draws with these numbers of right answers out of ten."""
         rows = [Classified(np.zeros(10, int), np.arange(10) < right, np.ones(10, bool)) for right in shares]
-        add_scores("t", rows, 2, result := SuiteResult([], {}))
+        add_scores("t", rows, 2, "few-shot", result := SuiteResult([], {}))
         return next(score for score in result.scores if score.metric == "acc1")
 
     # 0.4, 0.5, 0.6: sd 0.1, error 0.1 / sqrt(3); t of two degrees of freedom is 4.3027
