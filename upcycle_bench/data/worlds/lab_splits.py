@@ -7,7 +7,7 @@
 
 Families that descend from each other are one group (`lineage.py`). Twelve groups are held out whole: the `dev` shifts
 for decisions, the `test` shifts for reports. Of all other groups, one in 21 pairs (group, drawing) is held out for
-validation, and as many for fitting the temperature. A drawing is a name without style and size, so variants stay
+validation, and as many for the set `temperature`. A drawing is a name without style and size, so variants stay
 together.
 
 Shape suffixes: N icons, P pixels (times channels).
@@ -40,7 +40,7 @@ HELD_OUT = {  # group -> split, and how it is drawn
     "pepicons": ("test", "hand-drawn, print"),
     "openmoji": ("test", "colour emoji"),
 }
-HELD_SHARE = 0.048  # of (group, drawing) for validation, and again for the temperature
+HELD_SHARE = 0.048  # of (group, drawing) for validation, and again for `temperature`
 NEAR = 12.0  # two images that differ by no more grey levels (root mean square) look like one drawing
 BLANK = 8  # an image whose grey levels span no more shows nothing
 LEFT_OUT = ("near", "twin", "variant")  # splits of icons that are in neither training nor evaluation
