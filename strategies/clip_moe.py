@@ -74,7 +74,7 @@ class ClipMoE(BranchStrategy):
     )
 
     clusters: int = Field(default=3, ge=1, description="k-means clusters of each modality in each stage")
-    max_accumulated_stages: int = Field(default=3, ge=1, description="most stages whose labels a batch shares")
+    max_accumulated_stages: int = Field(default=3, ge=1, description="upper limit of stages whose labels are combined")
     label_smoothing: float = Field(default=0.1, ge=0, lt=1)
 
     def prepare(self, workshop: Workshop) -> Preparation:

@@ -35,7 +35,7 @@ class OutOfDomain(Suite):
         name="out-of-domain",
         summary="Zero-shot classification of another world, such as digits by a model of icons",
         paper="Radford et al. 2021, arXiv:2103.00020",
-        version=1,
+        version=2,
     )
 
     world: Literal["digits", "fashion-mnist"]

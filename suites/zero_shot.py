@@ -116,8 +116,10 @@ class ZeroShot(Suite):
     def evaluate(self, context: EvalContext) -> SuiteResult:
         """Score the model on every set. All errors but those of single samples are raised before any encoding."""
         evalsets.require(context.root, self.datasets())
+        named = [name for sets in self.headlines.values() for name in sets]  # so that headlines come in their order
         opened = {
-            name: evalsets.read(context.root / name, context.transform, context.batch_size) for name in self.datasets()
+            name: evalsets.read(context.root / name, context.transform, context.batch_size)
+            for name in dict.fromkeys([*named, *self.sets])
         }
         headline_of = {name: headline for headline, sets in self.headlines.items() for name in sets}
         for name in headline_of:
@@ -143,9 +145,9 @@ class ZeroShot(Suite):
                     if self._is_headline(score):
                         result.scores[place] = replace(score, headline=headline_of[name])
         for kind in METRICS:
-            if sum(evalset.kind == kind for evalset in opened.values()) > 1:
-                for headline, sets in self.headlines.items():
-                    of_kind = [name for name in sets if opened[name].kind == kind]
+            for headline, sets in self.headlines.items():
+                of_kind = [name for name in sets if opened[name].kind == kind]
+                if len(of_kind) > 1:
                     result.scores.extend(averages(result.scores, of_kind, f"{AVERAGE}/{headline}"))
         return result
 

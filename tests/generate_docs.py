@@ -111,7 +111,8 @@ def suites() -> str:
 
 def lab() -> Board:
     """The leaderboard of the records in results/lab."""
-    (board,) = leaderboard.build([record.read(path) for path in record.record_paths(ROOT / "results" / "lab")])
+    boards = leaderboard.build([record.read(path) for path in record.record_paths(ROOT / "results" / "lab")])
+    (board,) = [each for each in boards if each.division == "closed" and [*each.suite_fingerprints] == ["zero-shot"]]
     return board
 
 
@@ -169,7 +170,10 @@ def draw(path: Path = FIGURE) -> None:
             axes.axvline(0, color="grey", linewidth=1)
             for place, row in enumerate(rows):
                 colour = "grey" if row.kind.startswith("control") else "C0"
-                difference = row.headlines[name].difference or SeedMean(0.0, None, 0)
+                own = SeedMean(0.0, None, 0) if row.label == shown.baseline else None
+                difference = row.headlines[name].difference or own
+                if difference is None:  # no seed in common with the baseline
+                    continue
                 axes.errorbar(difference.mean, place, xerr=difference.half_width, fmt="o", capsize=4, color=colour)
             if not headline.higher_is_better:
                 axes.invert_xaxis()

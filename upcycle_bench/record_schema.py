@@ -49,9 +49,21 @@ class StrategyPart(Part):
     reconstructed: tuple[str, ...] = Field(description="parts that the paper leaves open and we had to choose")
     footing: str = Field(default="", description="what is not as for all others, and is charged or told instead")
     paper: str
-    code: str | None = Field(default=None, description="fingerprint of its code; None in older records")
+    code: str | None = Field(default=None, description="fingerprint of its code")
     distribution: str
     version: str
+
+    @property
+    def kind(self) -> str:
+        """What has to stand wherever the label stands: its status, or that parts are reconstructed; "": published."""
+        if self.status == "published":
+            return "parts reconstructed" if self.reconstructed else ""
+        return self.status
+
+    @property
+    def mark(self) -> str:
+        """`kind`, and what is not the same for this strategy as for others."""
+        return "; ".join(filter(None, [self.kind, self.footing]))
 
 
 class ProtocolPart(Part):
@@ -118,7 +130,7 @@ class RepeatPart(Part):
 class ControlPart(Part):
     """A suite's scores with labels or class names dealt out anew (`evaluation.shuffled_labels`).
 
-    Of labels it is the metric furthest above chance.
+    Of labels it is the metric farthest better than chance.
     """
 
     suite: Name
@@ -140,7 +152,7 @@ class CertificatePart(Part):
     predictions: int = Field(ge=1, description="that each of `repeats` compares with those of the evaluation")
     repeats: tuple[RepeatPart, ...] = Field(min_length=1)
     reloaded: RepeatPart | None = Field(
-        default=None, description="the same by the model of the saved file; None: not ours, or older"
+        default=None, description="the same by the model of the saved file; None: no file of ours"
     )
     choices_routed: int = Field(ge=0, description="(token, choice) pairs in the whole evaluation; none was dropped")
     controls: tuple[ControlPart, ...]

@@ -53,9 +53,8 @@ def run(plan: Plan, results: Path, reporter: Reporter, *, fresh: bool = False) -
                     start = Start(protocol, world, dense, data)
                     model, state.receipt = initialise(plan.strategy, start, plan.init_seed, state.meter, reporter)
                     require_describable(
-                        plan.strategy, model.model, dense.model, protocol.train.schedule.steps,
-                        diagnosed(dense, data, device),
-                    )  # fmt: skip
+                        plan.strategy, model.model, dense.model, plan.steps, diagnosed(dense, data, device)
+                    )
                     state.progress = train_model(plan, model, data, work, state.meter, reporter)
                     state.metrics = work / "metrics.jsonl"
                     state.parameters = parameter_counts(model.model)  # of the trained form, before the merge

@@ -21,7 +21,7 @@ from upcycle_bench.model import backends
 from upcycle_bench.model.clip import Clip
 from upcycle_bench.model.cost import Cost
 from upcycle_bench.model.moe import parameter_counts
-from upcycle_bench.planning.estimate import unequal_cost
+from upcycle_bench.planning.estimate import unequal_cost, unequal_steps
 from upcycle_bench.planning.fingerprint import code_fingerprint
 from upcycle_bench.planning.plan import Plan, run_id
 from upcycle_bench.suite import SuiteResult
@@ -77,6 +77,8 @@ def unequal(plan: Plan, built: Cost) -> str | None:
 
     A dense control compares, though it costs less, as long as it does not cost more or declares another shape.
     """
+    if longer := unequal_steps(plan.protocol, plan.strategy):
+        return longer
     if plan.strategy.info.status == "control" and not plan.strategy.replaces_ffn:
         return plan.unequal or unequal_cost(plan.protocol, built, only_above=True)
     return unequal_cost(plan.protocol, built)

@@ -61,8 +61,8 @@ Status = Literal["published", "reconstructed", "control", "unpublished"]
 class StrategyInfo:
     """What a strategy is, for tables and records.
 
-    reconstructed: the parts of a published method that its paper leaves open and we had to choose. footing: what is not
-    as for all others, and is charged or told instead, in at most 40 characters. Raises PluginError for an unknown
+    reconstructed: the parts of a published method that its paper leaves open and we had to choose. footing: what this
+    strategy gets that others do not, in at most 40 characters. Raises PluginError for an unknown
     `status` or a longer `footing`.
     """
 

@@ -9,7 +9,7 @@ encodes with `evaluation.features.embed`, which reports each batch to `EvalConte
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -29,8 +29,16 @@ AVERAGE = "average"  # a suite's means over sets are of the dataset `average`, o
 
 
 def is_average(dataset: str) -> bool:
-    """Whether a score is a mean over sets. Where a suite has such scores, printed tables omit the single sets."""
+    """Whether a score is a mean over sets."""
     return dataset.partition("/")[0] == AVERAGE
+
+
+def is_averaged(dataset: str, metric: str, headline: str, names: Container[tuple[str, str]]) -> bool:
+    """Whether a mean stands for this score of a single set, so that printed tables omit it.
+
+    `headline`: of the set; `names`: (dataset, metric) of all scores of the suite.
+    """
+    return not is_average(dataset) and ((AVERAGE, metric) in names or (f"{AVERAGE}/{headline}", metric) in names)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +46,8 @@ class SuiteInfo:
     """What a suite is. `version` is part of its fingerprint: raise it when the same weights would get other scores.
 
     `headline`: whether it has headline scores. A suite without any describes the model, and a run needs another suite.
-    `tunes`: whether it trains copies of the model and scores those; a certificate does not cover them.
+    `tunes`: whether it trains copies of the model and scores those; a certificate does not cover them. `learns`:
+    whether it learns from labels of the set that it scores, as nearest neighbours do: names of classes do not matter.
     """
 
     name: str
@@ -47,6 +56,7 @@ class SuiteInfo:
     version: int
     headline: bool = True
     tunes: bool = False
+    learns: bool = False
 
 
 class OnlyNamed(UserError):

@@ -21,7 +21,7 @@ from upcycle_bench.cli.common import (
     terminal_reporter,
     writable_file,
 )
-from upcycle_bench.cli.tables import show_scores, show_skipped
+from upcycle_bench.cli.tables import show_headlines, show_scores, show_skipped
 
 
 def evaluate(
@@ -68,6 +68,7 @@ def show_evaluation(facts: Mapping[str, Any], output: Path | None) -> None:
     scored = f"protocol {facts['protocol']}" if facts["protocol"] else facts["data"]
     show_scores(f"{facts['checkpoint']} ({facts['model']}), {scored}", facts["scores"])
     show_skipped(facts["skipped"])
+    show_headlines(facts["headlines"], facts["scores"])
     if any(is_average(score["dataset"]) for score in facts["scores"]):
         print(f"all {len(facts['scores'])} scores, of each set and stratum, are what --output or --json has")
     total, active = facts["parameters_total"], facts["parameters_active"]

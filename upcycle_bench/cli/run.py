@@ -29,7 +29,7 @@ from upcycle_bench.cli.common import (
     uncollected,
 )
 from upcycle_bench.cli.evaluate import show_certificate
-from upcycle_bench.cli.tables import show_scores, show_skipped, table, with_error
+from upcycle_bench.cli.tables import show_headlines, show_scores, show_skipped, table
 from upcycle_bench.util.errors import UserError
 
 if TYPE_CHECKING:
@@ -185,13 +185,8 @@ def show_record(made: Record, path: Path) -> None:
     title = f"{made.strategy.label}, protocol {made.protocol.name}, seeds {seeds.init} and {seeds.train}"
     show_scores(title, [score.model_dump() for score in made.scores])
     show_skipped(made.skipped)
-    for name, headline in made.headlines.items():
-        parts = [score.metric for score in made.scores if score.headline == name]
-        what = parts[0] if len(parts) == 1 else f"mean of {len(parts)} scores"
-        chance = "" if headline.chance is None else f", chance {headline.chance:.4f}"
-        better = "higher" if headline.higher_is_better else "lower"
-        value = with_error(headline.value, headline.standard_error)
-        print(f"{name}: {value} ({what}, {better} is better{chance})")
+    scores = [score.model_dump() for score in made.scores]
+    show_headlines({name: headline.model_dump() for name, headline in made.headlines.items()}, scores)
     if averaged:
         print(f"all {len(made.scores)} scores, strata included, stand in the record")
     cost = made.cost

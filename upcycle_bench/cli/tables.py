@@ -41,7 +41,7 @@ def show(renderable: Any, *, stderr: bool = False) -> None:
 
 
 def show_scores(title: str, scores: Sequence[Mapping[str, Any]]) -> None:
-    """A table for each suite, then the meaning of the signs. Suites with averages show these alone, without strata."""
+    """A table for each suite, then the meaning of the signs. Averages stand for their sets, without strata."""
     suites = list(dict.fromkeys(score["suite"] for score in scores))
     if len(suites) > 1:
         print(f"{title}\n")
@@ -56,9 +56,11 @@ def show_scores(title: str, scores: Sequence[Mapping[str, Any]]) -> None:
 
 def score_rows(scores: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
     """The rows of one suite's table."""
-    from upcycle_bench.suite import AVERAGE, is_average
+    from upcycle_bench.suite import AVERAGE, is_average, is_averaged
 
     averaged = any(is_average(score["dataset"]) for score in scores)
+    names = {(score["dataset"], score["metric"]) for score in scores}
+    headline_of = {score["dataset"]: score["headline"] for score in scores if score["headline"]}
     return [
         {
             "dataset": score["dataset"].removeprefix(f"{AVERAGE}/"),
@@ -68,7 +70,8 @@ def score_rows(scores: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
             "n": f"{score['samples']:,}",
         }
         for score in scores
-        if not averaged or (is_average(score["dataset"]) and "[" not in score["metric"])
+        if not (averaged and "[" in score["metric"])
+        and not is_averaged(score["dataset"], score["metric"], headline_of.get(score["dataset"], ""), names)
     ]
 
 
@@ -77,6 +80,18 @@ def with_error(value: float, error: float | None, interval: Sequence[float] | No
     if error == 0 and interval is not None and interval[0] < interval[1]:
         return f"{value:.4f} " + (f"[≥{interval[0]:.3f}]" if value > interval[0] else f"[≤{interval[1]:.3f}]")
     return f"{value:.4f}" + ("" if error is None else f" ± {error:.4f}")
+
+
+def show_headlines(headlines: Mapping[str, Mapping[str, Any]], scores: Sequence[Mapping[str, Any]]) -> None:
+    """Print each headline score with its direction and chance."""
+    for name, headline in headlines.items():
+        parts = [score["metric"] for score in scores if score["headline"] == name]
+        what = parts[0] if len(parts) == 1 else f"mean of {len(parts)} scores"
+        chance = "" if headline["chance"] is None else f", chance {headline['chance']:.4f}"
+        better = "higher" if headline["higher_is_better"] else "lower"
+        print(
+            f"{name}: {with_error(headline['value'], headline['standard_error'])} ({what}, {better} is better{chance})"
+        )
 
 
 def show_key(rows: Sequence[Mapping[str, str]]) -> None:

@@ -20,7 +20,7 @@ from pydantic import ValidationError
 
 from upcycle_bench import record
 from upcycle_bench.data import evalset_check
-from upcycle_bench.evaluation.score import score, scores_of, skips_of
+from upcycle_bench.evaluation.score import headlines_of, score, scores_of, skips_of
 from upcycle_bench.model import backends, weights
 from upcycle_bench.model.clip import Clip, create_clip, find_pretrained
 from upcycle_bench.model.moe import parameter_counts
@@ -120,6 +120,7 @@ def score_checkpoint(
         "data": str(data) if data else None,
         "suite_fingerprints": {key: value for key, value in fingerprints.items() if key not in failed},
         "scores": scores,
+        "headlines": headlines_of(scores),
         "skipped": found.skipped | missing | failed,
         "suite_notes": {key: result.notes for key, result in outcome.items() if result.notes},
         "certificate": certificate.model_dump(mode="json") if certificate else None,

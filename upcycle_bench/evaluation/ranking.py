@@ -28,7 +28,7 @@ from upcycle_bench.util.errors import UserError
 from upcycle_bench.util.flops import uncounted
 from upcycle_bench.util.uncertainty import Uncertainty
 
-SCALE_BOUNDS = (1e-2, 1e3)  # of the fitted logit scale; CLIP trains in 1 to 100
+SCALE_BOUNDS = (1e-2, 1e2)  # of the fitted logit scale; CLIP trains in 1 to 100. Without errors the best is infinite
 FIT_QUERIES = 1024  # a logit scale is fitted to at most so many queries of a task
 BLOCK = 256  # queries in one matrix product; with fewer it is slow
 LOG_RANK = "log_rank"

@@ -62,46 +62,54 @@ def score_shuffled(
         # Draws differ in labels alone, so each input is prepared and encoded once.
         own = replace(context, encoded={}, transform=_once(context.transform))
         found: set[str] = set()
-        reasons: dict[str, None] = {}
+        reasons: dict[str, dict[str, None]] = defaultdict(dict)  # kind of set, or kind and control -> why it has none
         for dataset in suite.datasets():
             folder = context.root / dataset
             if ":" in dataset or not folder.is_dir():  # a training split, or a set of another world
                 continue
-            try:
-                kind = evalset.kind_of(folder)
-                if kind not in found:
-                    rng = Stream(("certificate", "labels", folder.name, weights))
+            kind = evalset.kind_of(folder)
+            rng = Stream(("certificate", "labels", folder.name, weights))
+            for what, control in (("labels", _of_labels), ("classes", _of_classes)):
+                if (wanted := f"{kind} {what}") in found or (what == "classes" and not _by_names(suite, kind)):
+                    continue
+                try:
                     small = small_sets.take(folder, rng.child("samples"))
-                    controls.append(_of_labels(name, suite, folder.name, small, own, rng))
-                    found.add(kind)
-                    if small.classes:
-                        controls.append(_of_classes(name, suite, folder.name, small, own, rng.child("classes")))
-            except Unsound:
-                raise
-            except OnlyNamed:
-                reasons["it scores only what a protocol names, and no protocol names shuffled labels."] = None
-            except Exception as error:  # a suite may fail on a small set, and its own scores stand nevertheless
-                what = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-                reasons[re.sub("^it ", "the shuffled set ", what)] = None
-        if not found:
-            without.append(f"{name}: {' '.join(reasons) or 'it reads no test set of this world.'}")
+                    stream = rng if what == "labels" else rng.child("classes")
+                    controls.append(control(name, suite, folder.name, small, own, stream))
+                    found.add(wanted)
+                except Unsound:
+                    raise
+                except OnlyNamed:
+                    why = "it scores only what a protocol names, and no protocol names shuffled labels."
+                    reasons[wanted][why] = None
+                except Exception as error:  # a suite may fail on a small set, and its own scores stand nevertheless
+                    why = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+                    reasons[wanted][re.sub("^it ", "the shuffled set ", why)] = None
+        missing = dict.fromkeys(why for wanted, each in reasons.items() if wanted not in found for why in each)
+        if missing or not found:
+            without.append(f"{name}: {' '.join(missing) or 'it reads no test set of this world.'}")
     return controls, " ".join(without) or None
+
+
+def _by_names(suite: Suite, kind: str) -> bool:
+    """Whether the suite answers with names of classes, so that the second control holds for it."""
+    return kind == "classification" and not suite.info.learns
 
 
 def _of_labels(
     name: str, suite: Suite, dataset: str, small: SmallSet, context: EvalContext, rng: Stream
 ) -> ControlPart:
     """The metric farthest better than chance over all draws of labels; Unsound where it is too far."""
-    seen: dict[str, list[tuple[float, Score]]] = defaultdict(list)
+    seen: dict[tuple[str, str], list[tuple[float, Score]]] = defaultdict(list)  # draws of one score are independent
     for draw in range(DRAWS):
         order = torch.randperm(len(small.values), generator=rng.child(draw).generator()).tolist()
         for score in _scored(suite, dataset, small, [small.values[place] for place in order], small.classes, context):
             if score.higher_is_better is not None and (z := z_of(score)) is not None:
-                seen[score.metric].append((z, score))
+                seen[score.dataset, score.metric].append((z, score))
     if not seen:
         raise UserError(f"suite {name} gives no score with a chance level and a standard error on {dataset}.")
-    metric = max(seen, key=lambda metric: together([z for z, _ in seen[metric]]))
-    z_D, scores = [z for z, _ in seen[metric]], [score for _, score in seen[metric]]
+    key = max(seen, key=lambda key: together([z for z, _ in seen[key]]))
+    z_D, scores, metric = [z for z, _ in seen[key]], [score for _, score in seen[key]], key[1]
     value, chance, z = statistics.fmean(score.value for score in scores), scores[0].chance, together(z_D)
     assert chance is not None
     if z >= LIMIT:

@@ -99,11 +99,27 @@ def unequal_shape(protocol: Protocol, strategy: Strategy) -> str | None:
     None where it keeps the shape, or where active parameters and forward FLOPs differ by at most `SHAPE_TOLERANCE`.
     This is what the strategy declares; `unequal_cost` says it of the model that was built, and decides.
     """
+    if longer := unequal_steps(protocol, strategy):
+        return longer
     if resolve_moe(strategy, protocol.moe) == protocol.moe and type(strategy).ffn_hidden is Strategy.ffn_hidden:
         return None
     moe = resolve_moe(strategy, protocol.moe)
     made = _counts(protocol, moe, lambda hidden: strategy.ffn_hidden(hidden, moe), 0.0, experts=strategy.replaces_ffn)
     return unequal_cost(protocol, Cost(made.active, made.forward))
+
+
+def unequal_steps(protocol: Protocol, strategy: Strategy) -> str | None:
+    """Why a training of more steps does not compare: it costs more than that of the protocol's own MoE; or None."""
+    schedule, steps = protocol.train.schedule, training_steps(protocol, strategy)
+    if steps <= schedule.steps:
+        return None
+    moe = _counts(protocol, protocol.moe, lambda hidden: hidden, schedule.patch_dropout, experts=True)
+    made, usual = estimate(protocol, strategy).train_flops, 3 * moe.forward * schedule.steps * schedule.batch_size
+    if made <= (1 + SHAPE_TOLERANCE) * usual:
+        return None
+    return (
+        f"{steps:,} training steps and {made:.4g} FLOPs, the protocol's own MoE has {schedule.steps:,} and {usual:.4g}"
+    )
 
 
 def unequal_cost(protocol: Protocol, made: Cost, *, only_above: bool = False) -> str | None:

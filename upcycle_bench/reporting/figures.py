@@ -48,10 +48,9 @@ class Run:
 
     @property
     def label(self) -> str:
-        """The strategy's label, with a mark for a reconstruction."""
+        """The strategy's label, with its mark."""
         part = self.record.strategy
-        marked = part.status == "reconstructed" and "reconstructed" not in part.label
-        return f"{part.label} (reconstructed)" if marked else part.label
+        return f"{part.label} ({part.kind})" if part.kind else part.label
 
     def last_layers(self) -> dict[str, dict[str, Any]]:
         """MoE layer -> its metrics at the last logged step."""

@@ -18,7 +18,7 @@ from operator import or_
 from typing import TYPE_CHECKING, Any
 
 from upcycle_bench.reporting.leaderboard import Board, Row, SeedMean
-from upcycle_bench.suite import is_average
+from upcycle_bench.suite import is_averaged
 from upcycle_bench.util.errors import unknown
 
 if TYPE_CHECKING:
@@ -174,7 +174,7 @@ def _caption(board: Board) -> list[str]:
         )
     scored = {name for row in board.rows for name in row.scores}
     parts = [part for headline in board.headlines.values() for part in headline.parts]
-    shown = {_split(name)[0] for name in (*_shown(scored), *parts)}
+    shown = {_split(name)[0] for name in (*_shown(scored, board), *parts)}
     if scored and (hidden := sorted(board.suite_fingerprints.keys() - shown)):
         sentences.append(
             f"No column here for {', '.join(hidden)}: scores are in csv and json, all they say in the records."
@@ -216,7 +216,7 @@ def _groups(board: Board) -> list[Columns]:
             cells = ["-" if row.label == board.baseline else cell for row, cell in zip(rows, cells, strict=True)]
             which = f"{name} " if len(board.headlines) > 1 else ""
             result[f"{which}vs {board.baseline}" + _unit(cells)] = cells
-    shown = _shown({name for row in rows for name in row.scores})
+    shown = _shown({name for row in rows for name in row.scores}, board)
     scores = {name: [_score(row, name) for row in rows] for name in shown}
     cost = {
         "total parameters": [_number(row.parameters_total, ",.2f", "M") for row in rows],
@@ -229,14 +229,18 @@ def _groups(board: Board) -> list[Columns]:
     return [who, result, scores, cost, {"runs": [row.outcome for row in rows]}]
 
 
-def _shown(columns: Iterable[str]) -> list[str]:
-    """The columns of scores in tables for people; a suite with averages shows these alone."""
+def _shown(columns: Iterable[str], board: Board) -> list[str]:
+    """The columns of scores in tables for people; a mean over sets stands for its sets."""
     parts = {column: _split(column) for column in columns}
-    averaging = {suite for suite, dataset, _ in parts.values() if is_average(dataset)}
+    headline_of = {_split(part)[:2]: name for name, each in board.headlines.items() for part in each.parts}
+    names: dict[str, set[tuple[str, str]]] = defaultdict(set)
+    for suite, dataset, metric in parts.values():
+        names[suite].add((dataset, metric))
     return sorted(
         column
         for column, (suite, dataset, metric) in parts.items()
-        if SHOWN.fullmatch(metric) and (is_average(dataset) or suite not in averaging)
+        if SHOWN.fullmatch(metric)
+        and not is_averaged(dataset, metric, headline_of.get((suite, dataset), ""), names[suite])
     )
 
 

@@ -223,12 +223,12 @@ def _row(runs: list[Record], counting: dict[SeedPair, Record], base: dict[SeedPa
         rank=None,
         label=newest.strategy.label,
         strategy=newest.strategy.name,
-        kind=_mark(newest),
+        kind=newest.strategy.mark,
         headlines={
             name: RowHeadline(
                 seed_mean(values),
                 seed_mean(differences[name]) if name in differences else None,
-                _mean(run.headlines[name].standard_error for run in counting.values()),
+                _mean(known.standard_error for run in counting.values() if (known := run.headlines.get(name))),
             )
             for name, values in headlines.items()
         },
@@ -251,13 +251,6 @@ def _row(runs: list[Record], counting: dict[SeedPair, Record], base: dict[SeedPa
         status="ok" if counting else newest.status,
         reason=None if counting else newest.reason,
     )
-
-
-def _mark(record: Record) -> str:
-    """The mark of a row, wherever its label stands: a reconstruction, whole or in part, and the strategy's footing."""
-    strategy = record.strategy
-    kind = "parts reconstructed" if strategy.reconstructed else ""
-    return "; ".join(filter(None, [kind if strategy.status == "published" else strategy.status, strategy.footing]))
 
 
 def _dirty(record: Record) -> bool:

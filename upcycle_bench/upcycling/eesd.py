@@ -54,8 +54,8 @@ class Distilled(Strategy):
     eesd_weight: float = Field(
         default=1.0, ge=0, allow_inf_nan=False, description="0: no distillation; the paper's B/16 has 0.1"
     )
-    eesd_memory: float = Field(
-        default=PAPER_MEMORY, gt=0, le=1, description="share of the training's steps that the EMA remembers"
+    eesd_memory: float | None = Field(
+        default=None, gt=0, le=1, description=f"share of the training's steps that the EMA remembers [{PAPER_MEMORY}]"
     )
     eesd_ema: float | None = Field(default=None, ge=0, le=1, description="in place of `eesd_memory`: the EMA itself")
     eesd_feature_reduction: Literal["paper", "sum", "mean"] = Field(
@@ -66,7 +66,7 @@ class Distilled(Strategy):
     eesd_mask_dropped: bool = Field(default=False, description="leave out tokens that lost a choice to capacity")
 
     def __post_init__(self) -> None:
-        if self.eesd_ema is not None and self.eesd_memory != PAPER_MEMORY:
+        if self.eesd_ema is not None and self.eesd_memory is not None:
             raise UserError("eesd_ema (given, or the protocol's) and eesd_memory exclude each other; give eesd_ema.")
 
     def loss(self, layers: Mapping[str, MoEFFN], rng: Stream, steps: int) -> ExtraLoss | None:
@@ -74,7 +74,8 @@ class Distilled(Strategy):
 
     def ema(self, steps: int) -> float:
         """a of Eq. 11 in a training of `steps`: a memory of m steps is 1 - 1/m, and no memory is shorter than one."""
-        return 1 - 1 / max(1.0, self.eesd_memory * steps) if self.eesd_ema is None else self.eesd_ema
+        memory = PAPER_MEMORY if self.eesd_memory is None else self.eesd_memory
+        return 1 - 1 / max(1.0, memory * steps) if self.eesd_ema is None else self.eesd_ema
 
     def feature_factor(self, layer: MoEFFN) -> float:
         """What the sum over features is multiplied by in this layer."""

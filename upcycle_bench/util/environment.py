@@ -91,8 +91,9 @@ def git_state(file: Path) -> dict[str, JsonValue] | None:
     top, commit = _git(folder, "rev-parse", "--show-toplevel"), _git(folder, "rev-parse", "--verify", "HEAD")
     if top is None or commit is None:
         return None
-    # Runs write records into results/, which does not change the code.
-    changes = _git(Path(top), "status", "--porcelain", "--", ".", ":(exclude)results")
+    # Of these no file is code that a run executes, and runs write records into results/.
+    others = [f":(exclude){name}" for name in ("results", "docs", "tests", "*.md")]
+    changes = _git(Path(top), "status", "--porcelain", "--", ".", *others)
     return {"commit": commit, "dirty": changes != ""}
 
 
