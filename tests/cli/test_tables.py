@@ -128,3 +128,21 @@ def test_each_suite_has_a_table_of_its_own(capsys):
     assert [is_average(name) for name in (AVERAGE, "average/in", "average-set", "averages/a", "d")] == [
         True, True, False, False, False
     ]  # fmt: skip
+
+
+def test_a_mean_hides_the_sets_it_is_of_and_no_others():
+    """One retrieval set and two classification sets of a headline, and a set of none: only the two have a mean."""
+    part = {"suite": "a", "value": 0.5, "chance": 0.1, "samples": 20, "standard_error": None, "interval": None}
+    rows = [
+        part | {"dataset": dataset, "metric": metric, "headline": headline}
+        for dataset, metric, headline in (
+            ("one", "acc1", "shift"),
+            ("one", "acc1[seen]", ""),
+            ("two", "acc1", "shift"),
+            ("pairs", "recall@1", "shift"),
+            ("other", "acc1", ""),
+            ("average/shift", "acc1", ""),
+        )
+    ]
+    shown = [(row["dataset"], row["metric"]) for row in score_rows(rows)]
+    assert shown == [("pairs", "recall@1 (shift)"), ("other", "acc1"), ("shift", "acc1")]

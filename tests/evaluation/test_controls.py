@@ -224,6 +224,13 @@ def test_a_suite_that_ignores_class_names_is_refused(root: Path) -> None:
     assert classes.value == 0.5  # each picture is right in one of the two lists
 
 
+@dataclass(frozen=True, kw_only=True)
+class Learning(ZeroShot):
+    """It says that it learns from labels of the set."""
+
+    info: ClassVar[SuiteInfo] = SuiteInfo(name="learning", summary="s", paper="p", version=1, learns=True)
+
+
 # ---- sets without a control ----------------------------------------------------------------------------------------
 
 
@@ -234,3 +241,19 @@ def test_small_sets_have_no_control(tmp_path: Path) -> None:
     found, without = controls(tmp_path, ZeroShot(sets=("few",), headlines={"in": ("few",)}))
     assert found == []
     assert without == "zero-shot: evaluation set few: 40 samples are too few for a control."
+
+
+def test_a_kind_of_set_without_a_control_is_named_beside_one_that_has_some(root: Path, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    pictures = (Image.fromarray(p) for p in rng.integers(0, 256, (40, 8, 8, 3), dtype=np.uint8))
+    captioned = ((picture, [f"picture {number}"]) for number, picture in enumerate(pictures))
+    evalset_write.write_retrieval(tmp_path / "few", captioned)
+    (tmp_path / "colours").symlink_to(root / "colours")
+    found, without = controls(tmp_path, ZeroShot(sets=("colours", "few"), headlines={"in": ("colours",)}))
+    assert [(part.dataset, part.permuted) for part in found] == [("colours", "labels"), ("colours", "classes")]
+    assert without == "zero-shot: evaluation set few: 40 samples are too few for a control."
+
+
+def test_a_suite_that_learns_from_the_labels_it_scores_has_the_first_control_alone(root: Path) -> None:
+    found, without = controls(root, Learning(sets=("colours",), headlines={"in": ("colours",)}))
+    assert [part.permuted for part in found] == ["labels"] and without is None

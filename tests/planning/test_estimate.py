@@ -192,3 +192,22 @@ def test_what_costs_less_than_the_protocols_moe_does_not_compare_either() -> Non
     assert said is not None
     ours, theirs = (int(number.replace(",", "")) for number in said.groups())
     assert theirs - ours == 3 * 2 * (2 * 64 + 1) * 128
+
+
+@dataclass(frozen=True, kw_only=True)
+class Patient(type(strategy("sparse-upcycling"))):  # type: ignore[misc]
+    """A strategy that trains `factor` times as long."""
+
+    factor: float = 10.0
+
+    def training_steps(self, steps: int, dense_flops: int, moe_flops: int) -> int:
+        return round(steps * self.factor)
+
+
+def test_a_longer_training_does_not_compare_unless_its_flops_do() -> None:
+    """Ten times the steps of the mixture are ten times its FLOPs; half of them are less, and nobody's advantage."""
+    protocol = PROTOCOLS["smoke"]
+    reason = unequal_shape(protocol, Patient())
+    assert reason is not None and reason.startswith("1,000 training steps and ") and "has 100 and " in reason
+    assert unequal_shape(protocol, Patient(factor=0.5)) is None
+    assert unequal_shape(protocol, strategy("dense-longer")) is None  # more steps, equal FLOPs

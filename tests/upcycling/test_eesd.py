@@ -279,6 +279,8 @@ def test_an_ema_that_is_given_is_taken_as_printed() -> None:
     assert distil(layers, eesd_ema=1.0).notes()["eesd_memory_steps"] == 0  # it never forgets: JSON has no infinity
     with pytest.raises(UserError, match="exclude each other"):
         ClusterAware(eesd_ema=0.999, eesd_memory=0.5)
+    with pytest.raises(UserError, match="exclude each other"):  # also where it is the usual share
+        ClusterAware(eesd_ema=0.999, eesd_memory=0.0126)
 
 
 def test_what_the_teacher_keeps_of_step_0_by_hand() -> None:
