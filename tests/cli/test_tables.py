@@ -39,13 +39,17 @@ def test_a_run_shows_every_headline_with_its_direction_and_chance(capsys):
     assert "in-distribution: 1.2500 ± 0.1250 (log_rank, lower is better, chance 3.0000)" in lines
     assert "shift: 2.5000 (mean of 2 scores, lower is better)" in lines
     assert not any("stand in the record" in line for line in lines)  # all of them are shown above
-    averages = [score("average/shift", "log_rank", 2.5, lower=True)]
+    averages = [
+        score("average/shift", f"{way}_retrieval_log_rank", value, lower=True)
+        for way, value in (("image", 2.0), ("text", 3.0))
+    ]
     show_record(make_record(scores=[*scores, *averages], headlines=headlines_of(scores)), Path("record.json"))
     lines = capsys.readouterr().out.splitlines()
-    assert "all 4 scores, strata included, stand in the record" in lines
+    assert "all 5 scores, strata included, stand in the record" in lines
     assert "shift: 2.5000 (mean of 2 scores, lower is better)" in lines
-    assert any(line.split()[:2] == ["shift", "log_rank"] for line in lines)
-    assert not any("image_retrieval" in line for line in lines)
+    datasets = [line.split()[0] for line in lines if "_rank " in line and line[0] not in " si"]
+    assert datasets == ["a"]  # the means stand for b and c
+    assert sum(line.startswith("shift ") for line in lines) == 2
 
 
 def test_a_table_says_of_which_headline_a_score_is_a_part():
@@ -122,7 +126,7 @@ def test_each_suite_has_a_table_of_its_own(capsys):
     lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
     assert lines[0] == "all of it" and [line for line in lines if line in ("a", "b")] == ["a", "b"]
     assert sum("0.5000" in line for line in lines) == 1  # b has no average, so all its scores stand
-    of_headlines = [part | {"suite": "a", "value": 0.25, "dataset": "d"}]
+    of_headlines = [part | {"suite": "a", "value": 0.25, "dataset": "d", "headline": "0.5"}]
     of_headlines += [part | {"suite": "a", "value": value, "dataset": f"{AVERAGE}/{value}"} for value in (0.5, 0.75)]
     assert [row["dataset"] for row in score_rows(of_headlines)] == ["0.5", "0.75"]  # their headlines
     assert [is_average(name) for name in (AVERAGE, "average/in", "average-set", "averages/a", "d")] == [

@@ -18,6 +18,7 @@ from upcycle_bench.model.moe import moe_layers
 from upcycle_bench.model.surgery import put_experts
 from upcycle_bench.planning.registry import load_registry
 from upcycle_bench.strategy import configure
+from upcycle_bench.upcycling import eesd
 from upcycle_bench.util.errors import UserError
 
 # ---- What it makes --------------------------------------------------------------------------------------------------
@@ -171,7 +172,7 @@ def test_defaults_are_the_papers_or_reconstructed() -> None:
     assert (strategy.tau, strategy.rank_floor, strategy.pca_divisor, strategy.router_scale) == (0.9, 0.5, 8, 1.0)
     assert (strategy.calibration_pairs, strategy.kmeans_iterations) == (131072, 25)
     assert (strategy.eesd_weight, strategy.eesd_ema) == (1.0, None)
-    assert strategy.eesd_memory == pytest.approx(1000 / 79_346, rel=1e-3)  # 0.999 in the training of ViT-B/32
+    assert pytest.approx(1000 / 79_346, rel=1e-3) == eesd.PAPER_MEMORY  # 0.999 in the training of ViT-B/32
     assert (strategy.eesd_feature_reduction, strategy.eesd_layer_reduction) == ("paper", "mean")
     assert (strategy.eesd_tokens, strategy.eesd_mask_dropped) == (1.0, False)
     assert (strategy.pca, strategy.rank_fraction) == (True, 0.0)
