@@ -84,6 +84,14 @@ def test_weights_that_do_not_do_are_one_line_and_nothing_is_written(
     assert not list(tmp_path.rglob("*.safetensors")) and not (tmp_path / "scores.json").exists()
 
 
+def test_an_index_without_a_model_is_no_record(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"a": "b"}}')
+    assert call(monkeypatch, "evaluate", str(tmp_path / "model.safetensors.index.json")) == 2
+    assert "say with --model which open_clip model it is" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("door", ["upcycle", "evaluate", "run", "evaluate without --model"])
 def test_a_pointer_is_one_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, door: str

@@ -175,6 +175,17 @@ def test_position_embeddings_of_another_grid_are_not_bent(tmp_path: Path, state:
     assert "1 of other shape, first visual.positional_embedding 10x64, not 17x64" in refusal(tmp_path / "grid.pt")
 
 
+def test_the_model_whose_weights_they_are_is_named(tmp_path: Path) -> None:
+    config = open_clip.get_model_config(MODEL)
+    config["vision_cfg"]["layers"] = 2
+    (tmp_path / "smoke-flat.json").write_text(json.dumps(config))
+    open_clip.add_model_config(tmp_path / "smoke-flat.json")
+    torch.save(create_clip("smoke-flat").model.state_dict(), tmp_path / "flat.pt")
+    line = refusal(tmp_path / "flat.pt")
+    assert "24 missing, first visual.transformer.resblocks.2." in line
+    assert "Its shapes are those of smoke-flat: give that model." in line
+
+
 # By content, not by name
 
 
@@ -238,6 +249,31 @@ def test_a_file_that_is_cut_off_is_one_line(tmp_path: Path, state: State) -> Non
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     assert "is a zip archive that is cut off" in refusal(tmp_path / "cut.pt")
     assert "cannot be read as a safetensors file" in refusal(tmp_path / "cut.safetensors")
+
+
+@pytest.mark.parametrize("kind", ["zip", "old", "safetensors", "script"])
+def test_a_file_that_is_damaged_anywhere_is_read_or_one_line(tmp_path: Path, kind: str) -> None:
+    """A bit that flips within a number cannot be seen; nothing else passes, and nothing has another end."""
+    small = {f"module.{number}": torch.ones(2) for number in range(3)}
+    path, random = tmp_path / "file", np.random.default_rng(0)
+    if kind == "safetensors":
+        save_file(small, path)
+    elif kind == "script":
+        torch.jit.save(torch.jit.script(torch.nn.GELU()), path)
+    else:
+        torch.save(small, path, _use_new_zipfile_serialization=kind == "zip")
+    whole, lines = path.read_bytes(), []
+    for number in range(60):
+        place = int(random.integers(len(whole)))
+        tail = b"" if number % 2 else bytes([whole[place] ^ 1 << number % 8]) + whole[place + 1 :]
+        path.write_bytes(whole[:place] + tail)
+        try:
+            read(path)
+        except UserError as error:
+            lines.append(str(error))
+        else:
+            assert number % 2 == 0
+    assert len(lines) >= 30 and not any("\n" in line for line in lines)
 
 
 def test_archives_and_folders_that_are_no_checkpoint(tmp_path: Path) -> None:
@@ -371,6 +407,11 @@ def test_the_identity_of_an_index_is_that_of_its_parts(tmp_path: Path, state: St
     assert content_sha256(index) != before
     part = tmp_path / "model-00001-of-00002.safetensors"
     assert content_sha256(part) == file_sha256(part)
+
+
+def test_one_part_alone_names_its_index(tmp_path: Path, state: State) -> None:
+    index = shards(state, tmp_path)
+    assert f"The file is one part of several: give {index}." in refusal(tmp_path / "model-00002-of-00002.bin")
 
 
 def test_a_part_that_is_missing_or_old_is_one_line(tmp_path: Path, state: State) -> None:

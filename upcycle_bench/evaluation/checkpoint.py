@@ -185,7 +185,7 @@ def _of_set(target: type[Suite], path: Path) -> Suite:
 
 def _load(path: Path) -> Checkpoint:
     """The model of a file of ours, or of a record, whose weights are in the cache."""
-    if path.suffix != ".json":
+    if path.suffix != ".json" or checkpoint_file.is_index(path):
         if not path.is_file():
             raise UserError(f"{path}: no such file; a tag or a file of open_clip's goes with --model.")
         checkpoint_file.require_readable(path)

@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import zipfile
@@ -88,9 +89,14 @@ def require_readable(path: Path) -> Callable[[Path], Held]:
     return kind.read
 
 
+def is_index(path: Path) -> bool:
+    """Whether the file is an index, which names the parts of a checkpoint."""
+    return path.is_file() and identify(path) is INDEX
+
+
 def content_sha256(path: Path) -> str:
     """The sha256 of the file; of an index, which names its parts only, that of its bytes and those of the parts."""
-    if identify(path) is not INDEX:
+    if not is_index(path):
         return file_sha256(path)
     digests = [file_sha256(path), *(file_sha256(part) for part in _parts(path))]
     return hashlib.sha256(" ".join(digests).encode()).hexdigest()
@@ -101,8 +107,8 @@ def _head(path: Path) -> Head:
     with path.open("rb") as file:
         start = file.read(1024)
         members: tuple[str, ...] = ()
-        if start.startswith(b"PK\x03\x04") and zipfile.is_zipfile(file):
-            with zipfile.ZipFile(file) as archive:
+        if start.startswith(b"PK\x03\x04"):
+            with contextlib.suppress(Exception), zipfile.ZipFile(file) as archive:  # damaged ones fail in many ways
                 members = tuple(archive.namelist())
         text = None
         if start.lstrip()[:1] == b"{" and size <= MAX_JSON:
@@ -158,13 +164,26 @@ def _read_parts(path: Path) -> Held:
 
 def _parts(path: Path) -> list[Path]:
     """The files that an index names, which stand beside it. UserError for one that is not there."""
-    names = sorted({str(name) for name in json.loads(path.read_bytes())["weight_map"].values()})
+    names = sorted(_names(path))
     for name in names:
         if not (path.parent / name).is_file():
             raise UserError(f"{path}: its part {name} is not beside it; copy all {len(names)} parts there.")
-        if identify(path.parent / name) is INDEX:
+        if is_index(path.parent / name):
             raise UserError(f"{path}: its part {name} is an index itself; give an index of weights.")
     return [path.parent / name for name in names]
+
+
+def index_of(part: Path) -> Path | None:
+    """The index beside the file that names it as one of several parts."""
+    for index in sorted(part.parent.glob("*.index.json")):
+        if is_index(index) and len(_names(index) - {part.name}) and part.name in _names(index):
+            return index
+    return None
+
+
+def _names(index: Path) -> set[str]:
+    """The parts that an index names."""
+    return {str(name) for name in json.loads(index.read_bytes())["weight_map"].values()}
 
 
 def _one_line(error: BaseException) -> str:
@@ -223,7 +242,7 @@ KINDS = (
     ),
     Kind(
         "a zip archive that is cut off",
-        "the beginning of a zip archive without its end",
+        "the beginning of a zip archive without an end that can be read",
         lambda head: head.start.startswith(b"PK\x03\x04"),
         remedy="it was not written or copied to its end; copy it again, or take the checkpoint before it",
     ),

@@ -25,8 +25,8 @@ from upcycle_bench.util.errors import UserError
 # What trainings put beside the weights. All of it is data: making it calls nothing that a file could choose.
 # NumPy's modules were renamed in version 2, and a file names them as they were where it was written.
 _DATA: list[Any] = [
-    *[(np._core.multiarray.scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")],  # type: ignore[attr-defined]
-    *[(np._core.multiarray._reconstruct, f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")],  # type: ignore[attr-defined]
+    *[(np.float64(0).__reduce__()[0], f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")],
+    *[(np.zeros(1).__reduce__()[0], f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")],
     np.ndarray,
     np.dtype,
     *[kind for kind in vars(np.dtypes).values() if isinstance(kind, type) and issubclass(kind, np.dtype)],

@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from upcycle_bench.model.checkpoint_file import Held
+from upcycle_bench.model.checkpoint_file import Held, index_of
+from upcycle_bench.model.lookalike import names_of_shape
 from upcycle_bench.model.moe import EXPERT_KEY
 from upcycle_bench.model.transformers_clip import is_transformers, to_open_clip
 from upcycle_bench.util.errors import UserError
@@ -88,7 +89,7 @@ def put(weights: Weights, model: Any, name: str) -> None:
     for key in ("logit_scale", "logit_bias"):
         if key in found and key in wanted and found[key].numel() == wanted[key].numel():
             found[key] = found[key].reshape(wanted[key].shape)
-    _compare(weights.path, found, wanted, name)
+    _compare(weights, found, wanted, name)
     require_finite(found, weights.path)
     model.load_state_dict(found, strict=True)
 
@@ -127,7 +128,7 @@ def _bare(weights: Weights, wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 
-def _compare(path: Path, found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], name: str) -> None:
+def _compare(weights: Weights, found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], name: str) -> None:
     """UserError that shows both sides, unless names and shapes are the same."""
     missing = [key for key in wanted if key not in found]
     superfluous = [key for key in found if key not in wanted]
@@ -139,9 +140,19 @@ def _compare(path: Path, found: Mapping[str, Tensor], wanted: Mapping[str, Tenso
         key = shapes[0]
         parts.append(f"{_counted(shapes, 'of other shape')} {_shape(found[key])}, not {_shape(wanted[key])}")
     raise UserError(
-        f"checkpoint {path} does not fit {name}: it has {len(found)} tensors, the model {len(wanted)}; "
-        f"{'; '.join(filter(None, parts))}. Give the model whose weights they are."
+        f"checkpoint {weights.path} does not fit {name}: it has {len(found)} tensors, the model {len(wanted)}; "
+        f"{'; '.join(filter(None, parts))}. {_remedy(weights, found, name)}"
     )
+
+
+def _remedy(weights: Weights, found: Mapping[str, Tensor], name: str) -> str:
+    """What to do about weights that do not fit: the whole of which they are a part, or the models that they do fit."""
+    if index := index_of(weights.path):
+        return f"The file is one part of several: give {index}."
+    names = names_of_shape(found, weights.quick_gelu)
+    if names and name not in names:
+        return f"Its shapes are those of {' or '.join(names)}: give that model."
+    return "Give the model whose weights they are."
 
 
 def _counted(keys: Iterable[str], what: str) -> str:
