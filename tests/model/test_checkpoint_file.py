@@ -1,4 +1,4 @@
-"""What a checkpoint is and which weights it holds: told by content; nothing in it runs; anything else is one line."""
+"""What a checkpoint is: told by content. Nothing in it runs; what is no checkpoint is one line."""
 
 import argparse
 import collections
@@ -14,17 +14,13 @@ import open_clip
 import pytest
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
 
-from upcycle_bench import api
+from tests.model.checkpoints import MODEL, State, prefixed, random_state, refusal, same
 from upcycle_bench.model import checkpoint_file
 from upcycle_bench.model.checkpoint_file import content_sha256, read
 from upcycle_bench.model.clip import create_clip
 from upcycle_bench.util.errors import UserError
 from upcycle_bench.util.files import file_sha256
-
-MODEL = "smoke-vit"
-State = dict[str, Tensor]
 
 
 @pytest.fixture(scope="module")
@@ -33,29 +29,8 @@ def model() -> Any:
 
 
 @pytest.fixture
-def state(model: Any) -> State:
-    return {key: value.clone() for key, value in model.state_dict().items()}
-
-
-def same(path: Path, state: State, name: str = MODEL) -> bool:
-    """Whether the model of that checkpoint has these weights, bit by bit."""
-    loaded = create_clip(name, path, seed=2).model.state_dict()
-    return loaded.keys() == state.keys() and all(torch.equal(loaded[key], state[key].float()) for key in state)
-
-
-def refusal(path: Path, name: str = MODEL) -> str:
-    """The one line with which the checkpoint is refused; it names the file."""
-    with pytest.raises(UserError) as caught:
-        create_clip(name, path)
-    assert "\n" not in str(caught.value) and str(path) in str(caught.value)
-    return str(caught.value)
-
-
-def prefixed(state: State, prefix: str) -> State:
-    return {f"{prefix}{key}": value for key, value in state.items()}
-
-
-# An epoch file of a training
+def state() -> State:
+    return random_state()
 
 
 def epoch(state: State) -> dict[str, Any]:
@@ -118,77 +93,6 @@ def test_code_in_a_pickle_is_never_run(tmp_path: Path, state: State, zipped: boo
     assert not (tmp_path / "ran").exists()
 
 
-# Prefixes and nests
-
-WRAPPED: dict[str, Callable[[State], Any]] = {
-    "bare": lambda state: state,
-    "module.": lambda state: prefixed(state, "module."),
-    "_orig_mod.": lambda state: prefixed(state, "_orig_mod."),
-    "module._orig_mod.": lambda state: prefixed(state, "module._orig_mod."),
-    "_orig_mod.module.": lambda state: prefixed(state, "_orig_mod.module."),
-    "model.": lambda state: prefixed(state, "model."),
-    "any prefix": lambda state: prefixed(state, "student.clip."),
-    "a compiled tower": lambda state: {key.replace("visual.", "visual._orig_mod."): v for key, v in state.items()},
-    "{model}": lambda state: {"model": state, "epoch": 3},
-    "{module}": lambda state: {"module": state, "global_steps": 3},
-    "{state_dict}": lambda state: {"state_dict": state},
-    "{state_dict: model.}": lambda state: {"state_dict": prefixed(state, "model."), "hyper_parameters": {"lr": 1}},
-    "{model: {state_dict}}": lambda state: {"model": {"state_dict": state}},
-    "{ema}": lambda state: {"ema": state},
-    "{model_ema: {module}}": lambda state: {"model_ema": {"module": state}},
-    "{state_dict, ema}": lambda state: {"state_dict_ema": {k: v + 1 for k, v in state.items()}, "state_dict": state},
-}
-
-
-@pytest.mark.parametrize("how", WRAPPED)
-def test_wrappers_come_off(tmp_path: Path, state: State, how: str) -> None:
-    torch.save(WRAPPED[how](state), tmp_path / "dense.pt")
-    assert same(tmp_path / "dense.pt", state)
-
-
-def test_a_moving_average_is_said(tmp_path: Path, state: State, capsys: pytest.CaptureFixture[str]) -> None:
-    torch.save({"ema": state}, tmp_path / "ema.pt")
-    torch.save({"ema": state, "model": state}, tmp_path / "both.pt")
-    create_clip(MODEL, tmp_path / "both.pt")
-    assert capsys.readouterr().err == ""
-    create_clip(MODEL, tmp_path / "ema.pt")
-    assert capsys.readouterr().err.endswith("holds a moving average (ema) and no other weights: it is used\n")
-
-
-def test_a_prefix_of_some_keys_shows_both_sides(tmp_path: Path, state: State) -> None:
-    half = {(f"extra.{key}" if key.startswith("visual.") else key): value for key, value in state.items()}
-    torch.save(half, tmp_path / "half.pt")
-    towers = sum(key.startswith("visual.") for key in state)
-    line = refusal(tmp_path / "half.pt")
-    assert f"it has {len(state)} tensors, the model {len(state)}; {towers} missing, first visual." in line
-    assert f"{towers} unexpected, first extra.visual." in line
-
-
-def test_one_tower_alone_keeps_its_name(tmp_path: Path, state: State) -> None:
-    torch.save({k: v for k, v in state.items() if k.startswith("visual.")}, tmp_path / "vision.pt")
-    assert "missing, first positional_embedding" in refusal(tmp_path / "vision.pt")
-
-
-def test_position_embeddings_of_another_grid_are_not_bent(tmp_path: Path, state: State) -> None:
-    state["visual.positional_embedding"] = torch.zeros(10, 64)
-    torch.save(state, tmp_path / "grid.pt")
-    assert "1 of other shape, first visual.positional_embedding 10x64, not 17x64" in refusal(tmp_path / "grid.pt")
-
-
-def test_the_model_whose_weights_they_are_is_named(tmp_path: Path) -> None:
-    config = open_clip.get_model_config(MODEL)
-    config["vision_cfg"]["layers"] = 2
-    (tmp_path / "smoke-flat.json").write_text(json.dumps(config))
-    open_clip.add_model_config(tmp_path / "smoke-flat.json")
-    torch.save(create_clip("smoke-flat").model.state_dict(), tmp_path / "flat.pt")
-    line = refusal(tmp_path / "flat.pt")
-    assert "24 missing, first visual.transformer.resblocks.2." in line
-    assert "Its shapes are those of smoke-flat: give that model." in line
-
-
-# By content, not by name
-
-
 def test_the_name_does_not_decide(tmp_path: Path, state: State) -> None:
     for name in ("a.pt", "B.SAFETENSORS", "no_suffix"):
         save_file(state, tmp_path / name)
@@ -196,21 +100,6 @@ def test_the_name_does_not_decide(tmp_path: Path, state: State) -> None:
     for name in ("b.safetensors", "b.npz", "b.bin"):
         torch.save(state, tmp_path / name)
         assert same(tmp_path / name, state)
-
-
-@pytest.mark.parametrize(
-    ("value", "line"),
-    [
-        ([torch.ones(2)], "holds a list, no weights by name; save model.state_dict()"),
-        (torch.ones(2), "holds a single tensor, no weights by name"),
-        ({}, "holds no weights (but nothing)"),
-        ({"epoch": 3, "name": "x"}, "holds no weights (but epoch, name)"),
-        ({"state_dict": {}}, "holds no weights (but state_dict)"),
-    ],
-)
-def test_what_holds_no_weights_by_name_is_one_line(tmp_path: Path, value: Any, line: str) -> None:
-    torch.save(value, tmp_path / "odd.pt")
-    assert line in refusal(tmp_path / "odd.pt")
 
 
 def test_a_pickled_module_is_one_line(tmp_path: Path, model: Any) -> None:
@@ -286,22 +175,6 @@ def test_archives_and_folders_that_are_no_checkpoint(tmp_path: Path) -> None:
     assert "no such file" in refusal(tmp_path / "none.pt")
 
 
-def test_an_upcycled_model_is_called_that(tmp_path: Path, model: Any) -> None:
-    moe = api.upcycle(model, "sparse-upcycling", experts=2)
-    api.save(moe, tmp_path / "moe.safetensors", MODEL)
-    torch.save({"state_dict": prefixed(moe.state_dict(), "module.")}, tmp_path / "moe.pt")
-    for name in ("moe.safetensors", "moe.pt"):
-        assert "is already upcycled (" in refusal(tmp_path / name)
-
-
-def test_a_dense_file_of_ours_is_a_checkpoint(tmp_path: Path, model: Any, state: State) -> None:
-    api.save(model, tmp_path / "ours.safetensors", MODEL)
-    assert same(tmp_path / "ours.safetensors", state)
-
-
-# TorchScript
-
-
 def script(model: Any, path: Path) -> None:
     """As OpenAI saved theirs: a traced model."""
     image, text = torch.zeros(1, 3, 8, 8), torch.zeros(1, 12, dtype=torch.long)
@@ -327,59 +200,6 @@ def test_a_torchscript_archive_with_quickgelu_needs_a_model_with_quickgelu(
         tmp_path / "ViT.pt"
     )
     assert same(tmp_path / "ViT.pt", quick.state_dict(), f"{MODEL}-quickgelu")
-
-
-# transformers
-
-
-def as_transformers(state: State) -> State:
-    """The same weights under the names of transformers' CLIPModel."""
-    found: State = {
-        "logit_scale": state["logit_scale"][0],
-        "text_projection.weight": state["text_projection"].T,
-        "visual_projection.weight": state["visual.proj"].T,
-        "text_model.embeddings.token_embedding.weight": state["token_embedding.weight"],
-        "text_model.embeddings.position_embedding.weight": state["positional_embedding"],
-        "text_model.embeddings.position_ids": torch.arange(12)[None],
-        "vision_model.embeddings.class_embedding": state["visual.class_embedding"],
-        "vision_model.embeddings.patch_embedding.weight": state["visual.conv1.weight"],
-        "vision_model.embeddings.position_embedding.weight": state["visual.positional_embedding"],
-        "vision_model.embeddings.position_ids": torch.arange(17)[None],
-    }
-    norms = {
-        "text_model.final_layer_norm": "ln_final",
-        "vision_model.pre_layrnorm": "visual.ln_pre",
-        "vision_model.post_layernorm": "visual.ln_post",
-    }
-    for theirs, ours in norms.items():
-        for part in ("weight", "bias"):
-            found[f"{theirs}.{part}"] = state[f"{ours}.{part}"]
-    parts = {"layer_norm1": "ln_1", "layer_norm2": "ln_2", "mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj"}
-    parts["self_attn.out_proj"] = "attn.out_proj"
-    for tower, place, layers in (("text_model", "", 2), ("vision_model", "visual.", 4)):
-        for number in range(layers):
-            theirs, ours = f"{tower}.encoder.layers.{number}", f"{place}transformer.resblocks.{number}"
-            for part in ("weight", "bias"):
-                for name, other in parts.items():
-                    found[f"{theirs}.{name}.{part}"] = state[f"{ours}.{other}.{part}"]
-                for letter, rows in zip("qkv", state[f"{ours}.attn.in_proj_{part}"].chunk(3), strict=True):
-                    found[f"{theirs}.self_attn.{letter}_proj.{part}"] = rows
-    return {key: value.contiguous() for key, value in found.items()}
-
-
-@pytest.mark.parametrize("prefix", ["", "clip."])
-def test_transformers_weights_get_open_clips_names(tmp_path: Path, state: State, prefix: str) -> None:
-    torch.save(prefixed(as_transformers(state), prefix), tmp_path / "pytorch_model.bin")
-    assert same(tmp_path / "pytorch_model.bin", state)
-
-
-def test_transformers_weights_that_are_no_clip_are_one_line(tmp_path: Path, state: State) -> None:
-    theirs = as_transformers(state) | {"vision_model.head.probe": torch.ones(1)}  # SigLIP's
-    torch.save(theirs, tmp_path / "siglip.bin")
-    assert "1 unexpected, first vision_model.head.probe" in refusal(tmp_path / "siglip.bin")
-
-
-# Shards
 
 
 def shards(state: State, folder: Path) -> Path:
@@ -420,23 +240,3 @@ def test_a_part_that_is_missing_or_old_is_one_line(tmp_path: Path, state: State)
     assert "stands in none of its parts; copy index and parts again" in refusal(index)
     (tmp_path / "model-00002-of-00002.bin").unlink()
     assert "its part model-00002-of-00002.bin is not beside it; copy all 2 parts there" in refusal(index)
-
-
-# Weights that are no numbers
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-def test_a_weight_that_is_no_number_is_named(tmp_path: Path, state: State, value: float) -> None:
-    state["transformer.resblocks.1.mlp.c_fc.bias"][3] = value
-    torch.save(state, tmp_path / "diverged.pt")
-    line = refusal(tmp_path / "diverged.pt")
-    assert "transformer.resblocks.1.mlp.c_fc.bias has 1 values of 256 that are NaN or infinite" in line
-
-
-def test_a_weight_that_is_no_number_in_a_file_of_ours_is_named(tmp_path: Path) -> None:
-    model = api.upcycle(create_clip(MODEL, seed=1).model, "sparse-upcycling", experts=2)
-    with torch.no_grad():
-        model.ln_final.bias[0] = float("nan")
-    api.save(model, tmp_path / "moe.safetensors", MODEL)
-    with pytest.raises(UserError, match=r"ln_final.bias has 1 values of 64 that are NaN or infinite"):
-        api.load(tmp_path / "moe.safetensors")
