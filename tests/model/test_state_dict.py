@@ -41,6 +41,8 @@ WRAPPED: dict[str, Callable[[State], Any]] = {
     "{model: {state_dict}}": lambda state: {"model": {"state_dict": state}},
     "{ema}": lambda state: {"ema": state},
     "{model_ema: {module}}": lambda state: {"model_ema": {"module": state}},
+    "torch's AveragedModel": lambda state: {**prefixed(state, "module."), "n_averaged": torch.tensor(3)},
+    "arrays": lambda state: {key: value.numpy() for key, value in state.items()},
     "{state_dict, ema}": lambda state: {"state_dict_ema": {k: v + 1 for k, v in state.items()}, "state_dict": state},
 }
 
@@ -58,6 +60,23 @@ def test_a_moving_average_is_said(tmp_path: Path, state: State, capsys: pytest.C
     assert capsys.readouterr().err == ""
     create_clip(MODEL, tmp_path / "ema.pt")
     assert capsys.readouterr().err.endswith("holds a moving average (ema) and no other weights: it is used\n")
+
+
+@pytest.mark.parametrize(
+    ("change", "form"),
+    [
+        (lambda value: value.to(torch.int8), "int8, strided"),
+        (lambda value: value.to(torch.float8_e4m3fn), "float8_e4m3fn, strided"),
+        (lambda value: value.to(torch.complex64), "complex64, strided"),
+        (lambda value: value.to_sparse(), "float32, sparse_coo"),
+        (lambda value: value.to("meta"), "without values"),
+    ],
+)
+def test_weights_that_are_not_plain_numbers_are_named(
+    tmp_path: Path, state: State, change: Callable[[torch.Tensor], torch.Tensor], form: str
+) -> None:
+    torch.save({**state, "visual.proj": change(state["visual.proj"])}, tmp_path / "other.pt")
+    assert f"visual.proj is {form}; give dense weights in float32" in refusal(tmp_path / "other.pt")
 
 
 def test_a_prefix_of_some_keys_shows_both_sides(tmp_path: Path, state: State) -> None:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -56,7 +57,10 @@ def weights_of(held: Held) -> Weights:
     if not isinstance(value, Mapping):
         what = "a single tensor" if isinstance(value, Tensor) else f"a {type(value).__name__}"
         raise UserError(f"{held.path} holds {what}, no weights by name; save model.state_dict() and give that.")
-    tensors = {key: tensor for key, tensor in value.items() if isinstance(key, str) and isinstance(tensor, Tensor)}
+    named = {key: _tensor(each) for key, each in value.items() if isinstance(key, str)}
+    tensors = {key: each for key, each in named.items() if each is not None}
+    if tensors.pop("n_averaged", None) is not None:  # of torch's AveragedModel
+        print(f"{held.path} holds a moving average (AveragedModel): it is used", file=sys.stderr)
     if not tensors:
         keys = ", ".join(map(str, list(value)[:5])) or "nothing"
         raise UserError(f"{held.path} holds no weights (but {keys}); save model.state_dict() and give that.")
@@ -90,6 +94,7 @@ def put(weights: Weights, model: Any, name: str) -> None:
         if key in found and key in wanted and found[key].numel() == wanted[key].numel():
             found[key] = found[key].reshape(wanted[key].shape)
     _compare(weights, found, wanted, name)
+    _require_plain(found, wanted, weights.path)
     require_finite(found, weights.path)
     model.load_state_dict(found, strict=True)
 
@@ -97,12 +102,28 @@ def put(weights: Weights, model: Any, name: str) -> None:
 def require_finite(tensors: Mapping[str, Tensor], path: Path) -> None:
     """UserError that names the first tensor with a NaN or an infinity."""
     for key, value in tensors.items():
-        if value.is_floating_point() and not value.isfinite().all():
+        if value.is_floating_point() and value.itemsize > 1 and not value.isfinite().all():
             bad = int((~value.isfinite()).sum())
             raise UserError(
                 f"{path}: {key} has {bad:,} values of {value.numel():,} that are NaN or infinite; give a "
                 "checkpoint from before the training diverged."
             )
+
+
+def _tensor(value: Any) -> Tensor | None:
+    """A tensor or an array of numbers as a tensor; None for anything else that stands among weights."""
+    if isinstance(value, np.ndarray) and value.dtype.kind == "f":
+        return torch.from_numpy(value)
+    return value if isinstance(value, Tensor) else None
+
+
+def _require_plain(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], path: Path) -> None:
+    """UserError for weights that are not the numbers they stand for: quantised, sparse, or without values."""
+    for key, value in found.items():
+        plain = value.is_floating_point() and value.itemsize > 1 and value.layout is torch.strided and not value.is_meta
+        if wanted[key].is_floating_point() and not plain:
+            form = "without values" if value.is_meta else f"{value.dtype}, {value.layout}".replace("torch.", "")
+            raise UserError(f"{path}: {key} is {form}; give dense weights in float32, bfloat16 or float16.")
 
 
 def _holds_tensors(value: Any, name: str, depth: int = DEEPEST) -> bool:
