@@ -13,6 +13,7 @@ import typer
 from upcycle_bench import record
 from upcycle_bench.cli import app
 from upcycle_bench.cli.listing import rows
+from upcycle_bench.model.checkpoint_file import KINDS
 from upcycle_bench.planning.cluster_cost import bills
 from upcycle_bench.planning.registry import load_registry
 from upcycle_bench.protocol import load_protocol
@@ -218,6 +219,12 @@ def commands() -> str:
     return f"{table(['command', 'what it does'], lines)}\n\n{table(['option of `run`', 'what it does'], options)}"
 
 
+def checkpoints() -> str:
+    """What a file of weights can be, how it is told, and what happens: the rows of `checkpoint_file`."""
+    lines = [[kind.name, kind.told_by, kind.remedy or "is read"] for kind in KINDS]
+    return table(["the file is", "told by", "what happens, or what to do"], lines)
+
+
 PARTS: dict[str, Callable[[], str]] = {
     "results": results,
     "names": names,
@@ -228,6 +235,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "suites": suites,
     "help": commands,
     "cluster": cluster,
+    "checkpoints": checkpoints,
 }
 
 

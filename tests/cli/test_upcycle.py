@@ -159,7 +159,7 @@ def test_too_few_pairs_are_a_warning_that_counts_them(
             ["-s", "sparse-upcycling", "--pretrained", "no.pt"],
             "no.pt: no such file; give one with weights of smoke-vit",
         ),
-        (["-s", "sparse-upcycling", "--pretrained", "text"], "checkpoint text does not fit smoke-vit"),
+        (["-s", "sparse-upcycling", "--pretrained", "text"], "text is no checkpoint that is known here"),
         (["--output", "model.pt"], "give a file name that ends in .safetensors"),
         (["--output", "no/moe.safetensors"], "no is not a folder; make it"),
     ],

@@ -130,7 +130,7 @@ def test_bad_input_is_one_line(files: tuple[Path, Path], tmp_path: Path) -> None
     output = tmp_path / "out.safetensors"
     with pytest.raises(UserError, match="a dense model has no experts"):
         compress(dense, files[1], Sparsify(0.5), output)
-    with pytest.raises(UserError, match="does not fit smoke-vit"):
+    with pytest.raises(UserError, match="is already upcycled"):
         compress(files[0], files[0], Sparsify(0.5), output)
     small = upcycled(load_registry().strategies["virtual-group"].target(), tiny_clip(), 0, tiny_moe(experts=2))
     moe = tiny_moe(experts=4, top_k=4)

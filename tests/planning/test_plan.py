@@ -164,7 +164,7 @@ def test_an_impossible_width_is_one_line_before_anything_runs() -> None:
 
 def test_the_number_of_ranks_is_part_of_every_identity(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """That of a training from a given dense model, of a run, and of a dense model that is trained first."""
-    (checkpoint := tmp_path / "dense.pt").write_bytes(b"weights")
+    torch.save({}, checkpoint := tmp_path / "dense.pt")
     world = plan().world
     assert world is not None
     paths = Paths(data=str(world.train_shards[0].parent), checkpoint=checkpoint, eval_data=world.eval_root)

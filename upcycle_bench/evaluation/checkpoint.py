@@ -21,7 +21,7 @@ from pydantic import ValidationError
 from upcycle_bench import record
 from upcycle_bench.data import evalset_check
 from upcycle_bench.evaluation.score import headlines_of, score, scores_of, skips_of
-from upcycle_bench.model import backends, weights
+from upcycle_bench.model import backends, checkpoint_file, weights
 from upcycle_bench.model.clip import Clip, create_clip, find_pretrained
 from upcycle_bench.model.moe import parameter_counts
 from upcycle_bench.planning.fingerprint import suite_fingerprints
@@ -186,9 +186,10 @@ def _of_set(target: type[Suite], path: Path) -> Suite:
 
 def _load(path: Path) -> Checkpoint:
     """The model of a file of ours, or of a record, whose weights are in the cache."""
-    if path.suffix != ".json":
+    if path.suffix != ".json" or checkpoint_file.is_index(path):
         if not path.is_file():
             raise UserError(f"{path}: no such file; a tag or a file of open_clip's goes with --model.")
+        checkpoint_file.require_readable(path)
         if not weights.is_ours(path):
             raise UserError(f"{path}: not written by upcycle-bench; say with --model which open_clip model it is.")
         digest = file_sha256(path)
@@ -203,6 +204,6 @@ def _load_open_clip(checkpoint: str, name: str) -> Checkpoint:
     path, preprocess = find_pretrained(name, checkpoint)
     if weights.is_ours(path):
         raise UserError(f"{checkpoint} is a file of ours, which says its model; leave out --model.")
-    digest = file_sha256(path)
+    digest = checkpoint_file.content_sha256(path)
     identity = f"{digest} {name} {json.dumps(dict(preprocess), sort_keys=True)}"
     return Checkpoint(create_clip(name, path, preprocess=preprocess), digest, identity)

@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 
 from upcycle_bench.assets import MODELS
+from upcycle_bench.model import checkpoint_file
+from upcycle_bench.model.state_dict import Weights, put, weights_of
 from upcycle_bench.util.errors import UserError, unknown
 
 Precision = Literal["fp32", "fp16", "bf16"]
@@ -68,13 +70,14 @@ def create_clip(
     `precision` is open_clip's: fp16 and bf16 leave LayerNorms and embeddings in float32. A state dict does not name its
     activation: weights trained with QuickGELU (OpenAI's, LAION-400M's ViT-B-32) need the name `ViT-B-32-quickgelu`.
 
-    Raises UserError for an unknown model, a missing file, and a missing or superfluous weight.
+    Raises UserError for an unknown model, a file that holds no weights, and weights that do not fit or are not finite.
     """
     import open_clip
 
-    model_config(name)
-    if checkpoint is not None and not checkpoint.is_file():
-        raise UserError(f"checkpoint {checkpoint}: no such file; give an open_clip state dict.")
+    config = model_config(name)
+    weights = None if checkpoint is None else weights_of(checkpoint_file.read(checkpoint))
+    if weights is not None:
+        _require_activation(weights, name, config)
     level = logging.getLogger().level
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -82,20 +85,17 @@ def create_clip(
         try:
             model, train_transform, transform = open_clip.create_model_and_transforms(
                 name,
-                pretrained=str(checkpoint) if checkpoint else None,
-                require_pretrained=checkpoint is not None,
+                pretrained_text=False,  # a text tower of Hugging Face's would fetch weights
                 precision=precision,
                 **{f"image_{key}": value for key, value in (preprocess or {}).items()},
                 force_patch_dropout=patch_dropout or None,
                 device=torch.get_default_device(),  # `with torch.device("meta")` makes a model without memory
                 nonscalar_logit_scale=True,  # DeepSpeed cannot broadcast a tensor without dimensions
             )
-        except Exception as error:  # a file that is no state dict makes torch.load fail in many ways
-            if checkpoint is None:
-                raise
-            raise UserError(f"checkpoint {checkpoint} does not fit {name}: {_one_line(error)}") from None
         finally:
             logging.getLogger().setLevel(level)
+    if weights is not None:
+        put(weights, model, name)
     tokenizer = open_clip.get_tokenizer(name)
     *resize, to_tensor, normalize = transform.transforms  # Resize, CenterCrop, RGB, ToTensor, Normalize
     *augment, _, _ = train_transform.transforms
@@ -123,6 +123,20 @@ def model_config(name: str) -> dict[str, Any]:
     return open_clip.get_model_config(name)
 
 
+def _require_activation(weights: Weights, name: str, config: Mapping[str, Any]) -> None:
+    """UserError where the file says its activation, as OpenAI's archives do, and it is not that of the model."""
+    if weights.quick_gelu is not None and weights.quick_gelu != config.get("quick_gelu", False):
+        raise UserError(
+            f"{weights.path} was trained with another activation than that of {name}: choose "
+            f"{_with_other_activation(name)}."
+        )
+
+
+def _with_other_activation(name: str) -> str:
+    """open_clip's name of the same model with QuickGELU in place of GELU, or the reverse."""
+    return name.removesuffix("-quickgelu") if name.endswith("-quickgelu") else f"{name}-quickgelu"
+
+
 def find_pretrained(name: str, source: str) -> tuple[Path, Mapping[str, Any]]:
     """The file of weights that `source` names, and their settings of the transforms, if they have their own.
 
@@ -142,8 +156,10 @@ def find_pretrained(name: str, source: str) -> tuple[Path, Mapping[str, Any]]:
         tags = open_clip.list_pretrained_tags_by_model(name)
         raise unknown(f"pretrained weights of {name}", source, tags, "Or give a file: there is none of that name.")
     if pretrained.get("quick_gelu", False) != config.get("quick_gelu", False):
-        other = f"{name}-quickgelu" if pretrained.get("quick_gelu", False) else name.removesuffix("-quickgelu")
-        raise UserError(f"{source} weights were trained with another activation than that of {name}: choose {other}.")
+        raise UserError(
+            f"{source} weights were trained with another activation than that of {name}: choose "
+            f"{_with_other_activation(name)}."
+        )
     try:
         path = Path(open_clip.download_pretrained(pretrained))
     except Exception as error:  # of urllib, huggingface_hub and open_clip, each with its own

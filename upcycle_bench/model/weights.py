@@ -20,9 +20,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from upcycle_bench import protocol
+from upcycle_bench.model.checkpoint_file import require_readable
 from upcycle_bench.model.clip import Clip, Precision, create_clip
 from upcycle_bench.model.ffn import FFN, LayerInit
 from upcycle_bench.model.moe import EXPERT_KEY, moe_layers
+from upcycle_bench.model.state_dict import require_finite
 from upcycle_bench.model.surgery import find_layers, hidden_widths, put_experts
 from upcycle_bench.util import distributed
 from upcycle_bench.util.cache import cache_root
@@ -119,6 +121,7 @@ def load(path: Path) -> Clip:
     from safetensors import SafetensorError, safe_open
     from safetensors.torch import load_file
 
+    require_readable(path)
     try:
         with safe_open(path, framework="pt") as file:
             text = (file.metadata() or {}).get(FORMAT)
@@ -129,6 +132,7 @@ def load(path: Path) -> Clip:
     try:
         settings = json.loads(text)
         state = load_file(path)
+        require_finite(state, path)
         clip = create_clip(settings["model"], precision=_precision(state), preprocess=settings.get("preprocess"))
         for mlp_path, hidden in settings.get("hidden", {}).items():
             mlp = clip.model.get_submodule(mlp_path)

@@ -18,6 +18,7 @@ from upcycle_bench.assets import CHECKPOINTS
 from upcycle_bench.data.shards import expand_shards, shards_digest
 from upcycle_bench.data.world import World
 from upcycle_bench.data.worlds import load_world
+from upcycle_bench.model import checkpoint_file
 from upcycle_bench.planning.estimate import training_steps, unequal_shape
 from upcycle_bench.planning.fingerprint import (
     code_fingerprint,
@@ -159,7 +160,8 @@ def _dense_model(protocol: Protocol, paths: Paths, world: World | None) -> tuple
             return None, None
         if not paths.checkpoint.is_file():
             raise UserError(f"--checkpoint {paths.checkpoint}: no such file; give an open_clip state dict.")
-        return paths.checkpoint, file_sha256(paths.checkpoint)
+        checkpoint_file.require_readable(paths.checkpoint)  # a dry run says it too
+        return paths.checkpoint, checkpoint_file.content_sha256(paths.checkpoint)
     if paths.checkpoint is not None:
         raise UserError(
             f"protocol {protocol.name} brings its own dense model; --checkpoint goes with clip-b32, clip-b16."

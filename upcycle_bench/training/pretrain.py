@@ -26,6 +26,7 @@ from torch import Tensor
 from upcycle_bench.data.pairs import PairDataset
 from upcycle_bench.data.world import World
 from upcycle_bench.model import backends
+from upcycle_bench.model.checkpoint_file import content_sha256
 from upcycle_bench.model.clip import Clip, create_clip
 from upcycle_bench.planning.fingerprint import dense_recipe, recipe_path
 from upcycle_bench.protocol import Protocol
@@ -50,7 +51,7 @@ def load_dense(
         with locked(path) if distributed.is_main() else contextlib.nullcontext():
             if not distributed.from_main(path.is_file()):
                 pretrain(protocol, world, path, device, reporter)
-    digest = distributed.from_main(file_sha256(path) if distributed.is_main() else "")
+    digest = distributed.from_main(content_sha256(path) if distributed.is_main() else "")
     # Rank 0 reads the file and sends the weights: other machines may not have it.
     patch_dropout = protocol.train.schedule.patch_dropout
     clip = create_clip(protocol.model, path if distributed.is_main() else None, patch_dropout=patch_dropout)
