@@ -159,15 +159,11 @@ def _caption(board: Board) -> list[str]:
         sentences.append("log_rank: mean ln(1 + wrong answers nearer than the right one); e to it is a geometric mean.")
     if board.baseline:
         sentences.append(f"vs {board.baseline}: the score minus that of {board.baseline}.")
-    errors = {
-        name: max(known)
-        for name in board.headlines
-        if (
-            known := [e for row in board.rows if (h := row.headlines.get(name)) and (e := h.standard_error) is not None]
-        )
-    }
+    every = [(name, each.standard_error) for row in board.rows for name, each in row.headlines.items()]
+    errors = [(name, error) for name, error in every if error is not None]
     if errors:
-        most = ", ".join(f"{name} {error:.4f}" for name, error in errors.items())
+        names = [name for name in board.headlines if name in dict(errors)]
+        most = ", ".join(f"{name} {max(error for other, error in errors if other == name):.4f}" for name in names)
         sentences.append(
             f"Over evaluation samples the standard error is at most: {most}; rows share the samples, so their "
             "differences are surer."
