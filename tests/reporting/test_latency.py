@@ -71,4 +71,4 @@ def test_the_command(files: list[Path], monkeypatch: pytest.MonkeyPatch) -> None
 def test_a_file_that_is_not_ours(tmp_path: Path) -> None:
     (tmp_path / "a.safetensors").write_bytes(b"no")
     error = CliRunner().invoke(app, ["latency", str(tmp_path / "a.safetensors")]).exception
-    assert isinstance(error, UserError) and "not a readable safetensors file" in str(error)
+    assert isinstance(error, UserError) and "is no checkpoint that is known here" in str(error)
