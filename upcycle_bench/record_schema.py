@@ -7,6 +7,7 @@ is made, a ValidationError is a bug of ours.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from datetime import datetime
 from typing import Annotated, Any, Literal
 
@@ -38,6 +39,13 @@ class Part(Frozen):
     model_config = ConfigDict(allow_inf_nan=False)
 
 
+def kind_of(status: str, reconstructed: Sequence[str]) -> str:
+    """What has to stand wherever a strategy's name stands: its status, or "parts reconstructed"; "": published."""
+    if status == "published":
+        return "parts reconstructed" if reconstructed else ""
+    return status
+
+
 class StrategyPart(Part):
     """The strategy as configured, and the package that brought it."""
 
@@ -55,10 +63,8 @@ class StrategyPart(Part):
 
     @property
     def kind(self) -> str:
-        """What has to stand wherever the label stands: its status, or that parts are reconstructed; "": published."""
-        if self.status == "published":
-            return "parts reconstructed" if self.reconstructed else ""
-        return self.status
+        """What has to stand wherever the label stands (`kind_of`)."""
+        return kind_of(self.status, self.reconstructed)
 
     @property
     def mark(self) -> str:

@@ -10,11 +10,14 @@ import sys
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
+import typer
 
 from upcycle_bench import record
 from upcycle_bench.reporting.formats import markdown_table
+from upcycle_bench.util.errors import UserError
 
 BASE = "sparse-upcycling"
 CONTROLS = ("dense", "drop-upcycling[ratio=0.75]")
@@ -39,6 +42,8 @@ def separation(folder: Path) -> str:
                 if score.headline:
                     way = score.metric.removesuffix("log_rank")
                     headlines[score.headline].add(f"{score.suite}/{score.dataset}/{way}")
+    if not headlines:
+        raise UserError(f"{folder}: no run of {', '.join((BASE, *CONTROLS))} with a headline score; run these first.")
     lines = []
     for headline, keys in headlines.items():
         for name, of_part in CANDIDATES.items():
@@ -62,5 +67,15 @@ def paired(values: dict[int, float], base: dict[int, float]) -> str:
     return f"{mean}, t {differences.mean() / (differences.std(ddof=1) / np.sqrt(len(differences))):.1f}"
 
 
+def main(
+    results: Annotated[Path, typer.Argument(help="Records of the controls, over several training seeds, in a folder.")],
+) -> None:
+    """Print how well candidate scores tell the lab's controls apart: mean difference, and t over training seeds."""
+    try:
+        print(separation(results))
+    except UserError as error:
+        sys.exit(f"error: {error}")
+
+
 if __name__ == "__main__":
-    print(separation(Path(sys.argv[1])))
+    typer.run(main)

@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.bench.separation import CONTROLS, paired, separation
-from tests.test_record import make_record, score
+from tests.bench.separation import CONTROLS, main, paired, separation
+from tests.records import make_record, score
 from upcycle_bench.record import write
 
 
@@ -45,6 +45,11 @@ def test_every_candidate_is_turned_so_that_more_is_better(tmp_path: Path) -> Non
     assert CONTROLS == ("dense", "drop-upcycling[ratio=0.75]")
 
 
-def test_records_that_are_not_there_are_one_line(tmp_path: Path) -> None:
-    with pytest.raises(Exception, match="no records at"):
-        separation(tmp_path / "nowhere")
+def test_the_command_ends_bad_input_with_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match=r"^error: no records at .*nowhere") as nowhere:
+        main(tmp_path / "nowhere")
+    write(make_record("cluster-aware"), None, tmp_path)
+    with pytest.raises(SystemExit, match=r"^error: .*no run of sparse-upcycling, dense") as other:
+        main(tmp_path)
+    assert all(len(str(caught.value).splitlines()) == 1 for caught in (nowhere, other))
+    assert capsys.readouterr().out == ""

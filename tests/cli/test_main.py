@@ -17,6 +17,7 @@ from tests.training.test_distributed import launch
 from upcycle_bench import __version__, cli
 from upcycle_bench.cli.common import interruptible, key_value, uncollected, warn_broken
 from upcycle_bench.cli.data import show_world
+from upcycle_bench.cli.listing import show_listing
 from upcycle_bench.cli.tables import table
 from upcycle_bench.data.world import World
 from upcycle_bench.data.worlds import load_world
@@ -90,6 +91,14 @@ def test_list_as_json_is_one_document() -> None:
     assert any("tau" in part for part in cluster_aware["reconstructed"])
     assert "CVPR 2026" in cluster_aware["paper"]
     assert cluster_aware["footing"] == "teacher's FLOPs charged"
+
+
+def test_list_marks_what_is_reconstructed_wherever_its_name_stands(capsys: pytest.CaptureFixture[str]) -> None:
+    parts = {"summary": "s", "paper": "p", "from": "x", "status": "published"}
+    entries = [{"name": "one", "reconstructed": []} | parts, {"name": "two", "reconstructed": ["tau"]} | parts]
+    show_listing("strategies", entries)
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["one", "s", "p", "published"] in rows and ["two", "s", "p", "parts", "reconstructed"] in rows
 
 
 BAD_INPUT = [

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from tests.test_record import headlines_of, make_record, score
+from tests.records import headlines_of, make_record, score
 from upcycle_bench.cli.run import show_outcomes, show_record
 from upcycle_bench.cli.tables import score_rows, show_key, show_scores
 from upcycle_bench.reporting.leaderboard import build

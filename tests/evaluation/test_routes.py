@@ -15,7 +15,7 @@ from sklearn.metrics import adjusted_mutual_info_score, normalized_mutual_info_s
 
 from tests.evaluation.contexts import context_of
 from tests.helpers import initialise, tiny_clip, tiny_moe
-from tests.test_record import make_record
+from tests.records import make_record
 from upcycle_bench import cli, record
 from upcycle_bench.data import evalset as evalsets
 from upcycle_bench.data import evalset_write

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tests.test_record import make_record
+from tests.records import make_record
 from upcycle_bench import record
 from upcycle_bench.planning.matrix import Cell, enumerate_cells, newest_record, read_records, seed_pairs, strategy_names
 from upcycle_bench.planning.plan import Plan

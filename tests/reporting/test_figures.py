@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from tests.test_record import make_record
+from tests.records import make_record
 from upcycle_bench import cli, record
 from upcycle_bench.reporting.figures import draw, read_runs
 from upcycle_bench.util.errors import UserError

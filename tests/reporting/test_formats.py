@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
+from tests.records import headlines_of, make_record, score
 from tests.reporting.test_leaderboard import failure, runs, two_headlines
-from tests.test_record import headlines_of, make_record, score
 from upcycle_bench.reporting.formats import NOTES, render
 from upcycle_bench.reporting.leaderboard import Board, build
 from upcycle_bench.util.errors import UserError

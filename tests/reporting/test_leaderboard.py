@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.test_record import headlines_of, make_record, score
+from tests.records import headlines_of, make_record, score
 from upcycle_bench.record import Record, read, record_paths, write
 from upcycle_bench.reporting.formats import render
 from upcycle_bench.reporting.leaderboard import Board, BoardHeadline, Row, RowHeadline, SeedMean, build

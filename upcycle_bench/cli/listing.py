@@ -50,8 +50,16 @@ def show_listing(kind: str, entries: Sequence[dict[str, Any]]) -> None:
     owners = {entry["from"] for entry in entries}
     if len(owners) == 1:
         kind, hidden = f"{kind} from {owners.pop()}", hidden | {"from"}
-    rows = [{key: value for key, value in entry.items() if key not in hidden} for entry in entries]
+    rows = [{key: value for key, value in entry.items() if key not in hidden} for entry in map(_marked, entries)]
     table(kind, [{key: value.split(", arXiv")[0] for key, value in row.items()} for row in rows])
+
+
+def _marked(entry: dict[str, Any]) -> dict[str, Any]:
+    """The entry with its mark for a status: a reconstruction says so wherever its name stands."""
+    from upcycle_bench.record_schema import kind_of
+
+    status = entry.get("status", "")
+    return entry if not status else entry | {"status": kind_of(status, entry["reconstructed"]) or status}
 
 
 def _option(spec: Field[Any]) -> dict[str, Any]:

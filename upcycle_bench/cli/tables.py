@@ -17,7 +17,19 @@ def table(title: str, rows: Sequence[dict[str, str]], *, stderr: bool = False) -
     from rich.table import Table
 
     # On a narrow terminal these columns fold, so that no digit of the others is cut off.
-    wide = ("summary", "paper", "footing", "is", "from", "holds", "record or reason", "suite", "dataset", "metric")
+    wide = (
+        "summary",
+        "paper",
+        "status",
+        "footing",
+        "is",
+        "from",
+        "holds",
+        "record or reason",
+        "suite",
+        "dataset",
+        "metric",
+    )
     made = Table(
         title=escape(title),
         title_justify="left",
