@@ -26,6 +26,7 @@ from upcycle_bench.model import surgery
 from upcycle_bench.model.clip import Clip, create_clip, find_pretrained
 from upcycle_bench.model.measure import diagnose
 from upcycle_bench.model.moe import parameter_counts
+from upcycle_bench.model.towers import context_length, image_size, vocab_size
 from upcycle_bench.planning.registry import load_registry
 from upcycle_bench.protocol import PUBLISHED_MOE, MoE
 from upcycle_bench.strategy import Strategy, configure
@@ -168,7 +169,6 @@ def _sample(clip: Clip, pairs: PairDataset | None, device: torch.device) -> Iter
         return
     generator = Stream(("diagnostics", "random")).generator()
     model = clip.model
-    size = model.visual.image_size
-    images = torch.randn(COMPARED_PAIRS, 3, *size, generator=generator)
-    texts = torch.randint(1, model.vocab_size, (COMPARED_PAIRS, model.context_length), generator=generator)
+    images = torch.randn(COMPARED_PAIRS, 3, *image_size(model), generator=generator)
+    texts = torch.randint(1, vocab_size(model), (COMPARED_PAIRS, context_length(model)), generator=generator)
     yield images.to(device), texts.to(device)
