@@ -10,7 +10,7 @@ from torch import nn
 
 from tests.helpers import random_ffn
 from tests.moe_helpers import MOE, SIX_LAYERS, captions, create_dense, inputs_for, sparse_inits, upcycled
-from upcycle_bench.model.clip import model_config
+from upcycle_bench.model.config import model_config
 from upcycle_bench.model.ffn import FFN, LayerInit
 from upcycle_bench.model.moe import moe_layers, parameter_counts
 from upcycle_bench.model.surgery import all_finite, find_layers, put_experts

@@ -10,7 +10,7 @@ from torch import nn
 from tests.moe_helpers import MOE
 from upcycle_bench import api
 from upcycle_bench.model import padding, towers
-from upcycle_bench.model.clip import model_config
+from upcycle_bench.model.config import model_config
 from upcycle_bench.model.ffn import not_plain
 from upcycle_bench.model.surgery import find_layers
 from upcycle_bench.util.errors import UserError

@@ -11,7 +11,9 @@ import typer
 
 from upcycle_bench.cli.common import (
     Force,
+    Interpolate,
     Json,
+    PixelSettings,
     Suites,
     interruptible,
     names_of,
@@ -25,10 +27,14 @@ from upcycle_bench.cli.tables import show_headlines, show_scores, show_skipped
 
 
 def evaluate(
-    checkpoint: Annotated[str, typer.Argument(help="A file or a record of ours, or an open_clip model's file or tag.")],
+    checkpoint: Annotated[
+        str, typer.Argument(help="A file or record of ours, a folder, hf-hub:ORG/NAME; with --model a file or a tag.")
+    ],
     model: Annotated[
-        str | None, typer.Option("--model", "-m", help="open_clip's name of the model, for what is not ours.")
+        str | None, typer.Option("--model", "-m", help="Which model it is, for what does not say it: ViT-B-32.")
     ] = None,
+    pixels: PixelSettings = None,
+    interpolate: Interpolate = False,
     protocol: Annotated[
         str | None, typer.Option("--protocol", "-p", help="Whose suites; else the record's protocol, or lab.")
     ] = None,
@@ -48,8 +54,11 @@ def evaluate(
     names = names_of(suite, "--suite")
     with interruptible("nothing was written"):
         from upcycle_bench.evaluation.checkpoint import score_checkpoint
+        from upcycle_bench.model.pixels import parsed
+        from upcycle_bench.model.pretrained import Choices
 
-        facts = score_checkpoint(open_registry(), checkpoint, model, protocol, data, names, terminal_reporter())
+        choices, reporter = Choices(parsed(pixels or []), interpolate), terminal_reporter()
+        facts = score_checkpoint(open_registry(), checkpoint, model, protocol, data, names, reporter, choices)
     text = json.dumps(facts, indent=2, allow_nan=False)
     if output is not None:
         from upcycle_bench.util.files import write_atomically

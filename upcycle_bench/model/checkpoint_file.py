@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from upcycle_bench.model.safe_torch import load_data, load_script
-from upcycle_bench.util.errors import UserError
+from upcycle_bench.util.errors import UserError, one_line
 from upcycle_bench.util.files import file_sha256
 
 MAX_HEADER = 100 * 2**20  # of safetensors' JSON header, as in its own reader
@@ -63,7 +63,7 @@ def read(path: Path) -> Held:
         raise
     except Exception as error:  # each reader has its own errors for a damaged file
         raise UserError(
-            f"{path} cannot be read as {identify(path).name} ({_one_line(error)}); it may be cut off or "
+            f"{path} cannot be read as {identify(path).name} ({one_line(error, 200)}); it may be cut off or "
             "damaged: copy it again, or save the weights anew with torch.save(model.state_dict(), FILE)."
         ) from None
 
@@ -184,11 +184,6 @@ def index_of(part: Path) -> Path | None:
 def _names(index: Path) -> set[str]:
     """The parts that an index names."""
     return {str(name) for name in json.loads(index.read_bytes())["weight_map"].values()}
-
-
-def _one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) < 200 else text[:200] + " ..."
 
 
 INDEX = Kind(

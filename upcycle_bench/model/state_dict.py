@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from upcycle_bench.model.checkpoint_file import Held, index_of
 from upcycle_bench.model.lookalike import names_of_shape
 from upcycle_bench.model.moe import EXPERT_KEY
 from upcycle_bench.model.transformers_clip import is_transformers, to_open_clip
-from upcycle_bench.util.errors import UserError
+from upcycle_bench.util.errors import UserError, one_line
 
 NESTS = ("state_dict", "model", "module", "model_state_dict")  # where trainings keep the weights
 AVERAGES = ("ema", "state_dict_ema", "model_ema", "ema_state_dict")  # where they keep a moving average of them
@@ -72,8 +72,17 @@ def weights_of(held: Held) -> Weights:
     return Weights(held.path, tensors, held.quick_gelu)
 
 
-def put(weights: Weights, model: Any, name: str) -> None:
-    """Load the weights into open_clip's `model` called `name`; UserError unless they fit and are finite."""
+def has_logit_bias(weights: Weights) -> bool:
+    """Whether the model was trained with one, as by open_clip's --siglip."""
+    return any(key.rpartition(".")[2] == "logit_bias" for key in weights.tensors)
+
+
+def put(weights: Weights, model: Any, name: str, interpolate: bool = False) -> dict[str, str]:
+    """Load the weights into open_clip's `model` called `name`; UserError unless they fit and are finite.
+
+    With `interpolate`, position embeddings of another grid or context length are resized as open_clip does it; the
+    answer says which, "50x768 to 197x768" by name.
+    """
     from open_clip.convert import convert_state_dict
     from open_clip.model import convert_to_custom_text_state_dict
 
@@ -93,10 +102,28 @@ def put(weights: Weights, model: Any, name: str) -> None:
     for key in ("logit_scale", "logit_bias"):
         if key in found and key in wanted and found[key].numel() == wanted[key].numel():
             found[key] = found[key].reshape(wanted[key].shape)
+    resized = _resize_positions(found, model, weights.path) if interpolate else {}
     _compare(weights, found, wanted, name)
     _require_plain(found, wanted, weights.path)
     require_finite(found, weights.path)
     model.load_state_dict(found, strict=True)
+    return resized
+
+
+def _resize_positions(found: dict[str, Tensor], model: Any, path: Path) -> dict[str, str]:
+    """Resize position embeddings in place by open_clip's functions; what was done, by name."""
+    from open_clip.model import resize_pos_embed, resize_text_pos_embed
+
+    before = {key: value for key, value in found.items() if key.endswith("positional_embedding")}
+    found |= {key: value.float() for key, value in before.items()}  # there is no bicubic in half precision on a CPU
+    try:
+        resize_pos_embed(found, model)
+        resize_text_pos_embed(found, model)
+    except Exception as error:  # open_clip has no error of its own for a grid that is not square
+        raise UserError(f"{path}: its position embeddings cannot be interpolated ({one_line(error)}).") from None
+    changed = {key: value for key, value in before.items() if found[key].shape != value.shape}
+    found |= {key: value for key, value in before.items() if key not in changed}
+    return {key: f"{_shape(value)} to {_shape(found[key])}" for key, value in changed.items()}
 
 
 def require_finite(tensors: Mapping[str, Tensor], path: Path) -> None:
@@ -156,20 +183,23 @@ def _compare(weights: Weights, found: Mapping[str, Tensor], wanted: Mapping[str,
     shapes = [key for key in wanted if key in found and found[key].shape != wanted[key].shape]
     if not (missing or superfluous or shapes):
         return
+    misfits = [*missing, *superfluous, *shapes]
     parts = [_counted(missing, "missing"), _counted(superfluous, "unexpected")]
     if shapes:
         key = shapes[0]
         parts.append(f"{_counted(shapes, 'of other shape')} {_shape(found[key])}, not {_shape(wanted[key])}")
     raise UserError(
         f"checkpoint {weights.path} does not fit {name}: it has {len(found)} tensors, the model {len(wanted)}; "
-        f"{'; '.join(filter(None, parts))}. {_remedy(weights, found, name)}"
+        f"{'; '.join(filter(None, parts))}. {_remedy(weights, found, name, misfits)}"
     )
 
 
-def _remedy(weights: Weights, found: Mapping[str, Tensor], name: str) -> str:
+def _remedy(weights: Weights, found: Mapping[str, Tensor], name: str, misfits: Sequence[str]) -> str:
     """What to do about weights that do not fit: the whole of which they are a part, or the models that they do fit."""
     if index := index_of(weights.path):
         return f"The file is one part of several: give {index}."
+    if misfits and all(key.endswith("positional_embedding") for key in misfits):
+        return "Only position embeddings differ: --interpolate-positions resizes them, which is recorded."
     names = names_of_shape(found, weights.quick_gelu)
     if names and name not in names:
         return f"Its shapes are those of {' or '.join(names)}: give that model."

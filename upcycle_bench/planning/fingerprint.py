@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from upcycle_bench.data.world import World
-from upcycle_bench.model.clip import model_config
+from upcycle_bench.model.config import model_config
 from upcycle_bench.protocol import Protocol
 from upcycle_bench.strategy import Strategy
 from upcycle_bench.suite import Suite
