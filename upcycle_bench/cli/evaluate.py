@@ -82,9 +82,19 @@ def show_evaluation(facts: Mapping[str, Any], output: Path | None) -> None:
         print(f"all {len(facts['scores'])} scores, of each set and stratum, are what --output or --json has")
     total, active = facts["parameters_total"], facts["parameters_active"]
     print(f"{total:,} parameters, {active:,} active; {facts['seconds']:.1f} s; sha256 {facts['sha256']}")
+    print(images_line(facts["pixels"]))
+    for name, change in facts["interpolated"].items():
+        print(f"{name} was resized from {change}")
     show_certificate(facts["certificate"])
     if output is not None:
         print(f"scores: {output}")
+
+
+def images_line(pixels: Mapping[str, Any]) -> str:
+    """How images became pixels, in a line."""
+    size = "x".join(map(str, pixels["size"])) if isinstance(pixels["size"], list) else str(pixels["size"])
+    colours = (f"{name} {', '.join(f'{value:.4g}' for value in pixels[name])}" for name in ("mean", "std"))
+    return f"images: {size} pixels, {pixels['interpolation']}, {pixels['resize_mode']}; {'; '.join(colours)}"
 
 
 def show_certificate(proof: Mapping[str, Any] | None) -> None:

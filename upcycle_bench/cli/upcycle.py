@@ -26,6 +26,7 @@ from upcycle_bench.cli.common import (
     require_one_process,
     terminal_reporter,
 )
+from upcycle_bench.cli.evaluate import images_line
 from upcycle_bench.cli.tables import table
 from upcycle_bench.util.errors import UserError
 
@@ -127,6 +128,9 @@ def show_upcycled(facts: Mapping[str, Any]) -> None:
         f"{facts['parameters_total']:,} parameters, {facts['parameters_active']:,} active; "
         f"dense: {facts['parameters_dense']:,}"
     )
+    print(images_line(facts["pixels"]))
+    for name, change in facts["interpolated"].items():
+        print(f"{name} was resized from {change}")
     phases = facts["phases"]
     peak = max(phase["peak_memory_bytes"] for phase in phases.values())
     parts = [f"{name} {phase['seconds']:.1f} s" for name, phase in phases.items()]
