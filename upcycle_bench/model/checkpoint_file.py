@@ -26,12 +26,13 @@ MAX_JSON = 64 * 2**20  # of an index; others have a few hundred KiB
 
 @dataclass(frozen=True)
 class Head:
-    """What tells kinds apart: the first bytes, the size, the members of a zip archive, and the text if it is JSON."""
+    """What tells kinds apart: first bytes, size, the members of a zip archive, the text if it is JSON, a neighbour."""
 
     start: bytes
     size: int
     members: tuple[str, ...] = ()
     json: Any = None
+    distributed: bool = False  # torch.distributed.checkpoint's `.metadata` stands beside it
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,7 @@ def _head(path: Path) -> Head:
                 text = json.loads(file.read())
             except (ValueError, RecursionError):
                 text = None
-    return Head(start, size, members, text)
+    return Head(start, size, members, text, (path.parent / ".metadata").is_file())
 
 
 def _is_safetensors(head: Head) -> bool:
@@ -204,6 +205,12 @@ KINDS = (
         "`version https://git-lfs...`",
         lambda head: head.start.startswith(b"version https://git-lfs"),
         remedy="the weights were not fetched; run `git lfs pull` in its folder, or download the file itself",
+    ),
+    Kind(
+        "a part of a distributed checkpoint",
+        "`.metadata` of torch.distributed.checkpoint beside it",
+        lambda head: head.distributed,
+        remedy="make a file of it: `python -m torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER FILE`",
     ),
     Kind(
         "a safetensors file",

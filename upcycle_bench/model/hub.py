@@ -46,6 +46,11 @@ def weights_in(folder: Path) -> Path:
     """The file of weights in a folder; UserError where none can be told."""
     if (named := next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)) is not None:
         return named
+    if (folder / ".metadata").is_file():
+        raise UserError(
+            f"{folder}: is a distributed checkpoint; make a file of it: `python -m "
+            f"torch.distributed.checkpoint.format_utils dcp_to_torch {folder} weights.pt`."
+        )
     kinds = (".safetensors", ".bin", ".pt", ".pth")
     others = sorted(path for path in folder.iterdir() if path.is_file() and path.suffix.lower() in kinds)
     if len(others) == 1:

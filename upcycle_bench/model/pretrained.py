@@ -4,9 +4,8 @@
     found = find_pretrained("hf-hub:ORG/NAME")
     clip = found.create()
 
-What stands beside a file of weights (open_clip_config.json, transformers' config.json), in a file of ours, or in
-open_clip's list of tags is read: the model that it describes, and the pixels that it was trained on. Two that
-contradict each other are an error. `DOORS` has a row for each way to name weights.
+What is said of them (`said`) must not contradict the model that was named. `DOORS` has a row for each way to name
+weights.
 """
 
 from __future__ import annotations
@@ -18,24 +17,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from upcycle_bench.model import checkpoint_file, hub, weights
+from upcycle_bench.model import checkpoint_file, hub
 from upcycle_bench.model.clip import Clip, create_clip, other_activation
-from upcycle_bench.model.config import (
-    HUB,
-    LOCAL,
-    Described,
-    canonical,
-    describe,
-    description_in,
-    first_difference,
-    read_description,
-)
-from upcycle_bench.model.pixels import agreed, checked, usual_settings
+from upcycle_bench.model.config import HUB, LOCAL, Described, canonical, describe, first_difference
+from upcycle_bench.model.pixels import agreed
+from upcycle_bench.model.said import Said, said_by_tag, said_in, said_of
 from upcycle_bench.util.errors import UserError, one_line, unknown
-from upcycle_bench.util.files import file_sha256
-
-_HUB_NAMES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")  # where a tag names no file
-
 
 Fetch = Callable[[], Path]
 
@@ -74,16 +61,6 @@ class Pretrained:
         more: dict[str, Any] = {"preprocess": dict(self.preprocess)} if self.preprocess else {}
         more |= {"interpolate": True} if self.interpolate else {}
         return " ".join([self.sha256(), *([json.dumps(more, sort_keys=True)] if more else [])])
-
-
-@dataclass(frozen=True)
-class Said:
-    """What is known of a file of weights beside its tensors. `place` says it; `config` is None where it does not."""
-
-    place: str
-    config: Mapping[str, Any] | None = None
-    preprocess: Mapping[str, Any] = field(default_factory=dict)
-    quick_gelu: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -154,33 +131,19 @@ def _of_folder(source: str, name: str) -> tuple[Fetch, Said]:
 
 def _of_hub(source: str, name: str) -> tuple[Fetch, Said]:
     repository = source.removeprefix(HUB)
-    return partial(hub.fetch_weights, repository), _said_in(hub.fetch_descriptions(repository)) or Said(source)
+    return partial(hub.fetch_weights, repository), said_in(hub.fetch_descriptions(repository)) or Said(source)
 
 
 def _of_file(source: str, name: str) -> tuple[Fetch, Said]:
     file = Path(source)
-    said = _said_by_ours(file) or _said_in(file.parent) or _tag_of(file, name) or Said(source)
-    return lambda: file, said
-
-
-def _said_by_ours(file: Path) -> Said | None:
-    if (settings := weights.settings_in(file)) is not None:  # a file of ours
-        config = settings.get("config") or describe(settings["model"]).config
-        return Said(str(file), config, checked(settings.get("preprocess") or {}, str(file)))
-    return None
-
-
-def _said_in(folder: Path) -> Said | None:
-    if (description := description_in(folder)) is None:
-        return None
-    return Said(str(description), *read_description(description))
+    return lambda: file, said_of(file, name)
 
 
 def _of_tag(source: str, name: str) -> tuple[Fetch, Said]:
     import open_clip
 
     tag = open_clip.get_pretrained_cfg(name, source)
-    return partial(_download, tag, source, name), _said_by(tag, source)
+    return partial(_download, tag, source, name), said_by_tag(tag, source)
 
 
 def _download(tag: Mapping[str, Any], source: str, name: str) -> Path:
@@ -193,33 +156,6 @@ def _download(tag: Mapping[str, Any], source: str, name: str) -> Path:
             f"cannot fetch the {source} weights of {name} ({one_line(error)}); download them where there is a "
             "network and give the file."
         ) from None
-
-
-def _said_by(tag: Mapping[str, Any], source: str) -> Said:
-    # A tag that says nothing of a setting means the usual one.
-    return Said(source, None, usual_settings() | checked(tag, source), bool(tag.get("quick_gelu")))
-
-
-def _tag_of(file: Path, name: str) -> Said | None:
-    """What open_clip's tag says of the model `name` that fetches this very file, if there is such a tag."""
-    import open_clip
-    from huggingface_hub import try_to_load_from_cache
-
-    for tag in open_clip.list_pretrained_tags_by_model(name):
-        config = open_clip.get_pretrained_cfg(name, tag)
-        folder, _, one = (config.get("hf_hub") or "").rpartition("/")
-        cached = [try_to_load_from_cache(folder, each) for each in ([one] if one else _HUB_NAMES)] if folder else []
-        fetched = any(isinstance(each, str) and file.samefile(each) for each in cached)
-        if fetched or (config.get("url") and _names(config["url"], file)):
-            return _said_by(config, f"open_clip's tag {tag}, which fetches this file,")
-    return None
-
-
-def _names(url: str, file: Path) -> bool:
-    """Whether open_clip's address of a file holds the hash of this one: OpenAI's the whole, others its beginning."""
-    parent, name = url.split("/")[-2:]
-    known = parent if "openaipublic" in url else Path(name).stem.rpartition("-")[2] if "mlfoundations" in url else ""
-    return bool(known) and file_sha256(file).startswith(known)
 
 
 def _is_tag(source: str, name: str) -> bool:
