@@ -21,6 +21,7 @@ from torch import Tensor
 
 from upcycle_bench.data.labelled import Labelled
 from upcycle_bench.evaluation import probe_tasks
+from upcycle_bench.evaluation.features import finite
 from upcycle_bench.evaluation.fine_tuning import Recipe, predict, tune
 from upcycle_bench.evaluation.probe_scores import add_scores, classified
 from upcycle_bench.evaluation.probe_tasks import Data, ProbeSuite, ProbeTask, load_images, open_tasks
@@ -120,7 +121,8 @@ class FineTune(ProbeSuite):
             for draw, split in enumerate(splits):
                 rng = Stream(("fine-tune", title, draw))
                 tuned = tune(context.model, classes_YC, split.train, split.validation, recipe, rng, context, title)
-                rows.append(classified(*predict(tuned.classifier, split.test, context)))
+                logits_NY, label_N = predict(tuned.classifier, split.test, context)
+                rows.append(classified(finite(logits_NY, f"{title}, fine-tuned"), label_N))
                 chosen.append(tuned)
         edges = [tuned.rate for tuned in chosen if tuned.at_the_edge]
         result.notes[title] = {

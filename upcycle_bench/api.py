@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from upcycle_bench.model import surgery, weights
 from upcycle_bench.model.clip import Clip
@@ -23,14 +23,15 @@ from upcycle_bench.model.config import register
 from upcycle_bench.model.moe import moe_layers
 from upcycle_bench.model.pixels import agreed, checked
 from upcycle_bench.model.rebuild import other_answers, unlike_its_file
+from upcycle_bench.model.state_dict import UNSAVED, require_finite
 from upcycle_bench.model.towers import context_length, image_size, image_weight, vocab_size
-from upcycle_bench.protocol import PUBLISHED_MOE
+from upcycle_bench.protocol import PUBLISHED_MOE, MoE
 from upcycle_bench.strategy import resolve_moe
 from upcycle_bench.upcycling.calibration_pairs import CalibrationPairs
 from upcycle_bench.upcycling.from_checkpoint import choose_strategy, moe_settings
 from upcycle_bench.upcycling.initialise import make_experts
 from upcycle_bench.util.errors import UserError
-from upcycle_bench.util.files import publish, temporary
+from upcycle_bench.util.files import publish, require_ordinary, temporary
 
 
 def upcycle(
@@ -58,6 +59,9 @@ def upcycle(
 
     Raises UserError, one line, for a model, strategy, option or calibration that cannot be used.
     """
+    if not isinstance(strategy, str):
+        raise UserError(f"strategy: give a name, such as 'cluster-aware', not a {type(strategy).__name__}.")
+    seed = _seed(seed)
     chosen = choose_strategy(strategy, options)
     moe = moe_settings(
         experts=experts,
@@ -74,7 +78,9 @@ def upcycle(
             "of (images, texts) batches, or choose a strategy that needs none, such as sparse-upcycling."
         )
     moe = resolve_moe(chosen, moe)
-    inits = make_experts(chosen, model, moe, seed, CalibrationPairs(strategy, model, calibration or ()))
+    _require_dense(model, moe)
+    pairs = CalibrationPairs(strategy, model, () if calibration is None else calibration)
+    inits = make_experts(chosen, model, moe, seed, pairs)
     with torch.random.fork_rng(devices=[]):  # DeepSpeed's gate draws weights, which are replaced
         return surgery.put_experts(model, inits, moe)
 
@@ -86,10 +92,17 @@ def save(model: Any, path: str | os.PathLike[str], name: str | Mapping[str, Any]
     open_clip has them, which then goes into the file. An existing file is replaced atomically. Raises UserError if a
     model of that name would compute something else with these weights, or the file cannot be written.
     """
-    path = Path(path)
+    from safetensors import SafetensorError
+
+    _require_module(model)
+    path = _path(path)
+    require_ordinary(path)
     if not path.absolute().parent.is_dir():
         raise UserError(f"{path}: {path.absolute().parent} is not a folder; make it first.")
-    name = name if isinstance(name, str) else register(name, path.stem, "the configuration")
+    name = register(name, path.stem, "the configuration") if isinstance(name, Mapping) else str(name)
+    state = model.state_dict()
+    if other := next((key for key, value in state.items() if not isinstance(value, Tensor)), None):
+        raise UserError(f"model holds what is no tensor ({other}), as quantised models do; save it before that.")
     experts = [expert for layer in moe_layers(model).values() for expert in layer.experts]
     if any(hasattr(expert, "merged") for expert in experts):  # the file holds plain experts only
         model = copy.deepcopy(model)
@@ -103,8 +116,9 @@ def save(model: Any, path: str | os.PathLike[str], name: str | Mapping[str, Any]
         with temporary(path) as part:
             if digest := weights.write(clip, moe, part):
                 publish(part, path)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror or error}).") from None
+    except (OSError, SafetensorError) as error:  # safetensors has an error of its own for a full disk
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{path}: cannot be written ({reason}).") from None
     return digest
 
 
@@ -114,7 +128,44 @@ def load(path: str | os.PathLike[str]) -> Clip:
     `clip.model` (on the CPU, in eval mode, in the file's dtypes), `clip.tokenize(["a cat"])` -> [B, L],
     `clip.transform(pil_image)` -> [3, height, width], `clip.name`. Raises UserError for any other file.
     """
-    return weights.load(Path(path))
+    return weights.load(_path(path))
+
+
+def _seed(seed: Any) -> int:
+    """The seed as a plain number. UserError for what is none, or is negative."""
+    if isinstance(seed, bool) or not hasattr(seed, "__index__") or int(seed) < 0:
+        raise UserError(f"seed: give a whole number from 0 on, not {seed!r}.")
+    return int(seed)
+
+
+def _require_dense(model: Any, moe: MoE) -> None:
+    """UserError unless `model` is a dense open_clip CLIP of ordinary, finite weights."""
+    _require_module(model)
+    if upcycled := moe_layers(model):
+        raise UserError(f"model is upcycled already ({', '.join(upcycled)}): give a dense one.")
+    surgery.find_layers(model, moe)
+    if any(tensor.is_meta for tensor in [*model.parameters(), *model.buffers()]):
+        raise UserError("model has no values (device meta): load its weights first.")
+    state = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
+    require_finite(state, "model")
+
+
+def _require_module(model: Any) -> None:
+    """UserError for what holds a CLIP, or wraps one, in place of the CLIP itself."""
+    if not isinstance(model, nn.Module):
+        raise UserError(
+            f"model is a {type(model).__name__}: give the open_clip CLIP itself, what open_clip.create_model returns "
+            "(create_model_and_transforms returns three things, load has it as .model)."
+        )
+    if inner := next((name for name in ("_orig_mod", "module") if name in model._modules), None):
+        raise UserError(f"model is wrapped in a {type(model).__name__}: give its .{inner}.")
+
+
+def _path(path: Any) -> Path:
+    """The path of a file. UserError for what is none."""
+    if isinstance(path, bytes) or not isinstance(path, str | os.PathLike) or "\0" in os.fspath(path):
+        raise UserError(f"{path!r} is no path of a file: give a string or a pathlib.Path.")
+    return Path(path)
 
 
 def _require_function(model: Any, form: Any, name: str) -> None:
@@ -126,6 +177,9 @@ def _require_function(model: Any, form: Any, name: str) -> None:
     weights.take_dtypes(form, model.state_dict())
     reason = unlike_its_file(model, form, dtypes=False)  # a file keeps them
     if reason is None:
+        if any(value.is_meta for value in model.state_dict().values()):
+            raise UserError("model has no values (device meta): load its weights first.")
+        require_finite(model.state_dict(), "the model", UNSAVED)  # NaN would look like another function
         own = dict(model.named_buffers())
         for key, value in list(form.named_buffers()):
             parent, _, leaf = key.rpartition(".")

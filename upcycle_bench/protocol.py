@@ -9,7 +9,6 @@ A file with `extends = "other"` takes every value that it does not set from othe
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from upcycle_bench.util import strict_json
 from upcycle_bench.util.errors import UserError, first_problem, unknown
 
 if sys.version_info >= (3, 11):
@@ -28,7 +28,7 @@ else:
 class Frozen(BaseModel):
     """Base of all settings: unknown keys and coercions are errors, and nothing changes after parsing."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class Schedule(Frozen):
@@ -204,7 +204,7 @@ def load_protocol(path: Path, overrides: list[str] | None = None) -> Protocol:
         tree.get("sources", {}).pop(key, None)  # the new value has another source
     tree["overrides"] = sorted(overrides or [])
     try:
-        return Protocol.model_validate_json(json.dumps(tree))
+        return Protocol.model_validate_json(strict_json.dumps(tree))
     except ValidationError as error:
         where, what = first_problem(error)
         raise UserError(f"protocol {path.stem}: {where or path.stem}: {what}.") from None

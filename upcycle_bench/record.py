@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 import re
 import zipfile
 from pathlib import Path
@@ -74,6 +73,7 @@ from upcycle_bench.record_schema import (
 from upcycle_bench.record_schema import (
     json_schema as json_schema,
 )
+from upcycle_bench.util import strict_json
 from upcycle_bench.util.errors import UserError, first_problem
 from upcycle_bench.util.files import write_atomically
 
@@ -108,8 +108,7 @@ def read(path: Path) -> Record:
     """Parse one record. Raises UserError, which names the file and the field, in one line."""
     try:
         text = path.read_text(encoding="utf-8")
-        tree = json.loads(text)
-        json.dumps(tree, allow_nan=False)  # NaN, Infinity and 1e999 are not JSON, though Python reads them
+        tree = strict_json.loads(text)  # NaN, Infinity and 1e999 are not JSON, though Python reads them
     except OSError as error:
         raise UserError(f"record {path}: {error.strerror or error}.") from None
     except (ValueError, RecursionError) as error:

@@ -6,7 +6,6 @@ path = write_record(state, outcome, results)    # or, of a run that fails, write
 
 from __future__ import annotations
 
-import json
 import shutil
 import sys
 from collections.abc import Mapping
@@ -27,7 +26,7 @@ from upcycle_bench.planning.plan import Plan, run_id
 from upcycle_bench.suite import SuiteResult
 from upcycle_bench.training.finished import Trained
 from upcycle_bench.training.job import Progress
-from upcycle_bench.util import distributed
+from upcycle_bench.util import distributed, strict_json
 from upcycle_bench.util.flops import COUNTING_RULE
 from upcycle_bench.util.meter import Meter, Phase
 
@@ -63,7 +62,7 @@ class RunState:
             "environment": backends.machine(self.meter.device),
             "time": now(),
         }
-        return Trained.model_validate_json(json.dumps(tree, allow_nan=False))
+        return Trained.model_validate_json(strict_json.dumps(tree))
 
     def take(self, facts: Trained, final: Clip, metrics: Path) -> None:
         """Take over a training from the cache, as if it had just finished here."""
@@ -176,7 +175,7 @@ def _record(state: RunState, **parts: Any) -> record.Record:
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
         **parts,
     }
-    return record.Record.model_validate_json(json.dumps(tree, allow_nan=False))
+    return record.Record.model_validate_json(strict_json.dumps(tree))
 
 
 def _dense_part(state: RunState) -> dict[str, Any] | None:

@@ -47,6 +47,18 @@ def test_no_room_below_planning_is_handed_a_plan() -> None:
     assert annotated == []
 
 
+def test_json_is_written_by_the_strict_writer_alone() -> None:
+    """`json.dumps` writes NaN, which is no JSON."""
+    paths = [path for folder in (PACKAGE, ROOT / "strategies", ROOT / "suites") for path in folder.rglob("*.py")]
+    loose = []
+    for path in paths:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            written = isinstance(node, ast.Attribute) and node.attr in ("dump", "dumps")
+            if written and isinstance(node.value, ast.Name) and node.value.id == "json":
+                loose.append(path.name)
+    assert loose == ["strict_json.py"]
+
+
 def test_a_strategy_file_is_short() -> None:
     lengths = {path.name: len(path.read_text().splitlines()) for path in (ROOT / "strategies").glob("*.py")}
     assert {name: length for name, length in lengths.items() if length > 160} == {}

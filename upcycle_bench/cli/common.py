@@ -97,8 +97,9 @@ def writable_file(output: Path) -> None:
     """UserError where the folder of `output` is missing or read-only."""
     if not output.absolute().parent.is_dir():
         raise UserError(f"--output {output}: {output.absolute().parent} is not a folder; make it, or choose another.")
-    from upcycle_bench.util.files import require_writable
+    from upcycle_bench.util.files import require_ordinary, require_writable
 
+    require_ordinary(output)
     require_writable(output.absolute().parent, "--output")
 
 

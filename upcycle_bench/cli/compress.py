@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
@@ -10,6 +9,7 @@ from typing import Annotated
 import typer
 
 from upcycle_bench.cli.common import Force, Json, check_output, refuse_existing
+from upcycle_bench.util import strict_json
 
 
 class Compression(str, Enum):
@@ -43,7 +43,7 @@ def compress(
     chosen = Sparsify(rate) if method is Compression.sparsify else Quantise(bits)
     report = execute(checkpoint, base, chosen, output, seed)
     if as_json:
-        print(json.dumps(report, indent=2))
+        print(strict_json.dumps(report, indent=2))
         return
     before, after = (report[key] / 1e6 for key in ("expert_matrix_bytes", "compressed_bytes"))
     print(f"experts' matrices: {before:,.2f} MB -> {after:,.2f} MB, {report['ratio']:.2f} times smaller")

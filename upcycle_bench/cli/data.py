@@ -11,6 +11,7 @@ import typer
 
 from upcycle_bench.cli.common import Json, interruptible, terminal_reporter
 from upcycle_bench.cli.tables import table
+from upcycle_bench.util import strict_json
 
 if TYPE_CHECKING:
     from upcycle_bench.data.evalset_check import Report
@@ -45,7 +46,7 @@ def check(
 
     reports = [evalset_check.check(path) for path in evalset_check.find(folder)]
     if as_json:
-        print(json.dumps({"folder": str(folder), "sets": [asdict(report) for report in reports]}, indent=2))
+        print(strict_json.dumps({"folder": str(folder), "sets": [asdict(report) for report in reports]}, indent=2))
     else:
         table(str(folder), [_counts(report) for report in reports])
         for report in reports:
@@ -76,7 +77,7 @@ def show_world(world: World, built: bool, as_json: bool) -> None:
     manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     del manifest["files"]
     if as_json:
-        print(json.dumps({**manifest, "folder": str(folder), "sha256": world.sha256}, indent=2))
+        print(strict_json.dumps({**manifest, "folder": str(folder), "sha256": world.sha256}, indent=2))
         return
     counts = manifest["counts"]
     # The lab counts icons in each split, and under "set NAME" the samples of each set that it wrote.

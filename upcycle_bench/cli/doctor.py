@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
@@ -10,6 +9,7 @@ import typer
 
 from upcycle_bench.cli.common import Json
 from upcycle_bench.cli.tables import show
+from upcycle_bench.util import strict_json
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -23,7 +23,7 @@ def doctor(as_json: Json = False) -> None:
 
     found = checks()
     if as_json:
-        print(json.dumps({"ok": healthy(found), "checks": [asdict(check) for check in found]}, indent=2))
+        print(strict_json.dumps({"ok": healthy(found), "checks": [asdict(check) for check in found]}, indent=2))
     else:
         show(render(found))
     if not healthy(found):

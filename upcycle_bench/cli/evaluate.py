@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -24,6 +23,7 @@ from upcycle_bench.cli.common import (
     writable_file,
 )
 from upcycle_bench.cli.tables import show_headlines, show_scores, show_skipped
+from upcycle_bench.util import strict_json
 
 
 def evaluate(
@@ -59,7 +59,7 @@ def evaluate(
 
         choices, reporter = Choices(parsed(pixels or []), interpolate), terminal_reporter()
         facts = score_checkpoint(open_registry(), checkpoint, model, protocol, data, names, reporter, choices)
-    text = json.dumps(facts, indent=2, allow_nan=False)
+    text = strict_json.dumps(facts, indent=2)
     if output is not None:
         from upcycle_bench.util.files import write_atomically
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -18,6 +17,7 @@ from upcycle_bench.cli.common import (
     terminal_reporter,
     writable_file,
 )
+from upcycle_bench.util import strict_json
 from upcycle_bench.util.errors import UserError
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def _show(sheets: Mapping[str, Sheet], paths: Mapping[str, Path], images: Sequen
     """Each sheet's file, and how far the experts of its layer agree with the labels."""
     if as_json:
         layers = {layer: {"sheet": str(paths[layer]), **sheet.facts()} for layer, sheet in sheets.items()}
-        print(json.dumps({"images": images, "layers": layers}, indent=2))
+        print(strict_json.dumps({"images": images, "layers": layers}, indent=2))
         return
     for layer, sheet in sheets.items():
         said = (f"{metric} {found.value:.3f} (chance {found.chance:.3f})" for metric, found in sheet.found.items())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,6 +10,7 @@ import typer
 
 from upcycle_bench.cli.common import Json, interruptible
 from upcycle_bench.cli.tables import table
+from upcycle_bench.util import strict_json
 
 
 def latency(
@@ -25,7 +25,7 @@ def latency(
     with interruptible("nothing was written"):
         facts = measure_files(files, repeats, threads)
     if as_json:
-        print(json.dumps(facts, indent=2))
+        print(strict_json.dumps(facts, indent=2))
     else:
         table(f"inference on {facts['device']}, {facts['threads']} threads", _rows(facts["models"]))
 

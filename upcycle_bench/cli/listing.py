@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import Field, fields
 from enum import Enum
@@ -12,6 +11,7 @@ import typer
 
 from upcycle_bench.cli.common import Json, open_registry
 from upcycle_bench.cli.tables import table
+from upcycle_bench.util import strict_json
 from upcycle_bench.util.errors import UserError
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def list_(
     kinds = [kind.value] if kind else [each.value for each in Kind]
     listing = {each: rows(registry, each) for each in kinds}
     if as_json:
-        print(json.dumps({**listing, "broken": registry.broken}, indent=2))
+        print(strict_json.dumps({**listing, "broken": registry.broken}, indent=2))
         return
     for each, entries in listing.items():
         show_listing(each, entries)

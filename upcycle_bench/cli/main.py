@@ -76,7 +76,7 @@ def main() -> None:
         sys.exit(app(prog_name="upcycle-bench", standalone_mode=False) or 0)
     except UserError as error:
         print(f"error: {error}" if is_main() else f"error (rank {os.environ['RANK']}): {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(error.status)
     except typer.Abort:
         sys.exit(130)
     except typer.TyperException as error:  # a missing or bad option, an unknown command

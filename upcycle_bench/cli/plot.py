@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
@@ -10,6 +9,7 @@ from typing import Annotated
 import typer
 
 from upcycle_bench.cli.common import Json, writable_file
+from upcycle_bench.util import strict_json
 
 
 class Figure(str, Enum):
@@ -36,6 +36,8 @@ def plot(
 
     drawn = draw(read_runs(runs), figure.value, output)
     if as_json:
-        print(json.dumps({"figure": figure.value, "output": str(output), "records": [str(path) for path in drawn]}))
+        print(
+            strict_json.dumps({"figure": figure.value, "output": str(output), "records": [str(path) for path in drawn]})
+        )
     else:
         print(f"{output}: {figure.value} of {len(drawn)} runs")

@@ -18,6 +18,7 @@ from upcycle_bench.cli.common import (
     resumption,
     terminal_reporter,
 )
+from upcycle_bench.util import strict_json
 from upcycle_bench.util.errors import UserError
 
 
@@ -57,7 +58,7 @@ def show_dense(path: Path, trained: bool, output: Path | None, half: str | None,
     facts = json.loads(path.with_suffix(".json").read_text())
     if as_json:
         copy = {"output": str(output), "output sha256": half} if output else {}
-        print(json.dumps({**facts, "checkpoint": str(path), "trained": trained, **copy}, indent=2))
+        print(strict_json.dumps({**facts, "checkpoint": str(path), "trained": trained, **copy}, indent=2))
         return
     steps = facts["samples"] // facts["dense"]["schedule"]["batch_size"]
     loss, seconds = facts["last metrics"].get("loss", float("nan")), facts["cost"]["seconds"]

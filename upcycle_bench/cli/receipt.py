@@ -5,7 +5,6 @@ The tables have a row for each strategy, with means over its layers; --json has 
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
@@ -30,6 +29,7 @@ from upcycle_bench.cli.common import (
     terminal_reporter,
 )
 from upcycle_bench.cli.tables import table
+from upcycle_bench.util import strict_json
 
 if TYPE_CHECKING:
     from upcycle_bench.receipts import Receipt
@@ -64,7 +64,7 @@ def receipt(
 def show(made: Sequence[Receipt], as_json: bool) -> None:
     """Two tables, or three where strategies make experts, each narrow enough for a terminal; or one JSON document."""
     if as_json:
-        print(json.dumps({"receipts": [_tree(each) for each in made]}, indent=2, allow_nan=False))
+        print(strict_json.dumps({"receipts": [_tree(each) for each in made]}, indent=2))
         return
     protocol, pairs = made[0].plan.protocol.name, made[0].receipt["training_pair_retrieval"]
     dense = {"strategy": "(dense model)"} | dict.fromkeys(_function(made[0]), "") | _retrieval(pairs["dense"])

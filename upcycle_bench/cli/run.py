@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -32,6 +31,7 @@ from upcycle_bench.cli.common import (
 )
 from upcycle_bench.cli.evaluate import show_certificate
 from upcycle_bench.cli.tables import show_headlines, show_scores, show_skipped, table
+from upcycle_bench.util import strict_json
 from upcycle_bench.util.errors import UserError
 
 if TYPE_CHECKING:
@@ -164,7 +164,7 @@ def _show_dry_run(cells: Sequence[Cell], results: Path, fresh: bool, as_json: bo
 def show_facts(facts: Mapping[str, Any], as_json: bool) -> None:
     """The facts of a dry run: what would run, and what it would cost."""
     if as_json:
-        print(json.dumps(facts, indent=2))
+        print(strict_json.dumps(facts, indent=2))
         return
     table("dry run", [{"what": key.replace("_", " "), "is": _plain(value)} for key, value in facts.items()])
 
@@ -253,7 +253,7 @@ def show_outcomes(outcomes: Sequence[Outcome], as_json: bool) -> None:
             }
         )
     if as_json:
-        print(json.dumps({"runs": rows}, indent=2))
+        print(strict_json.dumps({"runs": rows}, indent=2))
         return
     names = dict.fromkeys(name for row in rows for name in row["headlines"] or {})
     shown = [

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
-
 from upcycle_bench.cli.common import Json
+from upcycle_bench.util import strict_json
 
 
 def schema(as_json: Json = False) -> None:
     """Print the JSON Schema of records."""
     from upcycle_bench.record import json_schema
 
-    print(json.dumps(json_schema(), indent=2))
+    print(strict_json.dumps(json_schema(), indent=2))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import sys
 import warnings
 from collections.abc import Iterator, Mapping
@@ -28,6 +27,7 @@ from upcycle_bench.cli.common import (
 )
 from upcycle_bench.cli.evaluate import images_line
 from upcycle_bench.cli.tables import table
+from upcycle_bench.util import strict_json
 from upcycle_bench.util.errors import UserError
 
 
@@ -94,7 +94,7 @@ def upcycle(
     written = {"output": str(output), "bytes": output.stat().st_size, "sha256": digest}
     facts = {**made.facts, "phases": made.phases, **written}
     if as_json:
-        print(json.dumps(facts, indent=2))
+        print(strict_json.dumps(facts, indent=2))
     else:
         show_upcycled(facts)
 

@@ -12,7 +12,6 @@ Shape suffixes: N samples, S captions of all samples.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -27,6 +26,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from upcycle_bench.model.clip import Clip
 from upcycle_bench.model.config import model_config
+from upcycle_bench.util import strict_json
 from upcycle_bench.util.cache import build_once, cache_root, locked
 from upcycle_bench.util.environment import cores
 
@@ -79,7 +79,7 @@ def decoded(
     """
     versions = [metadata.version(name) for name in ("pillow", "torchvision", "open_clip_torch")]
     facts = [VERSION, shards_digest, model, model_config(model), versions, *([dict(preprocess)] if preprocess else [])]
-    what = json.dumps(facts, sort_keys=True)
+    what = strict_json.dumps(facts, sort_keys=True)
     folder = cache_root() / "decoded" / hashlib.sha256(what.encode()).hexdigest()[:24]
     if not folder.is_dir():
         with locked(folder):  # so that two runs side by side do not both decode

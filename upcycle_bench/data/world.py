@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from upcycle_bench.util import strict_json
 from upcycle_bench.util.errors import UserError
 from upcycle_bench.util.files import files_sha256
 
@@ -34,7 +35,7 @@ def write_manifest(folder: Path, facts: Mapping[str, Any]) -> None:
     paths = [path for path in folder.rglob("*") if path.is_file()]
     names = (path.relative_to(folder).as_posix() for path in paths)
     files = dict(zip(names, files_sha256(paths), strict=True))
-    text = json.dumps({**facts, "files": files}, indent=1, sort_keys=True)
+    text = strict_json.dumps({**facts, "files": files}, indent=1, sort_keys=True)
     (folder / MANIFEST).write_text(text + "\n", encoding="utf-8", newline="\n")
 
 

@@ -13,7 +13,6 @@ Shape suffixes: N rows of the cache.
 from __future__ import annotations
 
 import hashlib
-import json
 import warnings
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
@@ -26,6 +25,7 @@ from PIL import Image
 
 from upcycle_bench.model import backends
 from upcycle_bench.suite import EvalContext
+from upcycle_bench.util import strict_json
 from upcycle_bench.util.cache import build_once, cache_root
 from upcycle_bench.util.environment import installed_version
 from upcycle_bench.util.errors import Unsound
@@ -47,7 +47,7 @@ def remembered(
     """
     if not context.weights:  # the key could not tell these arrays from another model's
         return make()
-    key = json.dumps([VERSION, what, context.weights, _arithmetic(context)])
+    key = strict_json.dumps([VERSION, what, context.weights, _arithmetic(context)])
     path = cache_root() / "features" / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.npz"
 
     def build(staging: Path) -> None:

@@ -131,8 +131,9 @@ def tune(
 ) -> Tuned:
     """Train at each rate on the batches of `rng`; of equal accuracies the lower rate wins. Needs an open session.
 
-    Raises UserError where training at every rate diverges, where the training images do not fit into memory, and in
-    several processes. There one process evaluates while the others wait, and DeepSpeed's collectives would hang.
+    Raises UserError for embeddings that are not finite, where training at every rate diverges, where the training
+    images do not fit into memory, and in several processes: there one process evaluates while the others wait, and
+    DeepSpeed's collectives would hang.
     """
     if distributed.world_size() > 1:
         raise UserError("fine-tune is the work of one process; score the record with `upcycle-bench evaluate RECORD`.")
@@ -140,7 +141,8 @@ def tune(
     rows_SB = batch_rows(len(label_N), recipe.steps, recipe.batch_size, rng.child("order"))
     before = zero_shot_classifier(model, classes_YC)
     accuracy_before = _accuracy(before, validation, context)
-    assert accuracy_before is not None, "the class embeddings are finite, and so were the features"
+    if accuracy_before is None:
+        raise UserError(f"the model's embeddings of {title} are not finite; the run has diverged.")
     accuracies: dict[float, float | None] = {}
     best: tuple[float, float, Classifier] | None = None
     with attention_kernel(context.device, longest_sequence(model)):

@@ -13,13 +13,13 @@ Shape suffixes: N samples of the pool, S for training, V for validation, U for n
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
+from upcycle_bench.util import strict_json
 from upcycle_bench.util.errors import UserError
 from upcycle_bench.util.rng import Stream
 
@@ -53,7 +53,7 @@ class Manifest:
     def sha256(self) -> str:
         """Hash of dataset, shots, draw and all positions."""
         parts = [part.tolist() for part in (self.train_S, self.validation_V, self.test_U)]
-        return hashlib.sha256(json.dumps([self.dataset, self.shots, self.draw, *parts]).encode()).hexdigest()
+        return hashlib.sha256(strict_json.dumps([self.dataset, self.shots, self.draw, *parts]).encode()).hexdigest()
 
 
 def choose(

@@ -15,7 +15,6 @@ Shape suffixes: N texts or images, Q queries, G gallery, Y classes, P templates.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Sequence
 from functools import partial
 from importlib import metadata
@@ -31,6 +30,7 @@ from upcycle_bench.evaluation.features import embed, encode_images, finite
 from upcycle_bench.evaluation.ranking import Task
 from upcycle_bench.model import padding
 from upcycle_bench.suite import EvalContext
+from upcycle_bench.util import strict_json
 from upcycle_bench.util.flops import uncounted
 
 PROBES = 16  # texts whose tokens represent the tokenizer and its context length in a key
@@ -71,7 +71,7 @@ def retrieval_tasks(evalset: EvalSet, context: EvalContext, known: dict[str, Ten
 def encode_texts(texts: Sequence[str], name: str, context: EvalContext, known: dict[str, Tensor]) -> Tensor:
     """Normalised text embeddings [N, C] of the set `name`. Equal texts are encoded once, so that they tie exactly."""
     different = list(dict.fromkeys(texts))
-    what = ["texts", hashlib.sha256(json.dumps(different).encode()).hexdigest(), _tokens_of(different, context)]
+    what = ["texts", hashlib.sha256(strict_json.dumps(different).encode()).hexdigest(), _tokens_of(different, context)]
 
     def make(rows: Sequence[int], known: dict[str, Tensor]) -> Arrays:
         return {"texts": _encode([different[row] for row in rows], name, context, known).numpy()}

@@ -12,13 +12,13 @@ takes a candidate if no earlier one took one of its images. So the pairs depend 
 from __future__ import annotations
 
 import hashlib
-import json
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import combinations
 
+from upcycle_bench.util import strict_json
 from upcycle_bench.util.rng import Stream
 
 NOTHING = ""  # stands where one caption has a word and the other has none
@@ -55,7 +55,7 @@ class Chosen:
     def sha256(self) -> str:
         """Hash of the images and captions of all pairs."""
         rows = [[*pair.images, *pair.captions] for pair in self.pairs]
-        return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+        return hashlib.sha256(strict_json.dumps(rows).encode()).hexdigest()
 
 
 def choose(captions: Sequence[Sequence[str]]) -> Chosen:

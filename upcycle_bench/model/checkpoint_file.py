@@ -71,9 +71,11 @@ def read(path: Path) -> Held:
 
 def identify(path: Path) -> Kind:
     """The file's kind. UserError where there is no file."""
-    if path.is_dir():
-        raise UserError(f"{path} is a folder: give the file of weights in it.")
     try:
+        if path.is_dir():
+            raise UserError(f"{path} is a folder: give the file of weights in it.")
+        if path.exists() and not path.is_file():  # to read from a pipe would wait for ever
+            raise UserError(f"{path} is no ordinary file: give a file of weights.")
         head = _head(path)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; give a file of weights.") from None

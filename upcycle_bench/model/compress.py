@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 from upcycle_bench.model import weights
 from upcycle_bench.model.clip import create_clip
 from upcycle_bench.model.moe import moe_layers
+from upcycle_bench.model.state_dict import require_finite
 from upcycle_bench.util.errors import UserError
 from upcycle_bench.util.files import atomic, file_sha256
 from upcycle_bench.util.rng import Stream
@@ -135,6 +136,7 @@ def compress(checkpoint: Path, base: Path, method: Method, output: Path, seed: i
             size_after += method.bits(experts) * base_OI.size / 8
     with safe_open(checkpoint, framework="pt") as file:
         metadata = file.metadata()
+    require_finite(state, output, "nothing was written: choose a milder compression")
     with atomic(output) as target:
         save_file({key: value.contiguous() for key, value in state.items()}, target, metadata=metadata)
     return {

@@ -24,6 +24,7 @@ from upcycle_bench.assets import MODELS
 from upcycle_bench.model import hub
 from upcycle_bench.model.pixels import checked
 from upcycle_bench.model.transformers_clip import is_transformers_config, read_transformers_config
+from upcycle_bench.util import strict_json
 from upcycle_bench.util.errors import UserError, unknown
 
 HUB, LOCAL = "hf-hub:", "local-dir:"
@@ -94,10 +95,10 @@ def register(config: Mapping[str, Any], label: str, place: str) -> str:
     for name in _known():
         if name not in _own and canonical(open_clip.get_model_config(name), name) == wanted:
             return name
-    name = f"{label}@{hashlib.sha256(json.dumps(wanted, sort_keys=True).encode()).hexdigest()[:8]}"
+    name = f"{label}@{hashlib.sha256(strict_json.dumps(wanted, sort_keys=True).encode()).hexdigest()[:8]}"
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / f"{name}.json"
-        file.write_text(json.dumps(config), encoding="utf-8")
+        file.write_text(strict_json.dumps(config), encoding="utf-8")
         open_clip.add_model_config(file)  # reads it now
     _own[name] = dict(config)
     return name
@@ -117,7 +118,7 @@ def canonical(config: Mapping[str, Any], place: str) -> dict[str, Any]:
     own_text = bool(config.get("custom_text") or whole["text_cfg"]["hf_model_name"])
     whole |= {"embed_dim": config.get("embed_dim"), "quick_gelu": bool(config.get("quick_gelu"))}
     whole |= {"custom_text": own_text, "multimodal_cfg": config.get("multimodal_cfg")}
-    return json.loads(json.dumps(whole))  # tuples become lists
+    return strict_json.loads(strict_json.dumps(whole))  # tuples become lists
 
 
 def first_difference(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> str | None:

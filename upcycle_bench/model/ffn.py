@@ -143,8 +143,11 @@ def linears(mlp: Any) -> tuple[nn.Linear, nn.Linear] | None:
 
 
 def not_plain(mlp: nn.Module) -> str | None:
-    """Why `FFN` does not describe a block's `mlp`, or None: another part, no bias, dropout."""
+    """Why `FFN` does not describe a block's `mlp`, or None: another part, no bias, dropout, a wrapped layer."""
     parts = {name: part for name, part in mlp.named_children() if not _idle(part)}
+    for name in ("c_fc", "c_proj", "fc1", "fc2"):
+        if name in parts and type(part := parts[name]) is not nn.Linear:
+            return f"has a {type(part).__module__}.{type(part).__name__} as {name}; merge what was put around the layer"
     if tuple(parts) not in FORMS:
         return f"consists of {', '.join(parts)}"
     if type(mlp).__module__.startswith("timm.") and type(mlp).__name__ != "Mlp":  # others gate what is between

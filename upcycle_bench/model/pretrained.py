@@ -10,7 +10,6 @@ weights.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -22,6 +21,7 @@ from upcycle_bench.model.clip import Clip, create_clip, other_activation
 from upcycle_bench.model.config import HUB, LOCAL, Described, canonical, describe, first_difference
 from upcycle_bench.model.pixels import agreed
 from upcycle_bench.model.said import Said, said_by_tag, said_in, said_of
+from upcycle_bench.util import strict_json
 from upcycle_bench.util.errors import UserError, one_line, unknown
 
 Fetch = Callable[[], Path]
@@ -60,7 +60,7 @@ class Pretrained:
         """What these weights are as a model of that name: equal only for the same function of an image or a text."""
         more: dict[str, Any] = {"preprocess": dict(self.preprocess)} if self.preprocess else {}
         more |= {"interpolate": True} if self.interpolate else {}
-        return " ".join([self.sha256(), *([json.dumps(more, sort_keys=True)] if more else [])])
+        return " ".join([self.sha256(), *([strict_json.dumps(more, sort_keys=True)] if more else [])])
 
 
 @dataclass(frozen=True)

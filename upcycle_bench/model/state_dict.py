@@ -128,14 +128,17 @@ def _resize_positions(found: dict[str, Tensor], model: Any, path: Path) -> dict[
     return {key: f"{shape(value)} to {shape(found[key])}" for key, value in changed.items()}
 
 
-def require_finite(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """UserError that names the first tensor with a NaN or an infinity."""
+EARLIER = "give a checkpoint from before the training diverged"
+UNSAVED = "nothing was written: save it as it was before it diverged"
+
+
+def require_finite(tensors: Mapping[str, Tensor], where: Path | str, remedy: str = EARLIER) -> None:
+    """UserError that names the first tensor with a NaN or an infinity; tensors on meta have no values."""
     for key, value in tensors.items():
-        if value.is_floating_point() and value.itemsize > 1 and not value.isfinite().all():
+        if value.is_floating_point() and value.itemsize > 1 and not value.is_meta and not value.isfinite().all():
             bad = int((~value.isfinite()).sum())
             raise UserError(
-                f"{path}: {key} has {bad:,} values of {value.numel():,} that are NaN or infinite; give a "
-                "checkpoint from before the training diverged."
+                f"{where}: {key} has {bad:,} values of {value.numel():,} that are NaN or infinite; {remedy}."
             )
 
 

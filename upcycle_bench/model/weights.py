@@ -26,9 +26,9 @@ from upcycle_bench.model.clip import Clip, Precision, create_clip
 from upcycle_bench.model.config import own_config, register
 from upcycle_bench.model.ffn import FFN, LayerInit
 from upcycle_bench.model.moe import EXPERT_KEY, moe_layers
-from upcycle_bench.model.state_dict import require_finite
+from upcycle_bench.model.state_dict import UNSAVED, require_finite
 from upcycle_bench.model.surgery import find_layers, hidden_widths, put_experts
-from upcycle_bench.util import distributed
+from upcycle_bench.util import distributed, strict_json
 from upcycle_bench.util.cache import cache_root
 from upcycle_bench.util.errors import UserError
 from upcycle_bench.util.files import file_sha256, publish, temporary
@@ -45,10 +45,14 @@ def save(clip: Clip, moe: protocol.MoE, folder: Path) -> str:
 
 
 def write(clip: Clip, moe: protocol.MoE, path: Path) -> str:
-    """Write the model to `path`, as `save` does to a path of its own; the file is not written atomically."""
+    """Write the model to `path`, as `save` does to a path of its own; the file is not written atomically.
+
+    Raises UserError, on every rank, for a model with a NaN or an infinity.
+    """
     from safetensors.torch import save_file
 
     state = consolidate(clip)
+    require_finite(state, "the model", UNSAVED)
     if not distributed.is_main():
         return ""
     settings: dict[str, Any] = {"model": clip.name, "moe": moe.model_dump() if moe_layers(clip.model) else None}
@@ -61,7 +65,7 @@ def write(clip: Clip, moe: protocol.MoE, path: Path) -> str:
     if clip.preprocess:
         settings["preprocess"] = dict(clip.preprocess)
     path.parent.mkdir(parents=True, exist_ok=True)  # after the collectives: an error here must not leave ranks waiting
-    save_file(state, path, metadata={FORMAT: json.dumps(settings)})
+    save_file(state, path, metadata={FORMAT: strict_json.dumps(settings)})
     return file_sha256(path)
 
 

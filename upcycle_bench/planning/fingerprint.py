@@ -10,7 +10,6 @@ from __future__ import annotations
 import ast
 import hashlib
 import importlib.util
-import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,7 +22,7 @@ from upcycle_bench.model.config import describe
 from upcycle_bench.protocol import Protocol
 from upcycle_bench.strategy import Strategy
 from upcycle_bench.suite import Suite
-from upcycle_bench.util import distributed
+from upcycle_bench.util import distributed, strict_json
 from upcycle_bench.util.cache import cache_root
 from upcycle_bench.util.errors import PluginError, UserError
 from upcycle_bench.util.plain import plain
@@ -39,7 +38,7 @@ UPCYCLING = "upcycle_bench.upcycling."  # the modules that several strategies sh
 
 def fingerprint(value: Any) -> str:
     """The first 16 hex digits of the sha256 of the value's canonical JSON; ValueError for NaN and infinity."""
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    text = strict_json.dumps(value, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

@@ -8,7 +8,6 @@ A run is a record and the file of training metrics beside it. Runs of one label 
 from __future__ import annotations
 
 import io
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from upcycle_bench import record
 from upcycle_bench.record import Record
+from upcycle_bench.util import strict_json
 from upcycle_bench.util.errors import UserError
 from upcycle_bench.util.files import write_atomically
 
@@ -71,7 +71,7 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
 
 def _metrics(path: Path) -> list[Metrics]:
     beside = path.with_suffix(".jsonl")
-    return [json.loads(line) for line in beside.read_text().splitlines()] if beside.is_file() else []
+    return [strict_json.loads(line) for line in beside.read_text().splitlines()] if beside.is_file() else []
 
 
 def draw(runs: Sequence[Run], name: FigureName, output: Path) -> list[Path]:

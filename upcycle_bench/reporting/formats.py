@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import re
 import textwrap
 from collections import defaultdict
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from upcycle_bench.reporting.leaderboard import Board, Row, SeedMean
 from upcycle_bench.suite import is_averaged
+from upcycle_bench.util import strict_json
 from upcycle_bench.util.errors import unknown
 
 if TYPE_CHECKING:
@@ -134,7 +134,7 @@ def _flat(headline: dict[str, Any]) -> Iterable[tuple[str, Any]]:
 
 def _json(boards: list[Board]) -> str:
     document = {"notes": NOTES, "boards": [asdict(board) | {"caption": _caption(board)} for board in boards]}
-    return json.dumps(document, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
+    return strict_json.dumps(document, indent=2, ensure_ascii=False) + "\n"
 
 
 def _heading(board: Board) -> str:

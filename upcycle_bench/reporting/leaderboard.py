@@ -11,7 +11,6 @@ columns, since all runs share the samples; a row has the mean of the errors of i
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 import textwrap
@@ -21,6 +20,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from upcycle_bench.record import Record, ScoreRecord
+from upcycle_bench.util import strict_json
 from upcycle_bench.util.errors import UserError
 
 BASELINES = ("sparse-upcycling", "dense")  # differences are to the first of these with a successful run
@@ -217,7 +217,7 @@ def _row(runs: list[Record], counting: dict[SeedPair, Record], base: dict[SeedPa
             errors[_column(score)].append(score.standard_error)
     failures = [run for run in runs if run.status != "ok"]
     newest = runs[-1]
-    sources = {json.dumps(run.strategy.model_dump(mode="json"), sort_keys=True) for run in counting.values()}
+    sources = {strict_json.dumps(run.strategy.model_dump(mode="json"), sort_keys=True) for run in counting.values()}
     costs = [run.cost for run in counting.values() if run.cost]
     return Row(
         rank=None,

@@ -26,6 +26,7 @@ from upcycle_bench.training.checkpoint import MetricsFile
 from upcycle_bench.training.job import SHARE_STEPS, Job, Progress
 from upcycle_bench.training.router_log import Watched
 from upcycle_bench.util import distributed
+from upcycle_bench.util.errors import DivergedError
 from upcycle_bench.util.flops import FlopCounter
 
 
@@ -67,16 +68,19 @@ class Bookkeeping:
             progress.counted_steps += 1
 
     def write_metrics(self, losses: Mapping[str, Tensor], rate: float, scale: Tensor, seen: Watched) -> None:
-        """Write a line of metrics, with what the routers did; FloatingPointError if the loss is not finite.
+        """Write a line of metrics, with what the routers did; DivergedError if the loss is not finite.
 
         Every rank must call it: losses are means over all ranks. `rate` is the learning rate, `scale` the logit scale.
         """
         self.collect()
         last = self.progress.last = self._metrics(losses, rate, scale)
-        self.log.write({**last, **({"layers": seen.summary()} if self.layers else {})})
         if not math.isfinite(last["loss"]):
-            terms = {name: float(term) for name, term in losses.items()}
-            raise FloatingPointError(f"the loss is {last['loss']} at step {self.progress.step - 1}: {terms}")
+            terms = ", ".join(f"{name} {last[name]:g}" for name in losses)
+            raise DivergedError(
+                f"the loss is {last['loss']} at step {self.progress.step - 1} ({terms}): the training has diverged; "
+                "lower the learning rate or look at the strategy's own loss."
+            )
+        self.log.write({**last, **({"layers": seen.summary()} if self.layers else {})})
 
     def _metrics(self, losses: Mapping[str, Tensor], rate: float, scale: Tensor) -> dict[str, float]:
         terms_M = torch.stack(list(losses.values()))

@@ -8,7 +8,6 @@ save(engine, extra, job, progress)                  # writes a checkpoint and de
 from __future__ import annotations
 
 import contextlib
-import json
 import shutil
 import sys
 from collections.abc import Mapping
@@ -19,7 +18,7 @@ import torch
 
 from upcycle_bench.strategy import ExtraLoss
 from upcycle_bench.training.job import Job, Progress
-from upcycle_bench.util import distributed
+from upcycle_bench.util import distributed, strict_json
 from upcycle_bench.util.files import atomic
 
 
@@ -38,14 +37,14 @@ class MetricsFile:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             before = self.path.read_text().splitlines() if self.path.is_file() and self.step else []
             with atomic(self.path) as part:
-                part.write_text("".join(line + "\n" for line in before if json.loads(line)["step"] <= self.step))
+                part.write_text("".join(line + "\n" for line in before if strict_json.loads(line)["step"] <= self.step))
             self.file = self.path.open("a")
         return self
 
     def write(self, metrics: Mapping[str, Any]) -> None:
         """Append one line."""
         if self.path is not None:
-            self.file.write(json.dumps(metrics) + "\n")
+            self.file.write(strict_json.dumps(metrics) + "\n")
             self.file.flush()
 
     def __exit__(self, *_: object) -> None:

@@ -60,7 +60,7 @@ def train(
     by name. Before each step of `stages`, `next_stage` changes the layers; optimiser and extra loss then start afresh.
     `on_step` is called after each step with the number of steps done and the last metrics.
 
-    Raises PluginError unless the stages ascend between 0 and `job.stop_step`, and FloatingPointError for a loss that is
+    Raises PluginError unless the stages ascend between 0 and `job.stop_step`, and DivergedError for a loss that is
     not finite. An interruption leaves the last checkpoint, if there is one.
     """
     model = clip.model.train()

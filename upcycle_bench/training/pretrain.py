@@ -12,7 +12,6 @@ environment, and a .jsonl with the lines of metrics.
 from __future__ import annotations
 
 import contextlib
-import json
 import shutil
 import sys
 from dataclasses import asdict, replace
@@ -28,12 +27,13 @@ from upcycle_bench.data.world import World
 from upcycle_bench.model import backends
 from upcycle_bench.model.clip import Clip, create_clip
 from upcycle_bench.model.pretrained import Pretrained
+from upcycle_bench.model.state_dict import UNSAVED, require_finite
 from upcycle_bench.planning.fingerprint import dense_recipe, recipe_path
 from upcycle_bench.protocol import Protocol
 from upcycle_bench.training import session
 from upcycle_bench.training.job import Job
 from upcycle_bench.training.loop import train
-from upcycle_bench.util import distributed
+from upcycle_bench.util import distributed, strict_json
 from upcycle_bench.util.cache import cache_root, locked
 from upcycle_bench.util.files import atomic, file_sha256, write_atomically
 from upcycle_bench.util.meter import Meter
@@ -134,7 +134,7 @@ def pretrain(protocol: Protocol, world: World, path: Path, device: torch.device,
             "created": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
             "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
         }
-        write_atomically(path.with_suffix(".json"), (json.dumps(facts, indent=2) + "\n").encode())
+        write_atomically(path.with_suffix(".json"), (strict_json.dumps(facts, indent=2) + "\n").encode())
         write_atomically(path.with_suffix(".jsonl"), (work / "metrics.jsonl").read_bytes())
     distributed.barrier()
     if distributed.is_main():
@@ -147,9 +147,9 @@ def export(path: Path, target: Path) -> str:
     from safetensors.torch import load_file
 
     _write(target, {key: value.half() for key, value in load_file(path).items()})
-    facts = json.loads(path.with_suffix(".json").read_text())
+    facts = strict_json.loads(path.with_suffix(".json").read_text())
     digest = file_sha256(target)
-    text = json.dumps({"half precision sha256": digest, **facts}, indent=2) + "\n"
+    text = strict_json.dumps({"half precision sha256": digest, **facts}, indent=2) + "\n"
     write_atomically(target.with_suffix(".json"), text.encode())
     write_atomically(target.with_suffix(".jsonl"), path.with_suffix(".jsonl").read_bytes())
     return digest
@@ -158,6 +158,7 @@ def export(path: Path, target: Path) -> str:
 def _write(path: Path, state: dict[str, Tensor]) -> None:
     from safetensors.torch import save_file
 
+    require_finite(state, "the dense model", UNSAVED)
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic(path) as part:
         save_file(state, part)

@@ -19,8 +19,10 @@ from torch import Tensor, nn
 
 from upcycle_bench.model.ffn import Layer
 from upcycle_bench.model.padding import Padding
+from upcycle_bench.model.surgery import all_finite
 from upcycle_bench.model.towers import text_tower
 from upcycle_bench.strategy import Calibrator
+from upcycle_bench.util.errors import UserError
 from upcycle_bench.util.threads import one_thread
 
 
@@ -33,8 +35,8 @@ def calibrate(
 ) -> int:
     """Feed `calibrators` (by layer name) from `batches` of (images [B, 3, H, W], texts [B, L]) on the model's device.
 
-    Returns the number of pairs. Afterwards, also after an error, the hooks are removed and every module is in the mode
-    it was in.
+    Returns the number of pairs. Raises UserError where the model's activations overflow. Afterwards, also after an
+    error, the hooks are removed and every module is in the mode it was in.
     """
     padding = Padding.of(model)
     modes = [(module, module.training) for module in model.modules()]  # of each, as a part may be frozen in eval mode
@@ -43,7 +45,7 @@ def calibrate(
         if padding is not None:
             handles.append(text_tower(model).token_embedding.register_forward_pre_hook(padding.observe))
         for layer in layers:
-            see = partial(_see, calibrators[layer.name], padding if layer.tower == "text" else None)
+            see = partial(_see, layer, calibrators[layer.name], padding if layer.tower == "text" else None)
             handles.append(model.get_submodule(layer.mlp_path).register_forward_pre_hook(see))
         last = {layer.tower: layer for layer in sorted(layers, key=lambda layer: layer.block)}
         for layer in last.values():  # registered last, so that the calibrator's hook runs first
@@ -71,7 +73,15 @@ def _stop(_module: nn.Module, _args: tuple[Any, ...]) -> None:
     raise _TowerSeenError
 
 
-def _see(calibrator: Calibrator, padding: Padding | None, _module: nn.Module, args: tuple[Any, ...]) -> None:
+def _see(
+    layer: Layer, calibrator: Calibrator, padding: Padding | None, _module: nn.Module, args: tuple[Any, ...]
+) -> None:
     x_TD = args[0].flatten(0, -2)  # [B, L, D] -> [T, D]
+    x_TD = (padding.compact(x_TD) if padding is not None else x_TD).float()
+    if not all_finite(x_TD):  # one such token would spoil every sum
+        raise UserError(
+            f"calibration: inputs of {layer.name} are NaN or infinite in the dense model, though its weights and data "
+            "are finite; calibrate in float32."
+        )
     with one_thread():  # a calibrator's sums must not depend on the number of threads
-        calibrator.update((padding.compact(x_TD) if padding is not None else x_TD).float())
+        calibrator.update(x_TD)

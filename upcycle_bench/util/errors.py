@@ -8,7 +8,15 @@ from typing import Any
 
 
 class UserError(Exception):
-    """Bad input or a missing prerequisite. The command line prints it without a traceback and exits with 2."""
+    """Bad input or a missing prerequisite. The command line prints it without a traceback and exits with `status`."""
+
+    status = 2
+
+
+class DivergedError(UserError, FloatingPointError):
+    """A training whose loss is no longer a finite number."""
+
+    status = 1
 
 
 class PluginError(UserError, ValueError):

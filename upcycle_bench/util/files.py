@@ -60,6 +60,17 @@ def write_atomically(path: Path, data: bytes) -> None:
         os.fsync(file.fileno())
 
 
+def require_ordinary(path: Path) -> None:
+    """UserError for a folder or a device: a file that is written whole would take the place of /dev/null, too."""
+    try:
+        special = path.exists() and not path.is_file()
+    except OSError as error:  # a name that is too long
+        raise UserError(f"{path}: cannot be written ({error.strerror or error}).") from None
+    if special:
+        what = "a folder" if path.is_dir() else "no ordinary file"
+        raise UserError(f"{path} is {what}: give the name of a file to write.")
+
+
 def require_writable(folder: Path, option: str) -> None:
     """Raise UserError unless `folder`, or else the nearest folder above it that exists, can be written."""
     parent = folder.absolute()
