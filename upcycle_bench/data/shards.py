@@ -214,5 +214,5 @@ def open_image(shard: Path, offset: int, size: int, remedy: str) -> Image.Image:
         content = file.read(size)
     try:
         return Image.open(io.BytesIO(content)).convert("RGB")
-    except OSError as error:
+    except Exception as error:  # Pillow raises many kinds of errors for a broken image
         raise UserError(f"{shard}: the image at byte {offset} cannot be read ({error}); {remedy}.") from None
