@@ -13,7 +13,11 @@ import typer
 from upcycle_bench import record
 from upcycle_bench.cli import app
 from upcycle_bench.cli.listing import rows
+from upcycle_bench.model import config, pretrained
 from upcycle_bench.model.checkpoint_file import KINDS
+from upcycle_bench.model.misfit import REASONS
+from upcycle_bench.model.said import SAYERS
+from upcycle_bench.model.upcyclable import UNFIT
 from upcycle_bench.planning.cluster_cost import bills
 from upcycle_bench.planning.registry import load_registry
 from upcycle_bench.protocol import load_protocol
@@ -225,6 +229,33 @@ def checkpoints() -> str:
     return table(["the file is", "told by", "what happens, or what to do"], lines)
 
 
+def models() -> str:
+    """The ways to name a model, and the files that describe one: the rows of `config`."""
+    doors = "\n".join(f"- {door.what}" for door in config.DOORS)
+    return folded(f"{doors}\n\nA model is described by\n\n" + "\n".join(f"- {row.what}" for row in config.FORMATS))
+
+
+def weights() -> str:
+    """The ways to name weights: the rows of `pretrained`."""
+    return folded("\n".join(f"- {door.what}" for door in pretrained.DOORS))
+
+
+def sayers() -> str:
+    """What may say something of a file of weights: the rows of `said`."""
+    return folded("\n".join(f"- {sayer.what}" for sayer in SAYERS))
+
+
+def misfits() -> str:
+    """What weights that do not fit may be: the rows of `misfit`."""
+    return table(["the file holds", "what to do"], [[reason.what, reason.remedy] for reason in REASONS])
+
+
+def unfit() -> str:
+    """What a configuration may have that stands in the way of upcycling, or of training: the rows of `upcyclable`."""
+    lines = [[row.what, "`run`" if row.trained else "`upcycle`, `run`", row.remedy] for row in UNFIT]
+    return table(["a model with", "is refused by", "what to do"], lines)
+
+
 PARTS: dict[str, Callable[[], str]] = {
     "results": results,
     "names": names,
@@ -236,6 +267,11 @@ PARTS: dict[str, Callable[[], str]] = {
     "help": commands,
     "cluster": cluster,
     "checkpoints": checkpoints,
+    "models": models,
+    "weights": weights,
+    "sayers": sayers,
+    "misfits": misfits,
+    "unfit": unfit,
 }
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from upcycle_bench import protocol
-from upcycle_bench.model.clip import model_config
+from upcycle_bench.model.config import model_config
 from upcycle_bench.model.ffn import FFN, Layer, LayerInit
 from upcycle_bench.model.moe import MoEFFN
 from upcycle_bench.model.padding import Padding

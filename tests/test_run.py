@@ -374,7 +374,9 @@ def test_a_cluster_protocol_runs_on_local_shards_with_a_local_checkpoint(tmp_pat
     overrides += ['suites.zero-shot.headlines.shift=["digits-validation"]']
     registry = load_registry()
     protocol = load_protocol(registry.get("protocol", "clip-b32").target, overrides)
-    paths = Paths(data=str(world.train_shards[0].parent), checkpoint=tmp_path / "dense.pt", eval_data=world.eval_root)
+    paths = Paths(
+        data=str(world.train_shards[0].parent), checkpoint=str(tmp_path / "dense.pt"), eval_data=world.eval_root
+    )
     planned = make_plan(registry, "cluster-aware", protocol, options={"pairs": "200"}, paths=paths)
     made = record.read(run(planned, tmp_path / "results", Reporter()))
     assert made.hashes.dense == file_sha256(tmp_path / "dense.pt")

@@ -9,17 +9,21 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from upcycle_bench.model import surgery, weights
-from upcycle_bench.model.clip import PREPROCESS, Clip, create_clip
+from upcycle_bench.model.clip import Clip
+from upcycle_bench.model.config import register
 from upcycle_bench.model.moe import moe_layers
+from upcycle_bench.model.pixels import agreed, checked
+from upcycle_bench.model.rebuild import other_answers, unlike_its_file
+from upcycle_bench.model.towers import context_length, image_size, image_weight, vocab_size
 from upcycle_bench.protocol import PUBLISHED_MOE
 from upcycle_bench.strategy import resolve_moe
 from upcycle_bench.upcycling.calibration_pairs import CalibrationPairs
@@ -75,24 +79,26 @@ def upcycle(
         return surgery.put_experts(model, inits, moe)
 
 
-def save(model: Any, path: str | os.PathLike[str], name: str) -> str:
+def save(model: Any, path: str | os.PathLike[str], name: str | Mapping[str, Any]) -> str:
     """Write `model`, upcycled or dense, as one safetensors file that `load` reads; returns its sha256.
 
-    `name` is open_clip's name of the dense model; it goes into the file. An existing file is replaced atomically.
-    Raises UserError if the model does not have the form of that name, or the file cannot be written.
+    `name` says which dense model it is: open_clip's name, any other way of docs/checkpoints.md, or a configuration as
+    open_clip has them, which then goes into the file. An existing file is replaced atomically. Raises UserError if a
+    model of that name would compute something else with these weights, or the file cannot be written.
     """
     path = Path(path)
     if not path.absolute().parent.is_dir():
         raise UserError(f"{path}: {path.absolute().parent} is not a folder; make it first.")
-    with torch.device("meta"):
-        form = create_clip(name)
-    _compare(model, form.model, name)
+    name = name if isinstance(name, str) else register(name, path.stem, "the configuration")
     experts = [expert for layer in moe_layers(model).values() for expert in layer.experts]
     if any(hasattr(expert, "merged") for expert in experts):  # the file holds plain experts only
         model = copy.deepcopy(model)
         surgery.merge(model)
+    with torch.device("meta"):
+        form = weights.blank(name, model.state_dict())
+    _require_function(model, form.model, name)
     moe = next((layer.settings for layer in moe_layers(model).values()), None) or PUBLISHED_MOE
-    clip = replace(form, model=model, preprocess=_preprocess(model, form.model))
+    clip = replace(form, model=model, preprocess=_preprocess(model))
     try:
         with temporary(path) as part:
             if digest := weights.write(clip, moe, part):
@@ -111,40 +117,33 @@ def load(path: str | os.PathLike[str]) -> Clip:
     return weights.load(Path(path))
 
 
-def _compare(model: Any, form: nn.Module, name: str) -> None:
-    """UserError unless `model` has the tensors and activations of `form`, apart from FFNs that became experts."""
-    replaced = tuple(f"{layer.place.mlp_path}." for layer in moe_layers(model).values())
-    ours, theirs = _shapes(model), _shapes(form)
-    differ = [key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key)]
-    activations = [{repr(part) for part in module.modules() if _is_activation(part)} for module in (model, form)]
-    if wrong := sorted(key for key in differ if not key.startswith(replaced)):
-        raise UserError(f"the model is no {name}: {wrong[0]} differs; give the open_clip name it was made by.")
-    if activations[0] != activations[1]:
-        ours_text, theirs_text = (", ".join(sorted(each)) for each in activations)
-        raise UserError(
-            f"the model is no {name}: its activation is {ours_text}, not {theirs_text}; give the open_clip name it was "
-            "made by."
-        )
+def _require_function(model: Any, form: Any, name: str) -> None:
+    """UserError unless `form`, the dense model of that name, computes what `model` does, once it has its weights.
+
+    Modules and their settings are compared, then features of random inputs. What `form` lacks, on the meta device, is
+    taken from `model`: the causal mask.
+    """
+    weights.take_dtypes(form, model.state_dict())
+    reason = unlike_its_file(model, form, dtypes=False)  # a file keeps them
+    if reason is None:
+        own = dict(model.named_buffers())
+        for key, value in list(form.named_buffers()):
+            parent, _, leaf = key.rpartition(".")
+            setattr(form.get_submodule(parent), leaf, own[key].to(value.dtype))
+        reason = other_answers(model, form, *_random_inputs(model))
+    if reason is not None:
+        raise UserError(f"the model is no {name}: {reason}; give the name or the configuration that it was made by.")
 
 
-def _shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
-    """The shape of each tensor by name; a logit scale of shape (1,) is given as a scalar."""
-    shapes = {key: tuple(value.shape) for key, value in module.state_dict().items()}
-    return shapes | ({"logit_scale": ()} if shapes.get("logit_scale") == (1,) else {})
+def _random_inputs(model: Any) -> tuple[Tensor, Tensor]:
+    """Two images and two texts, which need no end and no padding."""
+    generator, weight = torch.Generator().manual_seed(0), image_weight(model)
+    images = torch.randn(2, 3, *image_size(model), generator=generator).to(weight)
+    texts = torch.randint(1, vocab_size(model), (2, context_length(model)), generator=generator)
+    return images, texts.to(weight.device)
 
 
-def _is_activation(module: nn.Module) -> bool:
-    return type(module).__name__ in ("GELU", "QuickGELU")
-
-
-def _preprocess(model: Any, form: Any) -> dict[str, Any] | None:
-    """The model's own settings of transforms, where they differ from those of its name; else None."""
-    usual = form.visual.preprocess_cfg
-    own = getattr(model.visual, "preprocess_cfg", usual)
-    changed = {key: own[key] for key in PREPROCESS if _listed(own[key]) != _listed(usual[key])}
-    return changed or None
-
-
-def _listed(value: Any) -> Any:
-    """A tuple as a list, since JSON has no tuples; other values as they are."""
-    return list(value) if isinstance(value, tuple) else value
+def _preprocess(model: Any) -> dict[str, Any] | None:
+    """The model's own settings of transforms, where they are not open_clip's usual ones; else None."""
+    own = getattr(model.visual, "preprocess_cfg", {})
+    return agreed([("the model", checked(own, "the model"))]) or None

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from upcycle_bench.data.pairs import PairDataset
-from upcycle_bench.planning.plan import Plan, check_ready, check_strategy, dense_path
+from upcycle_bench.planning.plan import Plan, check_ready, check_strategy, dense_source
 from upcycle_bench.training import session
 from upcycle_bench.training.pretrain import load_dense
 from upcycle_bench.upcycling.starting_model import Start, initialise
@@ -40,7 +40,7 @@ def receipts(plans: Sequence[Plan], reporter: Reporter) -> list[Receipt]:
     with session.open_session(plans[0].protocol.threads) as device:
         protocol, world = plans[0].protocol, plans[0].world
         assert world is not None
-        dense, _ = load_dense(protocol, world, dense_path(plans[0]), device, reporter)
+        dense, _ = load_dense(protocol, world, dense_source(plans[0]), device, reporter)
         data = PairDataset(world.train_shards, dense, protocol.train.schedule.augmentation)
         start = Start(protocol, world, dense, data)
         for plan in plans:

@@ -193,6 +193,15 @@ class Cost(Part):
     world_size: int = Field(ge=1)
 
 
+class DensePart(Part):
+    """The dense model that was upcycled, as it was loaded."""
+
+    model: Name
+    pixels: dict[str, JsonValue] = Field(description="mean, std, interpolation, resize mode, size: of all images")
+    interpolated: dict[str, str] = Field(description="position embeddings that were resized: 50x768 to 197x768")
+    logit_bias: bool = Field(description="trained with the sigmoid loss; in the softmax loss here it has no part")
+
+
 class Hashes(Part):
     """Content hashes: `weights` of the final model, `outcomes` of the .npz beside the record (set by `write`)."""
 
@@ -212,6 +221,7 @@ class Record(Part):
     reason: str | None = None
     strategy: StrategyPart
     protocol: ProtocolPart
+    dense: DensePart | None = Field(default=None, description="None: not loaded, or made before it was written")
     seeds: Seeds
     receipt: dict[str, JsonValue] | None = Field(
         default=None,

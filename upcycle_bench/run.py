@@ -17,7 +17,7 @@ from upcycle_bench.model.cost import model_cost
 from upcycle_bench.model.measure import diagnose
 from upcycle_bench.model.moe import parameter_counts
 from upcycle_bench.model.surgery import merge
-from upcycle_bench.planning.plan import Plan, check_input, check_strategy, dense_path, run_id
+from upcycle_bench.planning.plan import Plan, check_input, check_strategy, dense_source, run_id
 from upcycle_bench.run_state import RunState, write_failure, write_record
 from upcycle_bench.training import finished, session
 from upcycle_bench.training.job import Job, Progress
@@ -45,7 +45,8 @@ def run(plan: Plan, results: Path, reporter: Reporter, *, fresh: bool = False) -
     with session.open_session(protocol.threads) as device:
         state = RunState(plan, Meter(device))
         try:
-            dense, state.dense = load_dense(protocol, world, dense_path(plan), device, reporter)
+            dense, state.dense = load_dense(protocol, world, dense_source(plan), device, reporter)
+            state.start = dense
             data = PairDataset(world.train_shards, dense, protocol.train.schedule.augmentation)
             key = finished.key_of(run_id(plan, state.dense), device)
             with finished.work_folder(key, protocol.train.checkpoint_every > 0, fresh) as work:

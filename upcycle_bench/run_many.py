@@ -21,7 +21,7 @@ from pathlib import Path
 
 from upcycle_bench import record
 from upcycle_bench.planning.matrix import Cell, describes, finished_before, read_records
-from upcycle_bench.planning.plan import check_input, check_strategy, dense_path
+from upcycle_bench.planning.plan import check_input, check_strategy, dense_source
 from upcycle_bench.run import run
 from upcycle_bench.training import session
 from upcycle_bench.training.pretrain import load_dense
@@ -72,7 +72,7 @@ def run_all(
     with session.open_session(plan.protocol.threads) as device:
         assert plan.world is not None
         # The dense model is trained here, once; else each process would train it.
-        dense_digest = load_dense(plan.protocol, plan.world, dense_path(plan), device, reporter)[1]
+        dense_digest = load_dense(plan.protocol, plan.world, dense_source(plan), device, reporter)[1]
         # Rank 0 decides for all ranks: they may see different folders, and must skip the same cells.
         view = finished_before(cells, results, dense_digest) if distributed.is_main() and not fresh else None
         done = distributed.from_main(view or [None] * len(cells))

@@ -38,7 +38,8 @@ class RunState:
 
     plan: Plan
     meter: Meter
-    dense: str | None = None  # sha256 of the dense model's file
+    dense: str | None = None  # identity of the dense model: the sha256 of its file
+    start: Clip | None = None  # the dense model
     receipt: dict[str, Any] | None = None
     progress: Progress | None = None
     metrics: Path | None = None  # the file
@@ -163,6 +164,7 @@ def _record(state: RunState, **parts: Any) -> record.Record:
             },
             "resolved": protocol.model_dump(mode="json"),
         },
+        "dense": _dense_part(state),
         "seeds": {"init": plan.init_seed, "train": plan.train_seed},
         "receipt": state.receipt,
         "environment": backends.machine(state.meter.device) | ({"training": state.training} if state.training else {}),
@@ -175,6 +177,17 @@ def _record(state: RunState, **parts: Any) -> record.Record:
         **parts,
     }
     return record.Record.model_validate_json(json.dumps(tree, allow_nan=False))
+
+
+def _dense_part(state: RunState) -> dict[str, Any] | None:
+    if state.start is None:
+        return None
+    return {
+        "model": state.start.name,
+        "pixels": state.start.pixels,
+        "interpolated": dict(state.start.interpolated),
+        "logit_bias": state.start.model.logit_bias is not None,
+    }
 
 
 def now() -> str:

@@ -25,8 +25,9 @@ from upcycle_bench.model.clip import Clip, create_clip
 from upcycle_bench.model.deepspeed_import import MoE, deepspeed
 from upcycle_bench.model.ffn import FFN, LayerInit
 from upcycle_bench.model.moe import MoEFFN, moe_layers
-from upcycle_bench.model.precision import attention_kernel, autocast, longest_sequence
+from upcycle_bench.model.precision import attention_kernel, autocast
 from upcycle_bench.model.surgery import find_layers, put_experts
+from upcycle_bench.model.towers import longest_sequence
 from upcycle_bench.planning.plan import shipped_checkpoint
 from upcycle_bench.planning.registry import load_registry
 from upcycle_bench.protocol import MoE as MoESettings

@@ -1,5 +1,6 @@
 """Every command that reads a checkpoint takes the same files, and refuses the others with the same line."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from tests.cli.test_main import call
 from upcycle_bench import api
 from upcycle_bench.data.worlds import load_world
 from upcycle_bench.model.clip import create_clip
+from upcycle_bench.model.config import model_config
+from upcycle_bench.util.cache import cache_root
 
 MODEL = "smoke-vit"
 
@@ -58,6 +61,52 @@ def test_an_epoch_of_a_compiled_distributed_training_goes_in(
 ) -> None:
     torch.save(epoch(model), tmp_path / "epoch_15.pt")
     assert call(monkeypatch, *doors(tmp_path / "epoch_15.pt", tmp_path)[door]) == 0
+
+
+@pytest.mark.parametrize("door", ["upcycle", "evaluate", "run"])
+def test_a_folder_with_its_own_pixels_and_a_logit_bias_goes_in(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, model: Any, door: str
+) -> None:
+    """As open_clip writes it for Hugging Face, of a training with --siglip; what was taken is said and recorded."""
+    folder = tmp_path / "tiny"
+    folder.mkdir()
+    said = {"model_cfg": model_config(MODEL), "preprocess_cfg": {"mean": [0.5, 0.5, 0.5], "resize_mode": "squash"}}
+    (folder / "open_clip_config.json").write_text(json.dumps(said))
+    torch.save(model.state_dict() | {"logit_bias": torch.tensor(-10.0)}, folder / "open_clip_pytorch_model.bin")
+    assert call(monkeypatch, *doors(folder, tmp_path)[door]) == 0
+    shown = capsys.readouterr()
+    pixels = {"mean": [0.5, 0.5, 0.5], "std": [0.26862954, 0.26130258, 0.27577711]}
+    pixels |= {"interpolation": "bicubic", "resize_mode": "squash", "size": [8, 8]}
+    if door == "run":
+        (record,) = [json.loads(path.read_text()) for path in (tmp_path / "results").rglob("*.json")]
+        assert record["dense"] == {"model": MODEL, "pixels": pixels, "interpolated": {}, "logit_bias": True}
+        assert "the dense model has a logit bias, so it was trained with the sigmoid loss" in shown.err
+        weights = cache_root() / "weights" / f"{record['hashes']['weights']}.safetensors"
+        assert api.load(weights).model.logit_bias.tolist() == [-10.0]
+        assert api.load(weights).pixels == pixels
+    else:
+        assert "images: 8x8 pixels, bicubic, squash; mean 0.5, 0.5, 0.5; std 0.2686, 0.2613, 0.2758" in shown.out
+    if door == "evaluate":
+        assert json.loads((tmp_path / "scores.json").read_text())["pixels"] == pixels
+
+
+def test_the_options_of_pixels_and_positions_change_the_scores_and_stand_with_them(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, model: Any
+) -> None:
+    torch.save(model.state_dict(), tmp_path / "dense.pt")
+    larger = model_config(MODEL)
+    larger["vision_cfg"]["image_size"] = 12
+    (tmp_path / "larger.json").write_text(json.dumps(larger))
+    command = doors(tmp_path / "dense.pt", tmp_path)["evaluate"]
+    command[command.index(MODEL)] = str(tmp_path / "larger.json")
+    assert call(monkeypatch, *command) == 2
+    assert "--interpolate-positions resizes them" in capsys.readouterr().err
+    options = ["--interpolate-positions", "--pixels", "mean=0.5,0.5,0.5", "--pixels", "resize-mode=squash"]
+    assert call(monkeypatch, *command, *options) == 0
+    assert "visual.positional_embedding was resized from 17x64 to 37x64" in capsys.readouterr().out
+    facts = json.loads((tmp_path / "scores.json").read_text())
+    assert facts["model"].startswith("larger@") and facts["pixels"]["mean"] == [0.5, 0.5, 0.5]
+    assert facts["interpolated"] == {"visual.positional_embedding": "17x64 to 37x64"}
 
 
 @pytest.mark.parametrize("door", ["upcycle", "evaluate", "run"])

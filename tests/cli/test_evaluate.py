@@ -17,6 +17,7 @@ from upcycle_bench import api, record
 from upcycle_bench.cli import app
 from upcycle_bench.data import evalset_write
 from upcycle_bench.data.worlds import lab
+from upcycle_bench.model.clip import create_clip
 from upcycle_bench.planning.plan import make_plan
 from upcycle_bench.planning.registry import load_registry
 from upcycle_bench.protocol import load_protocol
@@ -48,7 +49,7 @@ def command(*arguments: object, status: int = 0) -> str:
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """One random model thrice: open_clip's weights, ours, and with experts."""
-    folder, clip = tmp_path_factory.mktemp("models"), api.create_clip("smoke-vit", seed=3)
+    folder, clip = tmp_path_factory.mktemp("models"), create_clip("smoke-vit", seed=3)
     paths = {name: folder / f"{name}.safetensors" for name in ("plain", "ours", "moe")}
     save_file(clip.model.state_dict(), paths["plain"])
     api.save(clip.model, paths["ours"], "smoke-vit")

@@ -17,8 +17,9 @@ from tests.cli.test_main import call
 from tests.helpers import MODEL, equal, tiny_batches, tiny_clip
 from upcycle_bench.data.pairs import PairDataset
 from upcycle_bench.data.worlds import load_world
-from upcycle_bench.model.clip import create_clip, find_pretrained
+from upcycle_bench.model.clip import create_clip
 from upcycle_bench.model.moe import moe_layers
+from upcycle_bench.model.pretrained import find_pretrained
 from upcycle_bench.model.surgery import put_experts
 from upcycle_bench.upcycling.from_checkpoint import choose_strategy, moe_settings
 from upcycle_bench.upcycling.initialise import make_experts
@@ -260,4 +261,4 @@ def test_progress_on_a_terminal(
     assert call(monkeypatch, *command(dense, tmp_path / "moe.safetensors", *more)) == 0
     shown = reporter.console.file.getvalue()  # type: ignore[attr-defined]
     assert "calibrating" in shown
-    assert shown.count("done") == 4  # loading, making experts, comparing, writing
+    assert shown.count("done") == 5  # loading, making experts, comparing, writing

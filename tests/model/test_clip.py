@@ -7,7 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from upcycle_bench.model.clip import create_clip, model_config
+from upcycle_bench.model.clip import create_clip
+from upcycle_bench.model.config import model_config
 from upcycle_bench.util.errors import UserError
 
 

@@ -141,7 +141,7 @@ def test_a_file_cut_short(clip: Clip, tmp_path: Path) -> None:
     digest = weights.save(clip, SMALL, tmp_path)
     path = tmp_path / f"{digest}.safetensors"
     path.write_bytes(path.read_bytes()[:-1000])
-    with pytest.raises(UserError, match="not a readable safetensors file"):
+    with pytest.raises(UserError, match=r"cannot be read as a safetensors file .* it may be cut off"):
         weights.load(path)
 
 

@@ -60,8 +60,8 @@ def test_local_data_is_asked_for_and_found(tmp_path: Path) -> None:
     open_plan = plan(protocol="clip-b32")
     assert [text.split()[0] for text in open_plan.missing] == ["--data", "--eval-data", "--checkpoint"]
     assert open_plan.training_fingerprint is None
-    with pytest.raises(UserError, match=r"--checkpoint .*no such file"):
-        plan(protocol="clip-b32", paths=Paths(checkpoint=tmp_path / "none.pt"))
+    with pytest.raises(UserError, match=r"none.pt: no such file; give one with weights of ViT-B-32"):
+        plan(protocol="clip-b32", paths=Paths(checkpoint=str(tmp_path / "none.pt")))
 
 
 def test_local_shards_without_evaluation_sets_are_a_world_to_train_on(tmp_path: Path) -> None:
@@ -87,7 +87,7 @@ def test_paths_go_with_local_protocols_only(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="brings its own data"):
         plan(paths=Paths(data="x"))
     with pytest.raises(UserError, match="brings its own dense model"):
-        plan(paths=Paths(checkpoint=tmp_path))
+        plan(paths=Paths(checkpoint=str(tmp_path)))
 
 
 @pytest.mark.parametrize(
@@ -167,7 +167,7 @@ def test_the_number_of_ranks_is_part_of_every_identity(tmp_path: Path, monkeypat
     torch.save({}, checkpoint := tmp_path / "dense.pt")
     world = plan().world
     assert world is not None
-    paths = Paths(data=str(world.train_shards[0].parent), checkpoint=checkpoint, eval_data=world.eval_root)
+    paths = Paths(data=str(world.train_shards[0].parent), checkpoint=str(checkpoint), eval_data=world.eval_root)
     sets = (
         'suites.zero-shot.sets=["digits-test", "digits-validation"]',
         'suites.zero-shot.headlines.imagenet=["digits-test"]',

@@ -17,6 +17,7 @@ from tests.helpers import tiny_clip
 from upcycle_bench import api
 from upcycle_bench.cli import app
 from upcycle_bench.data.worlds import fashion, load_world
+from upcycle_bench.model.clip import create_clip
 from upcycle_bench.planning.registry import load_registry
 from upcycle_bench.protocol import load_protocol
 from upcycle_bench.suite import EvalContext
@@ -95,7 +96,7 @@ def test_captions_are_refused(context: EvalContext) -> None:
 def test_evaluate_scores_the_labs_digits_without_the_labs_data(tmp_path: Path) -> None:
     """Suites without their sets, here those of the lab's own sets, are skipped with the reason."""
     checkpoint = tmp_path / "model.safetensors"
-    api.save(api.create_clip("smoke-vit", seed=3).model, checkpoint, "smoke-vit")
+    api.save(create_clip("smoke-vit", seed=3).model, checkpoint, "smoke-vit")
     (tmp_path / "sets").mkdir()
     arguments = ["evaluate", checkpoint, "-p", "lab", "--data", tmp_path / "sets", "--json", "--suite"]
     result = CliRunner().invoke(app, [*map(str, arguments), "compositional,out-of-domain"], catch_exceptions=False)

@@ -36,7 +36,16 @@ Overrides = Annotated[
     typer.Option("--set", metavar="KEY=VALUE", help="Override the protocol, moe.experts=4: open division."),
 ]
 Data = Annotated[str | None, typer.Option(help="Training shards (clip-*): a folder, or train/{000..127}.tar.")]
-Checkpoint = Annotated[Path | None, typer.Option(help="The dense open_clip model (clip-*).")]
+Checkpoint = Annotated[
+    str | None, typer.Option(metavar="FILE|FOLDER|TAG", help="The dense weights (clip-*): also hf-hub:ORG/NAME.")
+]
+PixelSettings = Annotated[
+    list[str] | None,
+    typer.Option(metavar="KEY=VALUE", help="What images the weights expect: mean=0.5,0.5,0.5, resize-mode=squash."),
+]
+Interpolate = Annotated[
+    bool, typer.Option("--interpolate-positions", help="Resize position embeddings of another size; recorded.")
+]
 EvalData = Annotated[Path | None, typer.Option(help="Folder with the evaluation sets (clip-*).")]
 Suites = Annotated[
     str | None,
@@ -149,13 +158,17 @@ def make_plans(
     option: list[str] | None,
     overrides: list[str] | None,
     data: str | None,
-    checkpoint: Path | None,
+    checkpoint: str | None,
+    pixels: list[str] | None,
+    interpolate: bool,
     eval_data: Path | None,
     reporter: Reporter,
     suite: str | None = None,
 ) -> list[Plan]:
     """A plan for each strategy that is named, with both seeds 0."""
     with uncollected():
+        from upcycle_bench.model.pixels import parsed
+        from upcycle_bench.model.pretrained import Choices
         from upcycle_bench.planning import plans
         from upcycle_bench.planning.matrix import strategy_names
         from upcycle_bench.planning.plan import Paths
@@ -165,7 +178,8 @@ def make_plans(
     names = strategy_names(registry, strategy)
     if option and len(names) > 1:
         raise UserError("--option belongs to one strategy; run strategies with options one by one.")
-    paths = Paths(data=data, checkpoint=checkpoint, eval_data=eval_data)
+    choices = Choices(parsed(pixels or []), interpolate)
+    paths = Paths(data=data, checkpoint=checkpoint, eval_data=eval_data, choices=choices)
     options = dict(key_value(text) for text in option or [])
     settings = load_protocol(registry.get("protocol", protocol).target, overrides)
     suites = names_of(suite, "--suite")

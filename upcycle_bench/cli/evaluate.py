@@ -11,7 +11,9 @@ import typer
 
 from upcycle_bench.cli.common import (
     Force,
+    Interpolate,
     Json,
+    PixelSettings,
     Suites,
     interruptible,
     names_of,
@@ -25,10 +27,14 @@ from upcycle_bench.cli.tables import show_headlines, show_scores, show_skipped
 
 
 def evaluate(
-    checkpoint: Annotated[str, typer.Argument(help="A file or a record of ours, or an open_clip model's file or tag.")],
+    checkpoint: Annotated[
+        str, typer.Argument(help="A file or record of ours, a folder, hf-hub:ORG/NAME; with --model a file or a tag.")
+    ],
     model: Annotated[
-        str | None, typer.Option("--model", "-m", help="open_clip's name of the model, for what is not ours.")
+        str | None, typer.Option("--model", "-m", help="Which model it is, for what does not say it: ViT-B-32.")
     ] = None,
+    pixels: PixelSettings = None,
+    interpolate: Interpolate = False,
     protocol: Annotated[
         str | None, typer.Option("--protocol", "-p", help="Whose suites; else the record's protocol, or lab.")
     ] = None,
@@ -48,8 +54,11 @@ def evaluate(
     names = names_of(suite, "--suite")
     with interruptible("nothing was written"):
         from upcycle_bench.evaluation.checkpoint import score_checkpoint
+        from upcycle_bench.model.pixels import parsed
+        from upcycle_bench.model.pretrained import Choices
 
-        facts = score_checkpoint(open_registry(), checkpoint, model, protocol, data, names, terminal_reporter())
+        choices, reporter = Choices(parsed(pixels or []), interpolate), terminal_reporter()
+        facts = score_checkpoint(open_registry(), checkpoint, model, protocol, data, names, reporter, choices)
     text = json.dumps(facts, indent=2, allow_nan=False)
     if output is not None:
         from upcycle_bench.util.files import write_atomically
@@ -73,9 +82,19 @@ def show_evaluation(facts: Mapping[str, Any], output: Path | None) -> None:
         print(f"all {len(facts['scores'])} scores, of each set and stratum, are what --output or --json has")
     total, active = facts["parameters_total"], facts["parameters_active"]
     print(f"{total:,} parameters, {active:,} active; {facts['seconds']:.1f} s; sha256 {facts['sha256']}")
+    print(images_line(facts["pixels"]))
+    for name, change in facts["interpolated"].items():
+        print(f"{name} was resized from {change}")
     show_certificate(facts["certificate"])
     if output is not None:
         print(f"scores: {output}")
+
+
+def images_line(pixels: Mapping[str, Any]) -> str:
+    """How images became pixels, in a line."""
+    size = "x".join(map(str, pixels["size"])) if isinstance(pixels["size"], list) else str(pixels["size"])
+    colours = (f"{name} {', '.join(f'{value:.4g}' for value in pixels[name])}" for name in ("mean", "std"))
+    return f"images: {size} pixels, {pixels['interpolation']}, {pixels['resize_mode']}; {'; '.join(colours)}"
 
 
 def show_certificate(proof: Mapping[str, Any] | None) -> None:

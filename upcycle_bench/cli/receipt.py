@@ -17,9 +17,11 @@ from upcycle_bench.cli.common import (
     Checkpoint,
     Data,
     EvalData,
+    Interpolate,
     Json,
     Options,
     Overrides,
+    PixelSettings,
     ProtocolName,
     Strategies,
     interruptible,
@@ -41,6 +43,8 @@ def receipt(
     init_seed: Annotated[int, typer.Option(min=0, help="The strategy's own randomness.")] = 0,
     data: Data = None,
     checkpoint: Checkpoint = None,
+    pixels: PixelSettings = None,
+    interpolate: Interpolate = False,
     eval_data: EvalData = None,
     as_json: Json = False,
 ) -> None:
@@ -48,7 +52,9 @@ def receipt(
     from upcycle_bench.receipts import receipts
 
     reporter = terminal_reporter()
-    plans = make_plans(strategy, protocol, option, overrides, data, checkpoint, eval_data, reporter)
+    plans = make_plans(
+        strategy, protocol, option, overrides, data, checkpoint, pixels, interpolate, eval_data, reporter
+    )
     with interruptible("nothing was written"):
         made = receipts([replace(plan, init_seed=init_seed) for plan in plans], reporter)
     if is_main():

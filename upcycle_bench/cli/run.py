@@ -15,9 +15,11 @@ from upcycle_bench.cli.common import (
     Checkpoint,
     Data,
     EvalData,
+    Interpolate,
     Json,
     Options,
     Overrides,
+    PixelSettings,
     ProtocolName,
     Strategies,
     Suites,
@@ -55,6 +57,8 @@ def run(
     results: Annotated[Path, typer.Option(help="Where the record goes.")] = Path("results"),
     data: Data = None,
     checkpoint: Checkpoint = None,
+    pixels: PixelSettings = None,
+    interpolate: Interpolate = False,
     eval_data: EvalData = None,
     suite: Suites = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would run and what it costs.")] = False,
@@ -68,7 +72,9 @@ def run(
     if jobs > 1 and "RANK" in os.environ:
         raise UserError("--jobs starts processes of its own and does not go with torchrun; leave one of them out.")
     reporter = terminal_reporter()
-    plans = make_plans(strategy, protocol, option, overrides, data, checkpoint, eval_data, reporter, suite)
+    plans = make_plans(
+        strategy, protocol, option, overrides, data, checkpoint, pixels, interpolate, eval_data, reporter, suite
+    )
     cells = list(matrix.enumerate_cells(plans, pairs))
     if not plans[0].missing:
         _warn_emulated(plans[0].protocol)
@@ -88,10 +94,11 @@ def run(
                 "--results": results,
                 "--data": data,
                 "--checkpoint": checkpoint,
+                "--pixels": pixels,
                 "--eval-data": eval_data,
                 "--suite": suite,
             }
-        )
+        ) + (["--interpolate-positions"] if interpolate else [])
         _run_matrix(cells, results, reporter, jobs, fresh, shared, as_json)
 
 

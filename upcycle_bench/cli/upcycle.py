@@ -14,8 +14,10 @@ import typer
 
 from upcycle_bench.cli.common import (
     Force,
+    Interpolate,
     Json,
     Options,
+    PixelSettings,
     check_output,
     interruptible,
     key_value,
@@ -24,16 +26,20 @@ from upcycle_bench.cli.common import (
     require_one_process,
     terminal_reporter,
 )
+from upcycle_bench.cli.evaluate import images_line
 from upcycle_bench.cli.tables import table
 from upcycle_bench.util.errors import UserError
 
 
 def upcycle(
-    model: Annotated[str, typer.Option("--model", "-m", help="open_clip's name of the dense model, ViT-B-32.")],
-    pretrained: Annotated[
-        str, typer.Option(metavar="FILE|TAG", help="Its weights: a file, or an open_clip tag, laion2b_s34b_b79k.")
+    model: Annotated[
+        str, typer.Option("--model", "-m", help="The dense model: ViT-B-32, a folder, hf-hub:ORG/NAME, a JSON file.")
     ],
     output: Annotated[Path, typer.Option(metavar="FILE.safetensors", help="Where the upcycled model goes.")],
+    pretrained: Annotated[
+        str | None,
+        typer.Option(metavar="FILE|TAG|FOLDER", help="Its weights, if they stand elsewhere: laion2b_s34b_b79k."),
+    ] = None,
     strategy: Annotated[
         str, typer.Option("--strategy", "-s", help="Which strategy; see `list strategies`.")
     ] = "cluster-aware",
@@ -48,12 +54,17 @@ def upcycle(
     every: Annotated[int, typer.Option(help="Every how many blocks one is replaced.")] = 2,
     offset: Annotated[int, typer.Option(help="The first block that is replaced.")] = 1,
     capacity_factor: Annotated[float, typer.Option(help="Room of an expert in training.")] = 2.0,
+    pixels: PixelSettings = None,
+    interpolate: Interpolate = False,
     force: Force = False,
     as_json: Json = False,
 ) -> None:
     """Turn a dense open_clip model into one with experts: one file that loads and serves."""
     from upcycle_bench import api
     from upcycle_bench.data.shards import expand_shards
+    from upcycle_bench.model.pixels import parsed
+    from upcycle_bench.model.pretrained import Choices, find_pretrained
+    from upcycle_bench.model.upcyclable import require_upcyclable
     from upcycle_bench.strategy import resolve_moe
     from upcycle_bench.upcycling.from_checkpoint import Request, choose_strategy, moe_settings, upcycle_checkpoint
 
@@ -70,13 +81,16 @@ def upcycle(
             f"{strategy} calibrates on {chosen.calibration_pairs:,} image-text pairs: give --calibration, webdataset "
             "shards, for example 'train/{000..127}.tar'."
         )
-    request = Request(model=model, pretrained=pretrained, strategy=chosen, moe=moe, shards=shards, seed=seed)
-    reporter = terminal_reporter()
+    choices, reporter = Choices(parsed(pixels or []), interpolate), terminal_reporter()
     with interruptible("nothing was written"), _warnings_as_lines():
+        require_upcyclable(model, moe, trained=False)
+        with reporter.task(f"finding the weights of {model}"):
+            source = find_pretrained(model, pretrained, choices)
+        request = Request(source=source, strategy=chosen, moe=moe, shards=shards, seed=seed)
         made = upcycle_checkpoint(request, reporter)
         with made.meter.phase("write"), reporter.task(f"writing {output}"):
             refuse_existing(output, force)
-            digest = api.save(made.model, output, model)
+            digest = api.save(made.model, output, source.name)
     written = {"output": str(output), "bytes": output.stat().st_size, "sha256": digest}
     facts = {**made.facts, "phases": made.phases, **written}
     if as_json:
@@ -114,6 +128,9 @@ def show_upcycled(facts: Mapping[str, Any]) -> None:
         f"{facts['parameters_total']:,} parameters, {facts['parameters_active']:,} active; "
         f"dense: {facts['parameters_dense']:,}"
     )
+    print(images_line(facts["pixels"]))
+    for name, change in facts["interpolated"].items():
+        print(f"{name} was resized from {change}")
     phases = facts["phases"]
     peak = max(phase["peak_memory_bytes"] for phase in phases.values())
     parts = [f"{name} {phase['seconds']:.1f} s" for name, phase in phases.items()]

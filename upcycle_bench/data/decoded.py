@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from importlib import metadata
@@ -25,7 +25,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from upcycle_bench.model.clip import Clip, model_config
+from upcycle_bench.model.clip import Clip
+from upcycle_bench.model.config import model_config
 from upcycle_bench.util.cache import build_once, cache_root, locked
 from upcycle_bench.util.environment import cores
 
@@ -69,13 +70,16 @@ class Decoded:
         return torch.from_numpy(self.tokens[row_B].astype(np.int64))
 
 
-def decoded(shards_digest: str, model: str, make: Callable[[], Readable]) -> Decoded | None:
-    """The arrays of the shards for `model`; None where the images exceed LIMIT.
+def decoded(
+    shards_digest: str, model: str, make: Callable[[], Readable], preprocess: Mapping[str, Any] | None = None
+) -> Decoded | None:
+    """The arrays of the shards for `model`, whose transforms have `preprocess`; None where the images exceed LIMIT.
 
     `make()` opens the pairs, and is called only if the cache does not have the arrays.
     """
     versions = [metadata.version(name) for name in ("pillow", "torchvision", "open_clip_torch")]
-    what = json.dumps([VERSION, shards_digest, model, model_config(model), versions], sort_keys=True)
+    facts = [VERSION, shards_digest, model, model_config(model), versions, *([dict(preprocess)] if preprocess else [])]
+    what = json.dumps(facts, sort_keys=True)
     folder = cache_root() / "decoded" / hashlib.sha256(what.encode()).hexdigest()[:24]
     if not folder.is_dir():
         with locked(folder):  # so that two runs side by side do not both decode

@@ -87,7 +87,7 @@ class PairDataset(BatchSource):
         self._order: tuple[tuple[int | str, int], Tensor] | None = None  # (seed, epoch) and order of the last batch
         self.decoded: Decoded | None = None
         if augmentation == "none" and keep_decoded:
-            self.decoded = decoded(shards_digest(self.shards), clip.name, self._indexed)
+            self.decoded = decoded(shards_digest(self.shards), clip.name, self._indexed, clip.preprocess)
         if self.decoded is None:
             self._indexed()
 

@@ -8,7 +8,6 @@ cache; weights of an open_clip model, given with its name.
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -22,8 +21,10 @@ from upcycle_bench import record
 from upcycle_bench.data import evalset_check
 from upcycle_bench.evaluation.score import headlines_of, score, scores_of, skips_of
 from upcycle_bench.model import backends, checkpoint_file, weights
-from upcycle_bench.model.clip import Clip, create_clip, find_pretrained
+from upcycle_bench.model.clip import Clip
+from upcycle_bench.model.config import HUB, LOCAL
 from upcycle_bench.model.moe import parameter_counts
+from upcycle_bench.model.pretrained import Choices, find_pretrained
 from upcycle_bench.planning.fingerprint import suite_fingerprints
 from upcycle_bench.planning.plan import Paths, find_world, make_suites
 from upcycle_bench.planning.registry import Registry
@@ -76,6 +77,7 @@ def score_checkpoint(
     data: Path | None,
     names: Sequence[str],
     reporter: Reporter,
+    choices: Choices | None = None,
 ) -> dict[str, Any]:
     """Find the model and its suites (which may build a world), and score; the facts, ready for JSON.
 
@@ -88,7 +90,7 @@ def score_checkpoint(
         if suite != "all":
             registry.get("suite", suite)  # an unknown name is an error before anything is loaded
     with reporter.task(f"loading {checkpoint}"):
-        model = _load_open_clip(checkpoint, model_name) if model_name else _load(Path(checkpoint))
+        model = _load_open_clip(checkpoint, model_name, choices or Choices()) or _load(Path(checkpoint))
     model.clip.model.float()  # suites need float32; a file may hold half precision
     if protocol is not None:
         found = _of_protocol(registry, protocol, (), data, names, reporter)
@@ -115,6 +117,8 @@ def score_checkpoint(
         "checkpoint": checkpoint,
         "model": model.clip.name,
         "sha256": model.sha256,
+        "pixels": model.clip.pixels,
+        "interpolated": dict(model.clip.interpolated),
         "parameters_total": total,
         "parameters_active": active,
         "protocol": found.protocol,
@@ -192,7 +196,7 @@ def _load(path: Path) -> Checkpoint:
         if not path.is_file():
             raise UserError(f"{path}: no such file; a tag or a file of open_clip's goes with --model.")
         checkpoint_file.require_readable(path)
-        if not weights.is_ours(path):
+        if weights.settings_in(path) is None:
             raise UserError(f"{path}: not written by upcycle-bench; say with --model which open_clip model it is.")
         digest = file_sha256(path)
         return Checkpoint(weights.load(path), digest, digest, path)
@@ -201,11 +205,16 @@ def _load(path: Path) -> Checkpoint:
     return Checkpoint(weights.load(kept), kept.stem, kept.stem, kept, made.protocol.name, made.protocol.overrides)
 
 
-def _load_open_clip(checkpoint: str, name: str) -> Checkpoint:
-    """The open_clip model `name` with its weights, a file or a tag."""
-    path, preprocess = find_pretrained(name, checkpoint)
-    if weights.is_ours(path):
+def _load_open_clip(checkpoint: str, name: str | None, choices: Choices) -> Checkpoint | None:
+    """The open_clip model `name` with its weights, or one that a folder or repository describes; None: ours."""
+    if name is not None:
+        found = find_pretrained(name, checkpoint, choices)
+    elif checkpoint.startswith((HUB, LOCAL)) or Path(checkpoint).is_dir():
+        found = find_pretrained(checkpoint, None, choices)
+    elif choices != Choices():
+        raise UserError("--pixels and --interpolate-positions go with --model; a file of ours has its own settings.")
+    else:
+        return None
+    if weights.settings_in(found.file) is not None:
         raise UserError(f"{checkpoint} is a file of ours, which says its model; leave out --model.")
-    digest = checkpoint_file.content_sha256(path)
-    identity = f"{digest} {name} {json.dumps(dict(preprocess), sort_keys=True)}"
-    return Checkpoint(create_clip(name, path, preprocess=preprocess), digest, identity)
+    return Checkpoint(found.create(), found.sha256(), f"{found.identity()} {found.name}")

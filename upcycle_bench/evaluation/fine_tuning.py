@@ -26,7 +26,8 @@ from torch import Tensor, nn
 
 from upcycle_bench.data.labelled import Labelled
 from upcycle_bench.model.moe import MoEFFN, moe_layers
-from upcycle_bench.model.precision import attention_kernel, autocast, longest_sequence
+from upcycle_bench.model.precision import attention_kernel, autocast
+from upcycle_bench.model.towers import longest_sequence
 from upcycle_bench.protocol import Schedule, learning_rate
 from upcycle_bench.suite import EvalContext
 from upcycle_bench.training.job import Job

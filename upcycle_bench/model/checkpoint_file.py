@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from upcycle_bench.model.safe_torch import load_data, load_script
-from upcycle_bench.util.errors import UserError
+from upcycle_bench.util.errors import UserError, one_line
 from upcycle_bench.util.files import file_sha256
 
 MAX_HEADER = 100 * 2**20  # of safetensors' JSON header, as in its own reader
@@ -26,12 +26,13 @@ MAX_JSON = 64 * 2**20  # of an index; others have a few hundred KiB
 
 @dataclass(frozen=True)
 class Head:
-    """What tells kinds apart: the first bytes, the size, the members of a zip archive, and the text if it is JSON."""
+    """What tells kinds apart: first bytes, size, the members of a zip archive, the text if it is JSON, a neighbour."""
 
     start: bytes
     size: int
     members: tuple[str, ...] = ()
     json: Any = None
+    distributed: bool = False  # torch.distributed.checkpoint's `.metadata` stands beside it
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ def read(path: Path) -> Held:
         raise
     except Exception as error:  # each reader has its own errors for a damaged file
         raise UserError(
-            f"{path} cannot be read as {identify(path).name} ({_one_line(error)}); it may be cut off or "
+            f"{path} cannot be read as {identify(path).name} ({one_line(error, 200)}); it may be cut off or "
             "damaged: copy it again, or save the weights anew with torch.save(model.state_dict(), FILE)."
         ) from None
 
@@ -117,7 +118,7 @@ def _head(path: Path) -> Head:
                 text = json.loads(file.read())
             except (ValueError, RecursionError):
                 text = None
-    return Head(start, size, members, text)
+    return Head(start, size, members, text, (path.parent / ".metadata").is_file())
 
 
 def _is_safetensors(head: Head) -> bool:
@@ -186,11 +187,6 @@ def _names(index: Path) -> set[str]:
     return {str(name) for name in json.loads(index.read_bytes())["weight_map"].values()}
 
 
-def _one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) < 200 else text[:200] + " ..."
-
-
 INDEX = Kind(
     "the index of a sharded checkpoint",
     "JSON with a `weight_map`, as `model.safetensors.index.json`; its parts stand beside it",
@@ -209,6 +205,12 @@ KINDS = (
         "`version https://git-lfs...`",
         lambda head: head.start.startswith(b"version https://git-lfs"),
         remedy="the weights were not fetched; run `git lfs pull` in its folder, or download the file itself",
+    ),
+    Kind(
+        "a part of a distributed checkpoint",
+        "`.metadata` of torch.distributed.checkpoint beside it",
+        lambda head: head.distributed,
+        remedy="make a file of it: `python -m torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER FILE`",
     ),
     Kind(
         "a safetensors file",

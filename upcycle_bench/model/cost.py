@@ -13,6 +13,7 @@ import torch
 
 from upcycle_bench.model.backends import forcing
 from upcycle_bench.model.moe import parameter_counts
+from upcycle_bench.model.towers import context_length, image_size, image_weight, text_pooling, vocab_size
 from upcycle_bench.util.flops import counted_flops
 
 
@@ -29,11 +30,10 @@ def model_cost(model: Any) -> Cost:
 
     Each expert computes the rows that are routed to it, so FLOPs do not depend on the routes.
     """
-    weight, (height, width) = model.visual.conv1.weight, model.visual.image_size
-    image = torch.zeros(1, 3, height, width, dtype=weight.dtype, device=weight.device)
-    text = torch.ones(1, model.context_length, dtype=torch.long, device=weight.device)
-    end = model.text_eos_id if model.text_pool_type == "eos" else model.vocab_size - 1
-    text[0, -1] = end  # so the text has no padding
+    weight, (pooled, eos) = image_weight(model), text_pooling(model)
+    image = torch.zeros(1, 3, *image_size(model), dtype=weight.dtype, device=weight.device)
+    text = torch.ones(1, context_length(model), dtype=torch.long, device=weight.device)
+    text[0, -1] = eos if pooled == "eos" else vocab_size(model) - 1  # so the text has no padding
     was_training = model.training
     model.eval()
     with forcing("loop"), counted_flops() as counter:  # DeepSpeed's layer would pad rows

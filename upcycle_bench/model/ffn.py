@@ -10,10 +10,14 @@ import copy
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from upcycle_bench.model.towers import BLOCKS, Tower
+
+FORMS = (("c_fc", "gelu", "c_proj"), ("fc1", "act", "fc2"))  # of open_clip's blocks, of timm's
 
 
 @dataclass(frozen=True)
@@ -31,14 +35,9 @@ class FFN:
 
     @classmethod
     def of(cls, mlp: Any) -> FFN:
-        """The FFN of open_clip's `mlp` (c_fc, gelu, c_proj)."""
-        return cls(
-            mlp.c_fc.weight.detach(),
-            mlp.c_fc.bias.detach(),
-            mlp.c_proj.weight.detach(),
-            mlp.c_proj.bias.detach(),
-            mlp.gelu,
-        )
+        """The FFN of a block's `mlp`, of one of `FORMS`."""
+        first, act, second = (getattr(mlp, name) for name in _form(mlp))
+        return cls(first.weight.detach(), first.bias.detach(), second.weight.detach(), second.bias.detach(), act)
 
     @property
     def width(self) -> int:
@@ -67,9 +66,11 @@ class FFN:
         )
 
     def put_into(self, mlp: Any) -> None:
-        """Give open_clip's `mlp` copies of these tensors; its hidden width may change."""
+        """Give a block's `mlp` copies of these tensors; its hidden width may change."""
         made: Any = self.expert()
-        mlp.c_fc, mlp.c_proj = made.c_fc, made.c_proj
+        first, _, second = _form(mlp)
+        setattr(mlp, first, made.c_fc)
+        setattr(mlp, second, made.c_proj)
 
     def expert(
         self,
@@ -97,11 +98,12 @@ class FFN:
 class Layer:
     """Where an MoE layer stands, and its size by the protocol; `depth` is the number of blocks of its tower."""
 
-    tower: Literal["vision", "text"]
+    tower: Tower
     block: int
     depth: int
     num_experts: int
     top_k: int
+    blocks: str = ""  # the path of the tower's blocks; empty: as in open_clip's class CLIP
 
     @property
     def name(self) -> str:
@@ -110,9 +112,8 @@ class Layer:
 
     @property
     def mlp_path(self) -> str:
-        """The path of its `mlp` in an open_clip CLIP."""
-        prefix = "visual." if self.tower == "vision" else ""
-        return f"{prefix}transformer.resblocks.{self.block}.mlp"
+        """The path of its `mlp` in the model."""
+        return f"{self.blocks or BLOCKS[self.tower][0]}.{self.block}.mlp"
 
 
 @dataclass(frozen=True)
@@ -130,6 +131,34 @@ class LayerInit:
     experts: Sequence[nn.Module]
     router_ED: Tensor
     notes: Mapping[str, float] = field(default_factory=dict)
+
+
+def linears(mlp: Any) -> tuple[nn.Linear, nn.Linear] | None:
+    """The two linear layers of a block's `mlp`; None where it is no FFN of a form in `FORMS`."""
+    for form in FORMS:
+        first, second = (getattr(mlp, name, None) for name in (form[0], form[2]))
+        if isinstance(first, nn.Linear) and isinstance(second, nn.Linear):
+            return first, second
+    return None
+
+
+def not_plain(mlp: nn.Module) -> str | None:
+    """Why `FFN` does not describe a block's `mlp`, or None: another part, no bias, dropout."""
+    parts = {name: part for name, part in mlp.named_children() if not _idle(part)}
+    if tuple(parts) not in FORMS:
+        return f"consists of {', '.join(parts)}"
+    if type(mlp).__module__.startswith("timm.") and type(mlp).__name__ != "Mlp":  # others gate what is between
+        return f"is a {type(mlp).__name__}"
+    without = [name for name, part in parts.items() if isinstance(part, nn.Linear) and part.bias is None]
+    return f"has no bias in {' and '.join(without)}" if without else None
+
+
+def _idle(part: nn.Module) -> bool:
+    return isinstance(part, nn.Identity) or (isinstance(part, nn.Dropout) and part.p == 0)
+
+
+def _form(mlp: Any) -> tuple[str, str, str]:
+    return next((form for form in FORMS if hasattr(mlp, form[0])), FORMS[0])
 
 
 def merged(expert: Any) -> nn.Module:

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from upcycle_bench.model.towers import text_pooling, text_tower
 from upcycle_bench.util.plain import plain
 
 
@@ -34,10 +35,10 @@ class Padding:
     @classmethod
     def of(cls, model: Any) -> Padding | None:
         """For that CLIP; None if it pools elsewhere or attends to later positions, where padding has a meaning."""
-        pool = getattr(model, "text_pool_type", None)
-        if pool not in ("argmax", "eos") or model.attn_mask is None:
+        pool, eos = text_pooling(model)
+        if pool not in ("argmax", "eos") or text_tower(model).attn_mask is None:
             return None
-        return cls(model.text_eos_id if pool == "eos" else None)
+        return cls(eos if pool == "eos" else None)
 
     def end_positions(self, text_BL: Tensor) -> Tensor:
         """Where each caption ends, [B]."""
@@ -70,7 +71,8 @@ def text_encoder(model: Any) -> Callable[[Tensor], Tensor]:
 
 def packs(model: Any) -> bool:
     """Whether `encode_text` knows that model's text tower: causal, pooled at end-of-text, PyTorch's attention."""
-    blocks = getattr(getattr(model, "transformer", None), "resblocks", [])
+    tower = text_tower(model)
+    blocks = getattr(getattr(tower, "transformer", None), "resblocks", [])
     return Padding.of(model) is not None and all(
         isinstance(block.attn, nn.MultiheadAttention) and block.attn.in_proj_bias is not None for block in blocks
     )
@@ -78,7 +80,7 @@ def packs(model: Any) -> bool:
 
 def encode_text(model: Any, text_BL: Tensor) -> Tensor:
     """Text features [B, C], not normalised: what `model.encode_text(text_BL)` gives, to rounding."""
-    padding = Padding.of(model)
+    padding, tower = Padding.of(model), text_tower(model)
     assert padding is not None
     end_B = padding.end_positions(text_BL)
     text_BL = text_BL[:, : int(end_B.max()) + 1]
@@ -87,17 +89,18 @@ def encode_text(model: Any, text_BL: Tensor) -> Tensor:
     assert keep_T is not None
     rows, longest = text_BL.shape
     # Not by the embedding module's forward: `Padding.observe`, its hook, expects whole captions.
-    x_TD = F.embedding(text_BL.flatten()[keep_T], model.token_embedding.weight)
+    x_TD = F.embedding(text_BL.flatten()[keep_T], tower.token_embedding.weight)
     # Not by indexing: its backward pass adds rows up in an order that several threads leave to chance.
-    x_TD = x_TD + F.embedding(keep_T % longest, model.positional_embedding)
-    for block in model.transformer.resblocks:
+    x_TD = x_TD + F.embedding(keep_T % longest, tower.positional_embedding)
+    for block in tower.transformer.resblocks:
         x_TD = x_TD + block.ls_1(_attention(block.attn, block.ln_1(x_TD), padding, rows, longest))
         x_TD = x_TD + block.ls_2(block.mlp(block.ln_2(x_TD)))
     last_B = torch.cumsum(end_B + 1, 0) - 1
-    x_BD = model.ln_final(x_TD.index_select(0, last_B))
-    if model.text_projection is None:
+    x_BD = tower.ln_final(x_TD.index_select(0, last_B))
+    projection = tower.text_projection
+    if projection is None:
         return x_BD
-    return model.text_projection(x_BD) if isinstance(model.text_projection, nn.Linear) else x_BD @ model.text_projection
+    return projection(x_BD) if isinstance(projection, nn.Linear) else x_BD @ projection
 
 
 def _attention(attention: nn.MultiheadAttention, x_TD: Tensor, padding: Padding, rows: int, longest: int) -> Tensor:

@@ -33,8 +33,3 @@ def attention_kernel(device: torch.device, longest: int) -> contextlib.AbstractC
     """
     short = device.type == "cpu" and longest <= 128
     return sdpa_kernel(SDPBackend.MATH) if short and not plain() else contextlib.nullcontext()
-
-
-def longest_sequence(model: Any) -> int:
-    """The number of tokens of an image or of a text, the larger of the two."""
-    return max(len(model.visual.positional_embedding), model.context_length)

@@ -21,13 +21,14 @@ from upcycle_bench.model.moe import EXPERT_KEY, moe_layers
 from upcycle_bench.model.surgery import find_layers, hidden_widths, put_experts
 
 MOVED = 1e-3  # of features of length 1: far above rounding
+WITHOUT_EFFECT = ("training", "grad_checkpointing", "output_dict", "image_mean", "image_std")  # on features
 
 
-def unlike_its_file(model: Any, dense: Any) -> str | None:
+def unlike_its_file(model: Any, dense: Any, dtypes: bool = True) -> str | None:
     """What `weights.load` would make otherwise, or None; `model` has no expert with a `merged` form left.
 
     All experts of a layer may have another hidden width than the dense model's FFN; nothing else may differ. Under
-    expert parallelism each rank answers for its own experts.
+    expert parallelism each rank answers for its own experts. `dtypes=False` compares those of tensors not at all.
     """
     file = rebuilt(model, dense)
     found, expected = _modules(model), _modules(file)
@@ -36,7 +37,7 @@ def unlike_its_file(model: Any, dense: Any) -> str | None:
         # Under expert parallelism this rank has the first numbers alone.
         if ours != theirs and not (ours is None and EXPERT_KEY.fullmatch(f"{name}.")):
             return f"{_readable(name)} is {ours or 'missing'}, the file's is {theirs or 'missing'}"
-    tensors, described = _tensors(model), _tensors(file)
+    tensors, described = _tensors(model, dtypes), _tensors(file, dtypes)
     for name in dict.fromkeys([*tensors, *described]):
         if tensors.get(name) != described.get(name) and not (name not in tensors and EXPERT_KEY.fullmatch(name)):
             ours, theirs = tensors.get(name, "missing"), described.get(name, "missing")
@@ -85,8 +86,31 @@ def rebuilt(model: Any, dense: Any) -> Any:
 
 
 def _modules(model: nn.Module) -> dict[str, str]:
-    """Each module's class and settings by name."""
-    return {name: f"{_class(part)}({part.extra_repr()})" for name, part in model.named_modules()}
+    """Each module's class and settings by name, without patch dropout, which has none in evaluation.
+
+    Settings that a class does not show (heads, pooling, masks) stand behind, as MODULE.SETTING.
+    """
+    parts = {name: part for name, part in model.named_modules() if not name.endswith("patch_dropout")}
+    shown = {name: f"{_class(part)}({part.extra_repr()})" for name, part in parts.items()}
+    return shown | {
+        f"{name}.{key}".strip("."): value for name, part in parts.items() for key, value in _settings(part).items()
+    }
+
+
+def _settings(part: nn.Module) -> dict[str, str]:
+    """Heads, pooling, eps and the like, of a module that is no plugin's and none of ours: those count choices."""
+    if type(part).__module__.partition(".")[0] not in ("torch", "open_clip", "timm"):
+        return {}
+    values = {key: value for key, value in vars(part).items() if key[0] != "_" and key not in WITHOUT_EFFECT}
+    plain = {key: text for key, value in values.items() if (text := _plain(value)) is not None}
+    return plain | {key: f"of shape {list(value.shape)}" for key, value in part.named_buffers(recurse=False)}
+
+
+def _plain(value: Any) -> str | None:
+    """A number, a word, or a pair of numbers, which may be a list; None for other values."""
+    if isinstance(value, tuple | list) and all(isinstance(each, int | float) for each in value):
+        return repr(tuple(value))
+    return repr(value) if isinstance(value, bool | int | float | str) else None
 
 
 def _class(part: nn.Module) -> str:
@@ -96,9 +120,9 @@ def _class(part: nn.Module) -> str:
     return kind.__qualname__ if known else f"{kind.__module__}.{kind.__qualname__}"
 
 
-def _tensors(model: nn.Module) -> dict[str, str]:
+def _tensors(model: nn.Module, dtypes: bool) -> dict[str, str]:
     return {
-        name: f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
+        name: f"{str(value.dtype).removeprefix('torch.')} " * dtypes + f"{list(value.shape)}"
         for name, value in model.state_dict().items()
     }
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,14 +20,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from upcycle_bench.model.checkpoint_file import Held, index_of
-from upcycle_bench.model.lookalike import names_of_shape
+from upcycle_bench.model.checkpoint_file import Held
+from upcycle_bench.model.misfit import Sides, require_fit, shape
 from upcycle_bench.model.moe import EXPERT_KEY
 from upcycle_bench.model.transformers_clip import is_transformers, to_open_clip
-from upcycle_bench.util.errors import UserError
+from upcycle_bench.util.errors import UserError, one_line
 
 NESTS = ("state_dict", "model", "module", "model_state_dict")  # where trainings keep the weights
 AVERAGES = ("ema", "state_dict_ema", "model_ema", "ema_state_dict")  # where they keep a moving average of them
+LARGEST_SCALE = 10.0  # of logit scales; CLIP's is ln 100 = 4.6 at most, SigLIP's is 4.8
 DEEPEST = 4  # nests within nests
 WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 
@@ -72,8 +73,17 @@ def weights_of(held: Held) -> Weights:
     return Weights(held.path, tensors, held.quick_gelu)
 
 
-def put(weights: Weights, model: Any, name: str) -> None:
-    """Load the weights into open_clip's `model` called `name`; UserError unless they fit and are finite."""
+def has_logit_bias(weights: Weights) -> bool:
+    """Whether the model was trained with one, as by open_clip's --siglip."""
+    return any(key.rpartition(".")[2] == "logit_bias" for key in weights.tensors)
+
+
+def put(weights: Weights, model: Any, name: str, interpolate: bool = False) -> dict[str, str]:
+    """Load the weights into open_clip's `model` called `name`; UserError unless they fit and are finite.
+
+    With `interpolate`, position embeddings of another grid or context length are resized as open_clip does it; the
+    answer says which, "50x768 to 197x768" by name.
+    """
     from open_clip.convert import convert_state_dict
     from open_clip.model import convert_to_custom_text_state_dict
 
@@ -93,10 +103,29 @@ def put(weights: Weights, model: Any, name: str) -> None:
     for key in ("logit_scale", "logit_bias"):
         if key in found and key in wanted and found[key].numel() == wanted[key].numel():
             found[key] = found[key].reshape(wanted[key].shape)
-    _compare(weights, found, wanted, name)
+    resized = _resize_positions(found, model, weights.path) if interpolate else {}
+    require_fit(Sides(weights.path, name, found, wanted, weights.quick_gelu))
     _require_plain(found, wanted, weights.path)
     require_finite(found, weights.path)
+    _require_logarithm(found, weights.path)
     model.load_state_dict(found, strict=True)
+    return resized
+
+
+def _resize_positions(found: dict[str, Tensor], model: Any, path: Path) -> dict[str, str]:
+    """Resize position embeddings in place by open_clip's functions; what was done, by name."""
+    from open_clip.model import resize_pos_embed, resize_text_pos_embed
+
+    before = {key: value for key, value in found.items() if key.endswith("positional_embedding")}
+    found |= {key: value.float() for key, value in before.items()}  # there is no bicubic in half precision on a CPU
+    try:
+        resize_pos_embed(found, model)
+        resize_text_pos_embed(found, model)
+    except Exception as error:  # open_clip has no error of its own for a grid that is not square
+        raise UserError(f"{path}: its position embeddings cannot be interpolated ({one_line(error)}).") from None
+    changed = {key: value for key, value in before.items() if found[key].shape != value.shape}
+    found |= {key: value for key, value in before.items() if key not in changed}
+    return {key: f"{shape(value)} to {shape(found[key])}" for key, value in changed.items()}
 
 
 def require_finite(tensors: Mapping[str, Tensor], path: Path) -> None:
@@ -108,6 +137,16 @@ def require_finite(tensors: Mapping[str, Tensor], path: Path) -> None:
                 f"{path}: {key} has {bad:,} values of {value.numel():,} that are NaN or infinite; give a "
                 "checkpoint from before the training diverged."
             )
+
+
+def _require_logarithm(found: Mapping[str, Tensor], path: Path) -> None:
+    """UserError for a logit scale that some export has exponentiated: 100 stands for a factor of e^100."""
+    scale = float(found["logit_scale"].max())
+    if scale > LARGEST_SCALE:
+        raise UserError(
+            f"{path}: logit_scale is {scale:.4g}, which would be a factor of e^{scale:.4g}; it holds the factor "
+            "itself: store its logarithm, as open_clip does."
+        )
 
 
 def _tensor(value: Any) -> Tensor | None:
@@ -147,39 +186,3 @@ def _bare(weights: Weights, wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
             break
         found = {key.partition(".")[2]: value for key, value in found.items()}
     return found
-
-
-def _compare(weights: Weights, found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], name: str) -> None:
-    """UserError that shows both sides, unless names and shapes are the same."""
-    missing = [key for key in wanted if key not in found]
-    superfluous = [key for key in found if key not in wanted]
-    shapes = [key for key in wanted if key in found and found[key].shape != wanted[key].shape]
-    if not (missing or superfluous or shapes):
-        return
-    parts = [_counted(missing, "missing"), _counted(superfluous, "unexpected")]
-    if shapes:
-        key = shapes[0]
-        parts.append(f"{_counted(shapes, 'of other shape')} {_shape(found[key])}, not {_shape(wanted[key])}")
-    raise UserError(
-        f"checkpoint {weights.path} does not fit {name}: it has {len(found)} tensors, the model {len(wanted)}; "
-        f"{'; '.join(filter(None, parts))}. {_remedy(weights, found, name)}"
-    )
-
-
-def _remedy(weights: Weights, found: Mapping[str, Tensor], name: str) -> str:
-    """What to do about weights that do not fit: the whole of which they are a part, or the models that they do fit."""
-    if index := index_of(weights.path):
-        return f"The file is one part of several: give {index}."
-    names = names_of_shape(found, weights.quick_gelu)
-    if names and name not in names:
-        return f"Its shapes are those of {' or '.join(names)}: give that model."
-    return "Give the model whose weights they are."
-
-
-def _counted(keys: Iterable[str], what: str) -> str:
-    keys = list(keys)
-    return f"{len(keys)} {what}, first {keys[0]}" if keys else ""
-
-
-def _shape(tensor: Tensor) -> str:
-    return "x".join(map(str, tensor.shape)) or "scalar"

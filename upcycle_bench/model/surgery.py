@@ -12,44 +12,41 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
 
 from upcycle_bench import protocol
-from upcycle_bench.model.ffn import FFN, Layer, LayerInit
+from upcycle_bench.model.ffn import FFN, Layer, LayerInit, linears, not_plain
 from upcycle_bench.model.moe import MoEFFN, moe_layers
 from upcycle_bench.model.padding import Padding
+from upcycle_bench.model.towers import BLOCKS, block_paths, text_tower
 from upcycle_bench.util.errors import PluginError, UserError
 
 
 def find_layers(model: Any, moe: protocol.MoE) -> list[Layer]:
     """The blocks to replace: every `moe.every`-th from `moe.offset` on, in block order, the vision tower's first.
 
-    Raises UserError for a model whose blocks are not open_clip's plain ViT ones, and where no block is left.
+    Raises UserError for a model whose blocks are not a transformer's with plain FFNs, and where no block is left.
     """
     layers = []
-    towers: tuple[tuple[Literal["vision", "text"], str], ...] = (("vision", "visual."), ("text", ""))
-    for tower, prefix in towers:
-        try:
-            depth = len(list(model.get_submodule(f"{prefix}transformer.resblocks").children()))
-        except AttributeError:
+    for tower, blocks in block_paths(model).items():
+        if blocks is None:
             raise UserError(
-                f"{type(model).__name__} has no {prefix}transformer.resblocks: only open_clip's ViT CLIP models "
-                "(class CLIP) can be upcycled; choose a model such as ViT-B-32."
-            ) from None
+                f"{type(model).__name__} has no {' or '.join(BLOCKS[tower])}: only CLIPs whose two towers are "
+                "transformers of open_clip's or ViTs of timm's can be upcycled; choose a model such as ViT-B-32."
+            )
+        depth = len(list(model.get_submodule(blocks).children()))
         for block in range(moe.offset, depth, moe.every):
-            layers.append(Layer(tower, block, depth, moe.experts, moe.top_k))
+            layers.append(Layer(tower, block, depth, moe.experts, moe.top_k, blocks))
     if not layers:
         raise UserError(f"moe.offset={moe.offset} leaves no block to replace; lower it.")
     for layer in layers:
-        parts = model.get_submodule(layer.mlp_path).named_children()
-        names = [name for name, part in parts if not isinstance(part, nn.Identity)]
-        if names != ["c_fc", "gelu", "c_proj"]:
+        if reason := not_plain(model.get_submodule(layer.mlp_path)):
             raise UserError(
-                f"{layer.mlp_path} consists of {', '.join(names)}: only open_clip's plain FFN (c_fc, gelu, c_proj) "
-                "can be upcycled; choose a model such as ViT-B-32."
+                f"{layer.mlp_path} {reason}: only a plain FFN, two linear layers with biases and an activation, can be "
+                "upcycled; choose a model such as ViT-B-32."
             )
     return layers
 
@@ -70,7 +67,7 @@ def put_experts(dense: Any, inits: Mapping[str, LayerInit], moe: protocol.MoE) -
     model = copy.deepcopy(dense, {id(mlp): mlp for mlp in replaced.values()})
     padding = Padding.of(model)
     if padding is not None:
-        model.token_embedding.register_forward_pre_hook(padding.observe)
+        text_tower(model).token_embedding.register_forward_pre_hook(padding.observe)
     for layer in layers:
         init, ffn = inits[layer.name], FFN.of(replaced[layer.name])
         _check(layer, init, ffn, moe.ep_size)
@@ -94,9 +91,8 @@ def hidden_widths(model: Any) -> dict[str, int]:
     for path, module in model.named_modules():
         if path.endswith(".mlp"):
             plain = next(iter(module.experts)) if isinstance(module, MoEFFN) else module
-            c_fc = getattr(plain, "c_fc", None)
-            if isinstance(c_fc, nn.Linear):
-                widths[path] = c_fc.out_features
+            if found := linears(plain):
+                widths[path] = found[0].out_features
     return widths
 
 

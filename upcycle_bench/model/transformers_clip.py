@@ -1,18 +1,24 @@
-"""The weights of transformers' `CLIPModel` under open_clip's names: the same function, by key names alone.
+"""transformers' `CLIPModel` as open_clip has it: the same function. Weights go by key names, a configuration by fields.
 
     if is_transformers(tensors):
         tensors = to_open_clip(tensors)
+    config, preprocess = read_transformers_config(json.loads(path.read_text()), path)
 
 A name that has no counterpart is kept, so that who compares with a model sees it.
 """
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from upcycle_bench.util.errors import UserError
 
 TOWERS = {"text_model.": "", "vision_model.": "visual."}
 LAYER = re.compile(r"encoder\.layers\.(\d+)\.(.+)")
@@ -61,6 +67,83 @@ def to_open_clip(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         else:
             found[_renamed(key)] = value
     return found
+
+
+CLIP_TOKENS = 49408  # of CLIP's own tokenizer
+EPS = 1e-5  # of PyTorch's LayerNorm
+RESAMPLE = {2: "bilinear", 3: "bicubic"}  # Pillow's numbers
+
+
+def is_transformers_config(values: Mapping[str, Any]) -> bool:
+    """Whether a JSON document is the `config.json` of a `CLIPModel`."""
+    return values.get("model_type") == "clip" and "vision_config" in values and "text_config" in values
+
+
+def read_transformers_config(values: Mapping[str, Any], path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(open_clip's configuration, settings of pixels) of the `config.json` at `path`, with transformers' own defaults.
+
+    Pixels are those of the `preprocessor_config.json` beside it, if there is one. Raises UserError for a model that
+    open_clip's towers cannot be.
+    """
+    from transformers import CLIPConfig
+
+    whole = CLIPConfig.from_dict(dict(values))
+    vision: Any = whole.vision_config
+    text: Any = whole.text_config
+    acts = {vision.hidden_act, text.hidden_act}
+    if len(acts) > 1 or not acts <= {"gelu", "quick_gelu"}:
+        raise UserError(
+            f"{path}: its towers have the activations {' and '.join(sorted(acts))}; open_clip has one of both."
+        )
+    if text.vocab_size != CLIP_TOKENS:
+        raise UserError(
+            f"{path}: a vocabulary of {text.vocab_size:,} tokens is not CLIP's ({CLIP_TOKENS:,}); write an "
+            "open_clip_config.json beside it, with hf_tokenizer_name."
+        )
+    config: dict[str, Any] = {"embed_dim": whole.projection_dim}
+    if acts == {"quick_gelu"}:
+        config["quick_gelu"] = True
+    config["vision_cfg"] = {
+        "image_size": vision.image_size,
+        "layers": vision.num_hidden_layers,
+        "width": vision.hidden_size,
+        "head_width": vision.hidden_size // vision.num_attention_heads,
+        "patch_size": vision.patch_size,
+        **_others(vision),
+    }
+    config["text_cfg"] = {
+        "context_length": text.max_position_embeddings,
+        "vocab_size": text.vocab_size,
+        "width": text.hidden_size,
+        "heads": text.num_attention_heads,
+        "layers": text.num_hidden_layers,
+        **_others(text),
+    }
+    beside = path.parent / "preprocessor_config.json"
+    return config, _pixels(beside) if beside.is_file() else {}
+
+
+def _others(tower: Any) -> dict[str, Any]:
+    """Settings that most models leave as they are, and that then stand in no configuration of open_clip's."""
+    ratio, eps = tower.intermediate_size / tower.hidden_size, tower.layer_norm_eps
+    return ({} if ratio == 4 else {"mlp_ratio": ratio}) | ({} if eps == EPS else {"norm_kwargs": {"eps": eps}})
+
+
+def _pixels(path: Path) -> dict[str, Any]:
+    """open_clip's settings of pixels for an image processor's."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read as JSON ({' '.join(str(error).split())}).") from None
+    size = values.get("size")
+    squash = isinstance(size, dict) and "shortest_edge" not in size and not values.get("do_center_crop", True)
+    found = {
+        "mean": values.get("image_mean"),
+        "std": values.get("image_std"),
+        "interpolation": RESAMPLE.get(values.get("resample", 3), f"Pillow's {values.get('resample')}"),
+        "resize_mode": "squash" if squash else "shortest",
+    }
+    return {key: value for key, value in found.items() if value is not None}
 
 
 def _renamed(key: str) -> str:

@@ -4,7 +4,8 @@
     clip = load(folder / f"{digest}.safetensors")    # one process, all experts, on any machine
 
 The file's metadata says how to build the model: its name in open_clip, the MoE settings, and where they differ from
-the name's own, the hidden widths and the settings of the transforms.
+the name's own, the hidden widths and the settings of the transforms; the whole configuration of a model that open_clip
+does not have.
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from upcycle_bench import protocol
-from upcycle_bench.model.checkpoint_file import require_readable
+from upcycle_bench.model.checkpoint_file import read, require_readable
 from upcycle_bench.model.clip import Clip, Precision, create_clip
+from upcycle_bench.model.config import own_config, register
 from upcycle_bench.model.ffn import FFN, LayerInit
 from upcycle_bench.model.moe import EXPERT_KEY, moe_layers
 from upcycle_bench.model.state_dict import require_finite
@@ -54,6 +56,8 @@ def write(clip: Clip, moe: protocol.MoE, path: Path) -> str:
         usual = hidden_widths(create_clip(clip.name).model)
     if hidden := {path: width for path, width in hidden_widths(clip.model).items() if width != usual.get(path)}:
         settings["hidden"] = hidden  # left out where usual: files of other models keep their bytes, and their names
+    if config := own_config(clip.name):
+        settings["config"] = config
     if clip.preprocess:
         settings["preprocess"] = dict(clip.preprocess)
     path.parent.mkdir(parents=True, exist_ok=True)  # after the collectives: an error here must not leave ranks waiting
@@ -84,15 +88,19 @@ def consolidate(clip: Clip) -> dict[str, Tensor]:
     return state
 
 
-def is_ours(path: Path) -> bool:
-    """Whether `save` or `write` wrote that file; its metadata shows it."""
+def settings_in(path: Path) -> dict[str, Any] | None:
+    """What a file that `save` or `write` wrote says of its model; None for any other file."""
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, framework="pt") as file:
-            return FORMAT in (file.metadata() or {})
+            text = (file.metadata() or {}).get(FORMAT)
     except (OSError, SafetensorError):
-        return False
+        return None
+    try:
+        return None if text is None else dict(json.loads(text))
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{path}: does not fit its own metadata ({error}).") from None
 
 
 def of_record(record: Path, digest: str | None) -> Path:
@@ -118,22 +126,19 @@ def load(path: Path) -> Clip:
 
     Raises UserError for a file of another kind, and for one that does not fit its own metadata.
     """
-    from safetensors import SafetensorError, safe_open
     from safetensors.torch import load_file
 
     require_readable(path)
-    try:
-        with safe_open(path, framework="pt") as file:
-            text = (file.metadata() or {}).get(FORMAT)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path}: not a readable safetensors file ({error}).") from None
-    if text is None:
+    if (settings := settings_in(path)) is None:
+        read(path)  # says it of a damaged file
         raise UserError(f"{path}: not written by upcycle-bench ({FORMAT}); give what run, upcycle or compress wrote.")
     try:
-        settings = json.loads(text)
         state = load_file(path)
         require_finite(state, path)
-        clip = create_clip(settings["model"], precision=_precision(state), preprocess=settings.get("preprocess"))
+        name = settings["model"]
+        if "config" in settings:
+            name = register(settings["config"], name.rpartition("@")[0], str(path))
+        clip = blank(name, state, settings.get("preprocess") or {})
         for mlp_path, hidden in settings.get("hidden", {}).items():
             mlp = clip.model.get_submodule(mlp_path)
             FFN.of(mlp).resized(hidden).put_into(mlp)
@@ -145,7 +150,7 @@ def load(path: Path) -> Clip:
                 router_ED = torch.zeros(layer.num_experts, ffn.width)
                 inits[layer.name] = LayerInit([ffn.expert() for _ in range(layer.num_experts)], router_ED)
             clip = replace(clip, model=put_experts(clip.model, inits, moe))
-        _take_dtypes(clip.model, state)
+        take_dtypes(clip.model, state)
         clip.model.load_state_dict(state, strict=True)
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
         reason = " ".join(str(error).split())[:400]
@@ -154,22 +159,30 @@ def load(path: Path) -> Clip:
     return clip
 
 
+def blank(name: str, state: Mapping[str, Tensor], preprocess: Mapping[str, Any] | None = None) -> Clip:
+    """The dense model of that name into which `load` puts a file with the tensors `state`, but for their dtypes."""
+    return create_clip(name, precision=_precision(state), preprocess=preprocess, logit_bias="logit_bias" in state)
+
+
 def _precision(state: Mapping[str, Tensor]) -> Precision:
     """The precision with which open_clip must build the model of that state.
 
-    In mixed precision its LayerNorms are of another class. Where all tensors have one dtype, `_take_dtypes` suffices.
+    In mixed precision its LayerNorms are of another class. Where all tensors have one dtype, `take_dtypes` suffices.
     """
-    weight, norm = state.get("visual.conv1.weight"), state.get("ln_final.weight")
+    images = ("visual.conv1.weight", "visual.trunk.patch_embed.proj.weight")
+    weight = next((state[key] for key in images if key in state), None)
+    norm = state.get("ln_final.weight", state.get("text.ln_final.weight"))
     if weight is None or norm is None or weight.dtype == norm.dtype:
         return "fp32"
     return "bf16" if weight.dtype == torch.bfloat16 else "fp16"
 
 
-def _take_dtypes(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Give the tensors of `model` the dtypes of `state`, and the logit scale its number of dimensions."""
+def take_dtypes(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Give the tensors of `model` the dtypes of `state`, and logit scale and bias their number of dimensions."""
     for key, value in model.state_dict(keep_vars=True).items():
         if key in state:
             value.data = value.data.to(state[key].dtype)
-    scale = state.get("logit_scale")
-    if isinstance(model.logit_scale, nn.Parameter) and scale is not None and scale.numel() == 1:
-        model.logit_scale.data = model.logit_scale.data.reshape(scale.shape)
+    for name in ("logit_scale", "logit_bias"):
+        given, own = state.get(name), getattr(model, name, None)
+        if isinstance(own, nn.Parameter) and given is not None and given.numel() == 1:
+            own.data = own.data.reshape(given.shape)

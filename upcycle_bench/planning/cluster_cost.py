@@ -24,7 +24,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from upcycle_bench.model.clip import model_config
+from upcycle_bench.model.config import model_config
 from upcycle_bench.model.ffn import FFN
 from upcycle_bench.model.surgery import find_layers
 from upcycle_bench.planning.estimate import estimate, meta_clip, tokens

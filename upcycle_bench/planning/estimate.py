@@ -24,8 +24,9 @@ from torch import Tensor
 from upcycle_bench.model.clip import Clip, create_clip
 from upcycle_bench.model.cost import Cost
 from upcycle_bench.model.ffn import FFN, Layer
-from upcycle_bench.model.precision import attention_kernel, autocast, longest_sequence
+from upcycle_bench.model.precision import attention_kernel, autocast
 from upcycle_bench.model.surgery import find_layers
+from upcycle_bench.model.towers import context_length, image_size, image_tokens, longest_sequence
 from upcycle_bench.protocol import MoE, Protocol
 from upcycle_bench.strategy import Strategy, resolve_moe
 from upcycle_bench.util.errors import PluginError
@@ -186,17 +187,16 @@ def _meta_flops(model: str, patch_dropout: float) -> int:
 def tokens(clip: Clip, layer: Layer, patch_dropout: float) -> int:
     """Tokens of one sample at that layer in training: with patch dropout, and the text at full length."""
     if layer.tower == "text":
-        return int(clip.model.context_length)
-    patches = len(clip.model.visual.positional_embedding) - 1
-    return 1 + max(1, int(patches * (1 - patch_dropout)))
+        return context_length(clip.model)
+    patches, others = image_tokens(clip.model)
+    return others + max(1, int(patches * (1 - patch_dropout)))
 
 
 def dense_forward_flops(clip: Clip) -> int:
     """FLOPs of the forward pass of one image-text pair in training mode, on the meta device: nothing is computed."""
     model = copy.deepcopy(clip.model).to("meta").train()
-    height, width = model.visual.image_size
     with torch.device("meta"), FlopCounter() as counter:
-        model(torch.empty(1, 3, height, width), torch.zeros(1, model.context_length, dtype=torch.long))
+        model(torch.empty(1, 3, *image_size(model)), torch.zeros(1, context_length(model), dtype=torch.long))
     return counter.get_total_flops()
 
 
@@ -208,10 +208,9 @@ def estimate_seconds(protocol: Protocol, train_flops: int, device: torch.device)
     schedule = protocol.train.schedule
     clip = create_clip(protocol.model, patch_dropout=schedule.patch_dropout)
     model = clip.model.to(device).train()
-    height, width = model.visual.image_size
     pairs = min(schedule.batch_size, max(2, 10**11 // (3 * dense_forward_flops(clip))))
-    images = torch.rand(pairs, 3, height, width, device=device)
-    texts = torch.ones(pairs, model.context_length, dtype=torch.long, device=device)
+    images = torch.rand(pairs, 3, *image_size(model), device=device)
+    texts = torch.ones(pairs, context_length(model), dtype=torch.long, device=device)
     with attention_kernel(device, longest_sequence(model)):
         with FlopCounter() as counter:  # it slows this step, which therefore is not timed
             _probe_step(model, images, texts, autocast(device, schedule.precision))

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from upcycle_bench.data.world import World
-from upcycle_bench.model.clip import model_config
+from upcycle_bench.model.config import describe
 from upcycle_bench.protocol import Protocol
 from upcycle_bench.strategy import Strategy
 from upcycle_bench.suite import Suite
@@ -49,7 +49,13 @@ def dense_recipe(protocol: Protocol, world: World) -> str:
     values["dense"] = {key: value for key, value in values["dense"].items() if key not in ("source", "shipped")}
     values["made by"] = [torch.__version__, distributed.choose_device().type, distributed.world_size()]
     values["made by"] += ["plain"] if plain() else []
-    return fingerprint({**values, "config": model_config(protocol.model), "data": world.sha256, "numerics": NUMERICS})
+    return fingerprint({**values, **_model(protocol), "data": world.sha256, "numerics": NUMERICS})
+
+
+def _model(protocol: Protocol) -> dict[str, Any]:
+    """What the protocol's model is, wherever it was described: its name by then, its configuration."""
+    found = describe(protocol.model)
+    return {"model": found.name, "config": found.config}
 
 
 def recipe_path(recipe: str) -> Path:
@@ -65,7 +71,7 @@ def training_fingerprint(protocol: Protocol, world: World, dense_identity: str, 
     """
     values = protocol.model_dump(mode="json", include={"model", "threads", "dense", "moe", "train"})
     values["train"] = {key: value for key, value in values["train"].items() if key not in _WITHOUT_EFFECT}
-    values |= {"config": model_config(protocol.model), "data": world.sha256, "checkpoint": dense_identity}
+    values |= _model(protocol) | {"data": world.sha256, "checkpoint": dense_identity}
     values["world_size"] = distributed.world_size()  # a rank's capacity is that of its share of the batch
     if unequal:
         values["unequal"] = unequal

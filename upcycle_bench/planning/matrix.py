@@ -16,11 +16,10 @@ from pathlib import Path
 
 from upcycle_bench import record
 from upcycle_bench.planning.estimate import estimate, estimate_seconds
-from upcycle_bench.planning.plan import Plan, dense_path, run_id
+from upcycle_bench.planning.plan import Plan, dense_source, run_id
 from upcycle_bench.planning.registry import Registry
 from upcycle_bench.util import distributed
 from upcycle_bench.util.errors import UserError
-from upcycle_bench.util.files import file_sha256
 
 SeedPair = tuple[int, int]  # of initialisation, of training
 Records = Mapping[Path, record.Record]
@@ -132,10 +131,9 @@ def preview(cells: Sequence[Cell], results: Path, fresh: bool) -> list[Path | No
     Without the dense model's file no run can be identified, so all cells are to do.
     """
     plan = cells[0].plan
-    path = dense_path(plan)
-    if fresh or plan.missing or not path.is_file():
+    if fresh or plan.missing or not dense_source(plan).file.is_file():
         return [None] * len(cells)
-    return finished_before(cells, results, file_sha256(path))
+    return finished_before(cells, results, dense_source(plan).identity())
 
 
 def cost_of(cells: Sequence[Cell]) -> tuple[int, float]:

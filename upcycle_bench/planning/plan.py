@@ -8,7 +8,7 @@ run_id(plan, dense_digest)                              # equal for two runs of 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +18,9 @@ from upcycle_bench.assets import CHECKPOINTS
 from upcycle_bench.data.shards import expand_shards, shards_digest
 from upcycle_bench.data.world import World
 from upcycle_bench.data.worlds import load_world
-from upcycle_bench.model import checkpoint_file
+from upcycle_bench.model.config import describe
+from upcycle_bench.model.pretrained import Choices, Pretrained, find_pretrained
+from upcycle_bench.model.upcyclable import require_upcyclable
 from upcycle_bench.planning.estimate import training_steps, unequal_shape
 from upcycle_bench.planning.fingerprint import (
     code_fingerprint,
@@ -41,11 +43,15 @@ from upcycle_bench.util.progress import Reporter
 
 @dataclass(frozen=True, kw_only=True)
 class Paths:
-    """What a user must give for a protocol with local data: shards, dense model, folder of evaluation sets."""
+    """What a user must give for a protocol with local data: shards, dense weights, folder of evaluation sets.
+
+    `choices` is what the user says of the weights that they do not say themselves.
+    """
 
     data: str | None = None
-    checkpoint: Path | None = None
+    checkpoint: str | None = None
     eval_data: Path | None = None
+    choices: Choices = field(default_factory=Choices)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +75,7 @@ class Plan:
     init_seed: int
     train_seed: int
     world: World | None
-    checkpoint: Path | None
+    checkpoint: Pretrained | None
     dense_identity: str | None
     training_fingerprint: str | None
     suite_fingerprints: dict[str, str | None]
@@ -155,24 +161,24 @@ def _missing_data(protocol: Protocol, paths: Paths) -> list[str]:
     return [option for option, given in needed.items() if given is None]
 
 
-def _dense_model(protocol: Protocol, paths: Paths, world: World | None) -> tuple[Path | None, str | None]:
-    """The dense checkpoint's path and identity.
+def _dense_model(protocol: Protocol, paths: Paths, world: World | None) -> tuple[Pretrained | None, str | None]:
+    """The dense weights and their identity.
 
-    A protocol that trains its own has a recipe as identity, and no path; both are None where something is not given.
+    A protocol that trains its own has a recipe as identity, and no weights; both are None where something is not given.
     """
     if protocol.dense.source == "checkpoint":
-        if paths.checkpoint is None:
+        require_upcyclable(protocol.model, trained=True)
+        if paths.checkpoint is None and describe(protocol.model).folder is None:
             return None, None
-        if not paths.checkpoint.is_file():
-            raise UserError(f"--checkpoint {paths.checkpoint}: no such file; give an open_clip state dict.")
-        checkpoint_file.require_readable(paths.checkpoint)  # a dry run says it too
-        return paths.checkpoint, checkpoint_file.content_sha256(paths.checkpoint)
-    if paths.checkpoint is not None:
+        found = find_pretrained(protocol.model, paths.checkpoint, paths.choices)
+        return found, found.identity()
+    if paths.checkpoint is not None or paths.choices != Choices():
         raise UserError(
-            f"protocol {protocol.name} brings its own dense model; --checkpoint goes with clip-b32, clip-b16."
+            f"protocol {protocol.name} brings its own dense model; --checkpoint, --pixels and --interpolate-positions "
+            "go with clip-b32, clip-b16."
         )
     if protocol.dense.source == "shipped":
-        return shipped_checkpoint(protocol), protocol.dense.shipped
+        return Pretrained(protocol.model, shipped_checkpoint(protocol), "shipped"), protocol.dense.shipped
     return None, None if world is None else dense_recipe(protocol, world)
 
 
@@ -238,9 +244,9 @@ def _label(strategy: Strategy, usual: Strategy) -> str:
     return strategy.info.name + (f"[{','.join(changed)}]" if changed else "")
 
 
-def dense_path(plan: Plan) -> Path:
-    """Where the dense checkpoint of a plan is, or will be after its training."""
-    return plan.checkpoint or recipe_path(str(plan.dense_identity))
+def dense_source(plan: Plan) -> Pretrained:
+    """The dense weights of a plan, or where they will be after their training."""
+    return plan.checkpoint or Pretrained(plan.protocol.model, recipe_path(str(plan.dense_identity)), "trained here")
 
 
 def check_input(plan: Plan, results: Path) -> None:

@@ -23,6 +23,7 @@ from torch.utils import benchmark
 from upcycle_bench.model import padding, weights
 from upcycle_bench.model.clip import Clip
 from upcycle_bench.model.moe import parameter_counts
+from upcycle_bench.model.towers import image_size, image_weight
 from upcycle_bench.util.distributed import choose_device
 
 BATCH = 256
@@ -78,8 +79,8 @@ def measure(clips: Sequence[Clip], device: torch.device, repeats: int = 20) -> l
 
 def image_encoder(clip: Clip, model: Any, size: int) -> Callable[[], Any]:
     """A call that encodes `size` random images, on the model's device."""
-    weight = model.visual.conv1.weight
-    shape = (size, 3, *model.visual.image_size)
+    weight = image_weight(model)
+    shape = (size, 3, *image_size(model))
     pixels = torch.randint(256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     return partial(_without_gradient, model.encode_image, clip.normalise(pixels).to(weight.device, weight.dtype))
 
@@ -88,7 +89,7 @@ def text_encoder(clip: Clip, model: Any, size: int) -> Callable[[], Any]:
     """A call that encodes `size` different short prompts, on the model's device."""
     texts = clip.tokenize([f"a picture of thing number {number}" for number in range(size)])
     encode = padding.text_encoder(model)
-    return partial(_without_gradient, encode, texts.to(model.visual.conv1.weight.device))
+    return partial(_without_gradient, encode, texts.to(image_weight(model).device))
 
 
 def in_turns(

@@ -27,7 +27,8 @@ from torch import nn
 from upcycle_bench.data.pairs import BatchSource
 from upcycle_bench.model.clip import Clip
 from upcycle_bench.model.moe import MoEFFN, moe_layers
-from upcycle_bench.model.precision import attention_kernel, longest_sequence
+from upcycle_bench.model.precision import attention_kernel
+from upcycle_bench.model.towers import longest_sequence
 from upcycle_bench.protocol import learning_rate
 from upcycle_bench.strategy import ExtraLoss
 from upcycle_bench.training.allocator import return_freed_memory

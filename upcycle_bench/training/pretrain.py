@@ -1,6 +1,6 @@
 """The dense model: trained on a protocol's own data up to the upcycling point, shipped with the package, or given.
 
-    clip, sha256 = load_dense(protocol, world, path, device, reporter)  # trains it first if the cache lacks it
+    clip, sha256 = load_dense(protocol, world, source, device, reporter)  # trains it first if the cache lacks it
     path, trained = pretrain_once(protocol, world, reporter)            # what `upcycle-bench pretrain` does
     facts = pretrain(protocol, world, path, device, reporter)           # the training itself; resumable
     export(path, Path("lab-vit.safetensors"))                           # half precision, half the size
@@ -15,7 +15,7 @@ import contextlib
 import json
 import shutil
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -26,8 +26,8 @@ from torch import Tensor
 from upcycle_bench.data.pairs import PairDataset
 from upcycle_bench.data.world import World
 from upcycle_bench.model import backends
-from upcycle_bench.model.checkpoint_file import content_sha256
 from upcycle_bench.model.clip import Clip, create_clip
+from upcycle_bench.model.pretrained import Pretrained
 from upcycle_bench.planning.fingerprint import dense_recipe, recipe_path
 from upcycle_bench.protocol import Protocol
 from upcycle_bench.training import session
@@ -39,22 +39,37 @@ from upcycle_bench.util.files import atomic, file_sha256, write_atomically
 from upcycle_bench.util.meter import Meter
 from upcycle_bench.util.progress import Reporter
 
+SIGMOID = (
+    "the dense model has a logit bias, so it was trained with the sigmoid loss; here every strategy trains with CLIP's "
+    "softmax loss, in which the bias has no part"
+)
+
 
 def load_dense(
-    protocol: Protocol, world: World, path: Path, device: torch.device, reporter: Reporter
+    protocol: Protocol, world: World, source: Pretrained, device: torch.device, reporter: Reporter
 ) -> tuple[Clip, str]:
-    """The dense model of the checkpoint at `path`, on `device`, and the file's sha256; every rank must call it.
+    """The dense model of the weights at `source`, on `device`, and their identity; every rank must call it.
 
-    For a protocol that trains its own dense model, it is trained here if there is no file yet.
+    For a protocol that trains its own dense model, it is trained here if there is no file yet. A logit bias, of a model
+    trained with the sigmoid loss, is frozen: it has no part in the softmax loss that all strategies train with.
     """
+    path = source.file
     if protocol.dense.source == "pretrain":
         with locked(path) if distributed.is_main() else contextlib.nullcontext():
             if not distributed.from_main(path.is_file()):
                 pretrain(protocol, world, path, device, reporter)
-    digest = distributed.from_main(content_sha256(path) if distributed.is_main() else "")
+    digest = distributed.from_main(source.identity() if distributed.is_main() else "")
     # Rank 0 reads the file and sends the weights: other machines may not have it.
     patch_dropout = protocol.train.schedule.patch_dropout
-    clip = create_clip(protocol.model, path if distributed.is_main() else None, patch_dropout=patch_dropout)
+    clip = source.create(patch_dropout=patch_dropout) if distributed.is_main() else None
+    facts = distributed.from_main(clip and (clip.model.logit_bias is not None, dict(clip.interpolated)))
+    if clip is None:
+        made = create_clip(source.name, preprocess=source.preprocess, patch_dropout=patch_dropout, logit_bias=facts[0])
+        clip = replace(made, interpolated=facts[1])
+    if facts[0]:
+        clip.model.logit_bias.requires_grad_(False)
+        if distributed.is_main():
+            print(SIGMOID, file=sys.stderr)
     distributed.send_from_main(clip.model.to(device))
     return clip, digest
 

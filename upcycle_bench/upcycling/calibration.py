@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from upcycle_bench.model.ffn import Layer
 from upcycle_bench.model.padding import Padding
+from upcycle_bench.model.towers import text_tower
 from upcycle_bench.strategy import Calibrator
 from upcycle_bench.util.threads import one_thread
 
@@ -40,7 +41,7 @@ def calibrate(
     handles, pairs = [], 0
     try:
         if padding is not None:
-            handles.append(model.token_embedding.register_forward_pre_hook(padding.observe))
+            handles.append(text_tower(model).token_embedding.register_forward_pre_hook(padding.observe))
         for layer in layers:
             see = partial(_see, calibrators[layer.name], padding if layer.tower == "text" else None)
             handles.append(model.get_submodule(layer.mlp_path).register_forward_pre_hook(see))

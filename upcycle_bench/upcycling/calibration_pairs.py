@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
+from upcycle_bench.model.towers import image_weight
 from upcycle_bench.util.errors import UserError
 
 
@@ -28,7 +29,7 @@ class CalibrationPairs:
         self.seen = 0
 
     def __call__(self, pairs: int) -> Iterator[tuple[Tensor, Tensor]]:
-        weight = self.model.visual.conv1.weight
+        weight = image_weight(self.model)
         for batch in self.batches:
             images, texts = _checked(batch)
             images, texts = images[: pairs - self.seen], texts[: pairs - self.seen]

@@ -1,7 +1,7 @@
 """From the weights of an open_clip CLIP to a model with experts, in one process: the work of `upcycle-bench upcycle`.
 
     strategy = choose_strategy("sparse-upcycling", {})
-    request = Request(model="ViT-B-32", pretrained="laion2b_s34b_b79k", strategy=strategy,
+    request = Request(source=find_pretrained("ViT-B-32", "laion2b_s34b_b79k"), strategy=strategy,
                       moe=resolve_moe(strategy, moe_settings(experts=4)), shards=(), seed=0)
     made = upcycle_checkpoint(request, reporter)        # made.model, made.facts
 
@@ -23,9 +23,11 @@ from torch import Tensor
 
 from upcycle_bench.data.pairs import PairDataset
 from upcycle_bench.model import surgery
-from upcycle_bench.model.clip import Clip, create_clip, find_pretrained
+from upcycle_bench.model.clip import Clip
 from upcycle_bench.model.measure import diagnose
 from upcycle_bench.model.moe import parameter_counts
+from upcycle_bench.model.pretrained import Pretrained
+from upcycle_bench.model.towers import context_length, image_size, vocab_size
 from upcycle_bench.planning.registry import load_registry
 from upcycle_bench.protocol import PUBLISHED_MOE, MoE
 from upcycle_bench.strategy import Strategy, configure
@@ -46,12 +48,11 @@ COMPARED_PAIRS = 64  # about 3,000 tokens of images and 1,000 of text a layer
 class Request:
     """What to make.
 
-    model: open_clip's name; pretrained: a file or one of open_clip's tags; moe: the strategy's settings; shards: image-
-    text pairs to calibrate on, or none; seed: of the strategy's own randomness and of the calibration sample.
+    source: the dense model's weights; moe: the strategy's settings; shards: image-text pairs to calibrate on, or none;
+    seed: of the strategy's own randomness and of the calibration sample.
     """
 
-    model: str
-    pretrained: str
+    source: Pretrained
     strategy: Strategy
     moe: MoE
     shards: tuple[Path, ...]
@@ -99,9 +100,8 @@ def upcycle_checkpoint(request: Request, reporter: Reporter) -> Made:
     """Load, calibrate, make experts, compare with the dense model. UserError for weights or data that do not do."""
     device, strategy = distributed.choose_device(), request.strategy
     meter = Meter(device)
-    with meter.phase("load"), reporter.task(f"loading {request.model}"):
-        checkpoint, preprocess = find_pretrained(request.model, request.pretrained)
-        dense = create_clip(request.model, checkpoint, preprocess=preprocess)
+    with meter.phase("load"), reporter.task(f"loading {request.source.name}"):
+        dense = request.source.create()
         dense.model.to(device).eval()
         pairs = PairDataset(request.shards, dense, keep_decoded=False) if request.shards else None
 
@@ -125,8 +125,10 @@ def upcycle_checkpoint(request: Request, reporter: Reporter) -> Made:
     surgery.merge(model)
     total, active = parameter_counts(model)
     facts = {
-        "model": request.model,
-        "pretrained": request.pretrained,
+        "model": dense.name,
+        "pretrained": request.source.source,
+        "pixels": dense.pixels,
+        "interpolated": dict(dense.interpolated),
         "strategy": strategy.info.name,
         "options": strategy.config(),
         "seed": request.seed,
@@ -168,7 +170,6 @@ def _sample(clip: Clip, pairs: PairDataset | None, device: torch.device) -> Iter
         return
     generator = Stream(("diagnostics", "random")).generator()
     model = clip.model
-    size = model.visual.image_size
-    images = torch.randn(COMPARED_PAIRS, 3, *size, generator=generator)
-    texts = torch.randint(1, model.vocab_size, (COMPARED_PAIRS, model.context_length), generator=generator)
+    images = torch.randn(COMPARED_PAIRS, 3, *image_size(model), generator=generator)
+    texts = torch.randint(1, vocab_size(model), (COMPARED_PAIRS, context_length(model)), generator=generator)
     yield images.to(device), texts.to(device)

@@ -19,10 +19,10 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from upcycle_bench import protocol
-from upcycle_bench.model.ffn import FFN, Layer, LayerInit
+from upcycle_bench.model.ffn import FFN, Layer, LayerInit, linears
 from upcycle_bench.model.surgery import find_layers
 from upcycle_bench.strategy import Strategy
 from upcycle_bench.upcycling.calibration import calibrate
@@ -120,7 +120,7 @@ def make_dense(strategy: Strategy, dense: Any, moe: protocol.MoE, init_seed: int
 
 def _check_hidden(module: Any, hidden: int, where: str, plain: bool) -> None:
     """Hold an FFN to `ffn_hidden`, by which costs are estimated. A strategy's own module passes, if not `plain`."""
-    c_fc = getattr(module, "c_fc", None)
-    found = c_fc.out_features if isinstance(c_fc, nn.Linear) else None
+    pair = linears(module)
+    found = pair[0].out_features if pair else None
     if found != hidden and (plain or found is not None):
         raise PluginError(f"{where}: its hidden width is {found}, but ffn_hidden says {hidden}")

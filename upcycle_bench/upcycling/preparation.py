@@ -28,6 +28,7 @@ from torch import Tensor
 from upcycle_bench.data.pairs import PairDataset, PickedBatches
 from upcycle_bench.model import padding
 from upcycle_bench.model.clip import Clip
+from upcycle_bench.model.ffn import FFN
 from upcycle_bench.model.surgery import find_layers
 from upcycle_bench.protocol import Protocol
 from upcycle_bench.strategy import Groups, RouterInit, Strategy
@@ -205,7 +206,7 @@ class TrainingWorkshop:
 
         def observe(mlp: Any, args: tuple[Tensor, ...]) -> None:
             nonlocal extra
-            hidden, width = mlp.c_fc.weight.shape
+            hidden, width = FFN.of(mlp).w1_HD.shape
             forward = 4 * width * hidden * (moe.top_k - 1) + 2 * width * moe.experts  # of one token
             extra += 3 * forward * (args[0].numel() // width)  # the backward pass takes twice as many as the forward
 

@@ -22,6 +22,12 @@ class Unsound(UserError):
         super().__init__(f"the evaluation is not sound: {why}")
 
 
+def one_line(error: BaseException, limit: int = 400) -> str:
+    """The beginning of an error's message, in one line."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) < limit else text[:limit] + " ..."
+
+
 def unknown(kind: str, name: str, known: Iterable[str], hint: str = "") -> UserError:
     """Error for an unknown name: similar names, then all known names or their number, then the hint."""
     known = sorted(known)
