@@ -7,8 +7,8 @@ Shape suffixes: P pairs, I images and S captions of a pair, N images of the set.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import asdict, replace
 from dataclasses import dataclass as plain_dataclass
 from typing import Any, ClassVar
 
@@ -61,6 +61,12 @@ class Compositional(Suite):
     def datasets(self) -> list[str]:
         """The sets."""
         return list(self.sets)
+
+    def without(self, sets: Collection[str]) -> Compositional:
+        """The other sets; UserError if there is none."""
+        if not (kept := tuple(name for name in self.sets if name not in sets)):
+            raise UserError("compositional: no set is left.")
+        return replace(self, sets=kept)
 
     def evaluate(self, context: EvalContext) -> SuiteResult:
         """Score every set with a pair; the others are skipped. UserError if no set has one, or for one of labels."""

@@ -8,7 +8,8 @@ Shape suffixes: I images or texts.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -20,7 +21,7 @@ from upcycle_bench.evaluation.agreement import agreements, main_expert
 from upcycle_bench.evaluation.routes import LayerRoutes, Routed, route_images, route_texts
 from upcycle_bench.hookspecs import hookimpl
 from upcycle_bench.model.moe import moe_layers
-from upcycle_bench.suite import EvalContext, Score, Suite, SuiteInfo, SuiteResult
+from upcycle_bench.suite import EvalContext, Score, Suite, SuiteInfo, SuiteResult, UserError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +42,13 @@ class Diagnostics(Suite):
     def datasets(self) -> list[str]:
         """The sets, each once."""
         return list(dict.fromkeys(self.images + self.texts))
+
+    def without(self, sets: Collection[str]) -> Diagnostics:
+        """The other sets; UserError if none is left for the images."""
+        images, texts = (tuple(name for name in names if name not in sets) for names in (self.images, self.texts))
+        if not images:
+            raise UserError("diagnostics: no set of images is left.")
+        return replace(self, images=images, texts=texts)
 
     def evaluate(self, context: EvalContext) -> SuiteResult:
         """Route all images, then all texts; a dense model is skipped."""

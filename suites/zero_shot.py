@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import asdict, replace
 from dataclasses import dataclass as plain_dataclass
 from pathlib import Path
@@ -106,6 +106,14 @@ class ZeroShot(Suite):
     def datasets(self) -> list[str]:
         """The scored sets."""
         return list(self.sets)
+
+    def without(self, sets: Collection[str]) -> ZeroShot:
+        """Without them in the headlines, too; UserError if no headline is left."""
+        left = {title: tuple(name for name in names if name not in sets) for title, names in self.headlines.items()}
+        if not any(left.values()):
+            raise UserError("zero-shot: no set of a headline score is left.")
+        kept = tuple(name for name in self.sets if name not in sets)
+        return replace(self, sets=kept, headlines={title: names for title, names in left.items() if names})
 
     @classmethod
     def of_set(cls, folder: Path) -> ZeroShot:
@@ -213,11 +221,6 @@ def add_average_precision(
     """Add the score of a multilabel set, and the average precision of each class, to `result`."""
     classes_YC = class_embeddings(evalset, context, known)
     images_NC, labels = encode_images(evalset, context)
-    if any(np.shape(label_Y) != (len(classes_YC),) for label_Y in labels):
-        raise UserError(
-            f"evaluation set {evalset.name}: an image has not a 0 or 1 for each of {len(classes_YC)} classes; "
-            "`upcycle-bench data check` says which."
-        )
     cosine_NY, label_NY = ranking.exact_cosines(images_NC, classes_YC).numpy(), np.stack(labels)
     precision_Y = average_precision.average_precisions(cosine_NY, label_NY)
     result.outcomes[f"{evalset.name}/average_precision"] = precision_Y

@@ -9,7 +9,7 @@ encodes with `evaluation.features.embed`, which reports each batch to `EvalConte
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Container, Iterable
+from collections.abc import Callable, Collection, Container, Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -140,6 +140,10 @@ class Suite(ABC):
     @abstractmethod
     def evaluate(self, context: EvalContext) -> SuiteResult:
         """Score the model. Scores must not depend on the batch size or on any global random state."""
+
+    def without(self, sets: Collection[str]) -> Suite:
+        """This suite without those of its `datasets()`, which are not valid here; UserError if it needs them."""
+        raise UserError(f"suite {self.info.name} needs all of its sets.")
 
     @classmethod
     def of_set(cls, folder: Path) -> Suite:

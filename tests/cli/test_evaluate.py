@@ -182,9 +182,9 @@ def test_bad_sets_are_skipped_with_the_reason_and_the_good_ones_scored(
     lines = re.findall(r"skipped: ([^:]+): (.*)", table)
     assert len({why for _, why in lines}) == len(lines)
     assert {name: why[:18] for names, why in lines for name in names.split(", ")} == {
-        "zero-shot/notes": "no valid set, `upc",
+        "zero-shot/notes": "evaluation set not",
         "linear-probe/notes": "it has no train sp",
-        "zero-shot/untemplated": "no valid set, `upc",
+        "zero-shot/untemplated": "evaluation set unt",
         "linear-probe/untemplated": "it has no train sp",
         "linear-probe/average": "it has no train sp",
         "linear-probe/good": "it has captions, n",
@@ -193,7 +193,7 @@ def test_bad_sets_are_skipped_with_the_reason_and_the_good_ones_scored(
         "zero-shot/unreadable": "evaluation set unr",
     }
     assert "image_retrieval_recall@1" in table
-    with pytest.raises(UserError, match=r"unreadable: the \.png of sample 0-00000000 cannot be read"):
+    with pytest.raises(UserError, match=r"unreadable: test/0.tar: 0-00000000: its \.png is no image that can be read"):
         command("evaluate", models["ours"], "--data", root / "unreadable")
 
 

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from upcycle_bench.cli import app
 from upcycle_bench.data import evalset, evalset_check, evalset_write
+from upcycle_bench.util.cache import cache_root
 from upcycle_bench.util.errors import UserError
 
 
@@ -76,7 +77,7 @@ def test_one_bad_set_is_status_1_and_named(sets: Path) -> None:
     result = CliRunner().invoke(app, ["data", "check", str(sets)], catch_exceptions=False)
     assert result.exit_code == 1
     assert [line for line in result.stdout.splitlines() if re.match(r"\w+: ", line)] == [
-        "ab: classnames.txt is missing.",
+        "ab: classnames.txt is missing; copy the set again.",
         "empty: it has no test split (test/nshards.txt, test/0.tar, ...), which is what is scored.",
     ]
 
@@ -180,7 +181,8 @@ def test_bad_captions(sets: Path, text: bytes | None, problem: str) -> None:
         ("test/nshards.txt", "two", "must hold the number of shards"),
         ("test/nshards.txt", "2", r"1\.tar missing"),
         ("test/1.tar", "", r"test holds 1\.tar, but its nshards\.txt counts 1"),
-        ("test/0.tar", "no tar", r"test/0\.tar cannot be read to its end"),
+        ("test/0.tar", "no tar", r"test/0\.tar: it is not a readable tar file"),
+        ("test/0.tar", "version https://git-lfs.github.com/spec/v1\n", r"test/0\.tar: it is a Git LFS pointer"),
     ],
 )
 def test_bad_files(sets: Path, name: str, text: str | bytes | None, problem: str) -> None:
@@ -196,21 +198,33 @@ def test_a_shard_that_breaks_off(sets: Path) -> None:
     path = sets / "ab" / "test" / "0.tar"
     path.write_bytes(path.read_bytes()[:2000])
     problems = evalset_check.check(sets / "ab").problems
-    assert any(problem.startswith("test/0.tar cannot be read to its end") for problem in problems)
+    assert problems[0].startswith("test/0.tar: it is cut at byte 2,000")
 
 
 def test_what_is_scored_is_all_that_must_be_valid(sets: Path) -> None:
     (sets / "ab" / "train" / "nshards.txt").write_text("3")
-    evalset_check.require_valid(sets / "ab", {"test"})
-    with pytest.raises(UserError, match=r"no valid set, .* 1\.tar, 2\.tar missing"):
-        evalset_check.require_valid(sets / "ab", {"test", "train"})
-
-
-def test_without_decoding_all_but_images_is_checked(sets: Path) -> None:
-    shard(sets / "ab" / "test" / "0.tar", {"x.png": b"", "x.cls": b"0", "y.png": b""})
-    assert evalset_check.check(sets / "ab", decode=False).problems == [
-        "test/0.tar: y: no .cls, which holds the class index."
+    assert evalset_check.faults(sets / "ab", "test") == []
+    problem, _ = evalset_check.faults(sets / "ab", "train")
+    assert problem.startswith("1.tar, 2.tar missing in train, where nshards.txt counts 3 shards")
+    assert evalset_check.faults(sets / "words", "train") == [
+        "it has no train split (train/nshards.txt, train/0.tar, ...), which is what a probe learns from."
     ]
+
+
+def test_a_set_is_read_once_and_again_when_it_changes(sets: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, read = sets / "ab", []
+    check = evalset_check.check
+    monkeypatch.setattr(evalset_check, "check", lambda *given, **more: read.append(given) or check(*given, **more))
+    shard(folder / "test" / "0.tar", {"x.png": PNG[:90], "x.cls": b"0"})
+    for _ in range(2):
+        assert evalset_check.faults(folder, "test") == ["test/0.tar: x: its .png is no image that can be read."]
+    folder = folder.rename(sets / "elsewhere")
+    assert len(evalset_check.faults(folder, "test")) == 1 == len(read)
+    shard(folder / "test" / "0.tar", {"x.png": PNG, "x.cls": b"0"})
+    assert evalset_check.faults(folder, "test") == [] and len(read) == 2
+    (verdict,) = (cache_root() / "checked").glob(f"{evalset.digest(folder)}*.json")
+    verdict.write_bytes(b"[")
+    assert evalset_check.faults(folder, "test") == [] and len(read) == 3
 
 
 def test_everything_that_is_wrong_is_said_at_once(sets: Path) -> None:
@@ -219,4 +233,4 @@ def test_everything_that_is_wrong_is_said_at_once(sets: Path) -> None:
     (folder / "zeroshot_classification_templates.txt").write_text("a\nb\n")
     shard(folder / "test" / "0.tar", {"x.png": b"no", "x.cls": b"one"})
     (folder / "train" / "nshards.txt").write_text("3")
-    assert len(evalset_check.check(folder).problems) == 7
+    assert len(evalset_check.check(folder).problems) == 6

@@ -80,7 +80,10 @@ def run(
         _warn_emulated(plans[0].protocol)
     if dry_run:
         _show_dry_run(cells, results, fresh, as_json)
-    elif len(cells) == 1:
+        return
+    if is_main():
+        show_skipped(plans[0].skipped, stderr=True)  # before a training of days
+    if len(cells) == 1:
         _run_one(cells[0].plan, results, reporter, fresh, as_json)
     else:
         shared = _written_out(

@@ -5,6 +5,7 @@ Heavy imports stand inside the functions, since `--help` imports this module.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -114,8 +115,8 @@ def show_key(rows: Sequence[Mapping[str, str]]) -> None:
         print("[≥a], [≤b]: the end of the 95 % interval, where that error is 0")
 
 
-def show_skipped(skipped: Mapping[str, str]) -> None:
-    """Print what did not run, and why: each reason once."""
+def show_skipped(skipped: Mapping[str, str], *, stderr: bool = False) -> None:
+    """Print what does not run, and why: each reason once."""
     for reason in dict.fromkeys(skipped.values()):
         names = ", ".join(name for name, why in skipped.items() if why == reason)
-        print(f"skipped: {names}: {reason}")
+        print(f"skipped: {names}: {reason}", file=sys.stderr if stderr else None)

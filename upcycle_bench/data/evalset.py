@@ -9,28 +9,31 @@
     evalset = read(root / "digits-test", transform, batch_size=256)
     for images_B3HW, labels in evalset.batches: ...
 
-CLIP_benchmark reads our sets, and we read those that it publishes. Source: its build_wds_dataset in
-clip_benchmark.datasets.builder (1.6.2).
+CLIP_benchmark reads our sets, and we read those that it publishes, to the same values (tested). What other tools write
+is read or refused in one line, here and, for what is in the shards, in evalset_samples.py.
+Source: build_wds_dataset in clip_benchmark.datasets.builder (1.6.2).
 """
 
 from __future__ import annotations
 
 import hashlib
 import re
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from typing import Any, cast, get_args
 
+import numpy as np
+
+from upcycle_bench.data.evalset_samples import REMEDY, Kind, Sample, look
 from upcycle_bench.util.errors import UserError
 from upcycle_bench.util.files import files_sha256
 
-Kind = Literal["classification", "multilabel", "retrieval"]
 CLASSNAMES, TEMPLATES, TYPE = "classnames.txt", "zeroshot_classification_templates.txt", "dataset_type.txt"
 STRATA = "strata.txt"  # CLIP_benchmark ignores it
 STRATUM = re.compile(r"[\w.-]+")  # it becomes part of the names of metrics
-IMAGES = ("webp", "png", "jpg", "jpeg")  # the first that a sample has is its image, as in CLIP_benchmark
+NUMBERED = re.compile(r"(.*?)([0-9]+)\.tar")
 
 
 @dataclass(frozen=True)
@@ -54,35 +57,29 @@ def require(root: Path, names: Iterable[str], split: str = "test") -> None:
     """Raise UserError, which names all sets below `root` that are missing or lack the split."""
     missing = [name for name in names if not (root / name / split / "nshards.txt").is_file()]
     if missing:
-        there = sorted(path.name for path in root.iterdir() if path.is_dir()) if root.is_dir() else []
-        raise UserError(
-            f"evaluation set not found: {', '.join(missing)}; looked for NAME/{split}/nshards.txt in {root}, "
-            f"which holds {', '.join(there) or 'no folders'}; give the folder that holds the sets."
-        )
+        raise not_found(root, missing, split)
+
+
+def not_found(root: Path, missing: Iterable[str], split: str = "test") -> UserError:
+    """The error that these sets are not below `root`, or lack the split."""
+    there = sorted(path.name for path in root.iterdir() if path.is_dir()) if root.is_dir() else []
+    return UserError(
+        f"evaluation set not found: {', '.join(missing)}; looked for NAME/{split}/nshards.txt in {root}, "
+        f"which holds {', '.join(there) or 'no folders'}; give the folder that holds the sets."
+    )
 
 
 def read(folder: Path, transform: Callable[[Any], Any], batch_size: int, split: str = "test") -> EvalSet:
-    """Open a set; its images are decoded only when its batches are iterated.
+    """Open a set; its samples are read, and their images decoded, only when its batches are iterated.
 
     `transform` makes a tensor of a PIL image. Raises UserError for a set that is missing, incomplete or of an unknown
-    kind.
+    kind; iteration raises it for a sample that is not valid.
     """
     files = _files(folder, split)
     kind = kind_of(folder)
-    if kind != "retrieval" and (absent := [name for name in (CLASSNAMES, TEMPLATES) if folder / name not in files]):
-        raise UserError(
-            f"evaluation set {folder.name}: {' and '.join(absent)} missing in {folder}; copy the set again."
-        )
-
-    from clip_benchmark.datasets.builder import build_wds_dataset
-
-    with warnings.catch_warnings():
-        # CLIP_benchmark does not set `shardshuffle`. webdataset then does not shuffle, as we want, but warns.
-        warnings.filterwarnings("ignore", message="WebDataset.shardshuffle")
-        dataset = build_wds_dataset(folder.name, transform, split=split, data_dir=str(folder.absolute()))
-    classnames, templates = tuple(dataset.classes or ()), tuple(dataset.templates or ())
+    named = (classnames(folder), templates(folder)) if kind != "retrieval" else ((), ())
     strata = strata_of(folder) if folder / STRATA in files else ()
-    return EvalSet(folder.name, kind, classnames, templates, _Batches(dataset.batched(batch_size)), strata)
+    return EvalSet(folder.name, kind, *named, _Batches(folder, split, transform, batch_size), strata)
 
 
 @dataclass(frozen=True)
@@ -92,21 +89,59 @@ class _Batches:
     FLOP counters are stopped meanwhile: to look at each operation on each image took a fifth of an evaluation.
     """
 
-    batches: Iterable[tuple[Any, Any]]
+    folder: Path
+    split: str
+    transform: Callable[[Any], Any]
+    batch_size: int
 
     def __iter__(self) -> Iterator[tuple[Any, Any]]:
         from upcycle_bench.util.flops import uncounted  # imports torch, and many commands never get here
 
-        iterator = iter(self.batches)
-        return iter(uncounted()(lambda: next(iterator, None)), None)
+        found = samples(self.folder, self.split)
+        return iter(uncounted()(lambda: self._batch(list(islice(found, self.batch_size)))), None)
+
+    def _batch(self, part: list[Sample]) -> tuple[Any, Any] | None:
+        import torch
+
+        if not part:
+            return None
+        images = [self.transform(sample.image()) for sample in part]
+        labels = [sample.label for sample in part]
+        return (
+            torch.stack(images) if isinstance(images[0], torch.Tensor) else images,
+            labels if isinstance(labels[0], list) else np.array(labels),
+        )
+
+
+def samples(folder: Path, split: str = "test") -> Iterator[Sample]:
+    """The samples of a split in the order of its shards; of their images only the place is read.
+
+    Raises UserError for a shard that is not whole, for a sample that is not valid, and for a split without samples.
+    """
+    kind = kind_of(folder)
+    classes = len(classnames(folder)) if kind != "retrieval" else 0
+    sample = None
+    for shard in shards_of(folder, split):
+        for sample in look(shard, kind, classes):
+            if sample.faults:
+                raise _error(folder, f"{sample.place}: {sample.faults[0]}; {REMEDY}.")
+            yield sample
+    if sample is None:
+        raise _error(folder, f"{split} holds no samples.")
 
 
 def classnames(folder: Path) -> tuple[str, ...]:
-    """The class names of a classification or multilabel set, as CLIP_benchmark reads them; UserError without."""
-    path = folder / CLASSNAMES
-    if not path.is_file():
-        raise UserError(f"evaluation set {folder.name}: {CLASSNAMES} missing in {folder}; copy the set again.")
-    return tuple(line.strip() for line in path.read_text(encoding="utf-8").splitlines())
+    """The class names of a classification or multilabel set; UserError without."""
+    return tuple(_lines(folder, CLASSNAMES))
+
+
+def templates(folder: Path) -> tuple[str, ...]:
+    """The prompts of such a set, which hold {c} for the class; UserError without, or for another brace."""
+    found = _lines(folder, TEMPLATES)
+    if bad := [line for line in found if not _is_template(line)]:
+        which = ", ".join(map(repr, bad[:3])) + (", ..." if len(bad) > 3 else "")
+        raise _error(folder, f"{TEMPLATES}: {which} {'do' if bad[1:] else 'does'} not hold {{c}} and no other brace.")
+    return tuple(found)
 
 
 def digest(folder: Path, split: str = "test") -> str:
@@ -119,27 +154,48 @@ def digest(folder: Path, split: str = "test") -> str:
 
 
 def shards_of(folder: Path, split: str = "test") -> list[Path]:
-    """The shards of a split, in the order of their numbers; UserError if one is missing."""
-    return [path for path in _files(folder, split) if path.suffix == ".tar"]
+    """The shards of a split, in the order of their numbers; UserError unless they are those that nshards.txt counts.
+
+    They are 0.tar, 1.tar, ...; other tools write 00000.tar or shard-000001.tar.
+    """
+    inside = folder / split
+    there = {path.name: path for path in inside.glob("*.tar") if not path.name.startswith(".") and path.is_file()}
+    if there and not (inside / "nshards.txt").is_file():
+        raise _error(folder, f"{split}/nshards.txt is missing; it holds the number of shards, {len(there)} it seems.")
+    require(folder.parent, [folder.name], split)
+    text = _read(folder, inside / "nshards.txt").strip()
+    if not re.fullmatch("0*[1-9][0-9]{0,8}", text):
+        raise _error(folder, f"{split}/nshards.txt must hold the number of shards, not {text!r}.")
+    count, fitting = int(text), [match for name in there if (match := NUMBERED.fullmatch(name))]
+    numbers, words = sorted(int(match[2]) for match in fitting), {match[1] for match in fitting}
+    if len(there) == count and len(words) == 1 and numbers in ([*range(count)], [*range(1, count + 1)]):
+        return [there[match[0]] for match in sorted(fitting, key=lambda match: int(match[2]))]
+    usual = [f"{number}.tar" for number in range(min(count, len(there) + 3))]
+    absent, strange = ([name for name in one if name not in other] for one, other in ((usual, there), (there, usual)))
+    holds = f"it holds {', '.join(sorted(strange)[:3])}" if strange else ""
+    if absent:
+        what = f"{', '.join(absent)} missing in {inside}, where nshards.txt counts {count} shards"
+        raise _error(folder, "; ".join(filter(None, [what, holds, "copy the set again."])))
+    raise _error(folder, f"{split} holds {', '.join(sorted(strange)[:3])}, but its nshards.txt counts {count}.")
 
 
 def kind_of(folder: Path) -> Kind:
     """The kind in a set's dataset_type.txt; UserError for an unknown kind."""
     path = folder / TYPE
-    kind = path.read_text(encoding="utf-8").strip().lower() if path.exists() else "classification"
+    kind = _read(folder, path).strip().lower() if path.exists() else "classification"
     if kind not in (known := get_args(Kind)):
-        raise UserError(f"evaluation set {folder.name}: {path} says {kind!r}; it must say one of {', '.join(known)}.")
+        raise _error(folder, f"{path} says {kind!r}; it must say one of {', '.join(known)}.")
     return cast(Kind, kind)
 
 
 def strata_of(folder: Path) -> tuple[str, ...]:
     """The labels in a set's strata.txt; UserError for a bad label. `require_strata` checks their number."""
     path = folder / STRATA
-    strata = path.read_text(encoding="utf-8").splitlines()
+    strata = _read(folder, path).splitlines()
     if not strata or not all(map(STRATUM.fullmatch, strata)):
-        raise UserError(
-            f"evaluation set {folder.name}: {path} must hold a stratum (letters, digits, _ . and -) for each sample, "
-            "one a line; copy the set again."
+        raise _error(
+            folder,
+            f"{path} must hold a stratum (letters, digits, _ . and -) for each sample, one a line; copy the set again.",
         )
     return tuple(strata)
 
@@ -158,17 +214,46 @@ def require_strata(name: str, strata: Sequence[str], samples: int) -> None:
 
 def _files(folder: Path, split: str) -> list[Path]:
     """All files of a set that `read` uses, in a fixed order; UserError if one is missing."""
-    require(folder.parent, [folder.name], split)
-    counter = folder / split / "nshards.txt"
-    text = counter.read_text().strip()
-    if not text.isdigit() or int(text) < 1:
-        raise UserError(f"evaluation set {folder.name}: {counter} must hold the number of shards, not {text!r}.")
-    shards = [folder / split / f"{i}.tar" for i in range(int(text))]
-    if absent := [path.name for path in shards if not path.is_file()]:
-        raise UserError(
-            f"evaluation set {folder.name}: {', '.join(absent)} missing in {folder / split}, where nshards.txt counts "
-            f"{len(shards)} shards; copy the set again."
-        )
+    shards = shards_of(folder, split)
     names = (CLASSNAMES, TEMPLATES, TYPE, *([STRATA] if split == "test" else []))
     described = [path for name in names if (path := folder / name).exists()]
-    return [*described, counter, *shards]
+    return [*described, folder / split / "nshards.txt", *shards]
+
+
+def _lines(folder: Path, name: str) -> list[str]:
+    """The lines of a file, each without spaces around it; empty lines at its end do not count.
+
+    Raises UserError for a file that is missing or empty, for an empty line before another one, and for characters that
+    end a line for Python, and so for CLIP_benchmark, but for no editor: they would move the classes behind them.
+    """
+    path = folder / name
+    if not path.is_file():
+        raise _error(folder, f"{name} is missing; copy the set again.")
+    text = _read(folder, path).rstrip()
+    if not text:
+        raise _error(folder, f"{name} is empty.")
+    lines = [line.strip() for line in text.split("\n")]
+    if not all(lines):
+        raise _error(folder, f"{name} has empty lines.")
+    if odd := next((place for place, line in enumerate(lines, start=1) if len(line.splitlines()) > 1), 0):
+        raise _error(folder, f"{name}: line {odd} holds a line separator, {lines[odd - 1]!a}; put a space there.")
+    return lines
+
+
+def _is_template(line: str) -> bool:
+    try:
+        return "{c}" in line and bool(line.format(c="cat"))
+    except (ValueError, LookupError):
+        return False
+
+
+def _read(folder: Path, path: Path) -> str:
+    """A text file of a set, with or without byte order mark; its lines end in LF, CR LF or CR. UserError for others."""
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        raise _error(folder, f"{path.relative_to(folder)} is not UTF-8; save it as that.") from None
+
+
+def _error(folder: Path, what: str) -> UserError:
+    return UserError(f"evaluation set {folder.name}: {what}")

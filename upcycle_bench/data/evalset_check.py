@@ -2,27 +2,34 @@
 
     for folder in find(Path("sets")):          # the sets in a folder, or the folder itself
         report = check(folder)                 # counts, and `problems`: a line for each thing that is wrong
+    faults(folder, "test")                     # the problems alone; a set is read once, then the cache knows them
 
-webdataset itself reads the shards, as when they are scored. A fault that many samples share is one problem, which names
-the first of them and their number.
-
-Shape suffixes: Y classes.
+What a sample is, `evalset_samples` decides, as when sets are scored. A fault that many samples share is one problem,
+which names the first of them and their number.
 """
 
 from __future__ import annotations
 
-import io
-import warnings
+import contextlib
+import json
 from collections import Counter
-from collections.abc import Collection, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Collection
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
+from PIL import __version__ as pillow
 
 from upcycle_bench.data import evalset
+from upcycle_bench.data.evalset_samples import Kind, Sample, look
+from upcycle_bench.util.cache import cache_root, locked
+from upcycle_bench.util.environment import cores
 from upcycle_bench.util.errors import UserError
+from upcycle_bench.util.files import write_atomically
+
+RULES = f"1-{pillow}"  # raise the number when other sets than before are valid
 
 
 @dataclass
@@ -65,161 +72,93 @@ def splits(folder: Path) -> list[str]:
     return [path.name for path in inside if (path / "nshards.txt").exists() or any(path.glob("*.tar"))]
 
 
-def require_valid(folder: Path, only: Collection[str]) -> None:
-    """Raise UserError with the first problem of these splits, if there is one. Images are not decoded."""
-    if problems := check(folder, only=only, decode=False).problems:
-        raise UserError(f"no valid set, `upcycle-bench data check` says all of it: {problems[0]}")
+def faults(folder: Path, split: str) -> list[str]:
+    """What is wrong with a split of a set; an empty list for nothing.
+
+    It takes as long as to read the set, so the cache keeps the answer under the hash of all that was read.
+    """
+    try:
+        digest = evalset.digest(folder, split)
+    except UserError:
+        return check(folder, only={split}).problems  # it lacks files, so that this is quick
+    kept = cache_root() / "checked" / f"{digest}-{split}-{RULES}.json"
+    with locked(kept):  # of several processes one reads the set
+        with contextlib.suppress(OSError, ValueError):  # none, or a damaged one, which is made anew
+            return list(json.loads(kept.read_bytes()))
+        problems = check(folder, only={split}).problems
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(kept, json.dumps(problems).encode())
+    return problems
 
 
-def check(folder: Path, *, only: Collection[str] | None = None, decode: bool = True) -> Report:
-    """Read a set, or only the splits in `only`. `decode=False` skips the images, which take most of the time."""
+def check(folder: Path, *, only: Collection[str] | None = None) -> Report:
+    """Read a set, or only the splits in `only`, which must be there; without `only` a test split must be."""
     report = Report(folder.name)
-    there = [split for split in splits(folder) if only is None or split in only]
-    if "test" not in there:
-        report.problems.append("it has no test split (test/nshards.txt, test/0.tar, ...), which is what is scored.")
+    there = [split for split in (splits(folder) if folder.is_dir() else []) if only is None or split in only]
+    for absent in sorted({"test"} if only is None else set(only) - set(there)):
+        if absent not in there:
+            what = "which is what is scored" if absent == "test" else "which is what a probe learns from"
+            report.problems.append(f"it has no {absent} split ({absent}/nshards.txt, {absent}/0.tar, ...), {what}.")
     if not there:
         return report
     report.kind = report.attempt(evalset.kind_of, folder) or "unknown"
     if report.kind in ("classification", "multilabel"):
-        report.classes = len(_lines(folder, evalset.CLASSNAMES, report))
-        report.templates = len(templates := _lines(folder, evalset.TEMPLATES, report))
-        report.problems += [
-            f"{evalset.TEMPLATES}: {line!r} does not hold {{c}}, the class, and no other brace."
-            for line in templates
-            if not _is_template(line)
-        ]
-    faults: dict[str, list[str]] = {}  # fault -> the samples that have it
+        report.classes = len(report.attempt(evalset.classnames, folder) or ())
+        report.templates = len(report.attempt(evalset.templates, folder) or ())
     for split in there:
-        report.samples[split] = 0
-        labels: Counter[int] = Counter()
-        for shard in report.attempt(_shards, folder, split) or ():
-            for sample in _samples(shard, report):
-                report.samples[split] += 1
-                for fault in _faults(sample, report, labels, decode):
-                    faults.setdefault(fault, []).append(f"{split}/{shard.name}: {sample['__key__']}")
-        if report.classes:
-            report.rarest[split] = min(labels[label] for label in range(report.classes))
-    report.problems += [
-        f"{places[0]}: {fault}" + (f" ({len(places):,} samples alike)" if len(places) > 1 else "") + "."
-        for fault, places in faults.items()
-    ]
-    report.problems += [f"{split} holds no samples." for split, count in report.samples.items() if not count]
-    if (folder / evalset.STRATA).exists() and not report.problems:
+        _check_split(folder, split, report)
+    if (folder / evalset.STRATA).exists() and "test" in there and not report.problems:
         strata = report.attempt(evalset.strata_of, folder) or ()
         report.attempt(evalset.require_strata, report.name, strata, report.samples["test"])
+    report.problems = [line.replace(f"{folder}/", "") for line in report.problems]
     return report
 
 
-def _lines(folder: Path, name: str, report: Report) -> list[str]:
-    path = folder / name
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    except UnicodeDecodeError:
-        report.problems.append(f"{name} is not UTF-8.")
+def _check_split(folder: Path, split: str, report: Report) -> None:
+    """Count the samples of a split, and say what is wrong with them."""
+    report.samples[split] = 0
+    labels: Counter[int] = Counter()
+    found: dict[str, list[str]] = {}  # fault -> the samples that have it
+    for shard in report.attempt(evalset.shards_of, folder, split) or ():
+        for sample in report.attempt(_all, shard, report.kind, report.classes) or ():
+            report.samples[split] += 1
+            for fault in sample.faults:
+                found.setdefault(fault, []).append(sample.place)
+            _count(sample.label, report, labels)
+    if report.classes:
+        report.rarest[split] = min(labels[label] for label in range(report.classes))
+    report.problems += [
+        f"{places[0]}: {fault}" + (f" ({len(places):,} samples alike)" if len(places) > 1 else "") + "."
+        for fault, places in found.items()
+    ]
+    if not report.samples[split]:
+        report.problems.append(f"{split} holds no samples.")
+
+
+def _all(shard: Path, kind: str, classes: int) -> list[Sample]:
+    """The samples of a shard, with a fault also for an image that cannot be decoded. UserError for a bad shard."""
+    if kind == "unknown":
         return []
-    if not lines:
-        report.problems.append(f"{name} is {'empty' if path.is_file() else 'missing'}.")
-    elif not all(line.strip() for line in lines):
-        report.problems.append(f"{name} has empty lines.")
-    return [line.strip() for line in lines]
+    samples = list(look(shard, cast(Kind, kind), classes))
+    with ThreadPoolExecutor(cores()) as pool:  # decoding releases the interpreter's lock
+        return list(pool.map(_decoded, samples))
 
 
-def _is_template(line: str) -> bool:
+def _decoded(sample: Sample) -> Sample:
+    if sample.member is None:
+        return sample
     try:
-        return "{c}" in line and bool(line.format(c="cat"))
-    except (ValueError, LookupError):
-        return False
+        sample.image()
+    except UserError:
+        return replace(sample, faults=(*sample.faults, sample.unreadable))
+    return sample
 
 
-def _shards(folder: Path, split: str) -> list[Path]:
-    """The shards of a split; UserError unless they are those that nshards.txt counts."""
-    if not (folder / split / "nshards.txt").is_file():
-        raise UserError(f"{split}/nshards.txt is missing; it holds the number of shards.")
-    shards = evalset.shards_of(folder, split)
-    if more := sorted({path.name for path in (folder / split).glob("*.tar")} - {path.name for path in shards}):
-        raise UserError(f"{split} holds {', '.join(more)}, but its nshards.txt counts {len(shards)}: 0.tar and so on.")
-    return shards
-
-
-def _samples(shard: Path, report: Report) -> Iterator[dict[str, Any]]:
-    """Each sample, extension -> content, as webdataset groups the files. A shard that breaks off is a problem."""
-    import webdataset
-
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="WebDataset.shardshuffle")
-        dataset = webdataset.WebDataset(
-            str(shard), nodesplitter=lambda urls: urls, shardshuffle=False, empty_check=False
-        )
-    try:
-        yield from dataset
-    except Exception as error:  # webdataset does not document which errors it raises
-        why = " ".join(str(error.args[0] if error.args else error).split())  # webdataset adds the file as an argument
-        report.problems.append(f"{shard.parent.name}/{shard.name} cannot be read to its end ({why}).")
-
-
-def _faults(sample: dict[str, Any], report: Report, labels: Counter[int], decode: bool) -> Iterator[str]:
-    """The faults of a sample; counts its label in `labels`, or its captions in the report."""
-    extension = next((extension for extension in evalset.IMAGES if extension in sample), None)
-    if extension is None:
-        yield f"no image ({', '.join(evalset.IMAGES)})"
-    elif decode and not _is_image(sample[extension]):
-        yield f"its .{extension} is no image that can be read"
-    if report.kind == "classification":
-        yield from _label_faults(sample, report, labels)
-    elif report.kind == "multilabel":
-        yield from _vector_faults(sample, report, labels)
-    elif report.kind == "retrieval":
-        yield from _caption_faults(sample, report)
-
-
-def _label_faults(sample: dict[str, Any], report: Report, labels: Counter[int]) -> Iterator[str]:
-    if "cls" not in sample:
-        yield "no .cls, which holds the class index"
-        return
-    try:
-        label = int(sample["cls"])
-    except ValueError:
-        yield ".cls is no class index"
-        return
-    labels[label] += 1
-    if report.classes and not 0 <= label < report.classes:
-        yield f"its class index is not one of 0 ... {report.classes - 1}, which {evalset.CLASSNAMES} names"
-
-
-def _vector_faults(sample: dict[str, Any], report: Report, labels: Counter[int]) -> Iterator[str]:
-    if "npy" not in sample:
-        yield "no .npy, which holds a 0 or 1 for each class"
-        return
-    try:
-        shown_Y = np.load(io.BytesIO(sample["npy"]), allow_pickle=False)
-    except (ValueError, EOFError, OSError):
-        yield ".npy is no NumPy array"
-        return
-    if report.classes and (shown_Y.shape != (report.classes,) or not np.isin(shown_Y, (0, 1)).all()):
-        yield f"its .npy does not hold a 0 or 1 for each of the {report.classes} classes of {evalset.CLASSNAMES}"
-        return
-    labels.update(np.flatnonzero(shown_Y).tolist())
-
-
-def _caption_faults(sample: dict[str, Any], report: Report) -> Iterator[str]:
-    if "txt" not in sample:
-        yield "no .txt, which holds captions, one a line"
-        return
-    try:
-        captions = sample["txt"].decode("utf-8").splitlines()
-    except UnicodeDecodeError:
-        yield ".txt is not UTF-8"
-        return
-    report.captions += len(captions)
-    if not captions or not all(caption.strip() for caption in captions):
-        yield "an empty caption, or none"
-
-
-def _is_image(data: bytes) -> bool:
-    from PIL import Image
-
-    try:
-        Image.open(io.BytesIO(data)).convert("RGB")
-    except Exception:  # Pillow raises many kinds of errors for a broken image
-        return False
-    return True
+def _count(label: Any, report: Report, labels: Counter[int]) -> None:
+    """Count a label in `labels`, or captions in the report."""
+    if isinstance(label, int):
+        labels[label] += 1
+    elif isinstance(label, np.ndarray):
+        labels.update(np.flatnonzero(label).tolist())
+    elif label is not None:
+        report.captions += len(label)

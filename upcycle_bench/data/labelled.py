@@ -11,7 +11,6 @@ Shape suffixes: N samples.
 
 from __future__ import annotations
 
-import tarfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,10 +21,9 @@ import torch
 from torch import Tensor
 
 from upcycle_bench.data import evalset
-from upcycle_bench.data.shards import open_image, read_member, samples_of
+from upcycle_bench.data.evalset_samples import REMEDY
+from upcycle_bench.data.shards import open_image
 from upcycle_bench.util.errors import UserError
-
-REMEDY = "`upcycle-bench data check` says what else is wrong"
 
 
 @dataclass(frozen=True)
@@ -55,26 +53,18 @@ class Labelled:
 
 
 def index(folder: Path, split: str) -> Labelled:
-    """All samples of a split of a classification set.
-
-    Raises UserError for a set of another kind, a broken shard, or a sample without image or label.
-    """
-    if evalset.kind_of(folder) != "classification":
-        raise UserError(f"evaluation set {folder.name}: it has captions, not labels; give a classification set.")
+    """All samples of a split of a classification set; UserError for a set of another kind, or that is not valid."""
+    if (kind := evalset.kind_of(folder)) != "classification":
+        what = "captions, not labels" if kind == "retrieval" else "several labels an image"
+        raise UserError(f"evaluation set {folder.name}: it has {what}; give a classification set.")
     shards = tuple(evalset.shards_of(folder, split))
+    number = {shard: place for place, shard in enumerate(shards)}
     places: list[tuple[int, int, int]] = []
     labels: list[int] = []
-    for number, shard in enumerate(shards):
-        try:
-            with shard.open("rb") as file:
-                for key, members in samples_of(shard).items():
-                    image = next((members[suffix] for suffix in evalset.IMAGES if suffix in members), None)
-                    if image is None or "cls" not in members:
-                        raise UserError(f"{shard}: sample {key} lacks its image or its .cls; {REMEDY}.")
-                    places.append((number, image.offset_data, image.size))
-                    labels.append(int(read_member(file, members["cls"])))
-        except (tarfile.TarError, ValueError) as error:
-            raise UserError(f"{shard}: not a shard of labelled images ({error}); copy the set again.") from None
+    for sample in evalset.samples(folder, split):
+        assert sample.member is not None
+        places.append((number[sample.shard], sample.member.offset_data, sample.member.size))
+        labels.append(sample.label)
     return Labelled(shards, np.array(places, dtype=np.int64).reshape(-1, 3), np.array(labels, dtype=np.int64))
 
 

@@ -1,24 +1,173 @@
 """Webdataset shards: tar files in which the members of one sample share a name up to its first dot.
 
-    for members in samples_of(shard).values():              # {"png": TarInfo, "txt": TarInfo}
-        open_image(shard, members["png"].offset_data, members["png"].size, "remove it")
+    for members in open_shard(path, "--data").samples.values():             # {"png": TarInfo, "txt": TarInfo}
+        open_image(path, members["png"].offset_data, members["png"].size, "remove it")
 
-A shard is indexed once by offsets. Then each sample can be read alone, in any order.
+A shard is indexed once by offsets. Then each sample can be read alone, in any order. What is no whole shard is told by
+its content, in one line. Python's tarfile would take a damaged or cut header for the end of the archive, and would
+unpack a compressed one, whose members then stand at other offsets than in the file.
 """
 
 from __future__ import annotations
 
 import hashlib
 import io
+import itertools
 import re
 import tarfile
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
 from PIL import Image
 
 from upcycle_bench.util.errors import UserError
+
+AGAIN = "copy or download it again"
+
+# What a file that is no tar archive begins with, what it is, and what to do.
+_NO_ARCHIVE = (
+    (rb"\Z", "it is empty (0 bytes)", AGAIN),
+    (
+        rb"version https://git-lfs",
+        "it is a Git LFS pointer, not the file itself",
+        "run `git lfs pull` where it is from",
+    ),
+    (rb"\x1f\x8b", "it is compressed with gzip, and samples are read at their place", "unpack it with `gunzip`"),
+    (rb"BZh", "it is compressed with bzip2, and samples are read at their place", "unpack it with `bunzip2`"),
+    (rb"\xfd7zXZ", "it is compressed with xz, and samples are read at their place", "unpack it with `unxz`"),
+    (
+        rb"\x28\xb5\x2f\xfd",
+        "it is compressed with zstd, and samples are read at their place",
+        "unpack it with `unzstd`",
+    ),
+    (rb"PK\x03\x04", "it is a zip archive", "write its files with tar"),
+    (rb"PAR1", "it is a Parquet table", "write its images and captions with tar"),
+    (rb"(\xef\xbb\xbf)?\s*<(!doctype|html|head|\?xml|error)", "it is a web page, such as a login or an error", AGAIN),
+    (rb"\s*[\[{]\s*[\"\]}]", "it is JSON text, such as a server's error", AGAIN),
+    (rb"\0+\Z", "it holds only zeros", AGAIN),
+    (rb"", "it is not a readable tar file", "write it again with tar"),
+)
+_MOST_ZEROS = 1 << 20  # after the last member: two blocks, filled up to a record, which tar's -b makes longer
+
+
+@dataclass
+class Shard:
+    """The index of one shard.
+
+    samples: name -> suffix in lower case -> member, in the order of the shard. A sample is named by its folder and its
+    file name up to the first dot. As in webdataset, files without a suffix and hidden files are no samples.
+    repeated: how many more samples had the name of an earlier one; of those, the first counts.
+    """
+
+    path: Path
+    samples: dict[str, dict[str, tarfile.TarInfo]] = field(default_factory=dict)
+    repeated: int = 0
+
+
+def open_shard(path: Path, option: str = "") -> Shard:
+    """Index a shard; only the members' headers are read.
+
+    Raises UserError, which names `option` and the shard: what a file that is no tar archive is; where an archive is cut
+    or damaged, and how many samples are whole; samples whose files do not stand side by side.
+    """
+    where = f"{option} {path}".lstrip()
+    try:
+        with path.open("rb") as file:
+            return _indexed(path, file, where)
+    except OSError as error:
+        raise UserError(
+            f"{where}: it cannot be read ({error.strerror or error}); check its rights and its disk."
+        ) from None
+
+
+def samples_of(path: Path, option: str = "") -> dict[str, dict[str, tarfile.TarInfo]]:
+    """The samples of `open_shard`."""
+    return open_shard(path, option).samples
+
+
+def _indexed(path: Path, file: BinaryIO, where: str) -> Shard:
+    members: list[tarfile.TarInfo] = []
+    end, broken = 0, False
+    try:
+        with tarfile.open(fileobj=file, mode="r:") as tar:
+            for member in tar:
+                if broken := member.size < 0:  # tarfile would go back, and read for ever
+                    break
+                members.append(member)
+                end = tar.offset
+    except (tarfile.TarError, ValueError, OverflowError):  # damaged fields of a header raise the latter two
+        broken = True
+    if broken and not members:
+        file.seek(0)
+        head = file.read(tarfile.BLOCKSIZE)
+        what, remedy = next(row for pattern, *row in _NO_ARCHIVE if re.match(pattern, head, re.IGNORECASE))
+        raise UserError(f"{where}: {what}; {remedy}.")
+    shard = Shard(path)
+    _group(shard, members, where)
+    if wrong := _wrong_end(file, end, broken, bool(members)):
+        whole = _whole(shard, file.seek(0, io.SEEK_END))
+        raise UserError(f"{where}: {wrong}, after {whole:,} whole sample{'s' * (whole != 1)}; {AGAIN}.")
+    return shard
+
+
+def _wrong_end(file: BinaryIO, end: int, broken: bool, members: bool) -> str | None:
+    """What is wrong behind the last member, which ends at byte `end`; None if the archive ends there."""
+    size = file.seek(0, io.SEEK_END)
+    if size < end + tarfile.BLOCKSIZE:
+        return f"it is cut at byte {size:,}, {'within a file' if end > size else 'at a header'}"
+    file.seek(end)
+    if broken or file.read(tarfile.BLOCKSIZE).strip(b"\0"):
+        return f"its header at byte {end:,} is damaged or cut"
+    while piece := file.read(1 << 20):
+        if piece.strip(b"\0"):
+            return f"its end is marked at byte {end:,}, but more follows up to byte {size:,}, as in joined archives"
+    if size - end > (_MOST_ZEROS if members else tarfile.RECORDSIZE):
+        return f"it holds only zeros from byte {end:,} to {size:,}, like an unfinished download"
+    return None
+
+
+def _group(shard: Shard, members: Sequence[tarfile.TarInfo], where: str) -> None:
+    """Put the members into the shard's samples, as webdataset groups them."""
+    for name, group in itertools.groupby(_named(members), lambda each: each[0]):
+        sample: dict[str, tarfile.TarInfo] = {}
+        seen: Counter[str] = Counter()
+        for _, suffix, member in group:
+            sample.setdefault(suffix, member)
+            seen[suffix] += 1
+        times = max(seen.values())
+        earlier = shard.samples.setdefault(name, sample)
+        if earlier is sample:
+            shard.repeated += times - 1
+        elif earlier.keys() & sample.keys():
+            shard.repeated += times
+        else:
+            place = min(member.offset for member in sample.values())
+            raise UserError(
+                f"{where}: the files of sample {name!r} do not stand side by side (again at byte {place:,}); "
+                "pack them sorted by name, for example with `tar --sort=name`."
+            )
+        if any(member.issparse() for member in sample.values()):
+            raise UserError(f"{where}: sample {name!r} is stored as a sparse file; pack it without tar's --sparse.")
+
+
+def _named(members: Sequence[tarfile.TarInfo]) -> Iterator[tuple[str, str, tarfile.TarInfo]]:
+    """(name of the sample, suffix, member) of each file that belongs to a sample."""
+    for member in members:
+        folder, slash, name = member.name.rpartition("/")
+        stem, dot, suffix = name.partition(".")
+        if member.isfile() and stem and dot:
+            yield f"{folder}{slash}{stem}", suffix.lower(), member
+
+
+def _whole(shard: Shard, size: int) -> int:
+    """How many samples of a shard that is cut at byte `size` have all their files, as far as one can tell."""
+    ends = [max(member.offset_data + member.size for member in each.values()) for each in shard.samples.values()]
+    last = next(reversed(shard.samples.values()), {})
+    complete = all(suffix in last for suffix in next(iter(shard.samples.values()), {}))
+    return sum(end <= size for end in ends[:-1]) + sum(end <= size and complete for end in ends[-1:])
 
 
 def expand_shards(text: str, option: str = "--data") -> tuple[Path, ...]:
@@ -52,21 +201,6 @@ def shards_digest(shards: Sequence[Path]) -> str:
     return digest.hexdigest()
 
 
-def samples_of(shard: Path) -> dict[str, dict[str, tarfile.TarInfo]]:
-    """Sample -> suffix in lower case -> member, in the order of the shard. Raises tarfile.TarError.
-
-    A sample is named by its folder and its file name up to the first dot. Only the members' headers are read.
-    """
-    samples: dict[str, dict[str, tarfile.TarInfo]] = {}
-    with tarfile.open(shard) as tar:
-        for member in tar:
-            if member.isfile():
-                folder, _, name = member.name.rpartition("/")
-                key, _, suffix = name.partition(".")
-                samples.setdefault(f"{folder}/{key}", {})[suffix.lower()] = member
-    return samples
-
-
 def read_member(shard: BinaryIO, member: tarfile.TarInfo) -> bytes:
     """The content of a member of the shard, which is open as a plain file."""
     shard.seek(member.offset_data)
@@ -80,5 +214,5 @@ def open_image(shard: Path, offset: int, size: int, remedy: str) -> Image.Image:
         content = file.read(size)
     try:
         return Image.open(io.BytesIO(content)).convert("RGB")
-    except OSError as error:
+    except Exception as error:  # Pillow raises many kinds of errors for a broken image
         raise UserError(f"{shard}: the image at byte {offset} cannot be read ({error}); {remedy}.") from None

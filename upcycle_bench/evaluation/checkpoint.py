@@ -28,6 +28,7 @@ from upcycle_bench.model.pretrained import Choices, find_pretrained
 from upcycle_bench.planning.fingerprint import suite_fingerprints
 from upcycle_bench.planning.plan import Paths, find_world, make_suites
 from upcycle_bench.planning.registry import Registry
+from upcycle_bench.planning.sound_sets import without_bad_sets
 from upcycle_bench.protocol import load_protocol
 from upcycle_bench.suite import OnlyNamed, Suite
 from upcycle_bench.training import session
@@ -94,13 +95,13 @@ def score_checkpoint(
     if protocol is not None:
         found = _of_protocol(registry, protocol, (), data, names, reporter)
     elif data is not None:
-        found = _of_folder(registry, data, names)
+        found = _of_folder(registry, data, names, reporter)
     else:
         found = _of_protocol(registry, _usual_protocol(checkpoint, model), model.overrides, None, names, reporter)
-    fingerprints, missing = suite_fingerprints(found.suites, found.root)
+    fingerprints, skipped = suite_fingerprints(found.suites, found.root, found.skipped)
     with session.open_session(found.threads or torch.get_num_threads()) as device:
         meter = Meter(device)
-        suites = {key: suite for key, suite in found.suites.items() if key not in missing}
+        suites = {key: suite for key, suite in found.suites.items() if key not in skipped}
         try:
             outcome, certificate = score(suites, found.root, model.clip, meter, reporter, model.identity, model.file)
         except UserError:
@@ -125,7 +126,7 @@ def score_checkpoint(
         "suite_fingerprints": {key: value for key, value in fingerprints.items() if key not in failed},
         "scores": scores,
         "headlines": headlines_of(scores),
-        "skipped": found.skipped | missing | failed,
+        "skipped": skipped | failed,
         "suite_notes": {key: result.notes for key, result in outcome.items() if result.notes},
         "certificate": certificate.model_dump(mode="json") if certificate else None,
         "seconds": meter.phases["evaluate"].seconds,
@@ -154,11 +155,12 @@ def _of_protocol(
     suites = make_suites(registry, settings, names)
     if data is None and settings.data.world == "local":
         raise UserError(f"protocol {name} has no data of its own; give --data, the folder with its evaluation sets.")
-    root = data if data is not None else find_world(settings, Paths(), reporter).eval_root
-    return Chosen(name, root, suites, threads=settings.threads)
+    if data is None:
+        return Chosen(name, find_world(settings, Paths(), reporter).eval_root, suites, threads=settings.threads)
+    return Chosen(name, data, *without_bad_sets(suites, data, reporter), settings.threads)
 
 
-def _of_folder(registry: Registry, folder: Path, names: Sequence[str]) -> Chosen:
+def _of_folder(registry: Registry, folder: Path, names: Sequence[str], reporter: Reporter) -> Chosen:
     """Each suite on each valid set alone, so that a bad set skips nothing else; UserError if nothing can be scored."""
     chosen = list(registry.suites) if list(names) == ["all"] else names or ["zero-shot"]
     targets = {name: registry.get("suite", name).target for name in chosen}
@@ -170,15 +172,15 @@ def _of_folder(registry: Registry, folder: Path, names: Sequence[str]) -> Chosen
             key = f"{name}/{path.name}"
             try:
                 suites[key] = _of_set(target, path)
-                splits = {text.partition(":")[2] or "test" for text in suites[key].datasets()}
-                evalset_check.require_valid(path, splits)
             except (UserError, ValidationError) as error:  # ValidationError: the suite reserves the name of the set
-                suites.pop(key, None)
                 skipped[key] = str(error) if isinstance(error, UserError) else f"{first_problem(error)[1]}."
+    root = paths[0].parent
+    suites, bad = without_bad_sets(suites, root, reporter)
+    skipped |= bad
     if not suites:
         reasons = " ".join(f"{name}: {why}" for name, why in skipped.items())
         raise UserError(f"--data {folder}: nothing can be scored. {reasons}")
-    return Chosen(None, paths[0].parent, suites, skipped)
+    return Chosen(None, root, suites, skipped)
 
 
 def _of_set(target: type[Suite], path: Path) -> Suite:

@@ -58,26 +58,18 @@ def image_features(folder: Path, split: str, context: EvalContext) -> Examples:
 def encode_images(evalset: EvalSet, context: EvalContext) -> tuple[Tensor, list[Any]]:
     """Normalised image embeddings [N, C], and each image's label or captions.
 
-    Raises UserError for an image that cannot be read, for a number of strata that is not that of the images, and for
+    Raises UserError for a sample that is not valid, for a number of strata that is not that of the images, and for
     embeddings that are not finite.
     """
-    from webdataset.autodecode import DecodingError
-
     embeddings, labels_or_captions = [], []
     flops: dict[Hashable, int] = {}
     # The FLOPs of a batch depend on its shape alone, so one batch of each shape is counted. DeepSpeed's layer is the
     # exception: it computes as many rows for each expert as the busiest one has, so there every batch is counted.
     alike = backends.forced() != "deepspeed"
-    try:
-        for images_B3HW, beside in context.track(evalset.batches, f"{evalset.name}: images"):
-            with counted_once(flops, images_B3HW.shape) if alike else contextlib.nullcontext():
-                embeddings.append(embed(context.model.encode_image, images_B3HW, context))
-            labels_or_captions.extend(beside)
-    except DecodingError as error:  # its message is empty
-        raise UserError(
-            f"evaluation set {evalset.name}: the .{error.k} of sample {error.key} cannot be read; `upcycle-bench data "
-            "check` says what else is wrong."
-        ) from error
+    for images_B3HW, beside in context.track(evalset.batches, f"{evalset.name}: images"):
+        with counted_once(flops, images_B3HW.shape) if alike else contextlib.nullcontext():
+            embeddings.append(embed(context.model.encode_image, images_B3HW, context))
+        labels_or_captions.extend(beside)
     evalsets.require_strata(evalset.name, evalset.strata, len(labels_or_captions))
     return finite(torch.cat(embeddings), evalset.name), labels_or_captions
 

@@ -14,8 +14,9 @@ Shape suffixes: N samples.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass as plain_dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
@@ -77,6 +78,13 @@ class ProbeSuite(Suite):
         for task in runnable(self.tasks, root, {}).values():
             found |= task.sources(root)
         return found
+
+    def without(self, sets: Collection[str]) -> ProbeSuite:
+        """The tasks that read none of them; UserError if there is no such task."""
+        kept = {name: task for name, task in self.tasks.items() if task.world or not {*task.pool, *task.test} & {*sets}}
+        if not kept:
+            raise UserError(f"{self.info.name}: no task is left.")
+        return replace(self, tasks=kept)  # type: ignore[type-var]
 
 
 def of_set(folder: Path) -> dict[str, Any]:

@@ -9,12 +9,10 @@ whatever a model prefers.
 
 from __future__ import annotations
 
-import re
-import tarfile
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -58,61 +56,25 @@ def take(folder: Path, rng: Stream) -> SmallSet:
 
     Raises UserError for a set with several labels a sample, and for one with too few samples.
     """
-    members, kind = list(_scan(folder)), evalset.kind_of(folder)
+    kind = evalset.kind_of(folder)
+    if kind == "multilabel":
+        raise UserError(f"evaluation set {folder.name}: several labels for each sample, so labels are not shuffled.")
+    scanned = list(islice(evalset.samples(folder), SCANNED))
     classes: tuple[str, ...] = ()
     templates: tuple[str, ...] = ()
     if kind == "classification":
-        suffix, labels = "cls", _texts(members, "cls", folder)
-        if not all(label.strip().isdigit() for label in labels):
-            raise UserError(f"evaluation set {folder.name}: not one class for each sample, so labels are not shuffled.")
-        chosen, kept = _balanced([int(label) for label in labels])
+        chosen, kept = _balanced([sample.label for sample in scanned])
         names = evalset.classnames(folder)
-        values = [str(kept.index(int(labels[place]))).encode() for place in chosen]
+        values = [str(kept.index(scanned[place].label)).encode() for place in chosen]
         classes = tuple(names[label] for label in kept)
-        templates = tuple((folder / evalset.TEMPLATES).read_text(encoding="utf-8").splitlines()[:1])
+        templates = evalset.templates(folder)[:1]
     else:
-        suffix, captions = "txt", _texts(members, "txt", folder)
-        chosen = sorted(torch.randperm(len(members), generator=rng.generator()).tolist()[:SAMPLES])
-        values = [captions[place] for place in chosen]
+        chosen = sorted(torch.randperm(len(scanned), generator=rng.generator()).tolist()[:SAMPLES])
+        values = ["\n".join(scanned[place].label).encode() for place in chosen]
     if len(chosen) < LEAST:
         raise UserError(f"evaluation set {folder.name}: {len(chosen)} samples are too few for a control.")
-    images = list(_read([members[place] for place in chosen], lambda name: name != suffix))
+    images = [{scanned[place].suffix: scanned[place].content()} for place in chosen]
     return SmallSet(kind, images, values, classes, templates)
-
-
-@dataclass(frozen=True)
-class _Member:
-    """A sample in a shard; `files`: suffix -> its file in the tar archive."""
-
-    shard: Path
-    files: dict[str, tarfile.TarInfo]
-
-
-def _scan(folder: Path) -> Iterator[_Member]:
-    """The first samples of the test split; members of one share their name up to its first dot, as in webdataset."""
-    seen = 0
-    for shard in evalset.shards_of(folder):
-        with tarfile.open(shard) as tar:
-            files = (member for member in tar if member.isfile())
-            for key, group in groupby(files, key=lambda member: re.sub(r"\.[^/]*$", "", member.name)):
-                yield _Member(shard, {member.name[len(key) + 1 :]: member for member in group})
-                seen += 1
-                if seen == SCANNED:
-                    return
-
-
-def _texts(members: list[_Member], suffix: str, folder: Path) -> list[bytes]:
-    if not all(suffix in member.files for member in members):
-        raise UserError(f"evaluation set {folder.name}: not every sample has a .{suffix}, so labels are not shuffled.")
-    return [files[suffix] for files in _read(members, lambda name: name == suffix)]
-
-
-def _read(members: list[_Member], wanted: Callable[[str], bool]) -> Iterator[dict[str, bytes]]:
-    for shard, group in groupby(members, key=lambda member: member.shard):
-        with tarfile.open(shard) as tar:
-            for member in group:
-                files = ((name, tar.extractfile(info)) for name, info in member.files.items() if wanted(name))
-                yield {name: file.read() for name, file in files if file is not None}
 
 
 def _balanced(labels: list[int]) -> tuple[list[int], list[int]]:

@@ -83,10 +83,15 @@ def suite_fingerprint(suite: Suite, eval_root: Path) -> str:
     return fingerprint({**facts, "data": suite.sources(eval_root)})
 
 
-def suite_fingerprints(suites: Mapping[str, Suite], eval_root: Path) -> tuple[dict[str, str | None], dict[str, str]]:
-    """Fingerprints of suites that can run, and why the others cannot; UserError if none has a headline score."""
+def suite_fingerprints(
+    suites: Mapping[str, Suite], eval_root: Path, left_out: Mapping[str, str] | None = None
+) -> tuple[dict[str, str | None], dict[str, str]]:
+    """Fingerprints of suites that can run, and why the others cannot; UserError if none has a headline score.
+
+    `left_out`: why other suites, or sets of these, were left out before; it is part of the second answer.
+    """
     found: dict[str, str | None] = {}
-    skipped: dict[str, str] = {}
+    skipped = dict(left_out or {})
     for name, suite in suites.items():
         try:
             found[name] = suite_fingerprint(suite, eval_root)
@@ -96,7 +101,7 @@ def suite_fingerprints(suites: Mapping[str, Suite], eval_root: Path) -> tuple[di
         alone = (
             f"--suite {','.join(found)} has no headline score, which a record needs; name a suite that has one, too."
         )
-        raise UserError(" ".join(skipped.values()) or alone)
+        raise UserError(" ".join(dict.fromkeys(skipped.values())) or alone)
     return found, skipped
 
 

@@ -31,6 +31,7 @@ from upcycle_bench.planning.fingerprint import (
     training_fingerprint,
 )
 from upcycle_bench.planning.registry import Entry, Registry
+from upcycle_bench.planning.sound_sets import without_bad_sets
 from upcycle_bench.protocol import MoE, Protocol
 from upcycle_bench.strategy import Strategy, configure, resolve_moe
 from upcycle_bench.suite import Suite
@@ -57,9 +58,10 @@ class Paths:
 class Plan:
     """One run, with everything decided. `missing` names what a user must still give; fingerprints may then be None.
 
-    `suites` can run; `skipped` says for each other suite that is wanted why it cannot. `moe` is the protocol's MoE as
-    the strategy changes it, and `steps` are those of its training, 0 if it has none; `unequal` says why a model of that
-    shape does not compare, or is None. That is what the strategy declares: the record says it `as_built`.
+    `suites` can run; `skipped` says why another suite that is wanted, or a set of one of these (SUITE/SET), cannot.
+    `moe` is the protocol's MoE as the strategy changes it, and `steps` are those of its training, 0 if it has none;
+    `unequal` says why a model of that shape does not compare, or is None. That is what the strategy declares: the
+    record says it `as_built`.
     """
 
     protocol: Protocol
@@ -121,7 +123,10 @@ def make_plan(
     checkpoint, dense_identity = _dense_model(protocol, paths, world)
     if protocol.dense.source == "checkpoint" and checkpoint is None:
         missing.append("--checkpoint (the dense open_clip model)")
-    fingerprints, skipped = suite_fingerprints(wanted, world.eval_root) if world else (dict.fromkeys(wanted), {})
+    bad: dict[str, str] = {}
+    if world and protocol.data.world == "local":
+        wanted, bad = without_bad_sets(wanted, world.eval_root, reporter)
+    fingerprints, skipped = suite_fingerprints(wanted, world.eval_root, bad) if world else (dict.fromkeys(wanted), bad)
     return Plan(
         protocol=protocol,
         entry=entry,

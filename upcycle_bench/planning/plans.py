@@ -74,6 +74,7 @@ def dry_run_of_matrix(cells: Sequence[Cell], done: Sequence[Path | None]) -> dic
     flops, seconds = cost_of(to_do)
     return {
         "runs": len(cells),
+        **({"skipped": cells[0].plan.skipped} if cells[0].plan.skipped else {}),
         "to_do": len(to_do),
         "flops_without_strategy_losses": flops,
         "estimated_training_seconds_on_one_such_device": round(seconds, 1),
