@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from tests.evaluation.sets import write_sets
 from tests.helpers import tiny_clip
 from upcycle_bench import api
+from upcycle_bench.evaluation.certificate import require_own_code
 from upcycle_bench.evaluation.features import embed
 from upcycle_bench.evaluation.score import score
 from upcycle_bench.model import weights
@@ -197,3 +198,11 @@ def test_features_that_another_model_made_in_the_evaluation_are_refused(root: Pa
     clip.model.visual = Remembering()
     with pytest.raises(Unsound, match="its answers come from a hook, a patch or a cache"):
         certified(root, clip, file)
+
+
+def test_transformers_method_is_no_replaced_code() -> None:
+    """Hugging Face's tokenizers, of SigLIP and CLIPA, import it; it adds `Module.smart_apply`."""
+    import transformers.modeling_utils  # noqa: F401
+
+    assert nn.Module.smart_apply.__module__ == "transformers.modeling_utils"  # type: ignore[union-attr]
+    require_own_code(nn.Sequential(nn.Linear(2, 2)))

@@ -73,7 +73,7 @@ def test_a_label_with_siglip_in_it_keeps_clips_tokenizer(tmp_path: Path) -> None
 
 
 def test_a_repository_is_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write(tmp_path / "open_clip_config.json", {"model_cfg": small(vision_cfg__layers=2)})
+    write(tmp_path / "open_clip_config.json", {"model_cfg": small(vision_cfg__layers=7)})
     asked = []
 
     def snapshot(name: str, revision: str | None, allow_patterns: list[str]) -> str:

@@ -1,11 +1,13 @@
 """Plans: fingerprints change with what they must and with nothing else; missing options are named."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from upcycle_bench.model.config import model_config
 from upcycle_bench.planning.fingerprint import dense_recipe, training_fingerprint
 from upcycle_bench.planning.plan import Paths, Plan, find_world, make_plan, run_id
 from upcycle_bench.planning.registry import load_registry
@@ -52,8 +54,21 @@ def test_numerics_and_model_configuration_are_part_of_it(monkeypatch: pytest.Mon
     monkeypatch.setattr("upcycle_bench.planning.fingerprint.NUMERICS", -1)
     assert plan().training_fingerprint != before
     monkeypatch.undo()
-    monkeypatch.setattr("upcycle_bench.planning.fingerprint.model_config", lambda name: {"embed_dim": 1})
+    monkeypatch.setattr("upcycle_bench.planning.fingerprint._model", lambda protocol: {"config": {"embed_dim": 1}})
     assert plan().training_fingerprint != before
+
+
+def test_a_model_counts_by_its_configuration_wherever_that_stands(tmp_path: Path) -> None:
+    config = model_config("smoke-vit")
+    config["vision_cfg"]["layers"] = 3
+    world, found = plan().world, []
+    assert world is not None
+    for folder in ("here", "there"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "mine.json").write_text(json.dumps(config))
+        protocol = load_protocol(REGISTRY.protocols["smoke"].target, [f"model={tmp_path / folder / 'mine.json'}"])
+        found.append(training_fingerprint(protocol, world, "given", None))
+    assert found[0] == found[1] != training_fingerprint(plan().protocol, world, "given", None)
 
 
 def test_local_data_is_asked_for_and_found(tmp_path: Path) -> None:
@@ -196,7 +211,9 @@ def test_torchs_version_is_part_of_a_dense_models_recipe(monkeypatch: pytest.Mon
     assert dense_recipe(protocol, world) != before
 
 
-@pytest.mark.parametrize(("name", "value"), [("NUMERICS", -1), ("model_config", lambda name: {"embed_dim": 1})])
+@pytest.mark.parametrize(
+    ("name", "value"), [("NUMERICS", -1), ("_model", lambda protocol: {"config": {"embed_dim": 1}})]
+)
 def test_numerics_and_model_configuration_count_for_a_given_dense_model_too(
     monkeypatch: pytest.MonkeyPatch, name: str, value: Any
 ) -> None:
