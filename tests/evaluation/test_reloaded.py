@@ -201,8 +201,9 @@ def test_features_that_another_model_made_in_the_evaluation_are_refused(root: Pa
 
 
 def test_transformers_method_is_no_replaced_code() -> None:
-    """Hugging Face's tokenizers, of SigLIP and CLIPA, import it; it adds `Module.smart_apply`."""
-    import transformers.modeling_utils  # noqa: F401
+    """With the first of its models, which a text tower of Hugging Face's is, it adds `Module.smart_apply`."""
+    from transformers import BertConfig, BertModel
 
+    BertModel(BertConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8))
     assert nn.Module.smart_apply.__module__ == "transformers.modeling_utils"  # type: ignore[union-attr]
     require_own_code(nn.Sequential(nn.Linear(2, 2)))

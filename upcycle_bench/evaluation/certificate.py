@@ -53,7 +53,7 @@ ALLOWED = 10_000  # predictions of which one may differ
 REPEATS = ((7, False), (100, True))  # batch size, shuffled: no batch has the members that it had in the evaluation
 RELOADED_BATCH = 64  # of the inputs that the model of the file encodes
 MOVED = 1e-3  # an embedding that moves farther counts as another one, whatever it predicts
-# transformers, which Hugging Face's tokenizers import, adds a method to Module that makes weights.
+# transformers adds a method to Module, with its first model, that makes weights: `smart_apply`.
 TRUSTED = ("torch", "transformers")
 
 
