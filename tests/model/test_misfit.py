@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from tests.model.checkpoints import State, prefixed, random_state, refusal
+from upcycle_bench.model.clip import create_clip
 from upcycle_bench.model.hub import weights_in
 from upcycle_bench.util.errors import UserError
 
@@ -82,3 +83,8 @@ def test_a_distributed_checkpoint(tmp_path: Path, state: State) -> None:
     with pytest.raises(UserError, match=r"is a distributed checkpoint; make a file of it: .* dcp_to_torch"):
         weights_in(tmp_path / "dcp")
     assert "is a part of a distributed checkpoint" in refusal(tmp_path / "dcp" / "__0_0.distcp")
+
+
+def test_weights_of_a_clip_under_the_name_of_another_class_are_known_by_their_shapes(tmp_path: Path) -> None:
+    torch.save(create_clip("lab-vit").model.state_dict(), tmp_path / "w.pt")
+    assert "Its shapes are those of lab-vit: give that model." in refusal(tmp_path / "w.pt", "ViT-B-16-SigLIP")

@@ -13,7 +13,7 @@ from torch import Tensor
 
 Form = tuple[int, ...]
 TEXT = ("transformer", "token_embedding", "positional_embedding", "ln_final", "text_projection")
-PARTS = ("visual", *TEXT, "logit_scale")
+PARTS = ("visual", *TEXT, "logit_scale", "logit_bias")
 
 
 def names_of_shape(tensors: Mapping[str, Tensor], quick_gelu: bool | None = None) -> list[str]:
