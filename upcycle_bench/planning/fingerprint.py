@@ -49,6 +49,7 @@ def dense_recipe(protocol: Protocol, world: World) -> str:
     values["dense"] = {key: value for key, value in values["dense"].items() if key not in ("source", "shipped")}
     values["made by"] = [torch.__version__, distributed.choose_device().type, distributed.world_size()]
     values["made by"] += ["plain"] if plain() else []
+    values |= _captions(world)
     return fingerprint({**values, "config": model_config(protocol.model), "data": world.sha256, "numerics": NUMERICS})
 
 
@@ -67,9 +68,15 @@ def training_fingerprint(protocol: Protocol, world: World, dense_identity: str, 
     values["train"] = {key: value for key, value in values["train"].items() if key not in _WITHOUT_EFFECT}
     values |= {"config": model_config(protocol.model), "data": world.sha256, "checkpoint": dense_identity}
     values["world_size"] = distributed.world_size()  # a rank's capacity is that of its share of the batch
+    values |= _captions(world)
     if unequal:
         values["unequal"] = unequal
     return fingerprint({**values, "numerics": NUMERICS})
+
+
+def _captions(world: World) -> dict[str, str]:
+    """What a .txt is, where it is not one caption a line, as it was for all data at first."""
+    return {} if world.captions == "lines" else {"captions": world.captions}
 
 
 def suite_fingerprint(suite: Suite, eval_root: Path) -> str:
