@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_serializer, model_validator
 
 from upcycle_bench.util import strict_json
 from upcycle_bench.util.errors import UserError, first_problem, unknown
@@ -23,6 +23,9 @@ if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
+
+
+Captions = Literal["text", "lines"]  # a sample's .txt is one caption, or holds one a line
 
 
 class Frozen(BaseModel):
@@ -73,6 +76,25 @@ class Data(Frozen):
 
     world: Literal["digits", "lab", "local"]
     seed: int = Field(ge=0, description="seed of the world's own splits")
+    captions: Captions | None = Field(
+        default=None, description="of local data: a .txt is one text (the default), or has one caption a line"
+    )
+
+    @property
+    def captions_of_shards(self) -> Captions:
+        """What a .txt of the training shards is; in a world that is built it has one caption a line."""
+        return self.captions or ("text" if self.world == "local" else "lines")
+
+    @model_validator(mode="after")
+    def _captions_are_local(self) -> Data:
+        if self.captions is not None and self.world != "local":
+            raise ValueError(f"captions goes with the world local; {self.world} has its own")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _without_none(self, usual: Any) -> dict[str, Any]:
+        """Older records and fingerprints have no `captions`."""
+        return {key: value for key, value in usual(self).items() if value is not None}
 
 
 class MoE(Frozen):

@@ -238,7 +238,8 @@ class Record(Part):
     )
     diagnostics: dict[str, JsonValue] = Field(
         default_factory=dict,
-        description="the receipt's numbers after training, and each term's share of the loss at its start",
+        description="the receipt's numbers after training, and each term's share of the loss at its start; of local "
+        "data, the training pairs and the samples that are left out, by kind",
     )
     certificate: CertificatePart | None = Field(default=None, description="None: made before there were any")
     cost: Cost | None = None

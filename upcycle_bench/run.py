@@ -6,10 +6,11 @@ path = run(plan, Path("results"), reporter)
 from __future__ import annotations
 
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from upcycle_bench.data.pairs import PairDataset
+from upcycle_bench.data.pairs import PairDataset, training_pairs
 from upcycle_bench.evaluation.score import score
 from upcycle_bench.model import weights
 from upcycle_bench.model.clip import Clip
@@ -27,6 +28,7 @@ from upcycle_bench.upcycling.final_form import require_describable
 from upcycle_bench.upcycling.starting_model import Start, diagnosed, initialise
 from upcycle_bench.util import distributed
 from upcycle_bench.util.cache import cache_root
+from upcycle_bench.util.errors import UserError
 from upcycle_bench.util.meter import Meter
 from upcycle_bench.util.progress import Reporter
 from upcycle_bench.util.rng import Stream
@@ -47,7 +49,7 @@ def run(plan: Plan, results: Path, reporter: Reporter, *, fresh: bool = False) -
         try:
             dense, state.dense = load_dense(protocol, world, dense_source(plan), device, reporter)
             state.start = dense
-            data = PairDataset(world.train_shards, dense, protocol.train.schedule.augmentation)
+            data = training_pairs(world, dense, protocol.train.schedule.augmentation)
             key = finished.key_of(run_id(plan, state.dense), device)
             with finished.work_folder(key, protocol.train.checkpoint_every > 0, fresh) as work:
                 if fresh or not recall(state, key):
@@ -77,8 +79,16 @@ def run(plan: Plan, results: Path, reporter: Reporter, *, fresh: bool = False) -
             return path
         except Exception as error:
             if distributed.is_main():
-                print(f"the run failed; record: {write_failure(state, error, results)}", file=sys.stderr)
+                print(f"the run failed; {failure(state, error, results)}", file=sys.stderr)
             raise
+
+
+def failure(state: RunState, error: Exception, results: Path) -> str:
+    """Write the record of a failed run; returns where it is, or why there is none: what failed may be the disk."""
+    try:
+        return f"record: {write_failure(state, error, results)}"
+    except UserError as why:
+        return f"it has no record: {why}"
 
 
 def train_model(
@@ -127,9 +137,14 @@ def whole_model(plan: Plan, model: Clip, path: Path) -> Clip:
 
 
 def diagnostics(state: RunState, dense: Clip, data: PairDataset) -> dict[str, Any]:
-    """The receipt's numbers for the final model, each term's mean share of the first losses, the own loss's notes."""
+    """The receipt's numbers for the final model, each term's mean share of the first losses, the own loss's notes.
+
+    Of a user's own data also how many pairs there are, and how many samples are left out, by kind.
+    """
     assert state.final is not None
     found = diagnose(state.final.model, dense.model, diagnosed(dense, data, state.meter.device))
+    if state.plan.world is not None and state.plan.world.option:
+        found["training_samples"] = asdict(data.counts)
     progress = state.progress
     if progress is not None and progress.share_steps:
         found["loss_shares_at_start"] = {"steps": progress.share_steps, **progress.mean_loss_shares}

@@ -6,7 +6,6 @@ path = write_record(state, outcome, results)    # or, of a run that fails, write
 
 from __future__ import annotations
 
-import shutil
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -27,6 +26,7 @@ from upcycle_bench.suite import SuiteResult
 from upcycle_bench.training.finished import Trained
 from upcycle_bench.training.job import Progress
 from upcycle_bench.util import distributed, strict_json
+from upcycle_bench.util.files import write_atomically
 from upcycle_bench.util.flops import COUNTING_RULE
 from upcycle_bench.util.meter import Meter, Phase
 
@@ -120,7 +120,12 @@ def write_record(state: RunState, outcome: Mapping[str, SuiteResult], results: P
     )
     path = record.write(made, arrays, results)
     if state.metrics is not None and state.metrics.is_file():
-        shutil.copyfile(state.metrics, path.with_suffix(".jsonl"))
+        try:
+            write_atomically(path.with_suffix(".jsonl"), state.metrics.read_bytes())
+        except BaseException:  # a record is whole, or not there
+            for suffix in (".json", ".npz"):
+                path.with_suffix(suffix).unlink(missing_ok=True)
+            raise
     return path
 
 

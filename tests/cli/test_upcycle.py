@@ -74,7 +74,7 @@ def test_cluster_aware_is_what_a_run_would_train(
 
     clip = create_clip(MODEL, dense)
     clip.model.eval()
-    pairs, sample = PairDataset(shards, clip), Stream(("calibration", 3))
+    pairs, sample = PairDataset(shards, clip, captions="text"), Stream(("calibration", 3))
     strategy, moe = choose_strategy("cluster-aware", {"pairs": 300, "tau": 0.8}), moe_settings(experts=4)
     inits = make_experts(
         strategy,

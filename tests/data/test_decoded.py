@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +17,7 @@ from upcycle_bench.data.decoded import Decoded, decoded
 from upcycle_bench.data.pairs import PairDataset
 from upcycle_bench.data.shards import shards_digest
 from upcycle_bench.model.clip import Clip, create_clip
+from upcycle_bench.util.errors import UserError
 from upcycle_bench.util.rng import Stream
 
 
@@ -89,7 +92,7 @@ def test_a_second_opening_builds_nothing(shards: list[Path], clip: Clip, cache: 
     (folder,) = cache.iterdir()
     before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
     assert set(before) == {"images.npy", "tokens.npy", "first.npy"}
-    monkeypatch.setattr(pairs_module, "samples_of", lambda shard: pytest.fail("the shards were read again"))
+    monkeypatch.setattr(pairs_module, "index_pairs", lambda *_: pytest.fail("the shards were read again"))
     again = PairDataset(shards, clip).batch(0, 0, 10)
     assert torch.equal(first.images, again.images) and torch.equal(first.texts, again.texts)
     assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == before
@@ -150,3 +153,29 @@ def test_the_key_follows_the_models_configuration(
     monkeypatch.setattr("open_clip.get_model_config", lambda name: {"vision_cfg": {"image_size": 12}})
     assert decoded(shards_digest(shards), clip.name, lambda: pairs) is not None
     assert len(list(cache.iterdir())) == 2
+
+
+def test_a_worker_killed_while_it_decodes_is_one_line_and_leaves_nothing(
+    shards: list[Path], clip: Clip, cache: Path, monkeypatch: pytest.MonkeyPatch
+):
+    read, here = PairDataset.read, os.getpid()
+
+    def killed(self: PairDataset, sample: int) -> np.ndarray:
+        if sample == 30 and os.getpid() != here:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return read(self, sample)
+
+    monkeypatch.setattr(module, "CHUNK", 7)
+    monkeypatch.setattr(module, "cores", lambda: 2)
+    monkeypatch.setattr(PairDataset, "read", killed)
+    with pytest.raises(UserError, match="decoded images: a process that loads them was lost"):
+        PairDataset(shards, clip)
+    assert list(cache.iterdir()) == []
+
+
+def test_text_captions_have_arrays_of_their_own(shards: list[Path], clip: Clip, cache: Path):
+    lines, text = (PairDataset(shards, clip, captions=captions).decoded for captions in ("lines", "text"))
+    assert lines is not None and text is not None and len(list(cache.iterdir())) == 2
+    assert (len(lines.tokens), len(text.tokens)) == (110, 55)
+    expected = clip.tokenize(["first 3 second 3"])[0].numpy()  # the tokenizer takes a line feed as a space
+    assert np.array_equal(text.tokens[3], expected)

@@ -86,6 +86,14 @@ def test_what_is_no_whole_shard_is_one_line(tmp_path: Path, content: bytes, says
     assert str(caught.value).startswith(f"--data {path}: ") and "\n" not in str(caught.value)
 
 
+def test_names_with_dots_that_make_one_sample_of_several_are_called_so(tmp_path: Path) -> None:
+    (path := tmp_path / "0.tar").write_bytes(packed([("a.1.jpg", b"a"), ("b.1.jpg", b"b"), ("a.2.jpg", b"c")]))
+    with pytest.raises(
+        UserError, match=r"sample 'a' .* \(again at byte 2,048\); rename files with dots in their names"
+    ):
+        open_shard(path)
+
+
 def test_a_shard_that_cannot_be_opened_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"^--data .*gone\.tar: it cannot be read \(No such file or directory\)"):
         open_shard(tmp_path / "gone.tar", "--data")

@@ -1,10 +1,14 @@
 """Files that are written whole or not at all, and hashes of files."""
 
+import errno
 import multiprocessing
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from upcycle_bench.util import files
+from upcycle_bench.util.errors import UserError
 from upcycle_bench.util.files import atomic, file_sha256, files_sha256, temporary, write_atomically
 
 
@@ -30,7 +34,7 @@ def stopped(path: Path, half: bytes | None, error: BaseException) -> None:
         raise error
 
 
-@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+@pytest.mark.parametrize("error", [OSError(5, "Input/output error"), KeyboardInterrupt()])
 @pytest.mark.parametrize("begun", [True, False])
 def test_a_failure_leaves_the_old_file_alone(error: BaseException, begun: bool, tmp_path: Path) -> None:
     path = tmp_path / "file"
@@ -38,6 +42,31 @@ def test_a_failure_leaves_the_old_file_alone(error: BaseException, begun: bool, 
     with pytest.raises(type(error)):
         stopped(path, b"half" if begun else None, error)
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        OSError(errno.EDQUOT, "Disk quota exceeded"),
+        RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)"),  # safetensors
+    ],
+)
+def test_a_full_disk_is_one_line(error: Exception, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"/file: no space is left on its disk; free some, or choose another folder"):
+        stopped(tmp_path / "file", b"half", error)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_error_that_does_not_say_it_counts_as_one_of_a_full_disk_where_nothing_is_free(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    error = RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534")  # torch.save
+    with pytest.raises(RuntimeError, match="enforce"):
+        stopped(tmp_path / "file", b"half", error)
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda path: SimpleNamespace(free=4096))
+    with pytest.raises(UserError, match="no space is left on its disk"):
+        stopped(tmp_path / "file", b"half", error)
 
 
 def test_a_writer_that_wrote_nothing_is_an_error(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.helpers import heed_interrupts
+from upcycle_bench.util import processes
 from upcycle_bench.util.errors import UserError
 from upcycle_bench.util.processes import results
 
@@ -157,6 +158,13 @@ def test_results_come_in_order_and_errors_as_they_are():
 def test_a_killed_worker_is_an_error_and_no_hang():
     with pytest.raises(UserError, match="counting: a worker was killed, perhaps for want of memory; try again"):
         results(die, [(n,) for n in range(8)], 2, what="counting")
+
+
+def test_workers_that_stand_still_are_an_error_and_no_hang(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(processes, "WAIT", 1)
+    with pytest.raises(UserError, match="sleeping: no worker finished anything in 1 seconds; try again"):
+        results(time.sleep, [(60,), (60,)], 2, what="sleeping")
+    assert multiprocessing.active_children() == []
 
 
 def test_a_worker_killed_while_it_sends_its_result_is_an_error_and_no_hang():

@@ -38,21 +38,51 @@ def build(
 
 @app.command()
 def check(
-    folder: Annotated[Path, typer.Argument(help="An evaluation set, or a folder that holds some.")],
+    folder: Annotated[
+        str,
+        typer.Argument(
+            metavar="PATH",
+            help="An evaluation set, a folder that holds some, or training shards, as --data takes them.",
+        ),
+    ],
     as_json: Json = False,
 ) -> None:
-    """Tell whether evaluation sets are valid CLIP_benchmark webdatasets, count them, say what is wrong."""
-    from upcycle_bench.data import evalset_check
+    """Tell whether CLIP_benchmark webdatasets or training shards are valid, count them, say what is wrong."""
+    from upcycle_bench.data import evalset_check, pairs_check
 
-    reports = [evalset_check.check(path) for path in evalset_check.find(folder)]
+    if pairs_check.is_training(folder):
+        _check_training(folder, as_json)
+        return
+    reports = [evalset_check.check(path) for path in evalset_check.find(Path(folder))]
     if as_json:
-        print(strict_json.dumps({"folder": str(folder), "sets": [asdict(report) for report in reports]}, indent=2))
+        print(strict_json.dumps({"folder": folder, "sets": [asdict(report) for report in reports]}, indent=2))
     else:
-        table(str(folder), [_counts(report) for report in reports])
+        table(folder, [_counts(report) for report in reports])
         for report in reports:
             for problem in report.problems:
                 print(f"{report.name}: {problem}")
     if any(report.problems for report in reports):
+        raise typer.Exit(1)
+
+
+def _check_training(text: str, as_json: bool) -> None:
+    """What training shards hold, what of it a training leaves out, and what would stop it."""
+    from upcycle_bench.data.pairs_check import check_pairs
+    from upcycle_bench.data.shards import expand_shards
+
+    with interruptible("nothing was written"):
+        report = check_pairs(expand_shards(text, "PATH"), terminal_reporter())
+    if as_json:
+        print(strict_json.dumps({"folder": text, "training": asdict(report)}, indent=2))
+    else:
+        rows = {"shards": report.shards, "training pairs": report.pairs}
+        rows |= {f"left out: {kind}": count for kind, count in report.left_out.items()}
+        table(text, [{"what": what, "count": f"{count:,}"} for what, count in rows.items()])
+        if report.warning:
+            print(f"warning: {report.warning}")
+        for problem in report.problems:
+            print(problem)
+    if report.problems:
         raise typer.Exit(1)
 
 

@@ -8,7 +8,9 @@ Exit status: 0 done, 1 the run failed (its record says why), 2 bad input, 130 Ct
 from __future__ import annotations
 
 import os
+import re
 import sys
+from collections.abc import Sequence
 from typing import Annotated
 
 import typer
@@ -29,6 +31,15 @@ from upcycle_bench.cli.run import run
 from upcycle_bench.cli.schema import schema
 from upcycle_bench.cli.upcycle import upcycle
 from upcycle_bench.util.errors import UserError, plain
+from upcycle_bench.util.files import disk_is_full
+
+QUOTE = "put a range of shards into quotes, so that the shell leaves it whole: 'train/{000..127}.tar'"
+# A pattern in what typer says of a command line, and what it may come from.
+HINTS = (
+    (r"extra argument.*\.tar\b", f" To name several shards, {QUOTE}."),
+    (r"extra argument", " An option before it may lack its value."),
+    (r"^upcycle-bench: No such option", " Options stand behind their command: upcycle-bench run --strategy ..."),
+)
 
 app = typer.Typer(
     name="upcycle-bench",
@@ -73,10 +84,16 @@ def _root(
 def main() -> None:
     """Entry point: one line for bad input, no traceback."""
     try:
+        _refuse_twice(sys.argv[1:])
         sys.exit(app(prog_name="upcycle-bench", standalone_mode=False) or 0)
     except UserError as error:
         print(f"error: {error}" if is_main() else f"error (rank {os.environ['RANK']}): {error}", file=sys.stderr)
         sys.exit(error.status)
+    except OSError as error:
+        if not disk_is_full(error):
+            raise
+        print(f"error: {error.filename or 'a file'}: no space is left on its disk; free some.", file=sys.stderr)
+        sys.exit(1)
     except typer.Abort:
         sys.exit(130)
     except typer.TyperException as error:  # a missing or bad option, an unknown command
@@ -85,5 +102,15 @@ def main() -> None:
         message = " ".join(plain(error.format_message()).split())
         if message:  # a bare command has no message, since typer has printed its help
             end = "" if message.endswith((".", "?")) else "."
-            print(f"error: {path}: {message}{end} See: {path} --help", file=sys.stderr)
+            hint = next((hint for pattern, hint in HINTS if re.search(pattern, f"{path}: {message}")), "")
+            message = re.sub(r"(extra argument\S*) \((\S+ \S+ \S+) .*\)", r"\1 (\2 and more)", message)
+            print(f"error: {path}: {message}{end}{hint} See: {path} --help", file=sys.stderr)
         sys.exit(2)
+
+
+def _refuse_twice(arguments: Sequence[str]) -> None:
+    """UserError for shards given twice, as a shell expands --data=train/{0..9}.tar: typer would take the last one."""
+    for option in ("--data", "--calibration"):
+        times = sum(argument.partition("=")[0] == option for argument in arguments)
+        if times > 1:
+            raise UserError(f"{option} is given {times} times; {QUOTE}.")

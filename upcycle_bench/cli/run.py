@@ -177,7 +177,7 @@ def _plain(value: Any) -> str:
     if value is None:
         return "open until everything is given"
     if isinstance(value, dict):
-        return ", ".join(f"{key} {_plain(item)}" for key, item in value.items())
+        return ", ".join(f"{key} {_plain(item)}" for key, item in value.items()) or "none"
     if isinstance(value, list):
         return ", ".join(value) or "none"
     if isinstance(value, int) and value >= 10**12:

@@ -7,7 +7,7 @@ import sys
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -47,6 +47,9 @@ def upcycle(
         str | None,
         typer.Option(help="Shards for strategies that calibrate: a folder, or shards-{000..003}.tar."),
     ] = None,
+    captions: Annotated[
+        Literal["text", "lines"], typer.Option(help="What a .txt of the shards is: one text, or one caption a line.")
+    ] = "text",
     option: Options = None,
     seed: Annotated[int, typer.Option(min=0, help="The strategy's own randomness and the calibration sample.")] = 0,
     experts: Annotated[int, typer.Option(help="Experts in a layer.")] = 8,
@@ -75,7 +78,7 @@ def upcycle(
     chosen = choose_strategy(strategy, dict(key_value(text) for text in option or []))
     settings = moe_settings(experts=experts, top_k=top_k, every=every, offset=offset, capacity_factor=capacity_factor)
     moe = resolve_moe(chosen, settings)
-    shards = expand_shards(calibration, "--calibration") if calibration else ()
+    shards = expand_shards(calibration, "--calibration") if calibration is not None else ()
     if chosen.calibration_pairs and not shards:
         raise UserError(
             f"{strategy} calibrates on {chosen.calibration_pairs:,} image-text pairs: give --calibration, webdataset "
@@ -86,7 +89,7 @@ def upcycle(
         require_upcyclable(model, moe, trained=False)
         with reporter.task(f"finding the weights of {model}"):
             source = find_pretrained(model, pretrained, choices)
-        request = Request(source=source, strategy=chosen, moe=moe, shards=shards, seed=seed)
+        request = Request(source=source, strategy=chosen, moe=moe, shards=shards, seed=seed, captions=captions)
         made = upcycle_checkpoint(request, reporter)
         with made.meter.phase("write"), reporter.task(f"writing {output}"):
             refuse_existing(output, force)

@@ -12,6 +12,7 @@ Shape suffixes: N samples, S captions of all samples.
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -22,10 +23,11 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
+from upcycle_bench.data.loading import load
 from upcycle_bench.model.clip import Clip
 from upcycle_bench.model.config import model_config
+from upcycle_bench.protocol import Captions
 from upcycle_bench.util import strict_json
 from upcycle_bench.util.cache import build_once, cache_root, locked
 from upcycle_bench.util.environment import cores
@@ -38,8 +40,11 @@ CHUNK = 1024  # images that a worker decodes at a time
 class Readable(Protocol):
     """Pairs that can be read sample by sample, such as `pairs.PairDataset`."""
 
-    captions: list[list[str]]
     clip: Clip
+
+    @property
+    def captions(self) -> list[list[str]]:
+        """The captions of each sample."""
 
     def __len__(self) -> int: ...
 
@@ -71,14 +76,20 @@ class Decoded:
 
 
 def decoded(
-    shards_digest: str, model: str, make: Callable[[], Readable], preprocess: Mapping[str, Any] | None = None
+    shards_digest: str,
+    model: str,
+    make: Callable[[], Readable],
+    captions: Captions = "lines",
+    preprocess: Mapping[str, Any] | None = None,
 ) -> Decoded | None:
     """The arrays of the shards for `model`, whose transforms have `preprocess`; None where the images exceed LIMIT.
 
-    `make()` opens the pairs, and is called only if the cache does not have the arrays.
+    `make()` opens the pairs, and is called only if the cache does not have the arrays. `captions`: what a .txt is.
     """
     versions = [metadata.version(name) for name in ("pillow", "torchvision", "open_clip_torch")]
-    facts = [VERSION, shards_digest, model, model_config(model), versions, *([dict(preprocess)] if preprocess else [])]
+    facts: list[Any] = [VERSION, shards_digest, model, model_config(model), versions]
+    facts += [] if captions == "lines" else [captions]
+    facts += [dict(preprocess)] if preprocess else []
     what = strict_json.dumps(facts, sort_keys=True)
     folder = cache_root() / "decoded" / hashlib.sha256(what.encode()).hexdigest()[:24]
     if not folder.is_dir():
@@ -96,9 +107,15 @@ def _build(folder: Path, pairs: Readable) -> None:
     folder.mkdir()
     shape = (len(pairs), *pairs.read(0).shape)
     images = np.lib.format.open_memmap(folder / "images.npy", mode="w+", dtype=np.uint8, shape=shape)
+    with (folder / "images.npy").open("r+b") as file:  # a full disk is an error here; in the mapped array it would kill
+        os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
     starts = range(0, len(pairs), CHUNK)
     workers = cores() if len(pairs) > 4 * CHUNK else 0
-    for start, part in zip(starts, DataLoader(_Chunks(pairs), batch_size=None, num_workers=workers), strict=True):
+
+    def chunk(start: int) -> np.ndarray:
+        return np.stack([pairs.read(sample) for sample in range(start, min(len(pairs), start + CHUNK))])
+
+    for start, part in zip(starts, load(chunk, starts, workers, "decoded images"), strict=True):
         images[start : start + len(part)] = part
     images.flush()
     number = {line: row for row, line in enumerate(dict.fromkeys(line for lines in pairs.captions for line in lines))}
@@ -107,19 +124,3 @@ def _build(folder: Path, pairs: Readable) -> None:
     rows = [number[line] for lines in pairs.captions for line in lines]
     np.save(folder / "tokens.npy", tokens.numpy().astype(np.int32)[rows])
     np.save(folder / "first.npy", np.cumsum([0, *map(len, pairs.captions)]))
-
-
-class _Chunks(Dataset[Any]):
-    """Chunk number -> its images uint8 [N, 3, H, W], for the data loader's workers."""
-
-    def __init__(self, pairs: Readable) -> None:
-        self.pairs = pairs
-
-    def __len__(self) -> int:
-        return -(-len(self.pairs) // CHUNK)
-
-    def __getitem__(self, chunk: int) -> np.ndarray:
-        if chunk >= len(self):
-            raise IndexError
-        samples = range(chunk * CHUNK, min(len(self.pairs), (chunk + 1) * CHUNK))
-        return np.stack([self.pairs.read(sample) for sample in samples])

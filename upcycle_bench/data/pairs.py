@@ -3,16 +3,16 @@
     pairs = PairDataset(shards, clip)
     batch = pairs.batch(seed=0, step=7, batch_size=512)
 
-Shards are local tar files with `KEY.png|jpg|webp` and `KEY.txt`, one caption a line. Any sample can be read at any
-time. So training resumes at any step, ranks take slices of one global batch, and no strategy's draws change the order.
-Small data sets without augmentation are decoded once (`upcycle_bench/data/decoded.py`).
+Which samples are pairs, `upcycle_bench/data/pair_index.py` decides. Any sample can be read at any time. So training
+resumes at any step, ranks take slices of one global batch, and no strategy's draws change the order. Small data sets
+without augmentation are decoded once (`upcycle_bench/data/decoded.py`).
 
 Shape suffixes: S steps.
 """
 
 from __future__ import annotations
 
-import tarfile
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -22,15 +22,18 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
 from upcycle_bench.data.decoded import Decoded, decoded
-from upcycle_bench.data.shards import open_image, read_member, samples_of, shards_digest
+from upcycle_bench.data.loading import load
+from upcycle_bench.data.pair_index import Counts, PairIndex, count_pairs, index_pairs
+from upcycle_bench.data.shards import open_image, shards_digest
+from upcycle_bench.data.world import World
 from upcycle_bench.model.clip import Clip
+from upcycle_bench.protocol import Captions
+from upcycle_bench.util import distributed
 from upcycle_bench.util.errors import UserError
 from upcycle_bench.util.rng import Stream
 
-IMAGE_SUFFIXES = ("png", "jpg", "jpeg", "webp")
 TOKENISED_LIMIT = 1 << 20  # captions whose tokens stay in memory
 
 
@@ -54,70 +57,68 @@ class BatchSource(ABC):
         self, seed: int | str, start: int, stop: int, batch_size: int, rank: int = 0, world: int = 1, workers: int = 0
     ) -> Iterator[Batch]:
         """The batches of the steps [start, stop), read ahead by `workers` processes."""
-        steps = _Steps(self, seed, batch_size, rank, world)
-        yield from DataLoader(steps, batch_size=None, sampler=range(start, stop), num_workers=workers)
 
+        def make(step: int) -> Batch:
+            return self.batch(seed, step, batch_size, rank, world)
 
-class _Steps(Dataset[Batch]):
-    """Step number -> batch, for the data loader's workers."""
-
-    def __init__(self, source: BatchSource, seed: int | str, batch_size: int, rank: int, world: int) -> None:
-        self.source, self.arguments = source, (seed, batch_size, rank, world)
-
-    def __getitem__(self, step: int) -> Batch:
-        seed, batch_size, rank, world = self.arguments
-        return self.source.batch(seed, step, batch_size, rank, world)
+        return load(make, range(start, stop), workers, "training batches")
 
 
 class PairDataset(BatchSource):
-    """All training pairs of some shards. Raises UserError for shards that cannot be read or have no pair.
+    """All training pairs of some shards. Raises UserError, with `option`, for a bad shard, and where there is no pair.
 
-    `augmentation` is "none" or "random-resized-crop". `keep_decoded=False` is for pairs that are read once, which are
-    not worth decoding into the cache. `decoded` holds the decoded arrays, or None where the shards are read each time.
+    `augmentation` is "none" or "random-resized-crop"; `captions`: what a .txt is. `keep_decoded=False` is for pairs
+    that are read once, which are not worth decoding into the cache. `decoded` holds the decoded arrays, or None where
+    the shards are read each time.
     """
 
     def __init__(
-        self, shards: Sequence[Path], clip: Clip, augmentation: str = "none", *, keep_decoded: bool = True
+        self,
+        shards: Sequence[Path],
+        clip: Clip,
+        augmentation: str = "none",
+        *,
+        captions: Captions = "lines",
+        option: str = "",
+        keep_decoded: bool = True,
     ) -> None:
         self.clip, self.augmentation = clip, augmentation
-        self.shards = list(shards)
-        self.images: list[tuple[int, int, int]] = []  # shard, offset, bytes
-        self.captions: list[list[str]] = []
+        self.shards, self.source = list(shards), (captions, option)
+        self._index: PairIndex | None = None
         self._tokens: dict[str, Tensor] = {}
         self._order: tuple[tuple[int | str, int], Tensor] | None = None  # (seed, epoch) and order of the last batch
         self.decoded: Decoded | None = None
         if augmentation == "none" and keep_decoded:
-            self.decoded = decoded(shards_digest(self.shards), clip.name, self._indexed, clip.preprocess)
+            digest = shards_digest(self.shards)
+            self.decoded = decoded(digest, clip.name, lambda: self, captions, clip.preprocess)
         if self.decoded is None:
-            self._indexed()
+            _ = self.index
 
     def __len__(self) -> int:
-        return len(self.images) if self.decoded is None else len(self.decoded)
+        return len(self.index.images) if self.decoded is None else len(self.decoded)
 
-    def _indexed(self) -> PairDataset:
-        """This data set, after the first call with the places of all images, and all captions."""
-        if not self.images:
-            for number, shard in enumerate(self.shards):
-                self._index(number, shard)
-        if not self.images:
-            raise UserError(f"{self.shards[0]}: no sample with an image and a .txt caption in these shards.")
-        return self
+    @property
+    def index(self) -> PairIndex:
+        """The places of all images, and all captions; read from the shards where it is first needed."""
+        if self._index is None:
+            self._index = index_pairs(self.shards, *self.source)
+        return self._index
 
-    def _index(self, number: int, shard: Path) -> None:
-        try:
-            samples = samples_of(shard)
-        except tarfile.TarError as error:
-            raise UserError(f"{shard}: not a readable tar file ({error}); write it again.") from None
-        with shard.open("rb") as file:
-            for members in samples.values():
-                image = next((members[suffix] for suffix in IMAGE_SUFFIXES if suffix in members), None)
-                if image is None or "txt" not in members:
-                    continue
-                lines = read_member(file, members["txt"]).decode("utf-8", "replace").splitlines()
-                captions = [line.strip() for line in lines if line.strip()]
-                if captions:
-                    self.images.append((number, image.offset_data, image.size))
-                    self.captions.append(captions)
+    @property
+    def captions(self) -> list[list[str]]:
+        """The captions of each pair."""
+        return self.index.captions
+
+    @property
+    def counts(self) -> Counts:
+        """How many pairs there are, and how many samples are left out, by kind."""
+        return count_pairs(self.shards, *self.source, self._index)
+
+    def say_left_out(self) -> None:
+        """Say on rank 0's stderr how many samples are left out, if any are."""
+        if distributed.is_main() and self.counts.left_out:
+            where = self.source[1] or self.shards[0]
+            print(f"warning: {where}: {self.counts} (`upcycle-bench data check` says more)", file=sys.stderr)
 
     def batch(self, seed: int | str, step: int, batch_size: int, rank: int = 0, world: int = 1) -> Batch:
         """Slice number `rank` of the global batch of `step`; captions and crops are drawn anew in each step.
@@ -127,7 +128,8 @@ class PairDataset(BatchSource):
         """
         steps_per_epoch = len(self) // batch_size
         if steps_per_epoch == 0:
-            raise UserError(f"the training set has {len(self)} pairs, fewer than one batch of {batch_size}.")
+            where = f"{self.source[1]}: ".removeprefix(": ")
+            raise UserError(f"{where}the training set has {len(self)} pairs, fewer than one batch of {batch_size}.")
         epoch, place = divmod(step, steps_per_epoch)
         if self._order is None or self._order[0] != (seed, epoch):
             generator = Stream(("data order", seed, epoch)).generator()
@@ -146,7 +148,7 @@ class PairDataset(BatchSource):
         images, texts = [], []
         for sample in index.tolist():
             images.append(self._augmented(sample, rng) if self.augmentation != "none" else self.read(sample))
-            captions = self.captions[sample]
+            captions = self.index.captions[sample]
             caption = captions[_choice(rng, sample, len(captions))]
             if len(self._tokens) > TOKENISED_LIMIT:
                 self._tokens.clear()
@@ -165,18 +167,26 @@ class PairDataset(BatchSource):
         return self.clip.resize(self._open(sample))
 
     def _open(self, sample: int) -> Image.Image:
-        shard, offset, size = self.images[sample]
-        return open_image(self.shards[shard], offset, size, "remove it")
+        shard, offset, size = self.index.images[sample]
+        return open_image(self.shards[shard], offset, size, "remove it", self.source[1])
 
     def shard_numbers(self) -> Tensor:
         """The number of each sample's shard, int64 [samples]; reads the shards' headers."""
-        return torch.tensor([shard for shard, _, _ in self._indexed().images])
+        return torch.tensor([shard for shard, _, _ in self.index.images])
 
     def calibration(self, rng: Stream, pairs: int, batch_size: int) -> Iterator[Batch]:
         """`pairs` distinct random pairs, or all if there are fewer, in batches; the same on every rank."""
         order = torch.randperm(len(self), generator=rng.child("pairs").generator())[:pairs]
         for part in order.split(batch_size):
             yield self.pick(part, rng.child("captions"))
+
+
+def training_pairs(world: World, clip: Clip, augmentation: str) -> PairDataset:
+    """The training pairs of a world; of a user's own data it is said what is left out."""
+    pairs = PairDataset(world.train_shards, clip, augmentation, captions=world.captions, option=world.option)
+    if world.option:
+        pairs.say_left_out()
+    return pairs
 
 
 def _choice(rng: Stream, sample: int, number: int) -> int:

@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
+from braceexpand import braceexpand
 from PIL import Image
 
 from upcycle_bench.util.errors import UserError
@@ -145,9 +146,10 @@ def _group(shard: Shard, members: Sequence[tarfile.TarInfo], where: str) -> None
             shard.repeated += times
         else:
             place = min(member.offset for member in sample.values())
+            dots = "." in "".join(sample)  # a.1.jpg and a.2.jpg are files of one sample
+            remedy = "rename files with dots in their names" if dots else "pack them sorted by name: `tar --sort=name`"
             raise UserError(
-                f"{where}: the files of sample {name!r} do not stand side by side (again at byte {place:,}); "
-                "pack them sorted by name, for example with `tar --sort=name`."
+                f"{where}: the files of sample {name!r} do not stand side by side (again at byte {place:,}); {remedy}."
             )
         if any(member.issparse() for member in sample.values()):
             raise UserError(f"{where}: sample {name!r} is stored as a sparse file; pack it without tar's --sparse.")
@@ -171,21 +173,36 @@ def _whole(shard: Shard, size: int) -> int:
 
 
 def expand_shards(text: str, option: str = "--data") -> tuple[Path, ...]:
-    """The shards that `text` names: a folder with .tar files, a file, or a path with one range, `train/{000..127}.tar`.
+    """The shards that `text` names: a folder with .tar files, a file, or paths with ranges, `train/{000..127}.tar`.
 
     Raises UserError, which names `option`, if a file is missing or the folder has none.
     """
-    braces = re.fullmatch(r"(.*)\{(\d+)\.\.(\d+)\}(.*)", text)
-    if braces:
-        head, first, last, tail = braces.groups()
-        paths = [Path(f"{head}{n:0{len(first)}d}{tail}") for n in range(int(first), int(last) + 1)]
+    given, example = Path(text), "give webdataset shards, for example 'train/{000..127}.tar'"
+    if not text or text.startswith("-"):
+        raise UserError(f"{option} {text!r}: no path stands there; {example}.")
+    if given.is_dir():
+        paths = sorted(given.glob("*.tar"))
     else:
-        paths = sorted(Path(text).glob("*.tar")) if Path(text).is_dir() else [Path(text)]
-    missing = [path for path in paths if not path.is_file()]
+        try:
+            paths = [given] if given.exists() else [Path(path) for path in braceexpand(text)]
+        except ValueError as error:
+            raise UserError(f"{option} {text}: {error}; {example}.") from None
+    missing = next((path for path in paths if not path.is_file()), None)
     if missing or not paths:
-        what = f"no such file: {missing[0]}" if missing else "the folder holds no .tar file"
-        raise UserError(f"{option} {text}: {what}; give webdataset shards, for example 'train/{{000..127}}.tar'.")
+        what = f"no such file: {missing}" if missing else f"the folder holds no .tar file{_instead(given)}"
+        raise UserError(f"{option} {text}: {what}; {example}.")
     return tuple(paths)
+
+
+def _instead(folder: Path) -> str:
+    """What a folder without shards holds: the most frequent suffixes."""
+    names = (path.name.partition(".tar") for path in folder.iterdir() if path.is_file())
+    suffixes = Counter(tar + rest if tar else Path(name).suffix for name, tar, rest in names)
+    return (
+        ", but " + ", ".join(f"{n:,} {suffix}" for suffix, n in suffixes.most_common(3) if suffix)
+        if any(suffixes)
+        else ""
+    )
 
 
 def shards_digest(shards: Sequence[Path]) -> str:
@@ -207,12 +224,17 @@ def read_member(shard: BinaryIO, member: tarfile.TarInfo) -> bytes:
     return shard.read(member.size)
 
 
-def open_image(shard: Path, offset: int, size: int, remedy: str) -> Image.Image:
+def open_image(shard: Path, offset: int, size: int, remedy: str, option: str = "") -> Image.Image:
     """The image in the `size` bytes at `offset`, as RGB; a UserError, if it is broken, ends with `remedy`."""
-    with shard.open("rb") as file:
-        file.seek(offset)
-        content = file.read(size)
+    where = f"{option} {shard}".lstrip()
+    try:
+        with shard.open("rb") as file:
+            file.seek(offset)
+            content = file.read(size)
+    except OSError as error:
+        raise UserError(f"{where}: it can no longer be read ({error.strerror or error}); {AGAIN}.") from None
     try:
         return Image.open(io.BytesIO(content)).convert("RGB")
     except Exception as error:  # Pillow raises many kinds of errors for a broken image
-        raise UserError(f"{shard}: the image at byte {offset} cannot be read ({error}); {remedy}.") from None
+        why = " ".join(str(error).split()).partition(" <_io.")[0]  # Pillow names our buffer
+        raise UserError(f"{where}: the image at byte {offset} cannot be read ({why}); {remedy}.") from None

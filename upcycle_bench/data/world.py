@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from upcycle_bench.protocol import Captions
 from upcycle_bench.util import strict_json
 from upcycle_bench.util.errors import UserError
 from upcycle_bench.util.files import files_sha256
@@ -22,12 +23,21 @@ MANIFEST = "manifest.json"
 
 @dataclass(frozen=True)
 class World:
-    """Training shards and evaluation sets. `sha256` is that of the manifest, and so stands for all content."""
+    """Training shards and evaluation sets. `sha256` is that of the manifest, and so stands for all content.
+
+    captions: what a .txt of the training shards is. The world `local` is the user's own data.
+    """
 
     name: str
     train_shards: tuple[Path, ...]
     eval_root: Path
     sha256: str
+    captions: Captions = "lines"
+
+    @property
+    def option(self) -> str:
+        """The option that gave the training shards, for errors; "" for a world that is built."""
+        return "--data" if self.name == "local" else ""
 
 
 def write_manifest(folder: Path, facts: Mapping[str, Any]) -> None:

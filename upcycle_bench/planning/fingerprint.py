@@ -48,7 +48,8 @@ def dense_recipe(protocol: Protocol, world: World) -> str:
     values["dense"] = {key: value for key, value in values["dense"].items() if key not in ("source", "shipped")}
     values["made by"] = [torch.__version__, distributed.choose_device().type, distributed.world_size()]
     values["made by"] += ["plain"] if plain() else []
-    return fingerprint({**values, **_model(protocol), "data": world.sha256, "numerics": NUMERICS})
+    values |= _model(protocol) | _captions(world)
+    return fingerprint({**values, "data": world.sha256, "numerics": NUMERICS})
 
 
 def _model(protocol: Protocol) -> dict[str, Any]:
@@ -72,9 +73,15 @@ def training_fingerprint(protocol: Protocol, world: World, dense_identity: str, 
     values["train"] = {key: value for key, value in values["train"].items() if key not in _WITHOUT_EFFECT}
     values |= _model(protocol) | {"data": world.sha256, "checkpoint": dense_identity}
     values["world_size"] = distributed.world_size()  # a rank's capacity is that of its share of the batch
+    values |= _captions(world)
     if unequal:
         values["unequal"] = unequal
     return fingerprint({**values, "numerics": NUMERICS})
+
+
+def _captions(world: World) -> dict[str, str]:
+    """What a .txt is, where it is not one caption a line, as it was for all data at first."""
+    return {} if world.captions == "lines" else {"captions": world.captions}
 
 
 def suite_fingerprint(suite: Suite, eval_root: Path) -> str:

@@ -191,7 +191,9 @@ def find_world(protocol: Protocol, paths: Paths, reporter: Reporter | None = Non
     if protocol.data.world == "local":
         assert paths.data is not None
         shards = expand_shards(paths.data)
-        return World("local", shards, paths.eval_data or Path(), shards_digest(shards))
+        return World(
+            "local", shards, paths.eval_data or Path(), shards_digest(shards), protocol.data.captions_of_shards
+        )
     if paths.data is not None or paths.eval_data is not None:
         raise UserError(
             f"protocol {protocol.name} brings its own data; --data and --eval-data go with clip-b32, clip-b16."

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from upcycle_bench.data.pair_index import count_pairs
 from upcycle_bench.planning.estimate import estimate, estimate_seconds
 from upcycle_bench.planning.matrix import Cell, cost_of
 from upcycle_bench.planning.plan import Paths, Plan, make_plan
@@ -64,6 +65,7 @@ def dry_run(plan: Plan) -> dict[str, Any]:
         "training_flops_without_strategy_loss": costs.train_flops,
         **({"preparation_flops_at_most": costs.prepare_flops_at_most} if costs.prepare_flops_at_most else {}),
         "estimated_training_seconds_on_one_such_device": round(seconds, 1),
+        **_training_set(plan),
         "missing": list(plan.missing),
     }
 
@@ -78,5 +80,14 @@ def dry_run_of_matrix(cells: Sequence[Cell], done: Sequence[Path | None]) -> dic
         "to_do": len(to_do),
         "flops_without_strategy_losses": flops,
         "estimated_training_seconds_on_one_such_device": round(seconds, 1),
+        **_training_set(cells[0].plan),
         "missing": list(cells[0].plan.missing),
     }
+
+
+def _training_set(plan: Plan) -> dict[str, Any]:
+    """Of a user's own data: how many pairs there are, and how many samples are left out, by kind. Reads the shards."""
+    if plan.world is None or not plan.world.option:
+        return {}
+    counts = count_pairs(plan.world.train_shards, plan.world.captions, plan.world.option)
+    return {"training_pairs": counts.pairs, "training_samples_left_out": counts.left_out}

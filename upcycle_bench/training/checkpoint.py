@@ -19,7 +19,7 @@ import torch
 from upcycle_bench.strategy import ExtraLoss
 from upcycle_bench.training.job import Job, Progress
 from upcycle_bench.util import distributed, strict_json
-from upcycle_bench.util.files import atomic
+from upcycle_bench.util.files import atomic, full_disk_said
 
 
 class MetricsFile:
@@ -44,8 +44,9 @@ class MetricsFile:
     def write(self, metrics: Mapping[str, Any]) -> None:
         """Append one line."""
         if self.path is not None:
-            self.file.write(strict_json.dumps(metrics) + "\n")
-            self.file.flush()
+            with full_disk_said(self.path):
+                self.file.write(strict_json.dumps(metrics) + "\n")
+                self.file.flush()
 
     def __exit__(self, *_: object) -> None:
         if self.path is not None:
@@ -53,17 +54,23 @@ class MetricsFile:
 
 
 def save(engine: Any, extra: ExtraLoss | None, job: Job, progress: Progress) -> None:
-    """Write a checkpoint of this step, then delete older ones. Every rank must call it.
+    """Write a checkpoint of this step, then delete older ones. Every rank must call it. UserError for a full disk.
 
     DeepSpeed writes the file `latest` last, so an interruption leaves the older checkpoint in force.
     """
     assert job.checkpoints is not None, "checkpoint_every needs a folder"
     tag = f"step{progress.step}"
-    if extra is not None:  # one file a rank: with expert parallelism each rank has teachers of its own experts
-        (job.checkpoints / tag).mkdir(parents=True, exist_ok=True)
-        torch.save(extra.state_dict(), _loss_file(job.checkpoints / tag))
-    with contextlib.redirect_stdout(sys.stderr):
-        engine.save_checkpoint(str(job.checkpoints), tag=tag, client_state={"progress": vars(progress)})
+    try:
+        with full_disk_said(job.checkpoints / tag):
+            if extra is not None:  # one file a rank: with expert parallelism each rank has teachers of its own experts
+                (job.checkpoints / tag).mkdir(parents=True, exist_ok=True)
+                torch.save(extra.state_dict(), _loss_file(job.checkpoints / tag))
+            with contextlib.redirect_stdout(sys.stderr):
+                engine.save_checkpoint(str(job.checkpoints), tag=tag, client_state={"progress": vars(progress)})
+    except BaseException:
+        if last_checkpoint(job) != progress.step:
+            shutil.rmtree(job.checkpoints / tag, ignore_errors=True)
+        raise
     distributed.barrier()
     if distributed.is_main():
         for old in job.checkpoints.glob("step*"):

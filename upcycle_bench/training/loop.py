@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from upcycle_bench.data.loading import lost_workers
 from upcycle_bench.data.pairs import BatchSource
 from upcycle_bench.model.clip import Clip
 from upcycle_bench.model.moe import MoEFFN, moe_layers
@@ -60,8 +61,8 @@ def train(
     by name. Before each step of `stages`, `next_stage` changes the layers; optimiser and extra loss then start afresh.
     `on_step` is called after each step with the number of steps done and the last metrics.
 
-    Raises PluginError unless the stages ascend between 0 and `job.stop_step`, and DivergedError for a loss that is
-    not finite. An interruption leaves the last checkpoint, if there is one.
+    Raises PluginError unless the stages ascend between 0 and `job.stop_step`, DivergedError for a loss that is not
+    finite, and UserError where a process that loads batches was lost. The last checkpoint stays, if there is one.
     """
     model = clip.model.train()
     device = next(model.parameters()).device
@@ -73,7 +74,7 @@ def train(
     warnings.filterwarnings("ignore", message="torch.distributed.nn.functional.all_gather is deprecated")
     done = last_checkpoint(job)
     log = MetricsFile(job.metrics if distributed.is_main() else None, done)
-    with attention_kernel(device, longest_sequence(model)), log:
+    with attention_kernel(device, longest_sequence(model)), log, lost_workers():
         books = Bookkeeping(job, layers, log)
         for first, stop in itertools.pairwise([0, *stages, job.stop_step]):
             if first > 0:

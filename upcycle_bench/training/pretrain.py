@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from upcycle_bench.data.pairs import PairDataset
+from upcycle_bench.data.pairs import training_pairs
 from upcycle_bench.data.world import World
 from upcycle_bench.model import backends
 from upcycle_bench.model.clip import Clip, create_clip
@@ -114,7 +114,7 @@ def pretrain(protocol: Protocol, world: World, path: Path, device: torch.device,
     )
     meter = Meter(device)
     with meter.phase("train") as phase, reporter.bar("dense model", stop) as bar:
-        progress = train(clip, PairDataset(world.train_shards, clip, schedule.augmentation), job, on_step=bar)
+        progress = train(clip, training_pairs(world, clip, schedule.augmentation), job, on_step=bar)
     phase.seconds, phase.flops = progress.seconds, progress.total_flops()
     facts: dict[str, Any] = {}
     if distributed.is_main():

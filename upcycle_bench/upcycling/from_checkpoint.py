@@ -29,7 +29,7 @@ from upcycle_bench.model.moe import parameter_counts
 from upcycle_bench.model.pretrained import Pretrained
 from upcycle_bench.model.towers import context_length, image_size, vocab_size
 from upcycle_bench.planning.registry import load_registry
-from upcycle_bench.protocol import PUBLISHED_MOE, MoE
+from upcycle_bench.protocol import PUBLISHED_MOE, Captions, MoE
 from upcycle_bench.strategy import Strategy, configure
 from upcycle_bench.upcycling.calibration_pairs import CalibrationPairs
 from upcycle_bench.upcycling.initialise import make_experts
@@ -49,7 +49,7 @@ class Request:
     """What to make.
 
     source: the dense model's weights; moe: the strategy's settings; shards: image-text pairs to calibrate on, or none;
-    seed: of the strategy's own randomness and of the calibration sample.
+    captions: what a .txt in them is; seed: of the strategy's own randomness and of the calibration sample.
     """
 
     source: Pretrained
@@ -57,6 +57,7 @@ class Request:
     moe: MoE
     shards: tuple[Path, ...]
     seed: int
+    captions: Captions = "text"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +104,7 @@ def upcycle_checkpoint(request: Request, reporter: Reporter) -> Made:
     with meter.phase("load"), reporter.task(f"loading {request.source.name}"):
         dense = request.source.create()
         dense.model.to(device).eval()
-        pairs = PairDataset(request.shards, dense, keep_decoded=False) if request.shards else None
+        pairs = _pairs(request, dense) if request.shards else None
 
     def calibration(wanted: int) -> Iterable[tuple[Tensor, Tensor]]:
         assert pairs is not None
@@ -136,11 +137,19 @@ def upcycle_checkpoint(request: Request, reporter: Reporter) -> Made:
         "layers": {name: layer | dict(inits[name].notes) for name, layer in found["layers"].items()},
         "feature_cosine_with_dense": found["feature_cosine_with_dense"],
         "compared_on": "calibration pairs" if pairs else "random inputs",
+        **({"calibration_samples": asdict(pairs.counts)} if pairs else {}),
         "parameters_dense": sum(parameter.numel() for parameter in dense.model.parameters()),
         "parameters_total": total,
         "parameters_active": active,
     }
     return Made(model=model, facts=facts, meter=meter)
+
+
+def _pairs(request: Request, clip: Clip) -> PairDataset:
+    """The calibration pairs; it is said what is left out."""
+    pairs = PairDataset(request.shards, clip, captions=request.captions, option="--calibration", keep_decoded=False)
+    pairs.say_left_out()
+    return pairs
 
 
 @dataclass(frozen=True)

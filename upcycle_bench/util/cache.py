@@ -22,6 +22,7 @@ from pathlib import Path
 from filelock import FileLock, SoftFileLock
 
 from upcycle_bench.util.errors import UserError
+from upcycle_bench.util.files import full_disk_said
 
 NO_FLOCK = {errno.ENOLCK, errno.EOPNOTSUPP}  # errors of NFS without its lock service, and of some FUSE file systems
 
@@ -66,7 +67,7 @@ def build_once(path: Path, build: Callable[[Path], None]) -> Path:
     """Return `path`. If it does not exist, `build(staging)` first writes a file or folder at `staging`.
 
     When two processes build at once, the first to finish wins. The other deletes its work and uses the winner's.
-    Raises UserError where the folder cannot be written, and whatever `build` raises.
+    Raises UserError where the folder cannot be written or its disk is full, and whatever else `build` raises.
     """
     if path.exists():
         return path
@@ -80,7 +81,8 @@ def build_once(path: Path, build: Callable[[Path], None]) -> Path:
         ) from None
     try:
         staging = temporary / path.name
-        build(staging)
+        with full_disk_said(path):
+            build(staging)
         _move_unless_there(staging, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

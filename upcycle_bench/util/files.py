@@ -9,8 +9,10 @@ A file at its final name is complete. Two processes may write the same file at o
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import os
+import shutil
 import tempfile
 import uuid
 from collections.abc import Iterable, Iterator
@@ -20,6 +22,41 @@ from typing import Any
 
 from upcycle_bench.util.environment import cores
 from upcycle_bench.util.errors import UserError
+
+FULL = (errno.ENOSPC, errno.EDQUOT)
+LEAST = 1 << 16  # bytes: with less the disk is full
+
+
+@contextlib.contextmanager
+def full_disk_said(path: Path) -> Iterator[None]:
+    """UserError where the block cannot write `path` since its disk is full; other errors pass.
+
+    Writers raise many kinds of errors then: safetensors' says it in its text, torch.save's and np.save's not at all.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        if not (disk_is_full(error) or _free(path) < LEAST):
+            raise
+        raise UserError(
+            f"{path}: no space is left on its disk; free some, or choose another folder (that of the cache is "
+            "UPCYCLE_BENCH_CACHE)."
+        ) from None
+
+
+def disk_is_full(error: BaseException) -> bool:
+    """Whether the error says that a disk or a quota is full."""
+    return getattr(error, "errno", None) in FULL or any(os.strerror(number) in str(error) for number in FULL)
+
+
+def _free(path: Path) -> int:
+    """Bytes that are free on the disk of `path`, which need not exist."""
+    parent = path.absolute()
+    while not parent.exists():
+        parent = parent.parent
+    return shutil.disk_usage(parent).free
 
 
 @contextlib.contextmanager
@@ -31,7 +68,8 @@ def temporary(path: Path) -> Iterator[Path]:
     """
     part = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
     try:
-        yield part
+        with full_disk_said(path):
+            yield part
     finally:
         part.unlink(missing_ok=True)
 

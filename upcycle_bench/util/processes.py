@@ -26,6 +26,8 @@ from typing import Any, TypeVar
 
 from upcycle_bench.util.errors import UserError
 
+WAIT = 1800  # seconds: more than any piece of work takes, or any batch of a slow disk
+
 T = TypeVar("T")
 
 
@@ -39,7 +41,8 @@ def results(
     """`call(*arguments)` for each tuple of `work`, in the order of `work`, by at most `processes` processes.
 
     `call`, its arguments and its results must be picklable. `track(items, what)` passes one item for each piece of work
-    that is done, and may show progress. Raises what a call raises, and UserError where a worker died.
+    that is done, and may show progress. Raises what a call raises, and UserError where a worker died, or none finished
+    anything for half an hour.
     """
     found: dict[int, T] = {}
     with _workers(call, min(processes, len(work))) as pipes:
@@ -47,6 +50,8 @@ def results(
         for _ in track(range(len(work)), what):
             try:
                 number, result, error = next(finished)
+            except TimeoutError:
+                raise UserError(f"{what}: no worker finished anything in {WAIT:,} seconds; try again.") from None
             except (EOFError, OSError):  # the pipe ended, between two messages or within one
                 raise UserError(f"{what}: a worker was killed, perhaps for want of memory; try again.") from None
             if error is not None:
@@ -68,7 +73,9 @@ def _finished(work: Sequence[tuple[Any, ...]], pipes: Sequence[Connection]) -> I
     for pipe in pipes:
         give(pipe)
     while at:
-        for ready in wait(list(at)):
+        if not (finished := wait(list(at), WAIT)):
+            raise TimeoutError
+        for ready in finished:
             assert isinstance(ready, Connection)
             number = at.pop(ready)
             result, error = ready.recv()
@@ -114,11 +121,11 @@ def _serve(call: Callable[..., Any], pipe: Connection) -> None:
             try:
                 message = ForkingPickler.dumps((call(*arguments), None))
             except BaseException as error:  # the parent raises it
-                message = ForkingPickler.dumps((None, _portable(error)))
+                message = ForkingPickler.dumps((None, portable(error)))
             pipe.send_bytes(message)  # `recv` unpickles it
 
 
-def _portable(error: BaseException) -> BaseException:
+def portable(error: BaseException) -> BaseException:
     """The error itself, or a RuntimeError with its traceback where it cannot be pickled."""
     try:
         pickle.loads(pickle.dumps(error))

@@ -1,0 +1,116 @@
+"""Items that workers make ahead: in order, with errors as they are; no wait for a lost worker is without end."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor
+
+from upcycle_bench.data import loading
+from upcycle_bench.data.loading import load, lost_workers
+from upcycle_bench.util.errors import UserError
+
+HERE = os.getpid()
+
+
+def made(item: int) -> tuple[Tensor, int]:
+    return torch.full((1 << 20,), item), os.getpid()
+
+
+@pytest.mark.parametrize("workers", [0, 1, 3])
+def test_items_come_in_order_from_as_many_workers(workers: int) -> None:
+    found = list(load(made, range(5, 12), workers, "numbers"))
+    assert [int(tensor[-1]) for tensor, _ in found] == list(range(5, 12))
+    assert len({process for _, process in found} - {HERE}) == workers
+    assert list(load(made, range(0), workers, "numbers")) == []
+
+
+def test_an_error_of_a_worker_comes_as_it_is() -> None:
+    def broken(item: int) -> int:
+        if item == 2:
+            raise UserError("0.tar: the image at byte 512 cannot be read; remove it.")
+        return item
+
+    items = load(broken, range(4), 2, "numbers")
+    assert [next(items), next(items)] == [0, 1]
+    with pytest.raises(UserError, match=r"^0\.tar: the image at byte 512 cannot be read; remove it\.$"):
+        next(items)
+
+
+def test_a_killed_worker_is_one_line() -> None:
+    def killed(item: int) -> int:
+        if item == 5:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return item
+
+    with pytest.raises(
+        UserError, match=r"^numbers: a process that loads them was lost, .*DataLoader worker.*; try again\.$"
+    ):
+        list(load(killed, range(8), 2, "numbers"))
+
+
+def test_a_worker_killed_between_two_items_is_one_line_at_once() -> None:
+    """torch raises the error wherever the main process is, as in a step of training."""
+    items = load(made, range(100), 2, "training batches")
+
+    def work() -> None:
+        _, worker = next(items)
+        os.kill(worker, signal.SIGKILL)
+        time.sleep(60)
+
+    began = time.monotonic()
+    with pytest.raises(UserError, match=r"^training batches: a process that loads them was lost"), lost_workers():
+        work()
+    assert time.monotonic() - began < 30
+
+
+def test_a_worker_that_stands_still_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def stopped(item: int) -> int:
+        time.sleep(60 if item == 1 else 0)
+        return item
+
+    monkeypatch.setattr(loading, "WAIT", 2)
+    began = time.monotonic()
+    with pytest.raises(UserError, match=r"numbers: .* \(DataLoader timed out after 2 seconds\)"):
+        list(load(stopped, range(4), 1, "numbers"))
+    assert time.monotonic() - began < 30
+
+
+def test_other_errors_of_the_training_stay_what_they_are() -> None:
+    with pytest.raises(RuntimeError, match="shapes"), lost_workers():
+        raise RuntimeError("shapes do not fit")
+
+
+def test_what_shared_memory_does_not_hold_comes_through_the_pipe(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(item: object) -> None:
+        raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)")
+
+    monkeypatch.setattr(loading, "ForkingPickler", SimpleNamespace(dumps=full))
+    assert [int(tensor[-1]) for tensor, _ in load(made, range(6), 2, "numbers")] == list(range(6))
+
+
+SMALL = "mount -t tmpfs -o size=1m tmpfs /dev/shm && exec "
+PROGRAM = """
+from tests.data.test_loading import made
+from upcycle_bench.data.loading import load
+assert [int(tensor[-1]) for tensor, _ in load(made, range(6), 2, "numbers")] == list(range(6))
+"""
+
+
+def test_a_small_dev_shm_is_no_hang() -> None:
+    """In a mount namespace of its own /dev/shm holds 1 MiB, and each item takes 8."""
+    unshare = shutil.which("unshare")
+    if unshare is None or subprocess.run([unshare, "-m", "sh", "-c", SMALL + "true"], capture_output=True).returncode:
+        pytest.skip("this process may not mount")
+    command = [unshare, "-m", "sh", "-c", f'{SMALL} "$0" -c "$1"', sys.executable, PROGRAM]
+    done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,88 @@
+"""Items that worker processes make ahead, in order; every wait for a worker has an end.
+
+    with lost_workers():                                        # around all that happens between two items
+        for batch in load(make, range(100), workers=4, what="training batches"): ...
+
+A worker of torch's DataLoader puts what it made into shared memory in a thread of its own. Where that fails, as in a
+container whose /dev/shm has 64 MB, the thread prints an error, the item is lost, and the main process waits for ever.
+So the worker packs an item itself. What does not fit into shared memory goes through the pipe, which is slower.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import pickle
+from collections.abc import Callable, Iterator, Sequence
+from multiprocessing.reduction import ForkingPickler
+from typing import Any, TypeVar
+
+import torch.multiprocessing  # noqa: F401  (teaches ForkingPickler to put tensors into shared memory)
+from torch.utils.data import DataLoader, Dataset
+
+from upcycle_bench.util.errors import UserError
+from upcycle_bench.util.processes import WAIT, portable
+
+T = TypeVar("T")
+DIED = "DataLoader"  # so begin torch's errors about workers
+
+
+def load(make: Callable[[int], T], items: Sequence[int], workers: int, what: str) -> Iterator[T]:
+    """`make(item)` for each of `items`, in their order, made ahead by at most `workers` processes; none: made here.
+
+    The workers are forks, so `make` need not be picklable. Raises what `make` raises, and UserError where a worker was
+    killed, or an item took longer than half an hour.
+    """
+    workers = min(workers, len(items))
+    if not workers:
+        yield from map(make, items)
+        return
+    loader: DataLoader[bytes] = DataLoader(
+        _Packed(make),
+        batch_size=None,
+        sampler=items,
+        num_workers=workers,
+        collate_fn=bytes,
+        timeout=WAIT,
+        multiprocessing_context="fork",
+    )
+    packed = iter(loader)
+    for _ in items:
+        with lost_workers(what):
+            try:
+                made, error = pickle.loads(next(packed))
+            except (EOFError, OSError, pickle.UnpicklingError) as died:  # while it handed over the item
+                raise RuntimeError(f"{DIED}: {died or type(died).__name__}") from None
+        if error is not None:
+            raise error
+        yield made
+
+
+@contextlib.contextmanager
+def lost_workers(what: str = "training batches") -> Iterator[None]:
+    """UserError where a worker died, which torch tells at once, whatever runs meanwhile; or where nothing came."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not str(error).startswith(DIED):
+            raise
+        why = " ".join(str(error).split()).rstrip(".")
+        raise UserError(
+            f"{what}: a process that loads them was lost, perhaps for want of memory ({why}); try again."
+        ) from None
+
+
+class _Packed(Dataset[bytes]):
+    """Item -> the pickled (result, None) or (None, error), for the workers."""
+
+    def __init__(self, make: Callable[[int], Any]) -> None:
+        self.make = make
+
+    def __getitem__(self, item: int) -> bytes:
+        try:
+            made = self.make(item), None
+        except Exception as error:
+            return pickle.dumps((None, portable(error)))
+        try:
+            return bytes(ForkingPickler.dumps(made))  # tensors are put into shared memory
+        except (RuntimeError, OSError):  # it is full
+            return pickle.dumps(made)
