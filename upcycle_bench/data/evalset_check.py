@@ -11,7 +11,6 @@ which names the first of them and their number.
 from __future__ import annotations
 
 import contextlib
-import json
 from collections import Counter
 from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
@@ -24,6 +23,7 @@ from PIL import __version__ as pillow
 
 from upcycle_bench.data import evalset
 from upcycle_bench.data.evalset_samples import Kind, Sample, look
+from upcycle_bench.util import strict_json
 from upcycle_bench.util.cache import cache_root, locked
 from upcycle_bench.util.environment import cores
 from upcycle_bench.util.errors import UserError
@@ -84,10 +84,10 @@ def faults(folder: Path, split: str) -> list[str]:
     kept = cache_root() / "checked" / f"{digest}-{split}-{RULES}.json"
     with locked(kept):  # of several processes one reads the set
         with contextlib.suppress(OSError, ValueError):  # none, or a damaged one, which is made anew
-            return list(json.loads(kept.read_bytes()))
+            return list(strict_json.loads(kept.read_bytes()))
         problems = check(folder, only={split}).problems
         kept.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(kept, json.dumps(problems).encode())
+        write_atomically(kept, strict_json.dumps(problems).encode())
     return problems
 
 

@@ -11,7 +11,6 @@ not read must be known, or half a data set can be missing in silence.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -19,6 +18,7 @@ from pathlib import Path
 
 from upcycle_bench.data.shards import open_shard, read_member, shards_digest
 from upcycle_bench.protocol import Captions
+from upcycle_bench.util import strict_json
 from upcycle_bench.util.cache import build_once, cache_root
 from upcycle_bench.util.errors import UserError
 from upcycle_bench.util.files import write_atomically
@@ -82,14 +82,14 @@ def index_pairs(shards: Sequence[Path], captions: Captions, option: str = "") ->
 
 def count_pairs(shards: Sequence[Path], captions: Captions, option: str = "", index: PairIndex | None = None) -> Counts:
     """The numbers of `index`, or else of `index_pairs`; the cache keeps them by the shards' content."""
-    what = json.dumps([shards_digest(shards), captions])
+    what = strict_json.dumps([shards_digest(shards), captions])
     path = cache_root() / "pairs" / f"{hashlib.sha256(what.encode()).hexdigest()[:24]}.json"
 
     def count(staging: Path) -> None:
         found = (index or index_pairs(shards, captions, option)).counts
-        write_atomically(staging, json.dumps(asdict(found)).encode())
+        write_atomically(staging, strict_json.dumps(asdict(found)).encode())
 
-    return Counts(**json.loads(build_once(path, count).read_bytes()))
+    return Counts(**strict_json.loads(build_once(path, count).read_bytes()))
 
 
 def add_shard(index: PairIndex, number: int, shard: Path, captions: Captions, option: str = "") -> None:
