@@ -1,7 +1,8 @@
 """Sparse upcycling (Komatsuzaki et al., ICLR 2023, arXiv:2212.05055, https://arxiv.org/abs/2212.05055).
 
 Every expert is a copy of the dense FFN and the router is random. With renormalised gates the upcycled model computes
-what the dense one did, and training breaks the symmetry.
+what the dense one did, and training breaks the symmetry. With `top_k=1` it does not: the single gate is the router's
+raw probability, which scales the output.
 
 Where we differ: the paper's vision models use Expert Choice routing and resume the optimiser. Here routing, capacity
 and optimiser are the protocol's, as in the comparison of arXiv:2604.13508 (token choice, fresh optimiser state). Noise

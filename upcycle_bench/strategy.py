@@ -126,7 +126,7 @@ class Strategy(ABC):
     info: ClassVar[StrategyInfo]
     replaces_ffn: ClassVar[bool] = True  # False: the model stays dense (controls)
     trains: ClassVar[bool] = True  # False: no training after initialisation (controls)
-    preserves_function: ClassVar[bool] = False  # MoE(x) = FFN(x) at step 0, by default and with unlimited capacity
+    preserves_function: ClassVar[bool] = False  # MoE(x) = FFN(x) at step 0: by default, without drops, top_k > 1
     shares_parameters: ClassVar[bool] = False  # a layer's experts hold parameters in common: no expert parallelism
 
     def check(self) -> None:  # noqa: B027  (optional)

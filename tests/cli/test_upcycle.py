@@ -96,6 +96,20 @@ def test_cluster_aware_is_what_a_run_would_train(
     assert os.listdir(tmp_path) == [output.name]
 
 
+def test_a_single_choice_prints_the_drift_and_why(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, dense: Path
+) -> None:
+    drifts = []
+    for top_k in ("1", "2"):
+        more = ["-s", "sparse-upcycling", "--top-k", top_k, "--force", "--json"]
+        assert call(monkeypatch, *command(dense, tmp_path / "moe.safetensors", *more)) == 0
+        captured = capsys.readouterr()
+        drifts.append([layer["function_drift"] for layer in json.loads(captured.out)["layers"].values()])
+        warned = [line for line in captured.err.splitlines() if line.startswith("warning: top_k=1: ")]
+        assert len(warned) == (top_k == "1")
+    assert min(drifts[0]) > 0.3 and max(drifts[1]) < 1e-5
+
+
 def test_without_calibration_and_what_is_printed(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, dense: Path
 ) -> None:

@@ -10,10 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
 
+import upcycle_bench
 from tests.helpers import SMOKE, contrastive_loss, equal, features, tiny_batches, tiny_clip, tiny_moe, upcycled
 from upcycle_bench.model import rebuild, weights
 from upcycle_bench.model.clip import Clip
 from upcycle_bench.model.cost import model_cost
+from upcycle_bench.model.measure import diagnose
 from upcycle_bench.model.moe import moe_layers
 from upcycle_bench.model.surgery import merge
 from upcycle_bench.planning.estimate import estimate
@@ -49,6 +51,26 @@ def test_preserves_function_is_what_it_says(strategy: Strategy) -> None:
         assert_close(actual, expected, rtol=1e-10, atol=1e-10)
     else:
         assert float((actual - expected).norm() / expected.norm()) > 1e-6
+
+
+@pytest.mark.parametrize("name", ["sparse-upcycling", "eesd-only", "ders-sm", "ders-lm"])
+def test_a_single_choice_scales_the_dense_function_and_is_warned_of(name: str) -> None:
+    """Copies of the FFN under a raw gate p give p FFN(x): no strategy keeps the function, and the user is told."""
+    clip = tiny_clip()
+    batches = tiny_batches(clip, seed=5)
+    with pytest.warns(UserWarning, match="top_k=1: an expert's output is scaled by the router's probability of it"):
+        model = upcycle_bench.upcycle(clip.model, name, experts=4, top_k=1, calibration=batches)
+    seen: dict[str, tuple[Tensor, Tensor]] = {}
+    layers = moe_layers(model)
+    for where, layer in layers.items():
+        layer.moe.register_forward_hook(lambda _m, args, out, at=where: seen.__setitem__(at, (args[0], out[0])))
+    features(model, *batches[0])
+    found = diagnose(model, clip.model, batches[:1])["layers"]
+    for where, (x_TD, y_TD) in seen.items():
+        dense_TD = clip.model.get_submodule(layers[where].place.mlp_path)(x_TD)
+        gate_T1 = (x_TD @ layers[where].router_weight.T).softmax(1).max(1, keepdim=True).values
+        assert_close(y_TD, gate_T1 * dense_TD, rtol=1e-4, atol=1e-5)
+        assert found[where]["function_drift"] > 0.05
 
 
 def reaching(model: Any, layer: Any, text_BL: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from tests.moe_helpers import (
 )
 from upcycle_bench.model.deepspeed_import import MOELayer, TopKGate
 from upcycle_bench.model.moe import moe_layers
+from upcycle_bench.model.routes import Routes
 
 GELU = torch.nn.functional.gelu
 EXAMPLES = settings(max_examples=80, deadline=None, derandomize=True, database=None)
@@ -77,11 +78,44 @@ def test_routing_is_bit_equal_to_deepspeeds(
     ours = create_layer(width, settings_of(experts, top_k, factor, minimum), torch.float32, router_ED=router_ED).gate
     x_TD = tokens_of(tokens, count, width, torch.float32)
 
-    expected = stock(x_TD, None, True, False)
+    expected = Routes(*stock(x_TD, None, True, False))
     actual = ours.train()(x_TD)
+    if top_k == 1:
+        expected = by_position(expected, actual, x_TD @ router_ED.T)
     for name, a, b in zip(actual._fields, actual, expected, strict=True):
         assert torch.equal(a, b) if isinstance(a, Tensor) else a == b, name
     assert actual.index_KT.shape == actual.gates_KT.shape == (top_k, count)
+
+
+def by_position(expected: Routes, actual: Routes, logits_TE: Tensor) -> Routes:
+    """DeepSpeed's routes of single choices, but the first of each queue are kept; it keeps as many, and any."""
+    first_T = logits_TE.softmax(1).argmax(1)
+    mask_TE = nn.functional.one_hot(first_T, logits_TE.shape[1])
+    place_T = (mask_TE.cumsum(0) - 1).gather(1, first_T[:, None])[:, 0]
+    kept_T = place_T < expected.capacity
+    kept = [
+        nn.functional.one_hot(index_T[index_T >= 0].long(), logits_TE.shape[1]).sum(0)
+        for index_T in (expected.index_KT[0], actual.index_KT[0])
+    ]
+    assert torch.equal(*kept)
+    raw_T = logits_TE.softmax(1).gather(1, first_T[:, None])[:, 0]
+    return expected._replace(
+        index_KT=torch.where(kept_T, first_T, -1).int()[None],
+        location_KT=(place_T * kept_T).int()[None],
+        gates_KT=(raw_T * kept_T)[None],
+    )
+
+
+def test_a_single_choice_keeps_the_first_tokens_of_each_expert() -> None:
+    """Ten tokens want expert 1, which has room for three; the gate is the raw probability."""
+    layer = create_layer(2, settings_of(2, 1, 0.6), torch.float32, router_ED=torch.tensor([[0.0, 0], [1, 0]])).train()
+    x_TD = torch.linspace(1, 2, 10)[:, None].repeat(1, 2)
+    routes = layer.gate(x_TD)
+    assert routes.index_KT.tolist() == [[1, 1, 1, -1, -1, -1, -1, -1, -1, -1]]
+    assert routes.location_KT.tolist() == [[0, 1, 2, 0, 0, 0, 0, 0, 0, 0]]
+    assert_close(routes.gates_KT[0, :3], torch.sigmoid(x_TD[:3, 0]))
+    assert not routes.gates_KT[0, 3:].any() and layer.take_dropped() == (7, 10)
+    assert not layer(x_TD)[3:].any()
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-12)])

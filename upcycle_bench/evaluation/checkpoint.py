@@ -99,7 +99,7 @@ def score_checkpoint(
     else:
         found = _of_protocol(registry, _usual_protocol(checkpoint, model), model.overrides, None, names, reporter)
     fingerprints, skipped = suite_fingerprints(found.suites, found.root, found.skipped)
-    with session.open_session(found.threads or torch.get_num_threads()) as device:
+    with session.open_session(found.threads or torch.get_num_threads(), trains=False) as device:
         meter = Meter(device)
         suites = {key: suite for key, suite in found.suites.items() if key not in skipped}
         try:

@@ -24,11 +24,13 @@ from upcycle_bench.model.routes import Routes
 
 
 class Gate(TopKGate):
-    """DeepSpeed's top-k gate with three differences.
+    """DeepSpeed's top-k gate with four differences.
 
-    It drops and samples in training only. Under expert parallelism its capacity is the largest of the group. Its l_aux
-    is global: DeepSpeed's is a product of local means, so that two ranks would not sum to one rank with the same batch.
-    Here f_e (no gradient) and the token count are summed over all ranks; with one rank it is DeepSpeed's value.
+    It drops and samples in training only. A single choice (k = 1) over capacity is dropped by position, as with two;
+    DeepSpeed's top1gating leaves it to `torch.topk` which of equals it keeps. Under expert parallelism its capacity is
+    the largest of the group. Its l_aux is global: DeepSpeed's is a product of local means, so that two ranks would not
+    sum to one rank with the same batch. Here f_e (no gradient) and the token count are summed over all ranks; with one
+    rank it is DeepSpeed's value.
     """
 
     def __init__(self, width: int, moe: protocol.MoE) -> None:
@@ -52,7 +54,7 @@ class Gate(TopKGate):
         self, x_TD: Tensor, used_token: None = None, sparse_routes: bool = True, use_tutel: bool = False
     ) -> Routes:
         """Routes of T tokens [T, D]; the arguments behind `x_TD` are DeepSpeed's, and have no effect."""
-        self.drop_tokens = self.training
+        self.drop_tokens = self.training and self.k > 1
         self.top2_2nd_expert_sampling = self.second_expert_sampling and self.training
         # No expert needs more slots than there are tokens, and top1gating refuses a larger minimum.
         self.capacity_factor, self.min_capacity = self.own_factor, min(self.own_minimum, len(x_TD))
@@ -63,6 +65,8 @@ class Gate(TopKGate):
             self.min_capacity = 0
         with torch.autocast(x_TD.device.type, enabled=False):  # it would make DeepSpeed's float32 logits bfloat16
             routes = Routes(*super().forward(x_TD, None, True, False))
+            if self.training and self.k == 1:
+                routes = _dropped_by_position(routes, self._capacity(len(x_TD)))
             world = dist.get_world_size() if self.training and dist.is_initialized() else 1
             if x_TD.dtype == torch.float64 or world > 1:
                 dtype = torch.promote_types(x_TD.dtype, torch.float32)
@@ -119,6 +123,17 @@ class Gate(TopKGate):
     def __getstate__(self) -> dict[str, Any]:
         """Without the process group, which cannot be copied; the copy's own engine gives it one."""
         return self.__dict__ | {"ep_group": None}
+
+
+def _dropped_by_position(routes: Routes, capacity: Tensor) -> Routes:
+    """The routes of single choices, of which each expert keeps the first `capacity`."""
+    kept_KT = routes.location_KT < capacity.to(routes.location_KT.device)
+    return routes._replace(
+        capacity=capacity,
+        index_KT=torch.where(kept_KT, routes.index_KT, -1),
+        location_KT=routes.location_KT * kept_KT,
+        gates_KT=routes.gates_KT * kept_KT,
+    )
 
 
 def _renormalised(probs_TE: Tensor, index_KT: Tensor) -> Tensor:

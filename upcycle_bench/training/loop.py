@@ -132,7 +132,7 @@ def _stage(
 
 def create_engine(model: nn.Module, job: Job) -> Any:
     """DeepSpeed's engine around the model, with torch's AdamW; only inside `session.open_session`."""
-    from upcycle_bench.model.deepspeed_import import deepspeed
+    from upcycle_bench.model.deepspeed_import import require_deepspeed
 
     world = distributed.world_size()
     optimizer = torch.optim.AdamW(
@@ -151,7 +151,7 @@ def create_engine(model: nn.Module, job: Job) -> Any:
         "steps_per_print": sys.maxsize,
     }
     with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints its process groups
-        engine = deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
+        engine = require_deepspeed().initialize(model=model, optimizer=optimizer, config=config)[0]
     if world == 1 and job.zero_stage == 0:  # no gradients to average, and DeepSpeed would copy each one twice
         engine.enable_backward_allreduce = False
     return engine

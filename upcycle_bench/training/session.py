@@ -24,13 +24,16 @@ from upcycle_bench.util.plain import plain
 
 
 @contextlib.contextmanager
-def open_session(threads: int) -> Iterator[torch.device]:
+def open_session(threads: int, trains: bool = True) -> Iterator[torch.device]:
     """Start a process group and set `threads` CPU threads, shared by this machine's processes; undo both at the end.
 
-    Yields this rank's device. Raises UserError for an unknown backend of the experts, or a rank without a GPU.
+    Yields this rank's device. Raises UserError for an unknown backend of the experts, a rank without a GPU, and, where
+    it `trains`, without DeepSpeed.
     """
-    from upcycle_bench.model.deepspeed_import import deepspeed
+    from upcycle_bench.model.deepspeed_import import deepspeed, require_deepspeed
 
+    if trains:
+        require_deepspeed()
     backends.forced()  # it raises for an unknown name, before anything is started
     off = plain()  # and another wrong value
     device = choose_device()
@@ -50,13 +53,15 @@ def open_session(threads: int) -> Iterator[torch.device]:
             os.environ.setdefault("LOCAL_RANK", "0")  # deepspeed.initialize insists on it
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     try:
-        with contextlib.redirect_stdout(sys.stderr):
-            deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+        if deepspeed is not None:
+            with contextlib.redirect_stdout(sys.stderr):
+                deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
         yield device
     finally:
         torch.set_num_threads(before)
         if started:
-            _forget_groups()
+            if deepspeed is not None:
+                _forget_groups()
             dist.destroy_process_group()
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -37,6 +38,12 @@ CalibrationSource = Callable[[int], Iterable[tuple[Tensor, Tensor]]]
 Phases = Callable[[str], contextlib.AbstractContextManager[Phase]]
 
 
+ONE_CHOICE = (
+    "top_k=1: an expert's output is scaled by the router's probability of it, since DeepSpeed renormalises no single "
+    "gate; so no strategy keeps the dense function, and the function drift says how far off the model starts"
+)
+
+
 def unmeasured(name: str) -> contextlib.AbstractContextManager[Phase]:
     """A phase that nobody asks for."""
     return contextlib.nullcontext(Phase())
@@ -56,11 +63,13 @@ def make_experts(
     `moe` are the strategy's settings. `branches` are the dense CLIPs of a `Preparation`: `init_layer` gets their FFNs
     as `calibration`. The work is measured as `phase("calibrate")`, if the strategy calibrates, and `phase("upcycle")`.
 
-    Raises PluginError for a strategy that changes the dense FFN, makes plain experts of another width than its
-    `ffn_hidden`, or notes a number that is not finite.
+    Warns of a single choice. Raises PluginError for a strategy that changes the dense FFN, makes plain experts of
+    another width than its `ffn_hidden`, or notes a number that is not finite.
     """
     if branches is not None and strategy.calibration_pairs:
         raise PluginError(f"{strategy.info.name} both prepares and calibrates; a strategy may do one of them")
+    if moe.top_k == 1:
+        warnings.warn(ONE_CHOICE, stacklevel=2)
     root = Stream(("strategy", strategy.info.name, init_seed))
     layers = find_layers(dense, moe)
     ffns = {layer.name: FFN.of(dense.get_submodule(layer.mlp_path)) for layer in layers}
