@@ -89,3 +89,11 @@ def test_a_model_without_a_name_takes_its_configuration_along(tmp_path: Path) ->
 def test_patch_dropout_has_no_part_in_the_function(tmp_path: Path) -> None:
     upcycle_bench.save(create_clip(MODEL, seed=1, patch_dropout=0.5).model, tmp_path / "dense.safetensors", MODEL)
     assert upcycle_bench.load(tmp_path / "dense.safetensors").name == MODEL
+
+
+def test_saving_changes_nothing_of_the_model(tmp_path: Path) -> None:
+    model = create_clip(MODEL, seed=1).model.train()
+    model.visual.eval()
+    before = [module.training for module in model.modules()]
+    upcycle_bench.save(model, tmp_path / "dense.safetensors", MODEL)
+    assert [module.training for module in model.modules()] == before

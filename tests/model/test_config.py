@@ -175,3 +175,87 @@ def test_a_transformers_model_that_open_clip_has_not_is_one_line(tmp_path: Path,
     with pytest.raises(UserError) as caught:
         describe(str(tmp_path))
     assert line in str(caught.value)
+
+
+PROCESSOR = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "resample": 3}
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({"preprocessor_config.json": PROCESSOR | {"size": 224, "crop_size": 224}}, "shortest"),
+        ({"preprocessor_config.json": PROCESSOR | {"size": {"shortest_edge": 224}, "crop_size": 224}}, "shortest"),
+        ({"processor_config.json": {"image_processor": PROCESSOR}}, "shortest"),  # as transformers 5 writes it
+        ({"preprocessor_config.json": PROCESSOR | {"size": {"height": 224, "width": 224}}}, "squash"),
+        (
+            {"preprocessor_config.json": PROCESSOR | {"size": {"height": 224, "width": 224}, "do_center_crop": True}},
+            "squash",
+        ),
+        ({"processor_config.json": {"tokenizer": {}}, "preprocessor_config.json": PROCESSOR}, "shortest"),
+        (
+            {"preprocessor_config.json": PROCESSOR | {"size": 256, "crop_size": 224}},
+            "it resizes to 256 and crops to",
+        ),
+        ({"preprocessor_config.json": PROCESSOR | {"do_normalize": False}}, "do_normalize is False"),
+        ({"preprocessor_config.json": PROCESSOR | {"rescale_factor": 1 / 127.5}}, "rescale_factor is 0.0078"),
+        ({"preprocessor_config.json": []}, "describes no image processor"),
+        (
+            {"preprocessor_config.json": PROCESSOR, "processor_config.json": {"image_processor": {"resample": 2}}},
+            "has other settings of pixels than processor_config.json beside it",
+        ),
+    ],
+)
+def test_pixels_of_an_image_processor(tmp_path: Path, files: dict[str, Any], expected: str) -> None:
+    write(tmp_path / "config.json", {"model_type": "clip", "vision_config": {}, "text_config": {}})
+    for name, values in files.items():
+        write(tmp_path / name, values)
+    if expected not in ("shortest", "squash"):
+        with pytest.raises(UserError) as caught:
+            describe(str(tmp_path))
+        assert expected in str(caught.value)
+        return
+    found = describe(str(tmp_path)).preprocess
+    assert (found["mean"], found["resize_mode"]) == ((0.5, 0.5, 0.5), expected)
+
+
+@pytest.mark.parametrize(
+    "values", [[], {"model_type": "clip", "vision_config": {"num_attention_heads": 0}, "text_config": {}}]
+)
+def test_a_config_of_another_shape_is_one_line(tmp_path: Path, values: Any) -> None:
+    write(tmp_path / "config.json", values)
+    with pytest.raises(UserError):
+        describe(str(tmp_path))
+
+
+def test_an_mlp_ratio_counts_by_the_width_that_it_gives(tmp_path: Path) -> None:
+    vision = {"hidden_size": 1664, "intermediate_size": 8192, "num_hidden_layers": 48, "num_attention_heads": 16}
+    vision |= {"image_size": 224, "patch_size": 14, "hidden_act": "gelu"}
+    text = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 20}
+    text |= {"hidden_act": "gelu"}
+    both = {"model_type": "clip", "vision_config": vision, "text_config": text, "projection_dim": 1280}
+    assert describe(str(write(tmp_path / "config.json", both))).name == "ViT-bigG-14"
+
+
+def test_a_label_from_a_file_is_no_path(tmp_path: Path) -> None:
+    name = config.register(small(vision_cfg__layers=9), f"{tmp_path}/../evil", "a file")
+    assert "/" not in name and not list(tmp_path.parent.glob("evil*"))
+
+
+def test_a_timm_tower_of_another_size_is_one_line(tmp_path: Path) -> None:
+    timm = {"timm_model_name": "vit_tiny_patch16_224", "image_size": 160, "timm_proj": "linear", "timm_pool": "token"}
+    path = write(tmp_path / "tiny.json", small() | {"vision_cfg": timm})
+    with pytest.raises(UserError, match=r"timm builds this tower for images of 224x224: image_size must be that, too"):
+        create_clip(str(path))
+
+
+def test_equal_sides_are_one_size_and_the_first_difference_is_always_the_same() -> None:
+    assert canonical(small(vision_cfg__image_size=[8, 8]), "") == canonical(small(), "")
+    other = canonical(small(vision_cfg__layers=3, text_cfg__layers=3, vision_cfg__head_width=32), "")
+    assert first_difference(other, canonical(small(), "")) == "text_cfg.layers is 3, not 2"
+
+
+def test_a_tokenizer_in_the_folder_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write(tmp_path / "open_clip_config.json", {"model_cfg": small(text_cfg__hf_tokenizer_name="org/theirs")})
+    write(tmp_path / "tokenizer.json", {})
+    describe(str(tmp_path))
+    assert "holds a tokenizer, too; open_clip_config.json names org/theirs, which is used" in capsys.readouterr().err

@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import zipfile
@@ -32,7 +33,7 @@ class Head:
     size: int
     members: tuple[str, ...] = ()
     json: Any = None
-    distributed: bool = False  # torch.distributed.checkpoint's `.metadata` stands beside it
+    distributed: bool = False  # a .distcp, with torch.distributed.checkpoint's `.metadata` beside it
 
 
 @dataclass(frozen=True)
@@ -99,10 +100,15 @@ def is_index(path: Path) -> bool:
 
 def content_sha256(path: Path) -> str:
     """The sha256 of the file; of an index, which names its parts only, that of its bytes and those of the parts."""
-    if not is_index(path):
-        return file_sha256(path)
-    digests = [file_sha256(path), *(file_sha256(part) for part in _parts(path))]
+    digests = [_sha256(each, each.stat().st_mtime_ns) for each in [path, *(_parts(path) if is_index(path) else [])]]
+    if len(digests) == 1:
+        return digests[0]
     return hashlib.sha256(" ".join(digests).encode()).hexdigest()
+
+
+@functools.cache
+def _sha256(path: Path, changed: int) -> str:  # a plan asks several times for the hash of a large file
+    return file_sha256(path)
 
 
 def _head(path: Path) -> Head:
@@ -120,7 +126,7 @@ def _head(path: Path) -> Head:
                 text = json.loads(file.read())
             except (ValueError, RecursionError):
                 text = None
-    return Head(start, size, members, text, (path.parent / ".metadata").is_file())
+    return Head(start, size, members, text, path.suffix == ".distcp" and (path.parent / ".metadata").is_file())
 
 
 def _is_safetensors(head: Head) -> bool:
@@ -210,7 +216,7 @@ KINDS = (
     ),
     Kind(
         "a part of a distributed checkpoint",
-        "`.metadata` of torch.distributed.checkpoint beside it",
+        "`.distcp`, with `.metadata` beside it: torch.distributed.checkpoint's",
         lambda head: head.distributed,
         remedy="make a file of it: `python -m torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER FILE`",
     ),

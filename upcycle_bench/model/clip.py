@@ -22,6 +22,7 @@ from upcycle_bench.model import checkpoint_file
 from upcycle_bench.model.config import describe, own_config
 from upcycle_bench.model.pixels import PREPROCESS, agreed
 from upcycle_bench.model.state_dict import Weights, has_logit_bias, put, weights_of
+from upcycle_bench.model.towers import image_size
 from upcycle_bench.util.errors import UserError, one_line
 
 Precision = Literal["fp32", "fp16", "bf16"]
@@ -142,6 +143,11 @@ def build(name: str, seed: int = 0, **options: Any) -> tuple[Any, Any, Any]:
             raise UserError(f"{name}: open_clip cannot build this model ({one_line(error)}).") from error
         finally:
             logging.getLogger().setLevel(level)
+    trunk: Any = getattr(made[0].visual, "trunk", None)
+    built = getattr(getattr(trunk, "patch_embed", None), "img_size", None)
+    if built and tuple(built) != image_size(made[0]):  # open_clip does not tell timm
+        size = "x".join(map(str, built))
+        raise UserError(f"{name}: timm builds this tower for images of {size}: image_size must be that, too.")
     return made
 
 
@@ -150,7 +156,7 @@ def _tokenizer(name: str, text_config: Mapping[str, Any]) -> Callable[[list[str]
 
     if own_config(name) and not text_config.get("hf_tokenizer_name"):  # open_clip would take a "siglip" in the label
         length = text_config.get("context_length", open_clip.tokenizer.DEFAULT_CONTEXT_LENGTH)
-        return open_clip.SimpleTokenizer(context_length=length, **text_config.get("tokenizer_kwargs", {}))
+        return open_clip.SimpleTokenizer(context_length=length, **(text_config.get("tokenizer_kwargs") or {}))
     return open_clip.get_tokenizer(name)
 
 
@@ -164,6 +170,8 @@ def _require_activation(weights: Weights, name: str, config: Mapping[str, Any]) 
 
 def other_activation(name: str) -> str:
     """open_clip's name of the same model with QuickGELU in place of GELU, or the reverse."""
+    if own_config(name):
+        return "the same configuration with the other quick_gelu"
     return name.removesuffix("-quickgelu") if name.endswith("-quickgelu") else f"{name}-quickgelu"
 
 

@@ -14,6 +14,8 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import re
+import sys
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -28,6 +30,7 @@ from upcycle_bench.util import strict_json
 from upcycle_bench.util.errors import UserError, unknown
 
 HUB, LOCAL = "hf-hub:", "local-dir:"
+TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "spiece.model")
 WITHOUT_EFFECT = {  # on what a model computes in evaluation, once it has its weights
     "vision_cfg": ("patch_dropout", "timm_model_pretrained", "timm_drop", "timm_drop_path"),
     "text_cfg": ("hf_model_pretrained",),
@@ -95,6 +98,7 @@ def register(config: Mapping[str, Any], label: str, place: str) -> str:
     for name in _known():
         if name not in _own and canonical(open_clip.get_model_config(name), name) == wanted:
             return name
+    label = re.sub(r"[^\w.+-]", "-", label)[:100]  # it comes from files, and open_clip wants a file of that name
     name = f"{label}@{hashlib.sha256(strict_json.dumps(wanted, sort_keys=True).encode()).hexdigest()[:8]}"
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / f"{name}.json"
@@ -112,9 +116,11 @@ def canonical(config: Mapping[str, Any], place: str) -> dict[str, Any]:
     for part, kind in (("vision_cfg", CLIPVisionCfg), ("text_cfg", CLIPTextCfg)):
         try:
             values = asdict(kind(**config[part]))
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"{place}: {part} is no configuration that open_clip knows ({error}).") from None
-        whole[part] = {key: value for key, value in values.items() if key not in WITHOUT_EFFECT[part]}
+        whole[part] = {key: _single(value) for key, value in values.items() if key not in WITHOUT_EFFECT[part]}
+        # Two ratios may give one width.
+        whole[part]["hidden"] = int(whole[part]["width"] * whole[part].pop("mlp_ratio"))
     own_text = bool(config.get("custom_text") or whole["text_cfg"]["hf_model_name"])
     whole |= {"embed_dim": config.get("embed_dim"), "quick_gelu": bool(config.get("quick_gelu"))}
     whole |= {"custom_text": own_text, "multimodal_cfg": config.get("multimodal_cfg")}
@@ -126,7 +132,7 @@ def first_difference(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> str 
 
     Whether a text tower is a module of its own makes no difference: weights are renamed.
     """
-    for key in ours.keys() - {"custom_text"} | theirs.keys() - {"custom_text"}:
+    for key in sorted((ours.keys() | theirs.keys()) - {"custom_text"}):
         one, other = ours.get(key), theirs.get(key)
         if isinstance(one, Mapping) and isinstance(other, Mapping):
             if inner := first_difference(one, other):
@@ -134,6 +140,11 @@ def first_difference(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> str 
         elif one != other:
             return f"{key} is {one}, not {other}"
     return None
+
+
+def _single(value: Any) -> Any:
+    """224 for [224, 224]; any other value as it is."""
+    return value[0] if isinstance(value, list | tuple) and len(value) == 2 and value[0] == value[1] else value
 
 
 def read_description(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -193,6 +204,13 @@ def _of_folder(text: str, label: str = "") -> Described:
     if not folder.is_dir():
         raise UserError(f"{text}: no such folder; give one with open_clip_config.json and weights.")
     file = description_in(folder)
+    if file is not None and any((folder / name).is_file() for name in TOKENIZERS):
+        config = read_description(file)[0]
+        if theirs := config.get("text_cfg", {}).get("hf_tokenizer_name"):
+            print(
+                f"{folder} holds a tokenizer, too; texts are tokenised by {theirs}, as {file.name} says",
+                file=sys.stderr,
+            )
     if file is None:
         raise UserError(
             f"{folder}: holds no open_clip_config.json and no config.json of a CLIP; name the model (--model ViT-B-32) "

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from upcycle_bench.util.errors import UserError, one_line
 
-DESCRIPTIONS = ("open_clip_config.json", "config.json", "preprocessor_config.json")
+DESCRIPTIONS = ("open_clip_config.json", "config.json", "processor_config.json", "preprocessor_config.json")
 WEIGHTS = (  # the first that is there: open_clip's names, then transformers'
     "open_clip_model.safetensors",
     "open_clip_pytorch_model.safetensors",

@@ -11,6 +11,8 @@ from typing import Any
 
 from torch import Tensor
 
+from upcycle_bench.model.config import own_config
+
 Form = tuple[int, ...]
 TEXT = ("transformer", "token_embedding", "positional_embedding", "ln_final", "text_projection")
 PARTS = ("visual", *TEXT, "logit_scale", "logit_bias")
@@ -23,7 +25,7 @@ def names_of_shape(tensors: Mapping[str, Tensor], quick_gelu: bool | None = None
     if (form := _form_of(tensors)) is None:
         return []
     found = []
-    for name in open_clip.list_models():
+    for name in filter(lambda each: own_config(each) is None, open_clip.list_models()):
         config = open_clip.get_model_config(name)
         if quick_gelu in (None, config.get("quick_gelu", False)) and _form_by(config) == form:
             found.append(name)

@@ -139,7 +139,9 @@ REASONS = (
     ),
     Reason(
         "position embeddings of another grid or context length, and else the model's weights",
-        lambda sides: all(key.endswith("positional_embedding") for key in sides.misfits),
+        lambda sides: (
+            sides.misfits == sides.reshaped and all(key.endswith("positional_embedding") for key in sides.misfits)
+        ),
         "--interpolate-positions resizes them, which is recorded",
     ),
 )

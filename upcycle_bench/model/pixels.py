@@ -22,6 +22,8 @@ def checked(settings: Mapping[str, Any], place: str) -> dict[str, Any]:
 
     `size` is that of the model, and is left out.
     """
+    if not isinstance(settings, Mapping):
+        raise UserError(f"{place}: its settings of pixels are no table of names and values.")
     for key, only in (("mode", "RGB"), ("fill_color", 0)):
         if settings.get(key, only) != only:
             raise UserError(f"{place}: {key} is {settings[key]!r}; only {only!r} is known here.")

@@ -10,6 +10,8 @@ weights.
 
 from __future__ import annotations
 
+import hashlib
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -57,10 +59,12 @@ class Pretrained:
         return checkpoint_file.content_sha256(self.file)
 
     def identity(self) -> str:
-        """What these weights are as a model of that name: equal only for the same function of an image or a text."""
+        """What these weights are as a model of that name: the sha256 of the file, hashed with what the user added."""
         more: dict[str, Any] = {"preprocess": dict(self.preprocess)} if self.preprocess else {}
         more |= {"interpolate": True} if self.interpolate else {}
-        return " ".join([self.sha256(), *([strict_json.dumps(more, sort_keys=True)] if more else [])])
+        if not more:
+            return self.sha256()
+        return hashlib.sha256(f"{self.sha256()} {strict_json.dumps(more, sort_keys=True)}".encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -91,8 +95,12 @@ def find_pretrained(model: str, source: str | None = None, choices: Choices | No
             raise _unknown(source, described.name)
         fetch, said = door.find(source, described.name)
     _require_same(described, said, source or model)
+    if said.assumed and (choices.pixels or described.preprocess):
+        said = Said(said.place)
     settings = [(described.place, described.preprocess), (said.place, said.preprocess), ("--pixels", choices.pixels)]
     preprocess = agreed(settings)
+    if said.assumed:
+        print(f"{source} does not say its pixels: those of {said.place} are used (--pixels)", file=sys.stderr)
     file = fetch()
     checkpoint_file.require_readable(file)  # so that a plan says it, too
     return Pretrained(described.name, file, source or model, preprocess, choices.interpolate)
@@ -108,18 +116,17 @@ def _weights_of(described: Described, model: str) -> Path:
 
 def _require_same(described: Described, said: Said, source: str) -> None:
     """UserError where what is said of the weights is another model than the one that was named."""
-    quick = bool(described.config.get("quick_gelu"))
-    config = said.config
-    quick_said = said.quick_gelu if config is None else bool(config.get("quick_gelu"))
-    if quick_said not in (None, quick):
+    quick_said = said.quick_gelu
+    if said.config is not None:
+        quick_said = bool(said.config.get("quick_gelu"))
+        theirs, ours = canonical(said.config, said.place), canonical(described.config, described.name)
+        if difference := first_difference(theirs | {"quick_gelu": None}, ours | {"quick_gelu": None}):
+            raise UserError(f"{said.place} describes another model than {described.name}: {difference}; name that one.")
+    if quick_said not in (None, bool(described.config.get("quick_gelu"))):
         raise UserError(
             f"{source} weights were trained with another activation than that of {described.name}, as {said.place} "
             f"says: choose {other_activation(described.name)}."
         )
-    if config is not None:
-        theirs, ours = canonical(config, said.place), canonical(described.config, described.name)
-        if difference := first_difference(theirs, ours):
-            raise UserError(f"{said.place} describes another model than {described.name}: {difference}; name that one.")
 
 
 def _of_folder(source: str, name: str) -> tuple[Fetch, Said]:

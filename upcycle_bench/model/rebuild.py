@@ -54,11 +54,14 @@ def other_answers(model: Any, dense: Any, images: Tensor, texts: Tensor) -> str 
     """What computes otherwise than its tensors say, or None; for a model that has the form of its file."""
     file = rebuilt(model, dense)
     file.load_state_dict(model.state_dict(), assign=True)
-    was_training = model.training
-    model.eval()
-    file.eval()
-    pairs = [(each.encode_image(images), each.encode_text(texts)) for each in (model, file)]
-    model.train(was_training)
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        file.eval()
+        pairs = [(each.encode_image(images), each.encode_text(texts)) for each in (model, file)]
+    finally:
+        for module, training in modes:
+            module.training = training
     for ours_BC, theirs_BC in zip(*pairs, strict=True):
         if not float((ours_BC - theirs_BC).norm()) <= MOVED * float(theirs_BC.norm()):  # NaN, too
             return f"{_suspect(model, file)} does not compute what its tensors say"
@@ -90,7 +93,7 @@ def _modules(model: nn.Module) -> dict[str, str]:
 
     Settings that a class does not show (heads, pooling, masks) stand behind, as MODULE.SETTING.
     """
-    parts = {name: part for name, part in model.named_modules() if not name.endswith("patch_dropout")}
+    parts = {name: part for name, part in model.named_modules() if not name.endswith(("patch_dropout", "patch_drop"))}
     shown = {name: f"{_class(part)}({part.extra_repr()})" for name, part in parts.items()}
     return shown | {
         f"{name}.{key}".strip("."): value for name, part in parts.items() for key, value in _settings(part).items()

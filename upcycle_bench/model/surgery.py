@@ -43,7 +43,11 @@ def find_layers(model: Any, moe: protocol.MoE) -> list[Layer]:
     if not layers:
         raise UserError(f"moe.offset={moe.offset} leaves no block to replace; lower it.")
     for layer in layers:
-        if reason := not_plain(model.get_submodule(layer.mlp_path)):
+        try:
+            mlp = model.get_submodule(layer.mlp_path)
+        except AttributeError:
+            raise UserError(f"{layer.mlp_path} is missing: only blocks with one FFN each can be upcycled.") from None
+        if reason := not_plain(mlp):
             raise UserError(
                 f"{layer.mlp_path} {reason}: only a plain FFN, two linear layers with biases and an activation, can be "
                 "upcycled; choose a model such as ViT-B-32."

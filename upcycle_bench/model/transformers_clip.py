@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from upcycle_bench.util.errors import UserError
+from upcycle_bench.util.errors import UserError, one_line
 
 TOWERS = {"text_model.": "", "vision_model.": "visual."}
 LAYER = re.compile(r"encoder\.layers\.(\d+)\.(.+)")
@@ -74,27 +74,35 @@ EPS = 1e-5  # of PyTorch's LayerNorm
 RESAMPLE = {2: "bilinear", 3: "bicubic"}  # Pillow's numbers
 
 
-def is_transformers_config(values: Mapping[str, Any]) -> bool:
+def is_transformers_config(values: Any) -> bool:
     """Whether a JSON document is the `config.json` of a `CLIPModel`."""
-    return values.get("model_type") == "clip" and "vision_config" in values and "text_config" in values
+    return (
+        isinstance(values, Mapping)
+        and values.get("model_type") == "clip"
+        and "vision_config" in values
+        and "text_config" in values
+    )
 
 
 def read_transformers_config(values: Mapping[str, Any], path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """(open_clip's configuration, settings of pixels) of the `config.json` at `path`, with transformers' own defaults.
 
-    Pixels are those of the `preprocessor_config.json` beside it, if there is one. Raises UserError for a model that
+    Pixels are those of the image processor beside it, if there is one. Raises UserError for a model that
     open_clip's towers cannot be.
     """
     from transformers import CLIPConfig
 
-    whole = CLIPConfig.from_dict(dict(values))
-    vision: Any = whole.vision_config
-    text: Any = whole.text_config
+    try:
+        whole = CLIPConfig.from_dict(dict(values))
+        vision: Any = whole.vision_config
+        text: Any = whole.text_config
+        head_width = vision.hidden_size // vision.num_attention_heads
+    except Exception as error:  # transformers has several of its own for values that cannot be
+        raise UserError(f"{path}: transformers cannot read this configuration ({one_line(error, 200)}).") from None
     acts = {vision.hidden_act, text.hidden_act}
     if len(acts) > 1 or not acts <= {"gelu", "quick_gelu"}:
-        raise UserError(
-            f"{path}: its towers have the activations {' and '.join(sorted(acts))}; open_clip has one of both."
-        )
+        named = " and ".join(sorted(map(str, acts)))
+        raise UserError(f"{path}: its towers have the activations {named}; open_clip's share GELU or QuickGELU.")
     if text.vocab_size != CLIP_TOKENS:
         raise UserError(
             f"{path}: a vocabulary of {text.vocab_size:,} tokens is not CLIP's ({CLIP_TOKENS:,}); write an "
@@ -107,7 +115,7 @@ def read_transformers_config(values: Mapping[str, Any], path: Path) -> tuple[dic
         "image_size": vision.image_size,
         "layers": vision.num_hidden_layers,
         "width": vision.hidden_size,
-        "head_width": vision.hidden_size // vision.num_attention_heads,
+        "head_width": head_width,
         "patch_size": vision.patch_size,
         **_others(vision),
     }
@@ -119,24 +127,55 @@ def read_transformers_config(values: Mapping[str, Any], path: Path) -> tuple[dic
         "layers": text.num_hidden_layers,
         **_others(text),
     }
-    beside = path.parent / "preprocessor_config.json"
-    return config, _pixels(beside) if beside.is_file() else {}
+    return config, _pixels(path.parent)
 
 
 def _others(tower: Any) -> dict[str, Any]:
     """Settings that most models leave as they are, and that then stand in no configuration of open_clip's."""
-    ratio, eps = tower.intermediate_size / tower.hidden_size, tower.layer_norm_eps
-    return ({} if ratio == 4 else {"mlp_ratio": ratio}) | ({} if eps == EPS else {"norm_kwargs": {"eps": eps}})
+    hidden, eps = tower.intermediate_size, tower.layer_norm_eps
+    # Half a neuron more: open_clip truncates width * ratio, which rounding may have brought below the whole number.
+    ratio = {} if hidden == 4 * tower.hidden_size else {"mlp_ratio": (hidden + 0.5) / tower.hidden_size}
+    return ratio | ({} if eps == EPS else {"norm_kwargs": {"eps": eps}})
 
 
-def _pixels(path: Path) -> dict[str, Any]:
-    """open_clip's settings of pixels for an image processor's."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read as JSON ({' '.join(str(error).split())}).") from None
-    size = values.get("size")
-    squash = isinstance(size, dict) and "shortest_edge" not in size and not values.get("do_center_crop", True)
+def _pixels(folder: Path) -> dict[str, Any]:
+    """open_clip's settings of pixels for the image processor of a folder; none where it has none.
+
+    It stands in preprocessor_config.json, and since transformers 5 in a part of processor_config.json.
+    """
+    found: dict[str, Any] = {}
+    for name, part in (("processor_config.json", "image_processor"), ("preprocessor_config.json", None)):
+        path = folder / name
+        if not path.is_file():
+            continue
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path}: cannot be read as JSON ({one_line(error, 200)}).") from None
+        values = values.get(part) if part and isinstance(values, dict) else values
+        if part and values is None:
+            continue
+        if not isinstance(values, dict):
+            raise UserError(f"{path}: describes no image processor.")
+        here = _processor(values, path)
+        if found and found != here:
+            raise UserError(f"{path} has other settings of pixels than processor_config.json beside it: remove one.")
+        found = here
+    return found
+
+
+def _processor(values: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    size, crop = values.get("size"), values.get("crop_size")
+    squash = isinstance(size, dict) and {"height", "width"} <= size.keys()
+    shortest, cropped = (_edge(each) for each in (size, crop))
+    whole = {"do_resize": True, "do_rescale": True, "do_normalize": True, "do_convert_rgb": True}
+    odd = [f"{key} is {values[key]}" for key, usual in whole.items() if values.get(key, usual) not in (usual, None)]
+    if not squash and shortest and cropped and shortest != cropped:
+        odd.append(f"it resizes to {shortest} and crops to {cropped}")
+    if abs(values.get("rescale_factor") or 1 / 255) - 1 / 255 > 1e-6:
+        odd.append(f"rescale_factor is {values['rescale_factor']}")
+    if odd:
+        raise UserError(f"{path}: {odd[0]}, which open_clip's transforms do not do; give the pixels by --pixels.")
     found = {
         "mean": values.get("image_mean"),
         "std": values.get("image_std"),
@@ -144,6 +183,13 @@ def _pixels(path: Path) -> dict[str, Any]:
         "resize_mode": "squash" if squash else "shortest",
     }
     return {key: value for key, value in found.items() if value is not None}
+
+
+def _edge(size: Any) -> int | None:
+    """The number of pixels in `224`, `{"shortest_edge": 224}` or `{"height": 224, "width": 224}`."""
+    if isinstance(size, dict):
+        size = size.get("shortest_edge", size.get("height"))
+    return size if isinstance(size, int) else None
 
 
 def _renamed(key: str) -> str:

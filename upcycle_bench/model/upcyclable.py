@@ -54,9 +54,14 @@ UNFIT = (
 
 def require_upcyclable(model: str, moe: MoE = PUBLISHED_MOE, *, trained: bool) -> None:
     """UserError, with the remedy, unless experts can take the place of FFNs in `model`, and be trained if `trained`."""
+    require_configuration(model, trained=trained)
+    with torch.device("meta"):
+        find_layers(build(describe(model).name)[0], moe)
+
+
+def require_configuration(model: str, *, trained: bool) -> None:
+    """The part that needs no model."""
     described = describe(model)
     for row in UNFIT:
         if row.fits(described.config) and (trained or not row.trained):
             raise UserError(f"{model} has {row.what}: {row.remedy}.")
-    with torch.device("meta"):
-        find_layers(build(described.name)[0], moe)

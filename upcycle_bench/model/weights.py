@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from upcycle_bench import protocol
 from upcycle_bench.model.checkpoint_file import read, require_readable
-from upcycle_bench.model.clip import Clip, Precision, create_clip
+from upcycle_bench.model.clip import Clip, Precision, build, create_clip
 from upcycle_bench.model.config import own_config, register
 from upcycle_bench.model.ffn import FFN, LayerInit
 from upcycle_bench.model.moe import EXPERT_KEY, moe_layers
@@ -57,7 +57,7 @@ def write(clip: Clip, moe: protocol.MoE, path: Path) -> str:
         return ""
     settings: dict[str, Any] = {"model": clip.name, "moe": moe.model_dump() if moe_layers(clip.model) else None}
     with torch.device("meta"):
-        usual = hidden_widths(create_clip(clip.name).model)
+        usual = hidden_widths(build(clip.name)[0])
     if hidden := {path: width for path, width in hidden_widths(clip.model).items() if width != usual.get(path)}:
         settings["hidden"] = hidden  # left out where usual: files of other models keep their bytes, and their names
     if config := own_config(clip.name):

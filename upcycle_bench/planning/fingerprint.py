@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from upcycle_bench.data.world import World
-from upcycle_bench.model.config import describe
+from upcycle_bench.model.config import describe, own_config
 from upcycle_bench.protocol import Protocol
 from upcycle_bench.strategy import Strategy
 from upcycle_bench.suite import Suite
@@ -53,9 +53,11 @@ def dense_recipe(protocol: Protocol, world: World) -> str:
 
 
 def _model(protocol: Protocol) -> dict[str, Any]:
-    """What the protocol's model is, wherever it was described: its name by then, its configuration."""
+    """What the protocol's model is, wherever it was described: open_clip's name, the configuration, unusual pixels."""
     found = describe(protocol.model)
-    return {"model": found.name, "config": found.config}
+    name = "" if own_config(found.name) else found.name  # the label of another one may be a folder's
+    pixels = {"preprocess": dict(found.preprocess)} if found.preprocess else {}
+    return {"model": name, "config": found.config, **pixels}
 
 
 def recipe_path(recipe: str) -> Path:

@@ -19,8 +19,9 @@ from upcycle_bench.data.shards import expand_shards, shards_digest
 from upcycle_bench.data.world import World
 from upcycle_bench.data.worlds import load_world
 from upcycle_bench.model.config import describe
+from upcycle_bench.model.pixels import agreed
 from upcycle_bench.model.pretrained import Choices, Pretrained, find_pretrained
-from upcycle_bench.model.upcyclable import require_upcyclable
+from upcycle_bench.model.upcyclable import require_configuration, require_upcyclable
 from upcycle_bench.planning.estimate import training_steps, unequal_shape
 from upcycle_bench.planning.fingerprint import (
     code_fingerprint,
@@ -167,7 +168,7 @@ def _dense_model(protocol: Protocol, paths: Paths, world: World | None) -> tuple
     A protocol that trains its own has a recipe as identity, and no weights; both are None where something is not given.
     """
     if protocol.dense.source == "checkpoint":
-        require_upcyclable(protocol.model, trained=True)
+        require_upcyclable(protocol.model, protocol.moe, trained=True)
         if paths.checkpoint is None and describe(protocol.model).folder is None:
             return None, None
         found = find_pretrained(protocol.model, paths.checkpoint, paths.choices)
@@ -179,6 +180,7 @@ def _dense_model(protocol: Protocol, paths: Paths, world: World | None) -> tuple
         )
     if protocol.dense.source == "shipped":
         return Pretrained(protocol.model, shipped_checkpoint(protocol), "shipped"), protocol.dense.shipped
+    require_configuration(protocol.model, trained=True)
     return None, None if world is None else dense_recipe(protocol, world)
 
 
@@ -248,7 +250,12 @@ def _label(strategy: Strategy, usual: Strategy) -> str:
 
 def dense_source(plan: Plan) -> Pretrained:
     """The dense weights of a plan, or where they will be after their training."""
-    return plan.checkpoint or Pretrained(plan.protocol.model, recipe_path(str(plan.dense_identity)), "trained here")
+    if plan.checkpoint is not None:
+        return plan.checkpoint
+    model = describe(plan.protocol.model)
+    return Pretrained(
+        model.name, recipe_path(str(plan.dense_identity)), "trained here", agreed([("", model.preprocess)])
+    )
 
 
 def check_input(plan: Plan, results: Path) -> None:

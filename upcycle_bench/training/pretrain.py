@@ -40,7 +40,7 @@ from upcycle_bench.util.meter import Meter
 from upcycle_bench.util.progress import Reporter
 
 SIGMOID = (
-    "the dense model has a logit bias, so it was trained with the sigmoid loss; here every strategy trains with CLIP's "
+    "the dense model has a logit bias, as models for the sigmoid loss have; here every strategy trains with CLIP's "
     "softmax loss, in which the bias has no part"
 )
 
