@@ -17,6 +17,7 @@ from tests.cli.test_main import call
 from tests.helpers import MODEL, equal, tiny_batches, tiny_clip
 from upcycle_bench.data.pairs import PairDataset
 from upcycle_bench.data.worlds import load_world
+from upcycle_bench.model import hub
 from upcycle_bench.model.clip import create_clip
 from upcycle_bench.model.moe import moe_layers
 from upcycle_bench.model.pretrained import find_pretrained
@@ -250,9 +251,11 @@ def test_a_tag_out_of_reach_is_one_line(monkeypatch: pytest.MonkeyPatch, tag: di
         raise ConnectionError("no route\nto host")
 
     monkeypatch.setattr(open_clip.pretrained, "hf_hub_download", unreachable)
+    monkeypatch.setattr(hub, "unreachable", lambda url: None)  # the host answers, then the way is lost
     with pytest.raises(UserError, match=r"cannot fetch the a_tag weights of smoke-vit .*no route to host") as raised:
         find_pretrained(MODEL, "a_tag")
-    assert "\n" not in str(raised.value) and str(raised.value).endswith("and give the file.")
+    assert "\n" not in str(raised.value) and str(raised.value).endswith("or give the file.")
+    assert "run `hf download someone/model` where there is a network" in str(raised.value)
 
 
 def test_a_tag_of_another_activation_names_the_right_model() -> None:

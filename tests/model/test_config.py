@@ -7,9 +7,10 @@ from typing import Any
 import open_clip
 import pytest
 import torch
+from huggingface_hub.errors import LocalEntryNotFoundError
 
 from tests.model.checkpoints import MODEL
-from upcycle_bench.model import config
+from upcycle_bench.model import config, hub
 from upcycle_bench.model.clip import create_clip
 from upcycle_bench.model.config import canonical, describe, first_difference, model_config, own_config
 from upcycle_bench.util.errors import UserError
@@ -31,6 +32,21 @@ def write(path: Path, values: Any) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(values))
     return path
+
+
+def stand_in(monkeypatch: pytest.MonkeyPatch, folder: Path) -> list[tuple[str, str, str | None]]:
+    """Hugging Face's client, whose repositories are all that folder; the files that it is asked for."""
+    asked = []
+
+    def download(name: str, file: str, revision: str | None) -> str:
+        asked.append((name, file, revision))
+        if not (folder / file).is_file():
+            raise LocalEntryNotFoundError("not there")
+        return str(folder / file)
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    config._fetched.cache_clear()
+    return asked
 
 
 def test_a_configuration_that_open_clip_has_gets_its_name(tmp_path: Path) -> None:
@@ -74,16 +90,24 @@ def test_a_label_with_siglip_in_it_keeps_clips_tokenizer(tmp_path: Path) -> None
 
 def test_a_repository_is_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path / "open_clip_config.json", {"model_cfg": small(vision_cfg__layers=7)})
-    asked = []
-
-    def snapshot(name: str, revision: str | None, allow_patterns: list[str]) -> str:
-        asked.append((name, revision, "open_clip_config.json" in allow_patterns))
-        return str(tmp_path)
-
-    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
-    config._fetched.cache_clear()
+    asked = stand_in(monkeypatch, tmp_path)
     found = describe("hf-hub:org/tiny@v2")
-    assert found.name.startswith("tiny@") and asked == [("org/tiny", "v2", True)]
+    assert found.name.startswith("tiny@")
+    assert {(name, revision) for name, _, revision in asked} == {("org/tiny", "v2")}
+
+
+def test_a_part_of_a_repository_in_the_cache_is_not_taken_for_the_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers fetches config.json alone; without the pixels beside it, they would be the usual ones."""
+    write(tmp_path / "config.json", {"model_type": "clip", "vision_config": {}, "text_config": {}})
+    stand_in(monkeypatch, tmp_path)
+    monkeypatch.setattr(hub, "unreachable", lambda url: "no network")
+    with pytest.raises(UserError, match=r"cannot fetch the configuration of hf-hub:org/part \(no network\): run `hf"):
+        describe("hf-hub:org/part")
+    write(tmp_path / "preprocessor_config.json", PROCESSOR)
+    config._fetched.cache_clear()
+    assert describe("hf-hub:org/part").preprocess["mean"] == (0.5, 0.5, 0.5)
 
 
 @pytest.mark.parametrize(
@@ -258,4 +282,4 @@ def test_a_tokenizer_in_the_folder_is_said(tmp_path: Path, capsys: pytest.Captur
     write(tmp_path / "open_clip_config.json", {"model_cfg": small(text_cfg__hf_tokenizer_name="org/theirs")})
     write(tmp_path / "tokenizer.json", {})
     describe(str(tmp_path))
-    assert "holds a tokenizer, too; open_clip_config.json names org/theirs, which is used" in capsys.readouterr().err
+    assert "holds a tokenizer, too; texts are tokenised by org/theirs" in capsys.readouterr().err

@@ -8,7 +8,7 @@ import torch
 
 from tests.model.checkpoints import State, prefixed, random_state, refusal
 from upcycle_bench.model.clip import create_clip
-from upcycle_bench.model.hub import weights_in
+from upcycle_bench.model.repository import weights_in
 from upcycle_bench.util.errors import UserError
 
 

@@ -190,6 +190,11 @@ def index_of(part: Path) -> Path | None:
     return None
 
 
+def parts_of(index: Path) -> list[str]:
+    """The names of the files that an index names."""
+    return sorted(_names(index))
+
+
 def _names(index: Path) -> set[str]:
     """The parts that an index names."""
     return {str(name) for name in json.loads(index.read_bytes())["weight_map"].values()}

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from upcycle_bench.model import checkpoint_file
+from upcycle_bench.model import checkpoint_file, hub
 from upcycle_bench.model.config import describe, own_config
 from upcycle_bench.model.pixels import PREPROCESS, agreed
 from upcycle_bench.model.state_dict import Weights, has_logit_bias, put, weights_of
@@ -89,6 +89,7 @@ def create_clip(
     found = describe(name)
     name, config = found.name, found.config
     preprocess = agreed([(found.place, found.preprocess if preprocess is None else preprocess)])
+    tokenize = _tokenizer(name, config)  # first, since it may lack what only a network has
     weights = None if checkpoint is None else weights_of(checkpoint_file.read(checkpoint))
     if weights is not None:
         _require_activation(weights, name, config)
@@ -109,7 +110,7 @@ def create_clip(
     return Clip(
         name,
         model,
-        _tokenizer(name, config["text_cfg"]),
+        tokenize,
         _to_uint8(resize),
         _to_uint8(augment),
         transform,
@@ -128,7 +129,7 @@ def build(name: str, seed: int = 0, **options: Any) -> tuple[Any, Any, Any]:
     import open_clip
 
     level = logging.getLogger().level
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), hub.offline():
         torch.manual_seed(seed)
         logging.getLogger().setLevel(logging.ERROR)  # open_clip warns of random weights, but here they are wanted
         try:
@@ -151,13 +152,14 @@ def build(name: str, seed: int = 0, **options: Any) -> tuple[Any, Any, Any]:
     return made
 
 
-def _tokenizer(name: str, text_config: Mapping[str, Any]) -> Callable[[list[str]], Tensor]:
+def _tokenizer(name: str, config: Mapping[str, Any]) -> Callable[[list[str]], Tensor]:
     import open_clip
 
-    if own_config(name) and not text_config.get("hf_tokenizer_name"):  # open_clip would take a "siglip" in the label
-        length = text_config.get("context_length", open_clip.tokenizer.DEFAULT_CONTEXT_LENGTH)
-        return open_clip.SimpleTokenizer(context_length=length, **(text_config.get("tokenizer_kwargs") or {}))
-    return open_clip.get_tokenizer(name)
+    text = config["text_cfg"]
+    if own_config(name) and not text.get("hf_tokenizer_name"):  # open_clip would take a "siglip" in the label
+        length = text.get("context_length", open_clip.tokenizer.DEFAULT_CONTEXT_LENGTH)
+        return open_clip.SimpleTokenizer(context_length=length, **(text.get("tokenizer_kwargs") or {}))
+    return hub.tokenizer_of(name, config)
 
 
 def _require_activation(weights: Weights, name: str, config: Mapping[str, Any]) -> None:

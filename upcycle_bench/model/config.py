@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from upcycle_bench.assets import MODELS
-from upcycle_bench.model import hub
+from upcycle_bench.model import repository
 from upcycle_bench.model.pixels import checked
 from upcycle_bench.model.transformers_clip import is_transformers_config, read_transformers_config
 from upcycle_bench.util import strict_json
@@ -220,13 +220,13 @@ def _of_folder(text: str, label: str = "") -> Described:
 
 
 def _of_hub(text: str) -> Described:
-    repository = text.removeprefix(HUB)
-    return _of_folder(str(_fetched(repository)), repository.partition("@")[0].rpartition("/")[2])
+    name = text.removeprefix(HUB)
+    return _of_folder(str(_fetched(name)), name.partition("@")[0].rpartition("/")[2])
 
 
 @functools.cache
-def _fetched(repository: str) -> Path:
-    return hub.fetch_descriptions(repository)
+def _fetched(name: str) -> Path:
+    return repository.fetch_descriptions(name)
 
 
 DOORS = (

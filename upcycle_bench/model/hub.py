@@ -1,72 +1,135 @@
-"""Files of a repository on Hugging Face, by its own client and in its cache.
+"""What stands in the network: taken from the cache where it is there, and one line says what to fetch where it is not.
 
-    folder = fetch_descriptions("ORG/NAME")         # the folder in the cache, with the small JSON files
-    file = fetch_weights("ORG/NAME", folder)        # the file of weights, or the index with all its parts
+    tokenizer = tokenizer_of("ViT-H-14-CLIPA", model_config("ViT-H-14-CLIPA"))
+    with offline(): ...                 # Hugging Face's libraries use their cache alone
 
-ORG/NAME@REVISION names a branch, a tag or a commit.
+Without a network those libraries try again for most of a minute. So the cache is asked first, without the network, and
+the network only once its host has answered.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
+import contextlib
+import os
+import socket
+import threading
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 from upcycle_bench.util.errors import UserError, one_line
 
-DESCRIPTIONS = ("open_clip_config.json", "config.json", "processor_config.json", "preprocessor_config.json")
-WEIGHTS = (  # the first that is there: open_clip's names, then transformers'
-    "open_clip_model.safetensors",
-    "open_clip_pytorch_model.safetensors",
-    "open_clip_pytorch_model.bin",
-    "open_clip_pytorch_model.pth",
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
-)
+PATIENCE = 4.0  # seconds for a host to answer
+T = TypeVar("T")
 
 
-def fetch_descriptions(repository: str) -> Path:
-    """The folder of the cache with what describes the model; UserError where it cannot be had."""
-    return _fetch(repository, DESCRIPTIONS)
+@contextlib.contextmanager
+def offline() -> Iterator[None]:
+    """Let huggingface_hub and transformers use their cache alone in the block."""
+    from huggingface_hub import constants
 
-
-def fetch_weights(repository: str) -> Path:
-    """The repository's file of weights, fetched unless the cache has it; UserError where there is none."""
-    for name in WEIGHTS:
-        folder = _fetch(repository, [name])
-        if (file := folder / name).is_file():
-            if name.endswith(".index.json"):
-                _fetch(repository, [f"{name.partition('.')[0]}-*"])
-            return file
-    raise UserError(f"hf-hub:{repository}: has none of {', '.join(WEIGHTS)}; fetch its weights and give the file.")
-
-
-def weights_in(folder: Path) -> Path:
-    """The file of weights in a folder; UserError where none can be told."""
-    if (named := next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)) is not None:
-        return named
-    if (folder / ".metadata").is_file():
-        raise UserError(
-            f"{folder}: is a distributed checkpoint; make a file of it: `python -m "
-            f"torch.distributed.checkpoint.format_utils dcp_to_torch {folder} weights.pt`."
-        )
-    kinds = (".safetensors", ".bin", ".pt", ".pth")
-    others = sorted(path for path in folder.iterdir() if path.is_file() and path.suffix.lower() in kinds)
-    if len(others) == 1:
-        return others[0]
-    found = f"{len(others)} files of weights, {others[0].name} the first" if others else "no file of weights"
-    raise UserError(f"{folder}: holds {found}; give the file itself.")
-
-
-def _fetch(repository: str, patterns: Sequence[str]) -> Path:
-    import huggingface_hub
-
-    name, _, revision = repository.partition("@")
+    before = constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = True
     try:
-        return Path(huggingface_hub.snapshot_download(name, revision=revision or None, allow_patterns=list(patterns)))
-    except Exception as error:  # of the client, of what it is built on, of the network: each with its own
-        raise UserError(
-            f"hf-hub:{repository} cannot be fetched ({one_line(error)}); where there is a network, `hf download "
-            f"{name}`; then copy the folder and give its path."
-        ) from None
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
+
+
+def is_offline() -> bool:
+    """Whether Hugging Face's libraries use their cache alone now."""
+    from huggingface_hub import constants
+
+    return bool(constants.HF_HUB_OFFLINE)
+
+
+def tokenizer_of(name: str, config: Mapping[str, Any]) -> Any:
+    """open_clip's tokenizer of the model called `name`, after what its text tower needs from Hugging Face is there.
+
+    Raises UserError, which names the repository and the command that fetches it.
+    """
+    import open_clip
+
+    text = config["text_cfg"]
+    if tower := text.get("hf_model_name"):
+        from_repository(tower, f"the configuration of {name}'s text tower", lambda: _load_config(tower))
+    if not (repository := text.get("hf_tokenizer_name")):
+        return open_clip.get_tokenizer(name)
+    return from_repository(repository, f"the tokenizer of {name}", lambda: open_clip.get_tokenizer(name))
+
+
+def from_repository(repository: str, what: str, load: Callable[[], T], otherwise: str = "") -> T:
+    """What `load` makes of files of a Hugging Face repository; UserError where they are neither cached nor reached.
+
+    `otherwise`: what else a user may do.
+    """
+    from huggingface_hub import constants
+
+    remedy = f"run `hf download {repository}` where there is a network, and copy {constants.HF_HUB_CACHE} from there"
+    try:
+        with offline():
+            return _needing_packages(what, load)
+    except OSError:  # the libraries' errors for what is not cached are of this kind
+        pass
+    why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else unreachable(constants.ENDPOINT)
+    return _from_network(what, why, remedy + otherwise, load)
+
+
+def from_url(url: str, what: str, load: Callable[[], T]) -> T:
+    """What `load` fetches from that address; UserError where it cannot be reached."""
+    return _from_network(what, unreachable(url), f"download {url} where there is a network, and give the file", load)
+
+
+def unreachable(url: str) -> str | None:
+    """Why nobody answers at that address, or at the proxy on the way to it; None if somebody does."""
+    target = urlsplit(url)
+    host = target.hostname or ""
+    proxy = urllib.request.getproxies().get(target.scheme)
+    if proxy and not urllib.request.proxy_bypass(host):
+        target = urlsplit(proxy if "//" in proxy else f"//{proxy}")
+    where = target.hostname or host, target.port or (80 if target.scheme == "http" else 443)
+    found = [f"no answer within {PATIENCE:g} seconds"]
+
+    def knock() -> None:
+        try:
+            socket.create_connection(where, timeout=PATIENCE).close()
+            found.append("")
+        except OSError as error:
+            found.append(error.strerror or str(error))
+
+    thread = threading.Thread(target=knock, daemon=True)  # looking up a name has no time-out of its own
+    thread.start()
+    thread.join(PATIENCE)
+    return f"{where[0]}: {found[-1]}" if found[-1] else None
+
+
+def _from_network(what: str, why: str | None, remedy: str, load: Callable[[], T]) -> T:
+    if why is None:
+        try:
+            return _needing_packages(what, load)
+        except UserError:
+            raise
+        except Exception as error:  # of urllib, huggingface_hub, transformers and open_clip, each with its own
+            why = one_line(error)
+    raise UserError(f"cannot fetch {what} ({why}): {remedy}.")
+
+
+def _needing_packages(what: str, load: Callable[[], T]) -> T:
+    """`load()`; UserError for a package that it needs and that is not installed."""
+    try:
+        return load()
+    except (ImportError, ValueError) as error:  # transformers has ValueErrors for a tokenizer's package
+        remedy = "pip install transformers sentencepiece"
+        raise UserError(f"{what} cannot be loaded ({one_line(error)}); it may need a package: {remedy}.") from None
+
+
+def _load_config(repository: str) -> Any:
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(repository)
+
+
+def is_cached(url: str) -> bool:
+    """Whether open_clip has fetched that file before."""
+    return os.path.isfile(os.path.join(os.path.expanduser("~/.cache/clip"), os.path.basename(url)))

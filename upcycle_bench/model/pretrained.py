@@ -18,13 +18,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from upcycle_bench.model import checkpoint_file, hub
+from upcycle_bench.model import checkpoint_file, hub, repository
 from upcycle_bench.model.clip import Clip, create_clip, other_activation
 from upcycle_bench.model.config import HUB, LOCAL, Described, canonical, describe, first_difference
 from upcycle_bench.model.pixels import agreed
 from upcycle_bench.model.said import Said, said_by_tag, said_in, said_of
 from upcycle_bench.util import strict_json
-from upcycle_bench.util.errors import UserError, one_line, unknown
+from upcycle_bench.util.errors import UserError, unknown
 
 Fetch = Callable[[], Path]
 
@@ -111,7 +111,11 @@ def _weights_of(described: Described, model: str) -> Path:
         raise UserError(
             f"{model} names a model without weights: give them, a file or a tag (--pretrained, --checkpoint)."
         )
-    return hub.fetch_weights(model.removeprefix(HUB)) if model.startswith(HUB) else hub.weights_in(described.folder)
+    return (
+        repository.fetch_weights(model.removeprefix(HUB))
+        if model.startswith(HUB)
+        else repository.weights_in(described.folder)
+    )
 
 
 def _require_same(described: Described, said: Said, source: str) -> None:
@@ -133,12 +137,13 @@ def _of_folder(source: str, name: str) -> tuple[Fetch, Said]:
     folder = Path(source.removeprefix(LOCAL)).expanduser()
     if not folder.is_dir():
         raise UserError(f"{source}: no such folder; give the file of weights, or a folder that holds one.")
-    return _of_file(str(hub.weights_in(folder)), name)
+    return _of_file(str(repository.weights_in(folder)), name)
 
 
 def _of_hub(source: str, name: str) -> tuple[Fetch, Said]:
-    repository = source.removeprefix(HUB)
-    return partial(hub.fetch_weights, repository), said_in(hub.fetch_descriptions(repository)) or Said(source)
+    name_there = source.removeprefix(HUB)
+    said = said_in(repository.fetch_descriptions(name_there))
+    return partial(repository.fetch_weights, name_there), said or Said(source)
 
 
 def _of_file(source: str, name: str) -> tuple[Fetch, Said]:
@@ -156,13 +161,11 @@ def _of_tag(source: str, name: str) -> tuple[Fetch, Said]:
 def _download(tag: Mapping[str, Any], source: str, name: str) -> Path:
     import open_clip
 
-    try:
-        return Path(open_clip.download_pretrained(tag))
-    except Exception as error:  # of urllib, huggingface_hub and open_clip, each with its own
-        raise UserError(
-            f"cannot fetch the {source} weights of {name} ({one_line(error)}); download them where there is a "
-            "network and give the file."
-        ) from None
+    what, fetch = f"the {source} weights of {name}", partial(open_clip.download_pretrained, tag)
+    if tag.get("hf_hub"):
+        return Path(hub.from_repository(tag["hf_hub"].rpartition("/")[0], what, fetch, ", or give the file"))
+    url = tag.get("url", "")
+    return Path(fetch() if hub.is_cached(url) else hub.from_url(url, what, fetch))
 
 
 def _is_tag(source: str, name: str) -> bool:
