@@ -31,7 +31,7 @@ from upcycle_bench.data.evalset import EvalSet
 from upcycle_bench.evaluation import average_precision, ranking
 from upcycle_bench.evaluation.features import encode_images
 from upcycle_bench.evaluation.ranking import LOG_RANK, Judged, Task
-from upcycle_bench.evaluation.texts import class_embeddings, classification_task, retrieval_tasks
+from upcycle_bench.evaluation.texts import class_embeddings, classification_task, cut_texts, retrieval_tasks
 from upcycle_bench.hookspecs import hookimpl
 from upcycle_bench.suite import AVERAGE, EvalContext, Score, Suite, SuiteInfo, SuiteResult, is_average
 from upcycle_bench.util import uncertainty
@@ -143,6 +143,8 @@ class ZeroShot(Suite):
                 add_average_precision(evalset, context, known, result)
             else:
                 asked = questions(evalset, context, known)
+                if cut := cut_captions(context.root / name, context):
+                    result.notes.setdefault("cut_captions", {})[name] = cut
                 halves = scored_halves(asked, name, own)
                 result.notes.setdefault("logit_scales", {})[name] = [scale for _, scale in halves]
                 for question in asked:
@@ -260,6 +262,13 @@ def questions(evalset: EvalSet, context: EvalContext, known: dict[str, Tensor]) 
     of_images, of_texts = retrieval_tasks(evalset, context, known)
     text_strata = strata[of_texts.query_id_Q.numpy()] if evalset.strata else strata
     return [Question(WAYS[0], of_images, strata), Question(WAYS[1], of_texts, text_strata)]
+
+
+def cut_captions(folder: Path, context: EvalContext) -> dict[str, int]:
+    """How many captions of a retrieval set are longer than the context; nothing where none is."""
+    if evalsets.kind_of(folder) != "retrieval":
+        return {}
+    return cut_texts([text for sample in evalsets.samples(folder) for text in sample.label], context.tokenizer)
 
 
 @hookimpl

@@ -218,7 +218,14 @@ def test_an_interruption_leaves_nothing(
 def test_torchrun_is_refused(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, dense: Path
 ) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name, value in {
+        "WORLD_SIZE": "2",
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "MASTER_ADDR": "a",
+        "MASTER_PORT": "1",
+    }.items():
+        monkeypatch.setenv(name, value)
     assert call(monkeypatch, *command(dense, tmp_path / "moe.safetensors")) == 2
     assert capsys.readouterr().err == "error: upcycle is the work of one process; start it without torchrun.\n"
 

@@ -63,6 +63,7 @@ def test_valid_sets_are_counted(sets: Path) -> None:
         "rarest": {"test": 1, "train": 4},
         "captions": 0,
         "problems": [],
+        "notes": [],
     }
 
 

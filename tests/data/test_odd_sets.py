@@ -27,7 +27,7 @@ CLASSES = ("cat", "dog", "émeu")
 PIXELS = np.random.default_rng(0).integers(0, 256, (4, 6, 6, 3), dtype=np.uint8)
 PNGS = [evalset_write.png(Image.fromarray(pixels)) for pixels in PIXELS]
 
-Files = Iterable[tuple[str, bytes]]
+Files = Iterable[tuple[str, bytes | str]]
 Change = Callable[[Path], object]
 
 
@@ -49,11 +49,15 @@ def renumbered(members: Files, less: int) -> Files:
 
 
 def tar(members: Files, format: int = tarfile.GNU_FORMAT, extra: Iterable[tarfile.TarInfo] = ()) -> bytes:
+    """An archive of these members; a name in place of a content makes a hard link to it."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w", format=format) as archive:
         for info in extra:
             archive.addfile(info)
         for name, content in members:
+            if isinstance(content, str):
+                archive.addfile(link(name, content, tarfile.LNKTYPE))
+                continue
             info = tarfile.TarInfo(name)
             info.size = len(content)
             archive.addfile(info, io.BytesIO(content))
@@ -129,6 +133,9 @@ READ = {
     "empty lines at the end": every_text(lambda data: data + b"\n \n\n"),
     "no line end at the end": every_text(bytes.rstrip),
     "./ before names": shard(files("./{}")),
+    "hard links, as tar writes them (mxmlnkn/ratarmount 28)": shard(
+        [(".a.png", PNGS[0]), ("0.png", ".a.png"), *files()[1:]]
+    ),
     "names in folders": shard(files("images/a.b/{}"), extra=[FOLDER]),
     "names of 300 characters, GNU": shard(files("n" * 300 + "{}")),
     "names of 300 characters, PAX": shard(files("n" * 300 + "{}"), format=tarfile.PAX_FORMAT),
@@ -172,6 +179,10 @@ REFUSED: dict[str, tuple[Change, str]] = {
     "links for images": (
         shard([("0.cls", b"0")], extra=[link("0.png", "elsewhere.png")]),
         r"0: no image \(webp, png, jpg, jpeg\)",
+    ),
+    "a hard link to nothing": (
+        shard([("0.png", "elsewhere.png"), *files()[1:]]),
+        r"'0\.png' is a link to 'elsewhere\.png', which does not stand before it; pack it with tar's --hard-deref",
     ),
     "a cut image": (shard([("0.png", PNGS[0][:90]), *files()[1:]]), r"0\.tar: .*image .*read"),
     "an image with a broken header": (
@@ -286,3 +297,13 @@ def test_a_control_takes_the_same_samples(folder: Path) -> None:
     small = small_sets.take(folder, Stream(("test",)))
     assert small.images == [{"png": PNGS[0]}] * 64 and small.classes == CLASSES[:2]
     assert small.values == [b"0", b"1"] * 32 and small.templates == ("a photo of a {c}",)
+
+
+def test_a_path_has_no_special_characters(folder: Path) -> None:
+    """webdataset expanded braces and split at :: in whole paths (webdataset/webdataset 381)."""
+    odd = folder.parent / "{0..1}, a::b [c] *" / "{00..01} ::set,"
+    odd.parent.mkdir()
+    folder.rename(odd)
+    assert evalset_check.find(odd.parent) == [odd] == evalset_check.find(odd)
+    assert evalset_check.check(odd).problems == [] == evalset_check.faults(odd, "test")
+    assert read(odd)[0] == LABELS == probed(odd)[0] and evalset.digest(odd)

@@ -58,7 +58,7 @@ def test_a_broken_image_is_one_line_in_training_and_in_evaluation(tmp_path: Path
     labelled = Labelled((shard,), np.array([whole, broken]), np.array([0, 0]))
     ((image, _),) = labelled.take(np.array([0])).batches(lambda image: torch.from_numpy(clip.resize(image)), 1)
     assert np.array_equal(image[0].numpy(), expected)
-    where = rf"0\.tar: the image at byte {broken[1]} cannot be read \(.*\); "
+    where = rf"0\.tar: the image at byte {broken[1]} \(00001\.png\) cannot be read \(.*\); "
     with pytest.raises(UserError, match=where + "remove it"):
         PairDataset([shard], clip).read(1)
     with pytest.raises(UserError, match=where + "`upcycle-bench data check` says"):
@@ -144,6 +144,15 @@ def test_expand_shards(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"holds no \.tar file"):
         expand_shards(str(tmp_path / "empty"))
+
+
+def test_shards_that_are_there_are_taken_literally(tmp_path: Path, clip: Clip) -> None:
+    """A range is expanded only where no such file is (webdataset/webdataset 381)."""
+    folder = tmp_path / "{0..1} a, b::c"
+    paths = [write_tar(folder / name, 1) for name in ("0,{1..2}.tar", "{3..4}::x y.tar")]
+    assert expand_shards(str(folder)) == tuple(paths)
+    assert expand_shards(str(paths[0])) == (paths[0],)
+    assert len(PairDataset(paths, clip)) == 2
 
 
 def test_shards_digest_sees_content_names_and_sizes(tmp_path: Path) -> None:

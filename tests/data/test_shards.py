@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from upcycle_bench.data.shards import open_shard
+from upcycle_bench.data.shards import open_shard, read_member
 from upcycle_bench.util.errors import UserError
 
 
@@ -162,3 +162,17 @@ def test_every_cut_of_a_shard_is_seen(tmp_path: Path) -> None:
         path.write_bytes(WHOLE[:size])
         with pytest.raises(UserError):
             open_shard(path)
+
+
+def test_a_hard_link_is_the_file_that_it_repeats(tmp_path: Path) -> None:
+    """tar stores a file with two names once, and the second name as a link (mxmlnkn/ratarmount 28)."""
+    (tmp_path / "0.jpg").write_bytes(b"pixels")
+    (tmp_path / "1.jpg").hardlink_to(tmp_path / "0.jpg")
+    with tarfile.open(path := tmp_path / "0.tar", "w") as tar:
+        for name in ("0.jpg", "1.jpg"):
+            tar.add(tmp_path / name, name)
+        assert tar.getmember("1.jpg").islnk()
+    with path.open("rb") as file:
+        members = [members["jpg"] for members in open_shard(path).samples.values()]
+        assert [read_member(file, member) for member in members] == [b"pixels"] * 2
+    assert [member.name for member in members] == ["0.jpg", "1.jpg"]

@@ -16,7 +16,7 @@ from tests.helpers import MODEL, tiny_clip
 from upcycle_bench.data import evalset_write
 from upcycle_bench.data.evalset import EvalSet
 from upcycle_bench.evaluation.embedding_cache import remembered
-from upcycle_bench.evaluation.texts import class_embeddings, encode_texts
+from upcycle_bench.evaluation.texts import class_embeddings, cut_texts, encode_texts
 from upcycle_bench.model import padding
 from upcycle_bench.suite import EvalContext
 from upcycle_bench.suites.zero_shot import ZeroShot
@@ -191,3 +191,31 @@ def test_another_torch_or_another_way_of_rounding_misses(
         patch.setattr(torch, name, {"__version__": "9.9"}.get(name, lambda: 99))
         class_embeddings(SET, towers.context(), {})
     assert towers.texts() == 6
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ((75, 1), {}),  # with the marks of both ends exactly 77
+        ((76, 1), {"texts": 2, "cut": 1, "tokens": 77}),
+        ((77, 300), {"texts": 2, "cut": 2, "tokens": 77}),
+        ((), {}),
+    ],
+)
+def test_texts_that_are_cut_are_counted(words: tuple[int, ...], expected: dict[str, int]) -> None:
+    """They are cut without a word (openai/CLIP 212)."""
+    texts = [" ".join(["cat"] * number) for number in words]
+    assert cut_texts(texts, open_clip.get_tokenizer("ViT-B-32")) == expected
+    assert cut_texts(texts, lambda texts: torch.zeros(len(texts), 77)) == {}  # what is not known is not counted
+
+
+def test_zero_shot_notes_how_many_captions_are_cut(tmp_path: Path) -> None:
+    """The scores are as before: the note has no effect on them."""
+    clip = tiny_clip()
+    length = clip.tokenize.context_length  # type: ignore[attr-defined]
+    captions = [[f"{n} cats", " ".join(["cat"] * (length if n == 1 else 1))] for n in range(3)]
+    images = [Image.new("RGB", (8, 8), (80 * n, 0, 0)) for n in range(3)]
+    evalset_write.write_retrieval(tmp_path / "words", list(zip(images, captions, strict=True)))
+    suite = ZeroShot(sets=("words",), headlines={"words": ("words",)})
+    notes = suite.evaluate(replace(context_of(clip), root=tmp_path)).notes
+    assert notes["cut_captions"] == {"words": {"texts": 6, "cut": 1, "tokens": length}}

@@ -61,6 +61,8 @@ def check(
         for report in reports:
             for problem in report.problems:
                 print(f"{report.name}: {problem}")
+            for note in report.notes:
+                print(f"{report.name}: note: {note}")
     if any(report.problems for report in reports):
         raise typer.Exit(1)
 

@@ -32,6 +32,7 @@ from upcycle_bench.cli.schema import schema
 from upcycle_bench.cli.upcycle import upcycle
 from upcycle_bench.util.errors import UserError, plain
 from upcycle_bench.util.files import disk_is_full
+from upcycle_bench.util.rendezvous import require_sound
 
 QUOTE = "put a range of shards into quotes, so that the shell leaves it whole: 'train/{000..127}.tar'"
 # A pattern in what typer says of a command line, and what it may come from.
@@ -85,6 +86,7 @@ def main() -> None:
     """Entry point: one line for bad input, no traceback."""
     try:
         _refuse_twice(sys.argv[1:])
+        require_sound()  # before RANK says who prints
         sys.exit(app(prog_name="upcycle-bench", standalone_mode=False) or 0)
     except UserError as error:
         print(f"error: {error}" if is_main() else f"error (rank {os.environ['RANK']}): {error}", file=sys.stderr)

@@ -1,7 +1,7 @@
 """Checks evaluation sets in the layout of `evalset.py`, by reading every sample.
 
     for folder in find(Path("sets")):          # the sets in a folder, or the folder itself
-        report = check(folder)                 # counts, and `problems`: a line for each thing that is wrong
+        report = check(folder)                 # counts; `problems` and `notes`: a line for each fault and each oddity
     faults(folder, "test")                     # the problems alone; a set is read once, then the cache knows them
 
 What a sample is, `evalset_samples` decides, as when sets are scored. A fault that many samples share is one problem,
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -23,18 +23,22 @@ from PIL import __version__ as pillow
 
 from upcycle_bench.data import evalset
 from upcycle_bench.data.evalset_samples import Kind, Sample, look
+from upcycle_bench.data.images import BadImage, rgb, without_alpha
 from upcycle_bench.util import strict_json
 from upcycle_bench.util.cache import cache_root, locked
 from upcycle_bench.util.environment import cores
 from upcycle_bench.util.errors import UserError
 from upcycle_bench.util.files import write_atomically
 
-RULES = f"1-{pillow}"  # raise the number when other sets than before are valid
+RULES = f"2-{pillow}"  # raise the number when other sets than before are valid
 
 
 @dataclass
 class Report:
-    """What a set holds: `samples` by split, and `rarest`, by split the number of samples of the rarest class."""
+    """What a set holds: `samples` by split, and `rarest`, by split the number of samples of the rarest class.
+
+    A set with `problems` is not scored. `notes` say of a set that is scored what its scores may suffer from.
+    """
 
     name: str
     kind: str = "unknown"
@@ -44,6 +48,7 @@ class Report:
     rarest: dict[str, int] = field(default_factory=dict)
     captions: int = 0
     problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     def attempt(self, call: Any, *arguments: Any) -> Any:
         """What the call returns. If it raises UserError, that becomes a problem, and the answer is None."""
@@ -103,7 +108,10 @@ def check(folder: Path, *, only: Collection[str] | None = None) -> Report:
         return report
     report.kind = report.attempt(evalset.kind_of, folder) or "unknown"
     if report.kind in ("classification", "multilabel"):
-        report.classes = len(report.attempt(evalset.classnames, folder) or ())
+        names = report.attempt(evalset.classnames, folder) or ()
+        report.classes = len(names)
+        if report.kind == "classification" and (same := _same(names)):
+            report.notes.append(same)
         report.templates = len(report.attempt(evalset.templates, folder) or ())
     for split in there:
         _check_split(folder, split, report)
@@ -119,9 +127,11 @@ def _check_split(folder: Path, split: str, report: Report) -> None:
     report.samples[split] = 0
     labels: Counter[int] = Counter()
     found: dict[str, list[str]] = {}  # fault -> the samples that have it
+    see_through: dict[str, str] = {}  # where an image with transparent pixels stands -> what is left of it
     for shard in report.attempt(evalset.shards_of, folder, split) or ():
-        for sample in report.attempt(_all, shard, report.kind, report.classes) or ():
+        for sample, left in report.attempt(_all, shard, report.kind, report.classes) or ():
             report.samples[split] += 1
+            see_through |= {sample.place: left} if left else {}
             for fault in sample.faults:
                 found.setdefault(fault, []).append(sample.place)
             _count(sample.label, report, labels)
@@ -131,12 +141,30 @@ def _check_split(folder: Path, split: str, report: Report) -> None:
         f"{places[0]}: {fault}" + (f" ({len(places):,} samples alike)" if len(places) > 1 else "") + "."
         for fault, places in found.items()
     ]
+    if see_through:
+        blank = [place for place, left in see_through.items() if left == "one colour"]
+        report.notes.append(
+            f"{split}: transparent pixels in {len(see_through):,} of its images, which are read without transparency, "
+            f"as by CLIP_benchmark; then {len(blank):,} are one colour{f', such as {blank[0]}' if blank else ''}."
+        )
     if not report.samples[split]:
         report.problems.append(f"{split} holds no samples.")
 
 
-def _all(shard: Path, kind: str, classes: int) -> list[Sample]:
-    """The samples of a shard, with a fault also for an image that cannot be decoded. UserError for a bad shard."""
+def _same(names: Sequence[str]) -> str:
+    """A note of the names that several classes have; "" for none."""
+    classes: dict[str, list[str]] = {}
+    for number, name in enumerate(names):
+        classes.setdefault(name, []).append(str(number))
+    same = [f"{name!r} is the name of classes {' and '.join(which)}" for name, which in classes.items() if which[1:]]
+    if not same:
+        return ""
+    more = f" (and {len(same) - 3:,} more names)" if len(same) > 3 else ""
+    return f"{', '.join(same[:3])}{more}: the first of them wins, so that acc1 of the later ones is 0 by construction."
+
+
+def _all(shard: Path, kind: str, classes: int) -> list[tuple[Sample, str | None]]:
+    """The samples of a shard and what `without_alpha` says; a refused image is a fault. UserError for a bad shard."""
     if kind == "unknown":
         return []
     samples = list(look(shard, cast(Kind, kind), classes))
@@ -144,14 +172,14 @@ def _all(shard: Path, kind: str, classes: int) -> list[Sample]:
         return list(pool.map(_decoded, samples))
 
 
-def _decoded(sample: Sample) -> Sample:
+def _decoded(sample: Sample) -> tuple[Sample, str | None]:
     if sample.member is None:
-        return sample
+        return sample, None
+    content = sample.content()
     try:
-        sample.image()
-    except UserError:
-        return replace(sample, faults=(*sample.faults, sample.unreadable))
-    return sample
+        return sample, without_alpha(content, rgb(content))
+    except BadImage as error:
+        return replace(sample, faults=(*sample.faults, sample.refused(error))), None
 
 
 def _count(label: Any, report: Report, labels: Counter[int]) -> None:

@@ -21,7 +21,8 @@ from typing import Any, Literal
 import numpy as np
 from PIL.Image import Image
 
-from upcycle_bench.data.shards import open_image, open_shard, read_member
+from upcycle_bench.data.images import BadImage, rgb
+from upcycle_bench.data.shards import open_shard, read_member
 from upcycle_bench.util.errors import UserError
 
 Kind = Literal["classification", "multilabel", "retrieval"]
@@ -50,11 +51,6 @@ class Sample:
         """Where it stands: test/0.tar: KEY."""
         return f"{self.shard.parent.name}/{self.shard.name}: {self.key}"
 
-    @property
-    def unreadable(self) -> str:
-        """The fault of an image that cannot be decoded."""
-        return f"its .{self.suffix} is no image that can be read"
-
     def content(self) -> bytes:
         """The bytes of its image file."""
         assert self.member is not None
@@ -62,13 +58,16 @@ class Sample:
             return read_member(file, self.member)
 
     def image(self) -> Image:
-        """Its image, as RGB; UserError, the fault, if it cannot be read."""
-        assert self.member is not None
+        """Its image, as RGB; UserError, with the fault, if it is refused."""
         try:
-            return open_image(self.shard, self.member.offset_data, self.member.size, REMEDY)
-        except UserError:
+            return rgb(self.content())
+        except BadImage as error:
             whose = f"evaluation set {self.shard.parent.parent.name}: {self.place}"
-            raise UserError(f"{whose}: {self.unreadable}; {REMEDY}.") from None
+            raise UserError(f"{whose}: {self.refused(error)}; {REMEDY}.") from None
+
+    def refused(self, error: BadImage) -> str:
+        """The fault of an image that is refused."""
+        return f"its .{self.suffix} {error.fault}"
 
 
 def look(shard: Path, kind: Kind, classes: int) -> Iterator[Sample]:

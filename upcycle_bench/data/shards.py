@@ -10,6 +10,7 @@ unpack a compressed one, whose members then stand at other offsets than in the f
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import io
 import itertools
@@ -24,6 +25,7 @@ from typing import BinaryIO
 from braceexpand import braceexpand
 from PIL import Image
 
+from upcycle_bench.data.images import UNREADABLE, BadImage, rgb
 from upcycle_bench.util.errors import UserError
 
 AGAIN = "copy or download it again"
@@ -91,13 +93,14 @@ def samples_of(path: Path, option: str = "") -> dict[str, dict[str, tarfile.TarI
 
 def _indexed(path: Path, file: BinaryIO, where: str) -> Shard:
     members: list[tarfile.TarInfo] = []
+    files: dict[str, tarfile.TarInfo] = {}
     end, broken = 0, False
     try:
         with tarfile.open(fileobj=file, mode="r:") as tar:
             for member in tar:
                 if broken := member.size < 0:  # tarfile would go back, and read for ever
                     break
-                members.append(member)
+                members.append(_file(member, files, where))
                 end = tar.offset
     except (tarfile.TarError, ValueError, OverflowError):  # damaged fields of a header raise the latter two
         broken = True
@@ -112,6 +115,20 @@ def _indexed(path: Path, file: BinaryIO, where: str) -> Shard:
         whole = _whole(shard, file.seek(0, io.SEEK_END))
         raise UserError(f"{where}: {wrong}, after {whole:,} whole sample{'s' * (whole != 1)}; {AGAIN}.")
     return shard
+
+
+def _file(member: tarfile.TarInfo, files: dict[str, tarfile.TarInfo], where: str) -> tarfile.TarInfo:
+    """The member, a file of which `files` keeps the place; of a hard link, the content of the file that it repeats."""
+    if member.islnk():
+        if member.linkname not in files:
+            repeats = f"{member.name!r} is a link to {member.linkname!r}, which does not stand before it"
+            raise UserError(f"{where}: {repeats}; pack it with tar's --hard-dereference.")
+        linked = copy.copy(files[member.linkname])
+        linked.name, linked.offset = member.name, member.offset
+        return linked
+    if member.isfile():
+        files[member.name] = member
+    return member
 
 
 def _wrong_end(file: BinaryIO, end: int, broken: bool, members: bool) -> str | None:
@@ -225,16 +242,17 @@ def read_member(shard: BinaryIO, member: tarfile.TarInfo) -> bytes:
 
 
 def open_image(shard: Path, offset: int, size: int, remedy: str, option: str = "") -> Image.Image:
-    """The image in the `size` bytes at `offset`, as RGB; a UserError, if it is broken, ends with `remedy`."""
+    """The image in the `size` bytes at `offset`, as RGB; a UserError, if it is refused, ends with `remedy`."""
     where = f"{option} {shard}".lstrip()
     try:
         with shard.open("rb") as file:
-            file.seek(offset)
-            content = file.read(size)
+            file.seek(offset - tarfile.BLOCKSIZE)
+            header, content = file.read(tarfile.BLOCKSIZE), file.read(size)
     except OSError as error:
         raise UserError(f"{where}: it can no longer be read ({error.strerror or error}); {AGAIN}.") from None
     try:
-        return Image.open(io.BytesIO(content)).convert("RGB")
-    except Exception as error:  # Pillow raises many kinds of errors for a broken image
-        why = " ".join(str(error).split()).partition(" <_io.")[0]  # Pillow names our buffer
-        raise UserError(f"{where}: the image at byte {offset} cannot be read ({why}); {remedy}.") from None
+        return rgb(content)
+    except BadImage as error:
+        name = header[:100].partition(b"\0")[0].decode("utf-8", "replace")  # of a longer one its beginning
+        why = error.why if error.fault == UNREADABLE else f"it {error}"
+        raise UserError(f"{where}: the image at byte {offset} ({name}) cannot be read ({why}); {remedy}.") from None

@@ -81,6 +81,26 @@ def encode_texts(texts: Sequence[str], name: str, context: EvalContext, known: d
     return torch.stack([known[text] for text in texts])
 
 
+def cut_texts(texts: Sequence[str], tokenizer: Any) -> dict[str, int]:
+    """How many of the texts are longer than the context, so that open_clip's tokenizer cuts them without a word.
+
+    Returns {"texts", "cut", "tokens"}; nothing where none is cut, and for tokenizers of which that is not known.
+    """
+    from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
+
+    own_way = getattr(tokenizer, "reduction_fn", None) or getattr(tokenizer, "tokenizer_mode", None)
+    if not isinstance(tokenizer, SimpleTokenizer | HFTokenizer) or own_way:
+        return {}
+    length = tokenizer.context_length
+    long = [text for text in texts if len(text.encode()) > length - 2]  # a token is a byte at least; two mark the ends
+    if not long:
+        return {}
+    with uncounted():
+        last_N, then_N = tokenizer(long, length)[:, -1], tokenizer(long, length + 1)[:, length - 1]
+    cut = int((last_N != then_N).sum())  # with room for one token more, a text that was cut ends later
+    return {"texts": len(texts), "cut": cut, "tokens": length} if cut else {}
+
+
 def _encode(texts: Sequence[str], name: str, context: EvalContext, known: dict[str, Tensor]) -> Tensor:
     """Text embeddings [N, C], which are added to `known`; only texts that it lacks are encoded."""
     unknown = [text for text in dict.fromkeys(texts) if text not in known]

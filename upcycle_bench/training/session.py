@@ -2,7 +2,7 @@
 
     with session.open_session(threads=2) as device: ...
 
-A single process uses an in-memory store and opens no port. Several processes are started by torchrun.
+A single process, also one that a launcher started, uses an in-memory store and opens no port.
 """
 
 from __future__ import annotations
@@ -21,14 +21,15 @@ from upcycle_bench.training.allocator import keep_compiled_kernels, keep_freed_m
 from upcycle_bench.util import distributed
 from upcycle_bench.util.distributed import choose_device
 from upcycle_bench.util.plain import plain
+from upcycle_bench.util.rendezvous import meet, require_sound
 
 
 @contextlib.contextmanager
 def open_session(threads: int, trains: bool = True) -> Iterator[torch.device]:
     """Start a process group and set `threads` CPU threads, shared by this machine's processes; undo both at the end.
 
-    Yields this rank's device. Raises UserError for an unknown backend of the experts, a rank without a GPU, and, where
-    it `trains`, without DeepSpeed.
+    Yields this rank's device. Raises UserError for an unknown backend of the experts, a rank without a GPU, processes
+    that do not meet (`util.rendezvous`), and, where it `trains`, without DeepSpeed.
     """
     from upcycle_bench.model.deepspeed_import import deepspeed, require_deepspeed
 
@@ -41,17 +42,11 @@ def open_session(threads: int, trains: bool = True) -> Iterator[torch.device]:
     if device.type == "cpu" and not off:
         keep_freed_memory()
         keep_compiled_kernels()
-    before = torch.get_num_threads()
-    torch.set_num_threads(max(1, threads // distributed.local_world_size()))
     started = not dist.is_initialized()
     if started:
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        if "RANK" in os.environ:
-            # Rank 0 calibrates and evaluates alone. The other ranks wait for it, perhaps for hours.
-            dist.init_process_group(backend, timeout=timedelta(days=1))
-        else:
-            os.environ.setdefault("LOCAL_RANK", "0")  # deepspeed.initialize insists on it
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        _start_group("nccl" if device.type == "cuda" else "gloo")
+    before = torch.get_num_threads()
+    torch.set_num_threads(max(1, threads // distributed.local_world_size()))
     try:
         if deepspeed is not None:
             with contextlib.redirect_stdout(sys.stderr):
@@ -63,6 +58,18 @@ def open_session(threads: int, trains: bool = True) -> Iterator[torch.device]:
             if deepspeed is not None:
                 _forget_groups()
             dist.destroy_process_group()
+
+
+def _start_group(backend: str) -> None:
+    """The process group of this process and those that were started with it. UserError where they do not meet."""
+    require_sound()
+    world = distributed.world_size()
+    os.environ.setdefault("LOCAL_RANK", "0")  # deepspeed.initialize insists on it
+    store = meet() if world > 1 else dist.HashStore()
+    # Rank 0 calibrates and evaluates alone. The other ranks wait for it, perhaps for hours.
+    hours = timedelta(days=1)
+    store.set_timeout(hours)
+    dist.init_process_group(backend, store=store, rank=distributed.rank(), world_size=world, timeout=hours)
 
 
 def _forget_groups() -> None:
