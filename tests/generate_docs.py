@@ -13,6 +13,8 @@ import typer
 from upcycle_bench import record
 from upcycle_bench.cli import app
 from upcycle_bench.cli.listing import rows
+from upcycle_bench.data.pair_index import KINDS as KINDS_LEFT_OUT
+from upcycle_bench.data.shards import NO_ARCHIVE
 from upcycle_bench.model import config, pretrained
 from upcycle_bench.model.checkpoint_file import KINDS
 from upcycle_bench.model.misfit import REASONS
@@ -256,6 +258,16 @@ def unfit() -> str:
     return table(["a model with", "is refused by", "what to do"], lines)
 
 
+def left_out() -> str:
+    """The kinds of training samples that are left out: the rows of `pair_index`."""
+    return table(["left out", "why"], [[kind, why] for kind, why in KINDS_LEFT_OUT.items()])
+
+
+def no_archive() -> str:
+    """What a file may be that is no tar archive: the rows of `shards`."""
+    return table(["a shard", "what to do"], [[what.removeprefix("it "), remedy] for _, what, remedy in NO_ARCHIVE])
+
+
 PARTS: dict[str, Callable[[], str]] = {
     "results": results,
     "names": names,
@@ -271,6 +283,8 @@ PARTS: dict[str, Callable[[], str]] = {
     "weights": weights,
     "sayers": sayers,
     "misfits": misfits,
+    "left-out": left_out,
+    "no-archive": no_archive,
     "unfit": unfit,
 }
 

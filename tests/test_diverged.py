@@ -96,7 +96,7 @@ def test_weights_that_diverge_in_the_last_step_are_not_stored(tmp_path: Path, mo
     monkeypatch.setattr(run, "train_model", diverge)
     before = weights()
     with pytest.raises(UserError, match=r"the model: ln_final\.weight has 1 values of 64 that are NaN"):
-        run.run(plan("sparse-upcycling"), tmp_path, Reporter())
+        run.run(plan("sparse-upcycling"), tmp_path, Reporter(), fresh=True)
     assert "ln_final.weight" in (failed(tmp_path).reason or "")
     assert weights() == before
 

@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from tests.model.checkpoints import State, prefixed, random_state, refusal
+from tests.model.test_config import write
 from upcycle_bench.model.clip import create_clip
+from upcycle_bench.model.config import model_config
 from upcycle_bench.model.repository import weights_in
 from upcycle_bench.util.errors import UserError
 
@@ -87,4 +89,7 @@ def test_a_distributed_checkpoint(tmp_path: Path, state: State) -> None:
 
 def test_weights_of_a_clip_under_the_name_of_another_class_are_known_by_their_shapes(tmp_path: Path) -> None:
     torch.save(create_clip("lab-vit").model.state_dict(), tmp_path / "w.pt")
-    assert "Its shapes are those of lab-vit: give that model." in refusal(tmp_path / "w.pt", "ViT-B-16-SigLIP")
+    siglip = model_config("ViT-B-16-SigLIP")
+    del siglip["text_cfg"]["hf_tokenizer_name"]  # which only the network has
+    model = write(tmp_path / "siglip.json", siglip)
+    assert "Its shapes are those of lab-vit: give that model." in refusal(tmp_path / "w.pt", str(model))

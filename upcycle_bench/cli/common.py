@@ -94,12 +94,19 @@ def check_output(output: Path) -> None:
 
 
 def writable_file(output: Path) -> None:
+    """UserError where the folder of `output` is missing or read-only, and where it is a folder or a device."""
+    from upcycle_bench.util.files import require_ordinary
+
+    writable_place(output)
+    require_ordinary(output)
+
+
+def writable_place(output: Path) -> None:
     """UserError where the folder of `output` is missing or read-only."""
     if not output.absolute().parent.is_dir():
         raise UserError(f"--output {output}: {output.absolute().parent} is not a folder; make it, or choose another.")
-    from upcycle_bench.util.files import require_ordinary, require_writable
+    from upcycle_bench.util.files import require_writable
 
-    require_ordinary(output)
     require_writable(output.absolute().parent, "--output")
 
 

@@ -15,7 +15,7 @@ from upcycle_bench.cli.common import (
     names_of,
     open_registry,
     terminal_reporter,
-    writable_file,
+    writable_place,
 )
 from upcycle_bench.util import strict_json
 from upcycle_bench.util.errors import UserError
@@ -38,7 +38,7 @@ def experts(
     as_json: Json = False,
 ) -> None:
     """Draw which images each expert takes: a contact sheet for each layer of the vision tower."""
-    writable_file(output)
+    writable_place(output)
     if output.exists() and not output.is_dir():
         raise UserError(f"--output {output}: is a file; give a folder for the sheets.")
     from upcycle_bench.planning.plan import make_suites

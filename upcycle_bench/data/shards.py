@@ -31,7 +31,7 @@ from upcycle_bench.util.errors import UserError
 AGAIN = "copy or download it again"
 
 # What a file that is no tar archive begins with, what it is, and what to do.
-_NO_ARCHIVE = (
+NO_ARCHIVE = (
     (rb"\Z", "it is empty (0 bytes)", AGAIN),
     (
         rb"version https://git-lfs",
@@ -107,7 +107,7 @@ def _indexed(path: Path, file: BinaryIO, where: str) -> Shard:
     if broken and not members:
         file.seek(0)
         head = file.read(tarfile.BLOCKSIZE)
-        what, remedy = next(row for pattern, *row in _NO_ARCHIVE if re.match(pattern, head, re.IGNORECASE))
+        what, remedy = next(row for pattern, *row in NO_ARCHIVE if re.match(pattern, head, re.IGNORECASE))
         raise UserError(f"{where}: {what}; {remedy}.")
     shard = Shard(path)
     _group(shard, members, where)

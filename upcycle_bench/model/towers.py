@@ -54,7 +54,7 @@ def text_pooling(model: Any) -> tuple[str, int]:
     """Where the text feature is taken (`argmax`, `eos`, `first`, `last`), and the id of the end-of-text token."""
     tower = text_tower(model)
     if tower is model:
-        return model.text_pool_type, model.text_eos_id
+        return getattr(model, "text_pool_type", "nowhere"), getattr(model, "text_eos_id", -1)
     if not hasattr(tower, "token_embedding"):
         return "by a tower of Hugging Face's", -1
     return ("class token" if tower.cls_emb is not None else tower.pool_type), tower.eos_id
