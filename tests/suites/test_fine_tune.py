@@ -285,9 +285,10 @@ def test_what_cannot_be_tuned_is_said_in_one_line(root, models, monkeypatch):
     monkeypatch.setattr(fine_tuning, "MEMORY", 100)
     with pytest.raises(UserError, match="9 training images would take 0 GiB of memory, more than 0; fine"):
         suite().evaluate(here)
-    monkeypatch.setattr(distributed, "world_size", lambda: 2)
-    with pytest.raises(UserError, match="the work of one process; score the record with `upcycle-bench evaluate"):
-        suite().evaluate(here)
+    with session.open_session(1), monkeypatch.context() as patch:
+        patch.setattr(distributed, "world_size", lambda: 2)
+        with pytest.raises(UserError, match="the work of one process; score the record with `upcycle-bench evaluate"):
+            suite().evaluate(here)
     with pytest.raises(UserError, match="suite fine-tune scores only what a protocol names"):
         FineTune.of_set(root / "light")
 
