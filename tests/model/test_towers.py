@@ -50,6 +50,8 @@ def family(name: str) -> Any:
     kind, config = FAMILIES[name]
     torch.manual_seed(1)
     model = kind(embed_dim=768 if "SigLIP" in name else 32, **config).eval()
+    if hasattr(model, "text_decoder"):  # open_clip leaves it as the memory was
+        torch.nn.init.normal_(model.text_decoder.text_projection)
     if hasattr(model.visual, "trunk"):  # timm knows no smaller depth
         model.visual.trunk.blocks = model.visual.trunk.blocks[:2]
     return model
