@@ -97,3 +97,12 @@ def test_saving_changes_nothing_of_the_model(tmp_path: Path) -> None:
     before = [module.training for module in model.modules()]
     upcycle_bench.save(model, tmp_path / "dense.safetensors", MODEL)
     assert [module.training for module in model.modules()] == before
+
+
+@pytest.mark.parametrize("experts", [0, 2])
+def test_a_deeper_model_than_the_name_says_is_one_line(tmp_path: Path, experts: int) -> None:
+    model = create_clip("lab-vit", seed=1).model
+    if experts:
+        model = upcycle_bench.upcycle(model, "sparse-upcycling", experts=experts)
+    with pytest.raises(UserError, match=rf"the model is no {MODEL}: \S+ is there, the file's is missing"):
+        upcycle_bench.save(model, tmp_path / "moe.safetensors", MODEL)

@@ -120,6 +120,7 @@ def test_a_part_of_a_repository_in_the_cache_is_not_taken_for_the_whole(
             {"embed_dim": 32, "vision_cfg": {"layer": 3}, "text_cfg": {}},
             "vision_cfg is no configuration that",
         ),
+        (small(vision_cfg__width=None), "vision_cfg is no configuration that open_clip knows"),
         ({"model_cfg": {"embed_dim": 8, "vision_cfg": {}}}, "text_cfg is no configuration that open_clip knows"),
         (
             {"model_cfg": small(), "preprocess_cfg": {"mean": [122, 117, 104]}},
@@ -147,6 +148,7 @@ def test_what_open_clip_cannot_build_is_one_line(tmp_path: Path) -> None:
     ("text", "line"),
     [
         ("ViT-B32", "unknown open_clip model 'ViT-B32': did you mean"),
+        ("tinny.json", "tinny.json: no such file or folder; give one that describes a model"),
         ("local-dir:nowhere", "local-dir:nowhere: no such folder; give one with open_clip_config.json"),
         ("{}", "holds no open_clip_config.json and no config.json of a CLIP; name the model"),
     ],
@@ -165,14 +167,15 @@ def test_the_first_difference_of_two_models() -> None:
     assert first_difference(canonical(small(vision_cfg__patch_dropout=0.5), ""), ours) is None
 
 
-def test_transformers_configuration_builds_the_same_function(tmp_path: Path) -> None:
+@pytest.mark.parametrize("eos", [2, 49407, 5])
+def test_transformers_configuration_builds_the_same_function(tmp_path: Path, eos: int) -> None:
     from transformers import CLIPConfig, CLIPModel
 
     torch.manual_seed(0)
     vision = {"hidden_size": 32, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
     vision |= {"image_size": 8, "patch_size": 4, "layer_norm_eps": 1e-3, "projection_dim": 16}
     text = {"hidden_size": 24, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 3}
-    text |= {"max_position_embeddings": 10, "projection_dim": 16}
+    text |= {"max_position_embeddings": 10, "projection_dim": 16, "eos_token_id": eos}
     theirs = CLIPModel(CLIPConfig(vision_config=vision, text_config=text, projection_dim=16)).eval()
     theirs.save_pretrained(tmp_path)
     write(tmp_path / "preprocessor_config.json", {"image_mean": [0.1, 0.2, 0.3], "resample": 2, "size": 8})
@@ -180,6 +183,7 @@ def test_transformers_configuration_builds_the_same_function(tmp_path: Path) -> 
     clip.model.eval()
     assert clip.preprocess == {"mean": (0.1, 0.2, 0.3), "interpolation": "bilinear"}
     images, texts = torch.randn(3, 3, 8, 8), clip.tokenize(["a cat", "two dogs on a sofa", ""])
+    texts[:2, 2] = 5
     with torch.no_grad():
         image_BC = theirs.visual_projection(theirs.vision_model(pixel_values=images).pooler_output)
         text_BC = theirs.text_projection(theirs.text_model(input_ids=texts).pooler_output)

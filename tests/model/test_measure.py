@@ -46,6 +46,18 @@ def test_sparse_upcycling_at_step_0() -> None:
         assert max(layer["load"]) <= 0.5  # an expert is at most one of a token's two choices
 
 
+@pytest.mark.parametrize(("moved", "drift"), [(0.0, 0.0), (0.1, 1.0)])
+def test_an_ffn_that_gives_zeros_has_a_drift(moved: float, drift: float) -> None:
+    """As a block that was added and starts as the identity; there is nothing to compare with."""
+    dense = create_dense()
+    for part in dense.transformer.resblocks[1].mlp.c_proj.parameters():
+        nn.init.zeros_(part)
+    model = upcycled(dense)
+    for expert in moe_layers(model)["text.1"].experts:
+        nn.init.constant_(expert.c_proj.bias, moved)
+    assert diagnose(model, dense, [inputs_for(dense)])["layers"]["text.1"]["function_drift"] == drift
+
+
 def test_a_zero_router_is_uniform() -> None:
     """Entropy ln E; all experts tie, so that every token goes to the first two."""
     dense = create_dense()

@@ -130,3 +130,15 @@ def test_a_file_of_ours_means_usual_pixels_where_it_is_silent(tmp_path: Path, ch
     model = MODEL if choices.pixels else str(tmp_path / "other")
     with pytest.raises(UserError, match=r"mean is .* by .*: leave one of them out"):
         find_pretrained(model, str(tmp_path / "dense.safetensors"), choices)
+
+
+def test_the_trainers_notes_on_a_model_of_ones_own(tmp_path: Path) -> None:
+    """Its name says nothing here; its pixels and its activation do."""
+    notes = {"model": "tiny", "image_mean": [0.4, 0.5, 0.6], "image_resize_mode": "squash"}
+    path = epoch(tmp_path, **notes)
+    model = write(tmp_path / "tiny.json", small(vision_cfg__layers=4, text_cfg__heads=2))
+    assert find_pretrained(str(model), path).preprocess == {"mean": (0.4, 0.5, 0.6), "resize_mode": "squash"}
+    params = tmp_path / "logs" / "run" / "params.txt"
+    params.write_text(params.read_text().replace("force_quick_gelu: False", "force_quick_gelu: True"))
+    with pytest.raises(UserError, match=r"trained with another activation than that of tiny@"):
+        find_pretrained(str(model), path)

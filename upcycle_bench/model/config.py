@@ -73,6 +73,8 @@ def describe(text: str) -> Described:
     if door is None:
         import open_clip
 
+        if Path(text).suffix == ".json" or len(Path(text).parts) > 1:  # no name of open_clip's has a slash
+            raise UserError(f"{text}: no such file or folder; give one that describes a model, or open_clip's name.")
         raise unknown("open_clip model", text, open_clip.list_models())
     return door.open(text)
 
@@ -116,11 +118,10 @@ def canonical(config: Mapping[str, Any], place: str) -> dict[str, Any]:
     for part, kind in (("vision_cfg", CLIPVisionCfg), ("text_cfg", CLIPTextCfg)):
         try:
             values = asdict(kind(**config[part]))
+            values["hidden"] = int(values["width"] * values.pop("mlp_ratio"))  # two ratios may give one width
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"{place}: {part} is no configuration that open_clip knows ({error}).") from None
         whole[part] = {key: _single(value) for key, value in values.items() if key not in WITHOUT_EFFECT[part]}
-        # Two ratios may give one width.
-        whole[part]["hidden"] = int(whole[part]["width"] * whole[part].pop("mlp_ratio"))
     own_text = bool(config.get("custom_text") or whole["text_cfg"]["hf_model_name"])
     whole |= {"embed_dim": config.get("embed_dim"), "quick_gelu": bool(config.get("quick_gelu"))}
     whole |= {"custom_text": own_text, "multimodal_cfg": config.get("multimodal_cfg")}

@@ -89,7 +89,8 @@ class _LayerStatistics:
         """The layer's part of the report."""
         share_E = self.load_E / self.load_E.sum()
         return {
-            "function_drift": (self.error / self.energy) ** 0.5,
+            # An FFN of zeros, as in a block that was added: any output is as far from it as can be.
+            "function_drift": (self.error / self.energy) ** 0.5 if self.energy else float(self.error > 0),
             "expert_cosine": expert_cosine(self.layer.experts),
             "expert_distance": expert_distance(self.layer.experts),
             "router_entropy": self.entropy / self.tokens,

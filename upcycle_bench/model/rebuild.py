@@ -30,6 +30,9 @@ def unlike_its_file(model: Any, dense: Any, dtypes: bool = True) -> str | None:
     All experts of a layer may have another hidden width than the dense model's FFN; nothing else may differ. Under
     expert parallelism each rank answers for its own experts. `dtypes=False` compares those of tensors not at all.
     """
+    there = dict(dense.named_modules())
+    if more := next((path for path in hidden_widths(model) if path not in there), None):
+        return f"{more} is there, the file's is missing"
     file = rebuilt(model, dense)
     found, expected = _modules(model), _modules(file)
     for name in dict.fromkeys([*found, *expected]):

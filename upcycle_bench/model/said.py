@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from upcycle_bench.model import weights
-from upcycle_bench.model.config import describe, description_in, read_description
+from upcycle_bench.model.config import Described, describe, description_in, read_description
 from upcycle_bench.model.pixels import checked, usual_settings
 from upcycle_bench.util.errors import UserError
 from upcycle_bench.util.files import file_sha256
@@ -81,16 +81,18 @@ def _training(file: Path, name: str) -> Said | None:
         return None
     lines = (line.partition(": ") for line in path.read_text(encoding="utf-8", errors="replace").splitlines())
     given = {key.strip(): value.strip() for key, _, value in lines if value.strip() != "None"}
+    if "model" not in given:  # a file of another tool
+        return None
     try:
         described = describe(given["model"])
-    except (KeyError, UserError):  # a file of another tool, or a model that this machine does not know
-        return None
-    config = described.config
-    if given.get("force_quick_gelu") == "True":
+    except UserError:  # a model of their own: its configuration is not here, what else stands there is
+        described = Described(given["model"], {}, str(path))
+    config, quick = described.config, given.get("force_quick_gelu") == "True"
+    if config and quick:
         config["quick_gelu"] = True
-    if sizes := _numbers(given.get("force_image_size")):
+    if config and (sizes := _numbers(given.get("force_image_size"))):
         config["vision_cfg"]["image_size"] = int(sizes[0]) if len(sizes) == 1 else [int(size) for size in sizes]
-    if length := _numbers(given.get("force_context_length")):
+    if config and (length := _numbers(given.get("force_context_length"))):
         config["text_cfg"]["context_length"] = int(length[0])
     # The trainer takes the pixels of the weights that it starts from, but for those that were given.
     pixels: dict[str, Any] = dict(described.preprocess)
@@ -99,7 +101,7 @@ def _training(file: Path, name: str) -> Said | None:
     if words.get("interpolation") == "random":  # in training; it evaluates with the usual one
         del words["interpolation"]
     numbers = {key: _numbers(given.get(f"image_{key}")) or None for key in ("mean", "std")}
-    return Said(str(path), config, pixels | checked(words | numbers, str(path)))
+    return Said(str(path), config or None, pixels | checked(words | numbers, str(path)), quick or None)
 
 
 def _numbers(text: str | None) -> list[float]:

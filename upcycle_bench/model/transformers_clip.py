@@ -126,8 +126,18 @@ def read_transformers_config(values: Mapping[str, Any], path: Path) -> tuple[dic
         "heads": text.num_attention_heads,
         "layers": text.num_hidden_layers,
         **_others(text),
+        **_pooling(text),
     }
     return config, _pixels(path.parent)
+
+
+def _pooling(text: Any) -> dict[str, Any]:
+    """Where the text feature is taken: at the largest id, which CLIP's end-of-text token has, or at another id.
+
+    transformers takes an eos_token_id of 2, which stood in all configurations once, for the largest id.
+    """
+    usual = text.eos_token_id in (2, text.vocab_size - 1)
+    return {} if usual else {"pool_type": "eos", "eos_id": text.eos_token_id}
 
 
 def _others(tower: Any) -> dict[str, Any]:
