@@ -21,6 +21,7 @@ def picture() -> bytes:
 
 
 PNG = picture()
+PAIR = (("jpg", PNG), ("txt", b"a"))
 # What a shard holds beside one good pair, and what of it is left out.
 LEFT_OUT: list[tuple[dict[str, bytes], dict[str, int]]] = [
     ({}, {}),
@@ -30,13 +31,14 @@ LEFT_OUT: list[tuple[dict[str, bytes], dict[str, int]]] = [
     ({"1.json": b"{}"}, {"no image": 1}),
     ({"1.jpg": PNG}, {"no caption": 1}),
     ({"1.jpg": PNG, "1.json": b"{}", "2.jpg": PNG, "2.cls": b"3"}, {"no caption": 2}),
+    ({"1.jpg": PNG, "1.txt": "é".encode("latin-1"), "2.jpg": PNG, "2.txt": "a".encode("utf-16")}, {"not UTF-8": 2}),
     ({"1.jpg": PNG, "1.txt": b"", "2.jpg": PNG, "2.txt": b" \r\n\xc2\x85\n"}, {"empty caption": 2}),
     ({"1.gif": PNG, "1.txt": b"a", "2.jpg": PNG, "2.caption": b"a"}, {"unknown suffix": 2}),
     ({"a.b.jpg": PNG, "a.b.txt": b"a"}, {"dots in a name": 1}),
     ({"a.b.jpg": PNG, "a.txt": b"a"}, {"dots in a name": 1}),
     ({"a.jpg": PNG, "a.b.txt": b"a"}, {"dots in a name": 1}),
-    ({f"2020.{n}.{suffix}": PNG for n in range(5) for suffix in ("jpg", "txt")}, {"dots in a name": 5}),
-    ({f"a{n}.{suffix}": PNG for n in ("", ".1", ".2") for suffix in ("jpg", "txt")}, {"dots in a name": 2}),
+    ({f"2020.{n}.{suffix}": data for n in range(5) for suffix, data in PAIR}, {"dots in a name": 5}),
+    ({f"a{n}.{suffix}": data for n in ("", ".1", ".2") for suffix, data in PAIR}, {"dots in a name": 2}),
     ({"README": b"", "d/.DS_Store": b"", "d/._0.jpg": b""}, {}),
     (
         {"1.jpg": PNG, "2.txt": b"a", "3.jpg": PNG, "3.txt": b"", "4.jpg": PNG},
@@ -54,7 +56,7 @@ def test_what_is_left_out_is_counted_by_kind(tmp_path: Path, files: dict[str, by
 
 
 def test_a_sample_whose_name_comes_twice_is_left_out(tmp_path: Path) -> None:
-    files = [(f"{name}.{suffix}", PNG) for name in (0, 1, 0, 1, 2) for suffix in ("png", "txt")]
+    files = [(f"{name}.{suffix}", data) for name in (0, 1, 0, 1, 2) for suffix, data in PAIR]
     (shard := tmp_path / "0.tar").write_bytes(packed(files))
     (tmp_path / "1.tar").write_bytes(packed(files[-2:]))  # names are those of one shard
     counts = index_pairs([shard, tmp_path / "1.tar"], "text").counts

@@ -159,6 +159,19 @@ def test_what_names_no_model_is_one_line(tmp_path: Path, text: str, line: str) -
     assert line in str(caught.value)
 
 
+def test_a_vocabulary_that_is_smaller_than_the_tokenizers_is_one_line(tmp_path: Path) -> None:
+    path = write(tmp_path / "few.json", small(text_cfg__vocab_size=1000))
+    with pytest.raises(UserError, match=r"vocab_size is 1,000, but CLIP's tokenizer has 49,408; give hf_"):
+        create_clip(str(path))
+
+
+def test_every_model_of_open_clips_has_ids_for_clips_tokenizer() -> None:
+    for name in open_clip.list_models():
+        text = open_clip.get_model_config(name)["text_cfg"]
+        named = text.get("hf_tokenizer_name") or text.get("hf_model_name") or "siglip" in name.lower()
+        assert named or "@" in name or text.get("vocab_size", 49408) >= 49408, name
+
+
 def test_the_first_difference_of_two_models() -> None:
     ours, theirs = canonical(small(), ""), canonical(small(vision_cfg__head_width=32), "")
     assert first_difference(theirs, ours) == "vision_cfg.head_width is 32, not 16"

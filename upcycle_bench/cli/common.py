@@ -202,4 +202,6 @@ def make_plans(
 def resumption(protocol: Protocol) -> str:
     """What becomes of an interrupted training under that protocol, for `interruptible`."""
     resumes = protocol.train.checkpoint_every > 0
-    return "the same command goes on from the last checkpoint" if resumes else "no record was written"
+    return (
+        "the same command goes on from the last checkpoint, if one was written" if resumes else "no record was written"
+    )

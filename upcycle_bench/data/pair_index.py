@@ -28,12 +28,14 @@ CAPTION_SUFFIX = "txt"
 BESIDE = ("json", "cls", "npy")  # what other samples hold beside an image and a caption
 
 # Why a sample is left out, and what that means.
+RULES = 2  # raise it when the same shards would give other counts
 KINDS = {
     "dots in a name": "a name ends at its first dot, so a.b.jpg is no image; rename the files",
     "unknown suffix": f"an image is {', '.join(f'.{suffix}' for suffix in IMAGE_SUFFIXES)}, a caption .txt",
     "no image": "no file with the suffix of an image",
     "no caption": "no .txt",
     "empty caption": "a .txt without any text",
+    "not UTF-8": "its .txt is in another encoding; write it in UTF-8",
     "key twice": "its shard has a sample of the same name; the first counts",
 }
 
@@ -82,7 +84,7 @@ def index_pairs(shards: Sequence[Path], captions: Captions, option: str = "") ->
 
 def count_pairs(shards: Sequence[Path], captions: Captions, option: str = "", index: PairIndex | None = None) -> Counts:
     """The numbers of `index`, or else of `index_pairs`; the cache keeps them by the shards' content."""
-    what = strict_json.dumps([shards_digest(shards), captions])
+    what = strict_json.dumps([RULES, shards_digest(shards), captions])
     path = cache_root() / "pairs" / f"{hashlib.sha256(what.encode()).hexdigest()[:24]}.json"
 
     def count(staging: Path) -> None:
@@ -101,7 +103,11 @@ def add_shard(index: PairIndex, number: int, shard: Path, captions: Captions, op
             index.suffixes.update(members.keys())  # a mapping would be added
             image = next((members[suffix] for suffix in IMAGE_SUFFIXES if suffix in members), None)
             text = read_member(file, members[CAPTION_SUFFIX]) if image and CAPTION_SUFFIX in members else b""
-            own = split_captions(text.decode("utf-8", "replace"), captions)
+            try:
+                own = split_captions(text.decode("utf-8"), captions)
+            except UnicodeDecodeError:  # an evaluation set of such captions is refused, too
+                index.left_out["not UTF-8"] += 1
+                continue
             if image and own:
                 index.images.append((number, image.offset_data, image.size))
                 index.captions.append(own)

@@ -23,6 +23,7 @@ from upcycle_bench.model.config import describe, own_config
 from upcycle_bench.model.pixels import PREPROCESS, agreed
 from upcycle_bench.model.state_dict import Weights, has_logit_bias, put, weights_of
 from upcycle_bench.model.towers import image_size
+from upcycle_bench.model.transformers_clip import CLIP_TOKENS
 from upcycle_bench.util.errors import UserError, one_line
 
 Precision = Literal["fp32", "fp16", "bf16"]
@@ -86,10 +87,16 @@ def create_clip(
 
     Raises UserError for an unknown model, a file that holds no weights, and weights that do not fit or are not finite.
     """
+    import open_clip
+
     found = describe(name)
     name, config = found.name, found.config
     preprocess = agreed([(found.place, found.preprocess if preprocess is None else preprocess)])
     tokenize = _tokenizer(name, config)  # first, since it may lack what only a network has
+    known = config["text_cfg"].get("vocab_size", CLIP_TOKENS)
+    if isinstance(tokenize, open_clip.SimpleTokenizer) and known < CLIP_TOKENS:
+        line = f"vocab_size is {known:,}, but CLIP's tokenizer has {CLIP_TOKENS:,}; give hf_tokenizer_name"
+        raise UserError(f"{name}: {line}.")
     weights = None if checkpoint is None else weights_of(checkpoint_file.read(checkpoint))
     if weights is not None:
         _require_activation(weights, name, config)
@@ -171,10 +178,13 @@ def _require_activation(weights: Weights, name: str, config: Mapping[str, Any]) 
 
 
 def other_activation(name: str) -> str:
-    """open_clip's name of the same model with QuickGELU in place of GELU, or the reverse."""
-    if own_config(name):
-        return "the same configuration with the other quick_gelu"
-    return name.removesuffix("-quickgelu") if name.endswith("-quickgelu") else f"{name}-quickgelu"
+    """open_clip's name of the model with QuickGELU in place of GELU, or the reverse; if it has none, what to do."""
+    import open_clip
+
+    other = name.removesuffix("-quickgelu") if name.endswith("-quickgelu") else f"{name}-quickgelu"
+    if other in open_clip.list_models():
+        return other
+    return f"a JSON file with the configuration of {name} and the other quick_gelu"
 
 
 def _to_uint8(steps: list[Callable[[Any], Any]]) -> Callable[[Any], np.ndarray]:
