@@ -308,7 +308,11 @@ def test_pretrain(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 
 
 @pytest.mark.parametrize(
-    ("every", "message"), [("1", "the same command goes on from the last checkpoint"), ("0", "no record was written")]
+    ("every", "message"),
+    [
+        ("1", "the same command goes on from the last checkpoint, if one was written"),
+        ("0", "no record was written"),
+    ],
 )
 def test_an_interrupted_pretraining(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], every: str, message: str

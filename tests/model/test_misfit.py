@@ -91,5 +91,6 @@ def test_weights_of_a_clip_under_the_name_of_another_class_are_known_by_their_sh
     torch.save(create_clip("lab-vit").model.state_dict(), tmp_path / "w.pt")
     siglip = model_config("ViT-B-16-SigLIP")
     del siglip["text_cfg"]["hf_tokenizer_name"]  # which only the network has
+    siglip["text_cfg"]["vocab_size"] = 49408  # of CLIP's own
     model = write(tmp_path / "siglip.json", siglip)
     assert "Its shapes are those of lab-vit: give that model." in refusal(tmp_path / "w.pt", str(model))
