@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 EXTRAS ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo gpu,dev || echo cpu,dev)$(shell command -v npm >/dev/null 2>&1 || echo ,npm)
 ARGS ?=
 
-.PHONY: run test lint bench scaling docs clean
+.PHONY: run test lint bench scaling chaos docs clean
 
 # A GPU machine gets faiss-gpu, any other faiss-cpu; one without npm gets PyPI's (EXTRAS overrides).
 $(VENV)/.installed: pyproject.toml
@@ -34,6 +34,10 @@ bench: $(VENV)/.installed
 # Under four minutes on a quiet machine; writes tests/bench/scaling.json, docs/figures/ and a part of docs/performance.md.
 scaling: $(VENV)/.installed
 	$(BIN)/python -m tests.bench.scaling $(ARGS)
+
+# About an hour on two cores: disturbs runs on purpose, writes the table of outcomes; as root, also on a full disk.
+chaos: $(VENV)/.installed
+	$(BIN)/python -m tests.chaos --markdown docs/notes/chaos.md $(ARGS)
 
 # Writes the generated parts of README.md and docs/ anew (tests/test_docs.py fails while they are stale).
 docs: $(VENV)/.installed

@@ -1,0 +1,226 @@
+"""The faults, and what has to come of a run that meets one.
+
+    outcome = disturb(Case("SIGTERM", "train", ranks=2), baseline, folder)      # raises Broken
+
+A disturbed run is typed again until it ends. Its weights must then be those of the run that nothing disturbed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from tests.chaos.disturbed import Attempt, command
+
+AGAIN = 75  # the exit status of a run that can go on
+MOST = 3  # attempts after the disturbed one
+FULL_DISK = 200  # MiB of the file system that a full disk is tried on
+
+
+class Broken(Exception):
+    """A disturbed run did not come to what it should."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One fault in one phase; for a kill at random `second` says when, for other ranks `then` how it goes on."""
+
+    fault: str
+    phase: str
+    ranks: int
+    second: float | None = None
+    then: tuple[int, int] | None = None  # ranks, ep_size
+
+    @property
+    def name(self) -> str:
+        """Fault, phase and ranks in a few words."""
+        where = f"after {self.second:.1f} s" if self.second is not None else f"in {self.phase}"
+        return f"{self.fault} {where}, {self.ranks} rank{'s' * (self.ranks > 1)}"
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """The run that nothing disturbs, on that many ranks: its seconds, and its cache with the weights."""
+
+    ranks: int
+    seconds: float
+    cache: Path
+    weights: str
+
+    @property
+    def ep_size(self) -> int:
+        """Two ranks share the experts."""
+        return self.ranks
+
+
+def undisturbed(ranks: int, folder: Path) -> Baseline:
+    """Make the baseline."""
+    began = time.monotonic()
+    with Attempt(command(ranks, ranks), folder / "cache", folder / "results") as attempt:
+        if status := attempt.status():
+            raise Broken(f"the undisturbed run ended with {status}: {attempt.lines[-3:]}")
+    return Baseline(
+        ranks, time.monotonic() - began, folder / "cache", the_record(folder / "results")["hashes"]["weights"]
+    )
+
+
+def the_record(results: Path) -> dict:
+    """The one record of a run that succeeded; others must be of failures."""
+    made = [json.loads(path.read_text()) for path in results.rglob("*.json")]
+    good = [record for record in made if record["status"] == "ok"]
+    if len(good) != 1:
+        raise Broken(f"{len(good)} records instead of one")
+    return good[0]
+
+
+def disturb(case: Case, baseline: Baseline, folder: Path) -> str:
+    """Run, disturb, type the command again until it ends; returns the outcome in words. Raises Broken."""
+    cache, results = folder / "cache", folder / "results"
+    with _disk(folder, small=case.fault == "full disk"):
+        _copy_cache(baseline, cache, with_dense=case.phase != "dense" and case.second is None)
+        words = command(
+            case.ranks, baseline.ep_size, more=["--stop-after", "1s"] if case.fault == "--stop-after" else []
+        )
+        with Attempt(words, cache, results) as attempt:
+            if case.second is not None:
+                time.sleep(case.second)
+                attempt.signal(signal.SIGKILL)
+            elif case.fault in FAULTS:
+                attempt.reached(case.phase)
+                FAULTS[case.fault](attempt, cache)
+            status = attempt.status()
+            said = attempt.lines
+        found = [_said(case, status, said)]
+        AFTERWARDS.get(case.fault, lambda cache: None)(cache)
+        again = command(*(case.then or (case.ranks, baseline.ep_size)))
+        for _ in range(MOST):
+            with Attempt(again, cache, results) as attempt:
+                status = attempt.status()
+                said = attempt.lines
+            found += [line.partition(": step")[0] for line in said if " goes on " in line or "damaged" in line][:2]
+            if status == 0:
+                break
+        if status:
+            raise Broken(f"typed again, it ended with {status}: {said[-3:]}")
+        found.append(_compare(case, baseline, cache, results))
+    return "; ".join(filter(None, found))
+
+
+def _said(case: Case, status: int, lines: list[str]) -> str:
+    """How the disturbed run ended. Raises Broken where it should have ended otherwise."""
+    if case.fault in ("SIGTERM", "SIGUSR1", "--stop-after") and status != AGAIN and case.ranks == 1:
+        raise Broken(f"it ended with {status} instead of {AGAIN}: {lines[-3:]}")
+    if traceback := [line for line in lines if line.startswith("Traceback")]:
+        raise Broken(f"it ended with a {traceback[0]}: {lines[-1]}")
+    return f"status {status}"
+
+
+def _compare(case: Case, baseline: Baseline, cache: Path, results: Path) -> str:
+    """Compare with the baseline: the same bits, or nearly the same weights on other ranks; nothing is left behind."""
+    record = the_record(results)
+    left = [*cache.rglob(".*.tmp"), *(cache / "runs").glob("*")]
+    if left:
+        raise Broken(f"left behind: {left[0].name}")
+    digest = record["hashes"]["weights"]
+    if digest == baseline.weights:
+        return "same bits"
+    if case.then is None:
+        raise Broken("other weights than those of the undisturbed run")
+    mine = load_file(cache / "weights" / f"{digest}.safetensors")
+    theirs = load_file(baseline.cache / "weights" / f"{baseline.weights}.safetensors")
+    moved = torch.cat([(mine[key].double() - theirs[key].double()).flatten() for key in theirs]).norm()
+    whole = torch.cat([theirs[key].double().flatten() for key in theirs]).norm()
+    return f"weights within {moved / whole:.1e}, {len(record['sessions'])} sessions"
+
+
+def _copy_cache(baseline: Baseline, cache: Path, with_dense: bool) -> None:
+    """A cache that has the data, and the dense model if its training is not what is disturbed."""
+    for kind in ("worlds", "decoded", *(["dense"] if with_dense else [])):
+        if (baseline.cache / kind).is_dir():
+            shutil.copytree(baseline.cache / kind, cache / kind)
+
+
+@contextmanager
+def _disk(folder: Path, small: bool) -> Iterator[None]:
+    """The folder; for a full disk, a small file system of its own, which takes the right to mount one."""
+    folder.mkdir(parents=True)
+    if not small:
+        yield
+        return
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={FULL_DISK}m", "tmpfs", folder], check=True)
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+def _fill(attempt: Attempt, cache: Path) -> None:
+    """Leave no space on the disk until the run has ended, or has gone on for some seconds."""
+    with (cache / "filler").open("wb") as file:
+        try:
+            while True:
+                file.write(b"\0" * 4096)
+                file.flush()
+        except OSError:
+            pass
+    time.sleep(10)
+    attempt.signal_ranks(signal.SIGTERM)
+
+
+def _damage(cache: Path) -> None:
+    """Flip one bit in the newest checkpoint's largest file."""
+    steps = sorted((cache / "runs").glob("*/checkpoints/step*"), key=lambda path: int(path.name.removeprefix("step")))
+    file = max((path for path in steps[-1].rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    content = bytearray(file.read_bytes())
+    content[random.Random(0).randrange(len(content))] ^= 1
+    file.write_bytes(content)
+
+
+def _kill(attempt: Attempt, cache: Path) -> None:
+    attempt.signal(signal.SIGKILL)
+
+
+# What happens to a run that has reached the phase, and what to its cache after it has ended.
+FAULTS: dict[str, Callable[[Attempt, Path], None]] = {
+    "kill -9": _kill,
+    "kill -9 of one rank": lambda attempt, cache: os.kill(attempt.rank(1), signal.SIGKILL),
+    "SIGTERM": lambda attempt, cache: attempt.signal(signal.SIGTERM),
+    "SIGUSR1": lambda attempt, cache: attempt.signal_ranks(signal.SIGUSR1),
+    "damaged checkpoint": _kill,
+    "full disk": _fill,
+    "other ranks": _kill,
+}
+AFTERWARDS: dict[str, Callable[[Path], None]] = {
+    "damaged checkpoint": _damage,
+    "full disk": lambda cache: (cache / "filler").unlink(),
+}
+
+
+def all_cases(kills: int, baselines: dict[int, Baseline]) -> Iterator[Case]:
+    """The whole table, for the ranks that have a baseline."""
+    for ranks, baseline in baselines.items():
+        for fault in ("kill -9", "SIGTERM", "SIGUSR1"):
+            for phase in ("dense", "making", "train", "evaluate"):
+                yield Case(fault, phase, ranks)
+        for fault in ("--stop-after", "damaged checkpoint", "full disk"):
+            yield Case(fault, "train", ranks)
+        if ranks > 1:
+            yield Case("kill -9 of one rank", "train", ranks)
+        for then in ((1, 1), (2, 2), (2, 1)):
+            if then != (ranks, baseline.ep_size):
+                yield Case("other ranks", "train", ranks, then=then)
+        draw = random.Random(ranks)
+        for _ in range(kills):
+            yield Case("kill -9", "", ranks, second=draw.uniform(0.1, 1.0) * baseline.seconds)
