@@ -27,6 +27,7 @@ from upcycle_bench.training import session
 from upcycle_bench.training.pretrain import load_dense
 from upcycle_bench.util import distributed, meter
 from upcycle_bench.util.errors import UserError
+from upcycle_bench.util.log_lines import unstamped
 from upcycle_bench.util.progress import Reporter
 
 # Shows the matrix before anything runs: the cells, and for each its record, or None where it is to do.
@@ -151,7 +152,7 @@ class _Child:
         assert self.process.stderr is not None
         for line in self.process.stderr:
             if text := line.decode(errors="replace").rstrip():
-                say(f"{self.cell.strategy} seed {self.cell.seed}: {text}")
+                say(f"{self.cell.strategy} seed {self.cell.seed}: {unstamped(text)}")
                 last = text
         return _why(self.process.wait(), last)
 

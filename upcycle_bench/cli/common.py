@@ -46,6 +46,9 @@ PixelSettings = Annotated[
 Interpolate = Annotated[
     bool, typer.Option("--interpolate-positions", help="Resize position embeddings of another size; recorded.")
 ]
+LogEvery = Annotated[
+    int, typer.Option(min=1, metavar="N", help="Without a terminal: a line each N steps at most; else at all logged.")
+]
 EvalData = Annotated[Path | None, typer.Option(help="Folder with the evaluation sets (clip-*).")]
 Suites = Annotated[
     str | None,
@@ -79,11 +82,17 @@ def interruptible(then: str) -> Iterator[None]:
         signal.signal(signal.SIGTERM, before or signal.SIG_DFL)  # None: the handler was not set by Python
 
 
-def terminal_reporter() -> Reporter:
-    """Progress on the terminal for rank 0; silence for the other ranks."""
+def terminal_reporter(log_every: int = 1) -> Reporter:
+    """Progress for rank 0: bars on a terminal, else lines, of a training at most one in `log_every` steps.
+
+    Silence for the other ranks.
+    """
+    from upcycle_bench.util.log_lines import LineReporter
     from upcycle_bench.util.progress import Reporter, TerminalReporter
 
-    return TerminalReporter() if is_main() else Reporter()
+    if not is_main():
+        return Reporter()
+    return TerminalReporter() if sys.stderr.isatty() else LineReporter(log_every)
 
 
 def check_output(output: Path) -> None:

@@ -11,6 +11,7 @@ import typer
 from upcycle_bench.cli.common import (
     Data,
     Json,
+    LogEvery,
     check_output,
     interruptible,
     is_main,
@@ -31,6 +32,7 @@ def pretrain(
     output: Annotated[
         Path | None, typer.Option(metavar="FILE.safetensors", help="Write it there too, in half precision.")
     ] = None,
+    log_every: LogEvery = 1,
     as_json: Json = False,
 ) -> None:
     """Train the dense model of a protocol by its recipe, into the cache."""
@@ -45,7 +47,7 @@ def pretrain(
     if output is not None:
         check_output(output)
     check_world(settings.dense.schedule.batch_size, ep_size=1)
-    reporter = terminal_reporter()
+    reporter = terminal_reporter(log_every)
     with interruptible(resumption(settings)):
         path, trained = pretrain_once(settings, find_world(settings, Paths(data=data), reporter), reporter)
     if is_main():

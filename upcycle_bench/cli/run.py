@@ -16,6 +16,7 @@ from upcycle_bench.cli.common import (
     EvalData,
     Interpolate,
     Json,
+    LogEvery,
     Options,
     Overrides,
     PixelSettings,
@@ -61,6 +62,7 @@ def run(
     interpolate: Interpolate = False,
     eval_data: EvalData = None,
     suite: Suites = None,
+    log_every: LogEvery = 1,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would run and what it costs.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -71,7 +73,7 @@ def run(
     pairs = matrix.seed_pairs(seed, seeds, init_seed, train_seed)
     if jobs > 1 and "RANK" in os.environ:
         raise UserError("--jobs starts processes of its own and does not go with torchrun; leave one of them out.")
-    reporter = terminal_reporter()
+    reporter = terminal_reporter(log_every)
     plans = make_plans(
         strategy, protocol, option, overrides, data, checkpoint, pixels, interpolate, eval_data, reporter, suite
     )
@@ -97,6 +99,7 @@ def run(
                 "--pixels": pixels,
                 "--eval-data": eval_data,
                 "--suite": suite,
+                "--log-every": log_every,
             }
         ) + (["--interpolate-positions"] if interpolate else [])
         _run_matrix(cells, results, reporter, jobs, fresh, shared, as_json)
