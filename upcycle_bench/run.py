@@ -29,6 +29,7 @@ from upcycle_bench.upcycling.starting_model import Start, diagnosed, initialise
 from upcycle_bench.util import distributed
 from upcycle_bench.util.cache import cache_root
 from upcycle_bench.util.errors import UserError
+from upcycle_bench.util.first_cause import last_word
 from upcycle_bench.util.meter import Meter
 from upcycle_bench.util.progress import Reporter
 from upcycle_bench.util.rng import Stream
@@ -46,7 +47,7 @@ def run(plan: Plan, results: Path, reporter: Reporter, *, fresh: bool = False) -
     assert world is not None
     with session.open_session(protocol.threads) as device:
         state = RunState(plan, Meter(device))
-        try:
+        with last_word(lambda error: say_failure(state, error, results)):
             dense, state.dense = load_dense(protocol, world, dense_source(plan), device, reporter)
             state.start = dense
             data = training_pairs(world, dense, protocol.train.schedule.augmentation)
@@ -76,19 +77,20 @@ def run(plan: Plan, results: Path, reporter: Reporter, *, fresh: bool = False) -
                     state.diagnostics = diagnostics(state, dense, data)
                     path = write_record(state, outcome, results)
                 distributed.barrier()  # until here rank 0 needs the work folder
-            return path
-        except Exception as error:
-            if distributed.is_main():
-                print(f"the run failed; {failure(state, error, results)}", file=sys.stderr)
-            raise
+        return path
 
 
-def failure(state: RunState, error: Exception, results: Path) -> str:
-    """Write the record of a failed run; returns where it is, or why there is none: what failed may be the disk."""
-    try:
-        return f"record: {write_failure(state, error, results)}"
-    except UserError as why:
-        return f"it has no record: {why}"
+def say_failure(state: RunState, error: Exception, results: Path) -> None:
+    """On rank 0 write the record of a failed run, and say where it is, or why there is none: the disk may have failed.
+
+    Of several processes, the record names the one that failed first.
+    """
+    if distributed.is_main():
+        try:
+            where = f"record: {write_failure(state, error, results)}"
+        except UserError as why:
+            where = f"it has no record: {why}"
+        print(f"the run failed; {where}", file=sys.stderr)
 
 
 def train_model(
