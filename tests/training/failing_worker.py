@@ -7,8 +7,6 @@ import functools
 import os
 import signal
 import sys
-import time
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -20,8 +18,7 @@ from upcycle_bench.cli import main
 from upcycle_bench.hookspecs import hookimpl
 from upcycle_bench.planning import registry
 from upcycle_bench.strategy import ExtraLoss, Strategy, StrategyInfo
-from upcycle_bench.util import distributed, first_cause
-from upcycle_bench.util.errors import UserError
+from upcycle_bench.util import distributed
 
 Sparse: Any = registry.load_registry().strategies["sparse-upcycling"].target
 WAY = sys.argv[1]
@@ -43,20 +40,12 @@ class Failing(ExtraLoss):
     def _fail(self, rank: int) -> float:
         if rank == 1:
             match WAY:
-                case "raise" | "hang":
+                case "raise":
                     raise RuntimeError("a fault of this rank")
-                case "user":
-                    raise UserError("the data of this rank are not there; mount them.")
                 case "kill":
                     os.kill(os.getpid(), signal.SIGKILL)
-                case "stop":  # as a machine that is gone: no beat, and a process of which nobody here knows
-                    os.kill(os.getpid(), signal.SIGSTOP)
                 case "nan":
                     return float("nan")
-        if rank == 0 and WAY == "hang":  # as in a collective of NCCL, which a broken connection does not end
-            time.sleep(1000)
-        if WAY == "all":
-            raise UserError("a fault that all find")
         return 0.0
 
 
@@ -80,10 +69,6 @@ class Plugin:
 
 if __name__ == "__main__":
     registry.load_registry = functools.partial(registry.load_registry, {"test": Plugin()})  # type: ignore[assignment]
-    first_cause.GRACE = 2.0
-    if WAY == "stop":
-        first_cause.SILENCE = 3.0
     settings = [part for setting in [*QUICK, "train.log_every=1"] for part in ("--set", setting)]
-    Path(sys.argv[2]).mkdir(parents=True, exist_ok=True)
     sys.argv = ["upcycle-bench", "run", "-p", "smoke", "-s", "failing", *settings, "--results", *sys.argv[2:]]
     main()

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 POLL = 0.5  # seconds between two looks of the thread
 SILENCE = 60.0  # seconds without a beat after which a rank counts as dead
 SUSPICION = 10.0  # the same, once a collective has broken
+STILL = 5.0  # seconds between two looks after which this process was the silent one
 NEWS = 2.0  # seconds until a death on this machine is known
 GRACE = 8.0  # seconds in which the main thread must have noticed another's failure
 FAREWELL = 60.0  # seconds that it has then, for its record and its end
@@ -160,7 +161,8 @@ class _Watch:
                 self._wait(NEWS)
             elif _in_collective(error):
                 self._broken = True
-                self._wait(SUSPICION + NEWS)
+                # Rank 0 listens to all beats, so the others give it the time to find who is silent.
+                self._wait((SUSPICION if self.rank == 0 else 2 * SUSPICION) + NEWS)
         except KeyboardInterrupt as interruption:
             error = interruption
             self._wait(NEWS)
@@ -184,9 +186,18 @@ class _Watch:
     def leave(self) -> None:
         """The end of the block: what happens to this process now is nobody's failure."""
         self._over.set()
+        self.thread.join(NEWS)
+        if self._lost is not None:
+            return
         with contextlib.suppress(RuntimeError):  # the store went with its process
             self.store.set(f"left {self.rank}", "")
-        self.thread.join(NEWS)
+            if (
+                self.rank == 0 and self.found is not None
+            ):  # the store may end with rank 0, and others must still read it
+                others = [f"left {each}" for each in range(1, self.world) if each != self.found.rank]
+                end = time.monotonic() + 2 * NEWS
+                while not self.store.check(others) and time.monotonic() < end:
+                    time.sleep(POLL / 10)
 
     def _wait(self, seconds: float) -> None:
         """Until the first cause is known, but not longer."""
@@ -234,7 +245,7 @@ class _Watch:
                 return rank
         now, before = time.monotonic(), self._looked
         self._looked = now
-        if now - before > SUSPICION / 2:  # this process stood still itself and has heard nobody
+        if now - before > STILL:  # this process stood still itself and has heard nobody
             self._beats.clear()
         # Rank 0 listens to all and all to rank 0: everyone to everyone would be too much for the store.
         for rank in range(1, self.world) if self.rank == 0 else [0]:
@@ -251,11 +262,11 @@ class _Watch:
 
     def _tell(self, rank: int, what: str) -> None:
         """Write a cause into the store, unless there is one, and take the one that stands there."""
-        mine = self._cause(rank, what)
-        try:
-            self.found = Cause(**json.loads(self.store.compare_set("cause", "", json.dumps(asdict(mine)))))
-        except RuntimeError:  # the store went with its process
-            self.found = self.found or mine
+        first = mine = self._cause(rank, what)
+        if self._lost is None:
+            with contextlib.suppress(RuntimeError):  # the store went with its process
+                first = Cause(**json.loads(self.store.compare_set("cause", "", json.dumps(asdict(mine)))))
+        self.found = self.found or first
 
     def _cause(self, rank: int, what: str) -> Cause:
         now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
