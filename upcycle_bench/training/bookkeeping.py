@@ -43,6 +43,7 @@ class Bookkeeping:
         """Continue `progress`, whose seconds are those of earlier sessions."""
         self.progress = progress
         self._began = time.perf_counter() - progress.seconds
+        self.job.trackers.begin(progress.step)
 
     @contextlib.contextmanager
     def counting(self, step: int) -> Iterator[None]:
@@ -76,7 +77,9 @@ class Bookkeeping:
         last = self.progress.last = self._metrics(losses, rate, scale)
         if not math.isfinite(last["loss"]):
             raise self._diverged(losses)
-        self.log.write({**last, **({"layers": seen.summary()} if self.layers else {})})
+        line = {**last, **({"layers": seen.summary()} if self.layers else {})}
+        self.log.write(line)
+        self.job.trackers.log(line)
 
     def _diverged(self, losses: Mapping[str, Tensor]) -> DivergedError:
         last = self.progress.last
