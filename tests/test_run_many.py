@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -169,7 +170,7 @@ def test_jobs_run_in_processes_of_their_own(
     )  # fmt: skip
     made = outcomes(out)
     assert status == 1
-    assert "dense seed 53/54: done training dense: 4 steps" in err
+    assert re.search(r"^20\S+Z dense seed 53/54: done training dense: seconds=\S+ steps=4 loss=", err, re.MULTILINE)
     assert "cluster-aware seed 53/54: error: " in err
     failed = made["cluster-aware", 54]
     assert (failed["status"], failed["record"]) == ("failed", None)

@@ -88,8 +88,8 @@ def write(record: Record, outcomes: dict[str, np.ndarray] | None, folder: Path) 
     overwritten, and for a folder that cannot be written.
     """
     seeds, time = record.seeds, record.created_at.strftime("%Y%m%dT%H%M%S")
-    name = f"{_slug(record.strategy.label)}-i{seeds.init}-t{seeds.train}-{time}-{record.run_id[:8]}.json"
-    path = folder / _slug(record.protocol.name) / name
+    name = f"{slug(record.strategy.label)}-i{seeds.init}-t{seeds.train}-{time}-{record.run_id[:8]}.json"
+    path = folder / slug(record.protocol.name) / name
     arrays = None if outcomes is None else _npz(outcomes)
     digest = None if arrays is None else hashlib.sha256(arrays).hexdigest()
     record = record.model_copy(update={"hashes": record.hashes.model_copy(update={"outcomes": digest})})
@@ -160,8 +160,8 @@ def record_paths(path: Path) -> list[Path]:
     return paths
 
 
-def _slug(text: str) -> str:
-    """Part of a file name: letters that need no quoting, no leading dot, short enough for any file system."""
+def slug(text: str) -> str:
+    """A part of a file name: letters that need no quoting, no leading dot, short enough for any file system."""
     return re.sub(r"[^A-Za-z0-9.=_]+", "-", text).strip("-.")[:100] or "unnamed"
 
 

@@ -6,12 +6,13 @@ path = run(plan, Path("results"), reporter)
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from upcycle_bench.data.pairs import PairDataset, training_pairs
-from upcycle_bench.evaluation.score import score
+from upcycle_bench.evaluation.score import headlines_of, score, scores_of
 from upcycle_bench.model import weights
 from upcycle_bench.model.clip import Clip
 from upcycle_bench.model.cost import model_cost
@@ -19,26 +20,31 @@ from upcycle_bench.model.measure import diagnose
 from upcycle_bench.model.moe import parameter_counts
 from upcycle_bench.model.surgery import merge
 from upcycle_bench.planning.plan import Plan, check_input, check_strategy, dense_source, run_id
+from upcycle_bench.record import slug
 from upcycle_bench.run_state import RunState, write_failure, write_record
 from upcycle_bench.training import finished, session
 from upcycle_bench.training.job import Job, Progress
 from upcycle_bench.training.loop import train
 from upcycle_bench.training.pretrain import load_dense
+from upcycle_bench.training.trackers import Tracked, Trackers
 from upcycle_bench.upcycling.final_form import require_describable
 from upcycle_bench.upcycling.starting_model import Start, diagnosed, initialise
 from upcycle_bench.util import distributed
 from upcycle_bench.util.cache import cache_root
 from upcycle_bench.util.errors import UserError
+from upcycle_bench.util.first_cause import last_word
 from upcycle_bench.util.meter import Meter
 from upcycle_bench.util.progress import Reporter
 from upcycle_bench.util.rng import Stream
 
 
-def run(plan: Plan, results: Path, reporter: Reporter, *, fresh: bool = False) -> Path | None:
+def run(
+    plan: Plan, results: Path, reporter: Reporter, *, fresh: bool = False, track: Sequence[str] = ()
+) -> Path | None:
     """Make the record; returns its path on rank 0, None on others. Every rank must call it.
 
-    `fresh`: train even if the cache holds the finished training. Raises UserError for bad input, before anything is
-    written. A later error is written as a failed record, then raised again.
+    `fresh`: train even if the cache holds the finished training. `track`: names of trackers. Raises UserError for bad
+    input, before anything is written. A later error is written as a failed record, then raised again.
     """
     check_input(plan, results)
     check_strategy(plan)
@@ -46,19 +52,20 @@ def run(plan: Plan, results: Path, reporter: Reporter, *, fresh: bool = False) -
     assert world is not None
     with session.open_session(protocol.threads) as device:
         state = RunState(plan, Meter(device))
-        try:
+        with last_word(lambda error: say_failure(state, error, results)):
             dense, state.dense = load_dense(protocol, world, dense_source(plan), device, reporter)
             state.start = dense
             data = training_pairs(world, dense, protocol.train.schedule.augmentation)
             key = finished.key_of(run_id(plan, state.dense), device)
-            with finished.work_folder(key, protocol.train.checkpoint_every > 0, fresh) as work:
+            resumable = protocol.train.checkpoint_every > 0
+            with finished.work_folder(key, resumable, fresh) as work, trackers_of(state, results, track) as trackers:
                 if fresh or not recall(state, key):
                     start = Start(protocol, world, dense, data)
                     model, state.receipt = initialise(plan.strategy, start, plan.init_seed, state.meter, reporter)
                     require_describable(
                         plan.strategy, model.model, dense.model, plan.steps, diagnosed(dense, data, device)
                     )
-                    state.progress = train_model(plan, model, data, work, state.meter, reporter)
+                    state.progress = train_model(plan, model, data, work, state.meter, reporter, trackers)
                     state.metrics = work / "metrics.jsonl"
                     state.parameters = parameter_counts(model.model)  # of the trained form, before the merge
                     merge(model.model)
@@ -75,24 +82,51 @@ def run(plan: Plan, results: Path, reporter: Reporter, *, fresh: bool = False) -
                     )
                     state.diagnostics = diagnostics(state, dense, data)
                     path = write_record(state, outcome, results)
+                    headlines = headlines_of(scores_of(outcome))
+                    trackers.scores({name: each["value"] for name, each in headlines.items()}, step=plan.steps)
                 distributed.barrier()  # until here rank 0 needs the work folder
-            return path
-        except Exception as error:
-            if distributed.is_main():
-                print(f"the run failed; {failure(state, error, results)}", file=sys.stderr)
-            raise
+        return path
 
 
-def failure(state: RunState, error: Exception, results: Path) -> str:
-    """Write the record of a failed run; returns where it is, or why there is none: what failed may be the disk."""
-    try:
-        return f"record: {write_failure(state, error, results)}"
-    except UserError as why:
-        return f"it has no record: {why}"
+def say_failure(state: RunState, error: Exception, results: Path) -> None:
+    """On rank 0 write the record of a failed run, and say where it is, or why there is none: the disk may have failed.
+
+    Of several processes, the record names the one that failed first.
+    """
+    if distributed.is_main():
+        try:
+            where = f"record: {write_failure(state, error, results)}"
+        except UserError as why:
+            where = f"it has no record: {why}"
+        print(f"the run failed; {where}", file=sys.stderr)
+
+
+def trackers_of(state: RunState, results: Path, names: Sequence[str]) -> Trackers:
+    """The trackers of that run, on rank 0; their files stand beside its record, the same for all its sessions."""
+    plan, seeds = state.plan, {"init_seed": state.plan.init_seed, "train_seed": state.plan.train_seed}
+    assert state.dense is not None
+    identity, protocol = run_id(plan, state.dense), plan.protocol.name
+    if not distributed.is_main():
+        return Trackers()
+    folder = f"{slug(plan.label)}-i{plan.init_seed}-t{plan.train_seed}-{identity[:8]}"
+    run = Tracked(
+        name=f"{plan.label} {plan.init_seed}/{plan.train_seed}",
+        id=identity,
+        group=protocol,
+        folder=results / slug(protocol) / "tracking" / folder,
+        config={"strategy": plan.label, "protocol": protocol, "division": plan.division, **seeds, "run_id": identity},
+    )
+    return Trackers(names, run)
 
 
 def train_model(
-    plan: Plan, model: Clip, data: PairDataset, work: Path, meter: Meter, reporter: Reporter
+    plan: Plan,
+    model: Clip,
+    data: PairDataset,
+    work: Path,
+    meter: Meter,
+    reporter: Reporter,
+    trackers: Trackers,
 ) -> Progress | None:
     """Train `model` in place, by the protocol and the same for every strategy; None for an untrained control.
 
@@ -112,6 +146,7 @@ def train_model(
         metrics=work / "metrics.jsonl",
         checkpoints=work / "checkpoints",
         checkpoint_every=settings.checkpoint_every,
+        trackers=trackers,
     )
     rng = Stream(("strategy loss", plan.strategy.info.name, plan.train_seed))
     with meter.phase("train") as phase, reporter.bar(f"training {plan.label}", job.stop_step) as bar:

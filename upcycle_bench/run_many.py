@@ -27,6 +27,7 @@ from upcycle_bench.training import session
 from upcycle_bench.training.pretrain import load_dense
 from upcycle_bench.util import distributed, meter
 from upcycle_bench.util.errors import UserError
+from upcycle_bench.util.log_lines import unstamped
 from upcycle_bench.util.progress import Reporter
 
 # Shows the matrix before anything runs: the cells, and for each its record, or None where it is to do.
@@ -58,6 +59,7 @@ def run_all(
     jobs: int,
     fresh: bool,
     shared: Sequence[str],
+    track: Sequence[str] = (),
     show: Show = lambda cells, done: None,
 ) -> list[Outcome]:
     """Run the cells that have no record (with `fresh`: all); returns outcomes in the order of `cells`.
@@ -80,7 +82,7 @@ def run_all(
         if distributed.is_main():
             show(cells, done)
         if jobs == 1:
-            made = run_here(todo, results, reporter, fresh)
+            made = run_here(todo, results, reporter, fresh, track)
     if jobs > 1:
         made = run_apart(todo, results, reporter, jobs, shared, environment)
     new = {(outcome.cell.strategy, outcome.cell.seed): outcome for outcome in made}
@@ -92,7 +94,9 @@ def run_all(
     ]
 
 
-def run_here(todo: Sequence[Cell], results: Path, reporter: Reporter, fresh: bool) -> list[Outcome]:
+def run_here(
+    todo: Sequence[Cell], results: Path, reporter: Reporter, fresh: bool, track: Sequence[str] = ()
+) -> list[Outcome]:
     """Run the cells one after the other in this process; every rank must call it."""
     outcomes = []
     for number, cell in enumerate(todo, start=1):
@@ -106,7 +110,7 @@ def run_here(todo: Sequence[Cell], results: Path, reporter: Reporter, fresh: boo
             outcomes.append(Outcome(cell=cell, reason=str(error)))
             continue
         try:
-            run(cell.plan, results, reporter, fresh=fresh)
+            run(cell.plan, results, reporter, fresh=fresh, track=track)
             reason = None
         except Exception as error:
             if distributed.world_size() > 1:
@@ -151,7 +155,7 @@ class _Child:
         assert self.process.stderr is not None
         for line in self.process.stderr:
             if text := line.decode(errors="replace").rstrip():
-                say(f"{self.cell.strategy} seed {self.cell.seed}: {text}")
+                say(f"{self.cell.strategy} seed {self.cell.seed}: {unstamped(text)}")
                 last = text
         return _why(self.process.wait(), last)
 

@@ -25,7 +25,7 @@ from upcycle_bench.planning.plan import Plan, run_id
 from upcycle_bench.suite import SuiteResult
 from upcycle_bench.training.finished import Trained
 from upcycle_bench.training.job import Progress
-from upcycle_bench.util import distributed, strict_json
+from upcycle_bench.util import distributed, first_cause, strict_json
 from upcycle_bench.util.files import write_atomically
 from upcycle_bench.util.flops import COUNTING_RULE
 from upcycle_bench.util.meter import Meter, Phase
@@ -131,7 +131,7 @@ def write_record(state: RunState, outcome: Mapping[str, SuiteResult], results: P
 
 def write_failure(state: RunState, error: Exception, results: Path) -> Path:
     """Write the record of a failed run, with the reason, so that tables show it; returns its path."""
-    reason = f"{type(error).__name__}: {error}"[:2000]
+    reason = first_cause.reason(error)[:2000]
     state.receipt = None  # it may hold what failed, such as NaN
     return record.write(_record(state, status="failed", reason=reason), None, results)
 

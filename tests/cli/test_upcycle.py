@@ -25,6 +25,7 @@ from upcycle_bench.model.surgery import put_experts
 from upcycle_bench.upcycling.from_checkpoint import choose_strategy, moe_settings
 from upcycle_bench.upcycling.initialise import make_experts
 from upcycle_bench.util.errors import UserError
+from upcycle_bench.util.log_lines import STAMP
 from upcycle_bench.util.progress import TerminalReporter
 from upcycle_bench.util.rng import Stream
 
@@ -192,7 +193,7 @@ def test_bad_input_is_one_line_and_status_2(
     (tmp_path / "text").write_text("no state dict")
     assert call(monkeypatch, *command(dense, Path("moe.safetensors"), *more)) == 2
     captured = capsys.readouterr()
-    errors = [line for line in captured.err.splitlines() if not line.startswith("done ")]
+    errors = [line for line in captured.err.splitlines() if not STAMP.match(line)]
     assert len(errors) == 1 and errors[0].startswith("error: ") and message in errors[0]
     assert captured.out == ""
     assert os.listdir(tmp_path) == ["text"]

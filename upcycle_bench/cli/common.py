@@ -46,6 +46,12 @@ PixelSettings = Annotated[
 Interpolate = Annotated[
     bool, typer.Option("--interpolate-positions", help="Resize position embeddings of another size; recorded.")
 ]
+LogEvery = Annotated[
+    int, typer.Option(min=1, metavar="N", help="Without a terminal: a line each N steps at most; else at all logged.")
+]
+Track = Annotated[
+    str | None, typer.Option(metavar="NAMES", help="Log to a,b of tensorboard, wandb and csv, beside the record.")
+]
 EvalData = Annotated[Path | None, typer.Option(help="Folder with the evaluation sets (clip-*).")]
 Suites = Annotated[
     str | None,
@@ -79,11 +85,17 @@ def interruptible(then: str) -> Iterator[None]:
         signal.signal(signal.SIGTERM, before or signal.SIG_DFL)  # None: the handler was not set by Python
 
 
-def terminal_reporter() -> Reporter:
-    """Progress on the terminal for rank 0; silence for the other ranks."""
+def terminal_reporter(log_every: int = 1) -> Reporter:
+    """Progress for rank 0: bars on a terminal, else lines, of a training at most one in `log_every` steps.
+
+    Silence for the other ranks.
+    """
+    from upcycle_bench.util.log_lines import LineReporter
     from upcycle_bench.util.progress import Reporter, TerminalReporter
 
-    return TerminalReporter() if is_main() else Reporter()
+    if not is_main():
+        return Reporter()
+    return TerminalReporter() if sys.stderr.isatty() else LineReporter(log_every)
 
 
 def check_output(output: Path) -> None:
@@ -143,6 +155,16 @@ def names_of(text: str | None, option: str) -> list[str]:
     return names
 
 
+def trackers_named(text: str | None) -> list[str]:
+    """The trackers of --track. UserError for an unknown one, and for one that is not installed."""
+    names = names_of(text, "--track")
+    if names:
+        from upcycle_bench.training.trackers import require
+
+        require(names)
+    return names
+
+
 def open_registry() -> Registry:
     """All plugins; those that do not load are named on the terminal."""
     with uncollected():
@@ -196,6 +218,20 @@ def make_plans(
     with interruptible("nothing was written"):  # a plan builds the data that the cache lacks
         return plans.make_plans(
             registry, names, settings, options=options, paths=paths, suites=suites, reporter=reporter
+        )
+
+
+def warn_emulated(protocol: Protocol) -> None:
+    """Say it where a bf16 protocol trains on a CPU without bf16 instructions. The precision stays what it is."""
+    from upcycle_bench.planning.machine import cpu_bf16
+    from upcycle_bench.util.distributed import choose_device
+
+    wanted = protocol.train.schedule.precision == "bf16"
+    if wanted and is_main() and choose_device().type == "cpu" and not cpu_bf16():
+        print(
+            "warning: this CPU has no bf16 instructions, so torch emulates them, slowly; the protocol lab-fp32 does "
+            "without.",
+            file=sys.stderr,
         )
 
 

@@ -11,12 +11,15 @@ import typer
 from upcycle_bench.cli.common import (
     Data,
     Json,
+    LogEvery,
+    Track,
     check_output,
     interruptible,
     is_main,
     open_registry,
     resumption,
     terminal_reporter,
+    trackers_named,
 )
 from upcycle_bench.util import strict_json
 from upcycle_bench.util.errors import UserError
@@ -31,6 +34,8 @@ def pretrain(
     output: Annotated[
         Path | None, typer.Option(metavar="FILE.safetensors", help="Write it there too, in half precision.")
     ] = None,
+    log_every: LogEvery = 1,
+    track: Track = None,
     as_json: Json = False,
 ) -> None:
     """Train the dense model of a protocol by its recipe, into the cache."""
@@ -45,9 +50,9 @@ def pretrain(
     if output is not None:
         check_output(output)
     check_world(settings.dense.schedule.batch_size, ep_size=1)
-    reporter = terminal_reporter()
+    reporter, trackers = terminal_reporter(log_every), trackers_named(track)
     with interruptible(resumption(settings)):
-        path, trained = pretrain_once(settings, find_world(settings, Paths(data=data), reporter), reporter)
+        path, trained = pretrain_once(settings, find_world(settings, Paths(data=data), reporter), reporter, trackers)
     if is_main():
         half = export(path, output) if output else None
         show_dense(path, trained, output, half, as_json)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -16,18 +15,22 @@ from upcycle_bench.cli.common import (
     EvalData,
     Interpolate,
     Json,
+    LogEvery,
     Options,
     Overrides,
     PixelSettings,
     ProtocolName,
     Strategies,
     Suites,
+    Track,
     interruptible,
     is_main,
     make_plans,
     resumption,
     terminal_reporter,
+    trackers_named,
     uncollected,
+    warn_emulated,
 )
 from upcycle_bench.cli.evaluate import show_certificate
 from upcycle_bench.cli.tables import show_headlines, show_scores, show_skipped, table
@@ -37,7 +40,6 @@ from upcycle_bench.util.errors import UserError
 if TYPE_CHECKING:
     from upcycle_bench.planning.matrix import Cell
     from upcycle_bench.planning.plan import Plan
-    from upcycle_bench.protocol import Protocol
     from upcycle_bench.record import Record
     from upcycle_bench.run_many import Outcome
     from upcycle_bench.util.progress import Reporter
@@ -61,6 +63,8 @@ def run(
     interpolate: Interpolate = False,
     eval_data: EvalData = None,
     suite: Suites = None,
+    log_every: LogEvery = 1,
+    track: Track = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would run and what it costs.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -71,20 +75,20 @@ def run(
     pairs = matrix.seed_pairs(seed, seeds, init_seed, train_seed)
     if jobs > 1 and "RANK" in os.environ:
         raise UserError("--jobs starts processes of its own and does not go with torchrun; leave one of them out.")
-    reporter = terminal_reporter()
+    reporter, trackers = terminal_reporter(log_every), trackers_named(track)
     plans = make_plans(
         strategy, protocol, option, overrides, data, checkpoint, pixels, interpolate, eval_data, reporter, suite
     )
     cells = list(matrix.enumerate_cells(plans, pairs))
     if not plans[0].missing:
-        _warn_emulated(plans[0].protocol)
+        warn_emulated(plans[0].protocol)
     if dry_run:
         _show_dry_run(cells, results, fresh, as_json)
         return
     if is_main():
         show_skipped(plans[0].skipped, stderr=True)  # before a training of days
     if len(cells) == 1:
-        _run_one(cells[0].plan, results, reporter, fresh, as_json)
+        _run_one(cells[0].plan, results, reporter, fresh, trackers, as_json)
     else:
         shared = _written_out(
             {
@@ -97,9 +101,11 @@ def run(
                 "--pixels": pixels,
                 "--eval-data": eval_data,
                 "--suite": suite,
+                "--log-every": log_every,
+                "--track": track,
             }
         ) + (["--interpolate-positions"] if interpolate else [])
-        _run_matrix(cells, results, reporter, jobs, fresh, shared, as_json)
+        _run_matrix(cells, results, reporter, jobs, fresh, shared, trackers, as_json)
 
 
 def _written_out(given: Mapping[str, object]) -> list[str]:
@@ -109,46 +115,41 @@ def _written_out(given: Mapping[str, object]) -> list[str]:
 
 
 def _run_matrix(
-    cells: list[Cell], results: Path, reporter: Reporter, jobs: int, fresh: bool, shared: list[str], as_json: bool
+    cells: list[Cell],
+    results: Path,
+    reporter: Reporter,
+    jobs: int,
+    fresh: bool,
+    shared: list[str],
+    track: Sequence[str],
+    as_json: bool,
 ) -> None:
     from upcycle_bench import run_many
 
     shared += ["--fresh"] if fresh else []
     again = "the same command without --fresh" if fresh else "the same command"
     with interruptible(f"{again} goes on with what is missing"):
-        outcomes = run_many.run_all(cells, results, reporter, jobs=jobs, fresh=fresh, shared=shared, show=show_matrix)
+        outcomes = run_many.run_all(
+            cells, results, reporter, jobs=jobs, fresh=fresh, shared=shared, track=track, show=show_matrix
+        )
     if is_main():
         show_outcomes(outcomes, as_json)
     if any(outcome.reason for outcome in outcomes):
         raise typer.Exit(1)
 
 
-def _run_one(plan: Plan, results: Path, reporter: Reporter, fresh: bool, as_json: bool) -> None:
+def _run_one(plan: Plan, results: Path, reporter: Reporter, fresh: bool, track: Sequence[str], as_json: bool) -> None:
     from upcycle_bench import record
     from upcycle_bench.run import run as execute
 
     with interruptible(resumption(plan.protocol)):
-        path = execute(plan, results, reporter, fresh=fresh)
+        path = execute(plan, results, reporter, fresh=fresh, track=track)
     if path is None:  # this is not rank 0
         return
     if as_json:
         print(path.read_text(), end="")
     else:
         show_record(record.read(path), path)
-
-
-def _warn_emulated(protocol: Protocol) -> None:
-    """Say it where a bf16 protocol trains on a CPU without bf16 instructions. The precision stays what it is."""
-    from upcycle_bench.planning.machine import cpu_bf16
-    from upcycle_bench.util.distributed import choose_device
-
-    wanted = protocol.train.schedule.precision == "bf16"
-    if wanted and is_main() and choose_device().type == "cpu" and not cpu_bf16():
-        print(
-            "warning: this CPU has no bf16 instructions, so torch emulates them, slowly; the protocol lab-fp32 does "
-            "without.",
-            file=sys.stderr,
-        )
 
 
 def _show_dry_run(cells: Sequence[Cell], results: Path, fresh: bool, as_json: bool) -> None:

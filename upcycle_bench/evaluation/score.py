@@ -54,7 +54,7 @@ def score(
     )
     results: dict[str, SuiteResult] = {}
     errors = []
-    with witness, meter.phase("evaluate", count=True):
+    with witness, meter.phase("evaluate", count=True), reporter.phase("evaluating"):
         for name, suite in suites.items():
             try:
                 results[name] = suite.evaluate(context)

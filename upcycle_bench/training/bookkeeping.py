@@ -43,6 +43,7 @@ class Bookkeeping:
         """Continue `progress`, whose seconds are those of earlier sessions."""
         self.progress = progress
         self._began = time.perf_counter() - progress.seconds
+        self.job.trackers.begin(progress.step)
 
     @contextlib.contextmanager
     def counting(self, step: int) -> Iterator[None]:
@@ -75,12 +76,22 @@ class Bookkeeping:
         self.collect()
         last = self.progress.last = self._metrics(losses, rate, scale)
         if not math.isfinite(last["loss"]):
-            terms = ", ".join(f"{name} {last[name]:g}" for name in losses)
-            raise DivergedError(
-                f"the loss is {last['loss']} at step {self.progress.step - 1} ({terms}): the training has diverged; "
-                "lower the learning rate or look at the strategy's own loss."
-            )
-        self.log.write({**last, **({"layers": seen.summary()} if self.layers else {})})
+            raise self._diverged(losses)
+        line = {**last, **({"layers": seen.summary()} if self.layers else {})}
+        self.log.write(line)
+        self.job.trackers.log(line)
+
+    def _diverged(self, losses: Mapping[str, Tensor]) -> DivergedError:
+        last = self.progress.last
+        terms = ", ".join(f"{name} {last[name]:g}" for name in losses)
+        own = torch.stack(list(losses.values())).isfinite().all()
+        broken = [rank for rank, finite in enumerate(distributed.gather(own[None]).tolist()) if not finite]
+        where = "" if len(broken) in (0, distributed.world_size()) else f" on rank {', '.join(map(str, broken))}"
+        return DivergedError(
+            f"the loss is {last['loss']} at step {self.progress.step - 1} ({terms}){where}: the training has diverged; "
+            "lower the learning rate or look at the strategy's own loss.",
+            rank=broken[0] if broken else 0,
+        )
 
     def _metrics(self, losses: Mapping[str, Tensor], rate: float, scale: Tensor) -> dict[str, float]:
         terms_M = torch.stack(list(losses.values()))

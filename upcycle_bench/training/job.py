@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from upcycle_bench.protocol import Schedule
+from upcycle_bench.training.trackers import Trackers
 from upcycle_bench.util import distributed
 
 SHARE_STEPS = 50  # a record gives each term's share of the loss over this many first steps
@@ -16,8 +17,8 @@ class Job:
     """The settings of one training. Where `stop_step` < `schedule.steps`, it stops before its schedule ends.
 
     `purpose` and `seed` name the random streams: with equal seeds, upcycling does not repeat the dense model's batches.
-    `metrics`: the file for lines of metrics. `checkpoints`: the folder of checkpoints, written every
-    `checkpoint_every` steps (0: never).
+    `metrics`: the file for lines of metrics; `trackers` get them, too. `checkpoints`: the folder of checkpoints,
+    written every `checkpoint_every` steps (0: never).
     """
 
     purpose: str = "upcycling"
@@ -32,6 +33,7 @@ class Job:
     metrics: Path | None = None
     checkpoints: Path | None = None
     checkpoint_every: int = 0
+    trackers: Trackers = field(default_factory=Trackers)
 
     @property
     def stream(self) -> str:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import shutil
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -33,6 +34,7 @@ from upcycle_bench.protocol import Protocol
 from upcycle_bench.training import session
 from upcycle_bench.training.job import Job
 from upcycle_bench.training.loop import train
+from upcycle_bench.training.trackers import Tracked, Trackers
 from upcycle_bench.util import distributed, strict_json
 from upcycle_bench.util.cache import cache_root, locked
 from upcycle_bench.util.files import atomic, file_sha256, write_atomically
@@ -74,8 +76,10 @@ def load_dense(
     return clip, digest
 
 
-def pretrain_once(protocol: Protocol, world: World, reporter: Reporter) -> tuple[Path, bool]:
+def pretrain_once(protocol: Protocol, world: World, reporter: Reporter, track: Sequence[str] = ()) -> tuple[Path, bool]:
     """Train the protocol's dense model unless the cache has it; returns its path, and whether it was trained now.
+
+    `track`: names of trackers, whose files go to `tracking` beside the model.
 
     Every rank must call it. If two processes want the same model, the second one waits and then finds the first one's.
     """
@@ -85,11 +89,18 @@ def pretrain_once(protocol: Protocol, world: World, reporter: Reporter) -> tuple
             # The metrics are written last, so that with them all files are there.
             there = distributed.from_main(path.is_file() and path.with_suffix(".jsonl").is_file())
             if not there:
-                pretrain(protocol, world, path, device, reporter)
+                pretrain(protocol, world, path, device, reporter, track)
     return path, not there
 
 
-def pretrain(protocol: Protocol, world: World, path: Path, device: torch.device, reporter: Reporter) -> dict[str, Any]:
+def pretrain(
+    protocol: Protocol,
+    world: World,
+    path: Path,
+    device: torch.device,
+    reporter: Reporter,
+    track: Sequence[str] = (),
+) -> dict[str, Any]:
     """Train the dense model to the upcycling point and write it to `path`, atomically.
 
     Must run inside `session.open_session`, on every rank. Returns the content of the .json on rank 0, {} on others.
@@ -101,6 +112,14 @@ def pretrain(protocol: Protocol, world: World, path: Path, device: torch.device,
     clip = create_clip(protocol.model, patch_dropout=schedule.patch_dropout, seed=protocol.dense.seed)
     clip.model.to(device)
     stop = round(protocol.dense.stop_fraction * schedule.steps)
+    tracked = Tracked(
+        name=f"dense {protocol.dense.seed}",
+        id=recipe,
+        group=protocol.name,
+        folder=path.parent / "tracking" / recipe,
+        config={"protocol": protocol.name, "model": protocol.model, "seed": protocol.dense.seed, "recipe": recipe},
+    )
+    trackers = Trackers(track, tracked) if distributed.is_main() else Trackers()
     job = Job(
         purpose="dense",
         schedule=schedule,
@@ -111,9 +130,10 @@ def pretrain(protocol: Protocol, world: World, path: Path, device: torch.device,
         metrics=work / "metrics.jsonl",
         checkpoints=work / "checkpoints",
         checkpoint_every=protocol.train.checkpoint_every,
+        trackers=trackers,
     )
     meter = Meter(device)
-    with meter.phase("train") as phase, reporter.bar("dense model", stop) as bar:
+    with trackers, meter.phase("train") as phase, reporter.bar("dense model", stop) as bar:
         progress = train(clip, training_pairs(world, clip, schedule.augmentation), job, on_step=bar)
     phase.seconds, phase.flops = progress.seconds, progress.total_flops()
     facts: dict[str, Any] = {}

@@ -20,6 +20,7 @@ from upcycle_bench.model import backends
 from upcycle_bench.training.allocator import keep_compiled_kernels, keep_freed_memory
 from upcycle_bench.util import distributed
 from upcycle_bench.util.distributed import choose_device
+from upcycle_bench.util.first_cause import last_word, watching
 from upcycle_bench.util.plain import plain
 from upcycle_bench.util.rendezvous import meet, require_sound
 
@@ -43,25 +44,26 @@ def open_session(threads: int, trains: bool = True) -> Iterator[torch.device]:
         keep_freed_memory()
         keep_compiled_kernels()
     started = not dist.is_initialized()
-    if started:
-        _start_group("nccl" if device.type == "cuda" else "gloo")
     before = torch.get_num_threads()
-    torch.set_num_threads(max(1, threads // distributed.local_world_size()))
-    try:
-        if deepspeed is not None:
-            with contextlib.redirect_stdout(sys.stderr):
-                deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
-        yield device
-    finally:
-        torch.set_num_threads(before)
-        if started:
+    with _group("nccl" if device.type == "cuda" else "gloo") if started else contextlib.nullcontext():
+        torch.set_num_threads(max(1, threads // distributed.local_world_size()))
+        try:
             if deepspeed is not None:
+                with contextlib.redirect_stdout(sys.stderr):
+                    deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+            yield device
+        finally:
+            torch.set_num_threads(before)
+            if started and deepspeed is not None:
                 _forget_groups()
-            dist.destroy_process_group()
 
 
-def _start_group(backend: str) -> None:
-    """The process group of this process and those that were started with it. UserError where they do not meet."""
+@contextlib.contextmanager
+def _group(backend: str) -> Iterator[None]:
+    """The process group of this process and those that were started with it. UserError where they do not meet.
+
+    A rank on which another's failure ends the block gets PeerFailed.
+    """
     require_sound()
     world = distributed.world_size()
     os.environ.setdefault("LOCAL_RANK", "0")  # deepspeed.initialize insists on it
@@ -69,7 +71,14 @@ def _start_group(backend: str) -> None:
     # Rank 0 calibrates and evaluates alone. The other ranks wait for it, perhaps for hours.
     hours = timedelta(days=1)
     store.set_timeout(hours)
-    dist.init_process_group(backend, store=store, rank=distributed.rank(), world_size=world, timeout=hours)
+    rank = distributed.rank()
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=hours)
+    with watching(store, rank, world) if world > 1 else contextlib.nullcontext():
+        try:
+            with last_word():  # told before the group is destroyed, which the others notice
+                yield
+        finally:
+            dist.destroy_process_group()
 
 
 def _forget_groups() -> None:

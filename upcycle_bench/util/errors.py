@@ -14,9 +14,13 @@ class UserError(Exception):
 
 
 class DivergedError(UserError, FloatingPointError):
-    """A training whose loss is no longer a finite number."""
+    """A training whose loss is no longer a finite number. `rank`: the first process on which it is not."""
 
     status = 1
+
+    def __init__(self, message: str, rank: int = 0) -> None:
+        super().__init__(message)
+        self.rank = rank
 
 
 class PluginError(UserError, ValueError):

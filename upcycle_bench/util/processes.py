@@ -15,13 +15,16 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing
+import os
 import pickle
 import signal
+import socket
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.reduction import ForkingPickler
+from pathlib import Path
 from typing import Any, TypeVar
 
 from upcycle_bench.util.errors import UserError
@@ -132,3 +135,24 @@ def portable(error: BaseException) -> BaseException:
     except Exception:
         return RuntimeError("".join(traceback.format_exception(error)))
     return error
+
+
+def process_started(pid: int) -> str | None:
+    """When a process of this machine was started, in a form that only compares; None where it has ended."""
+    try:
+        os.kill(pid, 0)
+        after_name = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()  # the name may have spaces
+    except ProcessLookupError:
+        return None
+    except OSError:  # another user's, or no Linux
+        return "" if not Path(f"/proc/{os.getpid()}").exists() or Path(f"/proc/{pid}").exists() else None
+    return None if after_name[0] in "ZX" else after_name[19]  # a zombie has ended
+
+
+def process_space() -> str:
+    """Names the machine and, on Linux, the container, within which process numbers are the same for all."""
+    parts = [socket.gethostname()]
+    with contextlib.suppress(OSError):
+        parts.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
+        parts.append(str(Path("/proc/self/ns/pid").stat().st_ino))
+    return " ".join(parts)

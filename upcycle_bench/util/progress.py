@@ -1,9 +1,10 @@
-"""Progress of a run on stderr: the task, the loss, the throughput, the time left.
+"""Progress of a run on stderr: the phase, the loss, the throughput, the time left.
 
-    reporter = TerminalReporter() if distributed.is_main() else Reporter()
+    reporter = TerminalReporter()
     with reporter.bar("training", total=100) as step: step(1, {"loss": 2.0, "samples_per_second": 500.0})
 
 All that can take long gets a `Reporter`. The base class shows nothing, for tests and for the ranks that do not print.
+Without a terminal it is `log_lines.LineReporter`.
 """
 
 from __future__ import annotations
@@ -23,13 +24,18 @@ class Reporter:
     def bar(self, what: str, total: int) -> Iterator[OnStep]:
         """A bar over `total` steps. The block gets a function of the number of steps done and the latest metrics.
 
-        The metrics are empty, or hold `loss` and `samples_per_second`.
+        The metrics are empty, or the latest line of the training's metrics.
         """
         yield lambda done, metrics: None
 
     @contextlib.contextmanager
     def task(self, what: str) -> Iterator[None]:
         """A block of unknown length."""
+        yield
+
+    @contextlib.contextmanager
+    def phase(self, what: str) -> Iterator[None]:
+        """A block whose parts are shown by themselves; it is only said to be done."""
         yield
 
     def track(self, items: Iterable[Item], what: str) -> Iterable[Item]:
@@ -41,7 +47,7 @@ class Reporter:
 
 
 class TerminalReporter(Reporter):
-    """Shows rich's bars while stderr is a terminal, and one line at the end of each bar and task in any case."""
+    """Shows rich's bars, and one line at the end of each bar and task."""
 
     def __init__(self) -> None:
         from rich.console import Console
@@ -54,10 +60,7 @@ class TerminalReporter(Reporter):
             task = progress.add_task(what, total=total, note="")
 
             def step(done: int, metrics: Mapping[str, float]) -> None:
-                note = ""
-                if metrics:
-                    note = f"loss {metrics['loss']:.3f}, {metrics['samples_per_second']:,.0f} samples/s"
-                progress.update(task, completed=done, note=note)
+                progress.update(task, completed=done, note=_note(metrics))
 
             yield step
             note = progress.tasks[0].fields["note"]
@@ -69,6 +72,11 @@ class TerminalReporter(Reporter):
         with self._progress() as progress:
             progress.add_task(what, total=None, note="")
             yield
+        self.console.print(f"[green]done[/green] {what}", highlight=False)
+
+    @contextlib.contextmanager
+    def phase(self, what: str) -> Iterator[None]:
+        yield
         self.console.print(f"[green]done[/green] {what}", highlight=False)
 
     def track(self, items: Iterable[Item], what: str) -> Iterable[Item]:
@@ -97,3 +105,16 @@ class TerminalReporter(Reporter):
             transient=True,
             disable=not self.console.is_terminal,
         )
+
+
+def _note(metrics: Mapping[str, float]) -> str:
+    """A line of metrics in short."""
+    if not metrics:
+        return ""
+    parts = [f"loss {metrics['loss']:.3f}", f"rate {metrics.get('learning_rate', 0):.2g}"]
+    parts.append(f"{metrics['samples_per_second']:,.0f} images/s")
+    if dropped := metrics.get("tokens_dropped"):
+        parts.append(f"{dropped:.1%} dropped")
+    if bad := metrics.get("bad_samples"):
+        parts.append(f"{bad:,.0f} bad samples")
+    return ", ".join(parts)

@@ -1,0 +1,60 @@
+"""test_first_cause starts `main` in three processes: each watches the others, and fails in one of several ways."""
+
+import os
+import signal
+import sys
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import torch.distributed as dist
+
+from upcycle_bench.util import first_cause
+from upcycle_bench.util.errors import DivergedError, UserError
+
+WORLD = 3
+
+
+def main(rank: int, port: int, way: str, output: Path) -> None:
+    """One rank, of which rank 0 has the store; what it says goes to the file `output`."""
+    sys.stdout = sys.stderr = output.open("w", buffering=1)
+    first_cause.GRACE, first_cause.SILENCE, first_cause.SUSPICION, first_cause.NEWS = 1.0, 6.0, 4.0, 1.5
+    if way == "stop":  # as if each rank had a machine of its own
+        first_cause.process_space = lambda: str(rank)
+    first_cause._in_collective = lambda error: isinstance(error, dist.DistError)  # here the store breaks
+    store = dist.TCPStore("127.0.0.1", port, WORLD, is_master=rank == 0, timeout=timedelta(seconds=1))
+    say = first_cause.last_word(lambda error: print(first_cause.reason(error)))
+    try:
+        with first_cause.watching(store, rank, WORLD), say:
+            work(store, rank, way)
+    except BaseException as error:
+        print("ends with", type(error).__name__)
+        sys.exit(getattr(error, "status", 3))
+
+
+def work(store: dist.TCPStore, rank: int, way: str) -> None:
+    """What a rank does until it fails, or until the others should have noticed."""
+    store.barrier("together", WORLD, timedelta(seconds=60))
+    if way == "all":
+        raise UserError("what all find")
+    if way == "nan":
+        raise DivergedError("nan", rank=2)
+    if way == "shut" and rank == 0:  # the machine of the store is gone
+        os.kill(os.getpid(), signal.SIGKILL)
+    if way == "leave":  # done, one earlier than the others
+        time.sleep(0 if rank == 2 else 5)
+        return
+    if rank == 2:
+        match way:
+            case "raise" | "hang" | "interrupt":
+                raise ValueError("my own fault")
+            case "kill":
+                os.kill(os.getpid(), signal.SIGKILL)
+            case "stop":
+                os.kill(os.getpid(), signal.SIGSTOP)
+    if way == "hang":
+        time.sleep(100)  # as in a collective of NCCL, which nothing ends
+    time.sleep(0.2)
+    if way == "interrupt":  # a launcher ends all when one has ended, and SIGTERM is heard first
+        raise KeyboardInterrupt
+    store.get("never")  # as in a collective of gloo, which breaks
