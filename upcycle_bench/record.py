@@ -65,6 +65,9 @@ from upcycle_bench.record_schema import (
     Seeds as Seeds,
 )
 from upcycle_bench.record_schema import (
+    SessionPart as SessionPart,
+)
+from upcycle_bench.record_schema import (
     StrategyPart as StrategyPart,
 )
 from upcycle_bench.record_schema import (
@@ -72,6 +75,9 @@ from upcycle_bench.record_schema import (
 )
 from upcycle_bench.record_schema import (
     json_schema as json_schema,
+)
+from upcycle_bench.record_schema import (
+    mixed_ranks as mixed_ranks,
 )
 from upcycle_bench.util import strict_json
 from upcycle_bench.util.errors import UserError, first_problem

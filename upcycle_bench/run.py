@@ -6,7 +6,7 @@ path = run(plan, Path("results"), reporter)
 from __future__ import annotations
 
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +18,16 @@ from upcycle_bench.model.cost import model_cost
 from upcycle_bench.model.measure import diagnose
 from upcycle_bench.model.moe import parameter_counts
 from upcycle_bench.model.surgery import merge
+from upcycle_bench.planning.fingerprint import recipe_path, training_fingerprint
+from upcycle_bench.planning.identity import command_of, run_facts
 from upcycle_bench.planning.plan import Plan, check_input, check_strategy, dense_source, run_id
 from upcycle_bench.run_state import RunState, write_failure, write_record
 from upcycle_bench.training import finished, session
 from upcycle_bench.training.job import Job, Progress
 from upcycle_bench.training.loop import train
 from upcycle_bench.training.pretrain import load_dense
+from upcycle_bench.training.same_view import require_same_view
+from upcycle_bench.training.work_folder import about, folder_of, refuse_others, work_folder
 from upcycle_bench.upcycling.final_form import require_describable
 from upcycle_bench.upcycling.starting_model import Start, diagnosed, initialise
 from upcycle_bench.util import distributed
@@ -37,24 +41,29 @@ from upcycle_bench.util.rng import Stream
 def run(plan: Plan, results: Path, reporter: Reporter, *, fresh: bool = False) -> Path | None:
     """Make the record; returns its path on rank 0, None on others. Every rank must call it.
 
-    `fresh`: train even if the cache holds the finished training. Raises UserError for bad input, before anything is
-    written. A later error is written as a failed record, then raised again.
+    `fresh`: train even if the cache holds the finished training. Raises UserError for bad input, and where the same
+    command left a training that cannot go on, before anything is written. A later error is written as a failed record,
+    then raised again. Stopped (`training.stopping`) leaves no record: the same command goes on.
     """
     check_input(plan, results)
     check_strategy(plan)
     protocol, world, weights_folder = plan.protocol, plan.world, cache_root() / "weights"
     assert world is not None
     with session.open_session(protocol.threads) as device:
+        require_same_view(world)
+        facts, command = run_facts(plan), command_of(plan)
+        refuse_others(facts, command, fresh)
+        plan = plan if fresh else as_begun(plan, folder_of(facts))
         state = RunState(plan, Meter(device))
         try:
             dense, state.dense = load_dense(protocol, world, dense_source(plan), device, reporter)
             state.start = dense
             data = training_pairs(world, dense, protocol.train.schedule.augmentation)
             key = finished.key_of(run_id(plan, state.dense), device)
-            with finished.work_folder(key, protocol.train.checkpoint_every > 0, fresh) as work:
+            with work_folder(facts, command, fresh, {"dense": plan.dense_identity}) as work:
                 if fresh or not recall(state, key):
                     start = Start(protocol, world, dense, data)
-                    model, state.receipt = initialise(plan.strategy, start, plan.init_seed, state.meter, reporter)
+                    model, state.receipt = initialise(plan.strategy, start, plan.init_seed, state.meter, reporter, work)
                     require_describable(
                         plan.strategy, model.model, dense.model, plan.steps, diagnosed(dense, data, device)
                     )
@@ -81,6 +90,21 @@ def run(plan: Plan, results: Path, reporter: Reporter, *, fresh: bool = False) -
             if distributed.is_main():
                 print(f"the run failed; {failure(state, error, results)}", file=sys.stderr)
             raise
+
+
+def as_begun(plan: Plan, work: Path) -> Plan:
+    """The plan with the dense model that an interrupted training began with, if the cache has it.
+
+    A protocol that trains its own dense model would train another one on other ranks, or with other versions.
+    """
+    begun = distributed.from_main(about(work).get("dense"))
+    if plan.protocol.dense.source != "pretrain" or begun in (None, plan.dense_identity):
+        return plan
+    assert plan.world is not None
+    if not distributed.from_main(recipe_path(begun).is_file()):
+        return plan
+    found = training_fingerprint(plan.protocol, plan.world, begun, plan.unequal)
+    return replace(plan, dense_identity=begun, training_fingerprint=found)
 
 
 def failure(state: RunState, error: Exception, results: Path) -> str:

@@ -138,6 +138,8 @@ def write_failure(state: RunState, error: Exception, results: Path) -> Path:
 
 def _record(state: RunState, **parts: Any) -> record.Record:
     plan = state.plan if state.built is None else state.plan.as_built(unequal(state.plan, state.built))
+    sessions = state.progress.sessions if state.progress else []
+    plan = plan.trained_on(record.mixed_ranks(sessions))
     info, protocol = plan.strategy.info, plan.protocol
     tree = {
         "schema_version": record.SCHEMA_VERSION,
@@ -171,6 +173,7 @@ def _record(state: RunState, **parts: Any) -> record.Record:
         "dense": _dense_part(state),
         "seeds": {"init": plan.init_seed, "train": plan.train_seed},
         "receipt": state.receipt,
+        "sessions": [asdict(session) for session in sessions] or None,
         "environment": backends.machine(state.meter.device) | ({"training": state.training} if state.training else {}),
         "hashes": {
             "dense": state.dense or "not loaded",

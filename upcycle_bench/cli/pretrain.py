@@ -9,13 +9,15 @@ from typing import Annotated
 import typer
 
 from upcycle_bench.cli.common import (
+    GOES_ON,
     Data,
     Json,
+    StopAfter,
     check_output,
-    interruptible,
     is_main,
     open_registry,
-    resumption,
+    resumable,
+    stop_time,
     terminal_reporter,
 )
 from upcycle_bench.util import strict_json
@@ -31,6 +33,7 @@ def pretrain(
     output: Annotated[
         Path | None, typer.Option(metavar="FILE.safetensors", help="Write it there too, in half precision.")
     ] = None,
+    stop_after: StopAfter = None,
     as_json: Json = False,
 ) -> None:
     """Train the dense model of a protocol by its recipe, into the cache."""
@@ -45,8 +48,8 @@ def pretrain(
     if output is not None:
         check_output(output)
     check_world(settings.dense.schedule.batch_size, ep_size=1)
-    reporter = terminal_reporter()
-    with interruptible(resumption(settings)):
+    reporter, until = terminal_reporter(), stop_time(stop_after)
+    with resumable(GOES_ON, until):
         path, trained = pretrain_once(settings, find_world(settings, Paths(data=data), reporter), reporter)
     if is_main():
         half = export(path, output) if output else None

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from upcycle_bench.cli.common import (
+    GOES_ON,
     Checkpoint,
     Data,
     EvalData,
@@ -20,12 +21,13 @@ from upcycle_bench.cli.common import (
     Overrides,
     PixelSettings,
     ProtocolName,
+    StopAfter,
     Strategies,
     Suites,
-    interruptible,
     is_main,
     make_plans,
-    resumption,
+    resumable,
+    stop_time,
     terminal_reporter,
     uncollected,
 )
@@ -61,6 +63,7 @@ def run(
     interpolate: Interpolate = False,
     eval_data: EvalData = None,
     suite: Suites = None,
+    stop_after: StopAfter = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would run and what it costs.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -71,9 +74,21 @@ def run(
     pairs = matrix.seed_pairs(seed, seeds, init_seed, train_seed)
     if jobs > 1 and "RANK" in os.environ:
         raise UserError("--jobs starts processes of its own and does not go with torchrun; leave one of them out.")
-    reporter = terminal_reporter()
+    reporter, until = terminal_reporter(), stop_time(stop_after)
+    building = resumable("nothing half-built was left; the same command builds the data", until)
     plans = make_plans(
-        strategy, protocol, option, overrides, data, checkpoint, pixels, interpolate, eval_data, reporter, suite
+        strategy,
+        protocol,
+        option,
+        overrides,
+        data,
+        checkpoint,
+        pixels,
+        interpolate,
+        eval_data,
+        reporter,
+        suite,
+        building,
     )
     cells = list(matrix.enumerate_cells(plans, pairs))
     if not plans[0].missing:
@@ -84,7 +99,7 @@ def run(
     if is_main():
         show_skipped(plans[0].skipped, stderr=True)  # before a training of days
     if len(cells) == 1:
-        _run_one(cells[0].plan, results, reporter, fresh, as_json)
+        _run_one(cells[0].plan, results, reporter, fresh, until, as_json)
     else:
         shared = _written_out(
             {
@@ -99,7 +114,7 @@ def run(
                 "--suite": suite,
             }
         ) + (["--interpolate-positions"] if interpolate else [])
-        _run_matrix(cells, results, reporter, jobs, fresh, shared, as_json)
+        _run_matrix(cells, results, reporter, jobs, fresh, shared, until, as_json)
 
 
 def _written_out(given: Mapping[str, object]) -> list[str]:
@@ -109,13 +124,20 @@ def _written_out(given: Mapping[str, object]) -> list[str]:
 
 
 def _run_matrix(
-    cells: list[Cell], results: Path, reporter: Reporter, jobs: int, fresh: bool, shared: list[str], as_json: bool
+    cells: list[Cell],
+    results: Path,
+    reporter: Reporter,
+    jobs: int,
+    fresh: bool,
+    shared: list[str],
+    until: float | None,
+    as_json: bool,
 ) -> None:
     from upcycle_bench import run_many
 
     shared += ["--fresh"] if fresh else []
     again = "the same command without --fresh" if fresh else "the same command"
-    with interruptible(f"{again} goes on with what is missing"):
+    with resumable(f"{again} goes on with what is missing", until):
         outcomes = run_many.run_all(cells, results, reporter, jobs=jobs, fresh=fresh, shared=shared, show=show_matrix)
     if is_main():
         show_outcomes(outcomes, as_json)
@@ -123,11 +145,11 @@ def _run_matrix(
         raise typer.Exit(1)
 
 
-def _run_one(plan: Plan, results: Path, reporter: Reporter, fresh: bool, as_json: bool) -> None:
+def _run_one(plan: Plan, results: Path, reporter: Reporter, fresh: bool, until: float | None, as_json: bool) -> None:
     from upcycle_bench import record
     from upcycle_bench.run import run as execute
 
-    with interruptible(resumption(plan.protocol)):
+    with resumable("without --fresh " + GOES_ON if fresh else GOES_ON, until):
         path = execute(plan, results, reporter, fresh=fresh)
     if path is None:  # this is not rank 0
         return

@@ -95,6 +95,7 @@ def describes(made: record.Record, cell: Cell) -> bool:
     """Whether a record belongs to this cell: strategy, protocol, fingerprints and seeds; of a failed run too."""
     protocol = made.protocol
     plan = cell.plan.as_built(protocol.unequal)  # what the model costs is known only when it is built
+    plan = plan.trained_on(record.mixed_ranks(made.sessions or ()))
     return (
         made.strategy.label == plan.label
         and (protocol.name, protocol.division) == (plan.protocol.name, plan.division)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -94,12 +93,6 @@ class Session:
     def _facts(self) -> dict[str, str]:
         shape = {"ranks": str(self.world_size), "ep_size": str(self.ep_size)}
         return {**shape, "device": self.device, **self.versions}
-
-
-def mixed_ranks(sessions: Sequence[Session]) -> list[list[int]]:
-    """The pairs of number of ranks and ep_size, sorted, if sessions had several; else none."""
-    pairs = sorted({(session.world_size, session.ep_size) for session in sessions})
-    return [list(pair) for pair in pairs] if len(pairs) > 1 else []
 
 
 @dataclass

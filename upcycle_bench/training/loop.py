@@ -7,7 +7,8 @@ own term (Eq. 13). AdamW starts without state; the learning rate warms up, then 
 clamped.
 
 A strategy may divide the training into stages, each with an engine, an optimiser and an extra loss of its own. With
-`job.checkpoints`, an interrupted training continues from its last checkpoint; on the same ranks and machine bit for bit.
+`job.checkpoints`, an interrupted training continues from its last checkpoint; where ranks and machine are the same,
+bit for bit.
 A checkpoint after step s has the form of the stage that made step s; the next stage starts from it.
 """
 
