@@ -36,7 +36,7 @@ def run_facts(plan: Plan) -> Facts:
     return _plain(
         {
             "strategy": plan.label,
-            "package of the strategy": plan.entry.owner,
+            "package of the strategy": plan.entry.distribution,
             "code of the strategy": code_fingerprint(type(plan.strategy)),
             "options": plan.strategy.config(),
             "steps": plan.steps,
