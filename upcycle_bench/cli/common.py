@@ -236,4 +236,4 @@ def make_plans(
         )
 
 
-GOES_ON = "the same command goes on from what is finished and from the last checkpoint"
+GOES_ON = "the same command goes on from what was finished and from the last checkpoint, if there is one"

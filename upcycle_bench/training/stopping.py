@@ -94,6 +94,7 @@ def stoppable(until: float | None = None) -> Iterator[None]:
         signal.setitimer(signal.ITIMER_REAL, 0)
         for number, handler in before.items():
             signal.signal(number, handler or signal.SIG_DFL)  # None: the handler was not set by Python
+        _request.by, _request.deferred = None, 0
 
 
 @contextlib.contextmanager
