@@ -15,9 +15,10 @@ import pytest
 
 from tests.test_run import plan
 from upcycle_bench import run as module
-from upcycle_bench.planning.identity import different, run_facts
+from upcycle_bench.planning.fingerprint import training_fingerprint
+from upcycle_bench.planning.identity import different, mixed_ranks, run_facts, trained_on
 from upcycle_bench.planning.plan import Plan
-from upcycle_bench.record_schema import SessionPart, mixed_ranks
+from upcycle_bench.record_schema import SessionPart
 from upcycle_bench.training.stopping import Stopped, stoppable
 from upcycle_bench.upcycling import initialise
 from upcycle_bench.util.cache import cache_root
@@ -108,18 +109,20 @@ def test_a_stop_while_calibrating_ends_at_once_and_leaves_nothing(
     tmp_path: Path, whole: dict[str, Trained], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     planned = plan("cluster-aware", SETTINGS)
-    with monkeypatch.context() as patch, pytest.raises(Stopped):
+    with monkeypatch.context() as patch:
         patch.setattr(initialise, "calibrate", lambda *_: send())
-        train(planned, tmp_path)
+        with pytest.raises(Stopped):
+            train(planned, tmp_path)
     assert (list(tmp_path.iterdir()), work()) == ([], [])
     assert train(planned, tmp_path) == whole["cluster-aware"]
 
 
 def test_a_stop_while_evaluating_keeps_the_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     planned = plan("dense", SETTINGS)
-    with monkeypatch.context() as patch, pytest.raises(Stopped), stoppable():
+    with monkeypatch.context() as patch:
         patch.setattr(module, "score", lambda *_: send())
-        module.run(planned, tmp_path, Reporter())
+        with pytest.raises(Stopped), stoppable():
+            module.run(planned, tmp_path, Reporter())
     assert (list(tmp_path.iterdir()), work()) == ([], [])
     monkeypatch.setattr(module, "train_model", lambda *_: pytest.fail("it trains again"))
     train(planned, tmp_path)
@@ -147,8 +150,8 @@ def test_what_cannot_go_on_is_said_before_anything_is_trained(tmp_path: Path, mo
         with pytest.raises(UserError) as refused:
             train(planned, tmp_path)
         assert str(refused.value) == (
-            "an interrupted training of sparse-upcycling, at step 3, cannot go on, since these have changed: code of the "
-            "strategy; --fresh starts anew and deletes it; with these as before, the same command goes on."
+            "an interrupted training of sparse-upcycling, at step 3, cannot go on, since these have changed: "
+            "code of the strategy; --fresh starts anew and deletes it; with these as before, the same command goes on."
         )
         other = plan("sparse-upcycling", [*SETTINGS, "train.lr_factor=0.5"])
         train(other, tmp_path / "other")  # another command: nothing is said
@@ -174,15 +177,17 @@ def test_a_run_on_several_numbers_of_ranks_shares_no_table(monkeypatch: pytest.M
         facts: dict[str, Any] = {"started": "2026-01-01T00:00:00Z", "hosts": ["a"], "device": "CPU", "versions": {}}
         return SessionPart(**facts, world_size=world_size, ep_size=ep_size, first_step=0, last_step=1)
 
-    assert planned.trained_on(mixed_ranks([session(2, 2), session(2, 2)])) == planned
-    ranks = mixed_ranks([session(2, 2), session(1, 1), session(2, 2)])
-    assert ranks == [[1, 1], [2, 2]]
-    mixed = planned.trained_on(ranks).training_fingerprint
+    assert trained_on(planned, [session(2, 2), session(2, 2)]) == planned
+    sessions = [session(2, 2), session(1, 1), session(2, 2)]
+    assert mixed_ranks(sessions) == [[1, 1], [2, 2]]
+    mixed = trained_on(planned, sessions).training_fingerprint
     assert mixed != planned.training_fingerprint
-    assert planned.trained_on([[1, 1], [4, 1]]).training_fingerprint not in (mixed, planned.training_fingerprint)
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    last = plan("dense", [*SETTINGS, "moe.ep_size=2"])
-    assert last.trained_on(ranks).training_fingerprint != last.training_fingerprint
+    others = trained_on(planned, [session(1, 1), session(4, 1)]).training_fingerprint
+    assert others not in (mixed, planned.training_fingerprint)
+    monkeypatch.setenv("WORLD_SIZE", "2")  # in whichever session it ended
+    protocol = plan("dense", [*SETTINGS, "moe.ep_size=2"]).protocol
+    dense = planned.dense_identity or ""
+    assert training_fingerprint(protocol, planned.world, dense, None, mixed_ranks(sessions)) == mixed
 
 
 def test_a_killed_run_goes_on(tmp_path: Path, whole: dict[str, Trained]) -> None:

@@ -76,9 +76,6 @@ from upcycle_bench.record_schema import (
 from upcycle_bench.record_schema import (
     json_schema as json_schema,
 )
-from upcycle_bench.record_schema import (
-    mixed_ranks as mixed_ranks,
-)
 from upcycle_bench.util import strict_json
 from upcycle_bench.util.errors import UserError, first_problem
 from upcycle_bench.util.files import write_atomically

@@ -7,7 +7,7 @@ is made, a ValidationError is a bug of ours.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from datetime import datetime
 from typing import Annotated, Any, Literal
 
@@ -194,17 +194,14 @@ class Cost(Part):
 
 
 class SessionPart(Part):
-    """One process group's share of the training; a training that was interrupted has several.
-
-    `versions`: of the packages, a forced backend of the experts (`experts`), and `fast paths`, where these are off.
-    """
+    """One process group's share of the training; an interrupted training has several."""
 
     started: Timestamp
     hosts: list[str]
     world_size: int = Field(ge=1)
     ep_size: int = Field(ge=1)
     device: str
-    versions: dict[str, str]
+    versions: dict[str, str] = Field(description="of packages; a forced backend of experts; fast paths, where off")
     first_step: int = Field(ge=0, description="steps that were done when it began")
     last_step: int = Field(
         ge=0, description="of which the training kept its work: a later session did the others again"
@@ -261,9 +258,7 @@ class Record(Part):
     )
     certificate: CertificatePart | None = Field(default=None, description="None: made before there were any")
     cost: Cost | None = None
-    sessions: list[SessionPart] | None = Field(
-        default=None, description="of the training, in their order; None: nothing was trained, or made before"
-    )
+    sessions: list[SessionPart] | None = Field(default=None, description="of the training; None: none, or made before")
     environment: dict[str, JsonValue]
     hashes: Hashes
     command: list[str]
@@ -293,12 +288,6 @@ class Record(Part):
         if self.status == "ok" and not (self.headlines and self.cost):
             raise ValueError("a run that is ok needs a headline score and its cost")
         return self
-
-
-def mixed_ranks(sessions: Iterable[Any]) -> list[list[int]]:
-    """The pairs of number of ranks and ep_size of the sessions, sorted, if they had several; else none."""
-    pairs = sorted({(session.world_size, session.ep_size) for session in sessions})
-    return [list(pair) for pair in pairs] if len(pairs) > 1 else []
 
 
 def json_schema() -> dict[str, Any]:

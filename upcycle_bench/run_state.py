@@ -21,6 +21,7 @@ from upcycle_bench.model.cost import Cost
 from upcycle_bench.model.moe import parameter_counts
 from upcycle_bench.planning.estimate import unequal_cost, unequal_steps
 from upcycle_bench.planning.fingerprint import code_fingerprint
+from upcycle_bench.planning.identity import trained_on
 from upcycle_bench.planning.plan import Plan, run_id
 from upcycle_bench.suite import SuiteResult
 from upcycle_bench.training.finished import Trained
@@ -139,7 +140,7 @@ def write_failure(state: RunState, error: Exception, results: Path) -> Path:
 def _record(state: RunState, **parts: Any) -> record.Record:
     plan = state.plan if state.built is None else state.plan.as_built(unequal(state.plan, state.built))
     sessions = state.progress.sessions if state.progress else []
-    plan = plan.trained_on(record.mixed_ranks(sessions))
+    plan = trained_on(plan, sessions)
     info, protocol = plan.strategy.info, plan.protocol
     tree = {
         "schema_version": record.SCHEMA_VERSION,

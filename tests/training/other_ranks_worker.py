@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from tests.helpers import tiny_clip
@@ -79,13 +80,9 @@ def stopping_at(wanted: int, rank: int = 0) -> Any:
 def begin(folder: Path) -> None:
     """Two steps with ZeRO 1; only rank 1 gets the signal, and both end after the same step."""
     settings = job(checkpoints=folder, zero_stage=1)
-    try:
-        with stoppable():
-            train(upcycled(2), pairs(), settings, make_loss=eesd, on_step=stopping_at(2, rank=1))
-    except Stopped as stopped:
-        assert distributed.from_all(stopped.step) == [2, 2]
-        return
-    raise AssertionError
+    with pytest.raises(Stopped) as stopped, stoppable():
+        train(upcycled(2), pairs(), settings, make_loss=eesd, on_step=stopping_at(2, rank=1))
+    assert distributed.from_all(stopped.value.step) == [2, 2]
 
 
 def end(folder: Path) -> None:
@@ -101,7 +98,7 @@ def end(folder: Path) -> None:
 
 
 def round_trip(zero_stage: int, ep_size: int, before: State | None) -> State:
-    """Put the state into a new engine, or make a first one by a step; it comes out again as it was. Returns it whole."""
+    """The whole state of a new engine, after a step or with the state `before`, which must come out as it was."""
     clip = upcycled(ep_size, seed=zero_stage)
     engine = create_engine(Features(clip.model, "fp32"), job(zero_stage=zero_stage))
     layers = moe_layers(clip.model)

@@ -132,18 +132,19 @@ class Full:
 def test_a_full_disk_costs_a_checkpoint_and_the_second_in_a_row_the_training(
     pairs: PairDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    full = Full(2, 5, 6)
+    full = Full(2, 4, 5)
     monkeypatch.setattr(checkpoint._Writing, "_write", lambda *arguments: full(*arguments))
-    with pytest.raises(UserError, match=r"step 6 was not written: .*no space is left.* second in a row") as raised:
+    with pytest.raises(UserError, match=r"step 5 was not written: .*no space is left.* second in a row") as raised:
         goes_on(pairs, tmp_path)
     assert "\n" not in str(raised.value)
     warnings = [line for line in capfd.readouterr().err.splitlines() if line.startswith("warning")]
     assert len(warnings) == 2
     assert "the checkpoint of step 2 was not written" in warnings[0]
     assert "The one before stays, and the training goes on." in warnings[0]
+    assert saved(tmp_path) == ["step1", "step3"]
+    full.steps = (5, 6)  # of a training that is done, the second is only said
+    assert goes_on(pairs, tmp_path)[0] == [4, 5, 6]
     assert saved(tmp_path) == ["step3", "step4"]
-    full.steps = ()
-    assert goes_on(pairs, tmp_path)[0] == [5, 6]
 
 
 def test_a_file_that_grows_too_large_is_no_checkpoint(
@@ -196,3 +197,25 @@ def test_a_checkpoint_names_its_sessions(interrupted: Path) -> None:
     assert isinstance(session, Session)
     assert (session.world_size, session.ep_size, session.first_step, session.last_step) == (1, 1, 0, 5)
     assert session.versions["torch"] == torch.__version__.partition("+")[0]
+
+
+def test_metrics_wait_while_the_disk_is_full(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    with checkpoint.MetricsFile(path, 0) as log:
+        real = log.file
+
+        class Half:
+            """A file of which a full disk takes half a line."""
+
+            def write(self, data: bytes) -> int:
+                return real.write(data[: len(data) // 2])
+
+            truncate = staticmethod(real.truncate)
+
+        log.write({"step": 1})
+        log.file = Half()
+        log.write({"step": 2})
+        assert path.read_text() == '{"step": 1}\n'
+        log.file = real
+        log.write({"step": 3})
+    assert path.read_text() == '{"step": 1}\n{"step": 2}\n{"step": 3}\n'

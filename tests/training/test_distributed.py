@@ -15,7 +15,6 @@ import torch
 from safetensors.torch import load_file
 
 from tests.conftest import QUICK
-from tests.helpers import heed_interrupts
 from tests.test_run import plan as make_plan
 from tests.training import ranks_worker
 from upcycle_bench import record

@@ -6,6 +6,7 @@ import time
 
 import pytest
 
+from upcycle_bench.training import stopping
 from upcycle_bench.training.stopping import SIGNALS, Stopped, asked_to_stop, at_steps, seconds, stoppable
 from upcycle_bench.util.errors import UserError
 
@@ -46,7 +47,8 @@ def test_outside_a_training_a_signal_ends_at_once(number: signal.Signals) -> Non
     assert [signal.getsignal(each) for each in SIGNALS] == before
 
 
-def test_in_a_training_the_first_signal_waits_and_the_second_does_not() -> None:
+def test_in_a_training_the_first_signal_waits_and_the_second_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second one that comes with the first, from a launcher that was signalled too, is the same request."""
     seen: list[str | None] = []
 
     def train() -> None:
@@ -55,11 +57,14 @@ def test_in_a_training_the_first_signal_waits_and_the_second_does_not() -> None:
             send(signal.SIGUSR1)
             seen.append(asked_to_stop())
             send(signal.SIGTERM)
+            seen.append(asked_to_stop())
+            monkeypatch.setattr(stopping, "TOGETHER", 0.005)
+            send(signal.SIGTERM)
             raise AssertionError
 
     with pytest.raises(Stopped), stoppable():
         train()
-    assert seen == [None, "SIGUSR1"]
+    assert seen == [None, "SIGUSR1", "SIGUSR1"]
     with stoppable():
         assert asked_to_stop() is None  # a request ends with its command
 

@@ -75,7 +75,7 @@ def resumable(then: str, until: float | None = None) -> Iterator[None]:
 
     `until` is when it is to stop, by the clock `time.monotonic`.
     """
-    from upcycle_bench.training.stopping import Stopped, stoppable
+    from upcycle_bench.training.stopping import STATUS, Stopped, stoppable
 
     try:
         with stoppable(until):
@@ -84,7 +84,7 @@ def resumable(then: str, until: float | None = None) -> Iterator[None]:
         if is_main():
             after = f" after step {stopped.step}" if stopped.step else ""
             print(f"stopped by {stopped.by}{after}: {then}", file=sys.stderr)
-        raise typer.Exit(stopped.code) from None
+        raise typer.Exit(STATUS) from None
     except KeyboardInterrupt:
         if is_main():
             print(f"interrupted: {then}", file=sys.stderr)

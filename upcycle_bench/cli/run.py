@@ -98,23 +98,24 @@ def run(
         return
     if is_main():
         show_skipped(plans[0].skipped, stderr=True)  # before a training of days
-    if len(cells) == 1:
-        _run_one(cells[0].plan, results, reporter, fresh, until, as_json)
-    else:
-        shared = _written_out(
-            {
-                "--protocol": protocol,
-                "--option": option,
-                "--set": overrides,
-                "--results": results,
-                "--data": data,
-                "--checkpoint": checkpoint,
-                "--pixels": pixels,
-                "--eval-data": eval_data,
-                "--suite": suite,
-            }
-        ) + (["--interpolate-positions"] if interpolate else [])
-        _run_matrix(cells, results, reporter, jobs, fresh, shared, until, as_json)
+    shared = _written_out(
+        {
+            "--protocol": protocol,
+            "--option": option,
+            "--set": overrides,
+            "--results": results,
+            "--data": data,
+            "--checkpoint": checkpoint,
+            "--pixels": pixels,
+            "--eval-data": eval_data,
+            "--suite": suite,
+        }
+    ) + (["--interpolate-positions"] if interpolate else [])
+    with resumable(f"without --fresh {GOES_ON}" if fresh else GOES_ON, until):
+        if len(cells) == 1:
+            _run_one(cells[0].plan, results, reporter, fresh, as_json)
+        else:
+            _run_matrix(cells, results, reporter, jobs, fresh, shared, as_json)
 
 
 def _written_out(given: Mapping[str, object]) -> list[str]:
@@ -124,33 +125,23 @@ def _written_out(given: Mapping[str, object]) -> list[str]:
 
 
 def _run_matrix(
-    cells: list[Cell],
-    results: Path,
-    reporter: Reporter,
-    jobs: int,
-    fresh: bool,
-    shared: list[str],
-    until: float | None,
-    as_json: bool,
+    cells: list[Cell], results: Path, reporter: Reporter, jobs: int, fresh: bool, shared: list[str], as_json: bool
 ) -> None:
     from upcycle_bench import run_many
 
     shared += ["--fresh"] if fresh else []
-    again = "the same command without --fresh" if fresh else "the same command"
-    with resumable(f"{again} goes on with what is missing", until):
-        outcomes = run_many.run_all(cells, results, reporter, jobs=jobs, fresh=fresh, shared=shared, show=show_matrix)
+    outcomes = run_many.run_all(cells, results, reporter, jobs=jobs, fresh=fresh, shared=shared, show=show_matrix)
     if is_main():
         show_outcomes(outcomes, as_json)
     if any(outcome.reason for outcome in outcomes):
         raise typer.Exit(1)
 
 
-def _run_one(plan: Plan, results: Path, reporter: Reporter, fresh: bool, until: float | None, as_json: bool) -> None:
+def _run_one(plan: Plan, results: Path, reporter: Reporter, fresh: bool, as_json: bool) -> None:
     from upcycle_bench import record
     from upcycle_bench.run import run as execute
 
-    with resumable("without --fresh " + GOES_ON if fresh else GOES_ON, until):
-        path = execute(plan, results, reporter, fresh=fresh)
+    path = execute(plan, results, reporter, fresh=fresh)
     if path is None:  # this is not rank 0
         return
     if as_json:

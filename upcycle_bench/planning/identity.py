@@ -1,6 +1,7 @@
 """What a run is, by name: what must be the same for an interrupted training to go on, whatever ranks and machine.
 
     facts, command = run_facts(plan), command_of(plan)
+    trained_on(plan, sessions)                  # its fingerprint is another one if they had several numbers of ranks
     different(facts, others)                    # ["code of the strategy", "settings.train.lr_factor"]
 
 Versions of packages, the device, the number of ranks and `moe.ep_size` are no part of it: the record lists them by
@@ -9,11 +10,18 @@ session. Of a dense model that the protocol trains, the recipe counts, not the w
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 from upcycle_bench.data.world import World
-from upcycle_bench.planning.fingerprint import code_fingerprint, dense_facts, fingerprint, training_facts
+from upcycle_bench.planning.fingerprint import (
+    code_fingerprint,
+    dense_facts,
+    fingerprint,
+    training_facts,
+    training_fingerprint,
+)
 from upcycle_bench.planning.plan import Plan
 from upcycle_bench.protocol import Protocol
 from upcycle_bench.util import strict_json
@@ -73,6 +81,21 @@ def _typed(protocol: Protocol, world: World) -> Facts:
     overrides = [text for text in protocol.overrides if text.partition("=")[0].strip() not in FREE]
     data = str(world.train_shards[0].parent) if world.option else world.name
     return {"protocol": protocol.name, "model": protocol.model, "overrides": overrides, "data": data}
+
+
+def mixed_ranks(sessions: Iterable[Any]) -> list[list[int]]:
+    """The pairs of number of ranks and ep_size of the sessions, sorted, if they had several; else none."""
+    pairs = sorted({(session.world_size, session.ep_size) for session in sessions})
+    return [list(pair) for pair in pairs] if len(pairs) > 1 else []
+
+
+def trained_on(plan: Plan, sessions: Iterable[Any]) -> Plan:
+    """The plan of a run that had these sessions: on several numbers of ranks, it shares no table with others."""
+    ranks = mixed_ranks(sessions)
+    if not ranks or plan.world is None or plan.dense_identity is None:
+        return plan
+    found = training_fingerprint(plan.protocol, plan.world, plan.dense_identity, plan.unequal, ranks)
+    return replace(plan, training_fingerprint=found)
 
 
 def different(facts: Mapping[str, Any], others: Mapping[str, Any]) -> list[str]:

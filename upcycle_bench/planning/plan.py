@@ -95,13 +95,6 @@ class Plan:
         found = training_fingerprint(self.protocol, self.world, self.dense_identity, unequal)
         return replace(self, unequal=unequal, training_fingerprint=found)
 
-    def trained_on(self, ranks: Sequence[Sequence[int]]) -> Plan:
-        """The plan of a run whose sessions had these pairs of ranks and ep_size; of one pair, and of none, the same."""
-        if not ranks or self.world is None or self.dense_identity is None:
-            return self
-        found = training_fingerprint(self.protocol, self.world, self.dense_identity, self.unequal, ranks)
-        return replace(self, training_fingerprint=found)
-
 
 def make_plan(
     registry: Registry,

@@ -13,6 +13,8 @@ thread talks to those of other ranks in a process group of its own.
 from __future__ import annotations
 
 import copy
+import errno
+import os
 import shutil
 import sys
 import threading
@@ -30,7 +32,7 @@ from upcycle_bench.training.job import Job, Progress
 from upcycle_bench.training.named_state import State, collect, leaves, restore
 from upcycle_bench.util import distributed, strict_json
 from upcycle_bench.util.errors import UserError, one_line
-from upcycle_bench.util.files import atomic, file_sha256, full_disk_said
+from upcycle_bench.util.files import atomic, disk_is_full, file_sha256, full_disk_said
 
 PATIENCE = 30.0  # seconds that a training which failed waits for the thread
 
@@ -43,7 +45,7 @@ class MetricsFile:
     """
 
     def __init__(self, path: Path | None, step: int) -> None:
-        self.path, self.step = path, step
+        self.path, self.step, self._waiting, self._end = path, step, b"", 0
 
     def __enter__(self) -> MetricsFile:
         if self.path is not None:
@@ -51,19 +53,34 @@ class MetricsFile:
             before = self.path.read_text().splitlines() if self.path.is_file() and self.step else []
             with atomic(self.path) as part:
                 part.write_text("".join(line + "\n" for line in before if strict_json.loads(line)["step"] <= self.step))
-            self.file = self.path.open("a")
+            self.file = self.path.open("ab", buffering=0)
+            self._end = self.path.stat().st_size
         return self
 
     def write(self, metrics: Mapping[str, Any]) -> None:
-        """Append one line."""
+        """Append one line. Where the disk is full, as while a checkpoint is written, it waits for the next one."""
         if self.path is not None:
-            with full_disk_said(self.path):
-                self.file.write(strict_json.dumps(metrics) + "\n")
-                self.file.flush()
+            self._waiting += strict_json.dumps(metrics).encode() + b"\n"
+            try:
+                self._write()
+            except OSError as error:
+                if not disk_is_full(error):
+                    raise
+
+    def _write(self) -> None:
+        try:
+            if self.file.write(self._waiting) < len(self._waiting):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError:
+            self.file.truncate(self._end)  # no half line
+            raise
+        self._end, self._waiting = self._end + len(self._waiting), b""
 
     def __exit__(self, *_: object) -> None:
         if self.path is not None:
-            self.file.close()
+            with self.file, full_disk_said(self.path):
+                if self._waiting:
+                    self._write()
 
 
 class Checkpoints:
@@ -95,8 +112,8 @@ class Checkpoints:
     def __exit__(self, kind: Any, *_: object) -> None:
         if self._writing is None:
             return
-        if kind is None:
-            self.finish()
+        if kind is None:  # the training is done: the last checkpoint was only for what comes after it
+            self.finish(fatal=False)
         else:  # other ranks may be gone, and its thread may wait for them
             self._writing.join(PATIENCE)
 
@@ -131,8 +148,8 @@ class Checkpoints:
         self._writing = _Writing(self.folder, collect(engine, extra), kept, self._group)
         self._writing.start()
 
-    def finish(self) -> None:
-        """Wait until the checkpoint that is being written is there, or has failed."""
+    def finish(self, fatal: bool = True) -> None:
+        """Wait until the checkpoint that is being written is there or has failed; if `fatal`, as `save` says."""
         if self._writing is None:
             return
         self._writing.join()
@@ -141,7 +158,7 @@ class Checkpoints:
         if not failure:
             return
         said = f"the checkpoint of step {step} was not written: {failure}"
-        if self._failures > 1:
+        if self._failures > 1 and fatal:
             raise UserError(f"{said} It is the second in a row; the same command goes on from the last good one.")
         if distributed.is_main():
             print(f"warning: {said} The one before stays, and the training goes on.", file=sys.stderr)

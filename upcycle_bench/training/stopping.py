@@ -5,7 +5,8 @@
         with at_steps():                    # around a training: the first signal only asks it to stop
             if asked_to_stop(group): ...    # at a step's end: write a checkpoint, then `raise Stopped(...)`
 
-A second signal ends at once. A process that this one forked, such as a loader of batches, takes no notice of the first:
+A second signal, five seconds or more after the first, ends at once: a cluster and torchrun may both signal a rank. A
+process that this one forked, such as a loader of batches, takes no notice of the first:
 a cluster signals all processes of a job, and the training needs its loaders for the step it is in.
 """
 
@@ -26,6 +27,7 @@ from upcycle_bench.util.errors import UserError
 if TYPE_CHECKING:
     from types import FrameType
 
+TOGETHER = 5.0  # seconds in which further signals are the same request
 STATUS = 75  # EX_TEMPFAIL of sysexits.h: not finished; type the same command again
 SIGNALS = {signal.SIGTERM: "SIGTERM", signal.SIGUSR1: "SIGUSR1", signal.SIGALRM: "--stop-after"}
 DURATION = re.compile(r"(?:(\d+)-)?(\d+):(\d\d):(\d\d)|(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s?)?")
@@ -43,6 +45,7 @@ class _Request:
     """What was asked of this process so far."""
 
     by: str | None = None  # the first signal's name
+    when = 0.0  # it came
     deferred = 0  # depth of `at_steps`
 
 
@@ -78,7 +81,10 @@ def stoppable(until: float | None = None) -> Iterator[None]:
             signal.signal(number, signal.SIG_DFL)
             return
         name, first = SIGNALS[signal.Signals(number)], _request.by is None
-        _request.by = _request.by or name
+        if not first and time.monotonic() - _request.when < TOGETHER:
+            return
+        if first:
+            _request.by, _request.when = name, time.monotonic()
         if not (first and _request.deferred):
             raise Stopped(name)
         if os.environ.get("RANK", "0") == "0":  # os.write: a handler must not wait for the lock of a stream

@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,9 @@ from upcycle_bench.util.errors import UserError
 from upcycle_bench.util.files import write_atomically
 
 ABOUT = "run.json"
-KEEPS = ("checkpoints/step*", "preparation/*/checkpoints/step*", "preparation/*/done.json", "experts/receipt.json")
+# What a training goes on from; without trained weights it only saves a calibration.
+TRAINED = ("checkpoints/step*", "preparation/*/checkpoints/step*", "preparation/*/done.json")
+KEEPS = (*TRAINED, "experts/receipt.json")
 
 
 def folder_of(facts: Facts) -> Path:
@@ -70,9 +72,13 @@ def _of_command(command: Facts, facts: Facts) -> list[Path]:
     found = []
     for path in sorted((cache_root() / "runs").glob(f"*/{ABOUT}")):
         said = about(path.parent)
-        if said.get("command") == command and said.get("facts") != facts and _step(path.parent):
+        if said.get("command") == command and said.get("facts") != facts and _has(path.parent, TRAINED):
             found.append(path.parent)
     return found
+
+
+def _has(folder: Path, patterns: Sequence[str]) -> bool:
+    return any(any(folder.glob(pattern)) for pattern in patterns)
 
 
 def _step(folder: Path) -> int:
@@ -114,9 +120,9 @@ def work_folder(facts: Facts, command: Facts, fresh: bool = False, more: Facts |
         try:
             yield path
         except BaseException as error:
-            # A training that failed has made its record; only its checkpoints are worth keeping.
-            kept = KEEPS[:1] if isinstance(error, Exception) else KEEPS
-            if distributed.is_main() and not any(any(path.glob(pattern)) for pattern in kept):
+            # A run that failed has made its record, and its strategy may be changed before it is tried again.
+            kept = TRAINED if isinstance(error, Exception) else KEEPS
+            if distributed.is_main() and not _has(path, kept):
                 shutil.rmtree(path, ignore_errors=True)
             raise
         if distributed.is_main():
