@@ -293,7 +293,7 @@ def test_ctrl_c_while_training_leaves_nothing_half_written(tmp_path: Path, quick
     finally:
         process.kill()
     assert process.returncode == 130, err
-    assert "interrupted: no record was written" in err
+    assert "interrupted: the same command goes on" in err
     assert out == ""
     assert not results.exists()
     assert list((cache_root() / "runs").iterdir()) == []
@@ -316,7 +316,7 @@ def test_an_interrupted_run_with_checkpoints_goes_on(tmp_path: Path, quick: list
         run(resumable, tmp_path / "parts", Interrupting(), fresh=True)  # the whole run's weights are in the cache
     assert not (tmp_path / "parts").exists()
     (work,) = (cache_root() / "runs").iterdir()
-    assert (work / "checkpoints" / "latest").read_text() == "step2"
+    assert [path.name for path in (work / "checkpoints").iterdir()] == ["step2"]
     path = run(resumable, tmp_path / "parts", Reporter(), fresh=True)
     assert scores(record.read(path)) == scores(sparse)
     steps = [json.loads(line)["step"] for line in path.with_suffix(".jsonl").read_text().splitlines()]

@@ -65,6 +65,9 @@ from upcycle_bench.record_schema import (
     Seeds as Seeds,
 )
 from upcycle_bench.record_schema import (
+    SessionPart as SessionPart,
+)
+from upcycle_bench.record_schema import (
     StrategyPart as StrategyPart,
 )
 from upcycle_bench.record_schema import (

@@ -193,6 +193,21 @@ class Cost(Part):
     world_size: int = Field(ge=1)
 
 
+class SessionPart(Part):
+    """One process group's share of the training; an interrupted training has several."""
+
+    started: Timestamp
+    hosts: list[str]
+    world_size: int = Field(ge=1)
+    ep_size: int = Field(ge=1)
+    device: str
+    versions: dict[str, str] = Field(description="of packages; a forced backend of experts; fast paths, where off")
+    first_step: int = Field(ge=0, description="steps that were done when it began")
+    last_step: int = Field(
+        ge=0, description="of which the training kept its work: a later session did the others again"
+    )
+
+
 class DensePart(Part):
     """The dense model that was upcycled, as it was loaded."""
 
@@ -243,6 +258,7 @@ class Record(Part):
     )
     certificate: CertificatePart | None = Field(default=None, description="None: made before there were any")
     cost: Cost | None = None
+    sessions: list[SessionPart] | None = Field(default=None, description="of the training; None: none, or made before")
     environment: dict[str, JsonValue]
     hashes: Hashes
     command: list[str]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,8 @@ from upcycle_bench.model.cost import model_cost
 from upcycle_bench.model.measure import diagnose
 from upcycle_bench.model.moe import parameter_counts
 from upcycle_bench.model.surgery import merge
+from upcycle_bench.planning.fingerprint import recipe_path, training_fingerprint
+from upcycle_bench.planning.identity import command_of, run_facts
 from upcycle_bench.planning.plan import Plan, check_input, check_strategy, dense_source, run_id
 from upcycle_bench.record import slug
 from upcycle_bench.run_state import RunState, write_failure, write_record
@@ -26,7 +28,9 @@ from upcycle_bench.training import finished, session
 from upcycle_bench.training.job import Job, Progress
 from upcycle_bench.training.loop import train
 from upcycle_bench.training.pretrain import load_dense
+from upcycle_bench.training.same_view import require_same_view
 from upcycle_bench.training.trackers import Tracked, Trackers
+from upcycle_bench.training.work_folder import about, folder_of, refuse_others, work_folder
 from upcycle_bench.upcycling.final_form import require_describable
 from upcycle_bench.upcycling.starting_model import Start, diagnosed, initialise
 from upcycle_bench.util import distributed
@@ -44,24 +48,32 @@ def run(
     """Make the record; returns its path on rank 0, None on others. Every rank must call it.
 
     `fresh`: train even if the cache holds the finished training. `track`: names of trackers. Raises UserError for bad
-    input, before anything is written. A later error is written as a failed record, then raised again.
+    input, and where the same command left a training that cannot go on, before anything is written. A later error is
+    written as a failed record, then raised again. Stopped (`training.stopping`) leaves no record: the same command goes
+    on.
     """
     check_input(plan, results)
     check_strategy(plan)
     protocol, world, weights_folder = plan.protocol, plan.world, cache_root() / "weights"
     assert world is not None
     with session.open_session(protocol.threads) as device:
+        require_same_view(world)
+        facts, command = run_facts(plan), command_of(plan)
+        refuse_others(facts, command, fresh)
+        plan = plan if fresh else as_begun(plan, folder_of(facts))
         state = RunState(plan, Meter(device))
         with last_word(lambda error: say_failure(state, error, results)):
             dense, state.dense = load_dense(protocol, world, dense_source(plan), device, reporter)
             state.start = dense
             data = training_pairs(world, dense, protocol.train.schedule.augmentation)
             key = finished.key_of(run_id(plan, state.dense), device)
-            resumable = protocol.train.checkpoint_every > 0
-            with finished.work_folder(key, resumable, fresh) as work, trackers_of(state, results, track) as trackers:
+            with (
+                work_folder(facts, command, fresh, {"dense": plan.dense_identity}) as work,
+                trackers_of(plan, work.name, results, track) as trackers,
+            ):
                 if fresh or not recall(state, key):
                     start = Start(protocol, world, dense, data)
-                    model, state.receipt = initialise(plan.strategy, start, plan.init_seed, state.meter, reporter)
+                    model, state.receipt = initialise(plan.strategy, start, plan.init_seed, state.meter, reporter, work)
                     require_describable(
                         plan.strategy, model.model, dense.model, plan.steps, diagnosed(dense, data, device)
                     )
@@ -88,6 +100,21 @@ def run(
         return path
 
 
+def as_begun(plan: Plan, work: Path) -> Plan:
+    """The plan with the dense model that an interrupted training began with, if the cache has it.
+
+    A protocol that trains its own dense model would train another one on other ranks, or with other versions.
+    """
+    begun = distributed.from_main(about(work).get("dense"))
+    if plan.protocol.dense.source != "pretrain" or begun in (None, plan.dense_identity):
+        return plan
+    assert plan.world is not None
+    if not distributed.from_main(recipe_path(begun).is_file()):
+        return plan
+    found = training_fingerprint(plan.protocol, plan.world, begun, plan.unequal)
+    return replace(plan, dense_identity=begun, training_fingerprint=found)
+
+
 def say_failure(state: RunState, error: Exception, results: Path) -> None:
     """On rank 0 write the record of a failed run, and say where it is, or why there is none: the disk may have failed.
 
@@ -101,11 +128,9 @@ def say_failure(state: RunState, error: Exception, results: Path) -> None:
         print(f"the run failed; {where}", file=sys.stderr)
 
 
-def trackers_of(state: RunState, results: Path, names: Sequence[str]) -> Trackers:
+def trackers_of(plan: Plan, identity: str, results: Path, names: Sequence[str]) -> Trackers:
     """The trackers of that run, on rank 0; their files stand beside its record, the same for all its sessions."""
-    plan, seeds = state.plan, {"init_seed": state.plan.init_seed, "train_seed": state.plan.train_seed}
-    assert state.dense is not None
-    identity, protocol = run_id(plan, state.dense), plan.protocol.name
+    seeds, protocol = {"init_seed": plan.init_seed, "train_seed": plan.train_seed}, plan.protocol.name
     if not distributed.is_main():
         return Trackers()
     folder = f"{slug(plan.label)}-i{plan.init_seed}-t{plan.train_seed}-{identity[:8]}"
@@ -114,7 +139,7 @@ def trackers_of(state: RunState, results: Path, names: Sequence[str]) -> Tracker
         id=identity,
         group=protocol,
         folder=results / slug(protocol) / "tracking" / folder,
-        config={"strategy": plan.label, "protocol": protocol, "division": plan.division, **seeds, "run_id": identity},
+        config={"strategy": plan.label, "protocol": protocol, "division": plan.division, **seeds, "id": identity},
     )
     return Trackers(names, run)
 

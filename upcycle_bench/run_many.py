@@ -213,7 +213,7 @@ def _start(cell: Cell, results: Path, shared: Sequence[str], environment: Mappin
 
 
 def _stop(processes: Sequence[subprocess.Popen[bytes]]) -> None:
-    """End the processes by SIGTERM, which a run treats as Ctrl-C; a second Ctrl-C here kills them.
+    """End the processes by SIGTERM, after which a run writes a checkpoint; a second Ctrl-C here kills them.
 
     SIGINT would not do: processes of a background shell ignore it.
     """

@@ -21,6 +21,7 @@ from upcycle_bench.model.cost import Cost
 from upcycle_bench.model.moe import parameter_counts
 from upcycle_bench.planning.estimate import unequal_cost, unequal_steps
 from upcycle_bench.planning.fingerprint import code_fingerprint
+from upcycle_bench.planning.identity import trained_on
 from upcycle_bench.planning.plan import Plan, run_id
 from upcycle_bench.suite import SuiteResult
 from upcycle_bench.training.finished import Trained
@@ -138,6 +139,8 @@ def write_failure(state: RunState, error: Exception, results: Path) -> Path:
 
 def _record(state: RunState, **parts: Any) -> record.Record:
     plan = state.plan if state.built is None else state.plan.as_built(unequal(state.plan, state.built))
+    sessions = state.progress.sessions if state.progress else []
+    plan = trained_on(plan, sessions)
     info, protocol = plan.strategy.info, plan.protocol
     tree = {
         "schema_version": record.SCHEMA_VERSION,
@@ -171,6 +174,7 @@ def _record(state: RunState, **parts: Any) -> record.Record:
         "dense": _dense_part(state),
         "seeds": {"init": plan.init_seed, "train": plan.train_seed},
         "receipt": state.receipt,
+        "sessions": [asdict(session) for session in sessions] or None,
         "environment": backends.machine(state.meter.device) | ({"training": state.training} if state.training else {}),
         "hashes": {
             "dense": state.dense or "not loaded",

@@ -15,7 +15,7 @@ import typer
 
 from tests.training.test_distributed import launch
 from upcycle_bench import __version__, cli
-from upcycle_bench.cli.common import interruptible, key_value, uncollected, warn_broken
+from upcycle_bench.cli.common import GOES_ON, interruptible, key_value, uncollected, warn_broken
 from upcycle_bench.cli.data import show_world
 from upcycle_bench.cli.listing import show_listing
 from upcycle_bench.cli.tables import table
@@ -307,15 +307,9 @@ def test_pretrain(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
     assert json.loads(capsys.readouterr().out)["output sha256"] == file_sha256(output)
 
 
-@pytest.mark.parametrize(
-    ("every", "message"),
-    [
-        ("1", "the same command goes on from the last checkpoint, if one was written"),
-        ("0", "no record was written"),
-    ],
-)
+@pytest.mark.parametrize("every", ["0", "1"])
 def test_an_interrupted_pretraining(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], every: str, message: str
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], every: str
 ) -> None:
     def interrupted(*arguments: object) -> None:
         raise KeyboardInterrupt
@@ -324,7 +318,7 @@ def test_an_interrupted_pretraining(
     flags = ["--set", "dense.seed=77", "--set", f"train.checkpoint_every={every}"]
     assert call(monkeypatch, "pretrain", *QUICKER, *flags) == 130
     captured = capsys.readouterr()
-    assert (captured.out, captured.err) == ("", f"interrupted: {message}\n")
+    assert (captured.out, captured.err) == ("", f"interrupted: {GOES_ON}\n")
 
 
 def test_pretrain_with_local_data_and_two_ranks() -> None:

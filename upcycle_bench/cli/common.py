@@ -7,6 +7,7 @@ import gc
 import os
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -53,6 +54,10 @@ Track = Annotated[
     str | None, typer.Option(metavar="NAMES", help="Log to a,b of tensorboard, wandb and csv, beside the record.")
 ]
 EvalData = Annotated[Path | None, typer.Option(help="Folder with the evaluation sets (clip-*).")]
+StopAfter = Annotated[
+    str | None,
+    typer.Option(metavar="TIME", help="Write a checkpoint and end with status 75 after 90s, 45m, 3h50m, 1-02:00:00."),
+]
 Suites = Annotated[
     str | None,
     typer.Option("--suite", help="Which of the protocol's suites: a,b or all; else those that are not optional."),
@@ -69,6 +74,35 @@ def uncollected() -> Iterator[None]:
     finally:
         if enabled:
             gc.enable()
+
+
+@contextlib.contextmanager
+def resumable(then: str, until: float | None = None) -> Iterator[None]:
+    """As `interruptible`, for what the same command goes on with: SIGTERM, SIGUSR1 and `--stop-after` end it with 75.
+
+    `until` is when it is to stop, by the clock `time.monotonic`.
+    """
+    from upcycle_bench.training.stopping import STATUS, Stopped, stoppable
+
+    try:
+        with stoppable(until):
+            yield
+    except Stopped as stopped:
+        if is_main():
+            after = f" after step {stopped.step}" if stopped.step else ""
+            print(f"stopped by {stopped.by}{after}: {then}", file=sys.stderr)
+        raise typer.Exit(STATUS) from None
+    except KeyboardInterrupt:
+        if is_main():
+            print(f"interrupted: {then}", file=sys.stderr)
+        raise typer.Exit(130) from None
+
+
+def stop_time(stop_after: str | None) -> float | None:
+    """When `--stop-after` ends, by the clock `time.monotonic`; UserError for what is no time."""
+    from upcycle_bench.training.stopping import seconds
+
+    return None if stop_after is None else time.monotonic() + seconds(stop_after)
 
 
 @contextlib.contextmanager
@@ -194,8 +228,12 @@ def make_plans(
     eval_data: Path | None,
     reporter: Reporter,
     suite: str | None = None,
+    building: contextlib.AbstractContextManager[None] | None = None,
 ) -> list[Plan]:
-    """A plan for each strategy that is named, with both seeds 0."""
+    """A plan for each strategy that is named, with both seeds 0.
+
+    A plan builds the data that the cache lacks: `building` says what an interruption does then.
+    """
     with uncollected():
         from upcycle_bench.model.pixels import parsed
         from upcycle_bench.model.pretrained import Choices
@@ -215,7 +253,7 @@ def make_plans(
     suites = names_of(suite, "--suite")
     with uncollected():
         import open_clip  # noqa: F401  (the slowest import of all; a plan needs its configurations)
-    with interruptible("nothing was written"):  # a plan builds the data that the cache lacks
+    with building or interruptible("nothing was written"):
         return plans.make_plans(
             registry, names, settings, options=options, paths=paths, suites=suites, reporter=reporter
         )
@@ -235,9 +273,4 @@ def warn_emulated(protocol: Protocol) -> None:
         )
 
 
-def resumption(protocol: Protocol) -> str:
-    """What becomes of an interrupted training under that protocol, for `interruptible`."""
-    resumes = protocol.train.checkpoint_every > 0
-    return (
-        "the same command goes on from the last checkpoint, if one was written" if resumes else "no record was written"
-    )
+GOES_ON = "the same command goes on from what was finished and from the last checkpoint, if there is one"

@@ -2,7 +2,8 @@
 
 Heavy imports stand inside the commands, so that `--help` is instant. Results go to stdout, progress and errors to
 stderr. With `--json` a command prints one JSON document on stdout and nothing else there.
-Exit status: 0 done, 1 the run failed (its record says why), 2 bad input, 130 Ctrl-C.
+Exit status: 0 done, 1 the run failed (its record says why), 2 bad input, 75 stopped and the same command goes on
+(`training.stopping`), 130 Ctrl-C.
 """
 
 from __future__ import annotations

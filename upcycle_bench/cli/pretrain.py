@@ -9,15 +9,17 @@ from typing import Annotated
 import typer
 
 from upcycle_bench.cli.common import (
+    GOES_ON,
     Data,
     Json,
     LogEvery,
+    StopAfter,
     Track,
     check_output,
-    interruptible,
     is_main,
     open_registry,
-    resumption,
+    resumable,
+    stop_time,
     terminal_reporter,
     trackers_named,
 )
@@ -36,6 +38,7 @@ def pretrain(
     ] = None,
     log_every: LogEvery = 1,
     track: Track = None,
+    stop_after: StopAfter = None,
     as_json: Json = False,
 ) -> None:
     """Train the dense model of a protocol by its recipe, into the cache."""
@@ -50,8 +53,8 @@ def pretrain(
     if output is not None:
         check_output(output)
     check_world(settings.dense.schedule.batch_size, ep_size=1)
-    reporter, trackers = terminal_reporter(log_every), trackers_named(track)
-    with interruptible(resumption(settings)):
+    reporter, trackers, until = terminal_reporter(log_every), trackers_named(track), stop_time(stop_after)
+    with resumable(GOES_ON, until):
         path, trained = pretrain_once(settings, find_world(settings, Paths(data=data), reporter), reporter, trackers)
     if is_main():
         half = export(path, output) if output else None

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from upcycle_bench.cli.common import (
+    GOES_ON,
     Checkpoint,
     Data,
     EvalData,
@@ -20,13 +21,14 @@ from upcycle_bench.cli.common import (
     Overrides,
     PixelSettings,
     ProtocolName,
+    StopAfter,
     Strategies,
     Suites,
     Track,
-    interruptible,
     is_main,
     make_plans,
-    resumption,
+    resumable,
+    stop_time,
     terminal_reporter,
     trackers_named,
     uncollected,
@@ -65,6 +67,7 @@ def run(
     suite: Suites = None,
     log_every: LogEvery = 1,
     track: Track = None,
+    stop_after: StopAfter = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would run and what it costs.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -75,9 +78,21 @@ def run(
     pairs = matrix.seed_pairs(seed, seeds, init_seed, train_seed)
     if jobs > 1 and "RANK" in os.environ:
         raise UserError("--jobs starts processes of its own and does not go with torchrun; leave one of them out.")
-    reporter, trackers = terminal_reporter(log_every), trackers_named(track)
+    reporter, trackers, until = terminal_reporter(log_every), trackers_named(track), stop_time(stop_after)
+    building = resumable("nothing half-built was left; the same command builds the data", until)
     plans = make_plans(
-        strategy, protocol, option, overrides, data, checkpoint, pixels, interpolate, eval_data, reporter, suite
+        strategy,
+        protocol,
+        option,
+        overrides,
+        data,
+        checkpoint,
+        pixels,
+        interpolate,
+        eval_data,
+        reporter,
+        suite,
+        building,
     )
     cells = list(matrix.enumerate_cells(plans, pairs))
     if not plans[0].missing:
@@ -87,25 +102,26 @@ def run(
         return
     if is_main():
         show_skipped(plans[0].skipped, stderr=True)  # before a training of days
-    if len(cells) == 1:
-        _run_one(cells[0].plan, results, reporter, fresh, trackers, as_json)
-    else:
-        shared = _written_out(
-            {
-                "--protocol": protocol,
-                "--option": option,
-                "--set": overrides,
-                "--results": results,
-                "--data": data,
-                "--checkpoint": checkpoint,
-                "--pixels": pixels,
-                "--eval-data": eval_data,
-                "--suite": suite,
-                "--log-every": log_every,
-                "--track": track,
-            }
-        ) + (["--interpolate-positions"] if interpolate else [])
-        _run_matrix(cells, results, reporter, jobs, fresh, shared, trackers, as_json)
+    shared = _written_out(
+        {
+            "--protocol": protocol,
+            "--option": option,
+            "--set": overrides,
+            "--results": results,
+            "--data": data,
+            "--checkpoint": checkpoint,
+            "--pixels": pixels,
+            "--eval-data": eval_data,
+            "--suite": suite,
+            "--log-every": log_every,
+            "--track": track,
+        }
+    ) + (["--interpolate-positions"] if interpolate else [])
+    with resumable(f"without --fresh {GOES_ON}" if fresh else GOES_ON, until):
+        if len(cells) == 1:
+            _run_one(cells[0].plan, results, reporter, fresh, trackers, as_json)
+        else:
+            _run_matrix(cells, results, reporter, jobs, fresh, shared, trackers, as_json)
 
 
 def _written_out(given: Mapping[str, object]) -> list[str]:
@@ -127,11 +143,9 @@ def _run_matrix(
     from upcycle_bench import run_many
 
     shared += ["--fresh"] if fresh else []
-    again = "the same command without --fresh" if fresh else "the same command"
-    with interruptible(f"{again} goes on with what is missing"):
-        outcomes = run_many.run_all(
-            cells, results, reporter, jobs=jobs, fresh=fresh, shared=shared, track=track, show=show_matrix
-        )
+    outcomes = run_many.run_all(
+        cells, results, reporter, jobs=jobs, fresh=fresh, shared=shared, track=track, show=show_matrix
+    )
     if is_main():
         show_outcomes(outcomes, as_json)
     if any(outcome.reason for outcome in outcomes):
@@ -142,8 +156,7 @@ def _run_one(plan: Plan, results: Path, reporter: Reporter, fresh: bool, track: 
     from upcycle_bench import record
     from upcycle_bench.run import run as execute
 
-    with interruptible(resumption(plan.protocol)):
-        path = execute(plan, results, reporter, fresh=fresh, track=track)
+    path = execute(plan, results, reporter, fresh=fresh, track=track)
     if path is None:  # this is not rank 0
         return
     if as_json:

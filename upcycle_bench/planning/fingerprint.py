@@ -11,7 +11,7 @@ import ast
 import hashlib
 import importlib.util
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,12 +44,17 @@ def fingerprint(value: Any) -> str:
 
 def dense_recipe(protocol: Protocol, world: World) -> str:
     """Fingerprint of a dense model that the protocol trains: everything that can change its weights."""
+    made_by = [torch.__version__, distributed.choose_device().type, distributed.world_size()]
+    made_by += ["plain"] if plain() else []
+    return fingerprint({**dense_facts(protocol, world), "made by": made_by})
+
+
+def dense_facts(protocol: Protocol, world: World) -> dict[str, Any]:
+    """What a dense model is that the protocol trains, whatever the machine, the versions and the ranks."""
     values = protocol.model_dump(mode="json", include={"model", "threads", "dense"})
     values["dense"] = {key: value for key, value in values["dense"].items() if key not in ("source", "shipped")}
-    values["made by"] = [torch.__version__, distributed.choose_device().type, distributed.world_size()]
-    values["made by"] += ["plain"] if plain() else []
     values |= _model(protocol) | _captions(world)
-    return fingerprint({**values, "data": world.sha256, "numerics": NUMERICS})
+    return {**values, "data": world.sha256, "numerics": NUMERICS}
 
 
 def _model(protocol: Protocol) -> dict[str, Any]:
@@ -65,12 +70,28 @@ def recipe_path(recipe: str) -> Path:
     return cache_root() / "dense" / f"{recipe}.safetensors"
 
 
-def training_fingerprint(protocol: Protocol, world: World, dense_identity: str, unequal: str | None) -> str:
+def training_fingerprint(
+    protocol: Protocol,
+    world: World,
+    dense_identity: str,
+    unequal: str | None,
+    mixed_ranks: Sequence[Sequence[int]] = (),
+) -> str:
     """Fingerprint of all that can change the weights, except strategy and seeds.
 
     These are protocol, data, dense model, number of ranks and `NUMERICS`. `unequal` says why the strategy's shape does
-    not compare, if so: such runs get a table of their own.
+    not compare, if so: such runs get a table of their own. So do those whose sessions had several numbers of ranks:
+    `mixed_ranks` are these, each with its ep_size.
     """
+    values = training_facts(protocol, world, dense_identity, unequal)
+    if mixed_ranks:
+        values["moe"] = {key: value for key, value in values["moe"].items() if key != "ep_size"}
+        values["world_size"] = [list(pair) for pair in mixed_ranks]
+    return fingerprint(values)
+
+
+def training_facts(protocol: Protocol, world: World, dense_identity: str, unequal: str | None = None) -> dict[str, Any]:
+    """What `training_fingerprint` is made of."""
     values = protocol.model_dump(mode="json", include={"model", "threads", "dense", "moe", "train"})
     values["train"] = {key: value for key, value in values["train"].items() if key not in _WITHOUT_EFFECT}
     values |= _model(protocol) | {"data": world.sha256, "checkpoint": dense_identity}
@@ -78,7 +99,7 @@ def training_fingerprint(protocol: Protocol, world: World, dense_identity: str, 
     values |= _captions(world)
     if unequal:
         values["unequal"] = unequal
-    return fingerprint({**values, "numerics": NUMERICS})
+    return {**values, "numerics": NUMERICS}
 
 
 def _captions(world: World) -> dict[str, str]:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from upcycle_bench import record
 from upcycle_bench.planning.estimate import estimate, estimate_seconds
+from upcycle_bench.planning.identity import trained_on
 from upcycle_bench.planning.plan import Plan, dense_source, run_id
 from upcycle_bench.planning.registry import Registry
 from upcycle_bench.util import distributed
@@ -95,6 +96,7 @@ def describes(made: record.Record, cell: Cell) -> bool:
     """Whether a record belongs to this cell: strategy, protocol, fingerprints and seeds; of a failed run too."""
     protocol = made.protocol
     plan = cell.plan.as_built(protocol.unequal)  # what the model costs is known only when it is built
+    plan = trained_on(plan, made.sessions or ())
     return (
         made.strategy.label == plan.label
         and (protocol.name, protocol.division) == (plan.protocol.name, plan.division)

@@ -10,10 +10,6 @@ damaged, the training is not found and runs again; this is not an error.
 
 from __future__ import annotations
 
-import contextlib
-import os
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -24,8 +20,8 @@ from upcycle_bench.model.clip import Clip
 from upcycle_bench.planning.fingerprint import fingerprint
 from upcycle_bench.record import Part, PhaseCost, PhaseName, Timestamp
 from upcycle_bench.training.job import Progress
-from upcycle_bench.util import distributed, environment
-from upcycle_bench.util.cache import cache_root, locked
+from upcycle_bench.util import environment
+from upcycle_bench.util.cache import cache_root
 from upcycle_bench.util.errors import UserError
 from upcycle_bench.util.files import file_sha256, write_atomically
 from upcycle_bench.util.plain import plain
@@ -82,29 +78,3 @@ def look_up(key: str) -> tuple[Trained, Clip] | None:
         return facts, weights.load(path)
     except (OSError, ValueError, UserError):  # missing; not readable; of another version
         return None
-
-
-@contextlib.contextmanager
-def work_folder(key: str, resumable: bool, fresh: bool = False) -> Iterator[Path]:
-    """The folder for checkpoints and metrics during a training; deleted afterwards.
-
-    After an interruption it stays if it holds a checkpoint. A process locks it: a second process with the same training
-    (`lab` and `lab-dev` have the same) waits, then finds the training finished. Without checkpoints (not `resumable`),
-    each process has a folder of its own. `fresh` deletes what an interrupted training left.
-    """
-    path = cache_root() / "runs" / key
-    if not resumable:
-        path = path.with_name(f"{path.name}-{distributed.from_main(os.getpid())}")
-    with locked(path) if distributed.is_main() else contextlib.nullcontext():
-        if fresh and distributed.is_main():
-            shutil.rmtree(path, ignore_errors=True)
-        distributed.barrier()
-        path.mkdir(parents=True, exist_ok=True)
-        try:
-            yield path
-        except BaseException:
-            if not (path / "checkpoints" / "latest").is_file() and distributed.is_main():
-                shutil.rmtree(path, ignore_errors=True)
-            raise
-        if distributed.is_main():
-            shutil.rmtree(path, ignore_errors=True)

@@ -1,13 +1,19 @@
-"""What a training is asked to do (`Job`), and how far it is (`Progress`)."""
+"""What a training is asked to do (`Job`), how far it is (`Progress`), and who made which of its steps (`Session`)."""
 
 from __future__ import annotations
 
+import socket
 from dataclasses import dataclass, field
+from datetime import datetime, timezone
 from pathlib import Path
 
+import torch
+
+from upcycle_bench.model import backends
 from upcycle_bench.protocol import Schedule
 from upcycle_bench.training.trackers import Trackers
-from upcycle_bench.util import distributed
+from upcycle_bench.util import distributed, environment
+from upcycle_bench.util.plain import plain
 
 SHARE_STEPS = 50  # a record gives each term's share of the loss over this many first steps
 
@@ -18,7 +24,7 @@ class Job:
 
     `purpose` and `seed` name the random streams: with equal seeds, upcycling does not repeat the dense model's batches.
     `metrics`: the file for lines of metrics; `trackers` get them, too. `checkpoints`: the folder of checkpoints,
-    written every `checkpoint_every` steps (0: never).
+    written every `checkpoint_every` steps (0: only where the training is stopped).
     """
 
     purpose: str = "upcycling"
@@ -47,6 +53,51 @@ class Job:
 
 
 @dataclass
+class Session:
+    """One process group's share of a training: when, where, on which ranks, and the steps `first_step` to `last_step`.
+
+    `versions` are those of the packages, and what else rounds otherwise: a forced backend, fast paths that are off.
+    """
+
+    started: str
+    hosts: list[str]
+    world_size: int
+    ep_size: int
+    device: str
+    versions: dict[str, str]
+    first_step: int = 0
+    last_step: int = 0
+
+    @classmethod
+    def here(cls, ep_size: int, device: torch.device, step: int) -> Session:
+        """A session that begins now, after `step` steps. Every rank must call it."""
+        found = {name: environment.installed_version(name) for name in environment.PACKAGES}
+        versions = {name: version for name, version in found.items() if version is not None}
+        versions |= {"experts": forced} if (forced := backends.forced()) else {}
+        versions |= {"fast paths": "off"} if plain() else {}
+        return cls(
+            started=datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
+            hosts=sorted(set(distributed.from_all(socket.gethostname()))),
+            world_size=distributed.world_size(),
+            ep_size=ep_size,
+            device=environment.device_name(device.type),
+            versions=versions,
+            first_step=step,
+            last_step=step,
+        )
+
+    def differences(self, before: Session) -> list[str]:
+        """What may change bits and was another in the session `before`: "ranks 1 (before: 2)"."""
+        new, old = self._facts(), before._facts()
+        names = [name for name in {**new, **old} if new.get(name) != old.get(name)]
+        return [f"{name} {new.get(name, 'none')} (before: {old.get(name, 'none')})" for name in names]
+
+    def _facts(self) -> dict[str, str]:
+        shape = {"ranks": str(self.world_size), "ep_size": str(self.ep_size)}
+        return {**shape, "device": self.device, **self.versions}
+
+
+@dataclass
 class Progress:
     """What a training has done so far, in all its sessions; every checkpoint holds it.
 
@@ -65,6 +116,7 @@ class Progress:
     share_steps: int = 0
     loss_shares: dict[str, float] = field(default_factory=dict)  # each term's shares, summed over `share_steps`
     loss_notes: dict[str, float] = field(default_factory=dict)  # of the strategy's own loss
+    sessions: list[Session] = field(default_factory=list)
 
     @property
     def mean_loss_shares(self) -> dict[str, float]:

@@ -7,8 +7,9 @@ own term (Eq. 13). AdamW starts without state; the learning rate warms up, then 
 clamped.
 
 A strategy may divide the training into stages, each with an engine, an optimiser and an extra loss of its own. With
-`checkpoint_every`, an interrupted training continues from its last checkpoint, bit for bit. A checkpoint after step s
-has the form of the stage that made step s; the next stage starts from it.
+`job.checkpoints`, an interrupted training continues from its last checkpoint; where ranks and machine are the same,
+bit for bit.
+A checkpoint after step s has the form of the stage that made step s; the next stage starts from it.
 """
 
 from __future__ import annotations
@@ -34,10 +35,11 @@ from upcycle_bench.protocol import learning_rate
 from upcycle_bench.strategy import ExtraLoss
 from upcycle_bench.training.allocator import return_freed_memory
 from upcycle_bench.training.bookkeeping import Bookkeeping
-from upcycle_bench.training.checkpoint import MetricsFile, last_checkpoint, resume, save
-from upcycle_bench.training.job import Job, Progress
+from upcycle_bench.training.checkpoint import Checkpoints, MetricsFile
+from upcycle_bench.training.job import Job, Progress, Session
 from upcycle_bench.training.router_log import watch
 from upcycle_bench.training.step import Features, clamp_logit_scale, compute_losses, patch_dropout_stream
+from upcycle_bench.training.stopping import Stopped, asked_to_stop, at_steps
 from upcycle_bench.util import distributed
 from upcycle_bench.util.errors import PluginError
 from upcycle_bench.util.progress import OnStep
@@ -62,7 +64,9 @@ def train(
     `on_step` is called after each step with the number of steps done and the last metrics.
 
     Raises PluginError unless the stages ascend between 0 and `job.stop_step`, DivergedError for a loss that is not
-    finite, and UserError where a process that loads batches was lost. The last checkpoint stays, if there is one.
+    finite, and UserError where a process that loads batches was lost, or checkpoints cannot be read or written. The
+    last checkpoints stay. Where the process is asked to stop (`training.stopping`) and `job.checkpoints` names a
+    folder, a last checkpoint is written at the end of a step, and Stopped is raised on every rank.
     """
     model = clip.model.train()
     device = next(model.parameters()).device
@@ -72,9 +76,13 @@ def train(
         raise PluginError(f"stages {list(stages)} must ascend and begin after step 0 and before {job.stop_step}")
     # PyTorch deprecates the gather that open_clip uses, but no other has a gradient on both gloo and nccl.
     warnings.filterwarnings("ignore", message="torch.distributed.nn.functional.all_gather is deprecated")
-    done = last_checkpoint(job)
+    checkpoints = Checkpoints(job)
+    done = checkpoints.step
     log = MetricsFile(job.metrics if distributed.is_main() else None, done)
-    with attention_kernel(device, longest_sequence(model)), log, lost_workers():
+    stopping, ranks = (
+        (at_steps(), distributed.cpu_group("stopping")) if job.checkpoints else (contextlib.nullcontext(), None)
+    )
+    with stopping, attention_kernel(device, longest_sequence(model)), log, checkpoints, lost_workers():
         books = Bookkeeping(job, layers, log)
         for first, stop in itertools.pairwise([0, *stages, job.stop_step]):
             if first > 0:
@@ -83,7 +91,8 @@ def train(
                 continue
             with _stage(model, job, layers, make_loss) as (engine, extra):
                 if first == 0 or first < done:
-                    books.begin(resume(engine, extra, job))
+                    books.begin(checkpoints.restore(engine, extra))
+                    _begin_session(books.progress, layers, device)
                 books.progress.loss_notes = extra.notes() if extra else {}
                 start = books.progress.step
                 workers = _loader_processes(device)
@@ -106,12 +115,32 @@ def train(
                     if logged:
                         books.write_metrics(losses, rate, scale, seen)
                     on_step(books.progress.step, books.progress.last)
-                    if job.checkpoint_due(step + 1):
+                    stop_by = asked_to_stop(ranks) if job.checkpoints else None
+                    if job.checkpoint_due(step + 1) or stop_by:
                         books.collect()
-                        save(engine, extra, job, books.progress)
+                        books.progress.sessions[-1].last_step = step + 1
+                        checkpoints.save(engine, extra, books.progress)
                         return_freed_memory()
+                    if stop_by:
+                        checkpoints.finish()
+                        raise Stopped(stop_by, step + 1)
                 books.collect()  # now, since the next stage's loss may have other terms
+    books.progress.sessions[-1].last_step = books.progress.step
     return books.progress
+
+
+def _begin_session(progress: Progress, layers: Mapping[str, MoEFFN], device: torch.device) -> None:
+    """Add this process group to the sessions, and say where the training goes on, and what is not as it was before."""
+    ep_size = next((layer.settings.ep_size for layer in layers.values()), 1)
+    session = Session.here(ep_size, device, progress.step)
+    if progress.sessions and distributed.is_main():
+        print(f"an interrupted training goes on from step {progress.step}", file=sys.stderr)
+        if different := session.differences(progress.sessions[-1]):
+            print(
+                f"since then {', '.join(different)}: bits of the weights may differ from an uninterrupted run's",
+                file=sys.stderr,
+            )
+    progress.sessions.append(session)
 
 
 @contextlib.contextmanager

@@ -12,7 +12,6 @@ environment, and a .jsonl with the lines of metrics.
 from __future__ import annotations
 
 import contextlib
-import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -29,14 +28,17 @@ from upcycle_bench.model import backends
 from upcycle_bench.model.clip import Clip, create_clip
 from upcycle_bench.model.pretrained import Pretrained
 from upcycle_bench.model.state_dict import UNSAVED, require_finite
-from upcycle_bench.planning.fingerprint import dense_recipe, recipe_path
+from upcycle_bench.planning.fingerprint import dense_facts, dense_recipe, recipe_path
+from upcycle_bench.planning.identity import dense_command
 from upcycle_bench.protocol import Protocol
 from upcycle_bench.training import session
 from upcycle_bench.training.job import Job
 from upcycle_bench.training.loop import train
+from upcycle_bench.training.same_view import require_same_view
 from upcycle_bench.training.trackers import Tracked, Trackers
+from upcycle_bench.training.work_folder import say_others, work_folder
 from upcycle_bench.util import distributed, strict_json
-from upcycle_bench.util.cache import cache_root, locked
+from upcycle_bench.util.cache import locked
 from upcycle_bench.util.files import atomic, file_sha256, write_atomically
 from upcycle_bench.util.meter import Meter
 from upcycle_bench.util.progress import Reporter
@@ -84,6 +86,7 @@ def pretrain_once(protocol: Protocol, world: World, reporter: Reporter, track: S
     Every rank must call it. If two processes want the same model, the second one waits and then finds the first one's.
     """
     with session.open_session(protocol.threads) as device:
+        require_same_view(world)
         path = recipe_path(dense_recipe(protocol, world))
         with locked(path) if distributed.is_main() else contextlib.nullcontext():
             # The metrics are written last, so that with them all files are there.
@@ -104,20 +107,33 @@ def pretrain(
     """Train the dense model to the upcycling point and write it to `path`, atomically.
 
     Must run inside `session.open_session`, on every rank. Returns the content of the .json on rank 0, {} on others.
-    With `train.checkpoint_every`, an interrupted training continues at the next call.
+    An interrupted training continues at the next call, also on other ranks and with other versions.
     """
+    facts, command = dense_facts(protocol, world), dense_command(protocol, world)
+    say_others(facts, command)
+    with work_folder(facts, command) as work:
+        return _pretrain(protocol, world, path, device, reporter, track, work)
+
+
+def _pretrain(
+    protocol: Protocol,
+    world: World,
+    path: Path,
+    device: torch.device,
+    reporter: Reporter,
+    track: Sequence[str],
+    work: Path,
+) -> dict[str, Any]:
     schedule = protocol.dense.schedule
-    recipe = dense_recipe(protocol, world)
-    work = cache_root() / "runs" / f"dense-{recipe}"
     clip = create_clip(protocol.model, patch_dropout=schedule.patch_dropout, seed=protocol.dense.seed)
     clip.model.to(device)
     stop = round(protocol.dense.stop_fraction * schedule.steps)
     tracked = Tracked(
         name=f"dense {protocol.dense.seed}",
-        id=recipe,
+        id=work.name,
         group=protocol.name,
-        folder=path.parent / "tracking" / recipe,
-        config={"protocol": protocol.name, "model": protocol.model, "seed": protocol.dense.seed, "recipe": recipe},
+        folder=path.parent / "tracking" / work.name,
+        config={"protocol": protocol.name, "model": protocol.model, "seed": protocol.dense.seed, "id": work.name},
     )
     trackers = Trackers(track, tracked) if distributed.is_main() else Trackers()
     job = Job(
@@ -141,7 +157,7 @@ def pretrain(
         _write(path, {key: value.cpu().contiguous() for key, value in clip.model.state_dict().items()})
         facts = {
             "protocol": protocol.name,
-            "recipe": recipe,
+            "recipe": dense_recipe(protocol, world),
             "dense": protocol.dense.model_dump(mode="json"),
             "model": protocol.model,
             "threads": protocol.threads,
@@ -150,6 +166,7 @@ def pretrain(
             "last metrics": progress.last,
             "cost": asdict(phase),
             "samples": progress.step * schedule.batch_size,
+            "sessions": [asdict(session) for session in progress.sessions],
             "environment": backends.machine(device),
             "created": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
             "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
@@ -157,8 +174,6 @@ def pretrain(
         write_atomically(path.with_suffix(".json"), (strict_json.dumps(facts, indent=2) + "\n").encode())
         write_atomically(path.with_suffix(".jsonl"), (work / "metrics.jsonl").read_bytes())
     distributed.barrier()
-    if distributed.is_main():
-        shutil.rmtree(work, ignore_errors=True)
     return facts
 
 

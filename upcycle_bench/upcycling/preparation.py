@@ -15,8 +15,10 @@ from __future__ import annotations
 
 import copy
 import gc
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pydantic.dataclasses
@@ -34,6 +36,7 @@ from upcycle_bench.protocol import Protocol
 from upcycle_bench.strategy import Groups, RouterInit, Strategy
 from upcycle_bench.training.job import Job
 from upcycle_bench.training.loop import train
+from upcycle_bench.upcycling import branches
 from upcycle_bench.util import distributed
 from upcycle_bench.util.errors import UserError
 from upcycle_bench.util.flops import counted_flops
@@ -47,8 +50,9 @@ class TrainingWorkshop:
     """A `strategy.Workshop` that trains by the project's own loop. Must be used inside a session, on every rank.
 
     dense, data: the dense CLIP and the training pairs; groups: the group of each pair, or None where only shards are
-    known; label: the strategy's name, for messages and progress. Spent so far, over all ranks, to count FLOPs too:
-    flops; steps, the optimiser's; samples, trained on or encoded.
+    known; label: the strategy's name, for messages and progress; work: a folder for what an interrupted preparation
+    goes on from, if any. Spent so far, over all ranks, to count FLOPs too: flops; steps, the optimiser's; samples,
+    trained on or encoded. earlier_seconds: of trainings, in earlier sessions.
     """
 
     def __init__(
@@ -60,8 +64,10 @@ class TrainingWorkshop:
         groups: list[str] | None = None,
         reporter: Reporter | None = None,
         label: str = "",
+        work: Path | None = None,
     ) -> None:
-        self.rng, self.flops, self.steps, self.samples = rng, 0, 0, 0
+        self.rng, self.flops, self.steps, self.samples, self.earlier_seconds = rng, 0, 0, 0, 0.0
+        self._work, self._trained = work, 0
         self.experts, self.batch_size = protocol.moe.experts, protocol.train.schedule.batch_size
         self._clip, self._data, self._protocol = dense, data, protocol
         self._groups, self._reporter, self._label = groups, reporter or Reporter(), label
@@ -156,10 +162,21 @@ class TrainingWorkshop:
         """Train `model` in place by the protocol's loop, optimiser and schedule, one step for each row of samples.
 
         `trainable` chooses parameters by name, `lr_factor` multiplies the protocol's peak learning rate. Afterwards
-        every parameter requires a gradient again, and none has one.
+        every parameter requires a gradient again, and none has one. With a folder `work`, an interrupted training goes
+        on when it is asked for again, and the weights of a finished one are taken from there.
         """
+        place = self._work and self._work / f"{self._trained:03d}"
+        self._trained += 1
+        if place and (found := branches.finished(place, model)):
+            self.flops, self.steps = self.flops + found.flops, self.steps + found.steps
+            self.samples, self.earlier_seconds = self.samples + found.samples, self.earlier_seconds + found.seconds
+            return
+        rows_SB = branches.rows(place, rows_SB) if place else rows_SB
         with self._reporter.bar(f"preparing {self._label}: {name}", len(rows_SB)) as bar:
-            self.flops += self._fit(model, rows_SB, name, trainable, lr_factor, label_smoothing, bar)
+            flops, seconds = self._fit(model, rows_SB, name, trainable, lr_factor, label_smoothing, bar, place)
+            self.flops += flops
+        if place:
+            branches.finish(place, model, branches.Branch(flops, len(rows_SB), rows_SB.numel(), seconds))
 
     def _fit(
         self,
@@ -170,8 +187,12 @@ class TrainingWorkshop:
         lr_factor: float,
         label_smoothing: float,
         on_step: OnStep,
-    ) -> int:
-        """Train; returns the FLOPs of all steps over all ranks, by those of the few steps that are counted."""
+        place: Path | None = None,
+    ) -> tuple[int, float]:
+        """Train, with checkpoints in `place`; returns FLOPs and seconds of all steps and sessions.
+
+        FLOPs are over all ranks, by those of the few steps that are counted.
+        """
         settings, was_training = self._protocol.train, model.training
         for key, parameter in model.named_parameters():
             parameter.requires_grad_(trainable(key))
@@ -184,8 +205,12 @@ class TrainingWorkshop:
             label_smoothing=label_smoothing,
             zero_stage=settings.zero_stage,
             log_every=settings.log_every,
+            checkpoints=place and place / "checkpoints",
+            checkpoint_every=settings.checkpoint_every if place else 0,
         )
+        began = time.perf_counter()
         progress = train(replace(self._clip, model=model), PickedBatches(self._data, rows_SB), job, on_step=on_step)
+        self.earlier_seconds += max(0.0, progress.seconds - (time.perf_counter() - began))
         for parameter in model.parameters():
             parameter.requires_grad_(True)
             parameter.grad = None
@@ -193,7 +218,7 @@ class TrainingWorkshop:
         gc.collect()  # the engine and its optimiser refer to each other, and hold the states' memory
         self.steps += len(rows_SB)
         self.samples += rows_SB.numel()
-        return progress.total_flops()
+        return progress.total_flops(), progress.seconds
 
     def _training_flops(self) -> int:
         """FLOPs of one training step of the upcycled model, if all experts are copies and none is over capacity.
@@ -217,7 +242,7 @@ class TrainingWorkshop:
 
     def _step_flops(self, model: Any, trainable: Callable[[str], bool]) -> int:
         """FLOPs of one training step. The step is made to count them, and charged like all others."""
-        flops = self._fit(model, self._probe()[None], "probe", trainable, 1.0, 0.0, lambda done, metrics: None)
+        flops, _ = self._fit(model, self._probe()[None], "probe", trainable, 1.0, 0.0, lambda done, metrics: None)
         self.flops += flops
         return flops
 

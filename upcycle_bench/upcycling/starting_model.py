@@ -1,16 +1,18 @@
 """The model that a run starts to train, with the step-0 receipt: what the strategy made of the dense CLIP.
 
 start = Start(protocol, world, dense, data)
-model, receipt = initialise(strategy, start, init_seed, meter, reporter)        # receipt: on rank 0
+model, receipt = initialise(strategy, start, init_seed, meter, reporter, work)  # receipt: on rank 0
 batches = diagnosed(dense, data, device)                    # the pairs that receipts and diagnostics look at
 """
 
 from __future__ import annotations
 
 import copy
+import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +28,7 @@ from upcycle_bench.model.surgery import put_experts
 from upcycle_bench.protocol import MoE, Protocol
 from upcycle_bench.strategy import Preparation, Strategy, resolve_moe
 from upcycle_bench.upcycling.initialise import CalibrationSource, make_dense, make_experts
+from upcycle_bench.upcycling.kept_experts import Made, keep, look_up, on_cpu
 from upcycle_bench.upcycling.preparation import TrainingWorkshop
 from upcycle_bench.util import distributed
 from upcycle_bench.util.meter import Meter
@@ -34,6 +37,7 @@ from upcycle_bench.util.rng import Stream
 
 DIAGNOSED_PAIRS = 256
 CALIBRATION_BATCH = 256
+BEFORE = ("prepare", "calibrate", "upcycle")  # phases
 
 
 @dataclass(frozen=True)
@@ -47,17 +51,46 @@ class Start:
 
 
 def initialise(
-    strategy: Strategy, start: Start, init_seed: int, meter: Meter, reporter: Reporter
+    strategy: Strategy, start: Start, init_seed: int, meter: Meter, reporter: Reporter, work: Path | None = None
 ) -> tuple[Clip, dict[str, Any] | None]:
     """Prepare or calibrate, make experts and routers, put them in; with the step-0 receipt (on rank 0).
 
     All ranks prepare, because preparation is training. Rank 0 does the rest and sends the result to the others, so that
-    weights do not depend on the number of ranks.
+    weights do not depend on the number of ranks. What was prepared or calibrated for is kept in the folder `work`,
+    and taken from there by an interrupted run that goes on.
     """
     moe, dense = resolve_moe(strategy, start.protocol.moe), start.dense
     if not strategy.replaces_ffn:
         return _initialise_dense(strategy, start, moe, init_seed, meter)
-    preparation = _prepare(strategy, start, init_seed, meter, reporter)
+    place = work / "experts" if work and (strategy.calibration_pairs or _prepares(strategy)) else None
+    kept = look_up(place, dense.model, moe) if place and distributed.is_main() else None
+    if distributed.from_main(kept is not None):
+        base, inits, receipt = dense.model, {}, None
+        if kept is not None:
+            base, inits, receipt = kept.base, dict(kept.inits), kept.receipt
+            meter.phases |= kept.phases
+        if _prepares(strategy) and distributed.world_size() > 1:
+            base = base if kept is not None else copy.deepcopy(base)
+            distributed.send_from_main(base)
+    else:
+        base, inits, receipt = _make(strategy, start, moe, init_seed, meter, reporter, work)
+        if place and distributed.is_main():
+            phases = {name: meter.phases[name] for name in BEFORE if name in meter.phases}
+            keep(place, Made(base, inits, receipt or {}, phases), dense.model, moe)
+        if work and _prepares(strategy) and distributed.is_main():
+            shutil.rmtree(work / "preparation", ignore_errors=True)
+    if distributed.world_size() > 1:  # by way of the CPU: a tensor would arrive on rank 0's device
+        inits = distributed.from_main({name: on_cpu(init) for name, init in inits.items()})
+    model = put_experts(base, inits, moe)
+    return replace(dense, model=model.to(meter.device)), receipt
+
+
+def _make(
+    strategy: Strategy, start: Start, moe: MoE, init_seed: int, meter: Meter, reporter: Reporter, work: Path | None
+) -> tuple[Any, dict[str, LayerInit], dict[str, Any] | None]:
+    """The model that the experts go into, on every rank; on rank 0 the experts and the receipt, too."""
+    dense = start.dense
+    preparation = _prepare(strategy, start, init_seed, meter, reporter, work)
     base, branches = (preparation.model, preparation.branches) if preparation else (dense.model, None)
     inits: dict[str, LayerInit] = {}
     receipt = None
@@ -71,29 +104,27 @@ def initialise(
             receipt["preparation"] = {name: float(value) for name, value in preparation.notes.items()}
         for name, init in inits.items():
             receipt["layers"][name] |= dict(init.notes)
-    if distributed.world_size() > 1:  # by way of the CPU: a tensor would arrive on rank 0's device
-        inits = distributed.from_main({name: _on_cpu(init) for name, init in inits.items()})
-    model = put_experts(base, inits, moe)
-    return replace(dense, model=model.to(meter.device)), receipt
+    return base, inits, receipt
 
 
-def _on_cpu(init: LayerInit) -> LayerInit:
-    return replace(init, experts=[expert.cpu() for expert in init.experts], router_ED=init.router_ED.cpu())
+def _prepares(strategy: Strategy) -> bool:
+    return type(strategy).prepare is not Strategy.prepare
 
 
-def _prepare(strategy: Strategy, start: Start, init_seed: int, meter: Meter, reporter: Reporter) -> Preparation | None:
-    """What the strategy trains before the experts are made, as the phase `prepare`; None for most strategies.
-
-    It is not kept: a run that is interrupted prepares again when it goes on.
-    """
-    if type(strategy).prepare is Strategy.prepare:
+def _prepare(
+    strategy: Strategy, start: Start, init_seed: int, meter: Meter, reporter: Reporter, work: Path | None
+) -> Preparation | None:
+    """What the strategy trains before the experts are made, as the phase `prepare`; None for most strategies."""
+    if not _prepares(strategy):
         return None
     with meter.phase("prepare") as phase:
         groups, name = training_groups(start.world), strategy.info.name
         rng = Stream(("strategy", name, init_seed)).child("preparation")
-        workshop = TrainingWorkshop(start.dense, start.data, start.protocol, rng, groups, reporter, name)
+        folder = work / "preparation" if work else None
+        workshop = TrainingWorkshop(start.dense, start.data, start.protocol, rng, groups, reporter, name, folder)
         preparation = strategy.prepare(workshop)
         phase.flops, phase.samples, phase.steps = workshop.flops, workshop.samples, workshop.steps
+    phase.seconds += workshop.earlier_seconds
     return preparation
 
 

@@ -103,3 +103,28 @@ def check_world(batch_size: int, ep_size: int) -> None:
             f"moe.ep_size={ep_size} needs a multiple of {ep_size} processes, there are {world}: start it with "
             f"torchrun --nproc_per_node {ep_size} -m upcycle_bench run ..."
         )
+
+
+_cpu_groups: dict[str, tuple[Any, Any]] = {}  # by purpose: the whole group at that time, and the one of its own
+
+
+def cpu_group(purpose: str) -> Any:
+    """A group of all ranks that talks by CPU, for this purpose alone: a thread may use it beside the training.
+
+    Every rank must call it. None for a single process.
+    """
+    if not dist.is_initialized() or world_size() == 1:
+        return None
+    whole = dist.group.WORLD
+    if purpose not in _cpu_groups or _cpu_groups[purpose][0] is not whole:
+        _cpu_groups[purpose] = (whole, dist.new_group(backend="gloo"))
+    return _cpu_groups[purpose][1]
+
+
+def from_all(value: Any, group: Any = None) -> list[Any]:
+    """The values (any picklable objects) of all ranks, on every rank."""
+    if not dist.is_initialized() or world_size() == 1:
+        return [value]
+    values = [None] * world_size()
+    dist.all_gather_object(values, value, group=group)
+    return values

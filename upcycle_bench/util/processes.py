@@ -2,9 +2,9 @@
 
     sizes = results(write, [(path, images), ...], processes=4)     # in the order of the work
 
-Ctrl-C, and a cluster's SIGTERM, go to a whole process group. The workers block both signals, and the parent kills the
-workers. So no worker writes into a folder that the parent is deleting. A worker that dies otherwise (out of memory) is
-an error. A worker whose parent was killed ends after its piece of work.
+Ctrl-C, and a cluster's SIGTERM or SIGUSR1, go to a whole process group. The workers block these signals, and the parent
+kills the workers. So no worker writes into a folder that the parent is deleting. A worker that dies otherwise (out of
+memory) is an error. A worker whose parent was killed ends after its piece of work.
 
 Each worker has a pipe of its own. `concurrent.futures.ProcessPoolExecutor` has one queue for all workers, which fails
 twice. After a worker was killed while it sent a result, the executor waits for the rest of it for ever. And each worker
@@ -94,7 +94,7 @@ def _workers(call: Callable[..., Any], processes: int) -> Iterator[list[Connecti
     started = []
     pipes: list[Connection] = []
     # A process that is started now inherits the mask. The parent gets the signals as soon as it lifts the mask.
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1})
     try:
         try:
             for _ in range(processes):
