@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from upcycle_bench.data import packed_index, places, shard_cache, shard_index
+from upcycle_bench.data import packed_index, places, shard_index
 from upcycle_bench.data.index import Index
 from upcycle_bench.data.packed_index import Packed
 from upcycle_bench.data.pair_index import require_pairs
@@ -134,7 +134,6 @@ def _stamps(sources: Sources, before: Packed | None, option: str, refresh: bool)
         stamps = places.stamps(sources.shards, option)
         for number, place in enumerate(sources.shards):
             if places.is_pipe(place):  # its output alone would tell
-                shard_cache.forget(place)
                 stamps[number] = Stamp(0, time.time_ns())
         return stamps
     local = [number for number, place in enumerate(sources.shards) if places.is_local(place)]

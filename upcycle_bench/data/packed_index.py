@@ -98,7 +98,7 @@ def read(sources: Sources) -> Packed | None:
         rows = _rows_path(path, facts["version"])
         if rows.stat().st_size != facts["starts"][-1] * ROW.itemsize:
             return None
-    except (FileNotFoundError, ValueError, KeyError):
+    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError):
         return None
     empty = facts["starts"][-1] == 0  # which cannot be mapped
     mapped = np.zeros(0, ROW) if empty else np.memmap(rows, ROW, mode="r")

@@ -80,6 +80,13 @@ def size(place: str) -> int:
     return stamp(place).size
 
 
+def forget(place: str) -> None:
+    """Delete the copy of a shard that is no file, if there is one: it may be of an older content."""
+    if not is_local(place):
+        shard_cache.copy_of(place).unlink(missing_ok=True)
+        _file.cache_clear()
+
+
 def stamp(place: str) -> Stamp:
     """The stamp of a shard, which is not read; a command has none. FileNotFoundError for a file that is not there."""
     if is_local(place):

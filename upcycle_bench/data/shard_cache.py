@@ -72,11 +72,6 @@ def copied(place: str) -> Path:
     return path
 
 
-def forget(place: str) -> None:
-    """Delete the copy of a shard, if there is one."""
-    copy_of(place).unlink(missing_ok=True)
-
-
 def file_system(address: str) -> tuple[Any, str]:
     """fsspec's file system of an address, and the path in it; UserError where its package is missing.
 

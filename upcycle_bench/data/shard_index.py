@@ -19,7 +19,7 @@ import numpy as np
 
 from upcycle_bench.data.index import BLOCK, ROW
 from upcycle_bench.data.pair_index import RULES, ShardPairs, find_pairs, in_order
-from upcycle_bench.data.places import Stamp, absolute
+from upcycle_bench.data.places import Stamp, absolute, forget
 from upcycle_bench.util import strict_json
 from upcycle_bench.util.cache import cache_root
 from upcycle_bench.util.errors import UserError
@@ -52,6 +52,7 @@ def build(place: str, stamp: Stamp, option: str = "") -> int:
     path = path_of(place, stamp)
     if (there := read(place, stamp)) is not None:
         return len(there[1])
+    forget(place)
     found = find_pairs(place, option)
     rows = rows_of(found)
     facts = Facts(digest(found), in_order(found.left_out), dict(found.suffixes), found.fault, found.why)
@@ -73,7 +74,7 @@ def read(place: str, stamp: Stamp) -> tuple[Facts, np.ndarray] | None:
     """The facts and rows of a shard; None where they are not there, of other rules, or damaged."""
     try:
         content = path_of(place, stamp).read_bytes()
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     if len(content) < HEADER.size:
         return None
