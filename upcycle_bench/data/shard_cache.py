@@ -29,7 +29,6 @@ T = TypeVar("T")
 PIPE = "pipe:"
 LIMIT = "50GB"
 PAUSES = (1.0, 2.0, 4.0)  # seconds between two tries
-PIECE = 16 << 20
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
@@ -110,19 +109,22 @@ def patiently(place: str, call: Callable[[], T]) -> T:
 
 
 def _fetch(place: str, path: Path) -> None:
-    with atomic(path) as part, part.open("wb") as file:
-        if not place.startswith(PIPE):
+    with atomic(path) as part:
+        if place.startswith(PIPE):
+            _run(place.removeprefix(PIPE), part)
+        else:
             fs, name = file_system(place)
-            with fs.open(name, "rb", block_size=PIECE, cache_type="readahead") as remote:
-                shutil.copyfileobj(remote, file, PIECE)
-            return
-        command = place.removeprefix(PIPE)
-        # With bash, what fails before a | fails the whole.
-        shell = ["bash", "-o", "pipefail", "-c"] if shutil.which("bash") else ["sh", "-c"]
+            fs.get_file(name, str(part))
+
+
+def _run(command: str, output: Path) -> None:
+    # With bash, what fails before a | fails the whole.
+    shell = ["bash", "-o", "pipefail", "-c"] if shutil.which("bash") else ["sh", "-c"]
+    with output.open("wb") as file:
         done = subprocess.run([*shell, command], stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.PIPE)
-        if done.returncode:
-            said = " ".join(done.stderr.decode(errors="replace").split())[-200:]
-            raise RuntimeError(f"the command ended with {done.returncode}: {said or 'it said nothing'}")
+    if done.returncode:
+        said = " ".join(done.stderr.decode(errors="replace").split())[-200:]
+        raise RuntimeError(f"the command ended with {done.returncode}: {said or 'it said nothing'}")
 
 
 def _make_room(newest: Path, most: int) -> None:
