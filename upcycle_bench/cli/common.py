@@ -36,7 +36,9 @@ Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Override the protocol, moe.experts=4: open division."),
 ]
-Data = Annotated[str | None, typer.Option(help="Training shards (clip-*): a folder, or train/{000..127}.tar.")]
+Data = Annotated[
+    str | None, typer.Option(help="Training shards (clip-*): a folder, train/{000..127}.tar, A::B, s3://...")
+]
 Checkpoint = Annotated[
     str | None, typer.Option(metavar="FILE|FOLDER|TAG", help="The dense weights (clip-*): also hf-hub:ORG/NAME.")
 ]

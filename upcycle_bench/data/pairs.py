@@ -25,8 +25,10 @@ from torch import Tensor
 
 from upcycle_bench.data.decoded import Decoded, decoded
 from upcycle_bench.data.loading import load
-from upcycle_bench.data.pair_index import Counts, PairIndex, count_pairs, index_pairs
+from upcycle_bench.data.open_index import open_index
+from upcycle_bench.data.pair_index import Counts, PairIndex, index_pairs
 from upcycle_bench.data.shards import open_image, shards_digest
+from upcycle_bench.data.sources import Sources
 from upcycle_bench.data.world import World
 from upcycle_bench.model.clip import Clip
 from upcycle_bench.protocol import Captions
@@ -74,7 +76,7 @@ class PairDataset(BatchSource):
 
     def __init__(
         self,
-        shards: Sequence[Path],
+        shards: Sequence[Path | str],
         clip: Clip,
         augmentation: str = "none",
         *,
@@ -101,6 +103,7 @@ class PairDataset(BatchSource):
     def index(self) -> PairIndex:
         """The places of all images, and all captions; read from the shards where it is first needed."""
         if self._index is None:
+            open_index(Sources.of(self.shards), self.source[1])  # judges the shards
             self._index = index_pairs(self.shards, *self.source)
         return self._index
 
@@ -112,7 +115,8 @@ class PairDataset(BatchSource):
     @property
     def counts(self) -> Counts:
         """How many pairs there are, and how many samples are left out, by kind."""
-        return count_pairs(self.shards, *self.source, self._index)
+        index = open_index(Sources.of(self.shards), self.source[1])
+        return Counts(len(index), dict(index.left_out))
 
     def say_left_out(self) -> None:
         """Say on rank 0's stderr how many samples are left out, if any are."""
