@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from upcycle_bench import record
+from upcycle_bench.data.batches import Loading
 from upcycle_bench.planning.matrix import Cell, describes, finished_before, read_records
 from upcycle_bench.planning.plan import check_input, check_strategy, dense_source
 from upcycle_bench.run import run
@@ -59,10 +60,12 @@ def run_all(
     fresh: bool,
     shared: Sequence[str],
     show: Show = lambda cells, done: None,
+    loading: Loading | None = None,
 ) -> list[Outcome]:
     """Run the cells that have no record (with `fresh`: all); returns outcomes in the order of `cells`.
 
-    `shared`: the command-line options with which other processes plan the same runs. Rank 0 calls `show` before
+    `shared`: the command-line options with which other processes plan the same runs; `loading`: how batches are read in
+    this one. Rank 0 calls `show` before
     anything runs; only its outcomes have records. Raises UserError, before anything runs, for bad input.
     """
     plan = cells[0].plan
@@ -72,7 +75,7 @@ def run_all(
     with session.open_session(plan.protocol.threads) as device:
         assert plan.world is not None
         # The dense model is trained here, once; else each process would train it.
-        dense_digest = load_dense(plan.protocol, plan.world, dense_source(plan), device, reporter)[1]
+        dense_digest = load_dense(plan.protocol, plan.world, dense_source(plan), device, reporter, loading)[1]
         # Rank 0 decides for all ranks: they may see different folders, and must skip the same cells.
         view = finished_before(cells, results, dense_digest) if distributed.is_main() and not fresh else None
         done = distributed.from_main(view or [None] * len(cells))
@@ -80,7 +83,7 @@ def run_all(
         if distributed.is_main():
             show(cells, done)
         if jobs == 1:
-            made = run_here(todo, results, reporter, fresh)
+            made = run_here(todo, results, reporter, fresh, loading)
     if jobs > 1:
         made = run_apart(todo, results, reporter, jobs, shared, environment)
     new = {(outcome.cell.strategy, outcome.cell.seed): outcome for outcome in made}
@@ -92,7 +95,9 @@ def run_all(
     ]
 
 
-def run_here(todo: Sequence[Cell], results: Path, reporter: Reporter, fresh: bool) -> list[Outcome]:
+def run_here(
+    todo: Sequence[Cell], results: Path, reporter: Reporter, fresh: bool, loading: Loading | None = None
+) -> list[Outcome]:
     """Run the cells one after the other in this process; every rank must call it."""
     outcomes = []
     for number, cell in enumerate(todo, start=1):
@@ -106,7 +111,7 @@ def run_here(todo: Sequence[Cell], results: Path, reporter: Reporter, fresh: boo
             outcomes.append(Outcome(cell=cell, reason=str(error)))
             continue
         try:
-            run(cell.plan, results, reporter, fresh=fresh)
+            run(cell.plan, results, reporter, fresh=fresh, loading=loading)
             reason = None
         except Exception as error:
             if distributed.world_size() > 1:

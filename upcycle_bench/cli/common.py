@@ -35,7 +35,9 @@ Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Override the protocol, moe.experts=4: open division."),
 ]
-Data = Annotated[str | None, typer.Option(help="Training shards (clip-*): a folder, or train/{000..127}.tar.")]
+Data = Annotated[
+    str | None, typer.Option(help="Training shards (clip-*): a folder, train/{000..127}.tar, or synthetic.")
+]
 Checkpoint = Annotated[
     str | None, typer.Option(metavar="FILE|FOLDER|TAG", help="The dense weights (clip-*): also hf-hub:ORG/NAME.")
 ]
@@ -46,6 +48,10 @@ PixelSettings = Annotated[
 Interpolate = Annotated[
     bool, typer.Option("--interpolate-positions", help="Resize position embeddings of another size; recorded.")
 ]
+Workers = Annotated[
+    int | None, typer.Option(min=0, help="Processes on each rank that load batches; 4 for a GPU, 0 for a CPU.")
+]
+Prefetch = Annotated[int, typer.Option(min=1, help="Batches that they load ahead.")]
 EvalData = Annotated[Path | None, typer.Option(help="Folder with the evaluation sets (clip-*).")]
 Suites = Annotated[
     str | None,

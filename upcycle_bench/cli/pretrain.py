@@ -11,6 +11,8 @@ import typer
 from upcycle_bench.cli.common import (
     Data,
     Json,
+    Prefetch,
+    Workers,
     check_output,
     interruptible,
     is_main,
@@ -28,12 +30,15 @@ def pretrain(
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override the protocol, dense.seed=1.")
     ] = None,
     data: Data = None,
+    workers: Workers = None,
+    prefetch: Prefetch = 2,
     output: Annotated[
         Path | None, typer.Option(metavar="FILE.safetensors", help="Write it there too, in half precision.")
     ] = None,
     as_json: Json = False,
 ) -> None:
     """Train the dense model of a protocol by its recipe, into the cache."""
+    from upcycle_bench.data.batches import Loading
     from upcycle_bench.planning.plan import Paths, find_world
     from upcycle_bench.protocol import load_protocol
     from upcycle_bench.training.pretrain import export, pretrain_once
@@ -47,7 +52,8 @@ def pretrain(
     check_world(settings.dense.schedule.batch_size, ep_size=1)
     reporter = terminal_reporter()
     with interruptible(resumption(settings)):
-        path, trained = pretrain_once(settings, find_world(settings, Paths(data=data), reporter), reporter)
+        world = find_world(settings, Paths(data=data), reporter)
+        path, trained = pretrain_once(settings, world, reporter, Loading(workers, prefetch))
     if is_main():
         half = export(path, output) if output else None
         show_dense(path, trained, output, half, as_json)

@@ -19,9 +19,11 @@ from upcycle_bench.cli.common import (
     Options,
     Overrides,
     PixelSettings,
+    Prefetch,
     ProtocolName,
     Strategies,
     Suites,
+    Workers,
     interruptible,
     is_main,
     make_plans,
@@ -61,11 +63,14 @@ def run(
     interpolate: Interpolate = False,
     eval_data: EvalData = None,
     suite: Suites = None,
+    workers: Workers = None,
+    prefetch: Prefetch = 2,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would run and what it costs.")] = False,
     as_json: Json = False,
 ) -> None:
     """Upcycle, train, score and record strategies under one protocol: one run, or what is missing of many."""
     with uncollected():
+        from upcycle_bench.data.batches import Loading
         from upcycle_bench.planning import matrix
 
     pairs = matrix.seed_pairs(seed, seeds, init_seed, train_seed)
@@ -83,8 +88,9 @@ def run(
         return
     if is_main():
         show_skipped(plans[0].skipped, stderr=True)  # before a training of days
+    how = {"fresh": fresh, "loading": Loading(workers, prefetch)}
     if len(cells) == 1:
-        _run_one(cells[0].plan, results, reporter, fresh, as_json)
+        _run_one(cells[0].plan, results, reporter, how, as_json)
     else:
         shared = _written_out(
             {
@@ -97,9 +103,11 @@ def run(
                 "--pixels": pixels,
                 "--eval-data": eval_data,
                 "--suite": suite,
+                "--workers": None if workers is None else str(workers),
+                "--prefetch": prefetch,
             }
         ) + (["--interpolate-positions"] if interpolate else [])
-        _run_matrix(cells, results, reporter, jobs, fresh, shared, as_json)
+        _run_matrix(cells, results, reporter, jobs, how, shared, as_json)
 
 
 def _written_out(given: Mapping[str, object]) -> list[str]:
@@ -109,26 +117,26 @@ def _written_out(given: Mapping[str, object]) -> list[str]:
 
 
 def _run_matrix(
-    cells: list[Cell], results: Path, reporter: Reporter, jobs: int, fresh: bool, shared: list[str], as_json: bool
+    cells: list[Cell], results: Path, reporter: Reporter, jobs: int, how: Any, shared: list[str], as_json: bool
 ) -> None:
     from upcycle_bench import run_many
 
-    shared += ["--fresh"] if fresh else []
-    again = "the same command without --fresh" if fresh else "the same command"
+    shared += ["--fresh"] if how["fresh"] else []
+    again = "the same command without --fresh" if how["fresh"] else "the same command"
     with interruptible(f"{again} goes on with what is missing"):
-        outcomes = run_many.run_all(cells, results, reporter, jobs=jobs, fresh=fresh, shared=shared, show=show_matrix)
+        outcomes = run_many.run_all(cells, results, reporter, jobs=jobs, shared=shared, show=show_matrix, **how)
     if is_main():
         show_outcomes(outcomes, as_json)
     if any(outcome.reason for outcome in outcomes):
         raise typer.Exit(1)
 
 
-def _run_one(plan: Plan, results: Path, reporter: Reporter, fresh: bool, as_json: bool) -> None:
+def _run_one(plan: Plan, results: Path, reporter: Reporter, how: Any, as_json: bool) -> None:
     from upcycle_bench import record
     from upcycle_bench.run import run as execute
 
     with interruptible(resumption(plan.protocol)):
-        path = execute(plan, results, reporter, fresh=fresh)
+        path = execute(plan, results, reporter, **how)
     if path is None:  # this is not rank 0
         return
     if as_json:

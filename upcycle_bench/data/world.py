@@ -19,13 +19,14 @@ from upcycle_bench.util.errors import UserError
 from upcycle_bench.util.files import files_sha256
 
 MANIFEST = "manifest.json"
+SYNTHETIC = "synthetic"  # for --data: random pairs, made in memory; also their identity
 
 
 @dataclass(frozen=True)
 class World:
     """Training shards and evaluation sets. `sha256` is that of the manifest, and so stands for all content.
 
-    captions: what a .txt of the training shards is. The world `local` is the user's own data.
+    captions: what a .txt of the training shards is. The world `local` is the user's own data, `synthetic` random pairs.
     """
 
     name: str

@@ -16,7 +16,7 @@ from pydantic import ValidationError
 
 from upcycle_bench.assets import CHECKPOINTS
 from upcycle_bench.data.shards import expand_shards, shards_digest
-from upcycle_bench.data.world import World
+from upcycle_bench.data.world import SYNTHETIC, World
 from upcycle_bench.data.worlds import load_world
 from upcycle_bench.model.config import describe
 from upcycle_bench.model.pixels import agreed
@@ -85,8 +85,8 @@ class Plan:
 
     @property
     def division(self) -> Literal["closed", "open"]:
-        """Runs compare if they are closed; an override opens a run, and so does a shape of another cost."""
-        return "open" if self.unequal else self.protocol.division
+        """Runs compare if they are closed; an override, another cost or random data open a run."""
+        return "open" if self.unequal or (self.world and self.world.name == SYNTHETIC) else self.protocol.division
 
     def as_built(self, unequal: str | None) -> Plan:
         """The plan of a run whose model turned out to compare, or not: `unequal` is what was measured on it."""
@@ -192,6 +192,8 @@ def find_world(protocol: Protocol, paths: Paths, reporter: Reporter | None = Non
     """
     if protocol.data.world == "local":
         assert paths.data is not None
+        if paths.data == SYNTHETIC:
+            return World(SYNTHETIC, (), paths.eval_data or Path(), SYNTHETIC, protocol.data.captions_of_shards)
         shards = expand_shards(paths.data)
         return World(
             "local", shards, paths.eval_data or Path(), shards_digest(shards), protocol.data.captions_of_shards

@@ -22,7 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from upcycle_bench.data.pairs import training_pairs
+from upcycle_bench.data.batches import Loading
+from upcycle_bench.data.training_pairs import training_pairs
 from upcycle_bench.data.world import World
 from upcycle_bench.model import backends
 from upcycle_bench.model.clip import Clip, create_clip
@@ -46,7 +47,12 @@ SIGMOID = (
 
 
 def load_dense(
-    protocol: Protocol, world: World, source: Pretrained, device: torch.device, reporter: Reporter
+    protocol: Protocol,
+    world: World,
+    source: Pretrained,
+    device: torch.device,
+    reporter: Reporter,
+    loading: Loading | None = None,
 ) -> tuple[Clip, str]:
     """The dense model of the weights at `source`, on `device`, and their identity; every rank must call it.
 
@@ -57,7 +63,7 @@ def load_dense(
     if protocol.dense.source == "pretrain":
         with locked(path) if distributed.is_main() else contextlib.nullcontext():
             if not distributed.from_main(path.is_file()):
-                pretrain(protocol, world, path, device, reporter)
+                pretrain(protocol, world, path, device, reporter, loading)
     digest = distributed.from_main(source.identity() if distributed.is_main() else "")
     # Rank 0 reads the file and sends the weights: other machines may not have it.
     patch_dropout = protocol.train.schedule.patch_dropout
@@ -74,7 +80,9 @@ def load_dense(
     return clip, digest
 
 
-def pretrain_once(protocol: Protocol, world: World, reporter: Reporter) -> tuple[Path, bool]:
+def pretrain_once(
+    protocol: Protocol, world: World, reporter: Reporter, loading: Loading | None = None
+) -> tuple[Path, bool]:
     """Train the protocol's dense model unless the cache has it; returns its path, and whether it was trained now.
 
     Every rank must call it. If two processes want the same model, the second one waits and then finds the first one's.
@@ -85,11 +93,18 @@ def pretrain_once(protocol: Protocol, world: World, reporter: Reporter) -> tuple
             # The metrics are written last, so that with them all files are there.
             there = distributed.from_main(path.is_file() and path.with_suffix(".jsonl").is_file())
             if not there:
-                pretrain(protocol, world, path, device, reporter)
+                pretrain(protocol, world, path, device, reporter, loading)
     return path, not there
 
 
-def pretrain(protocol: Protocol, world: World, path: Path, device: torch.device, reporter: Reporter) -> dict[str, Any]:
+def pretrain(
+    protocol: Protocol,
+    world: World,
+    path: Path,
+    device: torch.device,
+    reporter: Reporter,
+    loading: Loading | None = None,
+) -> dict[str, Any]:
     """Train the dense model to the upcycling point and write it to `path`, atomically.
 
     Must run inside `session.open_session`, on every rank. Returns the content of the .json on rank 0, {} on others.
@@ -114,7 +129,9 @@ def pretrain(protocol: Protocol, world: World, path: Path, device: torch.device,
     )
     meter = Meter(device)
     with meter.phase("train") as phase, reporter.bar("dense model", stop) as bar:
-        progress = train(clip, training_pairs(world, clip, schedule.augmentation), job, on_step=bar)
+        progress = train(
+            clip, training_pairs(world, clip, schedule.augmentation, protocol.data, loading), job, on_step=bar
+        )
     phase.seconds, phase.flops = progress.seconds, progress.total_flops()
     facts: dict[str, Any] = {}
     if distributed.is_main():
