@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from upcycle_bench.data.pairs import Batch
+from upcycle_bench.data.batches import Batch
 from upcycle_bench.model.clip import Clip, create_clip
 from upcycle_bench.model.ffn import FFN, Layer, LayerInit
 from upcycle_bench.model.moe import MoEFFN

@@ -19,7 +19,8 @@ from pydantic.dataclasses import dataclass
 from tests.conftest import QUICK
 from tests.helpers import heed_interrupts
 from upcycle_bench import record
-from upcycle_bench.data.pairs import Batch, PairDataset
+from upcycle_bench.data.batches import Batch
+from upcycle_bench.data.pairs import PairDataset
 from upcycle_bench.data.worlds import load_world
 from upcycle_bench.evaluation import certificate
 from upcycle_bench.evaluation.score import score
@@ -402,15 +403,15 @@ def test_upcycling_does_not_replay_the_dense_models_batches(
 ) -> None:
     """With one seed for both trainings the first batch of each is another one."""
     first: list[torch.Tensor] = []
-    batch = PairDataset.batch
+    part = PairDataset.part
 
     def record_first(self: PairDataset, seed: Any, step: int, *more: Any) -> Batch:
-        made = batch(self, seed, step, *more)
+        made = part(self, seed, step, *more)
         if step == 0:
             first.append(made.index)
         return made
 
-    monkeypatch.setattr(PairDataset, "batch", record_first)
+    monkeypatch.setattr(PairDataset, "part", record_first)
     run(plan("dense", [*quick, "dense.seed=57"], train_seed=57), tmp_path, Reporter())
     assert len(first) == 2  # the dense model's, then that of the training under test
     assert not torch.equal(*first)

@@ -79,6 +79,18 @@ class Data(Frozen):
     captions: Captions | None = Field(
         default=None, description="of local data: a .txt is one text (the default), or has one caption a line"
     )
+    window: int = Field(
+        default=1 << 20, ge=1, description="pairs that are shuffled together; of more, shards and blocks are shuffled"
+    )
+    order: Literal["permutation", "replacement"] = Field(
+        default="permutation", description="an epoch has every pair once, or draws as many shards as there are"
+    )
+    weights: tuple[float, ...] = Field(
+        default=(), description="the shares of the pairs that come from each source of --data A::B; with replacement"
+    )
+    bad_samples: float = Field(
+        default=0.01, ge=0, le=1, description="the share of bad samples above which a training ends"
+    )
 
     @property
     def captions_of_shards(self) -> Captions:
@@ -91,10 +103,22 @@ class Data(Frozen):
             raise ValueError(f"captions goes with the world local; {self.world} has its own")
         return self
 
+    @model_validator(mode="after")
+    def _weights_are_drawn(self) -> Data:
+        if self.weights and self.order != "replacement":
+            raise ValueError('weights needs order = "replacement"')
+        if any(weight <= 0 for weight in self.weights):
+            raise ValueError("weights must be above 0; leave a source out of --data instead")
+        return self
+
     @model_serializer(mode="wrap")
-    def _without_none(self, usual: Any) -> dict[str, Any]:
-        """Older records and fingerprints have no `captions`."""
-        return {key: value for key, value in usual(self).items() if value is not None}
+    def _without_defaults(self, usual: Any) -> dict[str, Any]:
+        """Older records and fingerprints have only the world and its seed."""
+        fields = type(self).model_fields
+        return {key: value for key, value in usual(self).items() if getattr(self, key) != fields[key].default}
+
+
+_DATA = [f"data.{name}" for name in Data.model_fields]  # a file need not have those with a default
 
 
 class MoE(Frozen):
@@ -182,7 +206,7 @@ class Protocol(Frozen):
 
     @model_validator(mode="after")
     def _sources_exist(self) -> Protocol:
-        keys = flatten(self.model_dump(mode="json", exclude={"sources", "overrides"}))
+        keys = flatten(self.model_dump(mode="json", exclude={"sources", "overrides"})) | dict.fromkeys(_DATA)
         missing = [key for key in self.sources if key not in keys]
         if missing:
             raise ValueError(f"sources names keys that do not exist: {', '.join(missing)}")
@@ -207,7 +231,7 @@ def load_protocol(path: Path, overrides: list[str] | None = None) -> Protocol:
     """
     tree = _read_tree(path)
     tree["name"] = path.stem
-    known = flatten(tree)
+    known = flatten(tree) | dict.fromkeys(_DATA)
     seen: set[str] = set()
     for override in overrides or []:
         key, equals, text = override.partition("=")

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from upcycle_bench.data.pairs import training_pairs
+from upcycle_bench.data.training_pairs import training_pairs
 from upcycle_bench.planning.plan import Plan, check_ready, check_strategy, dense_source
 from upcycle_bench.training import session
 from upcycle_bench.training.pretrain import load_dense
@@ -41,7 +41,7 @@ def receipts(plans: Sequence[Plan], reporter: Reporter) -> list[Receipt]:
         protocol, world = plans[0].protocol, plans[0].world
         assert world is not None
         dense, _ = load_dense(protocol, world, dense_source(plans[0]), device, reporter)
-        data = training_pairs(world, dense, protocol.train.schedule.augmentation)
+        data = training_pairs(world, dense, protocol.train.schedule.augmentation, protocol.data)
         start = Start(protocol, world, dense, data)
         for plan in plans:
             meter = Meter(device)

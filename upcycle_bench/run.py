@@ -11,7 +11,9 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from upcycle_bench.data.pairs import PairDataset, training_pairs
+from upcycle_bench.data.batches import Loading
+from upcycle_bench.data.pairs import PairDataset
+from upcycle_bench.data.training_pairs import training_pairs
 from upcycle_bench.evaluation.score import headlines_of, score, scores_of
 from upcycle_bench.model import weights
 from upcycle_bench.model.clip import Clip
@@ -43,14 +45,20 @@ from upcycle_bench.util.rng import Stream
 
 
 def run(
-    plan: Plan, results: Path, reporter: Reporter, *, fresh: bool = False, track: Sequence[str] = ()
+    plan: Plan,
+    results: Path,
+    reporter: Reporter,
+    *,
+    fresh: bool = False,
+    track: Sequence[str] = (),
+    loading: Loading | None = None,
 ) -> Path | None:
     """Make the record; returns its path on rank 0, None on others. Every rank must call it.
 
-    `fresh`: train even if the cache holds the finished training. `track`: names of trackers. Raises UserError for bad
-    input, and where the same command left a training that cannot go on, before anything is written. A later error is
-    written as a failed record, then raised again. Stopped (`training.stopping`) leaves no record: the same command goes
-    on.
+    `fresh`: train even if the cache holds the finished training. `track`: names of trackers. `loading`: how batches are
+    read. Raises UserError for bad input, and where the same command left a training that cannot go on, before anything
+    is written. A later error is written as a failed record, then raised again. Stopped (`training.stopping`) leaves no
+    record: the same command goes on.
     """
     check_input(plan, results)
     check_strategy(plan)
@@ -63,9 +71,9 @@ def run(
         plan = plan if fresh else as_begun(plan, folder_of(facts))
         state = RunState(plan, Meter(device))
         with last_word(lambda error: say_failure(state, error, results)):
-            dense, state.dense = load_dense(protocol, world, dense_source(plan), device, reporter)
+            dense, state.dense = load_dense(protocol, world, dense_source(plan), device, reporter, loading)
             state.start = dense
-            data = training_pairs(world, dense, protocol.train.schedule.augmentation)
+            data = training_pairs(world, dense, protocol.train.schedule.augmentation, protocol.data, loading)
             key = finished.key_of(run_id(plan, state.dense), device)
             with (
                 work_folder(facts, command, fresh, {"dense": plan.dense_identity}) as work,
@@ -199,13 +207,15 @@ def whole_model(plan: Plan, model: Clip, path: Path) -> Clip:
 def diagnostics(state: RunState, dense: Clip, data: PairDataset) -> dict[str, Any]:
     """The receipt's numbers for the final model, each term's mean share of the first losses, the own loss's notes.
 
-    Of a user's own data also how many pairs there are, and how many samples are left out, by kind.
+    Of a user's own data also how many pairs there are, and how many samples are left out or were bad, by kind.
     """
     assert state.final is not None
     found = diagnose(state.final.model, dense.model, diagnosed(dense, data, state.meter.device))
+    progress = state.progress
     if state.plan.world is not None and state.plan.world.option:
         found["training_samples"] = asdict(data.counts)
-    progress = state.progress
+        if progress is not None and progress.bad_samples:
+            found["training_samples"] |= {"bad": progress.bad_samples, "first_bad": progress.first_bad}
     if progress is not None and progress.share_steps:
         found["loss_shares_at_start"] = {"steps": progress.share_steps, **progress.mean_loss_shares}
     if progress is not None and progress.loss_notes:

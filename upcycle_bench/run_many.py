@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from upcycle_bench import record
+from upcycle_bench.data.batches import Loading
 from upcycle_bench.planning.matrix import Cell, describes, finished_before, read_records
 from upcycle_bench.planning.plan import check_input, check_strategy, dense_source
 from upcycle_bench.run import run
@@ -61,10 +62,12 @@ def run_all(
     shared: Sequence[str],
     track: Sequence[str] = (),
     show: Show = lambda cells, done: None,
+    loading: Loading | None = None,
 ) -> list[Outcome]:
     """Run the cells that have no record (with `fresh`: all); returns outcomes in the order of `cells`.
 
-    `shared`: the command-line options with which other processes plan the same runs. Rank 0 calls `show` before
+    `shared`: the command-line options with which other processes plan the same runs; `loading`: how batches are read in
+    this one. Rank 0 calls `show` before
     anything runs; only its outcomes have records. Raises UserError, before anything runs, for bad input.
     """
     plan = cells[0].plan
@@ -74,7 +77,7 @@ def run_all(
     with session.open_session(plan.protocol.threads) as device:
         assert plan.world is not None
         # The dense model is trained here, once; else each process would train it.
-        dense_digest = load_dense(plan.protocol, plan.world, dense_source(plan), device, reporter)[1]
+        dense_digest = load_dense(plan.protocol, plan.world, dense_source(plan), device, reporter, loading)[1]
         # Rank 0 decides for all ranks: they may see different folders, and must skip the same cells.
         view = finished_before(cells, results, dense_digest) if distributed.is_main() and not fresh else None
         done = distributed.from_main(view or [None] * len(cells))
@@ -82,7 +85,7 @@ def run_all(
         if distributed.is_main():
             show(cells, done)
         if jobs == 1:
-            made = run_here(todo, results, reporter, fresh, track)
+            made = run_here(todo, results, reporter, fresh, track, loading)
     if jobs > 1:
         made = run_apart(todo, results, reporter, jobs, shared, environment)
     new = {(outcome.cell.strategy, outcome.cell.seed): outcome for outcome in made}
@@ -95,7 +98,12 @@ def run_all(
 
 
 def run_here(
-    todo: Sequence[Cell], results: Path, reporter: Reporter, fresh: bool, track: Sequence[str] = ()
+    todo: Sequence[Cell],
+    results: Path,
+    reporter: Reporter,
+    fresh: bool,
+    track: Sequence[str] = (),
+    loading: Loading | None = None,
 ) -> list[Outcome]:
     """Run the cells one after the other in this process; every rank must call it."""
     outcomes = []
@@ -110,7 +118,7 @@ def run_here(
             outcomes.append(Outcome(cell=cell, reason=str(error)))
             continue
         try:
-            run(cell.plan, results, reporter, fresh=fresh, track=track)
+            run(cell.plan, results, reporter, fresh=fresh, track=track, loading=loading)
             reason = None
         except Exception as error:
             if distributed.world_size() > 1:

@@ -12,32 +12,31 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 import torch
 
+from upcycle_bench.data.batches import Batch, BatchSource
+
 STEPS = 16
 
 
-class MadeUpPairs:
+class MadeUpPairs(BatchSource):
     """Stands in for a PairDataset: random pixels, captions of three to eight tokens."""
 
     def __init__(self, context: int) -> None:
         self.context, self.generator = context, torch.Generator().manual_seed(0)
 
-    def batches(self, seed: Any, start: int, stop: int, size: int, *_: int, **__: int) -> Iterator[Any]:
-        """Batches of the steps [start, stop)."""
-        from upcycle_bench.data.pairs import Batch
-
-        for _step in range(start, stop):
-            images = torch.randint(256, (size, 3, 32, 32), dtype=torch.uint8, generator=self.generator)
-            length = torch.randint(3, 9, (size, 1), generator=self.generator)
-            place = torch.arange(self.context)
-            texts = torch.randint(1, 49406, (size, self.context), generator=self.generator)
-            texts = torch.where(place == length - 1, 49407, torch.where(place < length, texts, 0))
-            yield Batch(images, texts, torch.arange(size))
+    def part(self, seed: int | str, step: int, batch_size: int, first: int, last: int) -> Batch:
+        """As many pairs as there are places in [first, last), others at every call."""
+        size = last - first
+        images = torch.randint(256, (size, 3, 32, 32), dtype=torch.uint8, generator=self.generator)
+        length = torch.randint(3, 9, (size, 1), generator=self.generator)
+        place = torch.arange(self.context)
+        texts = torch.randint(1, 49406, (size, self.context), generator=self.generator)
+        texts = torch.where(place == length - 1, 49407, torch.where(place < length, texts, 0))
+        return Batch(images, texts, torch.arange(size))
 
 
 def child(kind: str, threads: int, batch: int) -> None:

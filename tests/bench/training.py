@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from upcycle_bench.data.pairs import Batch
+from upcycle_bench.data.batches import Batch
 from upcycle_bench.model.clip import Clip, create_clip
 from upcycle_bench.model.deepspeed_import import MoE, deepspeed
 from upcycle_bench.model.ffn import FFN, LayerInit

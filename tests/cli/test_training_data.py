@@ -18,7 +18,6 @@ from upcycle_bench import record
 from upcycle_bench.data import pairs
 from upcycle_bench.data.worlds import load_world
 from upcycle_bench.model.clip import create_clip
-from upcycle_bench.training import loop
 
 MODEL = "smoke-vit"
 
@@ -91,7 +90,7 @@ def test_captions_of_local_data_are_one_text_unless_the_protocol_says_lines(
     monkeypatch: pytest.MonkeyPatch, arguments: dict[str, list[str]], captions: str, number: int
 ) -> None:
     found = []
-    monkeypatch.setattr(pairs.PairDataset, "say_left_out", lambda self: found.append(self.captions[0]))
+    monkeypatch.setattr(pairs.PairDataset, "say_left_out", lambda self: found.append(self.decode(0)[1]))
     more = ["--set", f"data.captions={captions}"] if captions == "lines" else []
     assert call(monkeypatch, *arguments["run"], *more) == 0
     assert call(monkeypatch, *arguments["upcycle"], "--captions", captions) == 0
@@ -193,17 +192,16 @@ def test_a_command_line_that_the_shell_or_the_order_spoilt_is_one_line_with_a_hi
 def test_a_killed_loader_ends_the_run_with_one_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, arguments: dict[str, list[str]]
 ) -> None:
-    batch, here = pairs.PairDataset.batch, os.getpid()
+    part, here = pairs.PairDataset.part, os.getpid()
 
     def killed(self: pairs.PairDataset, seed: int | str, step: int, *more: int) -> pairs.Batch:
         if step == 1 and os.getpid() != here:
             os.kill(os.getpid(), signal.SIGKILL)
-        return batch(self, seed, step, *more)
+        return part(self, seed, step, *more)
 
     monkeypatch.setenv("UPCYCLE_BENCH_CACHE", str(tmp_path / "cache"))  # which has no finished training
-    monkeypatch.setattr(loop, "_loader_processes", lambda device: 2)
-    monkeypatch.setattr(pairs.PairDataset, "batch", killed)
-    assert call(monkeypatch, *arguments["run"]) == 2
+    monkeypatch.setattr(pairs.PairDataset, "part", killed)
+    assert call(monkeypatch, *arguments["run"], "--workers", "2") == 2
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
     assert len(errors) == 1 and "training batches: a process that loads them was lost, perhaps for want" in errors[0]
     (path,) = record.record_paths(tmp_path / "results")

@@ -53,9 +53,9 @@ def test_arrays_are_what_the_shards_hold(shards: list[Path], clip: Clip, monkeyp
     assert found is not None and len(found) == len(slow) == 55
     assert found.images.dtype == np.uint8 and found.tokens.dtype == np.int32
     for sample in range(55):
-        assert np.array_equal(found.images[sample], slow.read(sample))
+        assert np.array_equal(found.images[sample], slow.decode(sample)[0])
         rows = found.tokens[found.first[sample] : found.first[sample + 1]]
-        assert np.array_equal(rows, clip.tokenize(slow.captions[sample]).numpy())
+        assert np.array_equal(rows, clip.tokenize(slow.decode(sample)[1]).numpy())
 
 
 def test_batches_are_the_same_with_several_captions_a_sample(shards: list[Path], clip: Clip):
@@ -109,7 +109,7 @@ def test_a_batch_can_be_written_to_without_harm(shards: list[Path], clip: Clip):
 def test_what_would_be_too_large_is_read_from_the_shards(
     shards: list[Path], clip: Clip, cache: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    size = from_shards(shards, clip).read(0).nbytes * 55
+    size = from_shards(shards, clip).decode(0)[0].nbytes * 55
     monkeypatch.setattr(module, "LIMIT", size - 1)
     pairs = PairDataset(shards, clip)
     assert pairs.decoded is None and len(pairs) == 55 and not cache.exists()
@@ -135,7 +135,7 @@ def test_the_key_follows_the_shards_the_model_and_pillow(
     changed = PairDataset([shard], clip)
     assert len(list(cache.iterdir())) == 2
     pixels = from_shards([shard], clip)
-    assert changed.decoded is not None and np.array_equal(changed.decoded.images[3], pixels.read(3))
+    assert changed.decoded is not None and np.array_equal(changed.decoded.images[3], pixels.decode(3)[0])
     assert decoded("digest", "smoke-vit", lambda: pixels) is not None
     assert decoded("digest", "lab-vit", lambda: pixels) is not None
     assert len(list(cache.iterdir())) == 4
@@ -158,16 +158,16 @@ def test_the_key_follows_the_models_configuration(
 def test_a_worker_killed_while_it_decodes_is_one_line_and_leaves_nothing(
     shards: list[Path], clip: Clip, cache: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    read, here = PairDataset.read, os.getpid()
+    decode, here = PairDataset.decode, os.getpid()
 
-    def killed(self: PairDataset, sample: int) -> np.ndarray:
-        if sample == 30 and os.getpid() != here:
+    def killed(self: PairDataset, number: int) -> tuple[np.ndarray, list[str]]:
+        if number == 30 and os.getpid() != here:
             os.kill(os.getpid(), signal.SIGKILL)
-        return read(self, sample)
+        return decode(self, number)
 
     monkeypatch.setattr(module, "CHUNK", 7)
     monkeypatch.setattr(module, "cores", lambda: 2)
-    monkeypatch.setattr(PairDataset, "read", killed)
+    monkeypatch.setattr(PairDataset, "decode", killed)
     with pytest.raises(UserError, match="decoded images: a process that loads them was lost"):
         PairDataset(shards, clip)
     assert list(cache.iterdir()) == []

@@ -24,6 +24,7 @@ from torchvision.transforms.functional import pil_to_tensor
 from tests.data.test_odd_sets import tar
 from upcycle_bench.cli import app
 from upcycle_bench.data import evalset, evalset_check, evalset_write, images, labelled
+from upcycle_bench.data.bad_samples import Bad
 from upcycle_bench.data.images import BadImage, rgb, without_alpha
 from upcycle_bench.data.pairs import PairDataset
 from upcycle_bench.model.clip import Clip, create_clip
@@ -112,7 +113,7 @@ def evaluation_set(folder: Path, *contents: bytes) -> Path:
 def test_a_refused_image_is_one_line_everywhere(
     tmp_path: Path, clip: Clip, content: bytes, fault: str, why: str
 ) -> None:
-    """Checks, evaluation, probes, calibration, and training with and without crops: it names shard and sample."""
+    """Checks, evaluation, probes and calibration name shard and sample; a training reads another one."""
     folder = evaluation_set(tmp_path / "ab", READ["colours"], content)
     line = f"test/0.tar: 1: its .png {fault}"
     assert evalset_check.check(folder).problems == [f"{line}."]
@@ -123,15 +124,19 @@ def test_a_refused_image_is_one_line_everywhere(
         list(labelled.index(folder, "test").batches(pil_to_tensor, 1))
     assert f"test/0.tar: the image at byte 2560 (1.png) cannot be read ({why}); `upcycle-bench" in str(probed.value)
 
-    path = shard(tmp_path / "train.tar", content, label="txt")
+    path = shard(tmp_path / "train.tar", READ["colours"], content, label="txt")
+    kind = {
+        images.DEEP: "more than 8 bits",
+        images.WIDE: "odd shape",
+        images.HUGE: "too many pixels",
+        images.UNREADABLE: "unreadable image",
+    }[fault]
     for augmentation in ("none", "random-resized-crop"):
         pairs = PairDataset([path], clip, augmentation, keep_decoded=False)
-        with pytest.raises(UserError) as trained:
-            pairs.batch(0, 0, 1)
-        with pytest.raises(UserError) as calibrated:
-            list(pairs.calibration(Stream(("test",)), 1, 1))
-        line = f"{path}: the image at byte 512 (0.png) cannot be read ({why}); remove it."
-        assert [str(trained.value), str(calibrated.value)] == [line, line]
+        batch = pairs.batch(0, 0, 2)
+        assert (batch.index.tolist(), batch.bad) == ([0, 0], (Bad(1, kind, "train.tar", "1"),))
+        with pytest.raises(UserError, match=rf"1 of 2 samples are bad, .* {kind} \(1, the first is train\.tar: 1\)"):
+            list(pairs.calibration(Stream(("test",)), 2, 2))
 
 
 @pytest.mark.parametrize("content", READ.values(), ids=READ)

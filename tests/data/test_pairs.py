@@ -10,6 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
+from upcycle_bench.data.bad_samples import Bad
+from upcycle_bench.data.batches import Loading
 from upcycle_bench.data.labelled import Labelled
 from upcycle_bench.data.pairs import PairDataset, PickedBatches
 from upcycle_bench.data.shards import shards_digest
@@ -45,7 +47,7 @@ def pairs(tmp_path: Path, clip: Clip) -> PairDataset:
     return PairDataset(shards, clip)
 
 
-def test_a_broken_image_is_one_line_in_training_and_in_evaluation(tmp_path: Path, clip: Clip) -> None:
+def test_a_broken_image_is_replaced_in_training_and_one_line_in_evaluation(tmp_path: Path, clip: Clip) -> None:
     """The line names the shard and the place; both read an intact image alike."""
     shard = write_tar(tmp_path / "0.tar", 2)
     with tarfile.open(shard) as tar:
@@ -54,14 +56,15 @@ def test_a_broken_image_is_one_line_in_training_and_in_evaluation(tmp_path: Path
         ]
     content = bytearray(shard.read_bytes())
     content[broken[1] : broken[1] + 8] = b"no image"
-    expected = PairDataset([shard], clip).read(0)
+    expected = PairDataset([shard], clip).decode(0)[0]
     shard.write_bytes(content)
     labelled = Labelled((shard,), np.array([whole, broken]), np.array([0, 0]))
     ((image, _),) = labelled.take(np.array([0])).batches(lambda image: torch.from_numpy(clip.resize(image)), 1)
     assert np.array_equal(image[0].numpy(), expected)
+    batch = PairDataset([shard], clip).batch(0, 0, 2)
+    assert batch.index.tolist() == [0, 0] and np.array_equal(batch.images[1].numpy(), expected)
+    assert batch.bad == (Bad(1, "unreadable image", "0.tar", "00001"),)
     where = rf"0\.tar: the image at byte {broken[1]} \(00001\.png\) cannot be read \(.*\); "
-    with pytest.raises(UserError, match=where + "remove it"):
-        PairDataset([shard], clip).read(1)
     with pytest.raises(UserError, match=where + "`upcycle-bench data check` says"):
         list(labelled.batches(lambda image: torch.zeros(1), 2))
 
@@ -108,7 +111,8 @@ def test_images_and_captions_belong_together(pairs: PairDataset, clip: Clip) -> 
 
 def test_workers_give_the_same_batches(pairs: PairDataset) -> None:
     alone = list(pairs.batches(0, 2, 5, 10))
-    helped = list(pairs.batches(0, 2, 5, 10, workers=2))
+    pairs.loading = Loading(workers=2)
+    helped = list(pairs.batches(0, 2, 5, 10))
     assert len(alone) == 3
     assert all(
         torch.equal(a.images, b.images) and torch.equal(a.texts, b.texts) for a, b in zip(alone, helped, strict=True)

@@ -33,7 +33,7 @@ from tests.moe_helpers import (
     settings_of,
     upcycled,
 )
-from upcycle_bench.data.pairs import Batch
+from upcycle_bench.data.batches import Batch
 from upcycle_bench.model import weights
 from upcycle_bench.model.clip import create_clip
 from upcycle_bench.model.deepspeed_import import TopKGate

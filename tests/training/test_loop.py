@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 
 from tests.helpers import threads
-from upcycle_bench.data.pairs import Batch, PairDataset
+from upcycle_bench.data.batches import Batch
+from upcycle_bench.data.pairs import PairDataset
 from upcycle_bench.model.clip import Clip, create_clip
 from upcycle_bench.model.ffn import FFN
 from upcycle_bench.model.moe import moe_layers
@@ -144,14 +145,14 @@ class _Greedy(ExtraLoss):
 def test_a_strategy_that_draws_more_sees_the_same_batches(pairs: PairDataset, monkeypatch: pytest.MonkeyPatch) -> None:
     """Patch dropout draws from torch's global generator; still batches and weights must stay the same."""
     seen: list[list[torch.Tensor]] = []
-    batch = PairDataset.batch
+    part = PairDataset.part
 
     def record(self: PairDataset, *arguments: Any) -> Batch:
-        made = batch(self, *arguments)
+        made = part(self, *arguments)
         seen[-1].append(torch.cat([made.index, made.texts.flatten()]))
         return made
 
-    monkeypatch.setattr(PairDataset, "batch", record)
+    monkeypatch.setattr(PairDataset, "part", record)
     weights = []
     for make_loss in (lambda layers: None, lambda layers: _Greedy()):
         seen.append([])
@@ -279,8 +280,8 @@ def test_steps_whose_flops_are_counted_are_no_part_of_the_throughput(pairs: Pair
     assert progress.last["samples_per_second"] == pytest.approx(plain)
 
 
-def test_the_seconds_of_earlier_sessions_count() -> None:
-    books = Bookkeeping(job(), {}, MetricsFile(None, 3))
+def test_the_seconds_of_earlier_sessions_count(pairs: PairDataset) -> None:
+    books = Bookkeeping(job(), {}, MetricsFile(None, 3), pairs)
     books.begin(Progress(step=3, seconds=1000.0))
     books.count_step({"contrastive": torch.ones(())})
     assert 1000 < books.progress.seconds < 1060

@@ -37,7 +37,8 @@ Overrides = Annotated[
     typer.Option("--set", metavar="KEY=VALUE", help="Override the protocol, moe.experts=4: open division."),
 ]
 Data = Annotated[
-    str | None, typer.Option(help="Training shards (clip-*): a folder, train/{000..127}.tar, A::B, s3://...")
+    str | None,
+    typer.Option(help="Training shards (clip-*): a folder, train/{000..127}.tar, A::B, s3://..., or synthetic."),
 ]
 Checkpoint = Annotated[
     str | None, typer.Option(metavar="FILE|FOLDER|TAG", help="The dense weights (clip-*): also hf-hub:ORG/NAME.")
@@ -55,6 +56,10 @@ LogEvery = Annotated[
 Track = Annotated[
     str | None, typer.Option(metavar="NAMES", help="Log to a,b of tensorboard, wandb and csv, beside the record.")
 ]
+Workers = Annotated[
+    int | None, typer.Option(min=0, help="Processes on each rank that load batches; 4 for a GPU, 0 for a CPU.")
+]
+Prefetch = Annotated[int, typer.Option(min=1, help="Batches that they load ahead.")]
 EvalData = Annotated[Path | None, typer.Option(help="Folder with the evaluation sets (clip-*).")]
 StopAfter = Annotated[
     str | None,

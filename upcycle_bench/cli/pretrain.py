@@ -13,8 +13,10 @@ from upcycle_bench.cli.common import (
     Data,
     Json,
     LogEvery,
+    Prefetch,
     StopAfter,
     Track,
+    Workers,
     check_output,
     is_main,
     open_registry,
@@ -33,6 +35,8 @@ def pretrain(
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override the protocol, dense.seed=1.")
     ] = None,
     data: Data = None,
+    workers: Workers = None,
+    prefetch: Prefetch = 2,
     output: Annotated[
         Path | None, typer.Option(metavar="FILE.safetensors", help="Write it there too, in half precision.")
     ] = None,
@@ -42,6 +46,7 @@ def pretrain(
     as_json: Json = False,
 ) -> None:
     """Train the dense model of a protocol by its recipe, into the cache."""
+    from upcycle_bench.data.batches import Loading
     from upcycle_bench.planning.plan import Paths, find_world
     from upcycle_bench.protocol import load_protocol
     from upcycle_bench.training.pretrain import export, pretrain_once
@@ -55,7 +60,8 @@ def pretrain(
     check_world(settings.dense.schedule.batch_size, ep_size=1)
     reporter, trackers, until = terminal_reporter(log_every), trackers_named(track), stop_time(stop_after)
     with resumable(GOES_ON, until):
-        path, trained = pretrain_once(settings, find_world(settings, Paths(data=data), reporter), reporter, trackers)
+        world = find_world(settings, Paths(data=data), reporter)
+        path, trained = pretrain_once(settings, world, reporter, trackers, Loading(workers, prefetch))
     if is_main():
         half = export(path, output) if output else None
         show_dense(path, trained, output, half, as_json)

@@ -20,11 +20,13 @@ from upcycle_bench.cli.common import (
     Options,
     Overrides,
     PixelSettings,
+    Prefetch,
     ProtocolName,
     StopAfter,
     Strategies,
     Suites,
     Track,
+    Workers,
     is_main,
     make_plans,
     resumable,
@@ -68,11 +70,14 @@ def run(
     log_every: LogEvery = 1,
     track: Track = None,
     stop_after: StopAfter = None,
+    workers: Workers = None,
+    prefetch: Prefetch = 2,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would run and what it costs.")] = False,
     as_json: Json = False,
 ) -> None:
     """Upcycle, train, score and record strategies under one protocol: one run, or what is missing of many."""
     with uncollected():
+        from upcycle_bench.data.batches import Loading
         from upcycle_bench.planning import matrix
 
     pairs = matrix.seed_pairs(seed, seeds, init_seed, train_seed)
@@ -115,13 +120,16 @@ def run(
             "--suite": suite,
             "--log-every": log_every,
             "--track": track,
+            "--workers": None if workers is None else str(workers),
+            "--prefetch": prefetch,
         }
     ) + (["--interpolate-positions"] if interpolate else [])
+    how = {"fresh": fresh, "track": trackers, "loading": Loading(workers, prefetch)}
     with resumable(f"without --fresh {GOES_ON}" if fresh else GOES_ON, until):
         if len(cells) == 1:
-            _run_one(cells[0].plan, results, reporter, fresh, trackers, as_json)
+            _run_one(cells[0].plan, results, reporter, how, as_json)
         else:
-            _run_matrix(cells, results, reporter, jobs, fresh, shared, trackers, as_json)
+            _run_matrix(cells, results, reporter, jobs, how, shared, as_json)
 
 
 def _written_out(given: Mapping[str, object]) -> list[str]:
@@ -131,32 +139,23 @@ def _written_out(given: Mapping[str, object]) -> list[str]:
 
 
 def _run_matrix(
-    cells: list[Cell],
-    results: Path,
-    reporter: Reporter,
-    jobs: int,
-    fresh: bool,
-    shared: list[str],
-    track: Sequence[str],
-    as_json: bool,
+    cells: list[Cell], results: Path, reporter: Reporter, jobs: int, how: Any, shared: list[str], as_json: bool
 ) -> None:
     from upcycle_bench import run_many
 
-    shared += ["--fresh"] if fresh else []
-    outcomes = run_many.run_all(
-        cells, results, reporter, jobs=jobs, fresh=fresh, shared=shared, track=track, show=show_matrix
-    )
+    shared += ["--fresh"] if how["fresh"] else []
+    outcomes = run_many.run_all(cells, results, reporter, jobs=jobs, shared=shared, show=show_matrix, **how)
     if is_main():
         show_outcomes(outcomes, as_json)
     if any(outcome.reason for outcome in outcomes):
         raise typer.Exit(1)
 
 
-def _run_one(plan: Plan, results: Path, reporter: Reporter, fresh: bool, track: Sequence[str], as_json: bool) -> None:
+def _run_one(plan: Plan, results: Path, reporter: Reporter, how: Any, as_json: bool) -> None:
     from upcycle_bench import record
     from upcycle_bench.run import run as execute
 
-    path = execute(plan, results, reporter, fresh=fresh, track=track)
+    path = execute(plan, results, reporter, **how)
     if path is None:  # this is not rank 0
         return
     if as_json:

@@ -2,7 +2,8 @@
 
     image = image_of(content)                       # BadSample("truncated image"), ...
     texts = captions_of(content, "text")            # BadSample("not UTF-8"), ...
-    require_few({"truncated image": 130}, first, read=10_000, pairs=400_000, bound=0.01, where="--data")
+    tally.add(batch.bad)                            # of what was met in the batch's place
+    require_few(tally.kinds, tally.first, read=10_000, pairs=400_000, bound=0.01, where="--data")
 
 A training reads another pair in the place of a bad one (`upcycle_bench/data/pairs.py` has the rule), and counts it. So
 one truncated image among millions ends no run, and a data set that is broken does.
@@ -11,8 +12,8 @@ one truncated image among millions ends no run, and a data set that is broken do
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 
 from PIL import Image
 
@@ -43,11 +44,11 @@ ENOUGH = 10_000  # samples: of fewer, the share of bad ones says little
 
 
 class BadSample(Exception):
-    """A sample that cannot be used: its kind of `KINDS`, and the name in its shard where that is known."""
+    """A sample that cannot be used: its kind of `KINDS`, more about it, and its name where that is known."""
 
     def __init__(self, kind: str, why: str = "", key: str = "") -> None:
         super().__init__(f"{kind}: {why}" if why else kind)
-        self.kind, self.key = kind, key
+        self.kind, self.why, self.key = kind, why, key
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,20 @@ class Bad:
     def place(self) -> str:
         """Where it stands."""
         return f"{self.shard}: {self.key}" if self.key else self.shard
+
+
+@dataclass(frozen=True)
+class Tally:
+    """How many bad samples of each kind were met, and where the first of each stands; it adds to the two mappings."""
+
+    kinds: dict[str, int] = field(default_factory=dict)
+    first: dict[str, str] = field(default_factory=dict)
+
+    def add(self, bad: Iterable[Bad]) -> None:
+        """Count these."""
+        for each in bad:
+            self.kinds[each.kind] = self.kinds.get(each.kind, 0) + 1
+            self.first.setdefault(each.kind, each.place)
 
 
 def image_of(content: bytes) -> Image.Image:

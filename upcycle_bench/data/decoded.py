@@ -6,15 +6,18 @@
 To decode a PNG and a caption costs more than a small model's training step. The cache keeps the arrays, which processes
 share, under a hash of the shards' content, the model's configuration and the versions of the decoding packages.
 
+A bad sample has a row of zeros, no caption, and a line in `bad.json`; arrays without that file have none.
+
 Shape suffixes: N samples, S captions of all samples.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -24,9 +27,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from upcycle_bench.data.bad_samples import BadSample
 from upcycle_bench.data.loading import load
 from upcycle_bench.model.clip import Clip
 from upcycle_bench.model.config import model_config
+from upcycle_bench.model.towers import image_size
 from upcycle_bench.protocol import Captions
 from upcycle_bench.util import strict_json
 from upcycle_bench.util.cache import build_once, cache_root, locked
@@ -42,29 +47,31 @@ class Readable(Protocol):
 
     clip: Clip
 
-    @property
-    def captions(self) -> list[list[str]]:
-        """The captions of each sample."""
-
     def __len__(self) -> int: ...
 
-    def read(self, sample: int) -> np.ndarray:
-        """The image at the model's resolution, uint8 [3, H, W]."""
+    def decode(self, number: int) -> tuple[np.ndarray, list[str]]:
+        """The image at the model's resolution, uint8 [3, H, W], and its captions; BadSample."""
 
 
 @dataclass(frozen=True)
 class Decoded:
     """All pairs: `images` uint8 [N, 3, H, W], `tokens` int32 [S, L], `first` int64 [N + 1].
 
-    The captions of sample n are the rows first[n] to first[n + 1] of `tokens`.
+    The captions of sample n are the rows first[n] to first[n + 1] of `tokens`. `bad`: of bad samples, the arguments of
+    their `BadSample`.
     """
 
     images: np.ndarray
     tokens: np.ndarray
     first: np.ndarray
+    bad: Mapping[int, tuple[str, str, str]] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.images)
+
+    def pixels(self, index: np.ndarray) -> Tensor:
+        """The images of the samples in `index` [B], uint8 [B, 3, H, W]."""
+        return torch.from_numpy(self.images[index])
 
     def texts(self, index: np.ndarray, choose: Callable[[int, int], int]) -> Tensor:
         """One caption of each sample in `index` [B], int64 [B, L]. Of several, `choose(sample, number)` picks one."""
@@ -96,31 +103,52 @@ def decoded(
         with locked(folder):  # so that two runs side by side do not both decode
             if not folder.is_dir():
                 pairs = make()
-                if pairs.read(0).nbytes * len(pairs) > LIMIT:
+                if math.prod(_shape(pairs)) > LIMIT:
                     return None
                 build_once(folder, partial(_build, pairs=pairs))
     arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("images", "tokens")}
-    return Decoded(**arrays, first=np.load(folder / "first.npy"))
+    listed = folder / "bad.json"
+    bad = strict_json.loads(listed.read_text()) if listed.is_file() else []
+    return Decoded(
+        **arrays, first=np.load(folder / "first.npy"), bad={number: (kind, why, key) for number, kind, why, key in bad}
+    )
+
+
+def _shape(pairs: Readable) -> tuple[int, int, int, int]:
+    return len(pairs), 3, *image_size(pairs.clip.model)
 
 
 def _build(folder: Path, pairs: Readable) -> None:
     folder.mkdir()
-    shape = (len(pairs), *pairs.read(0).shape)
+    shape = _shape(pairs)
     images = np.lib.format.open_memmap(folder / "images.npy", mode="w+", dtype=np.uint8, shape=shape)
     with (folder / "images.npy").open("r+b") as file:  # a full disk is an error here; in the mapped array it would kill
         os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
     starts = range(0, len(pairs), CHUNK)
     workers = cores() if len(pairs) > 4 * CHUNK else 0
 
-    def chunk(start: int) -> np.ndarray:
-        return np.stack([pairs.read(sample) for sample in range(start, min(len(pairs), start + CHUNK))])
+    def chunk(start: int) -> tuple[np.ndarray, list[list[str]], list[tuple[int, str, str, str]]]:
+        pixels = np.zeros((min(CHUNK, len(pairs) - start), *shape[1:]), dtype=np.uint8)
+        captions: list[list[str]] = [[] for _ in pixels]
+        bad = []
+        for row in range(len(pixels)):
+            try:
+                pixels[row], captions[row] = pairs.decode(start + row)
+            except BadSample as error:
+                bad.append((start + row, error.kind, error.why, error.key))
+        return pixels, captions, bad
 
-    for start, part in zip(starts, load(chunk, starts, workers, "decoded images"), strict=True):
-        images[start : start + len(part)] = part
+    captions, bad = [], []
+    for start, (pixels, texts, worse) in zip(starts, load(chunk, starts, workers, "decoded images"), strict=True):
+        images[start : start + len(pixels)] = pixels
+        captions += texts
+        bad += worse
     images.flush()
-    number = {line: row for row, line in enumerate(dict.fromkeys(line for lines in pairs.captions for line in lines))}
+    number = {line: row for row, line in enumerate(dict.fromkeys(line for lines in captions for line in lines))}
     unique = list(number)
     tokens = torch.cat([pairs.clip.tokenize(unique[i : i + CHUNK]) for i in range(0, len(unique), CHUNK)])
-    rows = [number[line] for lines in pairs.captions for line in lines]
+    rows = [number[line] for lines in captions for line in lines]
     np.save(folder / "tokens.npy", tokens.numpy().astype(np.int32)[rows])
-    np.save(folder / "first.npy", np.cumsum([0, *map(len, pairs.captions)]))
+    np.save(folder / "first.npy", np.cumsum([0, *map(len, captions)]))
+    if bad:
+        (folder / "bad.json").write_text(strict_json.dumps(bad))

@@ -26,11 +26,12 @@ T = TypeVar("T")
 DIED = "DataLoader"  # so begin torch's errors about workers
 
 
-def load(make: Callable[[int], T], items: Sequence[int], workers: int, what: str) -> Iterator[T]:
+def load(make: Callable[[int], T], items: Sequence[int], workers: int, what: str, prefetch: int = 2) -> Iterator[T]:
     """`make(item)` for each of `items`, in their order, made ahead by at most `workers` processes; none: made here.
 
-    The workers are forks, so `make` need not be picklable. Raises what `make` raises, and UserError where a worker was
-    killed, or an item took longer than half an hour.
+    Item n is made by worker n modulo `workers`, and each is up to `prefetch` items ahead. The workers are forks, so
+    `make` need not be picklable. Raises what `make` raises, and UserError where a worker was killed, or an item took
+    longer than half an hour.
     """
     workers = min(workers, len(items))
     if not workers:
@@ -41,6 +42,7 @@ def load(make: Callable[[int], T], items: Sequence[int], workers: int, what: str
         batch_size=None,
         sampler=items,
         num_workers=workers,
+        prefetch_factor=prefetch,
         collate_fn=bytes,
         timeout=WAIT,
         multiprocessing_context="fork",

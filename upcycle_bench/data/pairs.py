@@ -3,9 +3,12 @@
     pairs = PairDataset(shards, clip)
     batch = pairs.batch(seed=0, step=7, batch_size=512)
 
-Which samples are pairs, `upcycle_bench/data/pair_index.py` decides. Any sample can be read at any time. So training
-resumes at any step, ranks take slices of one global batch, and no strategy's draws change the order. Small data sets
-without augmentation are decoded once (`upcycle_bench/data/decoded.py`).
+Any pair can be read at any time. So training resumes at any step, ranks take slices of one global batch, and no
+strategy's draws change the order (`upcycle_bench/data/order.py`). Small data sets without augmentation are decoded once
+(`upcycle_bench/data/decoded.py`).
+
+In the place of a bad sample another pair is read: attempt 0, 1, ... draws one at random, from a stream that depends on
+seed, step and the bad pair alone. A pair that the index lists as bad is replaced alike, without being read.
 
 Shape suffixes: S steps.
 """
@@ -13,65 +16,44 @@ Shape suffixes: S steps.
 from __future__ import annotations
 
 import sys
-from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property, lru_cache
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
+from upcycle_bench.data.bad_samples import Bad, BadSample, Tally, captions_of, image_of, require_few
+from upcycle_bench.data.batches import Batch, BatchSource, Loading
+from upcycle_bench.data.blocks import Reader
 from upcycle_bench.data.decoded import Decoded, decoded
-from upcycle_bench.data.loading import load
+from upcycle_bench.data.index import Index
 from upcycle_bench.data.open_index import open_index
-from upcycle_bench.data.pair_index import Counts, PairIndex, index_pairs
-from upcycle_bench.data.shards import open_image, shards_digest
+from upcycle_bench.data.order import Order, distinct
+from upcycle_bench.data.pair_index import Counts
+from upcycle_bench.data.shards import shards_digest
 from upcycle_bench.data.sources import Sources
-from upcycle_bench.data.world import World
 from upcycle_bench.model.clip import Clip
-from upcycle_bench.protocol import Captions
+from upcycle_bench.protocol import Captions, Data
 from upcycle_bench.util import distributed
 from upcycle_bench.util.errors import UserError
 from upcycle_bench.util.rng import Stream
 
-TOKENISED_LIMIT = 1 << 20  # captions whose tokens stay in memory
-
-
-@dataclass(frozen=True)
-class Batch:
-    """images: uint8 [B, 3, H, W]; texts: int64 [B, L]; index: int64 [B], the numbers of the samples."""
-
-    images: Tensor
-    texts: Tensor
-    index: Tensor
-
-
-class BatchSource(ABC):
-    """What a training reads: the batch of each step, of this rank."""
-
-    @abstractmethod
-    def batch(self, seed: int | str, step: int, batch_size: int, rank: int = 0, world: int = 1) -> Batch:
-        """Slice number `rank`, of `world` equal ones, of the global batch of `step`."""
-
-    def batches(
-        self, seed: int | str, start: int, stop: int, batch_size: int, rank: int = 0, world: int = 1, workers: int = 0
-    ) -> Iterator[Batch]:
-        """The batches of the steps [start, stop), read ahead by `workers` processes."""
-
-        def make(step: int) -> Batch:
-            return self.batch(seed, step, batch_size, rank, world)
-
-        return load(make, range(start, stop), workers, "training batches")
+T = TypeVar("T")
+ATTEMPTS = 100  # pairs that are tried for one place, before the whole data set is taken for bad
+USUAL = Data(world="local", seed=0)
 
 
 class PairDataset(BatchSource):
     """All training pairs of some shards. Raises UserError, with `option`, for a bad shard, and where there is no pair.
 
-    `augmentation` is "none" or "random-resized-crop"; `captions`: what a .txt is. `keep_decoded=False` is for pairs
-    that are read once, which are not worth decoding into the cache. `decoded` holds the decoded arrays, or None where
-    the shards are read each time.
+    `augmentation` is "none" or "random-resized-crop"; `captions`: what a .txt is; `settings`: a protocol's, for order
+    and bad samples. `keep_decoded=False` is for pairs that are read once, which are not worth decoding into the cache.
+    `decoded` holds the decoded arrays, or None where the shards are read each time. `on_bad` is called on rank 0 with
+    bad samples that are met for the first time. `index`: that of the shards, where it has been opened.
     """
 
     def __init__(
@@ -83,114 +65,183 @@ class PairDataset(BatchSource):
         captions: Captions = "lines",
         option: str = "",
         keep_decoded: bool = True,
+        settings: Data = USUAL,
+        loading: Loading | None = None,
+        on_bad: Callable[[Sequence[Bad]], None] = lambda bad: None,
+        index: Index | None = None,
     ) -> None:
-        self.clip, self.augmentation = clip, augmentation
-        self.shards, self.source = list(shards), (captions, option)
-        self._index: PairIndex | None = None
-        self._tokens: dict[str, Tensor] = {}
-        self._order: tuple[tuple[int | str, int], Tensor] | None = None  # (seed, epoch) and order of the last batch
+        self.clip, self.augmentation, self.settings = clip, augmentation, settings
+        self.shards, self._captions, self.option = list(shards), captions, option
+        self.loading, self._on_bad = loading or Loading(), on_bad
+        if index is not None:
+            self.index = index
+        self.order = lru_cache(2)(self._make_order)
+        self._expected: tuple[int | str, int, int, int] | None = None  # seed, first step of a group, places
         self.decoded: Decoded | None = None
         if augmentation == "none" and keep_decoded:
-            digest = shards_digest(self.shards)
+            digest = shards_digest(self.shards) if index is None else index.identity
             self.decoded = decoded(digest, clip.name, lambda: self, captions, clip.preprocess)
         if self.decoded is None:
             _ = self.index
 
     def __len__(self) -> int:
-        return len(self.index.images) if self.decoded is None else len(self.decoded)
+        return len(self.index) if self.decoded is None else len(self.decoded)
 
-    @property
-    def index(self) -> PairIndex:
-        """The places of all images, and all captions; read from the shards where it is first needed."""
-        if self._index is None:
-            open_index(Sources.of(self.shards), self.source[1])  # judges the shards
-            self._index = index_pairs(self.shards, *self.source)
-        return self._index
+    @cached_property
+    def index(self) -> Index:
+        """The places of all images and captions; read from the shards where it is first needed."""
+        return open_index(Sources.of(self.shards), self.option, bad_samples=self.settings.bad_samples)
 
-    @property
-    def captions(self) -> list[list[str]]:
-        """The captions of each pair."""
-        return self.index.captions
+    @cached_property
+    def reader(self) -> Reader:
+        """What reads the shards."""
+        return Reader(self.index)
+
+    @cached_property
+    def listed(self) -> Mapping[int, str]:
+        """The pairs that are known to be bad; a world that is built has none."""
+        return {} if self.decoded is not None and not self.option else self.index.bad
 
     @property
     def counts(self) -> Counts:
         """How many pairs there are, and how many samples are left out, by kind."""
-        index = open_index(Sources.of(self.shards), self.source[1])
-        return Counts(len(index), dict(index.left_out))
+        return Counts(len(self), dict(self.index.left_out))
 
     def say_left_out(self) -> None:
         """Say on rank 0's stderr how many samples are left out, if any are."""
         if distributed.is_main() and self.counts.left_out:
-            where = self.source[1] or self.shards[0]
+            where = self.option or self.shards[0]
             print(f"warning: {where}: {self.counts} (`upcycle-bench data check` says more)", file=sys.stderr)
 
-    def batch(self, seed: int | str, step: int, batch_size: int, rank: int = 0, world: int = 1) -> Batch:
-        """Slice number `rank` of the global batch of `step`; captions and crops are drawn anew in each step.
+    def part(self, seed: int | str, step: int, batch_size: int, first: int, last: int) -> Batch:
+        """The places [first, last) of the global batch of `step`; captions and crops are drawn anew in each step.
 
-        An epoch is a permutation of all pairs, without the incomplete batch at its end. Raises UserError if there are
-        fewer pairs than a batch has.
+        What these places have in the next steps is read with it where it stands side by side. Raises UserError if there
+        are fewer pairs than a batch has.
         """
-        steps_per_epoch = len(self) // batch_size
-        if steps_per_epoch == 0:
-            where = f"{self.source[1]}: ".removeprefix(": ")
-            raise UserError(f"{where}the training set has {len(self)} pairs, fewer than one batch of {batch_size}.")
-        epoch, place = divmod(step, steps_per_epoch)
-        if self._order is None or self._order[0] != (seed, epoch):
-            generator = Stream(("data order", seed, epoch)).generator()
-            self._order = (seed, epoch), torch.randperm(len(self), generator=generator)
-        order = self._order[1]
-        share = batch_size // world
-        first = place * batch_size + rank * share
-        return self.pick(order[first : first + share], Stream(("augmentation", seed, step)))
+        group_MB, row = self.order(batch_size).group(seed, step)
+        expected = seed, step - row, first, last
+        if self.decoded is None and self._expected != expected:
+            self.reader.expect(group_MB[row:, first:last].flatten().numpy())
+            self._expected = expected
+        return self._read(group_MB[row, first:last], Stream(("augmentation", seed, step)))
+
+    def cuts(self, batch_size: int, first: int, last: int, parts: int) -> list[int]:
+        """As in `BatchSource`; each part has lanes of its own, where there are enough."""
+        return self.order(batch_size).cuts(first, last, parts)
 
     def pick(self, index: Tensor, rng: Stream) -> Batch:
         """The samples in `index`, int64 [B]. Each sample draws its caption and its crop from its own child of `rng`."""
+        if self.decoded is None:
+            self.reader.expect(index.numpy())
+            self._expected = None
+        return self._read(index, rng)
+
+    def _read(self, index: Tensor, rng: Stream) -> Batch:
+        bad: list[Bad] = []
         if self.decoded is not None:
             rows = index.numpy()
+            if self.decoded.bad or self.listed:
+                rows = np.array([self._good(wanted, rng, bad, self._require)[0] for wanted in index.tolist()])
             texts_BL = self.decoded.texts(rows, lambda sample, number: _choice(rng, sample, number))
-            return Batch(torch.from_numpy(self.decoded.images[rows]), texts_BL, index)
-        images, texts = [], []
-        for sample in index.tolist():
-            images.append(self._augmented(sample, rng) if self.augmentation != "none" else self.read(sample))
-            captions = self.index.captions[sample]
-            caption = captions[_choice(rng, sample, len(captions))]
-            if len(self._tokens) > TOKENISED_LIMIT:
-                self._tokens.clear()
-            if caption not in self._tokens:
-                self._tokens[caption] = self.clip.tokenize([caption])[0]
-            texts.append(self._tokens[caption])
-        return Batch(torch.from_numpy(np.stack(images)), torch.stack(texts), index)
+            return Batch(self.decoded.pixels(rows), texts_BL, torch.from_numpy(rows), tuple(bad))
+        numbers, images, texts = [], [], []
+        for wanted in index.tolist():
+            number, (image, captions) = self._good(wanted, rng, bad, self._open)
+            numbers.append(number)
+            images.append(
+                self._augmented(image, number, rng) if self.augmentation != "none" else self.clip.resize(image)
+            )
+            texts.append(captions[_choice(rng, number, len(captions))])
+        pixels = torch.from_numpy(np.stack(images))
+        return Batch(pixels, self.clip.tokenize(texts), torch.tensor(numbers), tuple(bad))
 
-    def _augmented(self, sample: int, rng: Stream) -> np.ndarray:
+    def _good(self, wanted: int, rng: Stream, bad: list[Bad], read: Callable[[int], T]) -> tuple[int, T]:
+        """The pair that stands in the place of `wanted`, itself unless it is bad, and what `read` makes of it.
+
+        The bad ones that are met are added to `bad`, but for those that are listed.
+        """
+        number, tried = wanted, set()
+        for attempt in range(ATTEMPTS):
+            if number not in self.listed and number not in tried:
+                try:
+                    return number, read(number)
+                except BadSample as error:
+                    bad.append(self.described(number, error))
+                    tried.add(number)
+            number = rng.child("replacement", wanted, attempt).seed() % len(self)
+        last = f"the last: {bad[-1].kind} at {bad[-1].place}" if bad else "all are listed as bad"
+        raise UserError(
+            f"{self.option or self.shards[0]}: none of {ATTEMPTS} pairs that were drawn can be used ({last}); see "
+            "`upcycle-bench data check SHARDS`."
+        )
+
+    def described(self, number: int, error: BadSample) -> Bad:
+        """A bad sample, with its place."""
+        shard = self.index.shards[int(self.index.shard_of(np.int64(number)))]
+        return Bad(number, error.kind, Path(shard).name, error.key)
+
+    def _require(self, number: int) -> None:
+        assert self.decoded is not None
+        if number in self.decoded.bad:
+            raise BadSample(*self.decoded.bad[number])
+
+    def _open(self, number: int) -> tuple[Image.Image, list[str]]:
+        """The image and the captions of a pair; BadSample, with its name."""
+        raw = self.reader.read(number)
+        try:
+            return image_of(raw.image), captions_of(raw.text, self._captions)
+        except BadSample as error:
+            error.key = raw.key
+            raise
+
+    def _augmented(self, image: Image.Image, number: int, rng: Stream) -> np.ndarray:
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(rng.child("crop", sample).seed())
-            return self.clip.augment(self._open(sample))
+            torch.manual_seed(rng.child("crop", number).seed())
+            return self.clip.augment(image)
 
-    def read(self, sample: int) -> np.ndarray:
-        """The sample's image at the model's resolution, without augmentation, uint8 [3, H, W]."""
-        return self.clip.resize(self._open(sample))
+    def decode(self, number: int) -> tuple[np.ndarray, list[str]]:
+        """A pair's image at the model's resolution, uint8 [3, H, W], without augmentation, and its captions.
 
-    def _open(self, sample: int) -> Image.Image:
-        shard, offset, size = self.index.images[sample]
-        return open_image(self.shards[shard], offset, size, "remove it", self.source[1])
+        Raises BadSample.
+        """
+        image, captions = self._open(number)
+        return self.clip.resize(image), captions
+
+    def judge(self, kinds: Mapping[str, int], first: Mapping[str, str], read: int) -> None:
+        """UserError if more than `settings.bad_samples` of the `read` samples were bad."""
+        where = self.option or "the training set"
+        require_few(kinds, first, read=read, pairs=len(self), bound=self.settings.bad_samples, where=where)
+
+    def found(self, bad: Sequence[Bad]) -> None:
+        """Hand on bad samples that were met for the first time."""
+        self._on_bad(bad)
 
     def shard_numbers(self) -> Tensor:
-        """The number of each sample's shard, int64 [samples]; reads the shards' headers."""
-        return torch.tensor([shard for shard, _, _ in self.index.images])
+        """The number of each sample's shard, int64 [samples]."""
+        return torch.from_numpy(self.index.shard_of(np.arange(len(self))))
 
     def calibration(self, rng: Stream, pairs: int, batch_size: int) -> Iterator[Batch]:
         """`pairs` distinct random pairs, or all if there are fewer, in batches; the same on every rank."""
-        order = torch.randperm(len(self), generator=rng.child("pairs").generator())[:pairs]
-        for part in order.split(batch_size):
-            yield self.pick(part, rng.child("captions"))
+        tally, read = Tally(), 0
+        for part in distinct(len(self), pairs, rng.child("pairs")).split(batch_size):
+            batch = self.pick(part, rng.child("captions"))
+            tally.add(batch.bad)
+            read += len(part)
+            self.judge(tally.kinds, tally.first, read)
+            yield batch
 
-
-def training_pairs(world: World, clip: Clip, augmentation: str) -> PairDataset:
-    """The training pairs of a world; of a user's own data it is said what is left out."""
-    pairs = PairDataset(world.train_shards, clip, augmentation, captions=world.captions, option=world.option)
-    if world.option:
-        pairs.say_left_out()
-    return pairs
+    def _make_order(self, batch_size: int) -> Order:
+        """The order of batches of that size; the index is only read for more pairs than are permuted as a whole."""
+        chosen, replacement = self.settings, self.settings.order == "replacement"
+        whole = len(self) <= chosen.window and not replacement
+        starts, source = (np.array([0, len(self)]), [0]) if whole else (self.index.starts, self.index.source)
+        try:
+            return Order(
+                starts, source, batch_size, window=chosen.window, replacement=replacement, weights=chosen.weights
+            )
+        except UserError as error:
+            raise UserError(f"{self.option}: {error}".removeprefix(": ")) from None
 
 
 def _choice(rng: Stream, sample: int, number: int) -> int:
@@ -202,10 +253,9 @@ class PickedBatches(BatchSource):
     """Batches whose samples the caller has chosen, int64 [S, B]."""
 
     def __init__(self, pairs: PairDataset, index_SB: Tensor) -> None:
-        self.pairs, self.index_SB = pairs, index_SB
+        self.pairs, self.index_SB, self.loading = pairs, index_SB, pairs.loading
+        self.judge, self.found = pairs.judge, pairs.found  # type: ignore[method-assign]
 
-    def batch(self, seed: int | str, step: int, batch_size: int, rank: int = 0, world: int = 1) -> Batch:
-        """Slice number `rank` of the batch that was chosen for `step`."""
-        share = batch_size // world
-        index_B = self.index_SB[step, rank * share : (rank + 1) * share]
-        return self.pairs.pick(index_B, Stream(("augmentation", seed, step)))
+    def part(self, seed: int | str, step: int, batch_size: int, first: int, last: int) -> Batch:
+        """The places [first, last) of the batch that was chosen for `step`."""
+        return self.pairs.pick(self.index_SB[step, first:last], Stream(("augmentation", seed, step)))

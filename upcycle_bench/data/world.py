@@ -20,6 +20,7 @@ from upcycle_bench.util.errors import UserError
 from upcycle_bench.util.files import files_sha256
 
 MANIFEST = "manifest.json"
+SYNTHETIC = "synthetic"  # for --data: random pairs, made in memory; also their identity
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class World:
     """Training shards and evaluation sets. `sha256` is that of the manifest, and so stands for all content.
 
     captions: what a .txt of the training shards is. The world `local` is the user's own data: its shards may be
-    addresses, `index` has their pairs, and `sha256` is the index's identity.
+    addresses, `index` has their pairs, and `sha256` is the index's identity. The world `synthetic` is random pairs.
     """
 
     name: str

@@ -53,7 +53,7 @@ def dense_facts(protocol: Protocol, world: World) -> dict[str, Any]:
     """What a dense model is that the protocol trains, whatever the machine, the versions and the ranks."""
     values = protocol.model_dump(mode="json", include={"model", "threads", "dense"})
     values["dense"] = {key: value for key, value in values["dense"].items() if key not in ("source", "shipped")}
-    values |= _model(protocol) | _captions(world)
+    values |= _model(protocol) | _captions(world) | _order(protocol)
     return {**values, "data": world.sha256, "numerics": NUMERICS}
 
 
@@ -96,7 +96,7 @@ def training_facts(protocol: Protocol, world: World, dense_identity: str, unequa
     values["train"] = {key: value for key, value in values["train"].items() if key not in _WITHOUT_EFFECT}
     values |= _model(protocol) | {"data": world.sha256, "checkpoint": dense_identity}
     values["world_size"] = distributed.world_size()  # a rank's capacity is that of its share of the batch
-    values |= _captions(world)
+    values |= _captions(world) | _order(protocol)
     if unequal:
         values["unequal"] = unequal
     return {**values, "numerics": NUMERICS}
@@ -105,6 +105,12 @@ def training_facts(protocol: Protocol, world: World, dense_identity: str, unequa
 def _captions(world: World) -> dict[str, str]:
     """What a .txt is, where it is not one caption a line, as it was for all data at first."""
     return {} if world.captions == "lines" else {"captions": world.captions}
+
+
+def _order(protocol: Protocol) -> dict[str, Any]:
+    """How the data are ordered, where it is not the usual way; a protocol's JSON leaves the usual one out."""
+    chosen = protocol.data.model_dump(mode="json", include={"window", "order", "weights"})
+    return {"order": chosen} if chosen else {}
 
 
 def suite_fingerprint(suite: Suite, eval_root: Path) -> str:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from upcycle_bench.data.world import World
@@ -79,7 +80,7 @@ def dense_command(protocol: Protocol, world: World) -> Facts:
 
 def _typed(protocol: Protocol, world: World) -> Facts:
     overrides = [text for text in protocol.overrides if text.partition("=")[0].strip() not in FREE]
-    data = str(world.train_shards[0].parent) if world.option else world.name
+    data = str(Path(world.train_shards[0]).parent) if world.option else world.name
     return {"protocol": protocol.name, "model": protocol.model, "overrides": overrides, "data": data}
 
 

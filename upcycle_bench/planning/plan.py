@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from upcycle_bench.assets import CHECKPOINTS
 from upcycle_bench.data.open_index import open_index
 from upcycle_bench.data.sources import expand_sources
-from upcycle_bench.data.world import World
+from upcycle_bench.data.world import SYNTHETIC, World
 from upcycle_bench.data.worlds import load_world
 from upcycle_bench.model.config import describe
 from upcycle_bench.model.pixels import agreed
@@ -86,8 +86,8 @@ class Plan:
 
     @property
     def division(self) -> Literal["closed", "open"]:
-        """Runs compare if they are closed; an override opens a run, and so does a shape of another cost."""
-        return "open" if self.unequal else self.protocol.division
+        """Runs compare if they are closed; an override, another cost or random data open a run."""
+        return "open" if self.unequal or (self.world and self.world.name == SYNTHETIC) else self.protocol.division
 
     def as_built(self, unequal: str | None) -> Plan:
         """The plan of a run whose model turned out to compare, or not: `unequal` is what was measured on it."""
@@ -198,10 +198,12 @@ def find_world(protocol: Protocol, paths: Paths, reporter: Reporter | None = Non
     """
     if protocol.data.world == "local":
         assert paths.data is not None
+        captions, evaluated = protocol.data.captions_of_shards, paths.eval_data or Path()
+        if paths.data == SYNTHETIC:
+            return World(SYNTHETIC, (), evaluated, SYNTHETIC, captions)
         sources = expand_sources(paths.data)
-        index = open_index(sources, "--data", reporter)
-        captions = protocol.data.captions_of_shards
-        return World("local", sources.shards, paths.eval_data or Path(), index.identity, captions, index)
+        index = open_index(sources, "--data", reporter, bad_samples=protocol.data.bad_samples)
+        return World("local", sources.shards, evaluated, index.identity, captions, index)
     if paths.data is not None or paths.eval_data is not None:
         raise UserError(
             f"protocol {protocol.name} brings its own data; --data and --eval-data go with clip-b32, clip-b16."

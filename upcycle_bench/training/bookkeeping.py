@@ -1,10 +1,10 @@
 """What is known of a training as it goes on: time, FLOPs, dropped choices, shares of the loss, lines of metrics.
 
     with MetricsFile(path, done) as log:
-        books = Bookkeeping(job, layers, log)
+        books = Bookkeeping(job, layers, log, data)
         books.begin(progress)                           # a new training's progress, or a checkpoint's
         with books.counting(step): ...                  # counts the FLOPs of a few steps
-        books.count_step(losses)                        # after each step
+        books.count_step(losses, batch.bad)             # after each step
         books.write_metrics(losses, rate, scale, seen)  # after some steps
         books.collect()                                 # before `books.progress` is saved
 
@@ -16,11 +16,13 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
+from upcycle_bench.data.bad_samples import Bad, Tally
+from upcycle_bench.data.batches import BatchSource
 from upcycle_bench.model.moe import MoEFFN
 from upcycle_bench.training.checkpoint import MetricsFile
 from upcycle_bench.training.job import SHARE_STEPS, Job, Progress
@@ -33,8 +35,10 @@ from upcycle_bench.util.flops import FlopCounter
 class Bookkeeping:
     """Keeps `progress` up to date, and writes lines of metrics to `log`."""
 
-    def __init__(self, job: Job, layers: Mapping[str, MoEFFN], log: MetricsFile) -> None:
-        self.job, self.layers, self.log, self.progress = job, layers, log, Progress()
+    def __init__(self, job: Job, layers: Mapping[str, MoEFFN], log: MetricsFile, data: BatchSource) -> None:
+        self.job, self.layers, self.log, self.data, self.progress = job, layers, log, data, Progress()
+        self._bad: list[Bad] = []  # met on this rank since the last `collect`
+        self._known_bad: set[int] = set()
         self._first_terms: list[Mapping[str, Tensor]] = []  # of the first SHARE_STEPS steps, until `collect`
         self._flops: int | None = None  # of the current step; None where they are not counted
         self._began = time.perf_counter()
@@ -56,9 +60,10 @@ class Bookkeeping:
             yield
         self._flops = counter.get_total_flops()
 
-    def count_step(self, losses: Mapping[str, Tensor]) -> None:
-        """Add one finished step, whose loss had these terms, to `progress`."""
+    def count_step(self, losses: Mapping[str, Tensor], bad: Sequence[Bad] = ()) -> None:
+        """Add one finished step, whose loss had these terms and whose batch met these bad samples, to `progress`."""
         progress = self.progress
+        self._bad += bad
         if progress.step < SHARE_STEPS:  # the tensors stay on the device: to read them now, the step must wait for it
             self._first_terms.append(losses)
         before, progress.seconds = progress.seconds, time.perf_counter() - self._began
@@ -109,13 +114,15 @@ class Bookkeeping:
             "logit_scale": scale.item(),
             "samples_per_second": progress.samples_per_second(self.job.schedule.batch_size),
             **({} if dropped is None else {"tokens_dropped": dropped}),
+            **({"bad_samples": sum(progress.bad_samples.values())} if progress.bad_samples else {}),
         }
 
     def collect(self) -> None:
-        """Add to `progress` what layers and device still hold: dropped choices, shares of the loss.
+        """Add to `progress` what ranks, layers and device still hold: bad samples, dropped choices, shares of the loss.
 
-        Every rank must call it.
+        Every rank must call it. Raises UserError, on all of them, if too many samples are bad.
         """
+        self._collect_bad()
         for layer in self.layers.values():
             dropped, routed = layer.take_dropped()
             self.progress.dropped += distributed.sum_over_ranks(dropped)
@@ -131,3 +138,16 @@ class Bookkeeping:
             shares[name] = shares.get(name, 0.0) + share
         self.progress.share_steps += len(self._first_terms)
         self._first_terms.clear()
+
+    def _collect_bad(self) -> None:
+        """Sum up the bad samples that the ranks have met, hand on the new ones, and judge whether they are too many."""
+        progress = self.progress
+        if distributed.sum_over_ranks(len(self._bad)):
+            met = [bad for part in distributed.gather_objects(self._bad) for bad in part]
+            Tally(progress.bad_samples, progress.first_bad).add(met)
+            new = {bad.number: bad for bad in met if bad.number not in self._known_bad}
+            self._known_bad |= new.keys()
+            if distributed.is_main() and new:
+                self.data.found(list(new.values()))
+        self._bad = []
+        self.data.judge(progress.bad_samples, progress.first_bad, progress.step * self.job.schedule.batch_size)

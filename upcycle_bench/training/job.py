@@ -117,6 +117,8 @@ class Progress:
     loss_shares: dict[str, float] = field(default_factory=dict)  # each term's shares, summed over `share_steps`
     loss_notes: dict[str, float] = field(default_factory=dict)  # of the strategy's own loss
     sessions: list[Session] = field(default_factory=list)
+    bad_samples: dict[str, int] = field(default_factory=dict)  # by kind, over all ranks
+    first_bad: dict[str, str] = field(default_factory=dict)  # where the first of each kind stands
 
     @property
     def mean_loss_shares(self) -> dict[str, float]:

@@ -25,8 +25,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from upcycle_bench.data.batches import Batch, BatchSource
 from upcycle_bench.data.loading import lost_workers
-from upcycle_bench.data.pairs import BatchSource
 from upcycle_bench.model.clip import Clip
 from upcycle_bench.model.moe import MoEFFN, moe_layers
 from upcycle_bench.model.precision import attention_kernel
@@ -64,9 +64,10 @@ def train(
     `on_step` is called after each step with the number of steps done and the last metrics.
 
     Raises PluginError unless the stages ascend between 0 and `job.stop_step`, DivergedError for a loss that is not
-    finite, and UserError where a process that loads batches was lost, or checkpoints cannot be read or written. The
-    last checkpoints stay. Where the process is asked to stop (`training.stopping`) and `job.checkpoints` names a
-    folder, a last checkpoint is written at the end of a step, and Stopped is raised on every rank.
+    finite, and UserError where a process that loads batches was lost, too many samples are bad, or checkpoints cannot
+    be read or written. The last checkpoints stay. Where the process is asked to stop (`training.stopping`) and
+    `job.checkpoints` names a folder, a last checkpoint is written at the end of a step, and Stopped is raised on every
+    rank.
     """
     model = clip.model.train()
     device = next(model.parameters()).device
@@ -83,7 +84,8 @@ def train(
         (at_steps(), distributed.cpu_group("stopping")) if job.checkpoints else (contextlib.nullcontext(), None)
     )
     with stopping, attention_kernel(device, longest_sequence(model)), log, checkpoints, lost_workers():
-        books = Bookkeeping(job, layers, log)
+        books = Bookkeeping(job, layers, log, data)
+        batches: Iterator[Batch] | None = None
         for first, stop in itertools.pairwise([0, *stages, job.stop_step]):
             if first > 0:
                 next_stage(layers)
@@ -95,9 +97,9 @@ def train(
                     _begin_session(books.progress, layers, device)
                 books.progress.loss_notes = extra.notes() if extra else {}
                 start = books.progress.step
-                workers = _loader_processes(device)
-                batches = data.batches(job.stream, start, stop, schedule.batch_size, rank, world, workers=workers)
-                for step, batch in enumerate(batches, start):
+                if batches is None:  # its processes stay for all stages
+                    batches = data.batches(job.stream, start, job.stop_step, schedule.batch_size, rank, world, device)
+                for step, batch in zip(range(start, stop), batches, strict=False):
                     rate = learning_rate(step, schedule.steps, job.peak_lr, schedule.warmup_fraction)
                     for group in engine.optimizer.param_groups:
                         group["lr"] = rate
@@ -111,7 +113,7 @@ def train(
                     clamp_logit_scale(model, job)
                     if extra is not None:
                         extra.after_step()
-                    books.count_step(losses)
+                    books.count_step(losses, batch.bad)
                     if logged:
                         books.write_metrics(losses, rate, scale, seen)
                     on_step(books.progress.step, books.progress.last)
@@ -209,8 +211,3 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     if has_moe_layers(model)[0]:
         return split_params_into_different_moe_groups_for_optimizer(groups)
     return groups
-
-
-def _loader_processes(device: torch.device) -> int:
-    """How many processes load batches: four for a GPU, none for a CPU, whose cores all train."""
-    return 4 if device.type == "cuda" else 0

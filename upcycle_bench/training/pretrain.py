@@ -22,7 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from upcycle_bench.data.pairs import training_pairs
+from upcycle_bench.data.batches import Loading
+from upcycle_bench.data.training_pairs import training_pairs
 from upcycle_bench.data.world import World
 from upcycle_bench.model import backends
 from upcycle_bench.model.clip import Clip, create_clip
@@ -50,7 +51,12 @@ SIGMOID = (
 
 
 def load_dense(
-    protocol: Protocol, world: World, source: Pretrained, device: torch.device, reporter: Reporter
+    protocol: Protocol,
+    world: World,
+    source: Pretrained,
+    device: torch.device,
+    reporter: Reporter,
+    loading: Loading | None = None,
 ) -> tuple[Clip, str]:
     """The dense model of the weights at `source`, on `device`, and their identity; every rank must call it.
 
@@ -61,7 +67,7 @@ def load_dense(
     if protocol.dense.source == "pretrain":
         with locked(path) if distributed.is_main() else contextlib.nullcontext():
             if not distributed.from_main(path.is_file()):
-                pretrain(protocol, world, path, device, reporter)
+                pretrain(protocol, world, path, device, reporter, loading=loading)
     digest = distributed.from_main(source.identity() if distributed.is_main() else "")
     # Rank 0 reads the file and sends the weights: other machines may not have it.
     patch_dropout = protocol.train.schedule.patch_dropout
@@ -78,10 +84,16 @@ def load_dense(
     return clip, digest
 
 
-def pretrain_once(protocol: Protocol, world: World, reporter: Reporter, track: Sequence[str] = ()) -> tuple[Path, bool]:
+def pretrain_once(
+    protocol: Protocol,
+    world: World,
+    reporter: Reporter,
+    track: Sequence[str] = (),
+    loading: Loading | None = None,
+) -> tuple[Path, bool]:
     """Train the protocol's dense model unless the cache has it; returns its path, and whether it was trained now.
 
-    `track`: names of trackers, whose files go to `tracking` beside the model.
+    `track`: names of trackers, whose files go to `tracking` beside the model. `loading`: how batches are read.
 
     Every rank must call it. If two processes want the same model, the second one waits and then finds the first one's.
     """
@@ -92,7 +104,7 @@ def pretrain_once(protocol: Protocol, world: World, reporter: Reporter, track: S
             # The metrics are written last, so that with them all files are there.
             there = distributed.from_main(path.is_file() and path.with_suffix(".jsonl").is_file())
             if not there:
-                pretrain(protocol, world, path, device, reporter, track)
+                pretrain(protocol, world, path, device, reporter, track, loading)
     return path, not there
 
 
@@ -103,6 +115,7 @@ def pretrain(
     device: torch.device,
     reporter: Reporter,
     track: Sequence[str] = (),
+    loading: Loading | None = None,
 ) -> dict[str, Any]:
     """Train the dense model to the upcycling point and write it to `path`, atomically.
 
@@ -112,7 +125,7 @@ def pretrain(
     facts, command = dense_facts(protocol, world), dense_command(protocol, world)
     say_others(facts, command)
     with work_folder(facts, command) as work:
-        return _pretrain(protocol, world, path, device, reporter, track, work)
+        return _pretrain(protocol, world, path, device, reporter, track, loading, work)
 
 
 def _pretrain(
@@ -122,6 +135,7 @@ def _pretrain(
     device: torch.device,
     reporter: Reporter,
     track: Sequence[str],
+    loading: Loading | None,
     work: Path,
 ) -> dict[str, Any]:
     schedule = protocol.dense.schedule
@@ -150,7 +164,8 @@ def _pretrain(
     )
     meter = Meter(device)
     with trackers, meter.phase("train") as phase, reporter.bar("dense model", stop) as bar:
-        progress = train(clip, training_pairs(world, clip, schedule.augmentation), job, on_step=bar)
+        data = training_pairs(world, clip, schedule.augmentation, protocol.data, loading)
+        progress = train(clip, data, job, on_step=bar)
     phase.seconds, phase.flops = progress.seconds, progress.total_flops()
     facts: dict[str, Any] = {}
     if distributed.is_main():

@@ -40,7 +40,7 @@ def require_same_view(world: World) -> None:
 
 def _data(world: World) -> Any:
     """The identity of the training data, and names and sizes of the first and the last shard."""
-    ends = (world.train_shards[0], world.train_shards[-1])
+    ends = [Path(shard) for shard in (*world.train_shards[:1], *world.train_shards[-1:])]
     return world.sha256, [(path.name, path.stat().st_size if path.is_file() else 0) for path in ends]
 
 
@@ -59,7 +59,7 @@ def _cache_problem(token: Path) -> str | None:
 def _data_problem(world: World, data: Any) -> str | None:
     if _data(world) == data:
         return None
-    folder = world.train_shards[0].parent
+    folder = Path(world.train_shards[0]).parent
     return (
         f"{_here()} sees other training data than rank 0 in {folder}: give {world.option or 'UPCYCLE_BENCH_CACHE'} a "
         "folder that all nodes share."

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from upcycle_bench.data.pairs import Batch
+from upcycle_bench.data.batches import Batch
 from upcycle_bench.model import padding
 from upcycle_bench.model.clip import Clip
 from upcycle_bench.model.moe import MoEFFN
@@ -60,7 +60,8 @@ def compute_losses(
     from open_clip.loss import ClipLoss
 
     device = next(clip.model.parameters()).device
-    images, texts = clip.normalise(batch.images.to(device)), batch.texts.to(device)
+    images, texts = (each.to(device, non_blocking=True) for each in (batch.images, batch.texts))
+    images = clip.normalise(images)
     image_BC, text_BC, scale = engine(images, texts)
     rank, world = distributed.rank(), distributed.world_size()
     contrastive = ClipLoss(local_loss=True, gather_with_grad=True, rank=rank, world_size=world)

@@ -60,6 +60,15 @@ def gather(local: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
+def gather_objects(local: Any) -> list[Any]:
+    """The values of all ranks (any picklable objects), on every rank."""
+    if not dist.is_initialized() or world_size() == 1:
+        return [local]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, local)
+    return values
+
+
 def barrier() -> None:
     """Wait for all ranks."""
     if dist.is_initialized() and world_size() > 1:

@@ -1,0 +1,150 @@
+"""Reads the files of pairs from shards: what stands side by side is read at once, all else alone.
+
+    reader = Reader(index)
+    reader.expect(numbers)              # int64 [N], the pairs that are read next, in any order
+    raw = reader.read(numbers[0])       # raw.image, raw.text: bytes, as they stand in the shard
+    reader.bytes                        # what was read from storage so far
+
+The pairs of a lane (`upcycle_bench/data/order.py`) are blocks of consecutive ones, about 1.6 MB of images of 25 kB. So
+storage sees few large reads, and hardly a byte more than the samples have.
+"""
+
+from __future__ import annotations
+
+import tarfile
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from upcycle_bench.data import places
+from upcycle_bench.data.bad_samples import BadSample
+from upcycle_bench.data.index import BLOCK, Index
+from upcycle_bench.util.errors import UserError
+
+GAP = 8 << 10  # bytes between two files that are read rather than skipped: headers, a .json
+SPAN = 2 << 20  # bytes that are read at once
+PAUSES = (0.5, 2.0)  # seconds before the second and the third try
+
+Piece = tuple[int, int, int]  # shard, and bytes [begin, end) of it
+
+
+@dataclass(frozen=True)
+class Raw:
+    """The files of a pair, and its name in the shard, as far as the header before the image says it."""
+
+    image: bytes
+    text: bytes
+    key: str
+
+
+@dataclass
+class _Span:
+    """Bytes of a shard that several pieces are cut from. `wanted`: how many are to come; `broken`: read them alone."""
+
+    shard: int
+    begin: int
+    end: int
+    wanted: int = 0
+    content: bytes | None = None
+    broken: bool = False
+
+
+class Reader:
+    """Reads pairs of an index. A process needs its own, or one that was made before it was forked.
+
+    `places.read(place, offset, size)` gives the bytes; fewer where the shard ends.
+    """
+
+    def __init__(self, index: Index) -> None:
+        self.index, self.bytes = index, 0
+        self._spans: dict[Piece, _Span] = {}
+
+    def expect(self, numbers: np.ndarray) -> None:
+        """The pairs that are read next. What is held of earlier ones is let go."""
+        self._spans = joined(piece for number in numbers.tolist() for piece in self._pieces(number))
+
+    def read(self, number: int) -> Raw:
+        """The files of a pair, expected or not. Raises BadSample, and UserError where the shard is gone."""
+        image, text = self._pieces(number)
+        spans = self._spans if image in self._spans else joined((image, text))
+        content = self._cut(image, spans)
+        key = self._key(content[:BLOCK], number)
+        content, caption = content[BLOCK:], self._cut(text, spans)
+        if len(content) + BLOCK < image[2] - image[1] or len(caption) < text[2] - text[1]:
+            raise BadSample("cut shard", key=key)
+        return Raw(content, caption, key)
+
+    def _pieces(self, number: int) -> tuple[Piece, Piece]:
+        """Where the image of a pair stands, with the header before it, and its caption."""
+        row, shard = self.index.rows[number], int(self.index.shard_of(np.int64(number)))
+        image, text = int(row["image"]) * BLOCK, int(row["text"]) * BLOCK
+        return (
+            (shard, image - BLOCK, image + int(row["image_bytes"])),
+            (shard, text, text + int(row["text_bytes"])),
+        )
+
+    def _key(self, header: bytes, number: int) -> str:
+        """The pair's name. BadSample unless a file of the expected size stands where the index says."""
+        if len(header) < BLOCK:
+            raise BadSample("cut shard")
+        try:
+            member = tarfile.TarInfo.frombuf(header, "utf-8", "replace")
+        except tarfile.HeaderError:
+            raise BadSample("changed shard") from None
+        folder, slash, name = member.name.rpartition("/")
+        key = f"{folder}{slash}{name.partition('.')[0]}"
+        if member.size != int(self.index.rows[number]["image_bytes"]):
+            raise BadSample("changed shard", key=key)
+        return key
+
+    def _cut(self, piece: Piece, spans: dict[Piece, _Span]) -> bytes:
+        """The bytes of a piece, from the span that it is a part of."""
+        span, (shard, begin, end) = spans[piece], piece
+        if span.content is None and span.wanted > 1 and not span.broken:
+            try:
+                span.content = self._read(shard, span.begin, span.end, PAUSES)
+            except BadSample:  # perhaps for one of its pieces only
+                span.broken = True
+        span.wanted -= 1
+        if span.content is None:
+            return self._read(shard, begin, end, () if span.broken else PAUSES)
+        found = span.content[begin - span.begin : end - span.begin]
+        if span.wanted == 0:
+            span.content = None
+        return found
+
+    def _read(self, shard: int, begin: int, end: int, pauses: Sequence[float]) -> bytes:
+        place = self.index.shards[shard]
+        content = patiently(lambda: places.read(place, begin, end - begin), place, pauses)
+        self.bytes += len(content)
+        return content
+
+
+def patiently(read: Callable[[], bytes], place: str, pauses: Sequence[float]) -> bytes:
+    """What `read` gives, tried again after each pause; BadSample if in vain, UserError where the shard is gone."""
+    for pause in (*pauses, None):
+        try:
+            return read()
+        except FileNotFoundError:
+            raise UserError(f"{place}: the shard is gone since the training began; put it back.") from None
+        except OSError as error:
+            if pause is None:
+                raise BadSample("read error", error.strerror or str(error)) from None
+            time.sleep(pause)
+    raise AssertionError
+
+
+def joined(pieces: Iterable[Piece]) -> dict[Piece, _Span]:
+    """The span of each piece: neighbours in a shard share one, unless it would be longer than SPAN."""
+    spans: dict[Piece, _Span] = {}
+    last = _Span(-1, 0, 0)
+    for piece in sorted(pieces):
+        shard, begin, end = piece
+        if shard != last.shard or begin > last.end + GAP or max(end, last.end) - last.begin > SPAN:
+            last = _Span(shard, begin, end)
+        last.end = max(last.end, end)
+        last.wanted += 1
+        spans[piece] = last
+    return spans

@@ -1,0 +1,48 @@
+"""The training pairs of a world, whatever it is made of.
+
+pairs = training_pairs(world, clip, "random-resized-crop", protocol.data, Loading(workers=8))
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from upcycle_bench.data.bad_list import list_bad
+from upcycle_bench.data.bad_samples import Bad
+from upcycle_bench.data.batches import Loading
+from upcycle_bench.data.pairs import USUAL, PairDataset
+from upcycle_bench.data.synthetic import SyntheticPairs
+from upcycle_bench.data.world import SYNTHETIC, World
+from upcycle_bench.model.clip import Clip
+from upcycle_bench.protocol import Data
+
+
+def training_pairs(
+    world: World, clip: Clip, augmentation: str, settings: Data = USUAL, loading: Loading | None = None
+) -> PairDataset:
+    """The pairs, in the order of a protocol's `settings`.
+
+    Of a user's own data it is said what is left out, and bad samples that a training meets are listed.
+    """
+    if world.name == SYNTHETIC:
+        return SyntheticPairs(clip, settings)
+    index = world.index
+
+    def note(bad: Sequence[Bad]) -> None:
+        if index is not None:
+            list_bad(index, [(each.number, each.kind, each.key) for each in bad])
+
+    pairs = PairDataset(
+        world.train_shards,
+        clip,
+        augmentation,
+        captions=world.captions,
+        option=world.option,
+        settings=settings,
+        loading=loading,
+        on_bad=note,
+        index=index,
+    )
+    if world.option:
+        pairs.say_left_out()
+    return pairs
