@@ -20,6 +20,7 @@ from upcycle_bench.planning.identity import different, mixed_ranks, run_facts, t
 from upcycle_bench.planning.plan import Plan
 from upcycle_bench.record_schema import SessionPart
 from upcycle_bench.training.stopping import Stopped, stoppable
+from upcycle_bench.training.work_folder import folder_of
 from upcycle_bench.upcycling import initialise
 from upcycle_bench.util.cache import cache_root
 from upcycle_bench.util.errors import UserError
@@ -27,6 +28,7 @@ from upcycle_bench.util.progress import OnStep, Reporter
 
 SETTINGS = ["dense.schedule.steps=12", "dense.schedule.batch_size=32", "train.schedule.batch_size=32"]
 SETTINGS += ["train.schedule.steps=6"]
+OPTIONS: dict[str, Any] = {"cluster-aware": {}, "btx": {"options": {"budget": "6", "branches": "4"}}}
 Trained = tuple[str, dict[str, tuple[int | None, int, int]]]  # the weights; FLOPs, steps and samples of each phase
 
 
@@ -51,7 +53,7 @@ class Stopping(Reporter):
 
 
 def train(planned: Plan, results: Path, reporter: Reporter | None = None, fresh: bool = False) -> Trained:
-    """Run up to the evaluation; the finished training is forgotten then."""
+    """Run up to the evaluation; then the training is forgotten, which would be kept for another try."""
     found: list[Trained] = []
 
     def score(suites: Any, root: Any, final: Any, meter: Any, reporter: Any, weights: str, file: Any) -> Any:
@@ -63,7 +65,8 @@ def train(planned: Plan, results: Path, reporter: Reporter | None = None, fresh:
         patch.setattr(module, "score", score)
         with contextlib.suppress(Enough), stoppable():
             module.run(planned, results, reporter or Reporter(), fresh=fresh)
-    shutil.rmtree(cache_root() / "trained", ignore_errors=True)
+    for folder in (cache_root() / "trained", folder_of(run_facts(planned))):
+        shutil.rmtree(folder, ignore_errors=True)
     return found[0]
 
 
@@ -74,7 +77,7 @@ def work() -> list[Path]:
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Trained]:
     folder = tmp_path_factory.mktemp("whole")
-    return {name: train(plan(name, SETTINGS), folder, fresh=True) for name in ("cluster-aware", "btx")}
+    return {name: train(plan(name, SETTINGS, **OPTIONS[name]), folder, fresh=True) for name in OPTIONS}
 
 
 @pytest.mark.parametrize(
@@ -89,7 +92,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Trained]:
 def test_a_run_that_was_stopped_in_a_training_goes_on(
     tmp_path: Path, whole: dict[str, Trained], monkeypatch: pytest.MonkeyPatch, strategy: str, what: str, at: int
 ) -> None:
-    planned = plan(strategy, SETTINGS)
+    planned = plan(strategy, SETTINGS, **OPTIONS[strategy])
     with pytest.raises(Stopped):
         train(planned, tmp_path, Stopping(what, at))
     assert list(tmp_path.iterdir()) == []  # no failed record

@@ -418,3 +418,24 @@ def test_an_interrupted_command_ends_with_130_and_sigterm_means_afterwards_what_
 
 def test_an_options_value_may_hold_an_equals_sign() -> None:
     assert key_value("eval=a=b.tar") == ("eval", "a=b.tar")
+
+
+def test_a_run_that_is_asked_to_stop_ends_with_75(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("upcycle_bench.run.run", lambda *_, **__: os.kill(os.getpid(), signal.SIGUSR1) or time.sleep(5))
+    for flags, then in ([], GOES_ON), (["--fresh"], f"without --fresh {GOES_ON}"):
+        assert call(monkeypatch, "run", "-s", "dense", "-p", "smoke", *flags) == 75
+        captured = capsys.readouterr()
+        assert (captured.out, captured.err) == ("", f"stopped by SIGUSR1: {then}\n")
+
+
+def test_a_run_ends_with_75_when_its_time_is_over(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("upcycle_bench.run.run", lambda *_, **__: time.sleep(30))
+    assert call(monkeypatch, "run", "-s", "dense", "-p", "smoke", "--stop-after", "1s") == 75
+    assert "stopped by --stop-after: " in capsys.readouterr().err
+    for arguments in (["run", "-s", "dense"], ["pretrain"]):
+        assert call(monkeypatch, *arguments, "--stop-after", "soon") == 2
+        assert "error: --stop-after 'soon': write a time as 90s, 45m" in capsys.readouterr().err

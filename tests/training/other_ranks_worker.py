@@ -100,7 +100,7 @@ def end(folder: Path) -> None:
 def round_trip(zero_stage: int, ep_size: int, before: State | None) -> State:
     """The whole state of a new engine, after a step or with the state `before`, which must come out as it was."""
     clip = upcycled(ep_size, seed=zero_stage)
-    engine = create_engine(Features(clip.model, "fp32"), job(zero_stage=zero_stage))
+    engine = create_engine(Features(clip.model.train(), "fp32"), job(zero_stage=zero_stage))
     layers = moe_layers(clip.model)
     extra = eesd(layers)
     if before is None:

@@ -37,7 +37,7 @@ def folders(tmp_path: Path) -> list[Path]:
     ("caches", "shards", "expected"),
     [
         ((0, 0), (0, 0), "same"),
-        ((0, 1), (0, 0), "rank 1 on {host} does not see rank 0's cache in {0}: set UPCYCLE_BENCH_CACHE to a folder"),
+        ((0, 1), (0, 0), "rank 1 on {host} does not see rank 0's cache (its own is {1}): set UPCYCLE_BENCH_CACHE to a"),
         ((0, 0), (0, 1), "rank 1 on {host} sees other training data than rank 0 in {1}: give --data a folder"),
     ],
 )

@@ -197,6 +197,8 @@ def _steps(engine: Any) -> dict[int, float]:
     if engine.zero_optimization_stage() == 0:
         counts = {id(parameter): state["step"] for parameter, state in optimizer.state.items()}
     else:  # one for a whole group
+        optimizer._hp_optimizer_states_linked = False  # DeepSpeed links them once, when only its first group has some
+        optimizer._lazy_init_hp_params_optimizer_state()
         counts = {
             id(parameter): optimizer.optimizer.state[flat]["step"]
             for flat, group in zip(optimizer.single_partition_of_fp32_groups, optimizer.bit16_groups, strict=True)

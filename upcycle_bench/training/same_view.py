@@ -49,8 +49,8 @@ def _cache_problem(token: Path) -> str | None:
     while not token.exists():
         if time.monotonic() > end:
             return (
-                f"{_here()} does not see rank 0's cache in {token.parent}: set UPCYCLE_BENCH_CACHE to a folder that "
-                "all nodes share."
+                f"{_here()} does not see rank 0's cache (its own is {token.parent}): set UPCYCLE_BENCH_CACHE to a "
+                "folder that all nodes share."
             )
         time.sleep(0.1)
     return None
