@@ -32,6 +32,7 @@ from upcycle_bench.cli.schema import schema
 from upcycle_bench.cli.upcycle import upcycle
 from upcycle_bench.util.errors import UserError, plain
 from upcycle_bench.util.files import disk_is_full
+from upcycle_bench.util.launchers import settle
 from upcycle_bench.util.rendezvous import require_sound
 
 QUOTE = "put a range of shards into quotes, so that the shell leaves it whole: 'train/{000..127}.tar'"
@@ -85,6 +86,7 @@ def _root(
 def main() -> None:
     """Entry point: one line for bad input, no traceback."""
     try:
+        sys.argv[1:] = settle(sys.argv[1:], os.environ)
         _refuse_twice(sys.argv[1:])
         require_sound()  # before RANK says who prints
         sys.exit(app(prog_name="upcycle-bench", standalone_mode=False) or 0)
