@@ -22,6 +22,7 @@ from upcycle_bench.cli.doctor import doctor
 from upcycle_bench.cli.evaluate import evaluate
 from upcycle_bench.cli.experts import experts
 from upcycle_bench.cli.latency import latency
+from upcycle_bench.cli.launch import launch
 from upcycle_bench.cli.leaderboard import leaderboard
 from upcycle_bench.cli.listing import list_
 from upcycle_bench.cli.plot import plot
@@ -52,6 +53,7 @@ app = typer.Typer(
 )
 app.add_typer(data.app, name="data")
 app.command()(run)
+app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(launch)
 app.command()(receipt)
 app.command()(pretrain)
 app.command()(compress)
