@@ -114,6 +114,17 @@ def test_a_failure_stops_no_other_run_and_the_next_call_runs_what_is_missing(
     assert len(record.record_paths(tmp_path)) == 2 + 2 + 2  # done, failed, done at the second call
 
 
+def test_once_leaves_a_single_run_that_is_done_alone(tmp_path: Path, command: Command) -> None:
+    """As a job does that a cluster starts again. Without it, the run is scored again."""
+    arguments = ["-s", "dense-frozen", "--seed", "52", "--results", str(tmp_path)]
+    for flags, records in ((["--once"], 1), (["--once"], 1), ([], 2)):
+        status, out, _ = command(*arguments, *flags, "--json")
+        assert status == 0 and len(list(tmp_path.rglob("*.json"))) == records
+        assert not flags or [row["status"] for row in json.loads(out)["runs"]] == ["ok"]
+    status, _, err = command(*arguments, "--once", "--fresh")
+    assert status == 2 and err.startswith("error: --once skips what was done before, and --fresh does it again")
+
+
 def test_a_dry_run_shows_the_matrix_and_writes_nothing(tmp_path: Path, command: Command) -> None:
     results = tmp_path / "results"
     command("-s", "dense-frozen", "--seed", "52", "--results", str(results))

@@ -23,6 +23,7 @@ from upcycle_bench.cli.doctor import doctor
 from upcycle_bench.cli.evaluate import evaluate
 from upcycle_bench.cli.experts import experts
 from upcycle_bench.cli.latency import latency
+from upcycle_bench.cli.launch import launch
 from upcycle_bench.cli.leaderboard import leaderboard
 from upcycle_bench.cli.listing import list_
 from upcycle_bench.cli.plot import plot
@@ -33,6 +34,7 @@ from upcycle_bench.cli.schema import schema
 from upcycle_bench.cli.upcycle import upcycle
 from upcycle_bench.util.errors import UserError, plain
 from upcycle_bench.util.files import disk_is_full
+from upcycle_bench.util.launchers import settle
 from upcycle_bench.util.rendezvous import require_sound
 
 QUOTE = "put a range of shards into quotes, so that the shell leaves it whole: 'train/{000..127}.tar'"
@@ -52,6 +54,7 @@ app = typer.Typer(
 )
 app.add_typer(data.app, name="data")
 app.command()(run)
+app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(launch)
 app.command()(receipt)
 app.command()(pretrain)
 app.command()(compress)
@@ -86,6 +89,7 @@ def _root(
 def main() -> None:
     """Entry point: one line for bad input, no traceback."""
     try:
+        sys.argv[1:] = settle(sys.argv[1:], os.environ)
         _refuse_twice(sys.argv[1:])
         require_sound()  # before RANK says who prints
         sys.exit(app(prog_name="upcycle-bench", standalone_mode=False) or 0)

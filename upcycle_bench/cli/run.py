@@ -60,6 +60,7 @@ def run(
     train_seed: Annotated[int | None, typer.Option(min=0, help="Data order, augmentation, dropout.")] = None,
     jobs: Annotated[int, typer.Option("--jobs", "-j", min=1, help="Of several runs, how many at once.")] = 1,
     fresh: Annotated[bool, typer.Option("--fresh", help="Train again what was trained before.")] = False,
+    once: Annotated[bool, typer.Option("--once", help="Skip a single run, too, that --results shows as done.")] = False,
     results: Annotated[Path, typer.Option(help="Where the record goes.")] = Path("results"),
     data: Data = None,
     checkpoint: Checkpoint = None,
@@ -81,6 +82,8 @@ def run(
         from upcycle_bench.planning import matrix
 
     pairs = matrix.seed_pairs(seed, seeds, init_seed, train_seed)
+    if once and fresh:
+        raise UserError("--once skips what was done before, and --fresh does it again; leave one of them out.")
     if jobs > 1 and "RANK" in os.environ:
         raise UserError("--jobs starts processes of its own and does not go with torchrun; leave one of them out.")
     reporter, trackers, until = terminal_reporter(log_every), trackers_named(track), stop_time(stop_after)
@@ -126,7 +129,7 @@ def run(
     ) + (["--interpolate-positions"] if interpolate else [])
     how = {"fresh": fresh, "track": trackers, "loading": Loading(workers, prefetch)}
     with resumable(f"without --fresh {GOES_ON}" if fresh else GOES_ON, until):
-        if len(cells) == 1:
+        if len(cells) == 1 and not once:
             _run_one(cells[0].plan, results, reporter, how, as_json)
         else:
             _run_matrix(cells, results, reporter, jobs, how, shared, as_json)
