@@ -104,13 +104,15 @@ class TinyWorkshop(TrainingWorkshop):
         return ceiling
 
     @torch.no_grad()
-    def _fit(self, model: Any, rows_SB: Tensor, name: str, trainable: Callable[[str], bool], *_: Any) -> int:
+    def _fit(
+        self, model: Any, rows_SB: Tensor, name: str, trainable: Callable[[str], bool], *_: Any
+    ) -> tuple[int, float]:
         rng = self.rng.child("fit", name, *rows_SB.flatten().tolist())
         for key, parameter in model.named_parameters():
             if trainable(key):
                 noise = torch.randn(parameter.shape, generator=rng.child(key).generator())
                 parameter.add_(0.02 * noise)
-        return 0
+        return 0, 0.0
 
 
 def tiny_batches(clip: Clip, seed: int = 0, pairs: int = 128, batch_size: int = 64) -> list[tuple[Tensor, Tensor]]:

@@ -20,8 +20,9 @@ from upcycle_bench.data import blocks, places
 from upcycle_bench.data.bad_samples import BadSample
 from upcycle_bench.data.blocks import GAP, SPAN, Reader, joined
 from upcycle_bench.data.index import Index
+from upcycle_bench.data.open_index import open_index
 from upcycle_bench.data.order import Order
-from upcycle_bench.data.pairs import open_index
+from upcycle_bench.data.sources import Sources
 from upcycle_bench.util.errors import UserError
 
 
@@ -50,7 +51,7 @@ def shard(path: Path, start: int, count: int) -> Path:
 def index(tmp_path_factory: pytest.TempPathFactory) -> Index:
     """512 pairs in two shards."""
     folder = tmp_path_factory.mktemp("shards")
-    return open_index([shard(folder / "0.tar", 0, 300), shard(folder / "1.tar", 300, 212)], "text", "--data")
+    return open_index(Sources.of([shard(folder / "0.tar", 0, 300), shard(folder / "1.tar", 300, 212)]), "--data")
 
 
 @pytest.fixture
@@ -104,7 +105,7 @@ def test_a_pair_whose_files_stand_apart_is_read_in_pieces(tmp_path: Path, reads:
     path = write(
         tmp_path / "0.tar", {"a.jpg": b"j" * 900, "a.txt": b"A", "b.bin": bytes(3 * GAP), "c.jpg": b"J", "c.txt": b"C"}
     )
-    index = open_index([path], "text", "")
+    index = open_index(Sources.of([path]))
     index.rows[0]["text"] = index.rows[1]["text"]
     reader = Reader(index)
     assert (reader.read(0).image, reader.read(0).text) == (b"j" * 900, b"C")

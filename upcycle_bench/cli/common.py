@@ -8,11 +8,13 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
+import click
 import typer
+from click.core import ParameterSource
 
 from upcycle_bench.util.errors import UserError
 
@@ -186,6 +188,19 @@ def key_value(text: str) -> tuple[str, str]:
     if not equals:
         raise UserError(f"--option {text!r}: write it as KEY=VALUE, for example --option tau=0.8")
     return key, value
+
+
+def written_out(context: click.Context, without: Container[str]) -> list[str]:
+    """The options that were given to a command, as arguments again, for other processes of the same command."""
+    written: list[str] = []
+    for option in context.command.params:
+        name, value = option.name or "", context.params.get(option.name or "")
+        if name in without or context.get_parameter_source(name) == ParameterSource.DEFAULT:
+            continue
+        values = [None] if value is True else value if isinstance(value, list | tuple) else [value]
+        for each in values:
+            written += [max(option.opts, key=len)] + ([] if each is None else [str(each)])
+    return written
 
 
 def names_of(text: str | None, option: str) -> list[str]:

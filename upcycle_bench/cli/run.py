@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+import click
 import typer
 
 from upcycle_bench.cli.common import (
@@ -35,11 +36,15 @@ from upcycle_bench.cli.common import (
     trackers_named,
     uncollected,
     warn_emulated,
+    written_out,
 )
 from upcycle_bench.cli.evaluate import show_certificate
 from upcycle_bench.cli.tables import show_headlines, show_scores, show_skipped, table
 from upcycle_bench.util import strict_json
 from upcycle_bench.util.errors import UserError
+
+# Options of a matrix, which its runs do not get.
+OF_A_MATRIX = {"strategy", "seed", "seeds", "init_seed", "train_seed", "jobs", "once", "stop_after", "as_json"}
 
 if TYPE_CHECKING:
     from upcycle_bench.planning.matrix import Cell
@@ -87,21 +92,9 @@ def run(
     if jobs > 1 and "RANK" in os.environ:
         raise UserError("--jobs starts processes of its own and does not go with torchrun; leave one of them out.")
     reporter, trackers, until = terminal_reporter(log_every), trackers_named(track), stop_time(stop_after)
+    dense = (checkpoint, pixels, interpolate)
     building = resumable("nothing half-built was left; the same command builds the data", until)
-    plans = make_plans(
-        strategy,
-        protocol,
-        option,
-        overrides,
-        data,
-        checkpoint,
-        pixels,
-        interpolate,
-        eval_data,
-        reporter,
-        suite,
-        building,
-    )
+    plans = make_plans(strategy, protocol, option, overrides, data, *dense, eval_data, reporter, suite, building)
     cells = list(matrix.enumerate_cells(plans, pairs))
     if not plans[0].missing:
         warn_emulated(plans[0].protocol)
@@ -110,43 +103,18 @@ def run(
         return
     if is_main():
         show_skipped(plans[0].skipped, stderr=True)  # before a training of days
-    shared = _written_out(
-        {
-            "--protocol": protocol,
-            "--option": option,
-            "--set": overrides,
-            "--results": results,
-            "--data": data,
-            "--checkpoint": checkpoint,
-            "--pixels": pixels,
-            "--eval-data": eval_data,
-            "--suite": suite,
-            "--log-every": log_every,
-            "--track": track,
-            "--workers": None if workers is None else str(workers),
-            "--prefetch": prefetch,
-        }
-    ) + (["--interpolate-positions"] if interpolate else [])
     how = {"fresh": fresh, "track": trackers, "loading": Loading(workers, prefetch)}
     with resumable(f"without --fresh {GOES_ON}" if fresh else GOES_ON, until):
         if len(cells) == 1 and not once:
             _run_one(cells[0].plan, results, reporter, how, as_json)
         else:
-            _run_matrix(cells, results, reporter, jobs, how, shared, as_json)
+            _run_matrix(cells, results, reporter, jobs, how, as_json)
 
 
-def _written_out(given: Mapping[str, object]) -> list[str]:
-    """The options as arguments again, for the processes of a matrix, which plan the same runs."""
-    values = {name: value if isinstance(value, list) else [value] for name, value in given.items() if value}
-    return [str(part) for name in values for value in values[name] for part in (name, value)]
-
-
-def _run_matrix(
-    cells: list[Cell], results: Path, reporter: Reporter, jobs: int, how: Any, shared: list[str], as_json: bool
-) -> None:
+def _run_matrix(cells: list[Cell], results: Path, reporter: Reporter, jobs: int, how: Any, as_json: bool) -> None:
     from upcycle_bench import run_many
 
-    shared += ["--fresh"] if how["fresh"] else []
+    shared = written_out(click.get_current_context(), without=OF_A_MATRIX) if jobs > 1 else []
     outcomes = run_many.run_all(cells, results, reporter, jobs=jobs, shared=shared, show=show_matrix, **how)
     if is_main():
         show_outcomes(outcomes, as_json)

@@ -13,7 +13,6 @@ It rests on no text of an error of gloo or NCCL, and on no signal.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import signal
 import socket
@@ -26,6 +25,7 @@ from dataclasses import asdict, dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
+from upcycle_bench.util import strict_json
 from upcycle_bench.util.errors import UserError, one_line
 from upcycle_bench.util.processes import process_space, process_started
 
@@ -140,10 +140,10 @@ class _Watch:
         self._looked = time.monotonic()
         pid = os.getpid()
         self.store.set(
-            f"process {rank}", json.dumps([socket.gethostname(), process_space(), pid, process_started(pid)])
+            f"process {rank}", strict_json.dumps([socket.gethostname(), process_space(), pid, process_started(pid)])
         )
         self.store.set(f"beat {rank}", "0")
-        self.processes = [json.loads(self.store.get(f"process {each}")) for each in range(world)]
+        self.processes = [strict_json.loads(self.store.get(f"process {each}")) for each in range(world)]
         self.store.set_timeout(timedelta(seconds=SUSPICION))
 
     def who(self, rank: int) -> str:
@@ -229,7 +229,7 @@ class _Watch:
         try:
             self.store.set(f"beat {self.rank}", str(number))
             if self.found is None and self.store.check(["cause"]):
-                self.found = Cause(**json.loads(self.store.get("cause")))
+                self.found = Cause(**strict_json.loads(self.store.get("cause")))
             if self.found is None and (dead := self._dead(patience)) is not None:
                 self._tell(dead, "it was killed, perhaps for want of memory")
         except dist.DistStoreError:
@@ -265,7 +265,7 @@ class _Watch:
         first = mine = self._cause(rank, what)
         if self._lost is None:
             with contextlib.suppress(RuntimeError):  # the store went with its process
-                first = Cause(**json.loads(self.store.compare_set("cause", "", json.dumps(asdict(mine)))))
+                first = Cause(**strict_json.loads(self.store.compare_set("cause", "", strict_json.dumps(asdict(mine)))))
         self.found = self.found or first
 
     def _cause(self, rank: int, what: str) -> Cause:
