@@ -276,7 +276,7 @@ def test_without_a_whole_shard_the_first_is_named(tmp_path: Path) -> None:
     folder = write(tmp_path / "a", [], [])
     (folder / "000.tar").write_bytes(b"")
     (folder / "001.tar").write_bytes(b"<html>")
-    with pytest.raises(UserError, match=r"000\.tar: it is empty .*\. \(1 more shards are not whole\.\)$"):
+    with pytest.raises(UserError, match=r"000\.tar: it is empty .*\. Shards that are not whole: 2 of 2\.$"):
         opened(folder, bad_samples=1.0)
 
 

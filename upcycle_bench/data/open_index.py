@@ -121,7 +121,7 @@ def lost_pairs(found: Packed, option: str, bad_samples: float) -> dict[str, int]
     total = sum(lost.values())
     if not len(whole) or total > bad_samples * (total + len(found.rows)):
         number, _, why = found.faults[0]
-        others = f" ({len(faulty) - 1:,} more shards are not whole.)" if len(faulty) > 1 else ""
+        others = f" Shards that are not whole: {len(faulty):,} of {len(counts):,}." if len(faulty) > 1 else ""
         raise UserError(f"{option} {found.sources.shards[number]}: {why}{others}".lstrip())
     return lost
 
@@ -150,8 +150,9 @@ def _build(sources: Sources, stamps: Sequence[Stamp], option: str, reporter: Rep
     parts = [work[(rank + other) % ranks :: ranks] for other in range(ranks)]
     order = parts[0] + [piece for part in parts[1:] for piece in reversed(part)]
     missing = [piece for piece in order if not shard_index.path_of(*piece[:2]).exists()]
-    processes = min(cores() // distributed.local_world_size(), sum(stamp.size for stamp in stamps) // WORTH_A_WORKER)
-    if processes > 1 and len(missing) > 1:
+    weight = sum(stamp.size or WORTH_A_WORKER for _, stamp, _ in missing)  # a command's output may be large
+    processes = min(cores() // distributed.local_world_size(), len(missing), weight // WORTH_A_WORKER)
+    if processes > 1:
         results(shard_index.build, missing, processes, reporter.track, "indexing shards")
     else:
         for piece in reporter.track(missing, "indexing shards"):

@@ -9,6 +9,7 @@ $UPCYCLE_BENCH_SHARD_CACHE bytes, such as 50GB, and always the last copy.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import re
@@ -67,7 +68,8 @@ def copied(place: str) -> Path:
                 f"cannot write to the shard cache {path.parent}: {error.strerror or error}; set "
                 "UPCYCLE_BENCH_LOCAL_CACHE to another folder."
             ) from None
-    os.utime(path)  # it is the most recently used one
+    with contextlib.suppress(PermissionError):  # another user made it
+        os.utime(path)  # it is the most recently used one
     return path
 
 

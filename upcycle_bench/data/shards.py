@@ -80,7 +80,8 @@ class _Header(tarfile.TarInfo):
         if not name or name.endswith(b"/"):
             return super().frombuf(buf, encoding, errors)
         try:
-            size, check = (int(buf[a:b].partition(b"\0")[0].strip() or b"0", 8) for a, b in ((124, 136), (148, 156)))
+            size = int(buf[124:136].partition(b"\0")[0].strip() or b"0", 8)
+            check = int(buf[148:156].partition(b"\0")[0].strip() or b"0", 8)
         except ValueError:  # the parent says what is wrong
             return super().frombuf(buf, encoding, errors)
         if check != 256 + sum(buf) - sum(buf[148:156]):  # the field itself counts as eight spaces
