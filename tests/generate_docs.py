@@ -13,6 +13,7 @@ import typer
 from upcycle_bench import record
 from upcycle_bench.cli import app
 from upcycle_bench.cli.listing import rows
+from upcycle_bench.data.bad_samples import KINDS as KINDS_BAD
 from upcycle_bench.data.pair_index import KINDS as KINDS_LEFT_OUT
 from upcycle_bench.data.shards import NO_ARCHIVE
 from upcycle_bench.model import config, pretrained
@@ -263,6 +264,11 @@ def left_out() -> str:
     return table(["left out", "why"], [[kind, why] for kind, why in KINDS_LEFT_OUT.items()])
 
 
+def bad_samples() -> str:
+    """The kinds of samples that a training replaces."""
+    return table(["bad sample", "what it is"], [[kind, what] for kind, what in KINDS_BAD.items()])
+
+
 def no_archive() -> str:
     """What a file may be that is no tar archive: the rows of `shards`."""
     return table(["a shard", "what to do"], [[what.removeprefix("it "), remedy] for _, what, remedy in NO_ARCHIVE])
@@ -284,6 +290,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "sayers": sayers,
     "misfits": misfits,
     "left-out": left_out,
+    "bad-samples": bad_samples,
     "no-archive": no_archive,
     "unfit": unfit,
 }

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from upcycle_bench.data.worlds import lab as world
 from upcycle_bench.planning.fingerprint import NUMERICS
 from upcycle_bench.planning.registry import load_registry
-from upcycle_bench.protocol import Protocol, flatten, learning_rate, load_protocol
+from upcycle_bench.protocol import Data, Protocol, flatten, learning_rate, load_protocol
 from upcycle_bench.util.errors import UserError
 
 PATHS = {name: entry.target for name, entry in load_registry().protocols.items()}
@@ -146,6 +146,38 @@ def test_bad_overrides_are_one_line(override: str, message: str) -> None:
         load_protocol(PATHS["smoke"], [override])
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_settings_of_the_data_that_are_usual_are_not_written() -> None:
+    """Records and fingerprints of earlier versions do not have them."""
+    usual = {"window": 1 << 20, "order": "permutation", "weights": (), "bad_samples": 0.01}
+    assert Data(world="lab", seed=0, **usual).model_dump(mode="json") == {"world": "lab", "seed": 0}
+    chosen = ["data.order=replacement", "data.weights=[1.0, 3.0]", "data.window=5000", "data.bad_samples=0.02"]
+    data = load_protocol(PATHS["clip-b32"], chosen).data
+    assert (data.order, data.weights, data.window, data.bad_samples) == ("replacement", (1.0, 3.0), 5000, 0.02)
+    assert data.model_dump(mode="json").keys() == {"world", "seed", "captions", *usual}
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("data.weights=[1.0, 2.0]", 'data: weights needs order = "replacement"'),
+        ("data.window=0", "data.window: Input should be greater than or equal to 1"),
+        ("data.bad_samples=2.0", "data.bad_samples: Input should be less than or equal to 1"),
+        ("data.order=random", "'permutation' or 'replacement'"),
+    ],
+)
+def test_bad_settings_of_the_data_are_one_line(override: str, message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        load_protocol(PATHS["clip-b32"], [override])
+    assert message in str(caught.value)
+    with pytest.raises(UserError, match="weights must be above 0; leave a source out"):
+        load_protocol(PATHS["clip-b32"], ["data.order=replacement", "data.weights=[0.0, 2.0]"])
+
+
+def test_a_source_may_be_named_of_a_setting_that_is_usual(tmp_path: Path) -> None:
+    own = beside_smoke(tmp_path, own='extends = "smoke"\n[data]\nwindow = 1048576\n[sources]\n"data.window" = "ours"\n')
+    assert load_protocol(own).sources["data.window"] == "ours"
 
 
 def beside_smoke(folder: Path, **files: str) -> Path:

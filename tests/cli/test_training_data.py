@@ -189,6 +189,60 @@ def test_a_command_line_that_the_shell_or_the_order_spoilt_is_one_line_with_a_hi
     assert says in said and said.count("\n") == 1
 
 
+@pytest.fixture
+def bad_shard(tmp_path: Path, shard: Path) -> Path:
+    """A second shard: 24 pairs, of which three images are broken."""
+    broken = {0: PNG[:60], 5: b"<html>404</html>", 9: PNG[:60]}
+    files = [file for n in range(24) for file in ((f"c{n:02d}.png", broken.get(n, PNG)), (f"c{n:02d}.txt", b"d"))]
+    (path := shard.parent / "1.tar").write_bytes(packed(files))
+    return path
+
+
+@pytest.mark.parametrize("how", [[], ["--set", "train.schedule.augmentation=none"], ["--workers", "2"]])
+def test_bad_samples_end_no_run_and_stand_in_its_record(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, arguments: dict[str, list[str]], bad_shard: Path, how: list[str]
+) -> None:
+    """Two steps of 32 are one epoch of 64 pairs: each bad one is met at least once."""
+    monkeypatch.setenv("UPCYCLE_BENCH_CACHE", str(tmp_path / "cache"))
+    assert call(monkeypatch, *arguments["run"], "--set", "data.bad_samples=0.3", *how) == 0
+    (path,) = record.record_paths(tmp_path / "results")
+    samples = record.read(path).diagnostics["training_samples"]  # type: ignore[index]
+    assert samples["pairs"] == 64 and samples["bad"].keys() == {"truncated image", "no image (HTML)"}
+    assert samples["bad"]["truncated image"] >= 2 and samples["bad"]["no image (HTML)"] >= 1
+    assert samples["first_bad"]["no image (HTML)"] == "1.tar: c05"
+    lines = [json.loads(line) for line in path.with_suffix(".jsonl").read_text().splitlines()]
+    assert lines[-1]["bad_samples"] == sum(samples["bad"].values())
+
+
+def test_too_many_bad_samples_end_a_run_with_one_line(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    arguments: dict[str, list[str]],
+    bad_shard: Path,
+) -> None:
+    monkeypatch.setenv("UPCYCLE_BENCH_CACHE", str(tmp_path / "cache"))
+    assert call(monkeypatch, *arguments["run"]) == 2
+    (error,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
+    assert "samples are bad, more than data.bad_samples=0.01 of them; most often truncated image" in error
+    assert "the first is 1.tar: c0" in error and "`upcycle-bench data check SHARDS --list`" in error
+    (path,) = record.record_paths(tmp_path / "results")
+    assert "samples are bad, more than" in (record.read(path).reason or "")
+
+
+def test_synthetic_data_train_and_land_in_the_open_division(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, arguments: dict[str, list[str]]
+) -> None:
+    command = [*arguments["run"][:-1], "synthetic"]
+    assert call(monkeypatch, *command, "--dry-run", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["missing"] == []
+    assert call(monkeypatch, *command) == 0
+    (path,) = record.record_paths(tmp_path / "results")
+    made = record.read(path)
+    assert (made.hashes.data, made.protocol.division) == ("synthetic", "open")
+    assert made.cost is not None and made.cost.phases["train"].samples == 64
+
+
 def test_a_killed_loader_ends_the_run_with_one_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, arguments: dict[str, list[str]]
 ) -> None:

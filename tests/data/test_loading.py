@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 
 from upcycle_bench.data import loading
+from upcycle_bench.data.bad_samples import Bad
+from upcycle_bench.data.batches import Batch, join
 from upcycle_bench.data.loading import load, lost_workers
 from upcycle_bench.util.errors import UserError
 
@@ -32,6 +34,39 @@ def test_items_come_in_order_from_as_many_workers(workers: int) -> None:
     assert [int(tensor[-1]) for tensor, _ in found] == list(range(5, 12))
     assert len({process for _, process in found} - {HERE}) == workers
     assert list(load(made, range(0), workers, "numbers")) == []
+
+
+def test_each_worker_keeps_to_its_part_of_every_batch() -> None:
+    """Item n is made by worker n modulo the workers, so part j of a batch is always made by worker j."""
+    found = [process for _, process in load(made, range(9, 21), 3, "numbers")]
+    assert found == found[:3] * 4 and len(set(found)) == 3
+
+
+@pytest.mark.parametrize("prefetch", [1, 3])
+def test_workers_are_no_further_ahead_than_asked(tmp_path: Path, prefetch: int) -> None:
+    def note(item: int) -> int:
+        (tmp_path / str(item)).touch()
+        return item
+
+    items = load(note, range(100), 2, "numbers", prefetch)
+    assert next(items) == 0
+    time.sleep(0.5)
+    assert prefetch * 2 <= len(list(tmp_path.iterdir())) <= 2 * prefetch + 1  # the first is out, another is made
+
+
+def test_parts_become_one_batch() -> None:
+    def part(start: int, size: int, *bad: Bad) -> Batch:
+        index = torch.arange(start, start + size)
+        return Batch(
+            index.view(-1, 1, 1, 1).to(torch.uint8).expand(-1, 3, 2, 2), index[:, None].expand(-1, 4), index, bad
+        )
+
+    bad = Bad(4, "truncated image", "0.tar", "a")
+    whole, joined = part(0, 7, bad), join([part(0, 3), part(3, 3, bad), part(6, 1)], pinned=False)
+    for name in ("images", "texts", "index", "bad"):
+        ours, expected = getattr(joined, name), getattr(whole, name)
+        assert ours == expected if name == "bad" else ours.dtype == expected.dtype and torch.equal(ours, expected)
+    assert join([whole], pinned=False) is whole  # without a copy
 
 
 def test_an_error_of_a_worker_comes_as_it_is() -> None:

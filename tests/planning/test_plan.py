@@ -40,6 +40,10 @@ def test_strategy_and_seeds_are_not_part_of_the_fingerprints() -> None:
         ('suites.zero-shot.headlines.in-distribution=["digits-test"]', False, True),
         ("train.log_every=3", False, False),
         ("train.checkpoint_every=3", False, False),
+        ("data.bad_samples=0.5", False, False),
+        ("data.window=1048576", False, False),  # as usual
+        ("data.window=100", True, False),
+        ("data.order=replacement", True, False),
     ],
 )
 def test_what_changes_which_fingerprint(override: str, training: bool, suite: bool) -> None:
