@@ -12,6 +12,7 @@ environment, and a .jsonl with the lines of metrics.
 from __future__ import annotations
 
 import contextlib
+import shutil
 import sys
 from dataclasses import asdict, replace
 from datetime import datetime, timezone
@@ -34,6 +35,7 @@ from upcycle_bench.training import session
 from upcycle_bench.training.job import Job
 from upcycle_bench.training.loop import train
 from upcycle_bench.training.same_view import require_same_view
+from upcycle_bench.training.stopping import at_steps
 from upcycle_bench.training.work_folder import say_others, work_folder
 from upcycle_bench.util import distributed, strict_json
 from upcycle_bench.util.cache import locked
@@ -100,7 +102,7 @@ def pretrain(protocol: Protocol, world: World, path: Path, device: torch.device,
     """
     facts, command = dense_facts(protocol, world), dense_command(protocol, world)
     say_others(facts, command)
-    with work_folder(facts, command) as work:
+    with work_folder(facts, command) as work, at_steps():  # once it is trained, it is written, whatever signal comes
         return _pretrain(protocol, world, path, device, reporter, work)
 
 
@@ -147,6 +149,7 @@ def _pretrain(
         }
         write_atomically(path.with_suffix(".json"), (strict_json.dumps(facts, indent=2) + "\n").encode())
         write_atomically(path.with_suffix(".jsonl"), (work / "metrics.jsonl").read_bytes())
+        shutil.rmtree(work / "checkpoints", ignore_errors=True)  # it is done, even if a signal ends the command now
     distributed.barrier()
     return facts
 
