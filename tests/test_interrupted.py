@@ -84,9 +84,8 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Trained]:
     ("strategy", "what", "at"),
     [
         ("cluster-aware", "training", 2),
-        ("cluster-aware", "training", 6),
         ("btx", "branch 2", 1),
-        ("btx", "training", 4),
+        ("btx", "training", 6),
     ],
 )
 def test_a_run_that_was_stopped_in_a_training_goes_on(

@@ -31,6 +31,7 @@ from upcycle_bench.training.job import Job, Progress
 from upcycle_bench.training.loop import train
 from upcycle_bench.training.pretrain import load_dense
 from upcycle_bench.training.same_view import require_same_view
+from upcycle_bench.training.stopping import at_steps
 from upcycle_bench.training.trackers import Tracked, Trackers
 from upcycle_bench.training.work_folder import about, folder_of, refuse_others, work_folder
 from upcycle_bench.upcycling.final_form import require_describable
@@ -85,13 +86,14 @@ def run(
                     require_describable(
                         plan.strategy, model.model, dense.model, plan.steps, diagnosed(dense, data, device)
                     )
-                    state.progress = train_model(plan, model, data, work, state.meter, reporter, trackers)
-                    state.metrics = work / "metrics.jsonl"
-                    state.parameters = parameter_counts(model.model)  # of the trained form, before the merge
-                    merge(model.model)
-                    state.weights = weights.save(model, plan.moe, weights_folder)
-                    state.final = whole_model(plan, model, weights_folder / f"{state.weights}.safetensors")
-                    remember(state, key)
+                    with at_steps():  # once it is trained, it is stored, whatever signal comes
+                        state.progress = train_model(plan, model, data, work, state.meter, reporter, trackers)
+                        state.metrics = work / "metrics.jsonl"
+                        state.parameters = parameter_counts(model.model)  # of the trained form, before the merge
+                        merge(model.model)
+                        state.weights = weights.save(model, plan.moe, weights_folder)
+                        state.final = whole_model(plan, model, weights_folder / f"{state.weights}.safetensors")
+                        remember(state, key)
                 path = None
                 if distributed.is_main():
                     assert state.final is not None and state.weights is not None

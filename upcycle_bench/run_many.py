@@ -221,7 +221,7 @@ def _start(cell: Cell, results: Path, shared: Sequence[str], environment: Mappin
 
 
 def _stop(processes: Sequence[subprocess.Popen[bytes]]) -> None:
-    """End the processes by SIGTERM, after which a run writes a checkpoint; a second Ctrl-C here kills them.
+    """End the processes by SIGTERM, after which a run writes a checkpoint; a second signal here kills them.
 
     SIGINT would not do: processes of a background shell ignore it.
     """
@@ -230,7 +230,7 @@ def _stop(processes: Sequence[subprocess.Popen[bytes]]) -> None:
     try:
         for process in processes:
             process.wait()  # its thread reads its stderr meanwhile
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit):
         for process in processes:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)  # a session of its own: its workers hold stderr, too

@@ -156,12 +156,13 @@ def test_two_ranks_go_on_where_they_were_interrupted(tmp_path: Path, quick: list
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         env=environment,
-        start_new_session=True,
     )
     deadline = time.monotonic() + 120
     while not list((cache_root() / "runs").glob("*/checkpoints/step4")) and time.monotonic() < deadline:
         time.sleep(0.02)
-    os.killpg(process.pid, signal.SIGKILL)
+    ranks = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    for number in (process.pid, *map(int, ranks)):
+        os.kill(number, signal.SIGKILL)
     process.communicate(timeout=60)
     assert process.returncode == -signal.SIGKILL, "it finished before it could be killed"
     assert not (tmp_path / "parts").exists()

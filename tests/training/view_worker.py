@@ -1,8 +1,9 @@
-"""test_same_view starts it on two ranks: one line of what `require_same_view` says, or "same".
+"""test_same_view starts it on two ranks: what `require_same_view` says of each case, a line each; or "same".
 
-usage: python -m tests.training.view_worker SHARDS
+usage: python -m tests.training.view_worker CACHE:SHARDS ...        (of this rank; SHARDS is a folder)
 """
 
+import os
 import sys
 from pathlib import Path
 
@@ -15,10 +16,11 @@ from upcycle_bench.util.errors import UserError
 if __name__ == "__main__":
     dist.init_process_group("gloo")
     same_view.LAG = 0.2
-    shards = tuple(sorted(Path(sys.argv[1]).glob("*.tar")))
-    try:
-        same_view.require_same_view(World("local", shards, Path(), "the same identity"))
-        print("same", flush=True)
-    except UserError as error:
-        print(error, flush=True)
+    for case in sys.argv[1:]:
+        os.environ["UPCYCLE_BENCH_CACHE"], shards = case.split(":")
+        try:
+            same_view.require_same_view(World("local", tuple(Path(shards).glob("*.tar")), Path(), "the same identity"))
+            print("same", flush=True)
+        except UserError as error:
+            print(error, flush=True)
     dist.destroy_process_group()

@@ -12,6 +12,7 @@ environment, and a .jsonl with the lines of metrics.
 from __future__ import annotations
 
 import contextlib
+import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -36,6 +37,7 @@ from upcycle_bench.training import session
 from upcycle_bench.training.job import Job
 from upcycle_bench.training.loop import train
 from upcycle_bench.training.same_view import require_same_view
+from upcycle_bench.training.stopping import at_steps
 from upcycle_bench.training.trackers import Tracked, Trackers
 from upcycle_bench.training.work_folder import say_others, work_folder
 from upcycle_bench.util import distributed, strict_json
@@ -124,7 +126,7 @@ def pretrain(
     """
     facts, command = dense_facts(protocol, world), dense_command(protocol, world)
     say_others(facts, command)
-    with work_folder(facts, command) as work:
+    with work_folder(facts, command) as work, at_steps():  # once it is trained, it is written, whatever signal comes
         return _pretrain(protocol, world, path, device, reporter, track, loading, work)
 
 
@@ -188,6 +190,7 @@ def _pretrain(
         }
         write_atomically(path.with_suffix(".json"), (strict_json.dumps(facts, indent=2) + "\n").encode())
         write_atomically(path.with_suffix(".jsonl"), (work / "metrics.jsonl").read_bytes())
+        shutil.rmtree(work / "checkpoints", ignore_errors=True)  # it is done, even if a signal ends the command now
     distributed.barrier()
     return facts
 

@@ -61,8 +61,8 @@ def rows(place: Path, rows_SB: Tensor) -> Tensor:
         place.mkdir(parents=True, exist_ok=True)
         with atomic(path) as part:
             save_file({"rows_SB": rows_SB.contiguous()}, part)
-    distributed.barrier()
-    return load_file(path)["rows_SB"]
+    kept: Tensor = distributed.from_main(load_file(path)["rows_SB"] if distributed.is_main() else None)
+    return kept
 
 
 def finish(place: Path, model: Any, cost: Branch) -> None:
