@@ -16,7 +16,7 @@ from typing import Annotated
 
 import typer
 
-from upcycle_bench.cli import data
+from upcycle_bench.cli import cache, data
 from upcycle_bench.cli.common import is_main
 from upcycle_bench.cli.compress import compress
 from upcycle_bench.cli.doctor import doctor
@@ -53,6 +53,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(data.app, name="data")
+app.add_typer(cache.app, name="cache")
 app.command()(run)
 app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(launch)
 app.command()(receipt)

@@ -19,7 +19,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from filelock import FileLock, SoftFileLock
+from filelock import FileLock, SoftFileLock, Timeout
 
 from upcycle_bench.util.errors import UserError
 from upcycle_bench.util.files import full_disk_said
@@ -44,7 +44,7 @@ def locked(path: Path) -> Iterator[None]:
     Where the file system has no flock, the lock is a file that names its holder. Raises UserError where the cache
     folder cannot be written.
     """
-    name = cache_root() / "locks" / hashlib.sha256(str(path.absolute()).encode()).hexdigest()[:24]
+    name = _lock_of(path)
     with contextlib.ExitStack() as held:
         try:
             name.parent.mkdir(parents=True, exist_ok=True)
@@ -61,6 +61,31 @@ def locked(path: Path) -> Iterator[None]:
                 "one."
             ) from None
         yield
+
+
+@contextlib.contextmanager
+def locked_now(path: Path) -> Iterator[bool]:
+    """Hold the lock of `path` unless another process does; the block gets whether it is free, and never waits."""
+    name = _lock_of(path)
+    if name.with_suffix(".soft").exists():
+        yield False
+    elif not name.exists():  # nobody ever had it
+        yield True
+    else:
+        lock = FileLock(name)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            yield False
+            return
+        try:
+            yield True
+        finally:
+            lock.release()
+
+
+def _lock_of(path: Path) -> Path:
+    return cache_root() / "locks" / hashlib.sha256(str(path.absolute()).encode()).hexdigest()[:24]
 
 
 def build_once(path: Path, build: Callable[[Path], None]) -> Path:
