@@ -95,7 +95,7 @@ def work_folder(key: str, resumable: bool, fresh: bool = False) -> Iterator[Path
     path = cache_root() / "runs" / key
     if not resumable:
         path = path.with_name(f"{path.name}-{distributed.from_main(os.getpid())}")
-    with locked(path) if distributed.is_main() else contextlib.nullcontext():
+    with locked(path, "the same training") if distributed.is_main() else contextlib.nullcontext():
         if fresh and distributed.is_main():
             shutil.rmtree(path, ignore_errors=True)
         distributed.barrier()

@@ -57,7 +57,7 @@ def load_dense(
     """
     path = source.file
     if protocol.dense.source == "pretrain":
-        with locked(path) if distributed.is_main() else contextlib.nullcontext():
+        with locked(path, "the dense model") if distributed.is_main() else contextlib.nullcontext():
             if not distributed.from_main(path.is_file()):
                 pretrain(protocol, world, path, device, reporter)
     digest = distributed.from_main(source.identity() if distributed.is_main() else "")
@@ -85,7 +85,7 @@ def pretrain_once(protocol: Protocol, world: World, reporter: Reporter, track: S
     """
     with session.open_session(protocol.threads) as device:
         path = recipe_path(dense_recipe(protocol, world))
-        with locked(path) if distributed.is_main() else contextlib.nullcontext():
+        with locked(path, "the dense model") if distributed.is_main() else contextlib.nullcontext():
             # The metrics are written last, so that with them all files are there.
             there = distributed.from_main(path.is_file() and path.with_suffix(".jsonl").is_file())
             if not there:
