@@ -1,7 +1,6 @@
 """The cache: where it is, that a final name only ever has a complete result, and that locks exclude each other."""
 
 import errno
-import fcntl
 import multiprocessing
 import os
 import signal
@@ -123,16 +122,7 @@ def add_one(root: Path, barrier) -> None:
             (root / "count").write_text(str(number + 1))
 
 
-@pytest.mark.parametrize("code", [None, errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
-@pytest.mark.filterwarnings("ignore:flock not supported")
-def test_one_process_at_a_time_holds_a_lock(code: int | None, tmp_path: Path, monkeypatch) -> None:
-    """Also on a file system without flock, with each error that such file systems give."""
-
-    def without_flock(*_: object) -> None:
-        raise OSError(code, os.strerror(code or 0))
-
-    if code is not None:
-        monkeypatch.setattr(fcntl, "flock", without_flock)
+def test_one_process_at_a_time_holds_a_lock(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setenv("UPCYCLE_BENCH_CACHE", str(tmp_path / "cache"))
     (tmp_path / "count").write_text("0")
     context = multiprocessing.get_context("fork")

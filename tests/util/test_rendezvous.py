@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from upcycle_bench.cli.main import main
 from upcycle_bench.training.session import open_session
-from upcycle_bench.util import distributed
+from upcycle_bench.util import distributed, rendezvous
 from upcycle_bench.util.errors import UserError
 from upcycle_bench.util.rendezvous import NEEDED, NUMBERS, VARIABLE, meet, require_sound
 
@@ -106,6 +106,17 @@ def test_a_process_that_nobody_joins_ends(
     assert f"{VARIABLE}=10 waits longer" in said
     assert time.monotonic() - start < 20 and capfd.readouterr().err == ""
     assert not dist.is_initialized() and torch.get_num_threads() == threads
+
+
+def test_a_wait_for_processes_is_said_by_rank_0(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], port: int
+) -> None:
+    monkeypatch.setattr(rendezvous, "SOON", 0.2)
+    for rank, said in ((0, f"waiting for all of 2 processes to come to 127.0.0.1:{port}, for 1 s at most\n"), (1, "")):
+        setting(monkeypatch, two(rank, port))
+        with pytest.raises(UserError):
+            meet()
+        assert capsys.readouterr().err == said
 
 
 def test_a_port_in_use_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

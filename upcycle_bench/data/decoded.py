@@ -100,7 +100,7 @@ def decoded(
     what = strict_json.dumps(facts, sort_keys=True)
     folder = cache_root() / "decoded" / hashlib.sha256(what.encode()).hexdigest()[:24]
     if not folder.is_dir():
-        with locked(folder):  # so that two runs side by side do not both decode
+        with locked(folder, "the decoded training images"):  # so that two runs side by side do not both decode
             if not folder.is_dir():
                 pairs = make()
                 if math.prod(_shape(pairs)) > LIMIT:

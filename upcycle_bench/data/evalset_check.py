@@ -87,7 +87,7 @@ def faults(folder: Path, split: str) -> list[str]:
     except UserError:
         return check(folder, only={split}).problems  # it lacks files, so that this is quick
     kept = cache_root() / "checked" / f"{digest}-{split}-{RULES}.json"
-    with locked(kept):  # of several processes one reads the set
+    with locked(kept, f"the check of {folder}"):  # of several processes one reads the set
         with contextlib.suppress(OSError, ValueError):  # none, or a damaged one, which is made anew
             return list(strict_json.loads(kept.read_bytes()))
         problems = check(folder, only={split}).problems

@@ -67,7 +67,7 @@ def load_dense(
     """
     path = source.file
     if protocol.dense.source == "pretrain":
-        with locked(path) if distributed.is_main() else contextlib.nullcontext():
+        with locked(path, "the dense model") if distributed.is_main() else contextlib.nullcontext():
             if not distributed.from_main(path.is_file()):
                 pretrain(protocol, world, path, device, reporter, loading=loading)
     digest = distributed.from_main(source.identity() if distributed.is_main() else "")
@@ -102,7 +102,7 @@ def pretrain_once(
     with session.open_session(protocol.threads) as device:
         require_same_view(world)
         path = recipe_path(dense_recipe(protocol, world))
-        with locked(path) if distributed.is_main() else contextlib.nullcontext():
+        with locked(path, "the dense model") if distributed.is_main() else contextlib.nullcontext():
             # The metrics are written last, so that with them all files are there.
             there = distributed.from_main(path.is_file() and path.with_suffix(".jsonl").is_file())
             if not there:

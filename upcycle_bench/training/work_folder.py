@@ -108,7 +108,7 @@ def work_folder(facts: Facts, command: Facts, fresh: bool = False, more: Facts |
     interrupted training left. `more` is written beside the facts, where nothing stands there yet.
     """
     path = folder_of(facts)
-    with locked(path) if distributed.is_main() else contextlib.nullcontext():
+    with locked(path, "the same training") if distributed.is_main() else contextlib.nullcontext():
         if distributed.is_main():
             if fresh:
                 shutil.rmtree(path, ignore_errors=True)

@@ -11,7 +11,6 @@ leaves at most a hidden `.NAME.*.tmp` folder, which nothing reads.
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import os
 import shutil
@@ -19,12 +18,9 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from filelock import FileLock, SoftFileLock, Timeout
-
 from upcycle_bench.util.errors import UserError
 from upcycle_bench.util.files import full_disk_said
-
-NO_FLOCK = {errno.ENOLCK, errno.EOPNOTSUPP}  # errors of NFS without its lock service, and of some FUSE file systems
+from upcycle_bench.util.locks import hold, hold_now
 
 
 def cache_root() -> Path:
@@ -37,24 +33,17 @@ def cache_root() -> Path:
 
 
 @contextlib.contextmanager
-def locked(path: Path) -> Iterator[None]:
+def locked(path: Path, what: str = "") -> Iterator[None]:
     """Hold the lock of `path`, so that no second process does the same long work. `path` need not exist.
 
-    The process that waited for the lock must check the cache again. The lock ends with its process, however that ends.
-    Where the file system has no flock, the lock is a file that names its holder. Raises UserError where the cache
-    folder cannot be written.
+    The process that waited for the lock must check the cache again. `what` names the work while others wait. Raises
+    UserError where the cache folder cannot be written.
     """
     name = _lock_of(path)
     with contextlib.ExitStack() as held:
         try:
             name.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                held.enter_context(FileLock(name))  # on ENOSYS, filelock takes a soft lock by itself
-            except OSError as error:
-                if error.errno not in NO_FLOCK:
-                    raise
-                # Another name: FileLock has left a file at this one, which would look like another's soft lock.
-                held.enter_context(SoftFileLock(name.with_suffix(".soft")))
+            held.enter_context(hold(name, what or str(path)))
         except OSError as error:
             raise UserError(
                 f"cannot write to the cache folder {name.parent}: {error.strerror}; set UPCYCLE_BENCH_CACHE to another "
@@ -67,21 +56,11 @@ def locked(path: Path) -> Iterator[None]:
 def locked_now(path: Path) -> Iterator[bool]:
     """Hold the lock of `path` unless another process does; the block gets whether it is free, and never waits."""
     name = _lock_of(path)
-    if name.with_suffix(".soft").exists():
-        yield False
-    elif not name.exists():  # nobody ever had it
+    if not name.exists() and not name.with_name(f"{name.name}.lease").exists():  # nobody has it: nothing is written
         yield True
-    else:
-        lock = FileLock(name)
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            yield False
-            return
-        try:
-            yield True
-        finally:
-            lock.release()
+        return
+    with hold_now(name) as held:
+        yield held
 
 
 def _lock_of(path: Path) -> Path:

@@ -163,7 +163,7 @@ class _Watch:
                 self._broken = True
                 # Rank 0 listens to all beats, so the others give it the time to find who is silent.
                 self._wait((SUSPICION if self.rank == 0 else 2 * SUSPICION) + NEWS)
-        except KeyboardInterrupt as interruption:
+        except (KeyboardInterrupt, SystemExit) as interruption:  # raised by a handler of signals
             error = interruption
             self._wait(NEWS)
         mine = f"{type(error).__name__}: {error}"
@@ -173,7 +173,8 @@ class _Watch:
         if self.found is None:
             return error
         if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # this process is about to end, and must not be cut short
+            for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGALRM):  # it is about to end: not to be cut short
+                signal.signal(number, signal.SIG_IGN)
         same = self.found.what == _limited(mine)  # as where all ranks find the same fault
         return error if same or self.found.rank == self.rank else PeerFailed(self.found)
 

@@ -9,10 +9,14 @@ may have them, too, with no other process anywhere, and torch would wait for it 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import socket
+import sys
+import threading
 import time
+from collections.abc import Iterator
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
@@ -21,6 +25,7 @@ from upcycle_bench.util.errors import UserError
 if TYPE_CHECKING:
     from torch.distributed import Store
 
+SOON = 10  # seconds after which the wait is said
 PATIENCE = 60  # seconds in which all processes must have come
 VARIABLE = "UPCYCLE_BENCH_RENDEZVOUS"  # other seconds
 NUMBERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
@@ -53,15 +58,29 @@ def meet() -> Store:
     rank, world, where = (os.environ[name] for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR"))
     port = int(os.environ["MASTER_PORT"])
     try:
-        if rank != "0":
-            _reach(where, port, float(text))  # torch would retry with pages of messages
-        store, _, _ = next(iter(dist.rendezvous("env://", timeout=timedelta(seconds=int(text)))))
+        with _said(f"waiting for all of {world} processes to come to {where}:{port}, for {text} s at most"):
+            if rank != "0":
+                _reach(where, port, float(text))  # torch would retry with pages of messages
+            store, _, _ = next(iter(dist.rendezvous("env://", timeout=timedelta(seconds=int(text)))))
     except (dist.DistError, OSError) as error:
         raise UserError(
             f"waited {text} s for {world} processes to meet at {where}:{port} ({str(error).rstrip('.')}). RANK={rank} "
             f"and WORLD_SIZE={world} are set: {REMEDY}; {VARIABLE}={10 * int(text)} waits longer."
         ) from None
     return store
+
+
+@contextlib.contextmanager
+def _said(line: str) -> Iterator[None]:
+    """Print the line on rank 0 if the block takes longer than SOON seconds."""
+    timer = threading.Timer(SOON, print, [line], {"file": sys.stderr, "flush": True})
+    timer.daemon = True
+    if os.environ["RANK"] == "0":
+        timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def _reach(host: str, port: int, seconds: float) -> None:

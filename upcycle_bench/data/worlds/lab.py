@@ -51,7 +51,7 @@ def load(seed: int, reporter: Reporter) -> World:
         raise UserError(f"data.seed {seed}: the lab has one split, data.seed = 0.")
     folder = cache_root() / "worlds" / f"lab-{VERSION}"
     if not folder.is_dir():
-        with locked(folder):  # so that one rank of a machine builds, and the others wait
+        with locked(folder, "the data of the lab"):  # so that one rank of a machine builds, and the others wait
             build_once(folder, partial(build, reporter=reporter))
     return open_world("lab", folder)
 

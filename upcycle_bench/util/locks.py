@@ -1,0 +1,103 @@
+"""A lock between processes, also of several machines, on whatever file system there is; a wait for it is said.
+
+    with hold(Path("cache/locks/abc"), "the dense model"): ...
+
+Two locks are held. flock ends with its process at once, but some file systems do not have it, and some have it for one
+machine only. The other one is a file `NAME.lease` that names its holder, which touches it. It is free again as soon as
+the holder's process is gone from the same machine, or has not touched it for LEASE seconds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import functools
+import os
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from filelock import BaseFileLock, FileLock, SoftFileLease, Timeout
+
+LEASE = 60.0  # seconds
+SOON, AGAIN = 5.0, 600.0  # seconds until a wait is said, and said again
+# Lustre without its mount option, NFS without its lock service, some FUSE file systems.
+NO_FLOCK = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP)
+
+
+@contextlib.contextmanager
+def hold(file: Path, what: str) -> Iterator[None]:
+    """Hold the lock `file` during the block; `what` names the work while others wait. OSError where it cannot write."""
+    lease = _lease(file, what)
+    with contextlib.ExitStack() as held:
+        for lock in [FileLock(file), lease] if _has_flock(file) else [lease]:
+            _acquire(lock, lease, what)
+            held.callback(lock.release)
+        yield
+
+
+@contextlib.contextmanager
+def hold_now(file: Path) -> Iterator[bool]:
+    """Hold the lock `file` unless another process does; the block gets whether it is held. Never waits."""
+    lease = _lease(file, str(file))
+    with contextlib.ExitStack() as held:
+        try:
+            for lock in [FileLock(file), lease] if _has_flock(file) else [lease]:
+                lock.acquire(timeout=0)
+                held.callback(lock.release)
+            free = True
+        except Timeout:
+            free = False
+        yield free
+
+
+def _lease(file: Path, what: str) -> SoftFileLease:
+    return SoftFileLease(
+        file.with_name(f"{file.name}.lease"),
+        lease_duration=LEASE,
+        on_compromise=lambda _: _say(f"warning: another process took the lock of {what}; did this one stand still?"),
+    )
+
+
+def _has_flock(file: Path) -> bool:
+    with file.open("a") as probe:
+        try:
+            fcntl.flock(probe, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except OSError as error:
+            if error.errno not in NO_FLOCK:
+                raise
+            _warn_once(str(file.parent), os.strerror(error.errno))
+            return False
+    return True
+
+
+def _acquire(lock: BaseFileLock, lease: SoftFileLease, what: str) -> None:
+    began, patience = time.monotonic(), SOON
+    while True:
+        try:
+            lock.acquire(timeout=patience, poll_interval=0.1)
+            return
+        except Timeout:
+            owner = lease.owner
+            host = "" if owner is None else owner.hostname.partition("?")[0]  # behind it stands a container's number
+            by = "another process" if owner is None else f"process {owner.pid} on {host}"
+            _say(f"waiting for {what}: {by} is at it, for {time.monotonic() - began:,.0f} s so far")
+            patience = AGAIN
+
+
+@functools.cache
+def _warn_once(folder: str, why: str) -> None:
+    _say(
+        f"warning: the file system of {folder} has no file locks (flock: {why}); files with a heartbeat take their "
+        f"place, and after a machine is lost others wait {LEASE:.0f} s."
+    )
+
+
+def _say(line: str) -> None:
+    """On rank 0, as far as a launcher has told: the others of a run wait for the same."""
+    if os.environ.get("RANK", "0") == "0":
+        print(line, file=sys.stderr, flush=True)
