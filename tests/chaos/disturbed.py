@@ -31,10 +31,10 @@ SHORT = (
 
 # The line of stderr after which a run without a terminal is in that phase.
 PHASES = {
-    "dense": re.compile(r"dense model: step \d"),
-    "making": re.compile(r"done dense model|initialising"),
-    "train": re.compile(r"training \S+: step (1[7-9]|2\d)"),  # behind two checkpoints
-    "evaluate": re.compile(r"done training"),
+    "dense": re.compile(r"dense model: step=\d"),
+    "making": re.compile("start initialising"),
+    "train": re.compile(r"training \S+: step=(1[7-9]|2\d)/"),  # behind two checkpoints
+    "evaluate": re.compile("start evaluating"),
 }
 
 
