@@ -180,3 +180,13 @@ def test_what_cannot_be_pickled_is_an_error(number: int, kind: type[BaseExceptio
     with pytest.raises(kind, match=says) as raised:
         results(odd, [(number,)], 1)
     assert not isinstance(raised.value, UserError)  # nobody killed a worker
+
+
+def test_a_script_without_a_guard_is_not_run_again_by_its_workers(tmp_path: Path) -> None:
+    (script := tmp_path / "script.py").write_text(
+        "from operator import neg\n"
+        "from upcycle_bench.util.processes import results\n"
+        "print(results(neg, [(1,), (2,)], processes=2), __file__ is not None, flush=True)\n"
+    )
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=60)
+    assert (done.stdout, done.returncode) == ("[-1, -2] True\n", 0)

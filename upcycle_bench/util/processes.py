@@ -19,6 +19,7 @@ import os
 import pickle
 import signal
 import socket
+import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from multiprocessing import resource_tracker
@@ -100,7 +101,8 @@ def _workers(call: Callable[..., Any], processes: int) -> Iterator[list[Connecti
             for _ in range(processes):
                 here, there = context.Pipe()
                 process = context.Process(target=_serve, args=(call, there), daemon=True)
-                process.start()
+                with _without_main():
+                    process.start()
                 there.close()  # now the worker alone holds this end, and its death ends the pipe
                 started.append(process)
                 pipes.append(here)
@@ -114,6 +116,19 @@ def _workers(call: Callable[..., Any], processes: int) -> Iterator[list[Connecti
             process.kill()
         for process in started:
             process.join()
+
+
+@contextlib.contextmanager
+def _without_main() -> Iterator[None]:
+    """Let no worker run the caller's script again, which may lack `if __name__ == "__main__"`; no call stands in it."""
+    main = sys.modules["__main__"]
+    before: dict[str, Any] = {name: vars(main)[name] for name in ("__spec__", "__file__") if name in vars(main)}
+    main.__spec__ = None
+    vars(main).pop("__file__", None)
+    try:
+        yield
+    finally:
+        vars(main).update(before)
 
 
 def _serve(call: Callable[..., Any], pipe: Connection) -> None:
