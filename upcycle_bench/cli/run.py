@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from upcycle_bench.cli.common import (
-    GOES_ON,
     Checkpoint,
     Data,
     EvalData,
@@ -24,6 +23,7 @@ from upcycle_bench.cli.common import (
     StopAfter,
     Strategies,
     Suites,
+    going_on,
     is_main,
     make_plans,
     resumable,
@@ -111,7 +111,7 @@ def run(
             "--suite": suite,
         }
     ) + (["--interpolate-positions"] if interpolate else [])
-    with resumable(f"without --fresh {GOES_ON}" if fresh else GOES_ON, until):
+    with resumable(going_on(len(cells), fresh), until):
         if len(cells) == 1:
             _run_one(cells[0].plan, results, reporter, fresh, as_json)
         else:
