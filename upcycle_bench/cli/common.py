@@ -107,6 +107,12 @@ def resumable(then: str, until: float | None = None) -> Iterator[None]:
         raise typer.Exit(130) from None
 
 
+def going_on(runs: int, fresh: bool) -> str:
+    """How to go on with so many runs, for `resumable`."""
+    then = GOES_ON if runs == 1 else "the same command goes on with what is missing"
+    return then.replace("command", "command without --fresh") if fresh else then
+
+
 def stop_time(stop_after: str | None) -> float | None:
     """When `--stop-after` ends, by the clock `time.monotonic`; UserError for what is no time."""
     from upcycle_bench.training.stopping import seconds

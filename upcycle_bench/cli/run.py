@@ -11,7 +11,6 @@ import click
 import typer
 
 from upcycle_bench.cli.common import (
-    GOES_ON,
     Checkpoint,
     Data,
     EvalData,
@@ -28,6 +27,7 @@ from upcycle_bench.cli.common import (
     Suites,
     Track,
     Workers,
+    going_on,
     is_main,
     make_plans,
     resumable,
@@ -104,7 +104,7 @@ def run(
     if is_main():
         show_skipped(plans[0].skipped, stderr=True)  # before a training of days
     how = {"fresh": fresh, "track": trackers, "loading": Loading(workers, prefetch)}
-    with resumable(f"without --fresh {GOES_ON}" if fresh else GOES_ON, until):
+    with resumable(going_on(len(cells), fresh), until):
         if len(cells) == 1 and not once:
             _run_one(cells[0].plan, results, reporter, how, as_json)
         else:

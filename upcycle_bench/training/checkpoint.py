@@ -91,7 +91,8 @@ class Checkpoints:
     """
 
     def __init__(self, job: Job) -> None:
-        self.folder, self._writing, self._failures = job.checkpoints, None, 0
+        self.folder, self._failures = job.checkpoints, 0
+        self._writing: _Writing | None = None
         self._group = distributed.cpu_group("checkpoints") if self.folder else None
         self._found = None
         if self.folder is not None:
@@ -103,8 +104,6 @@ class Checkpoints:
             distributed.barrier()
             self._found = newest(self.folder)
         self.step = self._found[1].step if self._found else 0
-
-    _writing: _Writing | None
 
     def __enter__(self) -> Checkpoints:
         return self
