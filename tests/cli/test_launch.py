@@ -91,13 +91,19 @@ def test_what_the_records_show_is_left_out_and_numbers_stay(launch: Launch, reco
     assert "#SBATCH --array=1-4\n" in script and len(lines.splitlines()) == 4
     records += ["dense 0", "dense 1"]
     status, out, _ = launch(*MATRIX, *options)
-    assert status == 0 and "2 of 4 runs are to do" in out and "submit them: sbatch launch/job.sh" in out
+    assert (
+        status == 0
+        and "2 of 4 runs are to do; 2 were done before" in out
+        and "submit them: sbatch launch/job.sh" in out
+    )
     assert Path("launch/cells.txt").read_text() == lines
     assert "#SBATCH --array=2,4\n" in Path("launch/job.sh").read_text()
+    script = Path("launch/job.sh").read_text()
     records += ["sparse-upcycling 0", "sparse-upcycling 1"]
     status, out, _ = launch(*MATRIX, *options, "--submit", "--json")
     facts = json.loads(out)
     assert status == 0 and facts["to_do"] == [] and facts["job"] is None and starts(programs) == {}
+    assert Path("launch/job.sh").read_text() == script  # nothing to write
 
 
 def test_a_run_that_fails_stays_failed(launch: Launch, programs: Path) -> None:

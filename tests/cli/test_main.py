@@ -73,6 +73,9 @@ def test_version() -> None:
         "upcycle",
         "latency",
         "data build",
+        "launch",
+        "cache list",
+        "cache prune",
     ],
 )
 def test_every_command_answers_help(

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from upcycle_bench.planning.matrix import Cell
 
 # Options of `run` that a job has values of its own for, or that do not go with a job.
-OF_A_CELL = {"strategy", "seed", "seeds", "init_seed", "train_seed", "jobs"}
+OF_A_CELL = {"strategy", "seed", "seeds", "init_seed", "train_seed", "once", "jobs"}
 REFUSED = {
     "fresh": "a job that is started again would start from step 0; choose another --results, or use `run --fresh`",
     "dry_run": "it submits nothing without --submit; `run --dry-run` says what the runs cost",
@@ -103,7 +103,8 @@ def launch(
         return
     if wanted.given["jobs"] != 1:
         raise UserError("--jobs goes with --scheduler local; --max-jobs N says how many jobs of the array run at once.")
-    jobs.write(batch, {"job.sh": jobs.slurm_script(batch)}, force)
+    if batch.to_do:
+        jobs.write(batch, {"job.sh": jobs.slurm_script(batch)}, force)
     command = ["sbatch", str(output / "job.sh")]
     number = _submit(batch.folder, command) if submit and batch.to_do else None
     if as_json:
@@ -111,7 +112,7 @@ def launch(
         print(strict_json.dumps({**facts, "submit": shlex.join(command), "job": number}, indent=2))
         return
     show_matrix(cells, done)
-    print(f"{len(batch.to_do)} of {len(lines)} runs are to do; their commands stand in {output / jobs.CELLS}")
+    print(f"{len(batch.to_do)} of {len(lines)} runs are to do; {len(lines) - len(batch.to_do)} were done before")
     if number:
         print(f"submitted as job {number}; logs: {output / jobs.LOGS}")
     elif batch.to_do:
@@ -143,14 +144,11 @@ def _parse(arguments: Sequence[str]) -> _Wanted:
     for name in REFUSED.keys() & changed:
         raise UserError(f"launch does not take {options[name].opts[0]}: {REFUSED[name]}.")
     written: list[str] = []
-    for name, value in changed.items():
-        flag = max(options[name].opts, key=len)
-        if name in OF_A_CELL | {"once"}:
-            continue
-        if value is True:
-            written.append(flag)
-        else:
-            written += [part for each in (value if isinstance(value, list) else [value]) for part in (flag, str(each))]
+    for name in [name for name in changed if name not in OF_A_CELL]:
+        value, option = changed[name], options[name]
+        flag = max(option.secondary_opts if value is False else option.opts, key=len)
+        values = [] if isinstance(value, bool) else value if isinstance(value, list) else [value]
+        written += [part for each in values for part in (flag, str(each))] or [flag]
     return _Wanted(given, written)
 
 

@@ -96,7 +96,10 @@ def choose_device() -> torch.device:
         return torch.device("cpu")
     local_rank, gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
     if local_rank >= gpus:
-        raise UserError(f"process {local_rank} of this machine has no GPU, there are {gpus}: lower --nproc_per_node.")
+        raise UserError(
+            f"process {local_rank} of this machine has no GPU, there are {gpus}: lower --nproc_per_node, "
+            "or let srun give each task all GPUs of its node (--gpus-per-node)."
+        )
     device = torch.device("cuda", local_rank)
     torch.cuda.set_device(device)
     return device
