@@ -9,11 +9,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch.distributed as dist
 
 from tests.util.cause_worker import main
 from upcycle_bench import record
+from upcycle_bench.util.distributed import own_connection
 from upcycle_bench.util.processes import process_started
 
 ROOT = Path(__file__).parents[2]
@@ -92,6 +95,22 @@ def test_a_process_is_known_by_its_start() -> None:
     assert process_started(child.pid) is None  # a zombie, of which the parent has not asked
     child.wait()
     assert process_started(child.pid) is None
+
+
+def test_an_older_torch_connects_again() -> None:
+    """Without `Store.clone`: what one connection writes, another one of the same store reads."""
+
+    class Older(dist.TCPStore):
+        """As before torch 2.8."""
+
+        def __getattribute__(self, name: str) -> Any:
+            if name == "clone":
+                raise AttributeError(name)
+            return super().__getattribute__(name)
+
+    store = Older("127.0.0.1", 0, 1, is_master=True)
+    own_connection(store).set("key", "value")
+    assert store.get("key") == b"value"
 
 
 # ---- whole runs --------------------------------------------------------------------------------------------------

@@ -124,8 +124,9 @@ class _Watch:
     def __init__(self, store: Store, rank: int, world: int) -> None:
         import torch.distributed as dist
 
-        # A connection of its own: on a shared one the thread would wait behind every wait of the main thread.
-        self.store = dist.PrefixStore("first cause", store.clone())
+        from upcycle_bench.util.distributed import own_connection
+
+        self.store = dist.PrefixStore("first cause", own_connection(store))
         self.store.set_timeout(timedelta(minutes=10))  # until all have come here
         self.rank, self.world = rank, world
         self.found: Cause | None = None
