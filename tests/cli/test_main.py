@@ -23,7 +23,8 @@ from upcycle_bench.data.world import World
 from upcycle_bench.data.worlds import load_world
 from upcycle_bench.util.errors import UserError
 from upcycle_bench.util.files import file_sha256
-from upcycle_bench.util.progress import Reporter, TerminalReporter
+from upcycle_bench.util.log_lines import LineReporter
+from upcycle_bench.util.progress import Reporter
 
 
 def command(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
@@ -191,10 +192,10 @@ def test_dry_run_says_what_would_run_and_writes_nothing(
 def test_the_default_protocol_is_lab(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str
 ) -> None:
-    """Nothing is built here; the lab would be built with progress on the terminal."""
+    """Nothing is built here; the lab would be built with progress, here in lines, since there is no terminal."""
 
     def load_world(world: str, seed: int, reporter: Reporter) -> World:
-        assert isinstance(reporter, TerminalReporter)
+        assert isinstance(reporter, LineReporter)
         raise UserError(f"asked for {world}")
 
     monkeypatch.setattr("upcycle_bench.planning.plan.load_world", load_world)

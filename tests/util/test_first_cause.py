@@ -9,11 +9,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch.distributed as dist
 
 from tests.util.cause_worker import main
 from upcycle_bench import record
+from upcycle_bench.util.distributed import own_connection
 from upcycle_bench.util.processes import process_started
 
 ROOT = Path(__file__).parents[2]
@@ -38,7 +41,7 @@ def three(way: str, folder: Path) -> tuple[list[str], list[int | None]]:
 
 
 CAUSE = f"rank 2 (host {HOST}): ValueError: my own fault"
-KILLED = f"rank 2 (host {HOST}): it was killed, perhaps for want of memory"
+KILLED = f"rank 2 (host {HOST}) was killed, perhaps for want of memory"
 
 
 @pytest.mark.parametrize(("way", "cause"), [("raise", CAUSE), ("interrupt", CAUSE), ("kill", KILLED), ("stop", KILLED)])
@@ -77,7 +80,7 @@ def test_a_store_that_is_gone_ends_the_others(tmp_path: Path) -> None:
     """Rank 0 was killed, and with it the store in which its end would be told."""
     said, statuses = three("shut", tmp_path)
     assert statuses == [-signal.SIGKILL, 1, 1]
-    assert all(f"rank 0 (host {HOST}): it " in each for each in said[1:])
+    assert all(f"rank 0 (host {HOST}) " in each for each in said[1:])
 
 
 def test_a_process_is_known_by_its_start() -> None:
@@ -94,14 +97,30 @@ def test_a_process_is_known_by_its_start() -> None:
     assert process_started(child.pid) is None
 
 
+def test_an_older_torch_connects_again() -> None:
+    """Without `Store.clone`: what one connection writes, another one of the same store reads."""
+
+    class Older(dist.TCPStore):
+        """As before torch 2.8."""
+
+        def __getattribute__(self, name: str) -> Any:
+            if name == "clone":
+                raise AttributeError(name)
+            return super().__getattribute__(name)
+
+    store = Older("127.0.0.1", 0, 1, is_master=True)
+    own_connection(store).set("key", "value")
+    assert store.get("key") == b"value"
+
+
 # ---- whole runs --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("way", "reason"),
     [
-        ("kill", "it was killed, perhaps for want of memory"),
-        ("nan", "DivergedError: the loss is nan at step 2 (contrastive "),
+        ("kill", " was killed, perhaps for want of memory"),
+        ("nan", ": DivergedError: the loss is nan at step 2 (contrastive "),
     ],
 )
 def test_the_record_of_a_run_names_the_rank(tmp_path: Path, way: str, reason: str) -> None:
@@ -113,6 +132,6 @@ def test_the_record_of_a_run_names_the_rank(tmp_path: Path, way: str, reason: st
     (path,) = record.record_paths(tmp_path)
     json.loads(path.read_text(), parse_constant=pytest.fail)
     made = record.read(path)
-    assert made.status == "failed" and (made.reason or "").startswith(f"rank 1 (host {HOST}): {reason}"), done.stderr
+    assert made.status == "failed" and (made.reason or "").startswith(f"rank 1 (host {HOST}){reason}"), done.stderr
     assert f"the run failed; record: {path}" in done.stderr
     assert done.stderr.count("\nerror: ") == 1

@@ -90,6 +90,17 @@ def mean_weight(local_count: int) -> float:
     return world_size() / max(1, sum_over_ranks(local_count))  # without any item the sum is 0, whatever the factor
 
 
+def own_connection(store: dist.Store) -> dist.Store:
+    """The same store by a connection of its own, for a thread: on a shared one it waits behind every other wait."""
+    if hasattr(store, "clone"):
+        return store.clone()
+    if isinstance(store, dist.PrefixStore):  # before torch 2.8, which tells no prefix: one for each start by torchrun
+        again = own_connection(store.underlying_store)
+        return dist.PrefixStore(f"thread {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", again)
+    assert isinstance(store, dist.TCPStore)
+    return dist.TCPStore(store.host, store.port, is_master=False, wait_for_workers=False)
+
+
 def choose_device() -> torch.device:
     """This rank's CUDA device, or the CPU on a machine without CUDA; UserError for more processes than GPUs."""
     if not torch.cuda.is_available():

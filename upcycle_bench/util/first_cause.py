@@ -23,14 +23,13 @@ import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING
+
+import torch.distributed as dist
 
 from upcycle_bench.util import strict_json
+from upcycle_bench.util.distributed import own_connection
 from upcycle_bench.util.errors import UserError, one_line
 from upcycle_bench.util.processes import process_space, process_started
-
-if TYPE_CHECKING:
-    from torch.distributed import Store
 
 POLL = 0.5  # seconds between two looks of the thread
 SILENCE = 60.0  # seconds without a beat after which a rank counts as dead
@@ -41,6 +40,8 @@ GRACE = 8.0  # seconds in which the main thread must have noticed another's fail
 FAREWELL = 60.0  # seconds that it has then, for its record and its end
 ORDERLY = (75, 130)  # exit statuses of interruptions, which are no failures
 COLLECTIVES = ("torch/distributed", "deepspeed/comm")  # an error in this code may be another rank's
+
+KILLED, GONE = "was killed, perhaps for want of memory", "or its launcher ended without a word"
 
 Say = Callable[[Exception], None]
 
@@ -55,7 +56,7 @@ class Cause:
     time: str
 
     def __str__(self) -> str:
-        return f"rank {self.rank} (host {self.host}): {self.what}"
+        return f"rank {self.rank} (host {self.host}){' ' if self.what in (KILLED, GONE) else ': '}{self.what}"
 
 
 class PeerFailed(UserError):
@@ -72,7 +73,7 @@ _watch: _Watch | None = None  # of this process, as torch.distributed has its pr
 
 
 @contextlib.contextmanager
-def watching(store: Store, rank: int, world: int) -> Iterator[None]:
+def watching(store: dist.Store, rank: int, world: int) -> Iterator[None]:
     """Watch the ranks of `store` during the block, which runs on all of them."""
     global _watch
     _watch = watch = _Watch(store, rank, world)
@@ -121,11 +122,8 @@ def reason(error: BaseException) -> str:
 class _Watch:
     """What a rank knows of the others; shared by its main thread and the watching one."""
 
-    def __init__(self, store: Store, rank: int, world: int) -> None:
-        import torch.distributed as dist
-
-        # A connection of its own: on a shared one the thread would wait behind every wait of the main thread.
-        self.store = dist.PrefixStore("first cause", store.clone())
+    def __init__(self, store: dist.Store, rank: int, world: int) -> None:
+        self.store = dist.PrefixStore("first cause", own_connection(store))
         self.store.set_timeout(timedelta(minutes=10))  # until all have come here
         self.rank, self.world = rank, world
         self.found: Cause | None = None
@@ -220,19 +218,17 @@ class _Watch:
 
     def _look(self, number: int) -> None:
         """Beat, and look for a cause; `found` is the first one."""
-        import torch.distributed as dist
-
         patience = SUSPICION if self._broken else SILENCE
         if self._lost is not None:
             if time.monotonic() - self._lost > patience:
-                self.found = self.found or self._cause(0, "it or its launcher ended without a word")
+                self.found = self.found or self._cause(0, GONE)
             return
         try:
             self.store.set(f"beat {self.rank}", str(number))
             if self.found is None and self.store.check(["cause"]):
                 self.found = Cause(**strict_json.loads(self.store.get("cause")))
             if self.found is None and (dead := self._dead(patience)) is not None:
-                self._tell(dead, "it was killed, perhaps for want of memory")
+                self._tell(dead, KILLED)
         except dist.DistStoreError:
             pass  # it is busy; the next look may find it
         except dist.DistNetworkError:
