@@ -9,7 +9,9 @@ import pytest
 from PIL import Image
 
 from tests.data.test_shards import packed
-from upcycle_bench.data.pair_index import KINDS, Counts, find_pairs, in_order, index_pairs, split_captions
+from upcycle_bench.data.open_index import open_index
+from upcycle_bench.data.pair_index import KINDS, Counts, find_pairs, in_order, split_captions
+from upcycle_bench.data.sources import Sources
 from upcycle_bench.util.errors import UserError
 
 
@@ -69,14 +71,14 @@ def test_where_no_pair_is_left_the_line_says_what_there_is(tmp_path: Path) -> No
     for shard in shards:
         shard.write_bytes(packed([("0.gif", PNG), ("0.caption", b"a"), ("1.gif", PNG), ("1.json", b"{}")]))
     with pytest.raises(UserError) as caught:
-        index_pairs(shards, "text", "--data")
+        open_index(Sources.of(shards), "--data")
     assert str(caught.value) == (
         f"--data {shards[0]} and 1 more: no sample with an image and a .txt caption; left out: 4 unknown suffix "
         "(an image is .png, .jpg, .jpeg, .webp, a caption .txt); suffixes: .gif (4), .caption (2), .json (2)."
     )
     shards[0].write_bytes(packed([]))
     with pytest.raises(UserError, match=r"left out: nothing; suffixes: none\.$"):
-        index_pairs(shards[:1], "text")
+        open_index(Sources.of(shards[:1]))
 
 
 NO_LINE_ENDS = "one\u2028two\x0bthree\x85four\x1cfive\rsix\u2029seven\x0ceight"

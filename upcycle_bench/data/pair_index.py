@@ -136,32 +136,6 @@ def _refused(caption: bytes, text_bytes: int, image_bytes: int) -> str:
     return ""
 
 
-@dataclass
-class PairIndex:
-    """The pairs of some shards, in their order, in memory.
-
-    images: (number of the shard, offset of the image, its bytes) of each pair; captions: its captions, at least one.
-    """
-
-    images: list[tuple[int, int, int]] = field(default_factory=list)
-    captions: list[list[str]] = field(default_factory=list)
-
-
-def index_pairs(shards: Sequence[Path | str], captions: Captions, option: str = "") -> PairIndex:
-    """The pairs of all shards. UserError, which names `option`, where no pair is left."""
-    index = PairIndex()
-    left_out: Counter[str] = Counter()
-    suffixes: Counter[str] = Counter()
-    for number, shard in enumerate(shards):
-        found = find_pairs(shard, option)
-        index.images += [(number, pair.image, pair.image_bytes) for pair in found.pairs]
-        index.captions += [split_captions(pair.caption.decode("utf-8"), captions) for pair in found.pairs]
-        left_out += found.left_out
-        suffixes += found.suffixes
-    require_pairs(len(index.images), left_out, suffixes, shards, option)
-    return index
-
-
 def in_order(left_out: Mapping[str, int]) -> dict[str, int]:
     """The kinds that there are, in the order of `KINDS`."""
     return {kind: left_out[kind] for kind in KINDS if left_out.get(kind)}

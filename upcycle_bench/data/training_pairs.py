@@ -6,10 +6,12 @@ pairs = training_pairs(world, clip, "random-resized-crop", protocol.data, Loadin
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 from upcycle_bench.data.bad_list import list_bad
 from upcycle_bench.data.bad_samples import Bad
 from upcycle_bench.data.batches import Loading
+from upcycle_bench.data.index import Index
 from upcycle_bench.data.pairs import USUAL, PairDataset
 from upcycle_bench.data.synthetic import SyntheticPairs
 from upcycle_bench.data.world import SYNTHETIC, World
@@ -20,18 +22,9 @@ from upcycle_bench.protocol import Data
 def training_pairs(
     world: World, clip: Clip, augmentation: str, settings: Data = USUAL, loading: Loading | None = None
 ) -> PairDataset:
-    """The pairs, in the order of a protocol's `settings`.
-
-    Of a user's own data it is said what is left out, and bad samples that a training meets are listed.
-    """
+    """The pairs, in the order of a protocol's `settings`. Of a user's own data it is said what is left out."""
     if world.name == SYNTHETIC:
         return SyntheticPairs(clip, settings)
-    index = world.index
-
-    def note(bad: Sequence[Bad]) -> None:
-        if index is not None:
-            list_bad(index, [(each.number, each.kind, each.key) for each in bad])
-
     pairs = PairDataset(
         world.train_shards,
         clip,
@@ -40,9 +33,18 @@ def training_pairs(
         option=world.option,
         settings=settings,
         loading=loading,
-        on_bad=note,
-        index=index,
+        on_bad=partial(_list, world.index) if world.index is not None else _forget,
+        index=world.index,
     )
     if world.option:
         pairs.say_left_out()
     return pairs
+
+
+def _list(index: Index, bad: Sequence[Bad]) -> None:
+    """Put bad samples on the data's list, but for those that a disk or a network failed to give this time."""
+    list_bad(index, [(each.number, each.kind, each.key) for each in bad if each.kind != "read error"])
+
+
+def _forget(bad: Sequence[Bad]) -> None:
+    """A world that is built has no list."""
