@@ -20,8 +20,9 @@ from upcycle_bench.data import blocks, places
 from upcycle_bench.data.bad_samples import BadSample
 from upcycle_bench.data.blocks import GAP, SPAN, Reader, joined
 from upcycle_bench.data.index import Index
+from upcycle_bench.data.open_index import open_index
 from upcycle_bench.data.order import Order
-from upcycle_bench.data.pairs import open_index
+from upcycle_bench.data.sources import Sources
 from upcycle_bench.util.errors import UserError
 
 
@@ -50,7 +51,7 @@ def shard(path: Path, start: int, count: int) -> Path:
 def index(tmp_path_factory: pytest.TempPathFactory) -> Index:
     """512 pairs in two shards."""
     folder = tmp_path_factory.mktemp("shards")
-    return open_index([shard(folder / "0.tar", 0, 300), shard(folder / "1.tar", 300, 212)], "text", "--data")
+    return open_index(Sources.of([shard(folder / "0.tar", 0, 300), shard(folder / "1.tar", 300, 212)]))
 
 
 @pytest.fixture
@@ -104,7 +105,8 @@ def test_a_pair_whose_files_stand_apart_is_read_in_pieces(tmp_path: Path, reads:
     path = write(
         tmp_path / "0.tar", {"a.jpg": b"j" * 900, "a.txt": b"A", "b.bin": bytes(3 * GAP), "c.jpg": b"J", "c.txt": b"C"}
     )
-    index = open_index([path], "text", "")
+    index = open_index(Sources.of([path]))
+    index = replace(index, rows=np.array(index.rows))
     index.rows[0]["text"] = index.rows[1]["text"]
     reader = Reader(index)
     assert (reader.read(0).image, reader.read(0).text) == (b"j" * 900, b"C")
@@ -194,7 +196,7 @@ def test_a_shard_that_is_gone_ends_the_run_with_one_line(index: Index, tmp_path:
 
 def test_a_shard_that_changed_is_noticed(tmp_path: Path) -> None:
     path = shard(tmp_path / "0.tar", 0, 20)
-    index = open_index([path], "text", "")
+    index = open_index(Sources.of([path]))
     content = path.read_bytes()
     path.write_bytes(content[: len(content) // 2])  # in place, as a download that begins anew
     kinds = set()

@@ -92,7 +92,7 @@ def test_a_second_opening_builds_nothing(shards: list[Path], clip: Clip, cache: 
     (folder,) = cache.iterdir()
     before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
     assert set(before) == {"images.npy", "tokens.npy", "first.npy"}
-    monkeypatch.setattr(pairs_module, "index_pairs", lambda *_: pytest.fail("the shards were read again"))
+    monkeypatch.setattr(pairs_module, "open_index", lambda *_: pytest.fail("the shards were read again"))
     again = PairDataset(shards, clip).batch(0, 0, 10)
     assert torch.equal(first.images, again.images) and torch.equal(first.texts, again.texts)
     assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == before

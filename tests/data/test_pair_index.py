@@ -9,14 +9,13 @@ import pytest
 from PIL import Image
 
 from tests.data.test_shards import packed
-from upcycle_bench.data import pair_index
-from upcycle_bench.data.pair_index import KINDS, Counts, count_pairs, index_pairs, split_captions
+from upcycle_bench.data.pair_index import KINDS, Counts, find_pairs, in_order, index_pairs, split_captions
 from upcycle_bench.util.errors import UserError
 
 
-def picture() -> bytes:
+def picture(side: int = 4) -> bytes:
     buffer = io.BytesIO()
-    Image.new("RGB", (4, 4)).save(buffer, "PNG")
+    Image.new("RGB", (side, side)).save(buffer, "PNG")
     return buffer.getvalue()
 
 
@@ -39,6 +38,7 @@ LEFT_OUT: list[tuple[dict[str, bytes], dict[str, int]]] = [
     ({"a.jpg": PNG, "a.b.txt": b"a"}, {"dots in a name": 1}),
     ({f"2020.{n}.{suffix}": data for n in range(5) for suffix, data in PAIR}, {"dots in a name": 5}),
     ({f"a{n}.{suffix}": data for n in ("", ".1", ".2") for suffix, data in PAIR}, {"dots in a name": 2}),
+    ({"1.jpg": PNG, "1.txt": b"a" * 65_536, "2.jpg": PNG, "2.txt": b"a" * 65_535}, {"caption too long": 1}),
     ({"README": b"", "d/.DS_Store": b"", "d/._0.jpg": b""}, {}),
     (
         {"1.jpg": PNG, "2.txt": b"a", "3.jpg": PNG, "3.txt": b"", "4.jpg": PNG},
@@ -50,17 +50,17 @@ LEFT_OUT: list[tuple[dict[str, bytes], dict[str, int]]] = [
 @pytest.mark.parametrize(("files", "left_out"), LEFT_OUT)
 def test_what_is_left_out_is_counted_by_kind(tmp_path: Path, files: dict[str, bytes], left_out: dict[str, int]) -> None:
     (shard := tmp_path / "0.tar").write_bytes(packed([("0.png", PNG), ("0.txt", b"good"), *files.items()]))
-    counts = index_pairs([shard], "text").counts
-    assert counts.left_out == left_out and set(left_out) <= set(KINDS)
-    assert counts.pairs >= 1
+    found = find_pairs(shard)
+    assert in_order(found.left_out) == left_out and set(left_out) <= set(KINDS)
+    assert found.pairs and not found.fault
 
 
 def test_a_sample_whose_name_comes_twice_is_left_out(tmp_path: Path) -> None:
     files = [(f"{name}.{suffix}", data) for name in (0, 1, 0, 1, 2) for suffix, data in PAIR]
     (shard := tmp_path / "0.tar").write_bytes(packed(files))
-    (tmp_path / "1.tar").write_bytes(packed(files[-2:]))  # names are those of one shard
-    counts = index_pairs([shard, tmp_path / "1.tar"], "text").counts
-    assert counts == Counts(4, {"key twice": 2})
+    found = find_pairs(shard)
+    assert [pair.key for pair in found.pairs] == ["0", "1", "2"]
+    counts = Counts(4, in_order(found.left_out))
     assert str(counts) == "2 of 6 training samples are left out: 2 key twice"
 
 
@@ -95,15 +95,3 @@ NO_LINE_ENDS = "one\u2028two\x0bthree\x85four\x1cfive\rsix\u2029seven\x0ceight"
 def test_captions_are_one_text_or_one_a_line(text: str, as_text: list[str], as_lines: list[str]) -> None:
     assert split_captions(text, "text") == as_text
     assert split_captions(text, "lines") == as_lines
-
-
-def test_shards_are_counted_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("UPCYCLE_BENCH_CACHE", str(tmp_path / "cache"))
-    (shard := tmp_path / "0.tar").write_bytes(packed([("0.png", PNG), ("0.txt", b"good"), ("1.png", PNG)]))
-    counts = count_pairs([shard], "text")
-    assert counts == Counts(1, {"no caption": 1})
-    monkeypatch.setattr(pair_index, "open_shard", lambda *_: pytest.fail("the shards were read again"))
-    assert count_pairs([shard], "text") == counts
-    shard.write_bytes(packed([("0.png", PNG), ("0.txt", b"good")]))
-    with pytest.raises(pytest.fail.Exception):  # other content is counted anew
-        count_pairs([shard], "text")

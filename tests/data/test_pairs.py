@@ -14,7 +14,8 @@ from upcycle_bench.data.bad_samples import Bad
 from upcycle_bench.data.batches import Loading
 from upcycle_bench.data.labelled import Labelled
 from upcycle_bench.data.pairs import PairDataset, PickedBatches
-from upcycle_bench.data.shards import expand_shards, shards_digest
+from upcycle_bench.data.shards import shards_digest
+from upcycle_bench.data.sources import expand_shards
 from upcycle_bench.model.clip import Clip, create_clip
 from upcycle_bench.util.errors import UserError
 from upcycle_bench.util.rng import Stream
@@ -140,9 +141,9 @@ def test_calibration_pairs_are_distinct_and_at_most_all(pairs: PairDataset) -> N
 
 def test_expand_shards(tmp_path: Path) -> None:
     paths = [write_tar(tmp_path / f"{n:03d}.tar", 1) for n in range(8, 12)]
-    assert expand_shards(str(tmp_path)) == tuple(paths)
-    assert expand_shards(f"{tmp_path}/{{008..010}}.tar") == tuple(paths[:3])
-    assert expand_shards(str(paths[1])) == (paths[1],)
+    assert expand_shards(str(tmp_path)) == tuple(map(str, paths))
+    assert expand_shards(f"{tmp_path}/{{008..010}}.tar") == tuple(map(str, paths[:3]))
+    assert expand_shards(str(paths[1])) == (str(paths[1]),)
     with pytest.raises(UserError, match=r"no such file: .*012\.tar"):
         expand_shards(f"{tmp_path}/{{008..012}}.tar")
     (tmp_path / "empty").mkdir()
@@ -154,8 +155,8 @@ def test_shards_that_are_there_are_taken_literally(tmp_path: Path, clip: Clip) -
     """A range is expanded only where no such file is (webdataset/webdataset 381)."""
     folder = tmp_path / "{0..1} a, b::c"
     paths = [write_tar(folder / name, 1) for name in ("0,{1..2}.tar", "{3..4}::x y.tar")]
-    assert expand_shards(str(folder)) == tuple(paths)
-    assert expand_shards(str(paths[0])) == (paths[0],)
+    assert expand_shards(str(folder)) == tuple(map(str, paths))
+    assert expand_shards(str(paths[0])) == (str(paths[0]),)
     assert len(PairDataset(paths, clip)) == 2
 
 

@@ -8,13 +8,17 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from tests.data.test_pair_index import PNG
+from tests.data.test_pair_index import PNG, picture
 from tests.data.test_shards import END, WHOLE, packed
 from upcycle_bench.cli import app
-from upcycle_bench.data import pairs_check
+from upcycle_bench.data import open_index, pairs_check
+from upcycle_bench.data.bad_list import path_of, read_bad
 from upcycle_bench.data.pairs_check import check_pairs, is_training
+from upcycle_bench.data.sources import expand_sources
 from upcycle_bench.util.errors import UserError
 from upcycle_bench.util.progress import Reporter
+
+TRUNCATED = picture(64)[:60]
 
 
 def good(count: int = 2) -> list[tuple[str, bytes]]:
@@ -46,11 +50,15 @@ def test_whole_shards_are_counted_and_what_is_left_out_is_a_warning(train: Path)
     )
     status, lines = checked(str(train), "--json")
     assert status == 0
-    assert json.loads("\n".join(lines))["training"] == {
+    found = json.loads("\n".join(lines))["training"]
+    assert len(found.pop("identity")) == 64
+    assert found == {
         "shards": 2,
         "pairs": 5,
         "left_out": {"dots in a name": 1, "no caption": 1},
         "suffixes": {"png": 6, "txt": 5, "b.png": 1},
+        "bad": {},
+        "listed": 0,
         "problems": [],
     }
 
@@ -74,8 +82,9 @@ def test_whole_shards_are_counted_and_what_is_left_out_is_a_warning(train: Path)
 def test_a_bad_shard_is_one_line_and_status_1(train: Path, content: bytes, problem: str) -> None:
     (train / "0.tar").write_bytes(content)
     status, lines = checked(str(train))
-    assert status == 1 and lines[-1] == f"{train / '0.tar'}: {problem}"
-    assert "training pairs 3" in " ".join(" ".join(lines).split())  # those of the other shard
+    assert status == 1 and f"{train / '0.tar'}: {problem}" in lines
+    left = 5 if "2 whole samples" in problem else 3  # those of the other shard, and what is whole of this one
+    assert f"training pairs {left}" in " ".join(" ".join(lines).split())
 
 
 def test_images_that_cannot_be_read_are_one_line_a_shard(train: Path) -> None:
@@ -83,8 +92,28 @@ def test_images_that_cannot_be_read_are_one_line_a_shard(train: Path) -> None:
         packed([*good(), ("5.png", PNG[:40]), ("5.txt", b"a"), ("6.jpg", b"?"), ("6.txt", b"a")])
     )
     status, lines = checked(str(train))
-    assert status == 1 and lines[-1].startswith(f"{train / '0.tar'}: the image at byte ")
-    assert lines[-1].endswith("(cannot identify image file); remove it (2 images of this shard cannot be read).")
+    assert status == 1 and lines[-1] == (
+        f"{train / '0.tar'}: the image at byte 4608 (5.png) cannot be read (unreadable image: cannot identify image "
+        "file); 2 images of this shard cannot be read."
+    )
+    assert lines[-2] == (
+        "warning: 2 of 7 pairs are bad: 2 unreadable image (Pillow cannot read it). Put them on the list with --list, "
+        "and then mend or remove them: the data's identity stays."
+    )
+
+
+def test_bad_images_are_listed_and_then_no_problem(train: Path) -> None:
+    (train / "0.tar").write_bytes(packed([*good(), ("x/5.a.png", PNG), ("x/5.png", TRUNCATED), ("x/5.txt", b"a")]))
+    status, lines = checked(str(train), "--list", "--json")
+    found = json.loads("\n".join(lines))["training"]
+    assert (status, found["bad"], found["listed"], found["problems"]) == (0, {}, 1, [])
+    assert read_bad(found["identity"]) == {2: "truncated image"}
+    (line,) = path_of(found["identity"]).read_text().splitlines()
+    assert json.loads(line) == {"pair": 2, "shard": "0.tar", "row": 2, "key": "x/5", "kind": "truncated image"}
+    status, lines = checked(str(train))
+    assert status == 0 and "on the bad list 1" in " ".join(" ".join(lines).split())
+    with pytest.raises(UserError, match="--list goes with training shards"):
+        checked(str(train.parent / "sets"), "--list")
 
 
 def test_shards_without_a_pair_are_a_problem(tmp_path: Path) -> None:
@@ -114,7 +143,12 @@ def test_what_are_training_shards(train: Path, tmp_path: Path) -> None:
 
 
 def test_many_shards_are_checked_by_several_processes(train: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    alone = check_pairs([train / "0.tar", train / "1.tar"], Reporter())
-    monkeypatch.setattr(pairs_check, "WORTH_A_WORKER", 1)
-    monkeypatch.setattr(pairs_check, "cores", lambda: 2)
-    assert check_pairs([train / "0.tar", train / "1.tar"], Reporter()) == alone
+    (train / "0.tar").write_bytes(packed([*good(), ("5.png", TRUNCATED), ("5.txt", b"a")]))
+    sources = expand_sources(str(train))
+    alone = check_pairs(sources, Reporter())
+    assert alone.bad == {"truncated image": 1}
+    for module in (pairs_check, open_index):
+        monkeypatch.setattr(module, "WORTH_A_WORKER", 1)
+        monkeypatch.setattr(module, "cores", lambda: 2)
+    monkeypatch.setenv("UPCYCLE_BENCH_CACHE", str(train.parent / "cache"))
+    assert check_pairs(sources, Reporter()) == alone

@@ -12,8 +12,10 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from upcycle_bench.data.shards import open_shard, read_member
+from upcycle_bench.data.shards import _Header, open_shard, read_member
 from upcycle_bench.util.errors import UserError
 
 
@@ -176,3 +178,33 @@ def test_a_hard_link_is_the_file_that_it_repeats(tmp_path: Path) -> None:
         members = [members["jpg"] for members in open_shard(path).samples.values()]
         assert [read_member(file, member) for member in members] == [b"pixels"] * 2
     assert [member.name for member in members] == ["0.jpg", "1.jpg"]
+
+
+@given(
+    name=st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1, max_size=110),
+    size=st.integers(0, 1 << 34),
+    damage=st.lists(st.tuples(st.integers(0, 511), st.integers(0, 255)), max_size=2),
+    form=st.sampled_from([tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT]),
+    kind=st.sampled_from([tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.DIRTYPE, tarfile.LNKTYPE]),
+)
+def test_a_header_is_what_tarfile_makes_of_it(
+    name: str, size: int, damage: list[tuple[int, int]], form: int, kind: bytes
+) -> None:
+    info = tarfile.TarInfo(name)
+    info.size, info.type = size, kind
+    try:
+        header = bytearray(info.tobuf(form)[-512:])
+    except ValueError:  # no room in ustar
+        return
+    for place, value in damage:
+        header[place] = value
+
+    def read(cls: type[tarfile.TarInfo]) -> tuple[str, int, bytes, int] | str:
+        try:
+            made = cls.frombuf(bytes(header), "utf-8", "surrogateescape")
+        except tarfile.TarError as error:
+            return type(error).__name__
+        kind = tarfile.REGTYPE if made.isreg() else made.type
+        return made.name, made.size, kind, made.chksum
+
+    assert read(_Header) == read(tarfile.TarInfo)

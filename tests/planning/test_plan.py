@@ -88,7 +88,7 @@ def test_local_shards_without_evaluation_sets_are_a_world_to_train_on(tmp_path: 
     assert digits is not None
     protocol = load_protocol(REGISTRY.protocols["clip-b32"].target)
     world = find_world(protocol, Paths(data=str(digits.train_shards[0].parent)))
-    assert (world.name, world.train_shards) == ("local", digits.train_shards)
+    assert (world.name, world.train_shards) == ("local", tuple(map(str, digits.train_shards)))
     assert (
         world.sha256 == find_world(protocol, Paths(data=str(digits.train_shards[0].parent), eval_data=tmp_path)).sha256
     )

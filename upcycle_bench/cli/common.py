@@ -36,7 +36,8 @@ Overrides = Annotated[
     typer.Option("--set", metavar="KEY=VALUE", help="Override the protocol, moe.experts=4: open division."),
 ]
 Data = Annotated[
-    str | None, typer.Option(help="Training shards (clip-*): a folder, train/{000..127}.tar, or synthetic.")
+    str | None,
+    typer.Option(help="Training shards (clip-*): a folder, train/{000..127}.tar, A::B, s3://..., or synthetic."),
 ]
 Checkpoint = Annotated[
     str | None, typer.Option(metavar="FILE|FOLDER|TAG", help="The dense weights (clip-*): also hf-hub:ORG/NAME.")

@@ -1,4 +1,4 @@
-"""`upcycle-bench data`: build the data sets that ship as a recipe, check a user's own. Imports nothing heavy."""
+"""`upcycle-bench data`: build the sets that ship as a recipe, index and check a user's own. Imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ import typer
 from upcycle_bench.cli.common import Json, interruptible, terminal_reporter
 from upcycle_bench.cli.tables import table
 from upcycle_bench.util import strict_json
+from upcycle_bench.util.errors import UserError
 
 if TYPE_CHECKING:
     from upcycle_bench.data.evalset_check import Report
     from upcycle_bench.data.world import World
 
-app = typer.Typer(help="Build the data sets that ship as a recipe; check your own.", no_args_is_help=True)
+app = typer.Typer(help="Build the data sets that ship as a recipe; index and check your own.", no_args_is_help=True)
 
 
 @app.command()
@@ -45,14 +46,19 @@ def check(
             help="An evaluation set, a folder that holds some, or training shards, as --data takes them.",
         ),
     ],
+    lists: Annotated[
+        bool, typer.Option("--list", help="Put bad training samples on the list of samples that are left out.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Tell whether CLIP_benchmark webdatasets or training shards are valid, count them, say what is wrong."""
     from upcycle_bench.data import evalset_check, pairs_check
 
     if pairs_check.is_training(folder):
-        _check_training(folder, as_json)
+        _check_training(folder, lists, as_json)
         return
+    if lists:
+        raise UserError(f"--list goes with training shards; {folder} is an evaluation set.")
     reports = [evalset_check.check(path) for path in evalset_check.find(Path(folder))]
     if as_json:
         print(strict_json.dumps({"folder": folder, "sets": [asdict(report) for report in reports]}, indent=2))
@@ -67,21 +73,57 @@ def check(
         raise typer.Exit(1)
 
 
-def _check_training(text: str, as_json: bool) -> None:
-    """What training shards hold, what of it a training leaves out, and what would stop it."""
-    from upcycle_bench.data.pairs_check import check_pairs
-    from upcycle_bench.data.shards import expand_shards
+@app.command()
+def index(
+    shards: Annotated[str, typer.Argument(help="Training shards, as --data takes them.")],
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Number all pairs as they are now: changed shards are another data set.")
+    ] = False,
+    refresh: Annotated[
+        bool, typer.Option("--refresh", help="Ask object stores for changes, run commands (pipe:) again.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Index training shards once, so that no start reads them; say what they hold."""
+    from upcycle_bench.data.open_index import index_facts
+    from upcycle_bench.data.pair_index import KINDS
+    from upcycle_bench.data.sources import expand_sources
 
-    with interruptible("nothing was written"):
-        report = check_pairs(expand_shards(text, "PATH"), terminal_reporter())
+    with interruptible("the same command goes on"):
+        sources = expand_sources(shards, "SHARDS")
+        facts = index_facts(sources, "SHARDS", terminal_reporter(), fresh=fresh, refresh=refresh)
+    if as_json:
+        print(strict_json.dumps({"shards": shards, **facts}, indent=2))
+        return
+    counts = {key: value for key, value in facts.items() if isinstance(value, int)}
+    counts |= {f"left out: {kind}": count for kind, count in facts["left_out"].items()}
+    rows = {key.replace("_", " "): f"{value:,}" for key, value in counts.items()}
+    rows["seconds"] = f"{facts['seconds']:,.2f}"
+    table(shards, [{"what": what, "is": text} for what, text in rows.items()])
+    print(f"identity: {facts['identity']}")
+    for kind in facts["left_out"]:
+        print(f"{kind}: {KINDS[kind]}")
+
+
+def _check_training(text: str, lists: bool, as_json: bool) -> None:
+    """What training shards hold, what of it a training leaves out, what it would replace, and what would stop it."""
+    from upcycle_bench.data.pairs_check import check_pairs
+    from upcycle_bench.data.sources import expand_sources
+
+    with interruptible("the same command goes on with what is not indexed"):
+        report = check_pairs(expand_sources(text, "PATH"), terminal_reporter(), lists=lists)
     if as_json:
         print(strict_json.dumps({"folder": text, "training": asdict(report)}, indent=2))
     else:
         rows = {"shards": report.shards, "training pairs": report.pairs}
         rows |= {f"left out: {kind}": count for kind, count in report.left_out.items()}
+        rows |= {f"bad: {kind}": count for kind, count in report.bad.items()}
+        rows |= {"on the bad list": report.listed} if report.listed else {}
         table(text, [{"what": what, "count": f"{count:,}"} for what, count in rows.items()])
         if report.warning:
             print(f"warning: {report.warning}")
+        if report.remedy:
+            print(f"warning: {report.remedy}")
         for problem in report.problems:
             print(problem)
     if report.problems:

@@ -64,7 +64,7 @@ def upcycle(
 ) -> None:
     """Turn a dense open_clip model into one with experts: one file that loads and serves."""
     from upcycle_bench import api
-    from upcycle_bench.data.shards import expand_shards
+    from upcycle_bench.data.sources import expand_shards
     from upcycle_bench.model.pixels import parsed
     from upcycle_bench.model.pretrained import Choices, find_pretrained
     from upcycle_bench.model.upcyclable import require_upcyclable

@@ -1,7 +1,7 @@
 """Which samples of training shards are pairs, and how many are left out, by kind.
 
-    index = index_pairs(shards, "text", "--data")       # places of the images, and captions
-    counts = count_pairs(shards, "text", "--data")      # from the cache, if these shards were counted before
+    found = find_pairs("train/000.tar", "--data")       # places and captions of the pairs of a shard
+    counts = Counts(len(found.pairs), in_order(found.left_out))
     counts.left_out                                     # {"no caption": 12}
 
 A pair is an image and a .txt that is not empty. Shards made elsewhere often hold other samples; what a training does
@@ -10,25 +10,26 @@ not read must be known, or half a data set can be missing in silence.
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
-from upcycle_bench.data.shards import open_shard, read_member, shards_digest
+from upcycle_bench.data.places import open_place
+from upcycle_bench.data.shards import CUT, NO_ARCHIVE_KIND, UNORDERED, Shard, ShardFault, open_shard, read_member
 from upcycle_bench.protocol import Captions
-from upcycle_bench.util import strict_json
-from upcycle_bench.util.cache import build_once, cache_root
 from upcycle_bench.util.errors import UserError
-from upcycle_bench.util.files import write_atomically
 
 IMAGE_SUFFIXES = ("png", "jpg", "jpeg", "webp")
 CAPTION_SUFFIX = "txt"
 BESIDE = ("json", "cls", "npy")  # what other samples hold beside an image and a caption
 
+LONGEST = (1 << 16) - 1  # bytes of a caption, as the index counts them; CLIP reads 77 tokens
+LARGEST = (1 << 32) - 1  # bytes of an image
+
 # Why a sample is left out, and what that means.
-RULES = 2  # raise it when the same shards would give other counts
+RULES = 3  # raise it when the same shards would give other pairs
 KINDS = {
     "dots in a name": "a name ends at its first dot, so a.b.jpg is no image; rename the files",
     "unknown suffix": f"an image is {', '.join(f'.{suffix}' for suffix in IMAGE_SUFFIXES)}, a caption .txt",
@@ -36,7 +37,12 @@ KINDS = {
     "no caption": "no .txt",
     "empty caption": "a .txt without any text",
     "not UTF-8": "its .txt is in another encoding; write it in UTF-8",
+    "caption too long": f"a .txt of more than {LONGEST:,} bytes is no caption",
+    "image too large": "an image of more than 4 GB",
     "key twice": "its shard has a sample of the same name; the first counts",
+    CUT: "an estimate of what is lost with the rest of a cut or damaged shard; copy or download it again",
+    NO_ARCHIVE_KIND: "an estimate of what a shard would hold that is no tar archive, as the table below",
+    UNORDERED: "an estimate of what a shard would hold whose samples' files are apart, links or sparse; pack it again",
 }
 
 
@@ -54,71 +60,124 @@ class Counts:
         return f"{total:,} of {total + self.pairs:,} training samples are left out: {parts}"
 
 
+class Pair(NamedTuple):
+    """A pair in its shard. image, text: bytes from the shard's beginning; suffix: of the image, in small letters."""
+
+    key: str
+    suffix: str
+    image: int
+    image_bytes: int
+    text: int
+    caption: bytes
+
+
+@dataclass
+class ShardPairs:
+    """The pairs of one shard, in their order.
+
+    left_out: kind -> samples; suffixes: suffix -> files, of all samples. Of a shard that is not whole, `fault` is the
+    kind, `why` a line, and the pairs are those of its whole samples.
+    """
+
+    pairs: list[Pair] = field(default_factory=list)
+    left_out: Counter[str] = field(default_factory=Counter)
+    suffixes: Counter[str] = field(default_factory=Counter)
+    fault: str = ""
+    why: str = ""
+
+
+def find_pairs(place: Path | str, option: str = "") -> ShardPairs:
+    """The pairs of one shard. UserError, which names `option`, where it cannot be read."""
+    found = ShardPairs()
+    try:
+        shard = open_shard(place, option)
+    except ShardFault as error:
+        shard, found.fault, found.why = error.whole, error.kind, error.why
+    try:
+        _add(found, shard, str(place))
+    except OSError as error:
+        where = f"{option} {place}".lstrip()
+        raise UserError(f"{where}: it can no longer be read ({error.strerror or error}).") from None
+    return found
+
+
+def _add(found: ShardPairs, shard: Shard, place: str) -> None:
+    found.left_out["key twice"] += shard.repeated
+    if not shard.samples:
+        return
+    with open_place(place) as file:
+        for key, members in shard.samples.items():
+            found.suffixes.update(members.keys())  # a mapping would be added
+            suffix = next((suffix for suffix in IMAGE_SUFFIXES if suffix in members), "")
+            text = members.get(CAPTION_SUFFIX)
+            if not suffix or text is None:
+                found.left_out.update(_left_out(members, is_pair=False))
+                continue
+            image = members[suffix]
+            caption = read_member(file, text) if text.size <= LONGEST else b""
+            if why := _refused(caption, text.size, image.size):
+                found.left_out[why] += 1
+                continue
+            if is_pair := bool(caption.decode("utf-8").strip()):
+                found.pairs.append(Pair(key, suffix, image.offset_data, image.size, text.offset_data, caption))
+            found.left_out.update(_left_out(members, is_pair))
+
+
+def _refused(caption: bytes, text_bytes: int, image_bytes: int) -> str:
+    """The kind of a sample with both files, one of which is never read; "" for others."""
+    if text_bytes > LONGEST:
+        return "caption too long"
+    if image_bytes > LARGEST:
+        return "image too large"
+    try:
+        caption.decode("utf-8")
+    except UnicodeDecodeError:  # an evaluation set of such captions is refused, too
+        return "not UTF-8"
+    return ""
+
+
 @dataclass
 class PairIndex:
-    """The pairs of some shards, in their order.
+    """The pairs of some shards, in their order, in memory.
 
     images: (number of the shard, offset of the image, its bytes) of each pair; captions: its captions, at least one.
-    left_out: kind -> samples; suffixes: suffix -> files, of all samples.
     """
 
     images: list[tuple[int, int, int]] = field(default_factory=list)
     captions: list[list[str]] = field(default_factory=list)
-    left_out: Counter[str] = field(default_factory=Counter)
-    suffixes: Counter[str] = field(default_factory=Counter)
-
-    @property
-    def counts(self) -> Counts:
-        """The numbers of pairs and of samples that are left out, in the order of `KINDS`."""
-        return Counts(len(self.images), {kind: self.left_out[kind] for kind in KINDS if self.left_out[kind]})
 
 
-def index_pairs(shards: Sequence[Path], captions: Captions, option: str = "") -> PairIndex:
-    """The pairs of all shards. UserError, which names `option`, for a bad shard, and where no pair is left."""
+def index_pairs(shards: Sequence[Path | str], captions: Captions, option: str = "") -> PairIndex:
+    """The pairs of all shards. UserError, which names `option`, where no pair is left."""
     index = PairIndex()
+    left_out: Counter[str] = Counter()
+    suffixes: Counter[str] = Counter()
     for number, shard in enumerate(shards):
-        add_shard(index, number, shard, captions, option)
-    require_pairs(index, shards, option)
+        found = find_pairs(shard, option)
+        index.images += [(number, pair.image, pair.image_bytes) for pair in found.pairs]
+        index.captions += [split_captions(pair.caption.decode("utf-8"), captions) for pair in found.pairs]
+        left_out += found.left_out
+        suffixes += found.suffixes
+    require_pairs(len(index.images), left_out, suffixes, shards, option)
     return index
 
 
-def count_pairs(shards: Sequence[Path], captions: Captions, option: str = "", index: PairIndex | None = None) -> Counts:
-    """The numbers of `index`, or else of `index_pairs`; the cache keeps them by the shards' content."""
-    what = strict_json.dumps([RULES, shards_digest(shards), captions])
-    path = cache_root() / "pairs" / f"{hashlib.sha256(what.encode()).hexdigest()[:24]}.json"
-
-    def count(staging: Path) -> None:
-        found = (index or index_pairs(shards, captions, option)).counts
-        write_atomically(staging, strict_json.dumps(asdict(found)).encode())
-
-    return Counts(**strict_json.loads(build_once(path, count).read_bytes()))
+def in_order(left_out: Mapping[str, int]) -> dict[str, int]:
+    """The kinds that there are, in the order of `KINDS`."""
+    return {kind: left_out[kind] for kind in KINDS if left_out.get(kind)}
 
 
-def add_shard(index: PairIndex, number: int, shard: Path, captions: Captions, option: str = "") -> None:
-    """Add the pairs of one shard, number `number`. Raises UserError for a bad one."""
-    found = open_shard(shard, option)
-    index.left_out["key twice"] += found.repeated
-    with shard.open("rb") as file:
-        for members in found.samples.values():
-            index.suffixes.update(members.keys())  # a mapping would be added
-            image = next((members[suffix] for suffix in IMAGE_SUFFIXES if suffix in members), None)
-            text = read_member(file, members[CAPTION_SUFFIX]) if image and CAPTION_SUFFIX in members else b""
-            try:
-                own = split_captions(text.decode("utf-8"), captions)
-            except UnicodeDecodeError:  # an evaluation set of such captions is refused, too
-                index.left_out["not UTF-8"] += 1
-                continue
-            if image and own:
-                index.images.append((number, image.offset_data, image.size))
-                index.captions.append(own)
-            index.left_out.update(_left_out(members, bool(image and own)))
-
-
-def require_pairs(index: PairIndex, shards: Sequence[Path], option: str = "") -> None:
+def require_pairs(
+    pairs: int,
+    left_out: Mapping[str, int],
+    suffixes: Mapping[str, int],
+    shards: Sequence[Path | str],
+    option: str = "",
+) -> None:
     """Raise UserError, which says what there is instead, where not one pair was found."""
-    if not index.images:
-        seen = ", ".join(f".{suffix} ({count:,})" for suffix, count in index.suffixes.most_common(12))
-        kinds = "; ".join(f"{count:,} {kind} ({KINDS[kind]})" for kind, count in index.counts.left_out.items())
+    if not pairs:
+        seen = ", ".join(f".{suffix} ({count:,})" for suffix, count in Counter(suffixes).most_common(12))
+        kinds = "; ".join(f"{count:,} {kind} ({KINDS[kind]})" for kind, count in in_order(left_out).items())
         raise UserError(
             f"{option} {shards[0]}".lstrip() + (f" and {len(shards) - 1:,} more" if len(shards) > 1 else "") + ": no "
             f"sample with an image and a .txt caption; left out: {kinds or 'nothing'}; suffixes: {seen or 'none'}."

@@ -26,14 +26,17 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from upcycle_bench.data import places
 from upcycle_bench.data.bad_samples import Bad, BadSample, Tally, captions_of, image_of, require_few
 from upcycle_bench.data.batches import Batch, BatchSource, Loading
 from upcycle_bench.data.blocks import Reader
-from upcycle_bench.data.decoded import Decoded, decoded
-from upcycle_bench.data.index import BLOCK, ROW, Index
+from upcycle_bench.data.decoded import Decoded, decoded, fits
+from upcycle_bench.data.index import Index
+from upcycle_bench.data.open_index import open_index
 from upcycle_bench.data.order import Order, distinct
-from upcycle_bench.data.pair_index import CAPTION_SUFFIX, Counts, index_pairs
-from upcycle_bench.data.shards import samples_of, shards_digest
+from upcycle_bench.data.pair_index import Counts
+from upcycle_bench.data.shards import shards_digest
+from upcycle_bench.data.sources import Sources
 from upcycle_bench.model.clip import Clip
 from upcycle_bench.protocol import Captions, Data
 from upcycle_bench.util import distributed
@@ -56,7 +59,7 @@ class PairDataset(BatchSource):
 
     def __init__(
         self,
-        shards: Sequence[Path],
+        shards: Sequence[Path | str],
         clip: Clip,
         augmentation: str = "none",
         *,
@@ -65,16 +68,20 @@ class PairDataset(BatchSource):
         keep_decoded: bool = True,
         settings: Data = USUAL,
         loading: Loading | None = None,
+        index: Index | None = None,
         on_bad: Callable[[Sequence[Bad]], None] = lambda bad: None,
     ) -> None:
         self.clip, self.augmentation, self.settings = clip, augmentation, settings
         self.shards, self._captions, self.option = list(shards), captions, option
-        self.loading, self._on_bad = loading or Loading(), on_bad
+        self.loading, self._on_bad, self._given = loading or Loading(), on_bad, index
         self.order = lru_cache(2)(self._make_order)
         self._expected: tuple[int | str, int, int, int] | None = None  # seed, first step of a group, places
         self.decoded: Decoded | None = None
-        if augmentation == "none" and keep_decoded:
-            digest = shards_digest(self.shards)
+        if augmentation == "none" and keep_decoded and (index is None or fits(len(index), clip)):
+            if index is None or all(map(places.is_local, index.shards)):
+                digest = shards_digest(self.shards)
+            else:
+                digest = index.identity  # which does not see each pixel
             self.decoded = decoded(digest, clip.name, lambda: self, captions, clip.preprocess)
         if self.decoded is None:
             _ = self.index
@@ -84,8 +91,8 @@ class PairDataset(BatchSource):
 
     @cached_property
     def index(self) -> Index:
-        """The places of all images and captions; read from the shards where it is first needed."""
-        return open_index(self.shards, self._captions, self.option)
+        """The places of all images and captions; opened where it is first needed, if it was not given."""
+        return self._given or open_index(Sources.of(self.shards), self.option, bad_samples=self.settings.bad_samples)
 
     @cached_property
     def reader(self) -> Reader:
@@ -237,30 +244,6 @@ class PairDataset(BatchSource):
             )
         except UserError as error:
             raise UserError(f"{self.option}: {error}".removeprefix(": ")) from None
-
-
-def open_index(shards: Sequence[Path], captions: Captions, option: str) -> Index:
-    """The index of some shards, in memory."""
-    found = index_pairs(shards, captions, option)
-    rows = np.zeros(len(found.images), dtype=ROW)
-    texts = [
-        {
-            file.offset_data: files[CAPTION_SUFFIX]
-            for files in samples_of(shard, option).values()
-            if CAPTION_SUFFIX in files
-            for file in files.values()
-        }
-        for shard in shards
-    ]
-    for row, (shard, offset, size) in zip(rows, found.images, strict=True):
-        text = texts[shard][offset]
-        row["image"], row["image_bytes"] = offset // BLOCK, size
-        row["text"], row["text_bytes"] = text.offset_data // BLOCK, text.size
-    counts = np.bincount([shard for shard, _, _ in found.images], minlength=len(shards))
-    starts = np.concatenate([[0], np.cumsum(counts)])
-    return Index(
-        list(map(str, shards)), [0] * len(shards), starts, rows, shards_digest(shards), {}, found.counts.left_out
-    )
 
 
 def _choice(rng: Stream, sample: int, number: int) -> int:

@@ -1,38 +1,49 @@
-"""Checks training shards, by reading every sample as a training would, and decoding every image.
+"""Checks training shards: what their index tells, and every image, decoded.
 
-if is_training(text):                                   # a .tar, a range of them, or a folder with some
-    report = check_pairs(expand_shards(text), reporter) # counts, and `problems`: a line for each bad shard
+if is_training(text):                                       # a .tar, a range of them, a folder with some, an address
+    report = check_pairs(expand_sources(text), reporter)    # counts, and `problems`: a line for each bad shard
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from upcycle_bench.data import evalset, evalset_check
-from upcycle_bench.data.pair_index import KINDS, PairIndex, add_shard, require_pairs
-from upcycle_bench.data.shards import open_image
+import numpy as np
+
+from upcycle_bench.data import evalset, evalset_check, places
+from upcycle_bench.data.bad_list import list_bad, read_bad
+from upcycle_bench.data.bad_samples import KINDS as BAD_KINDS
+from upcycle_bench.data.bad_samples import BadSample, image_of
+from upcycle_bench.data.index import BLOCK
+from upcycle_bench.data.open_index import WORTH_A_WORKER, packed
+from upcycle_bench.data.packed_index import Packed
+from upcycle_bench.data.pair_index import KINDS, in_order, require_pairs
+from upcycle_bench.data.sources import BETWEEN, Sources, is_list
 from upcycle_bench.util.environment import cores
 from upcycle_bench.util.errors import UserError
 from upcycle_bench.util.processes import results
 from upcycle_bench.util.progress import Reporter
 
-WORTH_A_WORKER = 64 << 20  # bytes of shards
+Bad = tuple[str, str, str]  # kind, name of the sample, a line
 
 
 @dataclass
 class PairReport:
     """What training shards hold. `left_out`: kind -> samples (`pair_index.KINDS`); `suffixes`: of all samples' files.
 
-    `problems` would stop a training, samples that are left out would not.
+    bad: kind -> pairs whose image a training would replace (`bad_samples.KINDS`), those that are `listed` not among
+    them. `problems`: a line for each shard that is not whole, or has bad pairs.
     """
 
     shards: int
     pairs: int = 0
     left_out: dict[str, int] = field(default_factory=dict)
     suffixes: dict[str, int] = field(default_factory=dict)
+    bad: dict[str, int] = field(default_factory=dict)
+    listed: int = 0
+    identity: str = ""
     problems: list[str] = field(default_factory=list)
 
     @property
@@ -45,54 +56,92 @@ class PairReport:
         seen = ", ".join(f".{suffix} ({count:,})" for suffix, count in self.suffixes.items())
         return f"{total:,} of {total + self.pairs:,} samples are left out: {kinds}; suffixes: {seen}"
 
+    @property
+    def remedy(self) -> str:
+        """What is bad, and what to do; "" for nothing."""
+        if not self.bad:
+            return ""
+        kinds = "; ".join(f"{count:,} {kind} ({BAD_KINDS[kind]})" for kind, count in self.bad.items())
+        return (
+            f"{sum(self.bad.values()):,} of {self.pairs:,} pairs are bad: {kinds}. Put them on the list with --list, "
+            "and then mend or remove them: the data's identity stays."
+        )
+
 
 def is_training(text: str) -> bool:
     """Whether `text` names training shards: no folder, or one with .tar files that is no part of an evaluation set."""
     folder = Path(text)
+    if not places.is_local(text) or is_list(text):
+        return True
     if not folder.is_dir():
-        return folder.exists() or "{" in text or folder.suffix == ".tar"
+        return folder.exists() or "{" in text or BETWEEN in text or folder.suffix == ".tar"
     marks = ("nshards.txt", evalset.TYPE, evalset.CLASSNAMES)
     set_or_split = any((folder / name).exists() for name in marks) or evalset_check.splits(folder)
     return not set_or_split and any(folder.glob("*.tar"))
 
 
-def check_pairs(shards: Sequence[Path], reporter: Reporter) -> PairReport:
-    """Read all samples of the shards, large ones by all cores."""
-    processes = min(cores(), len(shards), sum(shard.stat().st_size for shard in shards) // WORTH_A_WORKER)
-    if processes > 1:
-        found = results(check_shard, [(shard,) for shard in shards], processes, reporter.track, "checking shards")
-    else:
-        found = [check_shard(shard) for shard in reporter.track(shards, "checking shards")]
-    whole = PairIndex()
-    report = PairReport(len(shards))
-    for index, problems in found:
-        whole.images += index.images
-        whole.left_out += index.left_out
-        whole.suffixes += index.suffixes
-        report.problems += problems
-    report.pairs, report.left_out = whole.counts.pairs, whole.counts.left_out
-    report.suffixes = dict(Counter(whole.suffixes).most_common(12))
+def check_pairs(sources: Sources, reporter: Reporter, *, lists: bool = False) -> PairReport:
+    """Index the shards and decode all images, large shards by all cores. `lists`: put bad pairs on the bad list.
+
+    UserError where a shard is missing or cannot be read.
+    """
+    found = packed(sources, "", reporter)
+    report = PairReport(len(sources.shards), len(found.rows), in_order(found.left_out), found.suffixes)
+    report.identity = found.identity()
+    report.problems += [f"{sources.shards[number]}: {why}" for number, _, why in found.faults]
+    known = read_bad(report.identity)
+    new = {number: bad for number, bad in _bad_pairs(found, reporter).items() if number not in known}
+    if lists:
+        list_bad(found.index({}), [(number, kind, key) for number, (kind, key, _) in new.items()])
+        known, new = read_bad(report.identity), {}
+    report.listed = len(known)
+    report.bad = dict(Counter(kind for kind, _, _ in new.values()).most_common())
+    report.problems += _lines(found, new)
     if not report.problems:
         try:
-            require_pairs(whole, shards)
+            require_pairs(len(found.rows), found.left_out, found.suffixes, sources.shards)
         except UserError as error:
             report.problems.append(str(error))
     return report
 
 
-def check_shard(shard: Path) -> tuple[PairIndex, list[str]]:
-    """The pairs of one shard, without captions, and what is wrong: one line for the shard, or for all its images."""
-    index = PairIndex()
-    try:
-        add_shard(index, 0, shard, "text")
-    except UserError as error:
-        return PairIndex(), [str(error)]
-    index.captions.clear()
-    broken = []
-    for _, offset, size in index.images:
-        try:
-            open_image(shard, offset, size, "remove it")
-        except UserError as error:
-            broken.append(str(error))
-    alike = f" ({len(broken):,} images of this shard cannot be read)." if len(broken) > 1 else "."
-    return index, [broken[0].removesuffix(".") + alike] if broken else []
+def _bad_pairs(found: Packed, reporter: Reporter) -> dict[int, Bad]:
+    """Each pair whose image cannot be used, by its number."""
+    starts = found.starts
+    work = [(place, found.rows[starts[n] : starts[n + 1]]) for n, place in enumerate(found.sources.shards)]
+    processes = min(cores(), len(work), sum(found.sizes) // WORTH_A_WORKER)
+    if processes > 1:
+        checked = results(bad_images, work, processes, reporter.track, "checking images")
+    else:
+        checked = [bad_images(*each) for each in reporter.track(work, "checking images")]
+    return {starts[n] + row: bad for n, each in enumerate(checked) for row, bad in each.items()}
+
+
+def bad_images(place: str, rows: np.ndarray) -> dict[int, Bad]:
+    """Each pair of a shard whose image cannot be used, by its row. rows: `ROW` [pairs] of the shard."""
+    found: dict[int, Bad] = {}
+    if not len(rows):
+        return found
+    with places.open_place(place) as file:
+        for row, (image, image_bytes) in enumerate(rows[["image", "image_bytes"]].tolist()):
+            file.seek((image - 1) * BLOCK)
+            header, content = file.read(BLOCK), file.read(image_bytes)
+            try:
+                image_of(content)
+            except BadSample as error:
+                name = header[:100].partition(b"\0")[0].decode("utf-8", "replace")  # of a longer one its beginning
+                line = f"the image at byte {image * BLOCK} ({name}) cannot be read ({error})"
+                folder, slash, file_name = name.rpartition("/")
+                found[row] = error.kind, f"{folder}{slash}{file_name.partition('.')[0]}", line
+    return found
+
+
+def _lines(found: Packed, bad: dict[int, Bad]) -> list[str]:
+    """A line for each shard with bad pairs, which names the first."""
+    lines = []
+    shards = Counter(int(np.searchsorted(found.starts, number, side="right")) - 1 for number in sorted(bad))
+    for shard, count in shards.items():
+        first = min(number for number in bad if found.starts[shard] <= number < found.starts[shard + 1])
+        alike = f"; {count:,} images of this shard cannot be read" if count > 1 else ""
+        lines.append(f"{found.sources.shards[shard]}: {bad[first][2]}{alike}.")
+    return lines

@@ -1,26 +1,159 @@
-"""Where shards lie: files, until other places are known.
+"""Where shards lie: a file, an address of an object store, or the output of a command.
 
-read("/data/000.tar", offset=1024, size=25_000)       # these bytes; fewer where the shard ends
+    read("s3://bucket/000.tar", offset=1024, size=25_000)       # these bytes; fewer where the shard ends
+    with open_place("pipe:ssh node cat 000.tar") as file: ...   # the whole shard, which can seek
+
+Files are read at their place. Addresses are read in ranges by fsspec, or in the copy that the shard cache holds; what a
+command prints is always copied (upcycle_bench/data/shard_cache.py). Any thread, and any fork, may read.
 """
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
+import stat
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
+from typing import BinaryIO, NamedTuple, TypeVar
+
+from upcycle_bench.data import shard_cache
+from upcycle_bench.data.shard_cache import PIPE, file_system, patiently
+from upcycle_bench.util.errors import UserError
+
+_T = TypeVar("_T")
+THREADS = 32  # that ask at once: a network file system answers each in about a millisecond
+
+
+class Stamp(NamedTuple):
+    """What changes when a shard does. size: bytes; time: of a file's change in ns, or a number for an address's tag."""
+
+    size: int
+    time: int
+
+
+def is_pipe(place: str) -> bool:
+    """Whether it is the output of a command."""
+    return place.startswith(PIPE)
+
+
+def is_local(place: str) -> bool:
+    """Whether it is a file of this machine, mounted folders included."""
+    return not is_pipe(place) and "://" not in place
+
+
+def absolute(place: str) -> str:
+    """The same place from any working folder."""
+    return os.path.abspath(place) if is_local(place) else place
 
 
 def read(place: str, offset: int, size: int) -> bytes:
-    """The bytes [offset, offset + size) of a shard; fewer where it ends before. Raises OSError as the system does."""
+    """The bytes [offset, offset + size) of a shard; fewer where it ends before.
+
+    Raises OSError as the system does for a file; UserError for an address that several tries do not reach.
+    """
+    if is_local(place):
+        return _pread(place, offset, size)
+    for _ in range(2):  # the copy may be deleted for another one just now
+        copy = shard_cache.copy_of(place)
+        if not copy.exists() and not is_pipe(place):
+            break
+        try:
+            return _pread(str(shard_cache.copied(place)), offset, size)
+        except FileNotFoundError:
+            pass
+    fs, path = file_system(place)
+    content: bytes = patiently(place, lambda: fs.cat_file(path, start=offset, end=offset + size))
+    if len(content) > size:  # a server without ranges sends all of it
+        return _pread(str(shard_cache.copied(place)), offset, size)
+    return content
+
+
+def open_place(place: str) -> BinaryIO:
+    """The whole shard as a file that can seek; of an address or a command, its copy."""
+    return open(place if is_local(place) else shard_cache.copied(place), "rb")
+
+
+def size(place: str) -> int:
+    """Bytes of a shard."""
+    if is_pipe(place):
+        return os.stat(shard_cache.copied(place)).st_size
+    return stamp(place).size
+
+
+def forget(place: str) -> None:
+    """Delete the copy of a shard that is no file, if there is one: it may be of an older content."""
+    if not is_local(place):
+        shard_cache.copy_of(place).unlink(missing_ok=True)
+        _file.cache_clear()
+
+
+def stamp(place: str) -> Stamp:
+    """The stamp of a shard, which is not read; a command has none. FileNotFoundError for a file that is not there."""
+    if is_local(place):
+        found = os.stat(place)
+        return Stamp(found.st_size, found.st_mtime_ns)
+    if is_pipe(place):
+        return Stamp(0, 0)
+    fs, path = file_system(place)
+    info = patiently(place, lambda: fs.info(path))
+    tag = hashlib.sha256(str(fs.ukey(path)).encode()).hexdigest()
+    return Stamp(int(info.get("size") or 0), int(tag[:15], 16))
+
+
+def stamps(shards: Sequence[str], option: str = "") -> list[Stamp]:
+    """The stamps of all shards, asked for by many threads. UserError, which names `option`, for a missing file."""
+
+    def one(place: str) -> Stamp:
+        try:
+            return stamp(place)
+        except OSError as error:
+            what = "no such file" if isinstance(error, FileNotFoundError) else error.strerror
+            raise UserError(f"{option} {place}: {what}; was it moved or deleted?".lstrip()) from None
+
+    return _together(one, shards)
+
+
+def require_files(paths: Sequence[str], where: str, remedy: str) -> None:
+    """UserError for the first path that is no file."""
+
+    def there(path: str) -> bool:
+        try:
+            return stat.S_ISREG(os.stat(path).st_mode)
+        except OSError:
+            return False
+
+    for path, found in zip(paths, _together(there, paths), strict=True):
+        if not found:
+            raise UserError(f"{where}: no such file: {path}; {remedy}.")
+
+
+def listing(address: str) -> list[str]:
+    """The addresses below a folder of an object store that end in .tar, in their order."""
+    fs, path = file_system(address)
+    names = patiently(address, lambda: fs.ls(path, detail=False))
+    return sorted(fs.unstrip_protocol(name) for name in names if str(name).endswith(".tar"))
+
+
+def _together(call: Callable[[str], _T], places: Sequence[str]) -> list[_T]:
+    if len(places) < THREADS:
+        return [call(place) for place in places]
+    with ThreadPoolExecutor(THREADS) as pool:
+        return list(pool.map(call, places))
+
+
+def _pread(path: str, offset: int, size: int) -> bytes:
     try:
-        return os.pread(_file(place).fileno(), size, offset)
+        return os.pread(_file(path).fileno(), size, offset)
     except OSError:  # such as ESTALE: the next try opens it again
         _file.cache_clear()
         raise
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=64)  # what falls out is closed when its last reader lets go of it
 def _file(path: str) -> io.FileIO:
     file = io.FileIO(path)
-    os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)  # the kernel would read twice as much ahead
+    # Samples are read alone: the kernel would read twice as much ahead.
+    os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
     return file

@@ -5,7 +5,12 @@ pairs = training_pairs(world, clip, "random-resized-crop", protocol.data, Loadin
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+from upcycle_bench.data.bad_list import list_bad
+from upcycle_bench.data.bad_samples import PASSING, Bad
 from upcycle_bench.data.batches import Loading
+from upcycle_bench.data.index import Index
 from upcycle_bench.data.pairs import USUAL, PairDataset
 from upcycle_bench.data.synthetic import SyntheticPairs
 from upcycle_bench.data.world import SYNTHETIC, World
@@ -27,7 +32,14 @@ def training_pairs(
         option=world.option,
         settings=settings,
         loading=loading,
+        index=world.index,
+        on_bad=lambda bad: _list(pairs.index, bad) if world.option else None,
     )
     if world.option:
         pairs.say_left_out()
     return pairs
+
+
+def _list(index: Index, bad: Sequence[Bad]) -> None:
+    """Add to the index's list what will be as bad the next time, unlike a disk's errors: so no batch changes."""
+    list_bad(index, [(each.number, each.kind, each.key) for each in bad if each.kind not in PASSING])

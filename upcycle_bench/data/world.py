@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from upcycle_bench.data.index import Index
 from upcycle_bench.protocol import Captions
 from upcycle_bench.util import strict_json
 from upcycle_bench.util.errors import UserError
@@ -26,14 +27,16 @@ SYNTHETIC = "synthetic"  # for --data: random pairs, made in memory; also their 
 class World:
     """Training shards and evaluation sets. `sha256` is that of the manifest, and so stands for all content.
 
-    captions: what a .txt of the training shards is. The world `local` is the user's own data, `synthetic` random pairs.
+    captions: what a .txt of the training shards is. The world `local` is the user's own data: its shards may be
+    addresses, `index` has their pairs, and `sha256` is the index's identity. The world `synthetic` is random pairs.
     """
 
     name: str
-    train_shards: tuple[Path, ...]
+    train_shards: tuple[Path | str, ...]
     eval_root: Path
     sha256: str
     captions: Captions = "lines"
+    index: Index | None = None
 
     @property
     def option(self) -> str:

@@ -15,7 +15,7 @@ from typing import Any, Literal
 from pydantic import ValidationError
 
 from upcycle_bench.assets import CHECKPOINTS
-from upcycle_bench.data.shards import expand_shards, shards_digest
+from upcycle_bench.data.local_world import local_world
 from upcycle_bench.data.world import SYNTHETIC, World
 from upcycle_bench.data.worlds import load_world
 from upcycle_bench.model.config import describe
@@ -107,11 +107,13 @@ def make_plan(
     paths: Paths | None = None,
     suites: Sequence[str] = (),
     reporter: Reporter | None = None,
+    world: World | None = None,
 ) -> Plan:
     """Find what the names stand for, check options and data, and compute the fingerprints.
 
-    A world that the cache lacks is built, which `reporter` shows. `suites`: names of the protocol's suites, optional
-    ones included, or "all"; by default all that are not optional. Raises UserError, one line, for anything wrong.
+    A world that the cache lacks is built or indexed, which `reporter` shows; `world` is one that `find_world` has found
+    before. `suites`: names of the protocol's suites, optional ones included, or "all"; by default all that are not
+    optional. Raises UserError, one line, for anything wrong.
     """
     paths = paths or Paths()
     entry = registry.get("strategy", strategy_name)
@@ -120,7 +122,10 @@ def make_plan(
     moe, unequal = resolve_moe(strategy, protocol.moe), unequal_shape(protocol, strategy)
     wanted = make_suites(registry, protocol, suites)
     missing = _missing_data(protocol, paths)
-    world = None if missing else find_world(protocol, paths, reporter)
+    if missing:
+        world = None
+    elif world is None:
+        world = find_world(protocol, paths, reporter)
     checkpoint, dense_identity = _dense_model(protocol, paths, world)
     if protocol.dense.source == "checkpoint" and checkpoint is None:
         missing.append("--checkpoint (the dense open_clip model)")
@@ -192,12 +197,7 @@ def find_world(protocol: Protocol, paths: Paths, reporter: Reporter | None = Non
     """
     if protocol.data.world == "local":
         assert paths.data is not None
-        if paths.data == SYNTHETIC:
-            return World(SYNTHETIC, (), paths.eval_data or Path(), SYNTHETIC, protocol.data.captions_of_shards)
-        shards = expand_shards(paths.data)
-        return World(
-            "local", shards, paths.eval_data or Path(), shards_digest(shards), protocol.data.captions_of_shards
-        )
+        return local_world(paths.data, paths.eval_data or Path(), protocol.data, reporter)
     if paths.data is not None or paths.eval_data is not None:
         raise UserError(
             f"protocol {protocol.name} brings its own data; --data and --eval-data go with clip-b32, clip-b16."

@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from upcycle_bench.data.pair_index import count_pairs
 from upcycle_bench.planning.estimate import estimate, estimate_seconds
 from upcycle_bench.planning.matrix import Cell, cost_of
 from upcycle_bench.planning.plan import Paths, Plan, make_plan
@@ -32,10 +31,20 @@ def make_plans(
     reporter: Reporter | None = None,
 ) -> list[Plan]:
     """A plan for each strategy of `names`, with both seeds 0; the other arguments are those of `make_plan`."""
-    return [
-        make_plan(registry, name, protocol, options=dict(options or {}), paths=paths, suites=suites, reporter=reporter)
-        for name in names
-    ]
+    plans: list[Plan] = []
+    for name in names:
+        plan = make_plan(
+            registry,
+            name,
+            protocol,
+            options=dict(options or {}),
+            paths=paths,
+            suites=suites,
+            reporter=reporter,
+            world=plans[0].world if plans else None,
+        )
+        plans.append(plan)
+    return plans
 
 
 def dry_run(plan: Plan) -> dict[str, Any]:
@@ -86,8 +95,9 @@ def dry_run_of_matrix(cells: Sequence[Cell], done: Sequence[Path | None]) -> dic
 
 
 def _training_set(plan: Plan) -> dict[str, Any]:
-    """Of a user's own data: how many pairs there are, and how many samples are left out, by kind. Reads the shards."""
-    if plan.world is None or not plan.world.option:
+    """Of a user's own data: how many pairs there are, and how many samples are left out or bad, by kind."""
+    index = plan.world.index if plan.world else None
+    if index is None:
         return {}
-    counts = count_pairs(plan.world.train_shards, plan.world.captions, plan.world.option)
-    return {"training_pairs": counts.pairs, "training_samples_left_out": counts.left_out}
+    bad = {"training_pairs_known_to_be_bad": len(index.bad)} if index.bad else {}
+    return {"training_pairs": len(index), "training_samples_left_out": dict(index.left_out), **bad}

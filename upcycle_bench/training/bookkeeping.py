@@ -129,14 +129,14 @@ class Bookkeeping:
         self._first_terms.clear()
 
     def _collect_bad(self) -> None:
-        """Sum up the bad samples that the ranks have met, hand on the new ones, and judge whether they are too many."""
-        progress = self.progress
+        """Sum up the bad samples that the ranks have met, judge whether they are too many, and hand on the new ones."""
+        progress, new = self.progress, dict[int, Bad]()
         if distributed.sum_over_ranks(len(self._bad)):
             met = [bad for part in distributed.gather_objects(self._bad) for bad in part]
             Tally(progress.bad_samples, progress.first_bad).add(met)
             new = {bad.number: bad for bad in met if bad.number not in self._known_bad}
-            self._known_bad |= new.keys()
-            if distributed.is_main() and new:
-                self.data.found(list(new.values()))
-        self._bad = []
         self.data.judge(progress.bad_samples, progress.first_bad, progress.step * self.job.schedule.batch_size)
+        if new and distributed.is_main():  # not where the run ends: what is listed counts no more
+            self.data.found(list(new.values()))
+        self._known_bad |= new.keys()
+        self._bad = []

@@ -55,7 +55,7 @@ class Request:
     source: Pretrained
     strategy: Strategy
     moe: MoE
-    shards: tuple[Path, ...]
+    shards: tuple[Path | str, ...]
     seed: int
     captions: Captions = "text"
 
