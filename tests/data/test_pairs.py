@@ -17,6 +17,7 @@ from upcycle_bench.data.pairs import PairDataset, PickedBatches
 from upcycle_bench.data.shards import shards_digest
 from upcycle_bench.data.sources import expand_shards
 from upcycle_bench.model.clip import Clip, create_clip
+from upcycle_bench.protocol import Data
 from upcycle_bench.util.errors import UserError
 from upcycle_bench.util.rng import Stream
 
@@ -224,3 +225,18 @@ def test_each_sample_of_a_batch_has_a_crop_of_its_own(pairs: PairDataset, clip: 
     noisy = replace(clip, augment=lambda image: torch.randint(256, (3, 32, 32), dtype=torch.uint8).numpy())
     images = PairDataset(pairs.shards, noisy, "random-resized-crop").batch(0, 0, 20).images
     assert len(images.flatten(1).unique(dim=0)) == 20
+
+
+def test_weights_of_other_sources_are_refused_at_once(pairs: PairDataset, clip: Clip) -> None:
+    settings = Data(world="local", seed=0, order="replacement", weights=(1.0, 2.0))
+    with pytest.raises(UserError, match=r"^--data: data\.weights has 2 numbers, and the training shards are 1 sources"):
+        PairDataset(pairs.shards, clip, option="--data", settings=settings)
+
+
+def test_an_order_that_is_drawn_gives_decoded_pairs_too(pairs: PairDataset, clip: Clip) -> None:
+    settings = Data(world="local", seed=0, order="replacement")
+    drawn = [PairDataset(pairs.shards, clip, keep_decoded=kept, settings=settings) for kept in (True, False)]
+    for step in range(8):
+        fast, slow = (each.batch("a", step, 10) for each in drawn)
+        assert torch.equal(fast.index, slow.index) and torch.equal(fast.images, slow.images)
+    assert not torch.equal(slow.index, pairs.batch("a", 7, 10).index)

@@ -85,6 +85,8 @@ class PairDataset(BatchSource):
             self.decoded = decoded(digest, clip.name, lambda: self, captions, clip.preprocess)
         if self.decoded is None:
             _ = self.index
+        if settings.weights:
+            self.order(1)  # it refuses weights of other sources now, not after hours of calibration
 
     def __len__(self) -> int:
         return len(self.index) if self.decoded is None else len(self.decoded)
