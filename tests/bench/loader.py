@@ -154,9 +154,10 @@ def main() -> None:
         print(f"mean sample: {samples / (given.pairs // BATCH * BATCH):,.0f} bytes")
         turns = {"ours": lambda: our_batches(data), "open_clip": lambda: their_batches(paths, clip, given.pairs)}
         rates: dict[str, list[float]] = {name: [] for name in turns}
-        for _ in range(given.rounds):
+        for turn in range(given.rounds):
             for side, batches in turns.items():
                 rates[side].append(images_per_second(batches, given.batches))
+            print(f"turn {turn}:", *(f"{side} {found[-1]:,.0f}" for side, found in rates.items()), flush=True)
         for side, found in rates.items():
             print(f"{side}: {statistics.median(found):,.0f} images/s ({min(found):,.0f} to {max(found):,.0f})")
         print(f"ratio of medians: {statistics.median(rates['ours']) / statistics.median(rates['open_clip']):.3f}")
