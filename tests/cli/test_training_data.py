@@ -194,7 +194,7 @@ def test_a_command_line_that_the_shell_or_the_order_spoilt_is_one_line_with_a_hi
 @pytest.fixture
 def bad_shard(tmp_path: Path, shard: Path) -> Path:
     """A second shard: 24 pairs, of which three images are broken."""
-    broken = {0: PNG[:60], 5: b"<html>404</html>", 9: PNG[:60]}
+    broken = {0: PNG[:45], 5: b"<html>404</html>", 9: PNG[:45]}
     files = [file for n in range(24) for file in ((f"c{n:02d}.png", broken.get(n, PNG)), (f"c{n:02d}.txt", b"d"))]
     (path := shard.parent / "1.tar").write_bytes(packed(files))
     return path
