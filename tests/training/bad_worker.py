@@ -46,7 +46,7 @@ def main(output: str) -> None:
         books.count_step({"contrastive": torch.ones(())}, met[rank:])
         books.collect()
         progress = books.progress
-        facts: dict[str, Any] = {"kinds": progress.bad_samples, "first": progress.first_bad, "told": list(source.told)}
+        facts: dict[str, Any] = {"kinds": {**progress.bad_samples}, "first": progress.first_bad, "told": [*source.told]}
         books.count_step(
             {"contrastive": torch.ones(())}, [Bad(7, "truncated image", "0.tar", "a")] if rank == 1 else []
         )
