@@ -16,6 +16,8 @@ from tests.data.test_pair_index import PNG
 from tests.data.test_shards import packed
 from upcycle_bench import record
 from upcycle_bench.data import pairs
+from upcycle_bench.data.open_index import open_index
+from upcycle_bench.data.sources import expand_sources
 from upcycle_bench.data.worlds import load_world
 from upcycle_bench.model.clip import create_clip
 
@@ -212,6 +214,13 @@ def test_bad_samples_end_no_run_and_stand_in_its_record(
     assert samples["first_bad"]["no image (HTML)"] == "1.tar: c05"
     lines = [json.loads(line) for line in path.with_suffix(".jsonl").read_text().splitlines()]
     assert lines[-1]["bad_samples"] == sum(samples["bad"].values())
+    listed = open_index(expand_sources(str(bad_shard.parent))).bad
+    assert sorted(listed.values()) == ["no image (HTML)", "truncated image", "truncated image"]
+    if not how:  # listed, they are not read again, and no bit changes
+        assert call(monkeypatch, *arguments["run"], "--set", "data.bad_samples=0.0", "--fresh") == 0
+        made = [record.read(each) for each in record.record_paths(tmp_path / "results")]
+        assert len(made) == 2 and made[0].hashes.weights == made[1].hashes.weights
+        assert sum("bad" in each.diagnostics["training_samples"] for each in made) == 1  # type: ignore[index, operator]
 
 
 def test_too_many_bad_samples_end_a_run_with_one_line(

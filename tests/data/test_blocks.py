@@ -106,6 +106,7 @@ def test_a_pair_whose_files_stand_apart_is_read_in_pieces(tmp_path: Path, reads:
         tmp_path / "0.tar", {"a.jpg": b"j" * 900, "a.txt": b"A", "b.bin": bytes(3 * GAP), "c.jpg": b"J", "c.txt": b"C"}
     )
     index = open_index(Sources.of([path]))
+    index = replace(index, rows=np.array(index.rows))
     index.rows[0]["text"] = index.rows[1]["text"]
     reader = Reader(index)
     assert (reader.read(0).image, reader.read(0).text) == (b"j" * 900, b"C")
@@ -195,7 +196,7 @@ def test_a_shard_that_is_gone_ends_the_run_with_one_line(index: Index, tmp_path:
 
 def test_a_shard_that_changed_is_noticed(tmp_path: Path) -> None:
     path = shard(tmp_path / "0.tar", 0, 20)
-    index = open_index([path], "text", "")
+    index = open_index(Sources.of([path]))
     content = path.read_bytes()
     path.write_bytes(content[: len(content) // 2])  # in place, as a download that begins anew
     kinds = set()

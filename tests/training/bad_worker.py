@@ -42,12 +42,11 @@ def main(output: str) -> None:
     with session.open_session(threads=1):
         rank, source = distributed.rank(), Source()
         books = Bookkeeping(job(), {}, MetricsFile(None, 0), source)
-        books.count_step(
-            {}, [Bad(7, "truncated image", "0.tar", "a"), Bad(rank, "not UTF-8", f"{rank}.tar", "b")][rank:]
-        )
+        met = [Bad(7, "truncated image", "0.tar", "a"), Bad(rank, "not UTF-8", f"{rank}.tar", "b")]
+        books.count_step({"contrastive": torch.ones(())}, met[rank:])
         books.collect()
         progress = books.progress
-        facts: dict[str, Any] = {"kinds": progress.bad_samples, "first": progress.first_bad, "told": list(source.told)}
+        facts: dict[str, Any] = {"kinds": {**progress.bad_samples}, "first": progress.first_bad, "told": [*source.told]}
         books.count_step(
             {"contrastive": torch.ones(())}, [Bad(7, "truncated image", "0.tar", "a")] if rank == 1 else []
         )

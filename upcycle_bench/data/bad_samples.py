@@ -38,6 +38,8 @@ KINDS = {
     "read error": "the disk or the network failed three times",
 }
 
+PASSING = ("cut shard", "changed shard", "read error")  # they are of the storage, which may be mended meanwhile
+
 _REFUSED = {images.WIDE: "odd shape", images.DEEP: "more than 8 bits", images.HUGE: "too many pixels"}
 _HTML = re.compile(rb"(\xef\xbb\xbf)?\s*<(!doctype|html|head|\?xml|error)", re.IGNORECASE)
 ENOUGH = 10_000  # samples: of fewer, the share of bad ones says little

@@ -103,7 +103,7 @@ def decoded(
         with locked(folder, "the decoded training images"):  # so that two runs side by side do not both decode
             if not folder.is_dir():
                 pairs = make()
-                if math.prod(_shape(pairs)) > LIMIT:
+                if not fits(len(pairs), pairs.clip):
                     return None
                 build_once(folder, partial(_build, pairs=pairs))
     arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("images", "tokens")}
@@ -114,13 +114,14 @@ def decoded(
     )
 
 
-def _shape(pairs: Readable) -> tuple[int, int, int, int]:
-    return len(pairs), 3, *image_size(pairs.clip.model)
+def fits(pairs: int, clip: Clip) -> bool:
+    """Whether the images of so many pairs are at most LIMIT bytes."""
+    return pairs * 3 * math.prod(image_size(clip.model)) <= LIMIT
 
 
 def _build(folder: Path, pairs: Readable) -> None:
     folder.mkdir()
-    shape = _shape(pairs)
+    shape = (len(pairs), 3, *image_size(pairs.clip.model))
     images = np.lib.format.open_memmap(folder / "images.npy", mode="w+", dtype=np.uint8, shape=shape)
     with (folder / "images.npy").open("r+b") as file:  # a full disk is an error here; in the mapped array it would kill
         os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)

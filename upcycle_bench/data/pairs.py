@@ -26,10 +26,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from upcycle_bench.data import places
 from upcycle_bench.data.bad_samples import Bad, BadSample, Tally, captions_of, image_of, require_few
 from upcycle_bench.data.batches import Batch, BatchSource, Loading
 from upcycle_bench.data.blocks import Reader
-from upcycle_bench.data.decoded import Decoded, decoded
+from upcycle_bench.data.decoded import Decoded, decoded, fits
 from upcycle_bench.data.index import Index
 from upcycle_bench.data.open_index import open_index
 from upcycle_bench.data.order import Order, distinct
@@ -67,19 +68,20 @@ class PairDataset(BatchSource):
         keep_decoded: bool = True,
         settings: Data = USUAL,
         loading: Loading | None = None,
-        on_bad: Callable[[Sequence[Bad]], None] = lambda bad: None,
         index: Index | None = None,
+        on_bad: Callable[[Sequence[Bad]], None] = lambda bad: None,
     ) -> None:
         self.clip, self.augmentation, self.settings = clip, augmentation, settings
         self.shards, self._captions, self.option = list(shards), captions, option
-        self.loading, self._on_bad = loading or Loading(), on_bad
-        if index is not None:
-            self.index = index
+        self.loading, self._on_bad, self._given = loading or Loading(), on_bad, index
         self.order = lru_cache(2)(self._make_order)
         self._expected: tuple[int | str, int, int, int] | None = None  # seed, first step of a group, places
         self.decoded: Decoded | None = None
-        if augmentation == "none" and keep_decoded:
-            digest = shards_digest(self.shards) if index is None else index.identity
+        if augmentation == "none" and keep_decoded and (index is None or fits(len(index), clip)):
+            if index is None or all(map(places.is_local, index.shards)):
+                digest = shards_digest(self.shards)
+            else:
+                digest = index.identity  # which does not see each pixel
             self.decoded = decoded(digest, clip.name, lambda: self, captions, clip.preprocess)
         if self.decoded is None:
             _ = self.index
@@ -91,8 +93,8 @@ class PairDataset(BatchSource):
 
     @cached_property
     def index(self) -> Index:
-        """The places of all images and captions; read from the shards where it is first needed."""
-        return open_index(Sources.of(self.shards), self.option, bad_samples=self.settings.bad_samples)
+        """The places of all images and captions; opened where it is first needed, if it was not given."""
+        return self._given or open_index(Sources.of(self.shards), self.option, bad_samples=self.settings.bad_samples)
 
     @cached_property
     def reader(self) -> Reader:

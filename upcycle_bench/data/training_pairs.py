@@ -6,10 +6,9 @@ pairs = training_pairs(world, clip, "random-resized-crop", protocol.data, Loadin
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 
 from upcycle_bench.data.bad_list import list_bad
-from upcycle_bench.data.bad_samples import Bad
+from upcycle_bench.data.bad_samples import PASSING, Bad
 from upcycle_bench.data.batches import Loading
 from upcycle_bench.data.index import Index
 from upcycle_bench.data.pairs import USUAL, PairDataset
@@ -33,8 +32,8 @@ def training_pairs(
         option=world.option,
         settings=settings,
         loading=loading,
-        on_bad=partial(_list, world.index) if world.index is not None else _forget,
         index=world.index,
+        on_bad=lambda bad: _list(pairs.index, bad) if world.option else None,
     )
     if world.option:
         pairs.say_left_out()
@@ -42,9 +41,5 @@ def training_pairs(
 
 
 def _list(index: Index, bad: Sequence[Bad]) -> None:
-    """Put bad samples on the data's list, but for those that a disk or a network failed to give this time."""
-    list_bad(index, [(each.number, each.kind, each.key) for each in bad if each.kind != "read error"])
-
-
-def _forget(bad: Sequence[Bad]) -> None:
-    """A world that is built has no list."""
+    """Add to the index's list what will be as bad the next time, unlike a disk's errors: so no batch changes."""
+    list_bad(index, [(each.number, each.kind, each.key) for each in bad if each.kind not in PASSING])

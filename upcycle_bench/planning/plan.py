@@ -15,8 +15,7 @@ from typing import Any, Literal
 from pydantic import ValidationError
 
 from upcycle_bench.assets import CHECKPOINTS
-from upcycle_bench.data.open_index import open_index
-from upcycle_bench.data.sources import expand_sources
+from upcycle_bench.data.local_world import local_world
 from upcycle_bench.data.world import SYNTHETIC, World
 from upcycle_bench.data.worlds import load_world
 from upcycle_bench.model.config import describe
@@ -198,12 +197,7 @@ def find_world(protocol: Protocol, paths: Paths, reporter: Reporter | None = Non
     """
     if protocol.data.world == "local":
         assert paths.data is not None
-        captions, evaluated = protocol.data.captions_of_shards, paths.eval_data or Path()
-        if paths.data == SYNTHETIC:
-            return World(SYNTHETIC, (), evaluated, SYNTHETIC, captions)
-        sources = expand_sources(paths.data)
-        index = open_index(sources, "--data", reporter, bad_samples=protocol.data.bad_samples)
-        return World("local", sources.shards, evaluated, index.identity, captions, index)
+        return local_world(paths.data, paths.eval_data or Path(), protocol.data, reporter)
     if paths.data is not None or paths.eval_data is not None:
         raise UserError(
             f"protocol {protocol.name} brings its own data; --data and --eval-data go with clip-b32, clip-b16."
