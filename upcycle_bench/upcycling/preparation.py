@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
+from upcycle_bench.data.order import distinct
 from upcycle_bench.data.pairs import PairDataset, PickedBatches
 from upcycle_bench.model import padding
 from upcycle_bench.model.clip import Clip
@@ -248,10 +249,9 @@ class TrainingWorkshop:
 
     def _probe(self) -> Tensor:
         """A random batch to count FLOPs on, int64 [B]."""
-        order_S = torch.randperm(len(self), generator=self.rng.child("probe").generator())
-        if len(order_S) < self.batch_size:
+        if len(self) < self.batch_size:
             raise UserError(f"the training set has {len(self)} pairs, fewer than one batch of {self.batch_size}.")
-        return order_S[: self.batch_size]
+        return distinct(len(self), self.batch_size, self.rng.child("probe"))
 
 
 @pydantic.dataclasses.dataclass(frozen=True, kw_only=True)
