@@ -9,7 +9,6 @@ this process. All of it in float64.
 import itertools
 import os
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -33,7 +32,7 @@ from tests.moe_helpers import (
     settings_of,
     upcycled,
 )
-from upcycle_bench.data.batches import Batch
+from upcycle_bench.data.batches import Batch, BatchSource
 from upcycle_bench.model import weights
 from upcycle_bench.model.clip import create_clip
 from upcycle_bench.model.deepspeed_import import TopKGate
@@ -182,12 +181,12 @@ def run_capacities(rank: int) -> dict[int, list[int]]:
     return found
 
 
-class SamePairs:
+class SamePairs(BatchSource):
     """The same four pairs in every step and on every rank."""
 
-    def batches(self, *_: Any, **__: Any) -> Iterator[Batch]:
+    def part(self, *_: Any) -> Batch:
         images = torch.arange(4 * 3 * 8 * 8).view(4, 3, 8, 8).remainder(256).to(torch.uint8)
-        yield Batch(images, captions([3, 5, 7, 9], 12, end=49407), torch.arange(4))
+        return Batch(images, captions([3, 5, 7, 9], 12, end=49407), torch.arange(4))
 
 
 def run_patch_dropout() -> Tensor:
@@ -196,7 +195,7 @@ def run_patch_dropout() -> Tensor:
     clip.model.visual.patch_dropout.register_forward_hook(lambda module, args, output: kept.append(output.detach()))
     schedule = load_protocol(load_registry().get("protocol", "smoke").target).train.schedule
     job = Job(schedule=schedule.model_copy(update={"batch_size": 8}), peak_lr=1e-3, stop_step=1, seed=0)
-    train(clip, SamePairs(), job)  # type: ignore[arg-type]
+    train(clip, SamePairs(), job)
     return kept[0]
 
 

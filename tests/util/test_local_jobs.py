@@ -31,8 +31,9 @@ def test_each_job_has_a_log_and_a_status(tmp_path: Path) -> None:
     assert said[-1] == "job 2 ended with status 3"
 
 
-def test_ranks_are_torchruns(tmp_path: Path) -> None:
+def test_ranks_are_torchruns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And one process needs no launcher's variables."""
+    monkeypatch.delenv("LOCAL_RANK", raising=False)  # which a session of this process may have left
     script = "echo $RANK/$WORLD_SIZE $LOCAL_RANK/$LOCAL_WORLD_SIZE $MASTER_ADDR $MASTER_PORT"
     assert queue(tmp_path, script, processes=2).run() == {1: 0}
     first, second = sorted((tmp_path / "1.log").read_text().splitlines()[1:])

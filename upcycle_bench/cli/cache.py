@@ -28,20 +28,10 @@ UNITS = {"m": 60, "h": 3600, "d": 86_400, "w": 604_800}
 def list_(as_json: Json = False) -> None:
     """List each kind with its size and last use, and the interrupted trainings."""
     from upcycle_bench.util.cache import cache_root
-    from upcycle_bench.util.cache_contents import KINDS, survey, training_of
+    from upcycle_bench.util.cache_contents import survey, training_of
 
     entries, now = survey(cache_root()), time.time()
-    kinds: list[dict[str, Any]] = [
-        {
-            "kind": kind,
-            "what": KINDS.get(kind, "not known to this version"),
-            "entries": len(some := [entry for entry in entries if entry.kind == kind]),
-            "files": sum(entry.files for entry in some),
-            "bytes": sum(entry.bytes for entry in some),
-            "last_used": max(entry.used for entry in some),
-        }
-        for kind in dict.fromkeys(entry.kind for entry in entries)
-    ]
+    kinds = [_kind_facts(kind, entries) for kind in dict.fromkeys(entry.kind for entry in entries)]
     runs = [
         {
             **training_of(entry),
@@ -70,6 +60,21 @@ def list_(as_json: Json = False) -> None:
     table(f"{cache_root()}: {total}", shown)
     if runs:
         table("interrupted trainings", [_run_row(run, now) for run in runs])
+
+
+def _kind_facts(kind: str, entries: Sequence[Entry]) -> dict[str, Any]:
+    """What all entries of a kind come to."""
+    from upcycle_bench.util.cache_contents import KINDS
+
+    some = [entry for entry in entries if entry.kind == kind]
+    return {
+        "kind": kind,
+        "what": KINDS.get(kind, "not known to this version"),
+        "entries": len(some),
+        "files": sum(entry.files for entry in some),
+        "bytes": sum(entry.bytes for entry in some),
+        "last_used": max(entry.used for entry in some),
+    }
 
 
 @app.command()

@@ -12,9 +12,7 @@ from collections.abc import Container, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import click
 import typer
-from click.core import ParameterSource
 
 from upcycle_bench.util.errors import UserError
 
@@ -196,12 +194,13 @@ def key_value(text: str) -> tuple[str, str]:
     return key, value
 
 
-def written_out(context: click.Context, without: Container[str]) -> list[str]:
+def written_out(context: typer.Context, without: Container[str]) -> list[str]:
     """The options that were given to a command, as arguments again, for other processes of the same command."""
     written: list[str] = []
     for option in context.command.params:
         name, value = option.name or "", context.params.get(option.name or "")
-        if name in without or context.get_parameter_source(name) == ParameterSource.DEFAULT:
+        source = context.get_parameter_source(name)
+        if name in without or source is None or source.name == "DEFAULT":
             continue
         values = [None] if value is True else value if isinstance(value, list | tuple) else [value]
         for each in values:

@@ -107,15 +107,22 @@ def launch(
         jobs.write(batch, {"job.sh": jobs.slurm_script(batch)}, force)
     command = ["sbatch", str(output / "job.sh")]
     number = _submit(batch.folder, command) if submit and batch.to_do else None
+    if not as_json:
+        show_matrix(cells, done)
+    _say_submitted(batch, command, number, output / jobs.LOGS, as_json)
+
+
+def _say_submitted(batch: Batch, command: Sequence[str], number: str | None, logs: Path, as_json: bool) -> None:
+    """What is to do, and its job's number, or else how it is submitted."""
+    total, to_do = len(batch.lines), len(batch.to_do)
     if as_json:
-        facts = {"folder": str(batch.folder), "runs": len(lines), "to_do": batch.to_do}
+        facts = {"folder": str(batch.folder), "runs": total, "to_do": batch.to_do}
         print(strict_json.dumps({**facts, "submit": shlex.join(command), "job": number}, indent=2))
         return
-    show_matrix(cells, done)
-    print(f"{len(batch.to_do)} of {len(lines)} runs are to do; {len(lines) - len(batch.to_do)} were done before")
+    print(f"{to_do} of {total} runs are to do; {total - to_do} were done before")
     if number:
-        print(f"submitted as job {number}; logs: {output / jobs.LOGS}")
-    elif batch.to_do:
+        print(f"submitted as job {number}; logs: {logs}")
+    elif to_do:
         print(f"submit them: {shlex.join(command)}")
 
 
@@ -131,7 +138,7 @@ def _parse(arguments: Sequence[str]) -> _Wanted:
     """What `run` makes of the arguments. Its errors are those of a wrong option."""
 
     @functools.wraps(run)  # the same options
-    def take(**given: Any) -> dict[str, Any]:
+    def take(context: typer.Context, **given: Any) -> dict[str, Any]:
         return given
 
     app = typer.Typer(add_completion=False)

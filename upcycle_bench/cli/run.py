@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import click
 import typer
 
 from upcycle_bench.cli.common import (
@@ -55,6 +54,7 @@ if TYPE_CHECKING:
 
 
 def run(
+    context: typer.Context,
     strategy: Strategies,
     protocol: ProtocolName = "lab",
     option: Options = None,
@@ -108,13 +108,15 @@ def run(
         if len(cells) == 1 and not once:
             _run_one(cells[0].plan, results, reporter, how, as_json)
         else:
-            _run_matrix(cells, results, reporter, jobs, how, as_json)
+            shared = written_out(context, without=OF_A_MATRIX)
+            _run_matrix(cells, results, reporter, jobs, how, shared, as_json)
 
 
-def _run_matrix(cells: list[Cell], results: Path, reporter: Reporter, jobs: int, how: Any, as_json: bool) -> None:
+def _run_matrix(
+    cells: list[Cell], results: Path, reporter: Reporter, jobs: int, how: Any, shared: list[str], as_json: bool
+) -> None:
     from upcycle_bench import run_many
 
-    shared = written_out(click.get_current_context(), without=OF_A_MATRIX) if jobs > 1 else []
     outcomes = run_many.run_all(cells, results, reporter, jobs=jobs, shared=shared, show=show_matrix, **how)
     if is_main():
         show_outcomes(outcomes, as_json)

@@ -8,8 +8,9 @@ it has read. The parts are joined here, for a GPU in pinned memory. The bits do 
 
 from __future__ import annotations
 
+import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -86,7 +87,7 @@ class BatchSource(ABC):
         rank: int = 0,
         world: int = 1,
         device: torch.device = CPU,
-    ) -> Iterator[Batch]:
+    ) -> Generator[Batch, None, None]:
         """The batches of the steps [start, stop), read ahead as `loading` says, for a model on `device`."""
         share, workers = batch_size // world, self.loading.workers_for(device)
         cuts = self.cuts(batch_size, rank * share, (rank + 1) * share, max(1, workers))
@@ -98,8 +99,9 @@ class BatchSource(ABC):
 
         items = range(start * parts, stop * parts)
         made = load(make, items, min(workers, parts), "training batches", prefetch=self.loading.prefetch)
-        for _ in range(start, stop):
-            yield join([next(made) for _ in range(parts)], pinned=device.type == "cuda")
+        with contextlib.closing(made):
+            for _ in range(start, stop):
+                yield join([next(made) for _ in range(parts)], pinned=device.type == "cuda")
 
 
 def join(parts: Sequence[Batch], pinned: bool) -> Batch:

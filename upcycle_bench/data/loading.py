@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import pickle
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from multiprocessing.reduction import ForkingPickler
 from typing import Any, TypeVar
 
@@ -26,7 +26,9 @@ T = TypeVar("T")
 DIED = "DataLoader"  # so begin torch's errors about workers
 
 
-def load(make: Callable[[int], T], items: Sequence[int], workers: int, what: str, prefetch: int = 2) -> Iterator[T]:
+def load(
+    make: Callable[[int], T], items: Sequence[int], workers: int, what: str, prefetch: int = 2
+) -> Generator[T, None, None]:
     """`make(item)` for each of `items`, in their order, made ahead by at most `workers` processes; none: made here.
 
     Item n is made by worker n modulo `workers`, and each is up to `prefetch` items ahead. The workers are forks, so

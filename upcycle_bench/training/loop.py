@@ -19,7 +19,7 @@ import io
 import itertools
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -83,9 +83,10 @@ def train(
     stopping, ranks = (
         (at_steps(), distributed.cpu_group("stopping")) if job.checkpoints else (contextlib.nullcontext(), None)
     )
-    with stopping, attention_kernel(device, longest_sequence(model)), log, checkpoints, lost_workers():
+    loaders = contextlib.ExitStack()  # innermost: a loader that dies must not cut the end of the others short
+    with lost_workers(), stopping, attention_kernel(device, longest_sequence(model)), log, checkpoints, loaders:
         books = Bookkeeping(job, layers, log, data)
-        batches: Iterator[Batch] | None = None
+        batches: Generator[Batch, None, None] | None = None
         for first, stop in itertools.pairwise([0, *stages, job.stop_step]):
             if first > 0:
                 next_stage(layers)
@@ -99,6 +100,7 @@ def train(
                 start = books.progress.step
                 if batches is None:  # its processes stay for all stages
                     batches = data.batches(job.stream, start, job.stop_step, schedule.batch_size, rank, world, device)
+                    loaders.enter_context(contextlib.closing(batches))
                 for step, batch in zip(range(start, stop), batches, strict=False):
                     rate = learning_rate(step, schedule.steps, job.peak_lr, schedule.warmup_fraction)
                     for group in engine.optimizer.param_groups:
