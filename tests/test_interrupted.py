@@ -16,8 +16,9 @@ import pytest
 from tests.test_run import plan
 from upcycle_bench import run as module
 from upcycle_bench.planning.fingerprint import training_fingerprint
-from upcycle_bench.planning.identity import different, mixed_ranks, run_facts, trained_on
+from upcycle_bench.planning.identity import FREE, different, mixed_ranks, run_facts, trained_on
 from upcycle_bench.planning.plan import Plan
+from upcycle_bench.protocol import Protocol, flatten
 from upcycle_bench.record_schema import SessionPart
 from upcycle_bench.training.stopping import Stopped, stoppable
 from upcycle_bench.training.work_folder import folder_of
@@ -167,9 +168,24 @@ def test_facts_that_differ_are_named() -> None:
     one = run_facts(plan("cluster-aware", SETTINGS))
     assert different(one, one) == []
     other = run_facts(plan("cluster-aware", [*SETTINGS, "train.lr_factor=0.5"], options={"tau": "0.8"}))
-    assert different(one, other) == ["strategy", "options.tau", "settings.train.lr_factor"]
+    assert different(one, other) == ["strategy", "options.tau", "settings.train.lr_factor", "peak learning rate"]
     same = [*SETTINGS, "moe.ep_size=2", "train.checkpoint_every=3", "train.log_every=1"]
     assert run_facts(plan("cluster-aware", same)) == one
+    for key, value in flatten(one_protocol().model_dump(mode="json")).items():
+        if key.startswith(("moe.", "train.", "data.")) and key not in FREE and (new := another(value)) is not None:
+            with contextlib.suppress(UserError):  # some values do not go together
+                assert run_facts(plan("cluster-aware", [*SETTINGS, f"{key}={new}"])) != one, key
+    for setting in ("data.window=64", "data.order=replacement", "dense.lr=0.01", "dense.stop_fraction=0.5"):
+        assert run_facts(plan("cluster-aware", [*SETTINGS, setting])) != one, setting
+
+
+def one_protocol() -> Protocol:
+    return plan("cluster-aware", SETTINGS).protocol
+
+
+def another(value: object) -> str | None:
+    """Another value of a setting that is a number."""
+    return None if isinstance(value, bool) or not isinstance(value, int | float) else str(2 * value or type(value)(1))
 
 
 def test_a_run_on_several_numbers_of_ranks_shares_no_table(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,6 +19,7 @@ from upcycle_bench.data import loading
 from upcycle_bench.data.bad_samples import Bad
 from upcycle_bench.data.batches import Batch, join
 from upcycle_bench.data.loading import load, lost_workers
+from upcycle_bench.training.stopping import Stopped, at_steps, stoppable
 from upcycle_bench.util.errors import UserError
 
 HERE = os.getpid()
@@ -79,6 +80,23 @@ def test_an_error_of_a_worker_comes_as_it_is() -> None:
     assert [next(items), next(items)] == [0, 1]
     with pytest.raises(UserError, match=r"^0\.tar: the image at byte 512 cannot be read; remove it\.$"):
         next(items)
+
+
+def test_a_signal_to_all_processes_leaves_the_workers_alive() -> None:
+    """A cluster signals every process of a job, and torch would have its loaders die of it."""
+    processes: list[int] = []
+
+    def signalled() -> None:
+        with stoppable(), at_steps():
+            for item, process in load(lambda item: (item, os.getpid()), range(40), 2, "items"):
+                processes.append(process)
+                if item == 3:
+                    os.kill(process, signal.SIGTERM)
+                    os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(Stopped):
+        signalled()
+    assert len(processes) == 40 and len(set(processes)) == 2 and os.getpid() not in processes
 
 
 def test_a_killed_worker_is_one_line() -> None:

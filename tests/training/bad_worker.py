@@ -55,7 +55,7 @@ def main(output: str) -> None:
         except UserError as error:
             facts["error"] = str(error)
         facts["then told"] = source.told
-        every = distributed.gather_objects(facts)
+        every = distributed.from_all(facts)
         if distributed.is_main():
             Path(output).write_text(json.dumps(every))
 

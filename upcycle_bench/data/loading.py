@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import pickle
+import signal
 from collections.abc import Callable, Generator, Iterator, Sequence
 from multiprocessing.reduction import ForkingPickler
 from typing import Any, TypeVar
@@ -47,6 +48,7 @@ def load(
         prefetch_factor=prefetch,
         collate_fn=bytes,
         timeout=WAIT,
+        worker_init_fn=_as_before(signal.getsignal(signal.SIGTERM)),
         multiprocessing_context="fork",
     )
     packed = iter(loader)
@@ -59,6 +61,16 @@ def load(
         if error is not None:
             raise error
         yield made
+
+
+def _as_before(handler: Any) -> Callable[[int], None]:
+    """What a worker does first: torch has it die of a SIGTERM, which a cluster sends to the trainer, too."""
+
+    def restore(worker: int) -> None:
+        if handler is not None:  # it was set by Python
+            signal.signal(signal.SIGTERM, handler)
+
+    return restore
 
 
 @contextlib.contextmanager

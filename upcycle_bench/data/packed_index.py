@@ -11,6 +11,7 @@ until the next but one packing.
 from __future__ import annotations
 
 import hashlib
+import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -216,6 +217,8 @@ def _write_rows(path: Path, parts: Iterable[np.ndarray]) -> None:
     with atomic(path) as part, part.open("wb") as file:
         for rows in parts:
             file.write(rows.tobytes())
+        file.flush()
+        os.fsync(file.fileno())  # before the facts that name it
 
 
 def _required(place: str, stamp: Stamp) -> tuple[shard_index.Facts, np.ndarray]:

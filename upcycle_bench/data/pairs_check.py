@@ -73,8 +73,10 @@ def is_training(text: str) -> bool:
     folder = Path(text)
     if not places.is_local(text) or is_list(text):
         return True
+    if "{" in text or BETWEEN in text:  # perhaps too long for a name
+        return True
     if not folder.is_dir():
-        return folder.exists() or "{" in text or BETWEEN in text or folder.suffix == ".tar"
+        return folder.exists() or folder.suffix == ".tar"
     marks = ("nshards.txt", evalset.TYPE, evalset.CLASSNAMES)
     set_or_split = any((folder / name).exists() for name in marks) or evalset_check.splits(folder)
     return not set_or_split and any(folder.glob("*.tar"))

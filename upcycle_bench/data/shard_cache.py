@@ -20,11 +20,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from filelock import FileLock
-
 from upcycle_bench.util.cache import cache_root
 from upcycle_bench.util.errors import UserError, one_line
 from upcycle_bench.util.files import atomic, disk_is_full
+from upcycle_bench.util.locks import hold
 
 T = TypeVar("T")
 PIPE = "pipe:"
@@ -59,7 +58,7 @@ def copied(place: str) -> Path:
     if not path.exists():
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with FileLock(path.with_suffix(".lock")):
+            with hold(path.with_suffix(".lock"), f"the copy of {place}"):
                 if not path.exists():
                     patiently(place, lambda: _fetch(place, path))
                     _make_room(path, most)

@@ -87,14 +87,19 @@ def _expand(text: str, option: str) -> list[str]:
         if not shards:
             raise UserError(f"{where}: the folder holds no .tar file{_instead(given)}; {EXAMPLE}.")
         return shards
-    try:  # in a command, a backslash is the shell's
-        shards = [text] if _there(text) else list(braceexpand(text, escape=not places.is_pipe(text)))
-    except ValueError as error:
-        raise UserError(f"{where}: {error}; {EXAMPLE}.") from None
+    shards = _expanded(text, where)
     if places.is_local(text):
         shards = [str(Path(shard)) for shard in shards]
         places.require_files(shards, where, EXAMPLE)
     return shards
+
+
+def _expanded(text: str, where: str) -> list[str]:
+    """The shards of a range, or of what is none; UserError for braces that do not match."""
+    try:  # in a command, a backslash is the shell's
+        return [text] if _there(text) else list(braceexpand(text, escape=not places.is_pipe(text)))
+    except ValueError as error:
+        raise UserError(f"{where}: {error}; {EXAMPLE}.") from None
 
 
 def _listed(path: Path, option: str) -> list[str]:
@@ -110,10 +115,9 @@ def _listed(path: Path, option: str) -> list[str]:
     shards: list[str] = []
     local: list[str] = []
     for line in wanted:
-        own = list(braceexpand(line, escape=not places.is_pipe(line))) if "{" in line else [line]
-        if places.is_local(line):
-            own = [str(path.parent / shard) for shard in own]
-            local += own
+        where = str(path.parent / line) if places.is_local(line) else line
+        own = _expanded(where, f"{option} {path}: {line}")
+        local += own if places.is_local(line) else []
         shards += own
     places.require_files(local, f"{option} {path}", "mend the list")
     return shards

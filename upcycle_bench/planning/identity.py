@@ -31,16 +31,18 @@ Facts = dict[str, Any]
 
 # Settings that a training may change on its way.
 FREE = ("moe.ep_size", "train.checkpoint_every", "train.log_every")
+# What of the training's facts has a name of its own here, or may be another one. Of `dense` the learning rate counts.
+ELSEWHERE = {"data", "captions", "checkpoint", "numerics", "dense", "world_size"}
 
 
 def run_facts(plan: Plan) -> Facts:
-    """What the training of a plan is."""
+    """What the training of a plan is, whatever the name of its protocol: `lab` and `lab-dev` have the same."""
     protocol, world = plan.protocol, plan.world
     assert world is not None and plan.dense_identity is not None
     own = protocol.dense.source == "pretrain"
     dense = fingerprint(dense_facts(protocol, world)) if own else plan.dense_identity
     facts = training_facts(protocol, world, dense)
-    settings = {key: facts[key] for key in ("config", "threads", "moe", "train", "preprocess") if key in facts}
+    settings = {key: value for key, value in facts.items() if key not in ELSEWHERE}
     settings["moe"] = {key: value for key, value in settings["moe"].items() if key != "ep_size"}
     return _plain(
         {
@@ -49,8 +51,8 @@ def run_facts(plan: Plan) -> Facts:
             "code of the strategy": code_fingerprint(type(plan.strategy)),
             "options": plan.strategy.config(),
             "steps": plan.steps,
-            "protocol": protocol.name,
             "settings": settings,
+            "peak learning rate": protocol.peak_lr,
             "data": [world.sha256, world.captions],
             "dense weights": dense,
             "seeds": [plan.init_seed, plan.train_seed],

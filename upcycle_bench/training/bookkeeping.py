@@ -143,7 +143,7 @@ class Bookkeeping:
         """Sum up the bad samples that the ranks have met, judge whether they are too many, and hand on the new ones."""
         progress, new = self.progress, dict[int, Bad]()
         if distributed.sum_over_ranks(len(self._bad)):
-            met = [bad for part in distributed.gather_objects(self._bad) for bad in part]
+            met = [bad for part in distributed.from_all(self._bad) for bad in part]
             Tally(progress.bad_samples, progress.first_bad).add(met)
             new = {bad.number: bad for bad in met if bad.number not in self._known_bad}
         self.data.judge(progress.bad_samples, progress.first_bad, progress.step * self.job.schedule.batch_size)

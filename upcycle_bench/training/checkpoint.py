@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import copy
 import errno
+import itertools
 import os
 import shutil
 import sys
@@ -52,10 +53,17 @@ class MetricsFile:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             before = self.path.read_text().splitlines() if self.path.is_file() and self.step else []
             with atomic(self.path) as part:
-                part.write_text("".join(line + "\n" for line in before if strict_json.loads(line)["step"] <= self.step))
+                part.write_text("".join(line + "\n" for line in itertools.takewhile(self._is_earlier, before)))
             self.file = self.path.open("ab", buffering=0)
             self._end = self.path.stat().st_size
         return self
+
+    def _is_earlier(self, line: str) -> bool:
+        """Whether a line is whole and of no later step; a process that was killed may leave half of its last one."""
+        try:
+            return bool(strict_json.loads(line)["step"] <= self.step)
+        except (ValueError, KeyError, TypeError):
+            return False
 
     def write(self, metrics: Mapping[str, Any]) -> None:
         """Append one line. Where the disk is full, as while a checkpoint is written, it waits for the next one."""
@@ -211,14 +219,14 @@ class _Writing(threading.Thread):
     def _publish(self, shares: list[Any]) -> str | None:
         """On rank 0: write the manifest and rename the folder; returns why that failed, or None."""
         files, counts, loss = ({k: v for share in shares for k, v in share[part].items()} for part in range(3))
-        manifest = Manifest(
-            step=self.progress.step,
-            files=files,
-            steps=counts,
-            loss={name: LossEntry(**asdict(entry)) for name, entry in loss.items()},
-            progress=self.progress,
-        )
         try:
+            manifest = Manifest(
+                step=self.progress.step,
+                files=files,
+                steps=counts,
+                loss={name: LossEntry(**asdict(entry)) for name, entry in loss.items()},
+                progress=self.progress,
+            )
             with full_disk_said(self.folder):
                 publish(self.folder, manifest)
         except Exception as error:

@@ -9,6 +9,7 @@ Tensors are in the format of torch.distributed.checkpoint. The last two checkpoi
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import sys
@@ -28,6 +29,7 @@ from upcycle_bench.util.errors import UserError, one_line
 from upcycle_bench.util.files import file_sha256, write_atomically
 
 MANIFEST = "manifest.json"
+NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF)  # of a folder: CIFS, some FUSE file systems
 KEPT = 2
 
 
@@ -117,12 +119,15 @@ def metadata(path: Path) -> Any:
 
 def read(path: Path, names: Collection[str], known: Any) -> Mapping[str, Tensor]:
     """Tensors of a checkpoint by name, on the CPU; `known` is its `metadata`. No other rank need take part."""
-    from torch.distributed.checkpoint import FileSystemReader, load
+    from torch.distributed.checkpoint import CheckpointException, FileSystemReader, load
 
     found = known.state_dict_metadata
     wanted = {name: torch.empty(found[name].size, dtype=found[name].properties.dtype) for name in names}
-    if wanted:
-        load(wanted, storage_reader=FileSystemReader(path), no_dist=True)
+    try:
+        if wanted:
+            load(wanted, storage_reader=FileSystemReader(path), no_dist=True)
+    except CheckpointException as error:  # no Exception, and it hides what happened, an interruption too
+        raise next(iter(error.failures.values()))[0] from None
     return wanted
 
 
@@ -148,6 +153,9 @@ def _sync(folder: Path) -> None:
     number = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(number)
+    except OSError as error:
+        if error.errno not in NO_SYNC:
+            raise
     finally:
         os.close(number)
 

@@ -11,7 +11,6 @@ import contextlib
 import os
 import sys
 from collections.abc import Iterator
-from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -68,11 +67,9 @@ def _group(backend: str) -> Iterator[None]:
     world = distributed.world_size()
     os.environ.setdefault("LOCAL_RANK", "0")  # deepspeed.initialize insists on it
     store = meet() if world > 1 else dist.HashStore()
-    # Rank 0 calibrates and evaluates alone. The other ranks wait for it, perhaps for hours.
-    hours = timedelta(days=1)
-    store.set_timeout(hours)
+    store.set_timeout(distributed.PATIENCE)
     rank = distributed.rank()
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=hours)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=distributed.PATIENCE)
     with watching(store, rank, world) if world > 1 else contextlib.nullcontext():
         try:
             with last_word():  # told before the group is destroyed, which the others notice

@@ -9,6 +9,7 @@ An entry is renamed to a hidden name before it is deleted, so what stands at a f
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import shutil
 import uuid
@@ -93,7 +94,8 @@ def _stem(path: Path) -> str:
 def _entry(kind: str, paths: Sequence[Path]) -> Entry:
     sizes, times = [0], [0.0]
     for path in paths:
-        for each in [path, *(path.rglob("*") if path.is_dir() else ())]:
+        inside = ((Path(folder), name) for folder, folders, files in os.walk(path) for name in (*folders, *files))
+        for each in itertools.chain([path], (folder / name for folder, name in inside)):  # os.walk skips what is gone
             with contextlib.suppress(OSError):  # another process may delete it
                 found = each.lstat()
                 times.append(max(found.st_atime if each.is_file() else 0.0, found.st_mtime))
@@ -148,7 +150,8 @@ def delete(entry: Entry) -> bool:
             return False
         hidden = [path.with_name(f".{_stem(path)}.{uuid.uuid4().hex[:12]}.tmp") for path in entry.paths]
         for path, aside in zip(entry.paths, hidden, strict=True):
-            os.rename(path, aside)
+            with contextlib.suppress(FileNotFoundError):  # its process has deleted it meanwhile
+                os.rename(path, aside)
     for aside in hidden:
-        shutil.rmtree(aside) if aside.is_dir() else aside.unlink()
+        shutil.rmtree(aside) if aside.is_dir() else aside.unlink(missing_ok=True)
     return True

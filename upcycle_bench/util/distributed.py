@@ -6,6 +6,7 @@ One process needs no launcher. `torchrun` starts several, and sets RANK, WORLD_S
 from __future__ import annotations
 
 import os
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -58,15 +59,6 @@ def gather(local: Tensor) -> Tensor:
     parts = [torch.empty_like(local) for _ in range(world_size())]
     dist.all_gather(parts, local.contiguous())
     return torch.cat(parts)
-
-
-def gather_objects(local: Any) -> list[Any]:
-    """The values of all ranks (any picklable objects), on every rank."""
-    if not dist.is_initialized() or world_size() == 1:
-        return [local]
-    values: list[Any] = [None] * world_size()
-    dist.all_gather_object(values, local)
-    return values
 
 
 def barrier() -> None:
@@ -128,6 +120,9 @@ def check_world(batch_size: int, ep_size: int) -> None:
         )
 
 
+# Rank 0 calibrates and evaluates alone. The other ranks wait for it, perhaps for hours.
+PATIENCE = timedelta(days=1)
+
 _cpu_groups: dict[str, tuple[Any, Any]] = {}  # by purpose: the whole group at that time, and the one of its own
 
 
@@ -140,7 +135,7 @@ def cpu_group(purpose: str) -> Any:
         return None
     whole = dist.group.WORLD
     if purpose not in _cpu_groups or _cpu_groups[purpose][0] is not whole:
-        _cpu_groups[purpose] = (whole, dist.new_group(backend="gloo"))
+        _cpu_groups[purpose] = (whole, dist.new_group(backend="gloo", timeout=PATIENCE))
     return _cpu_groups[purpose][1]
 
 
