@@ -6,7 +6,6 @@ One process needs no launcher. `torchrun` starts several, and sets RANK, WORLD_S
 from __future__ import annotations
 
 import os
-import socket
 from datetime import timedelta
 from typing import Any
 
@@ -92,17 +91,6 @@ def own_connection(store: dist.Store) -> dist.Store:
         return dist.PrefixStore(f"thread {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", again)
     assert isinstance(store, dist.TCPStore)
     return dist.TCPStore(store.host, store.port, is_master=False, wait_for_workers=False)
-
-
-def require_listening(store: dist.Store, seconds: float) -> None:
-    """DistNetworkError where the process of a store is gone: a new connection would wait as long as a read."""
-    while isinstance(store, dist.PrefixStore):
-        store = store.underlying_store
-    if isinstance(store, dist.TCPStore):
-        try:
-            socket.create_connection((store.host, store.port), seconds).close()
-        except OSError as error:
-            raise dist.DistNetworkError(str(error)) from None
 
 
 def choose_device() -> torch.device:

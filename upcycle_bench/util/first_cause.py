@@ -31,7 +31,7 @@ import torch.distributed as dist
 
 from upcycle_bench.util import strict_json
 from upcycle_bench.util.cause import GONE, KILLED, Cause, PeerFailed
-from upcycle_bench.util.distributed import own_connection, require_listening
+from upcycle_bench.util.connection import Connection
 from upcycle_bench.util.errors import one_line
 from upcycle_bench.util.processes import process_space, process_started
 from upcycle_bench.util.stop_request import STATUS, Stopped, pass_on, request
@@ -105,9 +105,8 @@ class _Watch:
     """What a rank knows of the others; shared by its main thread and the watching one."""
 
     def __init__(self, store: dist.Store, rank: int, world: int) -> None:
-        self._base, self._connected_again = store, False
-        self.store = self._connect()
-        self.store.set_timeout(timedelta(minutes=10))  # until all have come here
+        self.line = Connection(store, "first cause", SUSPICION)
+        self.line.store.set_timeout(timedelta(minutes=10))  # until all have come here
         self.rank, self.world = rank, world
         self.found: Cause | None = None
         self.stopped: str | None = None  # the signal by which a rank has ended, which is no failure
@@ -117,16 +116,15 @@ class _Watch:
         self._saying = threading.Lock()
         self._deadline: float | None = None  # when this process is ended, once a rank has failed
         self._broken = False  # a collective has broken here
-        self._lost: float | None = None  # since when the store does not answer
         self._beats: dict[int, tuple[bytes, float]] = {}  # the last of each rank, and when it was new
         self._looked = time.monotonic()
         pid = os.getpid()
-        self.store.set(
+        self.line.store.set(
             f"process {rank}", strict_json.dumps([socket.gethostname(), process_space(), pid, process_started(pid)])
         )
-        self.store.set(f"beat {rank}", "0")
-        self.processes = [strict_json.loads(self.store.get(f"process {each}")) for each in range(world)]
-        self.store.set_timeout(timedelta(seconds=SUSPICION))
+        self.line.store.set(f"beat {rank}", "0")
+        self.processes = [strict_json.loads(self.line.store.get(f"process {each}")) for each in range(world)]
+        self.line.store.set_timeout(timedelta(seconds=SUSPICION))
 
     def who(self, rank: int) -> str:
         return f"rank {rank} (host {self.processes[rank][0]})"
@@ -177,15 +175,15 @@ class _Watch:
         """The end of the block: what happens to this process now is nobody's failure."""
         self._over.set()
         self.thread.join(NEWS)
-        if self._lost is not None:
+        if self.line.lost is not None:
             return
         with contextlib.suppress(RuntimeError):  # the store went with its process
-            self.store.set(f"left {self.rank}", "")
+            self.line.store.set(f"left {self.rank}", "")
             if self.rank == 0 and (self.found or self.stopped):  # the store may end with rank 0; others must read it
                 failed = self.found.rank if self.found else None
                 others = [f"left {each}" for each in range(1, self.world) if each != failed]
                 end = time.monotonic() + 2 * NEWS
-                while not self.store.check(others) and time.monotonic() < end:
+                while not self.line.store.check(others) and time.monotonic() < end:
                     time.sleep(POLL / 10)
 
     def _wait(self, seconds: float) -> None:
@@ -211,39 +209,23 @@ class _Watch:
     def _look(self, number: int) -> None:
         """Beat, and look for a cause; `found` is the first one."""
         patience = SUSPICION if self._broken else SILENCE
-        if self._lost is not None:
-            if time.monotonic() - self._lost > patience and self.stopped is None:
+        if self.line.lost is not None:
+            if time.monotonic() - self.line.lost > patience and self.stopped is None:
                 self.found = self.found or self._cause(0, GONE)
             return
         try:
-            self.store.set(f"beat {self.rank}", str(number))
-            if self.found is None and self.store.check(["cause"]):
-                self.found = Cause(**strict_json.loads(self.store.get("cause")))
-            if self.stopped is None and self.store.check(["stopped"]):
-                self.stopped = self.store.get("stopped").decode()
+            self.line.store.set(f"beat {self.rank}", str(number))
+            if self.found is None and self.line.store.check(["cause"]):
+                self.found = Cause(**strict_json.loads(self.line.store.get("cause")))
+            if self.stopped is None and self.line.store.check(["stopped"]):
+                self.stopped = self.line.store.get("stopped").decode()
                 pass_on(self.stopped)
             if self.found is None and self.stopped is None and (dead := self._dead(patience)) is not None:
                 self._tell(dead, KILLED)
         except dist.DistStoreError:
             pass  # it is busy; the next look may find it
         except dist.DistNetworkError:
-            self._reconnect()
-
-    def _reconnect(self) -> None:
-        """Connect to the store again, once; where that fails, it is lost."""
-        try:
-            if self._connected_again:
-                raise dist.DistNetworkError("again")
-            self._connected_again = True
-            require_listening(self._base, SUSPICION)
-            self.store = self._connect()
-        except RuntimeError:
-            self._lost = time.monotonic()
-
-    def _connect(self) -> dist.Store:
-        store = dist.PrefixStore("first cause", own_connection(self._base))
-        store.set_timeout(timedelta(seconds=SUSPICION))
-        return store
+            self.line.mend()
 
     def _dead(self, patience: float) -> int | None:
         """A rank whose process has gone from this machine, or that has not beaten for `patience` seconds."""
@@ -257,7 +239,7 @@ class _Watch:
             self._beats.clear()
         # Rank 0 listens to all and all to rank 0: everyone to everyone would be too much for the store.
         for rank in range(1, self.world) if self.rank == 0 else [0]:
-            beat = self.store.get(f"beat {rank}")
+            beat = self.line.store.get(f"beat {rank}")
             last, since = self._beats.get(rank, (b"", now))
             if beat != last:
                 self._beats[rank] = (beat, now)
@@ -266,22 +248,23 @@ class _Watch:
         return None
 
     def _left(self, rank: int) -> bool:
-        return bool(self.store.check([f"left {rank}"]))
+        return bool(self.line.store.check([f"left {rank}"]))
 
     def _tell(self, rank: int, what: str) -> None:
         """Write a cause into the store, unless there is one, and take the one that stands there."""
         first = mine = self._cause(rank, what)
-        if self._lost is None:
+        if self.line.lost is None:
             with contextlib.suppress(RuntimeError):  # the store went with its process
-                first = Cause(**strict_json.loads(self.store.compare_set("cause", "", strict_json.dumps(asdict(mine)))))
+                told = self.line.store.compare_set("cause", "", strict_json.dumps(asdict(mine)))
+                first = Cause(**strict_json.loads(told))
         self.found = self.found or first
 
     def _tell_stop(self, by: str) -> None:
         """Write into the store that this rank ends, and that it is no failure."""
         self.stopped = self.stopped or by
-        if self._lost is None:
+        if self.line.lost is None:
             with contextlib.suppress(RuntimeError):  # the store went with its process
-                self.store.compare_set("stopped", "", by)
+                self.line.store.compare_set("stopped", "", by)
 
     def _cause(self, rank: int, what: str) -> Cause:
         now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
@@ -293,7 +276,7 @@ class _Watch:
             return
         if self.found is None:
             with contextlib.suppress(RuntimeError):
-                self.store.set(f"left {self.rank}", "")
+                self.line.store.set(f"left {self.rank}", "")
             if self.rank == 0:
                 line = f"stopped by {self.stopped}, which another rank got: the same command goes on"
                 print(line, file=sys.stderr, flush=True)
@@ -312,7 +295,7 @@ def _orderly(error: BaseException) -> bool:
 
 def _in_collective(error: BaseException) -> bool:
     frames = traceback.extract_tb(error.__traceback__)
-    return any(part in frame.filename for frame in frames for part in COLLECTIVES)
+    return isinstance(error, dist.DistError) or any(part in frame.filename for frame in frames for part in COLLECTIVES)
 
 
 def _limited(what: str) -> str:
