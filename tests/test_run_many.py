@@ -16,15 +16,18 @@ import pytest
 from pydantic.dataclasses import dataclass
 
 from tests.helpers import heed_interrupts
+from tests.test_interrupted import Stopping
 from tests.test_run import Failing
 from tests.test_run import plan as make_plan
 from upcycle_bench import cli, record, run_many
 from upcycle_bench.hookspecs import hookimpl
 from upcycle_bench.model.ffn import LayerInit
 from upcycle_bench.planning import registry
+from upcycle_bench.planning.matrix import Cell, preview
 from upcycle_bench.planning.registry import Entry
 from upcycle_bench.run import run
 from upcycle_bench.strategy import Strategy, StrategyInfo, random_router
+from upcycle_bench.training.stopping import Stopped, stoppable
 from upcycle_bench.util.cache import cache_root
 from upcycle_bench.util.errors import UserError
 from upcycle_bench.util.progress import Reporter
@@ -124,6 +127,58 @@ def test_once_leaves_a_single_run_that_is_done_alone(tmp_path: Path, command: Co
         assert not flags or [row["status"] for row in json.loads(out)["runs"]] == ["ok"]
     status, _, err = command(*arguments, "--once", "--fresh")
     assert status == 2 and err.startswith("error: --once skips what was done before, and --fresh does it again")
+    assert command("-s", "refusing", "--once", "--results", str(tmp_path))[0] == 2  # as without --once
+
+
+def test_a_run_that_goes_on_elsewhere_keeps_its_dense_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run, a stop, another environment, the same command: one dense model and one record, which the third call finds.
+
+    Fast paths that are off stand for another version, whose dense model would have another recipe.
+    """
+    settings = ["dense.seed=21", "dense.schedule.steps=12", "dense.schedule.batch_size=32"]
+    settings += ["train.schedule.batch_size=32", "train.schedule.steps=4"]
+    before = set((cache_root() / "dense").glob("*.safetensors"))
+
+    def call(reporter: Reporter) -> run_many.Outcome:
+        with stoppable():
+            cells = [Cell(plan=make_plan("dense", settings))]
+            (made,) = run_many.run_all(cells, tmp_path, reporter, jobs=1, fresh=False, shared=[])
+        return made
+
+    with pytest.raises(Stopped):
+        call(Stopping("training", 2))
+    monkeypatch.setenv("UPCYCLE_BENCH_PLAIN", "1")
+    second = call(Reporter())
+    assert second.reason is None and second.path is not None and second.ran
+    third = call(Reporter())
+    assert (third.path, third.ran) == (second.path, False)
+    assert len(set((cache_root() / "dense").glob("*.safetensors")) - before) == 1
+    assert preview([Cell(plan=make_plan("dense", settings))], tmp_path, fresh=False) == [second.path]
+
+
+def test_what_another_process_has_done_meanwhile_is_not_done_again(
+    tmp_path: Path, quick: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both have looked at the records before one of them had the lock."""
+    cell = Cell(plan=make_plan("dense-frozen", quick, init_seed=58, train_seed=58))
+    path = run(cell.plan, tmp_path, Reporter())
+    looks = iter([[None], [None], [path]])
+    monkeypatch.setattr(run_many, "finished_before", lambda *_: next(looks))
+    (made,) = run_many.run_all([cell], tmp_path, Reporter(), jobs=1, fresh=False, shared=[])
+    assert (made.path, made.ran) == (path, False)
+    assert list(tmp_path.rglob("*.json")) == [path]
+
+
+def test_the_ranks_compare_what_they_see_before_the_dense_model(
+    tmp_path: Path, quick: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(world: Any) -> None:
+        raise UserError("another cache")
+
+    monkeypatch.setattr(run_many, "require_same_view", refuse)
+    monkeypatch.setattr(run_many, "load_dense", lambda *_: pytest.fail("it trains"))
+    with pytest.raises(UserError, match="another cache"):
+        run_many.run_all([Cell(plan=make_plan("dense", quick))], tmp_path, Reporter(), jobs=1, fresh=True, shared=[])
 
 
 def test_a_dry_run_shows_the_matrix_and_writes_nothing(tmp_path: Path, command: Command) -> None:

@@ -6,8 +6,8 @@ path = run(plan, Path("results"), reporter)
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
-from dataclasses import asdict, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,8 @@ from upcycle_bench.model.cost import model_cost
 from upcycle_bench.model.measure import diagnose
 from upcycle_bench.model.moe import parameter_counts
 from upcycle_bench.model.surgery import merge
-from upcycle_bench.planning.fingerprint import recipe_path, training_fingerprint
-from upcycle_bench.planning.identity import command_of, run_facts
+from upcycle_bench.planning.fingerprint import recipe_path
+from upcycle_bench.planning.identity import command_of, run_facts, with_dense
 from upcycle_bench.planning.plan import Plan, check_input, check_strategy, dense_source, run_id
 from upcycle_bench.record import slug
 from upcycle_bench.run_state import RunState, write_failure, write_record
@@ -53,11 +53,14 @@ def run(
     fresh: bool = False,
     track: Sequence[str] = (),
     loading: Loading | None = None,
+    done: Callable[[], Path | None] = lambda: None,
 ) -> Path | None:
     """Make the record; returns its path on rank 0, None on others. Every rank must call it.
 
     `fresh`: train even if the cache holds the finished training. `track`: names of trackers. `loading`: how batches are
-    read. Raises UserError for bad input, and where the same command left a training that cannot go on, before anything
+    read. `done`: asked on rank 0 once no other process can be at the same training; its record is taken instead.
+
+    Raises UserError for bad input, and where the same command left a training that cannot go on, before anything
     is written. A later error is written as a failed record, then raised again. Stopped (`training.stopping`) leaves no
     record: the same command goes on.
     """
@@ -80,6 +83,8 @@ def run(
                 work_folder(facts, command, fresh, {"dense": plan.dense_identity}) as work,
                 trackers_of(plan, work.name, results, track) as trackers,
             ):
+                if distributed.from_main(found := done() if distributed.is_main() else None):
+                    return found
                 if fresh or not recall(state, key):
                     start = Start(protocol, world, dense, data)
                     model, state.receipt = initialise(plan.strategy, start, plan.init_seed, state.meter, reporter, work)
@@ -118,11 +123,7 @@ def as_begun(plan: Plan, work: Path) -> Plan:
     begun = distributed.from_main(about(work).get("dense"))
     if plan.protocol.dense.source != "pretrain" or begun in (None, plan.dense_identity):
         return plan
-    assert plan.world is not None
-    if not distributed.from_main(recipe_path(begun).is_file()):
-        return plan
-    found = training_fingerprint(plan.protocol, plan.world, begun, plan.unequal)
-    return replace(plan, dense_identity=begun, training_fingerprint=found)
+    return with_dense(plan, begun) if distributed.from_main(recipe_path(begun).is_file()) else plan
 
 
 def say_failure(state: RunState, error: Exception, results: Path) -> None:

@@ -9,6 +9,7 @@ way, the outcome of a run is read from its record.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import signal
 import subprocess
@@ -16,16 +17,19 @@ import sys
 from collections import deque
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from upcycle_bench import record
 from upcycle_bench.data.batches import Loading
+from upcycle_bench.planning.identity import run_facts
 from upcycle_bench.planning.matrix import Cell, describes, finished_before, read_records
 from upcycle_bench.planning.plan import check_input, check_strategy, dense_source
-from upcycle_bench.run import run
+from upcycle_bench.run import as_begun, run
 from upcycle_bench.training import session
 from upcycle_bench.training.pretrain import load_dense
+from upcycle_bench.training.same_view import require_same_view
+from upcycle_bench.training.work_folder import folder_of
 from upcycle_bench.util import distributed, meter
 from upcycle_bench.util.errors import UserError
 from upcycle_bench.util.log_lines import unstamped
@@ -50,6 +54,7 @@ class Outcome:
     made: record.Record | None = None
     reason: str | None = None
     ran: bool = True  # False: its record was there before
+    status: int = 1  # of a failed one, alone in its command
 
 
 def run_all(
@@ -76,18 +81,22 @@ def run_all(
     # One session for all cells: under torchrun a process group cannot be started twice.
     with session.open_session(plan.protocol.threads) as device:
         assert plan.world is not None
-        # The dense model is trained here, once; else each process would train it.
-        dense_digest = load_dense(plan.protocol, plan.world, dense_source(plan), device, reporter, loading)[1]
-        # Rank 0 decides for all ranks: they may see different folders, and must skip the same cells.
-        view = finished_before(cells, results, dense_digest) if distributed.is_main() and not fresh else None
-        done = distributed.from_main(view or [None] * len(cells))
-        todo = [cell for cell, path in zip(cells, done, strict=True) if path is None]
+        require_same_view(plan.world)
+        if not fresh:
+            cells = [Cell(plan=as_begun(cell.plan, folder_of(run_facts(cell.plan)))) for cell in cells]
+        done = _look(cells, results, fresh)
+        # A dense model is trained here, once; else each process would train it. Records that name it may be there.
+        todo = [cell.plan for cell, path in zip(cells, done, strict=True) if path is None]
+        for each in {plan.dense_identity: plan for plan in todo}.values():
+            load_dense(each.protocol, plan.world, dense_source(each), device, reporter, loading)
+        done = _look(cells, results, fresh)
+        todo_cells = [cell for cell, path in zip(cells, done, strict=True) if path is None]
         if distributed.is_main():
             show(cells, done)
         if jobs == 1:
-            made = run_here(todo, results, reporter, fresh, track, loading)
+            made = run_here(todo_cells, results, reporter, fresh, track, loading)
     if jobs > 1:
-        made = run_apart(todo, results, reporter, jobs, shared, environment)
+        made = run_apart(todo_cells, results, reporter, jobs, shared, environment)
     new = {(outcome.cell.strategy, outcome.cell.seed): outcome for outcome in made}
     return [
         new[cell.strategy, cell.seed]
@@ -95,6 +104,13 @@ def run_all(
         else Outcome(cell=cell, path=path, made=record.read(path) if distributed.is_main() else None, ran=False)
         for cell, path in zip(cells, done, strict=True)
     ]
+
+
+def _look(cells: Sequence[Cell], results: Path, fresh: bool) -> list[Path | None]:
+    """For each cell its record. Rank 0 decides for all ranks, which may see different folders: all skip the same."""
+    mine = finished_before(cells, results) if distributed.is_main() and not fresh else [None] * len(cells)
+    found: list[Path | None] = distributed.from_main(mine)
+    return found
 
 
 def run_here(
@@ -115,19 +131,37 @@ def run_here(
             check_strategy(cell.plan)
         except UserError as error:
             reporter.say(f"the run failed: {error}")
-            outcomes.append(Outcome(cell=cell, reason=str(error)))
+            outcomes.append(Outcome(cell=cell, reason=str(error), status=error.status))
             continue
+        before: list[Path] = []  # its record, where another process has made it meanwhile
         try:
-            run(cell.plan, results, reporter, fresh=fresh, track=track, loading=loading)
-            reason = None
+            path = run(
+                cell.plan,
+                results,
+                reporter,
+                fresh=fresh,
+                track=track,
+                loading=loading,
+                done=(lambda: None) if fresh else functools.partial(_made_meanwhile, cell, results, before),
+            )
+            made = record.read(path) if path is not None else None
+            outcomes.append(Outcome(cell=cell, path=path, made=made, ran=not before))
         except Exception as error:
             if distributed.world_size() > 1:
                 # The other ranks may wait for this one in a collective, until its process ends.
                 reporter.say(f"a failure on several ranks ends the matrix; others run without {cell.strategy}")
                 raise
-            reason = f"{type(error).__name__}: {error}"
-        outcomes.append(_outcome(cell, results, known, reason))
+            status = error.status if isinstance(error, UserError) else 1
+            failed = _outcome(cell, results, known, f"{type(error).__name__}: {error}")
+            outcomes.append(replace(failed, status=status))
     return outcomes
+
+
+def _made_meanwhile(cell: Cell, results: Path, found: list[Path]) -> Path | None:
+    """The record of a cell, which is also added to `found`; None where there is none."""
+    (path,) = finished_before([cell], results)
+    found += [path] if path else []
+    return path
 
 
 def _outcome(cell: Cell, results: Path, known: Collection[Path], reason: str | None) -> Outcome:

@@ -62,7 +62,8 @@ def table(rows: list) -> str:
     ]
     for case, outcome in rows:
         phase = case.phase or f"second {case.second:.1f}"
-        fault = case.fault + (f", then {case.then[0]} with ep_size {case.then[1]}" if case.then else "")
+        fault = case.fault + " by torchrun" * case.torchrun
+        fault += f", then {case.then[0]} with ep_size {case.then[1]}" if case.then else ""
         lines.append(f"| {fault} | {case.ranks} | {phase} | {outcome.replace('|', '/')} |")
     return "\n".join(lines) + "\n"
 

@@ -7,8 +7,8 @@ A disturbed run is typed again until it ends. Its weights must then be those of 
 
 from __future__ import annotations
 
+import itertools
 import json
-import os
 import random
 import shutil
 import signal
@@ -42,12 +42,13 @@ class Case:
     ranks: int
     second: float | None = None
     then: tuple[int, int] | None = None  # ranks, ep_size
+    torchrun: bool = False
 
     @property
     def name(self) -> str:
         """Fault, phase and ranks in a few words."""
         where = f"after {self.second:.1f} s" if self.second is not None else f"in {self.phase}"
-        return f"{self.fault} {where}, {self.ranks} rank{'s' * (self.ranks > 1)}"
+        return f"{self.fault} {where}, {self.ranks} rank{'s' * (self.ranks > 1)}{' of torchrun' * self.torchrun}"
 
 
 @dataclass(frozen=True)
@@ -68,9 +69,9 @@ class Baseline:
 def undisturbed(ranks: int, folder: Path) -> Baseline:
     """Make the baseline."""
     began = time.monotonic()
-    with Attempt(command(ranks, ranks), folder / "cache", folder / "results") as attempt:
-        if status := attempt.status():
-            raise Broken(f"the undisturbed run ended with {status}: {attempt.lines[-3:]}")
+    with Attempt(command(ep_size=ranks), folder / "cache", folder / "results", ranks) as attempt:
+        if any(statuses := attempt.statuses()):
+            raise Broken(f"the undisturbed run ended with {statuses}: {attempt.lines[-3:]}")
     return Baseline(
         ranks, time.monotonic() - began, folder / "cache", the_record(folder / "results")["hashes"]["weights"]
     )
@@ -90,41 +91,53 @@ def disturb(case: Case, baseline: Baseline, folder: Path) -> str:
     cache, results = folder / "cache", folder / "results"
     with _disk(folder, small=case.fault == "full disk"):
         _copy_cache(baseline, cache, with_dense=case.phase != "dense" and case.second is None)
-        words = command(
-            case.ranks, baseline.ep_size, more=["--stop-after", "1s"] if case.fault == "--stop-after" else []
-        )
-        with Attempt(words, cache, results) as attempt:
-            if case.second is not None:
-                time.sleep(case.second)
-                attempt.signal(signal.SIGKILL)
-            elif case.fault in FAULTS:
-                attempt.reached(case.phase)
-                FAULTS[case.fault](attempt, cache)
-            status = attempt.status()
-            said = attempt.lines
-        found = [_said(case, status, said)]
+        words = command(baseline.ep_size, torchrun=case.ranks if case.torchrun else 0)
+        if case.fault == "--stop-after":
+            statuses, said = _stop_in_training(case, words, cache, results)
+        else:
+            with Attempt(words, cache, results, 1 if case.torchrun else case.ranks) as attempt:
+                if case.second is not None:
+                    time.sleep(case.second)
+                    attempt.signal(signal.SIGKILL)
+                else:
+                    attempt.reached(case.phase)
+                    FAULTS[case.fault](attempt, cache)
+                statuses, said = attempt.statuses(), attempt.lines
+        found = [_said(case, statuses, said)]
         AFTERWARDS.get(case.fault, lambda cache: None)(cache)
-        again = command(*(case.then or (case.ranks, baseline.ep_size)))
+        ranks, ep_size = case.then or (case.ranks, baseline.ep_size)
         for _ in range(MOST):
-            with Attempt(again, cache, results) as attempt:
-                status = attempt.status()
-                said = attempt.lines
+            with Attempt(command(ep_size), cache, results, ranks) as attempt:
+                statuses, said = attempt.statuses(), attempt.lines
             found += [line.partition(": step")[0] for line in said if " goes on " in line or "damaged" in line][:2]
-            if status == 0:
+            if not any(statuses):
                 break
-        if status:
-            raise Broken(f"typed again, it ended with {status}: {said[-3:]}")
+        else:
+            raise Broken(f"typed again, it ended with {statuses}: {said[-3:]}")
         found.append(_compare(case, baseline, cache, results))
     return "; ".join(filter(None, found))
 
 
-def _said(case: Case, status: int, lines: list[str]) -> str:
+def _stop_in_training(case: Case, words: list[str], cache: Path, results: Path) -> tuple[list[int], list[str]]:
+    """Let it stop after one second, two seconds, ..., until it stops in the training, and leaves a checkpoint there."""
+    for seconds in itertools.count(1):
+        with Attempt([*words, "--stop-after", f"{seconds}s"], cache, results, case.ranks) as attempt:
+            statuses, said = attempt.statuses(), attempt.lines
+        if list((cache / "runs").glob("*/checkpoints/step*")) or set(statuses) != {AGAIN}:
+            return statuses, said
+    raise AssertionError
+
+
+def _said(case: Case, statuses: list[int], lines: list[str]) -> str:
     """How the disturbed run ended. Raises Broken where it should have ended otherwise."""
-    if case.fault in ("SIGTERM", "SIGUSR1", "--stop-after") and status != AGAIN and case.ranks == 1:
-        raise Broken(f"it ended with {status} instead of {AGAIN}: {lines[-3:]}")
+    stopped = case.fault in ("SIGTERM", "SIGTERM of one rank", "SIGUSR1", "--stop-after") and not case.torchrun
+    if stopped and set(statuses) != {AGAIN}:
+        raise Broken(f"it ended with {statuses} instead of {AGAIN} each: {lines[-3:]}")
+    if case.fault == "full disk" and not any("was not written: " in line for line in lines):
+        raise Broken(f"a checkpoint that was not written is not told: {lines[-3:]}")
     if traceback := [line for line in lines if line.startswith("Traceback")]:
         raise Broken(f"it ended with a {traceback[0]}: {lines[-1]}")
-    return f"status {status}"
+    return f"status {', '.join(map(str, dict.fromkeys(statuses)))}"
 
 
 def _compare(case: Case, baseline: Baseline, cache: Path, results: Path) -> str:
@@ -195,7 +208,8 @@ def _kill(attempt: Attempt, cache: Path) -> None:
 # What happens to a run that has reached the phase, and what to its cache after it has ended.
 FAULTS: dict[str, Callable[[Attempt, Path], None]] = {
     "kill -9": _kill,
-    "kill -9 of one rank": lambda attempt, cache: os.kill(attempt.rank(1), signal.SIGKILL),
+    "kill -9 of one rank": lambda attempt, cache: attempt.processes[1].kill(),
+    "SIGTERM of one rank": lambda attempt, cache: attempt.processes[1].terminate(),
     "SIGTERM": lambda attempt, cache: attempt.signal(signal.SIGTERM),
     "SIGUSR1": lambda attempt, cache: attempt.signal_ranks(signal.SIGUSR1),
     "damaged checkpoint": _kill,
@@ -218,6 +232,8 @@ def all_cases(kills: int, baselines: dict[int, Baseline]) -> Iterator[Case]:
             yield Case(fault, "train", ranks)
         if ranks > 1:
             yield Case("kill -9 of one rank", "train", ranks)
+            yield Case("SIGTERM of one rank", "making", ranks)
+            yield Case("SIGTERM", "train", ranks, torchrun=True)
         for then in ((1, 1), (2, 2), (2, 1)):
             if then != (ranks, baseline.ep_size):
                 yield Case("other ranks", "train", ranks, then=then)

@@ -1,9 +1,9 @@
 """A run of the command line in processes of its own, which a fault can reach in a known phase.
 
-with Attempt(command(ranks=2), cache, results) as attempt:
+with Attempt(command(), cache, results, ranks=2) as attempt:
     attempt.reached("train")                # waits until the run is there
-    os.kill(attempt.rank(1), signal.SIGKILL)
-    status = attempt.status()
+    attempt.processes[1].kill()
+    statuses = attempt.statuses()
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import contextlib
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -38,47 +39,52 @@ PHASES = {
 }
 
 
-def command(ranks: int = 1, ep_size: int = 1, strategy: str = "cluster-aware", more: Sequence[str] = ()) -> list[str]:
-    """The command of a run on that many processes."""
+def command(ep_size: int = 1, strategy: str = "cluster-aware", torchrun: int = 0) -> list[str]:
+    """The command of one rank of a run, or that of torchrun for so many ranks."""
     settings = [*SHORT, f"moe.ep_size={ep_size}"]
-    words = ["run", "--strategy", strategy, "--protocol", "smoke"]
-    words += [word for setting in settings for word in ("--set", setting)] + list(more)
-    if ranks == 1:
-        return [sys.executable, "-m", "upcycle_bench", *words]
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    return [sys.executable, *launcher, "-m", "upcycle_bench", *words]
+    words = ["-m", "upcycle_bench", "run", "--strategy", strategy, "--protocol", "smoke"]
+    words += [word for setting in settings for word in ("--set", setting)]
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={torchrun}"] if torchrun else []
+    return [sys.executable, *launcher, *words]
 
 
 class Attempt:
-    """A started command; at the end of the block nothing of it is left. `lines` grows as it writes to stderr."""
+    """A command that was started, `ranks` times; at the end of the block nothing of it is left.
 
-    def __init__(self, words: Sequence[str], cache: Path, results: Path) -> None:
+    `lines` grows as the ranks write to stderr.
+    """
+
+    def __init__(self, words: Sequence[str], cache: Path, results: Path, ranks: int = 1) -> None:
         self.lines: list[str] = []
         self._news = threading.Condition()
-        environment = dict(os.environ) | {"UPCYCLE_BENCH_CACHE": str(cache), "OMP_NUM_THREADS": "1"}
-        self.process = subprocess.Popen(
-            [*words, "--results", str(results)],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-            errors="replace",
-            env=environment,
-            start_new_session=True,
-        )
-        self._reader = threading.Thread(target=self._read, daemon=True)
-        self._reader.start()
+        self.processes = [
+            subprocess.Popen(
+                [*words, "--results", str(results)],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                text=True,
+                errors="replace",
+                env={**os.environ, "UPCYCLE_BENCH_CACHE": str(cache), "OMP_NUM_THREADS": "1", **variables},
+                start_new_session=True,
+            )
+            for variables in _of_ranks(ranks)
+        ]
+        self._readers = [threading.Thread(target=self._read, args=(each,), daemon=True) for each in self.processes]
+        for reader in self._readers:
+            reader.start()
 
     def __enter__(self) -> Attempt:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.signal(signal.SIGKILL)
-        self.process.wait()
+        for process in self.processes:
+            process.wait()
 
-    def _read(self) -> None:
-        assert self.process.stderr is not None
-        for line in self.process.stderr:
+    def _read(self, process: subprocess.Popen[str]) -> None:
+        assert process.stderr is not None
+        for line in process.stderr:
             with self._news:
                 self.lines.append(line.rstrip("\n"))
                 self._news.notify_all()
@@ -92,40 +98,37 @@ class Attempt:
                 new, seen = self.lines[seen:], len(self.lines)
             if any(pattern.search(line) for line in new):
                 return
-            if self.process.poll() is not None or time.monotonic() > end:
+            if self.processes[0].poll() is not None or time.monotonic() > end:
                 raise RuntimeError(f"the run did not come to {phase}: {self.lines[-3:]}")
             with self._news:
                 self._news.wait(0.05)
 
-    def status(self) -> int:
-        """The exit status, when the command is over."""
-        status = self.process.wait(PATIENCE)
-        self._reader.join(5)  # a process that was left behind would hold the pipe
-        return status
+    def statuses(self) -> list[int]:
+        """The exit status of each rank, when all are over; under torchrun its own."""
+        end = time.monotonic() + PATIENCE
+        found = [process.wait(max(1.0, end - time.monotonic())) for process in self.processes]
+        for reader in self._readers:
+            reader.join(5)  # a process that was left behind would hold the pipe
+        return found
 
     def signal(self, number: int) -> None:
         """Send a signal to all processes, as a scheduler does."""
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, number)
+        for process in self.processes:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, number)
 
     def signal_ranks(self, number: int) -> None:
-        """Send a signal to the ranks and not to their launcher, as Slurm does to the tasks of a step."""
-        for pid in self._ranks().values():
-            os.kill(pid, number)
+        """Send a signal to the ranks alone, as Slurm does to the tasks of a step."""
+        for process in self.processes:
+            process.send_signal(number)
 
-    def rank(self, number: int) -> int:
-        """The process of that rank."""
-        return self._ranks()[number]
 
-    def _ranks(self) -> dict[int, int]:
-        """Rank -> process, of the processes of this session whose parent is the launcher; without one, the command."""
-        found: dict[int, int] = {}
-        for folder in Path("/proc").glob("[0-9]*"):
-            with contextlib.suppress(OSError, ValueError):
-                parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
-                names = dict(
-                    part.partition("=")[::2] for part in (folder / "environ").read_bytes().decode().split("\0") if part
-                )
-                if parent == self.process.pid and "RANK" in names:
-                    found[int(names["RANK"])] = int(folder.name)
-        return found or {0: self.process.pid}
+def _of_ranks(ranks: int) -> list[dict[str, str]]:
+    """What torchrun would set for each rank; it would itself turn each exit status into 1."""
+    if ranks == 1:
+        return [{}]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    among = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), **where}
+    return [{"RANK": str(rank), "LOCAL_RANK": str(rank), **among} for rank in range(ranks)]

@@ -142,6 +142,31 @@ def test_what_a_living_process_has_locked_stays(root: Path, cache: Cache) -> Non
     assert standing(root) == set() and list((root / "locks").iterdir())
 
 
+def test_the_dense_model_of_a_training_that_waits_stays(root: Path, cache: Cache) -> None:
+    """Another one would have to be trained, on which the training cannot go on. Without the training it may go."""
+    (root / "runs" / "aaa" / "run.json").write_text(json.dumps({"dense": "recipe"}))
+    status, _, err = cache("prune", "--kind", "dense", "--yes")
+    assert status == 0 and "kept: dense/recipe: an interrupted training goes on from it" in err
+    assert "dense/recipe.safetensors" in standing(root)
+    assert cache("prune", "--kind", "dense,runs", "--yes")[0] == 0
+    assert not standing(root) & {"dense/recipe.safetensors", "runs/aaa"}
+
+
+def test_the_shards_of_this_machine_are_shown_and_pruned(
+    root: Path, cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing else in that folder is: it may be anyone's."""
+    for name in ("node/shards/a.tar", "node/other/b.tar", "cache/shards/c.tar"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("x" * 30)
+    monkeypatch.setenv("UPCYCLE_BENCH_LOCAL_CACHE", str(tmp_path / "node"))
+    (shards,) = (row for row in json.loads(cache("list", "--json")[1])["kinds"] if row["kind"] == "shards")
+    assert (shards["files"], shards["bytes"]) == (2, 60)
+    assert cache("prune", "--kind", "shards", "--yes")[0] == 0
+    assert [path.name for path in (tmp_path / "node").glob("*/*")] == ["b.tar"]
+    assert not (root / "shards" / "c.tar").exists()
+
+
 def test_what_may_still_be_written_stays(root: Path, cache: Cache) -> None:
     part = root / "worlds" / ".lab-2.1.abc123.tmp"
     age(part / "lab-2.1" / "0.tar", 0.1)

@@ -4,6 +4,7 @@ import json
 import os
 import shlex
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -127,6 +128,40 @@ def test_jobs_that_wait_are_not_submitted_again(launch: Launch, programs: Path) 
     status, _, err = launch(*options)
     assert status == 2 and "job 41 of " in err and "is not over: wait for it, or end it with: scancel 41" in err
     assert starts(programs) == {"dense-0-rank-": 1}
+    (programs / "waiting-41").unlink()
+    (programs / "squeue").write_text(
+        "#!/bin/sh\necho 'slurm_load_jobs error: Unable to contact controller' >&2; exit 1\n"
+    )
+    status, _, err = launch(*options)
+    assert status == 2 and "squeue does not say whether job 41 is over: slurm_load_jobs error: Unable to" in err
+    assert starts(programs) == {"dense-0-rank-": 1}
+
+
+def test_a_job_that_someone_submitted_by_hand_is_known(launch: Launch, programs: Path) -> None:
+    options = ["-s", "dense,sparse-upcycling", "-p", "smoke", "--scheduler", "slurm"]
+    assert launch(*options)[0] == 0 and not Path("launch/submitted.txt").exists()
+    subprocess.run([programs / "sbatch", "--parsable", "launch/job.sh"], check=True, stdout=subprocess.DEVNULL)
+    assert Path("launch/submitted.txt").read_text().split() == ["41"]
+    (programs / "waiting-41").touch()
+    status, _, err = launch(*options, "--submit")
+    assert status == 2 and "job 41 of " in err
+
+
+def test_here_what_is_not_finished_is_no_failure(launch: Launch, programs: Path) -> None:
+    here = ["-p", "smoke", "--scheduler", "local", "--requeue-limit", "0"]
+    assert launch("-s", "dense,sparse-upcycling", *here)[0] == 75
+    assert launch("-s", "dense-wide,sparse-upcycling", *here, "--seed", "1", "--output", "other")[0] == 1
+
+
+def test_too_few_gpus_are_noticed_before_anything_runs(
+    launch: Launch, programs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6")
+    here = ["-s", "dense", "-p", "smoke", "--scheduler", "local", "--gpus", "2"]
+    status, _, err = launch(*here, "--jobs", "2")
+    assert status == 2 and "--jobs 2 with --gpus 2 needs 4 GPUs, and 3 are visible here" in err
+    assert starts(programs) == {} and list(Path.cwd().iterdir()) == []
+    assert launch(*here)[0] == 0
 
 
 def test_here_the_same_plan_runs_in_processes(launch: Launch, programs: Path, records: list[str]) -> None:

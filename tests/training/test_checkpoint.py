@@ -14,6 +14,7 @@ from tests.training.test_loop import job, state
 from upcycle_bench.data.pairs import PairDataset
 from upcycle_bench.model.clip import Clip, create_clip
 from upcycle_bench.training import checkpoint, checkpoint_files
+from upcycle_bench.training.checkpoint import NotKept
 from upcycle_bench.training.job import Session
 from upcycle_bench.training.loop import train
 from upcycle_bench.training.stopping import Stopped, stoppable
@@ -176,6 +177,30 @@ def test_a_signal_ends_the_training_after_the_step_with_a_checkpoint(
     progress = train(made, pairs, settings)
     assert all(torch.equal(value, state(made)[key]) for key, value in whole.items())
     assert [(each.first_step, each.last_step) for each in progress.sessions] == [(0, 3), (3, 6)]
+
+
+@pytest.mark.parametrize(
+    ("full", "before"),
+    [((2, 3), "the checkpoint before, of step 1."), ((1, 3), "the checkpoint before, of step 2."), ((1, 2, 3), "")],
+)
+def test_a_stop_whose_checkpoint_is_not_written_is_a_failure(
+    pairs: PairDataset,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    full: tuple[int, ...],
+    before: str,
+) -> None:
+    writes, every = Full(*full), int(1 not in full or 2 not in full)
+    monkeypatch.setattr(checkpoint._Writing, "_write", lambda *arguments: writes(*arguments))
+    kept = job(checkpoints=tmp_path, checkpoint_every=every)
+    with pytest.raises(NotKept) as ended, stoppable():
+        train(clip(), pairs, kept, on_step=at_step(3, lambda: os.kill(os.getpid(), signal.SIGTERM)))
+    assert ended.value.status == 1
+    assert str(ended.value).startswith("stopped by SIGTERM, but the checkpoint of step 3 was not written: ")
+    assert str(ended.value).endswith(before or "goes on from step 0, since there is none before it.")
+    said = capfd.readouterr().err
+    assert "of step 3" not in said and said.count("the training goes on") == (full == (1, 3))
 
 
 def test_without_a_folder_for_checkpoints_a_signal_ends_at_once(pairs: PairDataset) -> None:

@@ -67,6 +67,17 @@ def test_csv_is_cut_to_the_checkpoint_and_takes_new_columns(tracked: Tracked) ->
     assert rows(tracked.folder) == [{"step": "1", "loss": "1.0"}]
 
 
+def test_csv_keeps_no_rows_in_memory(tracked: Tracked) -> None:
+    """A new column comes to the rows that stand in the file."""
+    with Trackers(["csv"], tracked) as trackers:
+        trackers.begin(0)
+        trackers.log(line(1))
+        file = tracked.folder / "metrics.csv"
+        file.write_text(file.read_text().replace("1.0", "7.0"))
+        trackers.log(line(2, extra=0.5))
+    assert [(row["loss"], row["extra"]) for row in rows(tracked.folder)] == [("7.0", ""), ("2.0", "0.5")]
+
+
 def test_tensorboard_hides_what_follows_the_checkpoint(tracked: Tracked) -> None:
     """As TensorBoard itself reads it."""
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")

@@ -62,6 +62,18 @@ def test_a_rank_that_hangs_is_ended_with_its_last_word(tmp_path: Path) -> None:
     assert statuses == [1, 1, 3]
 
 
+def test_a_rank_that_is_asked_to_stop_takes_the_others_along(tmp_path: Path) -> None:
+    """One of them hangs in a call; in the training of another a collective breaks, which is no failure."""
+    said, statuses = three("asked", tmp_path)
+    assert statuses == [75, 75, 75], said
+    assert [each.splitlines()[-1:] for each in said] == [["ends with Stopped"], [], ["ends with Stopped"]]
+    assert "Error" not in "".join(said)
+
+
+def test_a_connection_that_breaks_once_is_made_again(tmp_path: Path) -> None:
+    assert three("cut", tmp_path) == (["", "", ""], [0, 0, 0])
+
+
 def test_a_fault_that_all_find_is_everyones_own(tmp_path: Path) -> None:
     said, statuses = three("all", tmp_path)
     assert {each.splitlines()[-1] for each in said} == {"ends with UserError"} and statuses == [2, 2, 2]

@@ -28,9 +28,9 @@ UNITS = {"m": 60, "h": 3600, "d": 86_400, "w": 604_800}
 def list_(as_json: Json = False) -> None:
     """List each kind with its size and last use, and the interrupted trainings."""
     from upcycle_bench.util.cache import cache_root
-    from upcycle_bench.util.cache_contents import survey, training_of
+    from upcycle_bench.util.cache_contents import training_of
 
-    entries, now = survey(cache_root()), time.time()
+    entries, now = _entries(), time.time()
     kinds = [_kind_facts(kind, entries) for kind in dict.fromkeys(entry.kind for entry in entries)]
     runs = [
         {
@@ -60,6 +60,15 @@ def list_(as_json: Json = False) -> None:
     table(f"{cache_root()}: {total}", shown)
     if runs:
         table("interrupted trainings", [_run_row(run, now) for run in runs])
+
+
+def _entries() -> list[Entry]:
+    """What the cache holds, and this machine's own folder for blocks of shards."""
+    from upcycle_bench.data.shard_cache import local_root
+    from upcycle_bench.util.cache import cache_root
+    from upcycle_bench.util.cache_contents import survey
+
+    return survey(cache_root(), local_root() / "shards")
 
 
 def _kind_facts(kind: str, entries: Sequence[Entry]) -> dict[str, Any]:
@@ -93,12 +102,11 @@ def prune(
 ) -> None:
     """Delete entries of the cache, by age or kind, after a question; never what a living process has locked."""
     require_one_process("cache prune")
-    from upcycle_bench.util.cache import cache_root
-    from upcycle_bench.util.cache_contents import DAY, NEVER, delete, survey, trainings_alive, why_kept
+    from upcycle_bench.util.cache_contents import DAY, NEVER, delete, trainings_alive, waiting_for, why_kept
 
     if not (older_than or kind or unused):
         raise UserError("cache prune needs --older-than, --kind or --unused, which say what to delete.")
-    entries, now = survey(cache_root()), time.time()
+    entries, now = _entries(), time.time()
     kinds = _kinds(kind, entries)
     age = _seconds(older_than) if older_than else 0.0
     found = [entry for entry in entries if entry.kind in kinds and now - entry.used >= age]
@@ -106,8 +114,10 @@ def prune(
         needed = _named_by_records(results or [Path("results")])
         found = [entry for entry in found if now - entry.used >= DAY and _is_unused(entry, needed)]
     alive = trainings_alive(entries)
-    kept = [(entry, why) for entry in found if entry.kind not in NEVER and (why := why_kept(entry, alive, now))]
-    going = [entry for entry in found if not why_kept(entry, alive, now)]
+    dense = waiting_for(entry for entry in entries if entry not in found)
+    reasons = [(entry, why_kept(entry, alive, now, dense)) for entry in found]
+    kept = [(entry, why) for entry, why in reasons if why and entry.kind not in NEVER]
+    going = [entry for entry, why in reasons if not why]
     if not as_json:
         table("to delete", [{"kind": each.kind, "name": each.name, "size": _size(each.bytes)} for each in going])
         for entry, why in kept:

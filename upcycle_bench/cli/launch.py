@@ -39,7 +39,6 @@ REFUSED = {
     "dry_run": "it submits nothing without --submit; `run --dry-run` says what the runs cost",
 }
 OF_SLURM = ("partition", "account", "time", "setup", "sbatch", "max_jobs", "submit")
-SUBMITTED = "submitted.txt"  # the jobs of a folder, one a line
 
 
 def launch(
@@ -98,6 +97,7 @@ def launch(
     )
     if scheduler == "local":
         _refuse_slurms(context.params, nodes)
+        _require_gpus(wanted.given["jobs"], gpus)
         jobs.write(batch, {}, force)
         _run_here(batch, wanted.given["jobs"], cells, as_json)
         return
@@ -222,21 +222,41 @@ def _refuse_slurms(given: Mapping[str, Any], nodes: int) -> None:
         raise UserError(f"--nodes {nodes}: --scheduler local has this machine alone.")
 
 
+def _require_gpus(at_once: int, gpus: int) -> None:
+    """UserError unless so many jobs at once find so many GPUs each."""
+    if not gpus:
+        return
+    if (visible := os.environ.get("CUDA_VISIBLE_DEVICES")) is None:
+        import torch
+
+        found = torch.cuda.device_count()
+    else:
+        found = len([name for name in visible.split(",") if name.strip()])
+    if found < at_once * gpus:
+        raise UserError(
+            f"--jobs {at_once} with --gpus {gpus} needs {at_once * gpus} GPUs, and {found} are visible here."
+        )
+
+
 def _submit(folder: Path, command: Sequence[str]) -> str:
     """Give the job array to sbatch; returns its number. UserError where Slurm refuses, and where jobs still wait."""
+    from upcycle_bench.planning.jobs import SUBMITTED
+
     if not shutil.which("sbatch"):
         raise UserError(f"there is no sbatch on this machine; submit where there is: {shlex.join(command)}")
     known = folder / SUBMITTED
-    before = known.read_text().split() if known.is_file() else []
-    for number in before:  # squeue fails for a job that it has forgotten
+    before = dict.fromkeys(known.read_text().split() if known.is_file() else [])
+    for number in before:
         listed = subprocess.run(["squeue", "--noheader", "--jobs", number], capture_output=True, text=True)
+        if listed.returncode and "Invalid job id" not in listed.stderr:  # of a job that Slurm has forgotten
+            raise UserError(f"squeue does not say whether job {number} is over: {' '.join(listed.stderr.split())}")
         if listed.returncode == 0 and listed.stdout.strip():
             raise UserError(f"job {number} of {folder} is not over: wait for it, or end it with: scancel {number}")
     done = subprocess.run([command[0], "--parsable", *command[1:]], capture_output=True, text=True)
     if done.returncode:
         raise UserError(f"sbatch: {' '.join(done.stderr.split())}")
     number = done.stdout.strip().partition(";")[0]  # behind it the cluster, where there are several
-    known.write_text("\n".join([*before, number, ""]))
+    known.write_text("\n".join([*before, *({number} - before.keys()), ""]))  # the first job may have written it
     return number
 
 
@@ -275,8 +295,8 @@ def _run_here(batch: Batch, at_once: int, cells: Sequence[Cell], as_json: bool) 
     if queue.stopped:
         print("interrupted: the same command goes on with what is missing", file=sys.stderr)
         raise typer.Exit(130 if queue.stopped == signal.SIGINT else UNFINISHED)
-    if any(statuses[number] for number in batch.to_do):
-        raise typer.Exit(1)
+    if left := {statuses[number] for number in batch.to_do} - {0}:
+        raise typer.Exit(UNFINISHED if left == {UNFINISHED} else 1)
 
 
 def _ended(status: int | None) -> str:

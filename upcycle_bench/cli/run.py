@@ -120,8 +120,8 @@ def _run_matrix(
     outcomes = run_many.run_all(cells, results, reporter, jobs=jobs, shared=shared, show=show_matrix, **how)
     if is_main():
         show_outcomes(outcomes, as_json)
-    if any(outcome.reason for outcome in outcomes):
-        raise typer.Exit(1)
+    if failed := [outcome.status for outcome in outcomes if outcome.reason]:
+        raise typer.Exit(failed[0] if len(outcomes) == 1 else 1)
 
 
 def _run_one(plan: Plan, results: Path, reporter: Reporter, how: Any, as_json: bool) -> None:

@@ -3,6 +3,7 @@
     facts, command = run_facts(plan), command_of(plan)
     trained_on(plan, sessions)                  # its fingerprint is another one if they had several numbers of ranks
     different(facts, others)                    # ["code of the strategy", "settings.train.lr_factor"]
+    same_dense(plan)                            # {recipe: sha256}: dense models of other ranks, devices and versions
 
 Versions of packages, the device, the number of ranks and `moe.ep_size` are no part of it: the record lists them by
 session. Of a dense model that the protocol trains, the recipe counts, not the weights.
@@ -10,6 +11,7 @@ session. Of a dense model that the protocol trains, the recipe counts, not the w
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +28,7 @@ from upcycle_bench.planning.fingerprint import (
 from upcycle_bench.planning.plan import Plan
 from upcycle_bench.protocol import Protocol
 from upcycle_bench.util import strict_json
+from upcycle_bench.util.cache import cache_root
 
 Facts = dict[str, Any]
 
@@ -40,7 +43,7 @@ def run_facts(plan: Plan) -> Facts:
     protocol, world = plan.protocol, plan.world
     assert world is not None and plan.dense_identity is not None
     own = protocol.dense.source == "pretrain"
-    dense = fingerprint(dense_facts(protocol, world)) if own else plan.dense_identity
+    dense = dense_name(protocol, world) if own else plan.dense_identity
     facts = training_facts(protocol, world, dense)
     settings = {key: value for key, value in facts.items() if key not in ELSEWHERE}
     settings["moe"] = {key: value for key, value in settings["moe"].items() if key != "ep_size"}
@@ -59,6 +62,31 @@ def run_facts(plan: Plan) -> Facts:
             "numerics": facts["numerics"],
         }
     )
+
+
+def dense_name(protocol: Protocol, world: World) -> str:
+    """The same for all dense models of a protocol and its data, whatever ranks, machine and versions trained them."""
+    return fingerprint(dense_facts(protocol, world))
+
+
+def same_dense(plan: Plan) -> dict[str, str]:
+    """The dense models in the cache that a protocol could have trained for this plan: recipe -> sha256."""
+    if plan.protocol.dense.source != "pretrain" or plan.world is None:
+        return {}
+    name, found = dense_name(plan.protocol, plan.world), {}
+    for path in sorted((cache_root() / "dense").glob("*.json")):
+        with contextlib.suppress(OSError, ValueError, KeyError):  # not whole, or of an earlier version
+            said = strict_json.loads(path.read_text())
+            if said["facts"] == name:
+                found[said["recipe"]] = said["sha256"]
+    return found
+
+
+def with_dense(plan: Plan, recipe: str) -> Plan:
+    """The plan of a run that starts from the dense model of that recipe."""
+    assert plan.world is not None
+    found = training_fingerprint(plan.protocol, plan.world, recipe, plan.unequal)
+    return replace(plan, dense_identity=recipe, training_fingerprint=found)
 
 
 def command_of(plan: Plan) -> Facts:

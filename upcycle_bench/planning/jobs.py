@@ -21,6 +21,7 @@ from upcycle_bench.util.files import require_writable, write_atomically
 
 CELLS = "cells.txt"
 LOGS = "logs"
+SUBMITTED = "submitted.txt"  # the job arrays of a folder, one a line, whoever has submitted them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,6 +124,8 @@ BODY = r"""
 cell=$(sed -n "${SLURM_ARRAY_TASK_ID}p" "$folder/cells.txt")
 start=$((${SLURM_RESTART_COUNT:-0} + 1))
 echo "$(date -u +%FT%TZ) job $SLURM_JOB_ID on $SLURM_JOB_NODELIST, start $start: $cell"
+
+grep -qsx "$SLURM_ARRAY_JOB_ID" "$folder/submitted.txt" || echo "$SLURM_ARRAY_JOB_ID" >> "$folder/submitted.txt"
 
 # srun hands the processors of a task down only if it is told to.
 [ -z "${SLURM_CPUS_PER_TASK:-}" ] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK

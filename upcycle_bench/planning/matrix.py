@@ -1,7 +1,7 @@
 """The matrix of strategies by seeds under one protocol: its cells, which of them are done, and what the rest costs.
 
     cells = list(enumerate_cells(plans, seed_pairs(seed=0, count=3)))
-    done = finished_before(cells, results, dense_digest)            # for each cell its record, or None
+    done = finished_before(cells, results)                          # for each cell its record, or None
     flops, seconds = cost_of(cells)
 
 Nothing is trained here; `run_many` runs the cells that have no record.
@@ -16,7 +16,7 @@ from pathlib import Path
 
 from upcycle_bench import record
 from upcycle_bench.planning.estimate import estimate, estimate_seconds
-from upcycle_bench.planning.identity import trained_on
+from upcycle_bench.planning.identity import same_dense, trained_on, with_dense
 from upcycle_bench.planning.plan import Plan, dense_source, run_id
 from upcycle_bench.planning.registry import Registry
 from upcycle_bench.util import distributed
@@ -121,21 +121,29 @@ def read_records(results: Path, known: Collection[Path] = ()) -> dict[Path, reco
     return found
 
 
-def finished_before(cells: Sequence[Cell], results: Path, dense_digest: str) -> list[Path | None]:
-    """For each cell the record of a finished run, or None; `dense_digest` is the sha256 of the dense model."""
-    records = read_records(results)
-    return [newest_record(cell, run_id(cell.plan, dense_digest), records) for cell in cells]
+def finished_before(cells: Sequence[Cell], results: Path) -> list[Path | None]:
+    """For each cell the record of a finished run, or None; no run can be known without its dense model's file.
+
+    Of a protocol that trains its own dense model, a run counts whose model was trained on other ranks or machines, or
+    with other versions, too: one that went on here has such a model.
+    """
+    records, own = read_records(results), dict[str, str | None]()
+    found = []
+    for cell in cells:
+        plan = cell.plan
+        if (name := str(plan.dense_identity)) not in own:
+            source = dense_source(plan)
+            own[name] = source.identity() if source.file.is_file() else None
+        models = {**same_dense(plan), **({name: digest} if (digest := own[name]) else {})}
+        variants = [(with_dense(plan, recipe) if recipe != name else plan, sha256) for recipe, sha256 in models.items()]
+        made = [newest_record(Cell(plan=each), run_id(each, sha256), records) for each, sha256 in variants]
+        found.append(max(filter(None, made), key=lambda path: records[path].created_at, default=None))
+    return found
 
 
 def preview(cells: Sequence[Cell], results: Path, fresh: bool) -> list[Path | None]:
-    """`finished_before` for a dry run, which trains no dense model.
-
-    Without the dense model's file no run can be identified, so all cells are to do.
-    """
-    plan = cells[0].plan
-    if fresh or plan.missing or not dense_source(plan).file.is_file():
-        return [None] * len(cells)
-    return finished_before(cells, results, dense_source(plan).identity())
+    """`finished_before` for a dry run, which trains no dense model."""
+    return [None] * len(cells) if fresh or cells[0].plan.missing else finished_before(cells, results)
 
 
 def cost_of(cells: Sequence[Cell]) -> tuple[int, float]:

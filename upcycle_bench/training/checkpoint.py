@@ -4,7 +4,7 @@
         progress = kept.restore(engine, extra)              # the newest whole checkpoint's, or a new one
         log.write({"step": 1, "loss": 2.3})
         kept.save(engine, extra, progress)                  # copies the state; a thread writes it
-        kept.finish()                                       # waits for it
+        kept.save(engine, extra, progress, "SIGTERM")       # the last one: waits until it is there
 
 The training waits only for the copy in CPU memory, and for the checkpoint before if that is still being written. The
 thread talks to those of other ranks in a process group of its own.
@@ -28,7 +28,16 @@ from typing import Any
 import torch.distributed as dist
 
 from upcycle_bench.strategy import ExtraLoss
-from upcycle_bench.training.checkpoint_files import LossEntry, Manifest, metadata, newest, publish, read, temporary
+from upcycle_bench.training.checkpoint_files import (
+    LossEntry,
+    Manifest,
+    metadata,
+    newest,
+    publish,
+    read,
+    steps,
+    temporary,
+)
 from upcycle_bench.training.job import Job, Progress
 from upcycle_bench.training.named_state import State, collect, leaves, restore
 from upcycle_bench.util import distributed, strict_json
@@ -91,6 +100,12 @@ class MetricsFile:
                     self._write()
 
 
+class NotKept(UserError):
+    """A training ends since its checkpoint could not be written."""
+
+    status = 1
+
+
 class Checkpoints:
     """The checkpoints of one training. Every rank makes one, and calls the same methods at the same steps.
 
@@ -142,33 +157,43 @@ class Checkpoints:
             progress.counted_flops = 0  # rank 0 has those of all
         return progress
 
-    def save(self, engine: Any, extra: ExtraLoss | None, progress: Progress) -> None:
+    def save(self, engine: Any, extra: ExtraLoss | None, progress: Progress, stop_by: str | None = None) -> None:
         """Begin to write a checkpoint of this step; returns as soon as its state has been copied.
 
-        A checkpoint that could not be written is told in one line, and the one before stays. UserError for the second
-        in a row.
+        A checkpoint that could not be written is told in one line, and the one before stays. NotKept for the second in
+        a row. `stop_by`: the signal that ends the training with this one, which is then there, or NotKept is raised.
         """
         assert self.folder is not None, "a checkpoint needs a folder"
-        self.finish()
+        self.finish(stop_by=stop_by)
         kept = copy.deepcopy(progress)
         kept.counted_flops = distributed.sum_over_ranks(progress.counted_flops)
         self._writing = _Writing(self.folder, collect(engine, extra), kept, self._group)
         self._writing.start()
+        if stop_by and (failure := self._outcome()):
+            before = next(iter(steps(self.folder)), 0)
+            raise NotKept(
+                f"stopped by {stop_by}, but {failure} The same command goes on from "
+                f"{f'the checkpoint before, of step {before}' if before else 'step 0, since there is none before it'}."
+            )
 
-    def finish(self, fatal: bool = True) -> None:
+    def finish(self, fatal: bool = True, stop_by: str | None = None) -> None:
         """Wait until the checkpoint that is being written is there or has failed; if `fatal`, as `save` says."""
-        if self._writing is None:
+        if (failure := self._outcome()) is None:
             return
+        if self._failures > 1 and fatal:
+            raise NotKept(f"{failure} It is the second in a row; the same command goes on from the last good one.")
+        if distributed.is_main():
+            then = "." if stop_by else ", and the training goes on."
+            print(f"warning: {failure} The one before stays{then}", file=sys.stderr)
+
+    def _outcome(self) -> str | None:
+        """Wait for the checkpoint that is being written; returns what to say where it has failed."""
+        if self._writing is None:
+            return None
         self._writing.join()
         failure, step, self._writing = self._writing.failure, self._writing.progress.step, None
         self._failures = self._failures + 1 if failure else 0
-        if not failure:
-            return
-        said = f"the checkpoint of step {step} was not written: {failure}"
-        if self._failures > 1 and fatal:
-            raise UserError(f"{said} It is the second in a row; the same command goes on from the last good one.")
-        if distributed.is_main():
-            print(f"warning: {said} The one before stays, and the training goes on.", file=sys.stderr)
+        return f"the checkpoint of step {step} was not written: {failure}" if failure else None
 
 
 class _Writing(threading.Thread):

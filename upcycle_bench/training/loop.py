@@ -67,7 +67,7 @@ def train(
     finite, and UserError where a process that loads batches was lost, too many samples are bad, or checkpoints cannot
     be read or written. The last checkpoints stay. Where the process is asked to stop (`training.stopping`) and
     `job.checkpoints` names a folder, a last checkpoint is written at the end of a step, and Stopped is raised on every
-    rank.
+    rank, or the UserError NotKept, of status 1, where it could not be written.
     """
     model = clip.model.train()
     device = next(model.parameters()).device
@@ -123,10 +123,9 @@ def train(
                     if job.checkpoint_due(step + 1) or stop_by:
                         books.collect()
                         books.progress.sessions[-1].last_step = step + 1
-                        checkpoints.save(engine, extra, books.progress)
+                        checkpoints.save(engine, extra, books.progress, stop_by)
                         return_freed_memory()
                     if stop_by:
-                        checkpoints.finish()
                         raise Stopped(stop_by, step + 1)
                 books.collect()  # now, since the next stage's loss may have other terms
     books.progress.sessions[-1].last_step = books.progress.step

@@ -31,7 +31,7 @@ from upcycle_bench.model.clip import Clip, create_clip
 from upcycle_bench.model.pretrained import Pretrained
 from upcycle_bench.model.state_dict import UNSAVED, require_finite
 from upcycle_bench.planning.fingerprint import dense_facts, dense_recipe, recipe_path
-from upcycle_bench.planning.identity import dense_command
+from upcycle_bench.planning.identity import dense_command, dense_name
 from upcycle_bench.protocol import Protocol
 from upcycle_bench.training import session
 from upcycle_bench.training.job import Job
@@ -175,6 +175,7 @@ def _pretrain(
         facts = {
             "protocol": protocol.name,
             "recipe": dense_recipe(protocol, world),
+            "facts": dense_name(protocol, world),
             "dense": protocol.dense.model_dump(mode="json"),
             "model": protocol.model,
             "threads": protocol.threads,

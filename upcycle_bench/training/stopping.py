@@ -23,33 +23,15 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from upcycle_bench.util.errors import UserError
+from upcycle_bench.util.stop_request import SIGNALS, STATUS, Stopped, request
 
 if TYPE_CHECKING:
     from types import FrameType
 
+__all__ = ["SIGNALS", "STATUS", "Stopped", "asked_to_stop", "at_steps", "seconds", "stoppable"]
+
 TOGETHER = 5.0  # seconds in which further signals are the same request
-STATUS = 75  # EX_TEMPFAIL of sysexits.h: not finished; type the same command again
-SIGNALS = {signal.SIGTERM: "SIGTERM", signal.SIGUSR1: "SIGUSR1", signal.SIGALRM: "--stop-after"}
 DURATION = re.compile(r"(?:(\d+)-)?(\d+):(\d\d):(\d\d)|(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s?)?")
-
-
-class Stopped(SystemExit):
-    """The command was asked to end, and the same command goes on. No error: no failed record is written."""
-
-    def __init__(self, by: str, step: int = 0) -> None:
-        super().__init__(STATUS)
-        self.by, self.step = by, step
-
-
-class _Request:
-    """What was asked of this process so far."""
-
-    by: str | None = None  # the first signal's name
-    when = 0.0  # it came
-    deferred = 0  # depth of `at_steps`
-
-
-_request = _Request()
 
 
 def seconds(text: str) -> int:
@@ -80,18 +62,18 @@ def stoppable(until: float | None = None) -> Iterator[None]:
         if os.getpid() != owner:  # a forked worker: the second signal comes from the process that waits for its end
             signal.signal(number, signal.SIG_DFL)
             return
-        name, first = SIGNALS[signal.Signals(number)], _request.by is None
-        if not first and time.monotonic() - _request.when < TOGETHER:
+        name, first = SIGNALS[signal.Signals(number)], request.by is None
+        if not first and time.monotonic() - request.when < TOGETHER:
             return
         if first:
-            _request.by, _request.when = name, time.monotonic()
-        if not (first and _request.deferred):
+            request.by, request.when = name, time.monotonic()
+        if not (first and request.deferred):
             raise Stopped(name)
         if os.environ.get("RANK", "0") == "0":  # os.write: a handler must not wait for the lock of a stream
             os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, f"{name}: a checkpoint, then the end\n".encode())
 
     before: dict[signal.Signals, Any] = {number: signal.signal(number, handle) for number in SIGNALS}
-    _request.by, _request.deferred = None, 0
+    request.by, request.deferred = None, 0
     if until is not None:
         signal.setitimer(signal.ITIMER_REAL, max(0.001, until - time.monotonic()))
     try:
@@ -100,29 +82,29 @@ def stoppable(until: float | None = None) -> Iterator[None]:
         signal.setitimer(signal.ITIMER_REAL, 0)
         for number, handler in before.items():
             signal.signal(number, handler or signal.SIG_DFL)  # None: the handler was not set by Python
-        _request.by, _request.deferred = None, 0
+        request.by, request.deferred = None, 0
 
 
 @contextlib.contextmanager
 def at_steps() -> Iterator[None]:
     """Within, the first signal is kept for `asked_to_stop`. If nobody acts on it, it ends the process afterwards."""
-    _request.deferred += 1
+    request.deferred += 1
     try:
         yield
     finally:
-        _request.deferred -= 1
-    if _request.by is not None and not _request.deferred:
-        raise Stopped(_request.by)
+        request.deferred -= 1
+    if request.by is not None and not request.deferred:
+        raise Stopped(request.by)
 
 
 def asked_to_stop(group: Any = None) -> str | None:
     """Which signal any rank got, or None; the same on every rank. Every rank of `group` (of the CPU) must call it."""
     if group is None:
-        return _request.by
+        return request.by
     import torch
     import torch.distributed as dist
 
     names = list(SIGNALS.values())
-    code = torch.tensor(names.index(_request.by) + 1 if _request.by else 0)
+    code = torch.tensor(names.index(request.by) + 1 if request.by else 0)
     dist.all_reduce(code, dist.ReduceOp.MAX, group=group)
     return names[int(code) - 1] if code else None

@@ -11,12 +11,13 @@ A tracker that fails is named in one warning and left out; the run goes on.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import importlib.util
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -52,27 +53,29 @@ class Csv:
 
     def __init__(self, run: Tracked, step: int) -> None:
         self.path = run.folder / "metrics.csv"
-        self.rows: list[dict[str, Any]] = []
-        if step and self.path.is_file():
-            with self.path.open(newline="") as file:
-                self.rows = [row for row in csv.DictReader(file) if int(row["step"]) <= step]
-        self._write()
+        self.names = ["step"]
+        self._write([], upto=step)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        known = set(self.names)
-        self.rows.append({"step": step, **values})
-        if not known.issuperset(self.rows[-1]):
-            self._write()  # another stage of the training has other terms
-            return
+        row = {"step": step, **values}
+        if new := [name for name in row if name not in self.names]:  # another stage of the training has other terms
+            self._write(new, upto=step)
         with self.path.open("a", newline="") as file:
-            csv.DictWriter(file, self.names).writerow(self.rows[-1])
+            csv.DictWriter(file, self.names).writerow(row)
 
-    def _write(self) -> None:
-        self.names = list(dict.fromkeys(name for row in self.rows for name in row))
-        with atomic(self.path) as part, part.open("w", newline="") as file:
-            writer = csv.DictWriter(file, self.names)
-            writer.writeheader()
-            writer.writerows(self.rows)
+    def _write(self, new: Sequence[str], upto: int) -> None:
+        """Write the file again, row by row, with these new columns, and no row of a later step; none of step 0."""
+        with contextlib.ExitStack() as files:
+            before: Iterable[dict[str, Any]] = []
+            if upto and self.path.is_file():
+                reader = csv.DictReader(files.enter_context(self.path.open(newline="")))
+                self.names, before = list(reader.fieldnames or self.names), reader
+            self.names += new
+            part = files.enter_context(atomic(self.path))
+            with part.open("w", newline="") as file:
+                writer = csv.DictWriter(file, self.names)
+                writer.writeheader()
+                writer.writerows(row for row in before if int(row["step"]) <= upto)
 
     def close(self) -> None:
         pass

@@ -14,7 +14,7 @@ import os
 import shutil
 import uuid
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,10 +73,14 @@ class Entry:
         return [path.with_name(path.name[1:].removesuffix(".tmp").rpartition(".")[0]) for path in self.paths]
 
 
-def survey(root: Path) -> list[Entry]:
-    """All entries of the cache, by kind and name. A folder of another name is a kind of its own."""
+def survey(root: Path, shards: Path | None = None) -> list[Entry]:
+    """All entries of the cache, by kind and name. A folder of another name is a kind of its own.
+
+    `shards`: where another folder has those blocks of shards that are of this machine alone.
+    """
     found: dict[tuple[str, str], list[Path]] = defaultdict(list)
-    for folder in sorted(path for path in root.glob("*") if path.is_dir()):
+    elsewhere = [] if shards is None or shards == root / "shards" else [shards]
+    for folder in sorted(path for path in [*root.glob("*"), *elsewhere] if path.is_dir()):
         for path in sorted(folder.iterdir()):
             hidden = path.name.startswith(".") and path.name.endswith(".tmp")
             kind = HALF_WRITTEN if hidden else folder.name
@@ -118,6 +122,15 @@ def training_of(entry: Entry) -> dict[str, Any]:
     }
 
 
+def waiting_for(entries: Iterable[Entry]) -> set[str]:
+    """The recipes of the dense models that interrupted trainings began with, and go on with."""
+    found = set()
+    for folder in (path for entry in entries if entry.kind == "runs" for path in entry.paths):
+        with contextlib.suppress(OSError, ValueError):
+            found.add(str(peek(folder / "run.json").get("dense")))
+    return found
+
+
 def peek(path: Path) -> Any:
     """The JSON in a file, which does not count as used by this: OSError or ValueError where there is none."""
     before = path.stat()
@@ -132,12 +145,17 @@ def trainings_alive(entries: Iterable[Entry]) -> bool:
     return any(entry.locked() for entry in entries if entry.kind == "runs")
 
 
-def why_kept(entry: Entry, alive: bool, now: float) -> str | None:
-    """Why that entry must not be deleted at the time `now`, or None; `alive` is `trainings_alive`."""
+def why_kept(entry: Entry, alive: bool, now: float, dense: Collection[str] = ()) -> str | None:
+    """Why that entry must not be deleted at the time `now`, or None; `alive` is `trainings_alive`.
+
+    `dense` is `waiting_for` of the trainings that stay.
+    """
     if entry.kind in NEVER:
         return "locks are never deleted"
     if entry.kind in READ and alive:
         return "a training goes on, which may read it"
+    if entry.kind == "dense" and entry.name in dense:
+        return "an interrupted training goes on from it"
     if entry.kind == HALF_WRITTEN and now - entry.used < DAY:
         return "it may still be written"
     return "a process has locked it" if entry.locked() else None

@@ -8,6 +8,9 @@ A rank that fails writes its error into the store before it ends; the first one 
 there, beats, and looks after other ranks. So a rank that was killed is noticed too: on the same machine at once, on
 another one by its missing beat. A process whose main thread does not end then, as in a collective of NCCL, is ended.
 It rests on no text of an error of gloo or NCCL, and on no signal.
+
+A rank that is asked to stop outside a training's steps tells it, too. The others then end with the same status, and
+what breaks meanwhile is no failure.
 """
 
 from __future__ import annotations
@@ -21,52 +24,31 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from datetime import timedelta
 
 import torch.distributed as dist
 
 from upcycle_bench.util import strict_json
-from upcycle_bench.util.distributed import own_connection
-from upcycle_bench.util.errors import UserError, one_line
+from upcycle_bench.util.cause import GONE, KILLED, Cause, PeerFailed
+from upcycle_bench.util.connection import Connection
+from upcycle_bench.util.errors import one_line
 from upcycle_bench.util.processes import process_space, process_started
+from upcycle_bench.util.stop_request import STATUS, Stopped, pass_on, request
 
 POLL = 0.5  # seconds between two looks of the thread
-SILENCE = 60.0  # seconds without a beat after which a rank counts as dead
+SILENCE = 300.0  # seconds without a beat after which a rank counts as dead
 SUSPICION = 10.0  # the same, once a collective has broken
 STILL = 5.0  # seconds between two looks after which this process was the silent one
 NEWS = 2.0  # seconds until a death on this machine is known
 GRACE = 8.0  # seconds in which the main thread must have noticed another's failure
 FAREWELL = 60.0  # seconds that it has then, for its record and its end
+STOP = 5.0  # seconds in which the main thread must have heard that another rank was asked to stop
+LAST_STEP = 45.0  # the same in a training, which ends by itself; a scheduler waits 60 s for the last rank
 ORDERLY = (75, 130)  # exit statuses of interruptions, which are no failures
 COLLECTIVES = ("torch/distributed", "deepspeed/comm")  # an error in this code may be another rank's
 
-KILLED, GONE = "was killed, perhaps for want of memory", "or its launcher ended without a word"
-
 Say = Callable[[Exception], None]
-
-
-@dataclass(frozen=True)
-class Cause:
-    """An error, where it happened, and when (UTC)."""
-
-    rank: int
-    host: str
-    what: str
-    time: str
-
-    def __str__(self) -> str:
-        return f"rank {self.rank} (host {self.host}){' ' if self.what in (KILLED, GONE) else ': '}{self.what}"
-
-
-class PeerFailed(UserError):
-    """Another rank has failed, which ends this one."""
-
-    status = 1
-
-    def __init__(self, cause: Cause) -> None:
-        super().__init__(str(cause))
-        self.cause = cause
 
 
 _watch: _Watch | None = None  # of this process, as torch.distributed has its process group
@@ -123,26 +105,26 @@ class _Watch:
     """What a rank knows of the others; shared by its main thread and the watching one."""
 
     def __init__(self, store: dist.Store, rank: int, world: int) -> None:
-        self.store = dist.PrefixStore("first cause", own_connection(store))
-        self.store.set_timeout(timedelta(minutes=10))  # until all have come here
+        self.line = Connection(store, "first cause", SUSPICION)
+        self.line.store.set_timeout(timedelta(minutes=10))  # until all have come here
         self.rank, self.world = rank, world
         self.found: Cause | None = None
+        self.stopped: str | None = None  # the signal by which a rank has ended, which is no failure
         self.say: Say | None = None
         self.thread = threading.Thread(target=self._run, name="first cause", daemon=True)
         self._over = threading.Event()
         self._saying = threading.Lock()
         self._deadline: float | None = None  # when this process is ended, once a rank has failed
         self._broken = False  # a collective has broken here
-        self._lost: float | None = None  # since when the store does not answer
         self._beats: dict[int, tuple[bytes, float]] = {}  # the last of each rank, and when it was new
         self._looked = time.monotonic()
         pid = os.getpid()
-        self.store.set(
+        self.line.store.set(
             f"process {rank}", strict_json.dumps([socket.gethostname(), process_space(), pid, process_started(pid)])
         )
-        self.store.set(f"beat {rank}", "0")
-        self.processes = [strict_json.loads(self.store.get(f"process {each}")) for each in range(world)]
-        self.store.set_timeout(timedelta(seconds=SUSPICION))
+        self.line.store.set(f"beat {rank}", "0")
+        self.processes = [strict_json.loads(self.line.store.get(f"process {each}")) for each in range(world)]
+        self.line.store.set_timeout(timedelta(seconds=SUSPICION))
 
     def who(self, rank: int) -> str:
         return f"rank {rank} (host {self.processes[rank][0]})"
@@ -150,7 +132,10 @@ class _Watch:
     # ---- the main thread ----------------------------------------------------------------------------------------
 
     def first(self, error: BaseException) -> BaseException:
-        """`error`, or PeerFailed with an earlier one of another rank. Writes it down where it is the first."""
+        """`error`, or PeerFailed with an earlier one of another rank. Writes it down where it is the first.
+
+        Stopped, where a collective broke since another rank was asked to stop.
+        """
         if isinstance(error, PeerFailed):
             return error
         self._deadline = time.monotonic() + SILENCE + FAREWELL
@@ -164,6 +149,10 @@ class _Watch:
         except (KeyboardInterrupt, SystemExit) as interruption:  # raised by a handler of signals
             error = interruption
             self._wait(NEWS)
+        if self.found is None and self.stopped and _in_collective(error):
+            error = Stopped(self.stopped)
+        if self.found is None and isinstance(error, Stopped) and not error.step:
+            self._tell_stop(error.by)
         mine = f"{type(error).__name__}: {error}"
         if self.found is None and not _orderly(error):
             self._tell(getattr(error, "rank", self.rank), mine)
@@ -186,22 +175,21 @@ class _Watch:
         """The end of the block: what happens to this process now is nobody's failure."""
         self._over.set()
         self.thread.join(NEWS)
-        if self._lost is not None:
+        if self.line.lost is not None:
             return
         with contextlib.suppress(RuntimeError):  # the store went with its process
-            self.store.set(f"left {self.rank}", "")
-            if (
-                self.rank == 0 and self.found is not None
-            ):  # the store may end with rank 0, and others must still read it
-                others = [f"left {each}" for each in range(1, self.world) if each != self.found.rank]
+            self.line.store.set(f"left {self.rank}", "")
+            if self.rank == 0 and (self.found or self.stopped):  # the store may end with rank 0; others must read it
+                failed = self.found.rank if self.found else None
+                others = [f"left {each}" for each in range(1, self.world) if each != failed]
                 end = time.monotonic() + 2 * NEWS
-                while not self.store.check(others) and time.monotonic() < end:
+                while not self.line.store.check(others) and time.monotonic() < end:
                     time.sleep(POLL / 10)
 
     def _wait(self, seconds: float) -> None:
-        """Until the first cause is known, but not longer."""
+        """Until the first cause is known, or a stop, but not longer."""
         end = time.monotonic() + seconds
-        while self.found is None and time.monotonic() < end:
+        while not (self.found or self.stopped) and time.monotonic() < end:
             time.sleep(POLL / 10)
 
     # ---- the watching thread ------------------------------------------------------------------------------------
@@ -213,26 +201,31 @@ class _Watch:
             self._look(number)
             if self.found is not None:
                 self._deadline = self._deadline or time.monotonic() + GRACE
+            elif self.stopped is not None:
+                self._deadline = self._deadline or time.monotonic() + (LAST_STEP if request.deferred else STOP)
             if self._deadline is not None and time.monotonic() > self._deadline:
                 self._end()
 
     def _look(self, number: int) -> None:
         """Beat, and look for a cause; `found` is the first one."""
         patience = SUSPICION if self._broken else SILENCE
-        if self._lost is not None:
-            if time.monotonic() - self._lost > patience:
+        if self.line.lost is not None:
+            if time.monotonic() - self.line.lost > patience and self.stopped is None:
                 self.found = self.found or self._cause(0, GONE)
             return
         try:
-            self.store.set(f"beat {self.rank}", str(number))
-            if self.found is None and self.store.check(["cause"]):
-                self.found = Cause(**strict_json.loads(self.store.get("cause")))
-            if self.found is None and (dead := self._dead(patience)) is not None:
+            self.line.store.set(f"beat {self.rank}", str(number))
+            if self.found is None and self.line.store.check(["cause"]):
+                self.found = Cause(**strict_json.loads(self.line.store.get("cause")))
+            if self.stopped is None and self.line.store.check(["stopped"]):
+                self.stopped = self.line.store.get("stopped").decode()
+                pass_on(self.stopped)
+            if self.found is None and self.stopped is None and (dead := self._dead(patience)) is not None:
                 self._tell(dead, KILLED)
         except dist.DistStoreError:
             pass  # it is busy; the next look may find it
         except dist.DistNetworkError:
-            self._lost = time.monotonic()
+            self.line.mend()
 
     def _dead(self, patience: float) -> int | None:
         """A rank whose process has gone from this machine, or that has not beaten for `patience` seconds."""
@@ -246,7 +239,7 @@ class _Watch:
             self._beats.clear()
         # Rank 0 listens to all and all to rank 0: everyone to everyone would be too much for the store.
         for rank in range(1, self.world) if self.rank == 0 else [0]:
-            beat = self.store.get(f"beat {rank}")
+            beat = self.line.store.get(f"beat {rank}")
             last, since = self._beats.get(rank, (b"", now))
             if beat != last:
                 self._beats[rank] = (beat, now)
@@ -255,24 +248,39 @@ class _Watch:
         return None
 
     def _left(self, rank: int) -> bool:
-        return bool(self.store.check([f"left {rank}"]))
+        return bool(self.line.store.check([f"left {rank}"]))
 
     def _tell(self, rank: int, what: str) -> None:
         """Write a cause into the store, unless there is one, and take the one that stands there."""
         first = mine = self._cause(rank, what)
-        if self._lost is None:
+        if self.line.lost is None:
             with contextlib.suppress(RuntimeError):  # the store went with its process
-                first = Cause(**strict_json.loads(self.store.compare_set("cause", "", strict_json.dumps(asdict(mine)))))
+                told = self.line.store.compare_set("cause", "", strict_json.dumps(asdict(mine)))
+                first = Cause(**strict_json.loads(told))
         self.found = self.found or first
+
+    def _tell_stop(self, by: str) -> None:
+        """Write into the store that this rank ends, and that it is no failure."""
+        self.stopped = self.stopped or by
+        if self.line.lost is None:
+            with contextlib.suppress(RuntimeError):  # the store went with its process
+                self.line.store.compare_set("stopped", "", by)
 
     def _cause(self, rank: int, what: str) -> Cause:
         now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         return Cause(rank, self.processes[rank][0], _limited(what), now)
 
     def _end(self) -> None:
-        """End this process, whose main thread hangs; rank 0 writes its record first."""
-        if self._over.is_set() or self.found is None:
+        """End this process, whose main thread hangs; rank 0 writes its record first, if it is a failure."""
+        if self._over.is_set():
             return
+        if self.found is None:
+            with contextlib.suppress(RuntimeError):
+                self.line.store.set(f"left {self.rank}", "")
+            if self.rank == 0:
+                line = f"stopped by {self.stopped}, which another rank got: the same command goes on"
+                print(line, file=sys.stderr, flush=True)
+            os._exit(STATUS)
         error = PeerFailed(self.found)
         self.say_once(error)
         print(
@@ -287,7 +295,7 @@ def _orderly(error: BaseException) -> bool:
 
 def _in_collective(error: BaseException) -> bool:
     frames = traceback.extract_tb(error.__traceback__)
-    return any(part in frame.filename for frame in frames for part in COLLECTIVES)
+    return isinstance(error, dist.DistError) or any(part in frame.filename for frame in frames for part in COLLECTIVES)
 
 
 def _limited(what: str) -> str:
