@@ -20,7 +20,7 @@ import numpy as np
 
 from upcycle_bench.data import places
 from upcycle_bench.data.bad_samples import BadSample
-from upcycle_bench.data.index import BLOCK, Index
+from upcycle_bench.data.index import BLOCK, NOWHERE, Index
 from upcycle_bench.util.errors import UserError
 
 GAP = 8 << 10  # bytes between two files that are read rather than skipped: headers, a .json
@@ -63,10 +63,13 @@ class Reader:
 
     def expect(self, numbers: np.ndarray) -> None:
         """The pairs that are read next. What is held of earlier ones is let go."""
-        self._spans = joined(piece for number in numbers.tolist() for piece in self._pieces(number))
+        there = numbers[self.index.rows[numbers]["image"] != NOWHERE].tolist()
+        self._spans = joined(piece for number in there for piece in self._pieces(number))
 
     def read(self, number: int) -> Raw:
         """The files of a pair, expected or not. Raises BadSample, and UserError where the shard is gone."""
+        if self.index.rows[number]["image"] == NOWHERE:
+            raise BadSample("cut shard")
         image, text = self._pieces(number)
         spans = self._spans if image in self._spans else joined((image, text))
         content = self._cut(image, spans)
