@@ -15,6 +15,7 @@ Shape suffixes: S steps.
 
 from __future__ import annotations
 
+import hashlib
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property, lru_cache
@@ -78,10 +79,7 @@ class PairDataset(BatchSource):
         self._expected: tuple[int | str, int, int, int] | None = None  # seed, first step of a group, places
         self.decoded: Decoded | None = None
         if augmentation == "none" and keep_decoded and (index is None or fits(len(index), clip)):
-            if index is None or all(map(places.is_local, index.shards)):
-                digest = shards_digest(self.shards)
-            else:
-                digest = index.identity  # which does not see each pixel
+            digest = shards_digest(self.shards) if index is None else _content(index)
             self.decoded = decoded(digest, clip.name, lambda: self, captions, clip.preprocess)
         if self.decoded is None:
             _ = self.index
@@ -246,6 +244,15 @@ class PairDataset(BatchSource):
             )
         except UserError as error:
             raise UserError(f"{self.option}: {error}".removeprefix(": ")) from None
+
+
+def _content(index: Index) -> str:
+    """A hash of the pairs with their numbers and places, and of when files were written, if not of each pixel."""
+    total = hashlib.sha256(index.identity.encode())
+    total.update(index.rows.tobytes())
+    for place in filter(places.is_local, index.shards):
+        total.update(f"{places.stamp(place)}\n".encode())
+    return total.hexdigest()
 
 
 def _choice(rng: Stream, sample: int, number: int) -> int:
