@@ -6,6 +6,7 @@ import io
 import itertools
 import multiprocessing
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import tarfile
 import time
 import zlib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import fsspec
@@ -23,15 +25,16 @@ from hypothesis import strategies as st
 
 from tests.data.test_pair_index import PNG
 from tests.data.test_shards import packed
+from upcycle_bench.data import bad_list, packed_index, places, repacking, shard_cache, shard_index
 from upcycle_bench.data import open_index as opening
-from upcycle_bench.data import packed_index, places, repacking, shard_cache, shard_index
 from upcycle_bench.data.bad_list import list_bad, path_of, read_bad
-from upcycle_bench.data.bad_samples import BadSample
+from upcycle_bench.data.bad_samples import Bad, BadSample
 from upcycle_bench.data.blocks import Reader
 from upcycle_bench.data.index import BLOCK, NOWHERE, ROW, Index
 from upcycle_bench.data.mended import aligned, first_missing, left_of
 from upcycle_bench.data.open_index import open_index
 from upcycle_bench.data.sources import expand_sources
+from upcycle_bench.data.training_pairs import _Listing
 from upcycle_bench.util.errors import UserError
 from upcycle_bench.util.progress import Reporter
 
@@ -429,6 +432,49 @@ def test_a_damaged_bad_list_is_one_line(tmp_path: Path) -> None:
         file.write("{'no json\n")
     with pytest.raises(UserError, match=r"\.bad\.jsonl: line 2 is damaged; delete that line\.$"):
         read_bad(index.identity)
+
+
+def test_a_line_that_was_cut_is_skipped_and_the_next_one_stands_alone(tmp_path: Path) -> None:
+    index = opened(write(tmp_path / "a", samples(5)))
+    list_bad(index, [(0, "kind", "a"), (1, "kind", 'b"\\\u00e9')])
+    path = path_of(index.identity)
+    whole = path.read_bytes()
+    for length in range(1, len(whole.splitlines(keepends=True)[1]) - 2):
+        path.write_bytes(whole[: whole.index(b"\n") + 1 + length])
+        assert read_bad(index.identity) == {0: "kind"}
+        bad_list._known.clear()
+        assert list_bad(index, [(2, "other", ""), (0, "again", "")]) == 1
+        assert read_bad(index.identity) == {0: "kind", 2: "other"} and read_bad(index.identity)[2] == "other"
+
+
+def test_a_list_that_cannot_be_written_is_one_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    index = opened(write(tmp_path / "a", samples(5)))
+    monkeypatch.setattr(bad_list.os, "write", lambda file, content: len(content) // 2)
+    listing = _Listing()
+    for number in range(2):
+        listing(index, [Bad(number, "truncated image", "0.tar", "a")])
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "cannot write the list of bad samples" in said and "No space left" in said
+
+
+def test_the_list_is_read_once_by_who_adds_to_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    index = opened(write(tmp_path / "a", samples(5)))
+    list_bad(index, [(0, "kind", "a")])
+    monkeypatch.setattr(bad_list, "read_bad", lambda identity: pytest.fail("it was read again"))
+    assert list_bad(index, [(0, "kind", "a"), (1, "kind", "b")]) == 1
+
+
+def test_a_long_list_takes_few_bytes(tmp_path: Path) -> None:
+    """Of 100,000 pairs, which took 18 MB as a dictionary."""
+    index = replace(opened(write(tmp_path / "a", samples(2))), starts=np.array([0, 400_000_000]))
+    numbers = np.random.default_rng(0).permutation(400_000_000 // 4000)[:100_000] * 4000
+    list_bad(index, [(int(number), "truncated image", "000123") for number in numbers])
+    bad = read_bad(index.identity)
+    assert len(bad) == 100_000 and all(number in bad for number in numbers[:1000].tolist()) and 4001 not in bad
+    assert len(pickle.dumps(bad)) < 1_100_000
+    assert list(itertools.islice(bad.items(), 2)) == [(0, "truncated image"), (4000, "truncated image")]
 
 
 def _list(index: Index, numbers: list[int]) -> None:

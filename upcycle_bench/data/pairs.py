@@ -161,21 +161,23 @@ class PairDataset(BatchSource):
     def _good(self, wanted: int, rng: Stream, bad: list[Bad], read: Callable[[int], T]) -> tuple[int, T]:
         """The pair that stands in the place of `wanted`, itself unless it is bad, and what `read` makes of it.
 
-        The bad ones that are met are added to `bad`, but for those that are listed.
+        The bad ones that are met are added to `bad`. Those that are listed are not read, and count alike: so what a
+        training counts does not depend on when it was interrupted.
         """
         number, tried = wanted, set()
         for attempt in range(ATTEMPTS):
-            if number not in self.listed and number not in tried:
+            if number not in tried:
                 try:
+                    if number in self.listed:
+                        raise BadSample(self.listed[number])
                     return number, read(number)
                 except BadSample as error:
                     bad.append(self.described(number, error))
                     tried.add(number)
             number = rng.child("replacement", wanted, attempt).seed() % len(self)
-        last = f"the last: {bad[-1].kind} at {bad[-1].place}" if bad else "all are listed as bad"
         raise UserError(
-            f"{self.option or self.shards[0]}: none of {ATTEMPTS} pairs that were drawn can be used ({last}); see "
-            "`upcycle-bench data check SHARDS`."
+            f"{self.option or self.shards[0]}: none of {ATTEMPTS} pairs that were drawn can be used (the last: "
+            f"{bad[-1].kind} at {bad[-1].place}); see `upcycle-bench data check SHARDS`."
         )
 
     def described(self, number: int, error: BadSample) -> Bad:
