@@ -222,8 +222,9 @@ class PairDataset(BatchSource):
         self._on_bad(bad)
 
     def shard_numbers(self) -> Tensor:
-        """The number of each sample's shard, int64 [samples]."""
-        return torch.from_numpy(self.index.shard_of(np.arange(len(self))))
+        """The number of each sample's shard, int32 [samples]."""
+        sizes = np.diff(self.index.starts)
+        return torch.from_numpy(np.repeat(np.arange(len(sizes), dtype=np.int32), sizes))
 
     def calibration(self, rng: Stream, pairs: int, batch_size: int) -> Iterator[Batch]:
         """`pairs` distinct random pairs, or all if there are fewer, in batches; the same on every rank."""
