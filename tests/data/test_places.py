@@ -135,6 +135,26 @@ def test_a_copy_that_another_process_deletes_at_once_is_read(kinds: list[str], m
         assert places.read(place, 3, 4) == CONTENT[3:7] and not shard_cache.copy_of(place).exists()
 
 
+@pytest.mark.parametrize("mark", ["ETag", "Last-Modified"])
+def test_a_web_server_tells_a_change_by_its_headers(monkeypatch: pytest.MonkeyPatch, mark: str) -> None:
+    """fsspec takes what stands at an https address for unchanging."""
+    info = {"size": 5}
+
+    class Web:
+        def info(self, path: str) -> dict[str, object]:
+            return dict(info)
+
+        def ukey(self, path: str) -> str:
+            return path
+
+    monkeypatch.setattr(places, "file_system", lambda address: (Web(), address))
+    stamps = [places.stamp("https://a/0.tar")]
+    for value in ("x", "y", "y"):
+        info[mark] = value  # type: ignore[assignment]
+        stamps.append(places.stamp("https://a/0.tar"))
+    assert len(set(stamps)) == 3 and stamps[2] == stamps[3] and {stamp.size for stamp in stamps} == {5}
+
+
 def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setenv("UPCYCLE_BENCH_LOCAL_CACHE", str(tmp_path / "file"))

@@ -92,7 +92,8 @@ def stamp(place: str) -> Stamp:
         return Stamp(0, 0)
     fs, path = file_system(place)
     info = patiently(place, lambda: fs.info(path))
-    tag = hashlib.sha256(str(fs.ukey(path)).encode()).hexdigest()
+    marks = [str(info[mark]) for mark in ("ETag", "Content-MD5", "Last-Modified") if info.get(mark)]  # https
+    tag = hashlib.sha256("\0".join([str(fs.ukey(path)), *marks]).encode()).hexdigest()
     return Stamp(int(info.get("size") or 0), int(tag[:15], 16))
 
 
