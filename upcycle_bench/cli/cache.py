@@ -106,8 +106,9 @@ def prune(
         needed = _named_by_records(results or [Path("results")])
         found = [entry for entry in found if now - entry.used >= DAY and _is_unused(entry, needed)]
     alive = trainings_alive(entries)
-    kept = [(entry, why) for entry in found if entry.kind not in NEVER and (why := why_kept(entry, alive, now))]
-    going = [entry for entry in found if not why_kept(entry, alive, now)]
+    reasons = [(entry, why_kept(entry, alive, now, alone=set(kinds) == {entry.kind})) for entry in found]
+    kept = [(entry, why) for entry, why in reasons if why and entry.kind not in NEVER]
+    going = [entry for entry, why in reasons if not why]
     if not as_json:
         table("to delete", [{"kind": each.kind, "name": each.name, "size": _size(each.bytes)} for each in going])
         for entry, why in kept:
