@@ -11,6 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from upcycle_bench.data.bad_list import read_bad
 from upcycle_bench.data.batches import Loading
 from upcycle_bench.data.pairs import PairDataset
 from upcycle_bench.data.training_pairs import training_pairs
@@ -216,7 +217,8 @@ def diagnostics(state: RunState, dense: Clip, data: PairDataset) -> dict[str, An
     found = diagnose(state.final.model, dense.model, diagnosed(dense, data, state.meter.device))
     progress = state.progress
     if state.plan.world is not None and state.plan.world.option:
-        found["training_samples"] = asdict(data.counts)
+        listed = len(read_bad(data.index.identity))
+        found["training_samples"] = {**asdict(data.counts), **({"listed_as_bad": listed} if listed else {})}
         if progress is not None and progress.bad_samples:
             found["training_samples"] |= {"bad": progress.bad_samples, "first_bad": progress.first_bad}
     if progress is not None and progress.share_steps:

@@ -31,7 +31,7 @@ class Preparation:
 
 @dataclass(frozen=True)
 class Groups:
-    """The group of every training sample, int64 [S], numbered from 0. Where none are known, its shard of the data."""
+    """The group of every training sample, int64 or int32 [S], from 0. Where none are known, its shard of the data."""
 
     kind: Literal["group", "shard"]
     number_S: Tensor

@@ -110,6 +110,23 @@ def test_prune_takes_what_is_old_and_of_that_kind(root: Path, cache: Cache) -> N
     assert status == 0 and standing(root) == {"features/f.npz"} and json.loads(out)["bytes"] > 3000
 
 
+def test_what_numbers_a_users_pairs_is_deleted_by_its_name_alone(root: Path, cache: Cache) -> None:
+    """Deleted, mended shards would be numbered anew, and their runs would not go on."""
+    names = ["f00-1.rows", "f00-2.rows", "f00-aaa.json", "f00.json", "aaa.bad.jsonl", "shards/0a/b.idx"]
+    for name in names:
+        path = root / "index" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("x")
+    for path in (root / "index").rglob("*"):
+        age(path, 10)
+    status, _, err = cache("prune", "--older-than", "1d", "--yes")
+    assert status == 0 and err.count("kept: index/") == 2 and "kept: index/f00: runs on these shards need" in err
+    assert cache("prune", "--kind", "index,features", "--yes")[0] == 0
+    assert standing(root) == {f"index/{name}" for name in names[:-1]}
+    status, out, _ = cache("prune", "--kind", "index", "--yes")
+    assert status == 0 and "in 2 entries" in out and standing(root) == set()
+
+
 def test_unused_weights_are_those_without_a_record(root: Path, cache: Cache, tmp_path: Path) -> None:
     results = tmp_path / "results"
     status, _, err = cache("prune", "--unused", "--results", str(results), "--yes")

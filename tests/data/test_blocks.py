@@ -11,12 +11,13 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from upcycle_bench.data import blocks, places
+from upcycle_bench.data import blocks, places, shard_cache
 from upcycle_bench.data.bad_samples import BadSample
 from upcycle_bench.data.blocks import GAP, SPAN, Reader, joined
 from upcycle_bench.data.index import Index
@@ -170,6 +171,38 @@ def test_a_disk_is_asked_three_times(index: Index, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(places, "read", failing(9, OSError(error, os.strerror(error))))
     with pytest.raises(BadSample, match=f"^read error: {os.strerror(error)}$"):
         Reader(index).read(5)
+
+
+def test_an_outage_of_an_object_store_is_read_errors_and_then_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is waited for once, not for each pair; an index that is built needs all, and ends with one line."""
+    memory = fsspec.filesystem("memory")
+    memory.pipe_file("/outage/0.tar", shard(tmp_path / "0.tar", 0, 70).read_bytes())
+    index = open_index(Sources.of(["memory://outage/0.tar"]))
+    shard_cache.copy_of(index.shards[0]).unlink()
+    places._file.cache_clear()
+    waited: list[float] = []
+    tries, cat = [], type(memory).cat_file
+
+    def out(self: object, path: str, **how: int) -> bytes:
+        tries.append(path)
+        raise TimeoutError("no answer")
+
+    monkeypatch.setattr(type(memory), "cat_file", out)
+    monkeypatch.setattr(shard_cache.time, "sleep", waited.append)
+    reader = Reader(index)
+    reader.expect(np.arange(64))
+    for number in range(64):
+        with pytest.raises(BadSample, match=r"^read error: no answer(, tried 10 times)?$"):
+            reader.read(number)
+    assert tuple(waited) == blocks.OUTAGE and sum(waited) > 120 and len(tries) < 10 + 2 * 64 + 1
+    monkeypatch.setattr(type(memory), "cat_file", cat)
+    check(reader, 3)
+    monkeypatch.setattr(type(memory), "cat_file", out)
+    with pytest.raises(BadSample):
+        reader.read(68)
+    assert tuple(waited) == 2 * blocks.OUTAGE
 
 
 def test_one_bad_sector_costs_one_sample(index: Index, monkeypatch: pytest.MonkeyPatch) -> None:

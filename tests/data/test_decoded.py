@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +14,12 @@ import torch
 from tests.data.test_pairs import write_tar
 from upcycle_bench.data import decoded as module
 from upcycle_bench.data import pairs as pairs_module
+from upcycle_bench.data.bad_samples import BadSample
 from upcycle_bench.data.decoded import Decoded, decoded
+from upcycle_bench.data.open_index import open_index
 from upcycle_bench.data.pairs import PairDataset
 from upcycle_bench.data.shards import shards_digest
+from upcycle_bench.data.sources import Sources
 from upcycle_bench.model.clip import Clip, create_clip
 from upcycle_bench.util.errors import UserError
 from upcycle_bench.util.rng import Stream
@@ -179,3 +183,47 @@ def test_text_captions_have_arrays_of_their_own(shards: list[Path], clip: Clip, 
     assert (len(lines.tokens), len(text.tokens)) == (110, 55)
     expected = clip.tokenize(["first 3 second 3"])[0].numpy()  # the tokenizer takes a line feed as a space
     assert np.array_equal(text.tokens[3], expected)
+
+
+def indexed(shards: list[Path], clip: Clip) -> PairDataset:
+    """A user's own data, which have an index."""
+    return PairDataset(shards, clip, option="--data", index=open_index(Sources.of(shards)))
+
+
+def test_arrays_of_an_index_follow_its_numbers_and_the_shards_times(tmp_path: Path, clip: Clip, cache: Path):
+    """Not the two ends of the files, which are the same after a small change."""
+    shard = write_tar(tmp_path / "0.tar", 8)
+    os.utime(shard, (1, 1))
+    first = indexed([shard], clip)
+    indexed([shard], clip)
+    assert len(list(cache.iterdir())) == 1
+    index = first.index
+    numbered = replace(index, rows=index.rows[::-1].copy())  # the same files, other numbers
+    other = PairDataset([shard], clip, option="--data", index=numbered).decoded
+    assert first.decoded is not None and other is not None
+    assert np.array_equal(other.images, first.decoded.images[::-1]) and len(list(cache.iterdir())) == 2
+    os.utime(shard, (2, 2))
+    indexed([shard], clip)
+    assert len(list(cache.iterdir())) == 3
+
+
+def test_what_cannot_be_read_for_a_moment_is_not_kept(
+    shards: list[Path], clip: Clip, cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    decode = PairDataset.decode
+
+    def failing(self: PairDataset, number: int) -> tuple[np.ndarray, list[str]]:
+        if number == 30:
+            raise BadSample("read error", "no answer")
+        return decode(self, number)
+
+    expected = from_shards(shards, clip).batch(0, 1, 10)
+    monkeypatch.setattr(PairDataset, "decode", failing)
+    pairs = PairDataset(shards, clip)
+    assert pairs.decoded is None and list(cache.iterdir()) == []
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "since pair 30 cannot be read now (read error: no answer)" in said
+    assert torch.equal(pairs.batch(0, 1, 10).images, expected.images)
+    monkeypatch.undo()
+    monkeypatch.setenv("UPCYCLE_BENCH_CACHE", str(cache.parent))
+    assert PairDataset(shards, clip).decoded is not None

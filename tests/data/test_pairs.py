@@ -240,3 +240,10 @@ def test_an_order_that_is_drawn_gives_decoded_pairs_too(pairs: PairDataset, clip
         fast, slow = (each.batch("a", step, 10) for each in drawn)
         assert torch.equal(fast.index, slow.index) and torch.equal(fast.images, slow.images)
     assert not torch.equal(slow.index, pairs.batch("a", 7, 10).index)
+
+
+def test_each_pair_has_the_number_of_its_shard(tmp_path: Path, clip: Clip) -> None:
+    """In 4 bytes a pair, by no array of 8: there may be 400 million."""
+    pairs = PairDataset([write_tar(tmp_path / f"{n}.tar", n + 2) for n in range(3)], clip, keep_decoded=False)
+    found = pairs.shard_numbers()
+    assert found.dtype == torch.int32 and found.tolist() == pairs.index.shard_of(np.arange(9)).tolist()

@@ -112,20 +112,51 @@ def test_the_least_recently_used_copies_make_room(tmp_path: Path, monkeypatch: p
     monkeypatch.setenv("UPCYCLE_BENCH_SHARD_CACHE", "2.5KB")
     commands = [f"pipe:head -c 1000 /dev/zero; : {n}" for n in range(4)]
     for age, command in enumerate(commands[:2]):
-        os.utime(shard_cache.copied(command), (age, age))
-    shard_cache.copied(commands[0])  # used again: now the other one is the oldest
-    shard_cache.copied(commands[2])
+        shard_cache.opened(command).close()
+        os.utime(shard_cache.copy_of(command), (age, age))
+    shard_cache.opened(commands[0]).close()  # used again: now the other one is the oldest
+    shard_cache.opened(commands[2]).close()
     assert [shard_cache.copy_of(command).exists() for command in commands] == [True, False, True, False]
     monkeypatch.setenv("UPCYCLE_BENCH_SHARD_CACHE", "10")
-    assert shard_cache.copied(commands[3]).exists()  # the newest stays, whatever the limit
+    shard_cache.opened(commands[3]).close()
+    assert shard_cache.copy_of(commands[3]).exists()  # the newest stays, whatever the limit
     assert sum(path.suffix == ".tar" for path in (tmp_path / "local" / "shards").iterdir()) == 1
     monkeypatch.setenv("UPCYCLE_BENCH_SHARD_CACHE", "much")
     with pytest.raises(UserError, match=r"^UPCYCLE_BENCH_SHARD_CACHE='much' is no number of bytes; write it as 50GB"):
         shard_cache.limit()
 
 
+def test_a_copy_that_another_process_deletes_at_once_is_read(kinds: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a cache that is smaller than the shards that processes read at once."""
+    monkeypatch.setattr(shard_cache, "_make_room", lambda newest, most: newest.unlink())
+    for place in kinds[1:]:
+        with places.open_place(place) as file:
+            assert file.read() == CONTENT and places.size(place) == len(CONTENT)
+        assert places.read(place, 3, 4) == CONTENT[3:7] and not shard_cache.copy_of(place).exists()
+
+
+@pytest.mark.parametrize("mark", ["ETag", "Last-Modified"])
+def test_a_web_server_tells_a_change_by_its_headers(monkeypatch: pytest.MonkeyPatch, mark: str) -> None:
+    """fsspec takes what stands at an https address for unchanging."""
+    info = {"size": 5}
+
+    class Web:
+        def info(self, path: str) -> dict[str, object]:
+            return dict(info)
+
+        def ukey(self, path: str) -> str:
+            return path
+
+    monkeypatch.setattr(places, "file_system", lambda address: (Web(), address))
+    stamps = [places.stamp("https://a/0.tar")]
+    for value in ("x", "y", "y"):
+        info[mark] = value  # type: ignore[assignment]
+        stamps.append(places.stamp("https://a/0.tar"))
+    assert len(set(stamps)) == 3 and stamps[2] == stamps[3] and {stamp.size for stamp in stamps} == {5}
+
+
 def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setenv("UPCYCLE_BENCH_LOCAL_CACHE", str(tmp_path / "file"))
     with pytest.raises(UserError, match=r"^cannot write to the shard cache .*; set UPCYCLE_BENCH_LOCAL_CACHE to"):
-        shard_cache.copied("pipe:true")
+        shard_cache.opened("pipe:true")

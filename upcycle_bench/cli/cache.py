@@ -115,7 +115,7 @@ def prune(
         found = [entry for entry in found if now - entry.used >= DAY and _is_unused(entry, needed)]
     alive = trainings_alive(entries)
     dense = waiting_for(entry for entry in entries if entry not in found)
-    reasons = [(entry, why_kept(entry, alive, now, dense)) for entry in found]
+    reasons = [(entry, why_kept(entry, alive, now, dense, alone=set(kinds) == {entry.kind})) for entry in found]
     kept = [(entry, why) for entry, why in reasons if why and entry.kind not in NEVER]
     going = [entry for entry, why in reasons if not why]
     if not as_json:

@@ -20,12 +20,14 @@ import numpy as np
 
 from upcycle_bench.data import places
 from upcycle_bench.data.bad_samples import BadSample
-from upcycle_bench.data.index import BLOCK, Index
+from upcycle_bench.data.index import BLOCK, NOWHERE, Index
+from upcycle_bench.data.shard_cache import Unreachable
 from upcycle_bench.util.errors import UserError
 
 GAP = 8 << 10  # bytes between two files that are read rather than skipped: headers, a .json
 SPAN = 2 << 20  # bytes that are read at once
-PAUSES = (0.5, 2.0)  # seconds before the second and the third try
+PAUSES = (0.5, 2.0)  # seconds before the second and the third try of a file
+OUTAGE = (1.0, 2.0, 4.0, 8.0, 15.0, 30.0, 60.0, 60.0, 60.0)  # of an object store, before its pairs are replaced
 
 Piece = tuple[int, int, int]  # shard, and bytes [begin, end) of it
 
@@ -58,15 +60,18 @@ class Reader:
     """
 
     def __init__(self, index: Index) -> None:
-        self.index, self.bytes = index, 0
+        self.index, self.bytes, self._outage = index, 0, False
         self._spans: dict[Piece, _Span] = {}
 
     def expect(self, numbers: np.ndarray) -> None:
         """The pairs that are read next. What is held of earlier ones is let go."""
-        self._spans = joined(piece for number in numbers.tolist() for piece in self._pieces(number))
+        there = numbers[self.index.rows[numbers]["image"] != NOWHERE].tolist()
+        self._spans = joined(piece for number in there for piece in self._pieces(number))
 
     def read(self, number: int) -> Raw:
         """The files of a pair, expected or not. Raises BadSample, and UserError where the shard is gone."""
+        if self.index.rows[number]["image"] == NOWHERE:
+            raise BadSample("cut shard")
         image, text = self._pieces(number)
         spans = self._spans if image in self._spans else joined((image, text))
         content = self._cut(image, spans)
@@ -117,8 +122,20 @@ class Reader:
 
     def _read(self, shard: int, begin: int, end: int, pauses: Sequence[float]) -> bytes:
         place = self.index.shards[shard]
-        content = patiently(lambda: places.read(place, begin, end - begin), place, pauses)
+        if places.is_local(place):
+            content = patiently(lambda: places.read(place, begin, end - begin), place, pauses)
+        else:
+            content = self._read_far(place, begin, end - begin, OUTAGE if pauses and not self._outage else ())
         self.bytes += len(content)
+        return content
+
+    def _read_far(self, place: str, offset: int, size: int, pauses: Sequence[float]) -> bytes:
+        try:
+            content = patiently(lambda: places.read(place, offset, size, pauses), place, PAUSES if pauses else ())
+        except Unreachable as error:
+            self._outage = True  # the next reads wait no more, until one succeeds
+            raise BadSample("read error", error.why) from None
+        self._outage = False
         return content
 
 

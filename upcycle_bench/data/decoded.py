@@ -6,7 +6,8 @@
 To decode a PNG and a caption costs more than a small model's training step. The cache keeps the arrays, which processes
 share, under a hash of the shards' content, the model's configuration and the versions of the decoding packages.
 
-A bad sample has a row of zeros, no caption, and a line in `bad.json`; arrays without that file have none.
+A bad sample has a row of zeros, no caption, and a line in `bad.json`; arrays without that file have none. Where the
+storage fails, which it may not the next time, no arrays are kept, and the shards are read instead.
 
 Shape suffixes: N samples, S captions of all samples.
 """
@@ -16,6 +17,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -27,7 +29,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from upcycle_bench.data.bad_samples import BadSample
+from upcycle_bench.data.bad_samples import PASSING, BadSample
 from upcycle_bench.data.loading import load
 from upcycle_bench.model.clip import Clip
 from upcycle_bench.model.config import model_config
@@ -40,6 +42,10 @@ from upcycle_bench.util.environment import cores
 VERSION = 1  # raise it when the same shards would give other arrays
 LIMIT = 4 << 30  # bytes of images
 CHUNK = 1024  # images that a worker decodes at a time
+
+
+class _Unread(Exception):
+    """A pair cannot be read for a reason that may pass; the text is a line."""
 
 
 class Readable(Protocol):
@@ -89,8 +95,9 @@ def decoded(
     captions: Captions = "lines",
     preprocess: Mapping[str, Any] | None = None,
 ) -> Decoded | None:
-    """The arrays of the shards for `model`, whose transforms have `preprocess`; None where the images exceed LIMIT.
+    """The arrays of the shards for `model`, whose transforms have `preprocess`.
 
+    None where the images exceed LIMIT, or some cannot be read now, of which a warning tells.
     `make()` opens the pairs, and is called only if the cache does not have the arrays. `captions`: what a .txt is.
     """
     versions = [metadata.version(name) for name in ("pillow", "torchvision", "open_clip_torch")]
@@ -105,7 +112,11 @@ def decoded(
                 pairs = make()
                 if not fits(len(pairs), pairs.clip):
                     return None
-                build_once(folder, partial(_build, pairs=pairs))
+                try:
+                    build_once(folder, partial(_build, pairs=pairs))
+                except _Unread as error:
+                    print(f"warning: {error}", file=sys.stderr, flush=True)
+                    return None
     arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("images", "tokens")}
     listed = folder / "bad.json"
     bad = strict_json.loads(listed.read_text()) if listed.is_file() else []
@@ -144,6 +155,12 @@ def _build(folder: Path, pairs: Readable) -> None:
         images[start : start + len(pixels)] = pixels
         captions += texts
         bad += worse
+        for pair, kind, why, _ in worse:
+            if kind in PASSING:
+                raise _Unread(
+                    f"the training images are not decoded into the cache, since pair {pair:,} cannot be read now "
+                    f"({BadSample(kind, why)}); the shards are read in each step."
+                )
     images.flush()
     number = {line: row for row, line in enumerate(dict.fromkeys(line for lines in captions for line in lines))}
     unique = list(number)

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 BLOCK = 512  # bytes of a tar archive's blocks: every file in it begins at one
+NOWHERE = (1 << 32) - 1  # the block of an image that is lost with its shard until that is put back
 
 # image, text: blocks from the shard's beginning to the file's content. check: 16 bits of a hash of name and caption.
 ROW = np.dtype([("image", "<u4"), ("image_bytes", "<u4"), ("text", "<u4"), ("text_bytes", "<u2"), ("check", "<u2")])

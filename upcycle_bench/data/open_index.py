@@ -15,10 +15,11 @@ from typing import Any
 import numpy as np
 
 from upcycle_bench.data import packed_index, places, shard_index
-from upcycle_bench.data.index import Index
+from upcycle_bench.data.index import NOWHERE, Index
 from upcycle_bench.data.packed_index import Packed
 from upcycle_bench.data.pair_index import require_pairs
 from upcycle_bench.data.places import Stamp
+from upcycle_bench.data.repacking import repack
 from upcycle_bench.data.sources import Sources
 from upcycle_bench.util import distributed
 from upcycle_bench.util.cache import locked
@@ -97,15 +98,16 @@ def packed(
         if before is None:
             return packed_index.pack(sources, stamps)
         if fresh:
-            return packed_index.pack(sources, stamps, before.version + 1)
+            return packed_index.pack(sources, stamps)
         if before.stamps == stamps:
             return before
-        return packed_index.repack(before, stamps, option, reporter.say)
+        return repack(before, stamps, option, reporter.say)
 
 
 def lost_pairs(found: Packed, option: str, bad_samples: float) -> dict[str, int]:
-    """How many pairs are lost with shards that are not whole, by kind, as the mean of the whole ones lets expect.
+    """How many pairs are lost with shards that are not whole, by kind.
 
+    These are the pairs that stood in a shard when it was indexed, or that the mean of the whole shards lets expect.
     Raises UserError, which names the first such shard, where they are more than the share `bad_samples` of all, or no
     shard is whole.
     """
@@ -114,12 +116,16 @@ def lost_pairs(found: Packed, option: str, bad_samples: float) -> dict[str, int]
     faulty = {number for number, _, _ in found.faults}
     counts = np.diff(found.starts)
     whole = np.delete(counts, sorted(faulty))
+    expected = int(np.ceil(whole.mean())) if len(whole) else 0
     lost: dict[str, int] = {}
+    there = len(found.rows)
     for number, kind, _ in found.faults:
-        expected = int(np.ceil(whole.mean())) if len(whole) else 0
-        lost[kind] = lost.get(kind, 0) + max(1, expected - int(counts[number]))
+        rows = found.rows[found.starts[number] : found.starts[number + 1]]
+        gone = int((rows["image"] == NOWHERE).sum())
+        lost[kind] = lost.get(kind, 0) + max(1, gone, expected - (len(rows) - gone))
+        there -= gone
     total = sum(lost.values())
-    if not len(whole) or total > bad_samples * (total + len(found.rows)):
+    if not len(whole) or total > bad_samples * (total + there):
         number, _, why = found.faults[0]
         others = f" Shards that are not whole: {len(faulty):,} of {len(counts):,}." if len(faulty) > 1 else ""
         raise UserError(f"{option} {found.sources.shards[number]}: {why}{others}".lstrip())

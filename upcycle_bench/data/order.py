@@ -36,9 +36,10 @@ Seed = int | str
 class Order:
     """The batches of every step, of data whose shard s has the pairs starts[s] to starts[s + 1].
 
-    source: of each shard, the number of its source. With `replacement`, an epoch is as many draws of a shard as there
-    are shards. Then `weights` are the shares of the pairs that come from each source; without them, every pair is drawn
-    equally often. Raises UserError where there are fewer pairs than `batch_size`, or not one weight for each source.
+    source: of each shard, the number of its source. With `replacement`, shards are drawn one after the other without
+    end, and the batches cut that sequence; an epoch is only a number of draws. Then `weights` are the shares of the
+    pairs that come from each source; without them, every pair is drawn equally often. Raises UserError where there are
+    fewer pairs than `batch_size`, or not one weight for each source.
     """
 
     def __init__(
@@ -58,18 +59,22 @@ class Order:
         self.whole = self.pairs <= window and not replacement
         self.lanes = 1 if self.whole else lanes_of(batch_size)
         self._chance = _chances(self.sizes, np.asarray(source), weights) if replacement else None
-        self._ends: dict[Seed, list[int]] = {}  # the steps before the end of each epoch, with replacement
+        self._draws = len(self.sizes)  # of an epoch
+        if self._chance is not None:  # about a window of pairs at least, so that there are few epochs
+            mean = float(np.diff(self._chance, prepend=0.0) @ self.sizes)
+            self._draws = max(self._draws, int(np.ceil(window / mean)))
+        self._ends: dict[Seed, list[int]] = {}  # the pairs before the end of each epoch, with replacement
         self._permutation = lru_cache(1)(self._make_permutation)
         self._epoch, self._window = lru_cache(2)(self._make_epoch), lru_cache(2)(self._make_window)
         self._group = lru_cache(2)(self._make_group)
 
     def group(self, seed: Seed, step: int) -> tuple[Tensor, int]:
         """The batches of the group of steps that `step` belongs to, int64 [M, B], and which of them is its own."""
-        epoch, place, steps = self._place(seed, step)
+        epoch, place = (0, step) if self._chance is not None else divmod(step, self.pairs // self.batch_size)
         if self.whole:
             return self._permutation(seed, epoch)[place * self.batch_size :][None, : self.batch_size], 0
         number, row = divmod(place, -(-MIXED // (self.batch_size // self.lanes)))
-        return self._group(seed, epoch, number, steps), row
+        return self._group(seed, epoch, number), row
 
     def batch(self, seed: Seed, step: int) -> Tensor:
         """The pairs of the batch of `step`, int64 [B]."""
@@ -87,17 +92,6 @@ class Order:
         parts = min(parts, number)
         return [first + number * part // parts * unit for part in range(parts + 1)]
 
-    def _place(self, seed: Seed, step: int) -> tuple[int, int, int]:
-        """(epoch, step within it, number of its steps); an epoch leaves out the incomplete batch at its end."""
-        if self._chance is None:
-            steps = self.pairs // self.batch_size
-            return *divmod(step, steps), steps
-        ends = self._ends.setdefault(seed, [0])
-        while ends[-1] <= step:
-            ends.append(ends[-1] + int(self._epoch(seed, len(ends) - 1).end[-1]) // self.batch_size)
-        epoch = int(np.searchsorted(ends, step, side="right")) - 1
-        return epoch, step - ends[epoch], ends[epoch + 1] - ends[epoch]
-
     def _make_permutation(self, seed: Seed, epoch: int) -> Tensor:
         return torch.randperm(self.pairs, generator=Stream(("data order", seed, epoch)).generator())
 
@@ -106,7 +100,7 @@ class Order:
         if self._chance is None:
             shards = torch.randperm(len(self.sizes), generator=generator).numpy()
         else:
-            drawn = torch.rand(len(self.sizes), dtype=torch.float64, generator=generator).numpy()
+            drawn = torch.rand(self._draws, dtype=torch.float64, generator=generator).numpy()
             shards = np.searchsorted(self._chance, drawn, side="right")
         end = np.concatenate([[0], np.cumsum(self.sizes[shards])])
         borders = [0]
@@ -140,11 +134,29 @@ class Order:
             parts.append(first[block] + places - end[block])
         return np.concatenate(parts)
 
-    def _make_group(self, seed: Seed, epoch: int, number: int, steps: int) -> Tensor:
+    def _drawn(self, seed: Seed, begin: int, stop: int) -> np.ndarray:
+        """The pairs at the places [begin, stop) of the endless sequence of draws."""
+        ends = self._ends.setdefault(seed, [0])
+        while ends[-1] < stop:
+            ends.append(ends[-1] + int(self._epoch(seed, len(ends) - 1).end[-1]))
+        parts = []
+        for epoch in range(int(np.searchsorted(ends, begin, "right")) - 1, int(np.searchsorted(ends, stop))):
+            first, last = max(begin, ends[epoch]), min(stop, ends[epoch + 1])
+            if first < last:
+                parts.append(self._sequence(seed, epoch, first - ends[epoch], last - ends[epoch]))
+        return np.concatenate(parts)
+
+    def _make_group(self, seed: Seed, epoch: int, number: int) -> Tensor:
+        """A group of an epoch, which leaves out the incomplete batch at its end, or of the endless draws."""
         share = self.batch_size // self.lanes
         most = -(-MIXED // share)
-        begin, stop = number * most, min(steps, (number + 1) * most)
-        pairs = torch.from_numpy(self._sequence(seed, epoch, begin * self.batch_size, stop * self.batch_size))
+        begin, stop = number * most, (number + 1) * most
+        if self._chance is None:
+            stop = min(stop, self.pairs // self.batch_size)
+            found = self._sequence(seed, epoch, begin * self.batch_size, stop * self.batch_size)
+        else:
+            found = self._drawn(seed, begin * self.batch_size, stop * self.batch_size)
+        pairs = torch.from_numpy(found)
         stream = Stream(("data order", seed, epoch)).child("lanes", number)
         mixed = [
             lane[torch.randperm(len(lane), generator=stream.child(place).generator())]

@@ -2,10 +2,9 @@
 
     packed = read(sources)                              # None where it was not packed, or is damaged
     packed = pack(sources, stamps)                      # of the shards' own index files, which must be there
-    packed = repack(packed, stamps, option, say)        # after some shards have changed
 
 The second file names the first one, and replaces its predecessor whole. Rows that another process may still read stay
-until the next but one packing.
+until the next but one packing. After shards have changed, `upcycle_bench/data/repacking.py` writes it again.
 """
 
 from __future__ import annotations
@@ -13,8 +12,8 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +21,15 @@ import numpy as np
 
 from upcycle_bench.data import shard_index
 from upcycle_bench.data.bad_list import read_bad
-from upcycle_bench.data.index import BLOCK, ROW, Index
-from upcycle_bench.data.mended import aligned, first_missing
+from upcycle_bench.data.index import ROW, Index
 from upcycle_bench.data.pair_index import RULES, in_order
 from upcycle_bench.data.places import Stamp, absolute
-from upcycle_bench.data.places import read as read_bytes
 from upcycle_bench.data.sources import Sources
 from upcycle_bench.util import strict_json
 from upcycle_bench.util.cache import cache_root
 from upcycle_bench.util.files import atomic, write_atomically
+
+Fault = tuple[int, str, str]  # of a shard that is not whole: its number, kind, line
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,8 +37,7 @@ class Packed:
     """What is known of all shards; lists have an entry for each.
 
     sizes, times: the shards' stamps; digests: the sha256 of their pairs; starts: the number of their first pair.
-    left_out, suffixes: of all samples, by kind. faults: (shard, kind, line) of each shard that is not whole. version:
-    of the packing, from 0.
+    left_out, suffixes: of all samples, by kind. faults: of each shard that is not whole. version: of the packing.
     """
 
     sources: Sources
@@ -49,7 +47,7 @@ class Packed:
     starts: list[int]
     left_out: dict[str, int]
     suffixes: dict[str, int]
-    faults: list[tuple[int, str, str]]
+    faults: list[Fault]
     version: int
     rows: np.ndarray
 
@@ -57,6 +55,10 @@ class Packed:
     def stamps(self) -> list[Stamp]:
         """The stamp of each shard when it was indexed."""
         return [Stamp(size, time) for size, time in zip(self.sizes, self.times, strict=True)]
+
+    def facts(self) -> dict[str, Any]:
+        """All but sources and rows, for JSON."""
+        return {each.name: getattr(self, each.name) for each in fields(self) if each.name not in ("sources", "rows")}
 
     def identity(self) -> str:
         """sha256 over the base names of the shards and the hashes of their pairs, and the sources if there are several.
@@ -93,17 +95,7 @@ def path_of(sources: Sources) -> Path:
 
 def read(sources: Sources) -> Packed | None:
     """The packed index of these shards, with its rows mapped into memory; None where it is not there, or damaged."""
-    path = path_of(sources)
-    try:
-        facts = strict_json.loads(path.read_bytes())
-        rows = _rows_path(path, facts["version"])
-        if rows.stat().st_size != facts["starts"][-1] * ROW.itemsize:
-            return None
-    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError):
-        return None
-    empty = facts["starts"][-1] == 0  # which cannot be mapped
-    mapped = np.zeros(0, ROW) if empty else np.memmap(rows, ROW, mode="r")
-    return Packed(sources, rows=mapped, **{**facts, "faults": [tuple(fault) for fault in facts["faults"]]})
+    return _load(sources, path_of(sources))
 
 
 def bytes_of(sources: Sources) -> int:
@@ -113,15 +105,16 @@ def bytes_of(sources: Sources) -> int:
     return path.stat().st_size + _rows_path(path, version).stat().st_size
 
 
-def pack(sources: Sources, stamps: Sequence[Stamp], version: int = 0) -> Packed:
+def pack(sources: Sources, stamps: Sequence[Stamp]) -> Packed:
     """Write the index of all shards, numbered as they are now."""
+    version = _next_version(path_of(sources))
     starts, digests, faults = [0], [], []
     left_out: Counter[str] = Counter()
     suffixes: Counter[str] = Counter()
 
     def parts() -> Iterable[np.ndarray]:
         for number, (place, stamp) in enumerate(zip(sources.shards, stamps, strict=True)):
-            facts, rows = _required(place, stamp)
+            facts, rows = required(place, stamp)
             starts.append(starts[-1] + len(rows))
             digests.append(facts.sha256)
             left_out.update(facts.left_out)
@@ -141,71 +134,73 @@ def pack(sources: Sources, stamps: Sequence[Stamp], version: int = 0) -> Packed:
     return _commit(sources, stamps, version, facts)
 
 
-def repack(old: Packed, stamps: Sequence[Stamp], option: str, say: Callable[[str], None]) -> Packed:
-    """Write the index anew after shards have changed; each changed shard's own index must be there.
-
-    Where they hold the old pairs, numbers and identity stay. Otherwise all is numbered as it is now, as other data.
-    `say` is called with a line on either.
-    """
-    listed = np.array(sorted(read_bad(old.identity())), dtype=np.int64)
-    changed: dict[int, np.ndarray] = {}
-    faults = {number: (kind, why) for number, kind, why in old.faults}
-    for number, (place, before, now) in enumerate(zip(old.sources.shards, old.stamps, stamps, strict=True)):
-        if before == now:
-            continue
-        facts, new = _required(place, now)
-        first, last = old.starts[number], old.starts[number + 1]
-        rows, bad = old.rows[first:last], set((listed[(listed >= first) & (listed < last)] - first).tolist())
-        if (found := aligned(rows, bad, new)) is None:
-            row = first_missing(rows, bad, new)
-            assert row is not None
-            say(
-                f"{option} {place}: the shard has changed, and pair {row:,} of it{_name(place, new, row)} is not what "
-                "was indexed; this is another data set now, under which earlier runs do not go on.".lstrip()
-            )
-            return pack(old.sources, stamps, old.version + 1)
-        changed[number] = found
-        faults.pop(number, None)
-        if facts.fault:
-            faults[number] = (facts.fault, facts.why)
-        if unused := len(new) - (len(rows) - len(bad)):
-            say(
-                f"{option} {place}: the shard has changed; its pairs keep their numbers, and {unused:,} new or "
-                "listed ones are not used (`upcycle-bench data index --fresh` numbers all anew, as another data "
-                "set).".lstrip()
-            )
-    return _with_rows(old, stamps, changed, faults)
-
-
-def _with_rows(
-    old: Packed, stamps: Sequence[Stamp], changed: dict[int, np.ndarray], faults: dict[int, tuple[str, str]]
+def write_again(
+    packed: Packed, stamps: Sequence[Stamp], parts: Iterable[np.ndarray], faults: Mapping[int, Fault]
 ) -> Packed:
-    """The old packed index with other rows of some shards, as many as before."""
+    """Write `packed` with other places: the rows of each shard, as many as before. An error of `parts` changes nothing.
 
-    def parts() -> Iterable[np.ndarray]:
-        for number in range(len(old.sources.shards)):
-            yield changed.get(number, old.rows[old.starts[number] : old.starts[number + 1]])
+    faults: by shard, as they are when `parts` has ended.
+    """
+    path = path_of(packed.sources)
+    version = _next_version(path)
+    _write_rows(_rows_path(path, version), parts)
+    return _commit(packed.sources, stamps, version, packed.facts() | {"faults": sorted(faults.values())})
 
-    version = old.version + 1
-    _write_rows(_rows_path(path_of(old.sources), version), parts())
-    facts = {
-        "digests": old.digests,
-        "starts": old.starts,
-        "left_out": old.left_out,
-        "suffixes": old.suffixes,
-        "faults": [(number, *fault) for number, fault in sorted(faults.items())],
-    }
-    return _commit(old.sources, stamps, version, facts)
+
+def keep(packed: Packed) -> None:
+    """Keep what `packed` is beside its successor, which is another data set: its shards may be put back."""
+    _write_facts(_kept_path(packed), packed.facts())
+
+
+def kept(sources: Sources) -> list[Packed]:
+    """The data sets that these shards were before."""
+    path = path_of(sources)
+    found = (_load(sources, each) for each in sorted(path.parent.glob(f"{path.stem}-*.json")))
+    return [packed for packed in found if packed is not None]
+
+
+def _load(sources: Sources, path: Path) -> Packed | None:
+    try:
+        facts = strict_json.loads(path.read_bytes())
+        rows = _rows_path(path_of(sources), facts["version"])
+        if rows.stat().st_size != facts["starts"][-1] * ROW.itemsize:
+            return None
+    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError):
+        return None
+    empty = facts["starts"][-1] == 0  # which cannot be mapped
+    mapped = np.zeros(0, ROW) if empty else np.memmap(rows, ROW, mode="r")
+    return Packed(sources, rows=mapped, **{**facts, "faults": [tuple(fault) for fault in facts["faults"]]})
 
 
 def _commit(sources: Sources, stamps: Sequence[Stamp], version: int, facts: dict[str, Any]) -> Packed:
     path = path_of(sources)
     facts |= {"sizes": [s.size for s in stamps], "times": [s.time for s in stamps], "version": version}
-    write_atomically(path, strict_json.dumps(facts, separators=(",", ":")).encode())
-    _rows_path(path, version - 2).unlink(missing_ok=True)
+    _write_facts(path, facts)
     packed = read(sources)
     assert packed is not None
+    _kept_path(packed).unlink(missing_ok=True)
+    needed = {version, version - 1, *(each.version for each in kept(sources))}
+    for number in _versions(path) - needed:
+        _rows_path(path, number).unlink(missing_ok=True)
     return packed
+
+
+def _write_facts(path: Path, facts: dict[str, Any]) -> None:
+    write_atomically(path, strict_json.dumps(facts, separators=(",", ":")).encode())
+
+
+def _versions(path: Path) -> set[int]:
+    """The packings of which there are rows."""
+    return {int(rows.stem.rpartition("-")[2]) for rows in path.parent.glob(f"{path.stem}-*.rows")}
+
+
+def _next_version(path: Path) -> int:
+    return max(_versions(path), default=-1) + 1
+
+
+def _kept_path(packed: Packed) -> Path:
+    path = path_of(packed.sources)
+    return path.with_name(f"{path.stem}-{packed.identity()[:24]}.json")
 
 
 def _rows_path(path: Path, version: int) -> Path:
@@ -221,17 +216,10 @@ def _write_rows(path: Path, parts: Iterable[np.ndarray]) -> None:
         os.fsync(file.fileno())  # before the facts that name it
 
 
-def _required(place: str, stamp: Stamp) -> tuple[shard_index.Facts, np.ndarray]:
+def required(place: str, stamp: Stamp) -> tuple[shard_index.Facts, np.ndarray]:
+    """The index of a shard, made where it is not there."""
     found = shard_index.read(place, stamp)
     while found is None:  # its file was damaged or deleted
         shard_index.build(place, stamp)
         found = shard_index.read(place, stamp)
     return found
-
-
-def _name(place: str, rows: np.ndarray, row: int) -> str:
-    """The beginning of the name of the file that a row names, in brackets; "" where the shard has no such row."""
-    if row >= len(rows):
-        return ""
-    header = read_bytes(place, (int(rows[row]["image"]) - 1) * BLOCK, 100)
-    return f" (now {header.partition(bytes(1))[0].decode('utf-8', 'replace')})"

@@ -15,6 +15,7 @@ Shape suffixes: S steps.
 
 from __future__ import annotations
 
+import hashlib
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property, lru_cache
@@ -78,10 +79,7 @@ class PairDataset(BatchSource):
         self._expected: tuple[int | str, int, int, int] | None = None  # seed, first step of a group, places
         self.decoded: Decoded | None = None
         if augmentation == "none" and keep_decoded and (index is None or fits(len(index), clip)):
-            if index is None or all(map(places.is_local, index.shards)):
-                digest = shards_digest(self.shards)
-            else:
-                digest = index.identity  # which does not see each pixel
+            digest = shards_digest(self.shards) if index is None else _content(index)
             self.decoded = decoded(digest, clip.name, lambda: self, captions, clip.preprocess)
         if self.decoded is None:
             _ = self.index
@@ -163,21 +161,23 @@ class PairDataset(BatchSource):
     def _good(self, wanted: int, rng: Stream, bad: list[Bad], read: Callable[[int], T]) -> tuple[int, T]:
         """The pair that stands in the place of `wanted`, itself unless it is bad, and what `read` makes of it.
 
-        The bad ones that are met are added to `bad`, but for those that are listed.
+        The bad ones that are met are added to `bad`. Those that are listed are not read, and count alike: so what a
+        training counts does not depend on when it was interrupted.
         """
         number, tried = wanted, set()
         for attempt in range(ATTEMPTS):
-            if number not in self.listed and number not in tried:
+            if number not in tried:
                 try:
+                    if number in self.listed:
+                        raise BadSample(self.listed[number])
                     return number, read(number)
                 except BadSample as error:
                     bad.append(self.described(number, error))
                     tried.add(number)
             number = rng.child("replacement", wanted, attempt).seed() % len(self)
-        last = f"the last: {bad[-1].kind} at {bad[-1].place}" if bad else "all are listed as bad"
         raise UserError(
-            f"{self.option or self.shards[0]}: none of {ATTEMPTS} pairs that were drawn can be used ({last}); see "
-            "`upcycle-bench data check SHARDS`."
+            f"{self.option or self.shards[0]}: none of {ATTEMPTS} pairs that were drawn can be used (the last: "
+            f"{bad[-1].kind} at {bad[-1].place}); see `upcycle-bench data check SHARDS`."
         )
 
     def described(self, number: int, error: BadSample) -> Bad:
@@ -222,8 +222,9 @@ class PairDataset(BatchSource):
         self._on_bad(bad)
 
     def shard_numbers(self) -> Tensor:
-        """The number of each sample's shard, int64 [samples]."""
-        return torch.from_numpy(self.index.shard_of(np.arange(len(self))))
+        """The number of each sample's shard, int32 [samples]."""
+        sizes = np.diff(self.index.starts)
+        return torch.from_numpy(np.repeat(np.arange(len(sizes), dtype=np.int32), sizes))
 
     def calibration(self, rng: Stream, pairs: int, batch_size: int) -> Iterator[Batch]:
         """`pairs` distinct random pairs, or all if there are fewer, in batches; the same on every rank."""
@@ -246,6 +247,15 @@ class PairDataset(BatchSource):
             )
         except UserError as error:
             raise UserError(f"{self.option}: {error}".removeprefix(": ")) from None
+
+
+def _content(index: Index) -> str:
+    """A hash of the pairs with their numbers and places, and of when files were written, if not of each pixel."""
+    total = hashlib.sha256(index.identity.encode())
+    total.update(index.rows.tobytes())
+    for place in filter(places.is_local, index.shards):
+        total.update(f"{places.stamp(place)}\n".encode())
+    return total.hexdigest()
 
 
 def _choice(rng: Stream, sample: int, number: int) -> int:

@@ -16,7 +16,7 @@ from upcycle_bench.data import evalset, evalset_check, places
 from upcycle_bench.data.bad_list import list_bad, read_bad
 from upcycle_bench.data.bad_samples import KINDS as BAD_KINDS
 from upcycle_bench.data.bad_samples import BadSample, image_of
-from upcycle_bench.data.index import BLOCK
+from upcycle_bench.data.index import BLOCK, NOWHERE
 from upcycle_bench.data.open_index import WORTH_A_WORKER, packed
 from upcycle_bench.data.packed_index import Packed
 from upcycle_bench.data.pair_index import KINDS, in_order, require_pairs
@@ -126,6 +126,8 @@ def bad_images(place: str, rows: np.ndarray) -> dict[int, Bad]:
         return found
     with places.open_place(place) as file:
         for row, (image, image_bytes) in enumerate(rows[["image", "image_bytes"]].tolist()):
+            if image == NOWHERE:  # its shard is a problem of its own
+                continue
             file.seek((image - 1) * BLOCK)
             header, content = file.read(BLOCK), file.read(image_bytes)
             try:
@@ -140,10 +142,12 @@ def bad_images(place: str, rows: np.ndarray) -> dict[int, Bad]:
 
 def _lines(found: Packed, bad: dict[int, Bad]) -> list[str]:
     """A line for each shard with bad pairs, which names the first."""
+    numbers = np.array(sorted(bad), dtype=np.int64)
+    shards, first, counts = np.unique(
+        np.searchsorted(found.starts, numbers, side="right") - 1, return_index=True, return_counts=True
+    )
     lines = []
-    shards = Counter(int(np.searchsorted(found.starts, number, side="right")) - 1 for number in sorted(bad))
-    for shard, count in shards.items():
-        first = min(number for number in bad if found.starts[shard] <= number < found.starts[shard + 1])
+    for shard, place, count in zip(shards.tolist(), first.tolist(), counts.tolist(), strict=True):
         alike = f"; {count:,} images of this shard cannot be read" if count > 1 else ""
-        lines.append(f"{found.sources.shards[shard]}: {bad[first][2]}{alike}.")
+        lines.append(f"{found.sources.shards[shard]}: {bad[int(numbers[place])][2]}{alike}.")
     return lines

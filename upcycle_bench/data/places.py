@@ -48,37 +48,31 @@ def absolute(place: str) -> str:
     return os.path.abspath(place) if is_local(place) else place
 
 
-def read(place: str, offset: int, size: int) -> bytes:
+def read(place: str, offset: int, size: int, pauses: Sequence[float] | None = None) -> bytes:
     """The bytes [offset, offset + size) of a shard; fewer where it ends before.
 
-    Raises OSError as the system does for a file; UserError for an address that several tries do not reach.
+    Raises OSError as the system does for a file; UserError for an address, Unreachable where several tries, with
+    `pauses` between them, do not reach it.
     """
-    if is_local(place):
+    if is_local(place) or is_pipe(place) or shard_cache.copy_of(place).exists():
         return _pread(place, offset, size)
-    for _ in range(2):  # the copy may be deleted for another one just now
-        copy = shard_cache.copy_of(place)
-        if not copy.exists() and not is_pipe(place):
-            break
-        try:
-            return _pread(str(shard_cache.copied(place)), offset, size)
-        except FileNotFoundError:
-            pass
     fs, path = file_system(place)
-    content: bytes = patiently(place, lambda: fs.cat_file(path, start=offset, end=offset + size))
+    content: bytes = patiently(place, lambda: fs.cat_file(path, start=offset, end=offset + size), pauses)
     if len(content) > size:  # a server without ranges sends all of it
-        return _pread(str(shard_cache.copied(place)), offset, size)
+        return _pread(place, offset, size)
     return content
 
 
 def open_place(place: str) -> BinaryIO:
     """The whole shard as a file that can seek; of an address or a command, its copy."""
-    return open(place if is_local(place) else shard_cache.copied(place), "rb")
+    return open(place, "rb") if is_local(place) else io.BufferedReader(shard_cache.opened(place))
 
 
 def size(place: str) -> int:
     """Bytes of a shard."""
     if is_pipe(place):
-        return os.stat(shard_cache.copied(place)).st_size
+        with shard_cache.opened(place) as file:
+            return os.fstat(file.fileno()).st_size
     return stamp(place).size
 
 
@@ -98,7 +92,8 @@ def stamp(place: str) -> Stamp:
         return Stamp(0, 0)
     fs, path = file_system(place)
     info = patiently(place, lambda: fs.info(path))
-    tag = hashlib.sha256(str(fs.ukey(path)).encode()).hexdigest()
+    marks = [str(info[mark]) for mark in ("ETag", "Content-MD5", "Last-Modified") if info.get(mark)]  # https
+    tag = hashlib.sha256("\0".join([str(fs.ukey(path)), *marks]).encode()).hexdigest()
     return Stamp(int(info.get("size") or 0), int(tag[:15], 16))
 
 
@@ -143,17 +138,18 @@ def _together(call: Callable[[str], _T], places: Sequence[str]) -> list[_T]:
         return list(pool.map(call, places))
 
 
-def _pread(path: str, offset: int, size: int) -> bytes:
+def _pread(place: str, offset: int, size: int) -> bytes:
     try:
-        return os.pread(_file(path).fileno(), size, offset)
+        file = _file(place) if is_local(place) else shard_cache.used(_file(place))
+        return os.pread(file.fileno(), size, offset)
     except OSError:  # such as ESTALE: the next try opens it again
         _file.cache_clear()
         raise
 
 
 @lru_cache(maxsize=64)  # what falls out is closed when its last reader lets go of it
-def _file(path: str) -> io.FileIO:
-    file = io.FileIO(path)
+def _file(place: str) -> io.FileIO:
+    file = io.FileIO(place) if is_local(place) else shard_cache.opened(place)
     # Samples are read alone: the kernel would read twice as much ahead.
     os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
     return file

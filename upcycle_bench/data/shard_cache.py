@@ -1,6 +1,6 @@
 """Copies of shards that lie elsewhere, on this machine's disk; the least recently used ones make room for others.
 
-    path = copied("pipe:aws s3 cp s3://bucket/000.tar -")       # made once; other processes wait for it
+    file = opened("pipe:aws s3 cp s3://bucket/000.tar -")       # made once; other processes wait for it
     content = patiently(place, lambda: fs.cat_file(path))       # three more tries, with pauses
 
 The folder is `shards` in $UPCYCLE_BENCH_LOCAL_CACHE, which may differ on each node, else in the cache. It holds at most
@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import os
 import re
 import shutil
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -52,24 +53,34 @@ def copy_of(place: str) -> Path:
     return local_root() / "shards" / f"{hashlib.sha256(place.encode()).hexdigest()[:24]}.tar"
 
 
-def copied(place: str) -> Path:
-    """The copy of a shard, made first if there is none. UserError where the shard or the disk does not let it."""
+def opened(place: str) -> io.FileIO:
+    """The copy of a shard, open; made first if there is none. UserError where the shard or the disk does not let it.
+
+    What is open can be read even where another process deletes the copy, as it may at once in a small cache.
+    """
     path, most = copy_of(place), limit()
-    if not path.exists():
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with hold(path.with_suffix(".lock"), f"the copy of {place}"):
-                if not path.exists():
-                    patiently(place, lambda: _fetch(place, path))
-                    _make_room(path, most)
-        except OSError as error:
-            raise UserError(
-                f"cannot write to the shard cache {path.parent}: {error.strerror or error}; set "
-                "UPCYCLE_BENCH_LOCAL_CACHE to another folder."
-            ) from None
-    with contextlib.suppress(PermissionError):  # another user made it
-        os.utime(path)  # it is the most recently used one
-    return path
+    try:
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            return used(io.FileIO(path))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with hold(path.with_suffix(".lock"), f"the copy of {place}"):
+            with contextlib.suppress(FileNotFoundError):  # another process has made it
+                return used(io.FileIO(path))
+            file = patiently(place, lambda: _fetch(place, path))
+            _make_room(path, most)
+            return file
+    except OSError as error:
+        raise UserError(
+            f"cannot write to the shard cache {path.parent}: {error.strerror or error}; set "
+            "UPCYCLE_BENCH_LOCAL_CACHE to another folder."
+        ) from None
+
+
+def used(file: io.FileIO) -> io.FileIO:
+    """The open copy, which is the most recently used one now."""
+    with contextlib.suppress(OSError):  # another user made it
+        os.utime(file.fileno())
+    return file
 
 
 def file_system(address: str) -> tuple[Any, str]:
@@ -88,12 +99,21 @@ def file_system(address: str) -> tuple[Any, str]:
     return found
 
 
-def patiently(place: str, call: Callable[[], T]) -> T:
-    """What `call` returns, after up to three more tries. UserError, which names `place`, when all fail.
+class Unreachable(UserError):
+    """What cannot be read now, and perhaps later; `why` is a part of the line."""
 
-    A file that is not there, or may not be read, and a full disk are not tried again.
+    def __init__(self, place: str, why: str) -> None:
+        super().__init__(f"{place}: it cannot be read ({why}); try again later.")
+        self.why = why
+
+
+def patiently(place: str, call: Callable[[], T], pauses: Sequence[float] | None = None) -> T:
+    """What `call` returns, tried again after each of the pauses, PAUSES if not given; Unreachable when all tries fail.
+
+    A file that is not there, or may not be read, and a full disk are not tried again: UserError, which names `place`.
     """
-    for pause in (*PAUSES, None):
+    pauses = PAUSES if pauses is None else pauses
+    for pause in (*pauses, None):
         try:
             return call()
         except UserError:
@@ -102,20 +122,24 @@ def patiently(place: str, call: Callable[[], T]) -> T:
             what = "it is not there" if isinstance(error, FileNotFoundError) else "it may not be read"
             raise UserError(f"{place}: {what} ({one_line(error)}).") from None
         except Exception as error:  # each object store has its own errors
-            if pause is None or disk_is_full(error):
-                times = f", tried {len(PAUSES) + 1} times" if pause is None else ""
-                raise UserError(f"{place}: it cannot be read ({one_line(error)}{times}); try again later.") from None
+            if disk_is_full(error):
+                raise UserError(f"{place}: it cannot be read ({one_line(error)}); try again later.") from None
+            if pause is None:
+                times = f", tried {len(pauses) + 1} times" if pauses else ""
+                raise Unreachable(place, f"{one_line(error)}{times}") from None
             time.sleep(pause)
     raise AssertionError
 
 
-def _fetch(place: str, path: Path) -> None:
+def _fetch(place: str, path: Path) -> io.FileIO:
+    """Write the copy; it is open before it is at its place."""
     with atomic(path) as part:
         if place.startswith(PIPE):
             _run(place.removeprefix(PIPE), part)
         else:
             fs, name = file_system(place)
             fs.get_file(name, str(part))
+        return io.FileIO(part)
 
 
 def _run(command: str, output: Path) -> None:

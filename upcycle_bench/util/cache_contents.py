@@ -92,7 +92,10 @@ def survey(root: Path, shards: Path | None = None) -> list[Entry]:
 
 def _stem(path: Path) -> str:
     """The name of a folder, or that of a file without what tells it from others beside it."""
-    return path.name.partition(".")[0] if path.is_file() else path.name
+    if not path.is_file():
+        return path.name
+    stem = path.name.partition(".")[0]
+    return stem.partition("-")[0] if path.parent.name == "index" else stem  # rows and earlier data sets of an index
 
 
 def _entry(kind: str, paths: Sequence[Path]) -> Entry:
@@ -145,13 +148,15 @@ def trainings_alive(entries: Iterable[Entry]) -> bool:
     return any(entry.locked() for entry in entries if entry.kind == "runs")
 
 
-def why_kept(entry: Entry, alive: bool, now: float, dense: Collection[str] = ()) -> str | None:
+def why_kept(entry: Entry, alive: bool, now: float, dense: Collection[str] = (), *, alone: bool = False) -> str | None:
     """Why that entry must not be deleted at the time `now`, or None; `alive` is `trainings_alive`.
 
-    `dense` is `waiting_for` of the trainings that stay.
+    `dense` is `waiting_for` of the trainings that stay. alone: its kind was named, and no other.
     """
     if entry.kind in NEVER:
         return "locks are never deleted"
+    if entry.kind == "index" and entry.paths[0].is_file() and not alone:  # not that of each shard
+        return "runs on these shards need its numbers; `cache prune --kind index` deletes it"
     if entry.kind in READ and alive:
         return "a training goes on, which may read it"
     if entry.kind == "dense" and entry.name in dense:
