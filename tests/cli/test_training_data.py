@@ -271,7 +271,7 @@ def test_a_killed_loader_ends_the_run_with_one_line(
     assert "training batches: a process that loads them was lost" in (record.read(path).reason or "")
 
 
-@pytest.mark.parametrize("where", ["finished", "record", "checkpoint"])
+@pytest.mark.parametrize("where", ["finished", "record"])  # of checkpoints: tests/training/test_checkpoint.py
 def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -285,7 +285,6 @@ def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(
     target = {
         "finished": "upcycle_bench.util.files.os.fsync",  # the last step of every small file
         "record": "upcycle_bench.record.write_atomically",
-        "checkpoint": "upcycle_bench.training.checkpoint_files.write_atomically",
     }[where]
     monkeypatch.setenv("UPCYCLE_BENCH_CACHE", str(tmp_path / "cache"))
     command = [*arguments["run"], "--set", "train.checkpoint_every=1"]

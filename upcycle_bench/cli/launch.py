@@ -14,7 +14,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -104,20 +104,21 @@ def launch(
         raise UserError("--jobs goes with --scheduler local; --max-jobs N says how many jobs of the array run at once.")
     if batch.to_do:
         jobs.write(batch, {"job.sh": jobs.slurm_script(batch)}, force)
-    command = ["sbatch", str(output / "job.sh")]
+    _give_to_slurm(batch, output, submit, None if as_json else lambda: show_matrix(cells, done))
+
+
+def _give_to_slurm(batch: Batch, output: Path, submit: bool, show: Callable[[], None] | None) -> None:
+    """Submit the job array, or say how; without `show`, which shows the matrix, in JSON."""
+    from upcycle_bench.planning.jobs import LOGS
+
+    command, logs = ["sbatch", str(output / "job.sh")], output / LOGS
     number = _submit(batch.folder, command) if submit and batch.to_do else None
-    if not as_json:
-        show_matrix(cells, done)
-    _say_submitted(batch, command, number, output / jobs.LOGS, as_json)
-
-
-def _say_submitted(batch: Batch, command: Sequence[str], number: str | None, logs: Path, as_json: bool) -> None:
-    """What is to do, and its job's number, or else how it is submitted."""
     total, to_do = len(batch.lines), len(batch.to_do)
-    if as_json:
+    if show is None:
         facts = {"folder": str(batch.folder), "runs": total, "to_do": batch.to_do}
         print(strict_json.dumps({**facts, "submit": shlex.join(command), "job": number}, indent=2))
         return
+    show()
     print(f"{to_do} of {total} runs are to do; {total - to_do} were done before")
     if number:
         print(f"submitted as job {number}; logs: {logs}")
