@@ -93,7 +93,7 @@ def disturb(case: Case, baseline: Baseline, folder: Path) -> str:
         _copy_cache(baseline, cache, with_dense=case.phase != "dense" and case.second is None)
         words = command(baseline.ep_size, torchrun=case.ranks if case.torchrun else 0)
         if case.fault == "--stop-after":
-            statuses, said = _stop_in_training(case, words, cache, results)
+            statuses, said = _stop_in_training(baseline, words, cache, results)
         else:
             with Attempt(words, cache, results, 1 if case.torchrun else case.ranks) as attempt:
                 if case.second is not None:
@@ -118,10 +118,10 @@ def disturb(case: Case, baseline: Baseline, folder: Path) -> str:
     return "; ".join(filter(None, found))
 
 
-def _stop_in_training(case: Case, words: list[str], cache: Path, results: Path) -> tuple[list[int], list[str]]:
-    """Let it stop after one second, two seconds, ..., until it stops in the training, and leaves a checkpoint there."""
-    for seconds in itertools.count(1):
-        with Attempt([*words, "--stop-after", f"{seconds}s"], cache, results, case.ranks) as attempt:
+def _stop_in_training(baseline: Baseline, words: list[str], cache: Path, results: Path) -> tuple[list[int], list[str]]:
+    """Let it stop after a quarter of the baseline's time, a second more, ..., until it leaves a checkpoint."""
+    for seconds in itertools.count(max(1, round(baseline.seconds / 4))):
+        with Attempt([*words, "--stop-after", f"{seconds}s"], cache, results, baseline.ranks) as attempt:
             statuses, said = attempt.statuses(), attempt.lines
         if list((cache / "runs").glob("*/checkpoints/step*")) or set(statuses) != {AGAIN}:
             return statuses, said
