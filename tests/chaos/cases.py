@@ -7,6 +7,7 @@ A disturbed run is typed again until it ends. Its weights must then be those of 
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import random
@@ -15,7 +16,6 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -93,7 +93,7 @@ def disturb(case: Case, baseline: Baseline, folder: Path) -> str:
         _copy_cache(baseline, cache, with_dense=case.phase != "dense" and case.second is None)
         words = command(baseline.ep_size, torchrun=case.ranks if case.torchrun else 0)
         if case.fault == "--stop-after":
-            statuses, said = _stop_in_training(case, words, cache, results)
+            statuses, said = _stop_in_training(baseline, words, cache, results)
         else:
             with Attempt(words, cache, results, 1 if case.torchrun else case.ranks) as attempt:
                 if case.second is not None:
@@ -118,10 +118,10 @@ def disturb(case: Case, baseline: Baseline, folder: Path) -> str:
     return "; ".join(filter(None, found))
 
 
-def _stop_in_training(case: Case, words: list[str], cache: Path, results: Path) -> tuple[list[int], list[str]]:
-    """Let it stop after one second, two seconds, ..., until it stops in the training, and leaves a checkpoint there."""
-    for seconds in itertools.count(1):
-        with Attempt([*words, "--stop-after", f"{seconds}s"], cache, results, case.ranks) as attempt:
+def _stop_in_training(baseline: Baseline, words: list[str], cache: Path, results: Path) -> tuple[list[int], list[str]]:
+    """Let it stop after a quarter of the baseline's time, a second more, ..., until it leaves a checkpoint."""
+    for seconds in itertools.count(max(1, round(baseline.seconds / 4))):
+        with Attempt([*words, "--stop-after", f"{seconds}s"], cache, results, baseline.ranks) as attempt:
             statuses, said = attempt.statuses(), attempt.lines
         if list((cache / "runs").glob("*/checkpoints/step*")) or set(statuses) != {AGAIN}:
             return statuses, said
@@ -165,7 +165,7 @@ def _copy_cache(baseline: Baseline, cache: Path, with_dense: bool) -> None:
             shutil.copytree(baseline.cache / kind, cache / kind)
 
 
-@contextmanager
+@contextlib.contextmanager
 def _disk(folder: Path, small: bool) -> Iterator[None]:
     """The folder; for a full disk, a small file system of its own, which takes the right to mount one."""
     folder.mkdir(parents=True)
@@ -180,15 +180,13 @@ def _disk(folder: Path, small: bool) -> Iterator[None]:
 
 
 def _fill(attempt: Attempt, cache: Path) -> None:
-    """Leave no space on the disk until the run has ended, or has gone on for some seconds."""
-    with (cache / "filler").open("wb") as file:
-        try:
+    """Leave no space on the disk for some seconds, whatever the run deletes meanwhile; then it is asked to stop."""
+    end = time.monotonic() + 10
+    while time.monotonic() < end:
+        with contextlib.suppress(OSError), (cache / "filler").open("ab", buffering=0) as file:
             while True:
                 file.write(b"\0" * 4096)
-                file.flush()
-        except OSError:
-            pass
-    time.sleep(10)
+        time.sleep(0.05)
     attempt.signal_ranks(signal.SIGTERM)
 
 
@@ -218,7 +216,7 @@ FAULTS: dict[str, Callable[[Attempt, Path], None]] = {
 }
 AFTERWARDS: dict[str, Callable[[Path], None]] = {
     "damaged checkpoint": _damage,
-    "full disk": lambda cache: (cache / "filler").unlink(),
+    "full disk": lambda cache: (cache / "filler").unlink(missing_ok=True),
 }
 
 

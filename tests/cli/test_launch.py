@@ -159,7 +159,7 @@ def test_too_few_gpus_are_noticed_before_anything_runs(
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6")
     here = ["-s", "dense", "-p", "smoke", "--scheduler", "local", "--gpus", "2"]
     status, _, err = launch(*here, "--jobs", "2")
-    assert status == 2 and "--jobs 2 with --gpus 2 needs 4 GPUs, and 3 are visible here" in err
+    assert status == 2 and "--jobs 2 with --gpus 2 needs 4 GPUs; 3 are visible here" in err
     assert starts(programs) == {} and list(Path.cwd().iterdir()) == []
     assert launch(*here)[0] == 0
 

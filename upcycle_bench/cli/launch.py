@@ -96,8 +96,7 @@ def launch(
         variables={name: value for name, value in os.environ.items() if name.startswith("UPCYCLE_BENCH_")},
     )
     if scheduler == "local":
-        _refuse_slurms(context.params, nodes)
-        _require_gpus(wanted.given["jobs"], gpus)
+        _require_here(context.params, wanted.given["jobs"])
         jobs.write(batch, {}, force)
         _run_here(batch, wanted.given["jobs"], cells, as_json)
         return
@@ -213,29 +212,24 @@ def _programs() -> Path:
     return program.parent
 
 
-def _refuse_slurms(given: Mapping[str, Any], nodes: int) -> None:
-    """UserError for options that only Slurm has a use for."""
+def _require_here(given: Mapping[str, Any], at_once: int) -> None:
+    """UserError for options that only Slurm has a use for, and unless so many jobs at once find GPUs of their own."""
     for name in OF_SLURM:
         if given[name]:
             raise UserError(f"--{name.replace('_', '-')} goes with --scheduler slurm; leave it out.")
-    if nodes > 1:
-        raise UserError(f"--nodes {nodes}: --scheduler local has this machine alone.")
+    if given["nodes"] > 1:
+        raise UserError(f"--nodes {given['nodes']}: --scheduler local has this machine alone.")
+    needed = at_once * given["gpus"]
+    if needed > (found := _visible_gpus() if needed else 0):
+        raise UserError(f"--jobs {at_once} with --gpus {given['gpus']} needs {needed} GPUs; {found} are visible here.")
 
 
-def _require_gpus(at_once: int, gpus: int) -> None:
-    """UserError unless so many jobs at once find so many GPUs each."""
-    if not gpus:
-        return
-    if (visible := os.environ.get("CUDA_VISIBLE_DEVICES")) is None:
-        import torch
+def _visible_gpus() -> int:
+    if (names := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
+        return len([name for name in names.split(",") if name.strip()])
+    import torch
 
-        found = torch.cuda.device_count()
-    else:
-        found = len([name for name in visible.split(",") if name.strip()])
-    if found < at_once * gpus:
-        raise UserError(
-            f"--jobs {at_once} with --gpus {gpus} needs {at_once * gpus} GPUs, and {found} are visible here."
-        )
+    return torch.cuda.device_count()
 
 
 def _submit(folder: Path, command: Sequence[str]) -> str:
