@@ -110,12 +110,12 @@ def images_per_second(batches: Callable[[], Iterator[Any]], number: int) -> floa
     return number * BATCH / seconds
 
 
-def bytes_read(data: PairDataset, ranks: int = 1, workers: int = 1) -> tuple[int, int]:
-    """Bytes that the processes of all ranks read from the shards in an epoch, and the bytes of its images and captions.
+def bytes_read(data: PairDataset, ranks: int = 1, workers: int = 1) -> tuple[int, int, int]:
+    """Bytes that all processes read from the shards in an epoch, the bytes of its images and captions, and the reads.
 
-    Each process has a reader of its own; nothing is decoded.
+    Each process has a reader of its own; nothing is decoded. Workers that take turns read what one would.
     """
-    order, before, samples = data.order(BATCH), _rchar(), 0
+    order, before, samples, reads = data.order(BATCH), _rchar(), 0, 0
     share = BATCH // ranks
     for rank in range(ranks):
         for begin, stop in itertools.pairwise(order.cuts(rank * share, (rank + 1) * share, workers)):
@@ -128,7 +128,8 @@ def bytes_read(data: PairDataset, ranks: int = 1, workers: int = 1) -> tuple[int
                 for number in group_MB[row, begin:stop].tolist():
                     raw = reader.read(number)
                     samples += len(raw.image) + len(raw.text)
-    return _rchar() - before, samples
+            reads += reader.reads
+    return _rchar() - before, samples, reads
 
 
 def _rchar() -> int:
@@ -149,8 +150,12 @@ def main() -> None:
         clip = create_clip("ViT-B-32")
         data = ours(paths, clip, given.pairs)
         for ranks, workers in ((1, 1), (1, 4), (4, 1), (4, 4)):
-            read, samples = bytes_read(data, ranks, workers)
-            print(f"{ranks} ranks x {workers} workers: bytes read / bytes of the samples {read / samples:.3f}")
+            read, samples, reads = bytes_read(data, ranks, workers)
+            each = given.pairs // BATCH * BATCH / reads
+            print(
+                f"{ranks} ranks x {workers} workers: bytes read / bytes of the samples {read / samples:.3f}; "
+                f"{each:.1f} pairs a read"
+            )
         print(f"mean sample: {samples / (given.pairs // BATCH * BATCH):,.0f} bytes")
         turns = {"ours": lambda: our_batches(data), "open_clip": lambda: their_batches(paths, clip, given.pairs)}
         rates: dict[str, list[float]] = {name: [] for name in turns}

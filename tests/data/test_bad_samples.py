@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import io
+import os
 import re
 import tarfile
 from collections.abc import Callable
@@ -157,6 +158,32 @@ def test_workers_hand_bad_samples_along_and_change_no_bit(tmp_path: Path, clip: 
     found = list(pairs.batches("a", 2, 5, 128, 1, 2))
     assert all(same(a, b) and a.bad == b.bad for a, b in zip(found, expected, strict=True))
     assert sum(len(batch.bad) for batch in found) > 0
+
+
+def test_workers_take_turns_by_groups(tmp_path: Path, clip: Clip) -> None:
+    """Rank 1 has one lane: each of three workers makes all of a group of 16 steps, with the bits of one process."""
+    paths = [shard(tmp_path / f"{n}.tar", start=PAIRS * n) for n in range(60)]
+    settings = LOCAL.model_copy(update={"window": 400})
+    made = tmp_path / "made"
+    made.mkdir()
+
+    class Noted(PairDataset):
+        def part(self, seed: int | str, step: int, batch_size: int, first: int, last: int) -> Batch:
+            (made / f"{step}-{os.getpid()}").touch()
+            return super().part(seed, step, batch_size, first, last)
+
+    pairs = Noted(paths, clip, captions="text", settings=settings, loading=Loading(3), keep_decoded=False)
+    found = list(pairs.batches("a", 3, 40, 128, 1, 2))
+    places = [path.name.split("-") for path in made.iterdir()]
+    assert len(places) == 37
+    who = {int(step): process for step, process in places}
+    groups = [pairs.group_of(128, step) for step in range(3, 40)]
+    assert len(set(groups)) > 3 and {(group % 3, who[step]) for step, group in enumerate(groups, 3)} == {
+        (group % 3, who[3 + groups.index(group)]) for group in set(groups)
+    }
+    assert len(set(who.values())) == 3
+    alone = PairDataset(paths, clip, captions="text", settings=settings, keep_decoded=False)
+    assert all(same(batch, alone.batch("a", step, 128, 1, 2)) for step, batch in enumerate(found, 3))
 
 
 def test_decoded_arrays_give_the_same_batches(tmp_path: Path, clip: Clip) -> None:

@@ -113,7 +113,7 @@ def test_a_lane_reads_blocks_side_by_side() -> None:
 
 @settings(deadline=None, max_examples=100)
 @given(st.integers(1, 9), st.integers(1, 64), st.integers(1, 6), st.integers(1, 9))
-def test_cuts_fall_between_lanes_where_they_suffice(share: int, ranks: int, lanes: int, workers: int) -> None:
+def test_cuts_fall_between_lanes(share: int, ranks: int, lanes: int, workers: int) -> None:
     batch = share * ranks * 64
     ours = order([batch] * 3, batch, window=1)
     lane = batch // ours.lanes
@@ -121,9 +121,21 @@ def test_cuts_fall_between_lanes_where_they_suffice(share: int, ranks: int, lane
         first, last = (batch // ranks * each for each in (rank, rank + 1))
         cuts = ours.cuts(first, last, workers)
         assert (cuts[0], cuts[-1]) == (first, last) and all(a < b for a, b in itertools.pairwise(cuts))
-        assert len(cuts) - 1 == min(workers, last - first)
-        if first % lane == last % lane == 0 and (last - first) // lane >= workers:
-            assert all(cut % lane == 0 for cut in cuts)
+        whole = first % lane == last % lane == 0
+        assert len(cuts) - 1 == (min(workers, (last - first) // lane) if whole else 1)
+        assert not whole or all(cut % lane == 0 for cut in cuts)
+    few = order([batch] * 3, batch)  # permuted as a whole: reads are single anyway
+    assert len(few.cuts(0, batch, workers)) - 1 == workers
+
+
+@pytest.mark.parametrize("replacement", [False, True])
+def test_steps_of_one_group_have_one_number(replacement: bool) -> None:
+    """Over the ends of epochs: 5,000 pairs are 39 batches of 128, in groups of 16."""
+    ours = order([1000] * 5, 128, window=2000, replacement=replacement)
+    groups = [ours.group_of(step) for step in range(90)]
+    same = [ours.group("a", step)[0] is ours.group("a", step + 1)[0] for step in range(89)]
+    assert [a == b for a, b in itertools.pairwise(groups)] == same
+    assert groups[0] == 0 and all(b - a in (0, 1) for a, b in itertools.pairwise(groups))
 
 
 def shares(ours: Order, borders: list[int], pairs: int) -> list[float]:

@@ -3,14 +3,15 @@
     for batch in data.batches("upcycling 0", 0, 100, 512, rank, world, device): ...
 
 With `loading.workers` processes, process j makes part j of every batch, so it meets the pairs that stand beside those
-it has read. The parts are joined here, for a GPU in pinned memory. The bits do not depend on the number of processes.
+it has read. Where there are more processes than parts, they take turns by groups of steps, whose pairs stand together.
+The parts are joined here, for a GPU in pinned memory. The bits do not depend on the number of processes.
 """
 
 from __future__ import annotations
 
 import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -65,6 +66,16 @@ class BatchSource(ABC):
         parts = min(parts, last - first)
         return [first + (last - first) * part // parts for part in range(parts + 1)]
 
+    def group_of(self, batch_size: int, step: int) -> int:
+        """The number of the group of `step`: steps side by side whose samples stand together."""
+        del batch_size
+        return step
+
+    def together(self, batch_size: int) -> int:
+        """How many steps a group has at most."""
+        del batch_size
+        return 1
+
     def judge(self, kinds: Mapping[str, int], first: Mapping[str, str], read: int) -> None:
         """Raise UserError if too many of the `read` samples were bad: so many of each kind, the first of them there."""
         del kinds, first, read  # a source that reads no samples has no bad ones
@@ -97,11 +108,23 @@ class BatchSource(ABC):
             step, part = divmod(item, parts)
             return self.part(seed, step, batch_size, cuts[part], cuts[part + 1])
 
-        items = range(start * parts, stop * parts)
-        made = load(make, items, min(workers, parts), "training batches", prefetch=self.loading.prefetch)
-        with contextlib.closing(made):
-            for _ in range(start, stop):
-                yield join([next(made) for _ in range(parts)], pinned=device.type == "cuda")
+        def items(turn: int) -> Iterator[int]:
+            for step in range(start, stop):
+                if self.group_of(batch_size, step) % turns == turn:
+                    yield from range(step * parts, (step + 1) * parts)
+
+        turns = max(1, workers // parts)
+        ahead = self.loading.prefetch if turns == 1 else max(self.loading.prefetch, self.together(batch_size))
+        with contextlib.ExitStack() as ends:
+            made = [
+                load(make, items(turn), min(workers, parts), "training batches", prefetch=ahead)
+                for turn in range(turns if start < stop else 0)  # whose turn is next makes all of its group meanwhile
+            ]
+            for each in made:
+                ends.enter_context(contextlib.closing(each))
+            for step in range(start, stop):
+                own = made[self.group_of(batch_size, step) % turns]
+                yield join([next(own) for _ in range(parts)], pinned=device.type == "cuda")
 
 
 def join(parts: Sequence[Batch], pinned: bool) -> Batch:

@@ -3,7 +3,7 @@
     reader = Reader(index)
     reader.expect(numbers)              # int64 [N], the pairs that are read next, in any order
     raw = reader.read(numbers[0])       # raw.image, raw.text: bytes, as they stand in the shard
-    reader.bytes                        # what was read from storage so far
+    reader.bytes, reader.reads          # what was read from storage so far, and how often
 
 The pairs of a lane (`upcycle_bench/data/order.py`) are blocks of consecutive ones, about 1.6 MB of images of 25 kB. So
 storage sees few large reads, and hardly a byte more than the samples have.
@@ -60,7 +60,7 @@ class Reader:
     """
 
     def __init__(self, index: Index) -> None:
-        self.index, self.bytes, self._outage = index, 0, False
+        self.index, self.bytes, self.reads, self._outage = index, 0, 0, False
         self._spans: dict[Piece, _Span] = {}
 
     def expect(self, numbers: np.ndarray) -> None:
@@ -127,6 +127,7 @@ class Reader:
         else:
             content = self._read_far(place, begin, end - begin, OUTAGE if pauses and not self._outage else ())
         self.bytes += len(content)
+        self.reads += 1
         return content
 
     def _read_far(self, place: str, offset: int, size: int, pauses: Sequence[float]) -> bytes:

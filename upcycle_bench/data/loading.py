@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import pickle
 import signal
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sized
 from multiprocessing.reduction import ForkingPickler
 from typing import Any, TypeVar
 
@@ -28,18 +28,17 @@ DIED = "DataLoader"  # so begin torch's errors about workers
 
 
 def load(
-    make: Callable[[int], T], items: Sequence[int], workers: int, what: str, prefetch: int = 2
+    make: Callable[[int], T], items: Iterable[int], workers: int, what: str, prefetch: int = 2
 ) -> Generator[T, None, None]:
     """`make(item)` for each of `items`, in their order, made ahead by at most `workers` processes; none: made here.
 
     Item n is made by worker n modulo `workers`, and each is up to `prefetch` items ahead. The workers are forks, so
-    `make` need not be picklable. Raises what `make` raises, and UserError where a worker was killed, or an item took
-    longer than half an hour.
+    `make` need not be picklable, and begin at once. Raises what `make` raises, and UserError where a worker was killed,
+    or an item took longer than half an hour.
     """
-    workers = min(workers, len(items))
+    workers = min(workers, len(items)) if isinstance(items, Sized) else workers
     if not workers:
-        yield from map(make, items)
-        return
+        return (make(item) for item in items)
     loader: DataLoader[bytes] = DataLoader(
         _Packed(make),
         batch_size=None,
@@ -51,11 +50,17 @@ def load(
         worker_init_fn=_as_before(signal.getsignal(signal.SIGTERM)),
         multiprocessing_context="fork",
     )
-    packed = iter(loader)
-    for _ in items:
+    return _taken(iter(loader), what)
+
+
+def _taken(packed: Iterator[bytes], what: str) -> Generator[Any, None, None]:
+    """What workers have packed, one after the other."""
+    while True:
         with lost_workers(what):
             try:
-                made, error = pickle.loads(next(packed))
+                if (content := next(packed, None)) is None:
+                    return
+                made, error = pickle.loads(content)
             except (EOFError, OSError, pickle.UnpicklingError) as died:  # while it handed over the item
                 raise RuntimeError(f"{DIED}: {died or type(died).__name__}") from None
         if error is not None:

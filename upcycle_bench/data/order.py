@@ -58,6 +58,7 @@ class Order:
             raise UserError(f"the training set has {self.pairs} pairs, fewer than one batch of {batch_size}.")
         self.whole = self.pairs <= window and not replacement
         self.lanes = 1 if self.whole else lanes_of(batch_size)
+        self.together = 1 if self.whole else -(-MIXED // (batch_size // self.lanes))  # batches of a group at most
         self._chance = _chances(self.sizes, np.asarray(source), weights) if replacement else None
         self._draws = len(self.sizes)  # of an epoch
         if self._chance is not None:  # about a window of pairs at least, so that there are few epochs
@@ -73,7 +74,7 @@ class Order:
         epoch, place = (0, step) if self._chance is not None else divmod(step, self.pairs // self.batch_size)
         if self.whole:
             return self._permutation(seed, epoch)[place * self.batch_size :][None, : self.batch_size], 0
-        number, row = divmod(place, -(-MIXED // (self.batch_size // self.lanes)))
+        number, row = divmod(place, self.together)
         return self._group(seed, epoch, number), row
 
     def batch(self, seed: Seed, step: int) -> Tensor:
@@ -81,13 +82,21 @@ class Order:
         group_MB, row = self.group(seed, step)
         return group_MB[row]
 
-    def cuts(self, first: int, last: int, parts: int) -> list[int]:
-        """Where to cut the places [first, last) of a batch into at most `parts` parts: between lanes, if they suffice.
+    def group_of(self, step: int) -> int:
+        """The number of the group that `step` belongs to, from 0 over all epochs."""
+        if self._chance is not None:
+            return step // self.together
+        steps = self.pairs // self.batch_size
+        return step // steps * -(-steps // self.together) + step % steps // self.together
 
-        Returns the first place of each part, and `last`.
+    def cuts(self, first: int, last: int, parts: int) -> list[int]:
+        """Where to cut the places [first, last) of a batch into at most `parts` parts: between lanes.
+
+        Of data that are permuted as a whole, which have no lanes, anywhere. Returns the first place of each part, and
+        `last`.
         """
         lane = self.batch_size // self.lanes
-        unit = lane if first % lane == last % lane == 0 and (last - first) // lane >= parts else 1
+        unit = 1 if self.whole else lane if first % lane == last % lane == 0 else last - first
         number = (last - first) // unit
         parts = min(parts, number)
         return [first + number * part // parts * unit for part in range(parts + 1)]
@@ -149,8 +158,7 @@ class Order:
     def _make_group(self, seed: Seed, epoch: int, number: int) -> Tensor:
         """A group of an epoch, which leaves out the incomplete batch at its end, or of the endless draws."""
         share = self.batch_size // self.lanes
-        most = -(-MIXED // share)
-        begin, stop = number * most, (number + 1) * most
+        begin, stop = number * self.together, (number + 1) * self.together
         if self._chance is None:
             stop = min(stop, self.pairs // self.batch_size)
             found = self._sequence(seed, epoch, begin * self.batch_size, stop * self.batch_size)

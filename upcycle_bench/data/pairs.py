@@ -129,8 +129,16 @@ class PairDataset(BatchSource):
         return self._read(group_MB[row, first:last], Stream(("augmentation", seed, step)))
 
     def cuts(self, batch_size: int, first: int, last: int, parts: int) -> list[int]:
-        """As in `BatchSource`; each part has lanes of its own, where there are enough."""
+        """As in `BatchSource`; each part has lanes of its own, so there may be fewer than `parts`."""
         return self.order(batch_size).cuts(first, last, parts)
+
+    def group_of(self, batch_size: int, step: int) -> int:
+        """As in `BatchSource`: that of the order."""
+        return self.order(batch_size).group_of(step)
+
+    def together(self, batch_size: int) -> int:
+        """As in `BatchSource`: of the order."""
+        return self.order(batch_size).together
 
     def pick(self, index: Tensor, rng: Stream) -> Batch:
         """The samples in `index`, int64 [B]. Each sample draws its caption and its crop from its own child of `rng`."""
