@@ -277,7 +277,7 @@ def test_a_killed_loader_ends_the_run_with_one_line(
     assert "training batches: a process that loads them was lost" in (record.read(path).reason or "")
 
 
-@pytest.mark.parametrize("where", ["finished", "record"])  # of checkpoints: tests/training/test_checkpoint.py
+@pytest.mark.parametrize("where", ["finished", "record", "checkpoint"])
 def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -291,9 +291,11 @@ def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(
     target = {
         "finished": "upcycle_bench.util.files.os.fsync",  # the last step of every small file
         "record": "upcycle_bench.record.write_atomically",
+        "checkpoint": "upcycle_bench.training.checkpoint_files.write_atomically",
     }[where]
     monkeypatch.setenv("UPCYCLE_BENCH_CACHE", str(tmp_path / "cache"))
-    command = [*arguments["run"], "--set", "train.checkpoint_every=1"]
+    three = [part.replace("train.schedule.steps=2", "train.schedule.steps=3") for part in arguments["run"]]
+    command = [*three, "--set", "train.checkpoint_every=1"]  # the second checkpoint in a row ends a training
     with monkeypatch.context() as patched:
         patched.setattr(target, full)
         assert call(monkeypatch, *command) == 2
@@ -305,5 +307,5 @@ def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(
     assert not [path for path in left if path.suffix in (".tmp", ".npz", ".jsonl") and "results" in path.parts]
     assert not [path for path in left if ".tmp" in path.name]
     steps = {path.parent.name for path in left if path.parent.name.startswith("step")}
-    assert steps == ({"step1", "step2"} if where == "record" else set())  # whole checkpoints stay for the next try
+    assert steps == ({"step2", "step3"} if where == "record" else set())  # the last two stay for the next try
     assert call(monkeypatch, *command) == 0  # with space again
