@@ -1,6 +1,8 @@
 """One process that loads training pairs, ours against open_clip's webdataset pipeline: images per second, in turns.
 
 usage: python tests/bench/loader.py [--pairs 20000] [--rounds 7] [--folder /data/bench]     prints both, and bytes read
+       python tests/bench/loader.py --delay 0.05      each read takes 50 ms longer, as from an object store;
+                                                      with and without the threads that read ahead
 
 Both read the same JPEGs of about 25 kB, crop them by the same transform and tokenise their captions. Theirs makes
 normalised floats; ours leaves that to the device. Bytes read are counted by the kernel (`rchar`), over an epoch.
@@ -23,6 +25,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from upcycle_bench.data import places
 from upcycle_bench.data.batches import Loading
 from upcycle_bench.data.blocks import Reader
 from upcycle_bench.data.pairs import PairDataset
@@ -97,6 +100,23 @@ def their_batches(paths: list[Path], clip: Clip, pairs: int) -> Iterator[Any]:
     return itertools.chain.from_iterable(data.dataloader for _ in itertools.count())
 
 
+def slow_reads(seconds: float) -> None:
+    """From now on each read of a shard takes so much longer."""
+    read = places.read
+
+    def slow(place: str, *what: Any) -> bytes:
+        time.sleep(seconds)
+        return read(place, *what)
+
+    places.read = slow  # type: ignore[assignment]
+
+
+def without_threads(data: PairDataset) -> PairDataset:
+    """The same pairs, read when they are needed."""
+    data.reader._ahead.begin = lambda pieces: None  # type: ignore[method-assign]
+    return data
+
+
 def images_per_second(batches: Callable[[], Iterator[Any]], number: int) -> float:
     """Of one new loader, after its first batches."""
     loader = batches()
@@ -143,6 +163,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=20_000)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--batches", type=int, default=10, help=f"of {BATCH} pairs, in each turn")
+    parser.add_argument("--delay", type=float, default=0.0, help="seconds")
     parser.add_argument("--folder", help="where the shards go; by default, a temporary one")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=given.folder) as name:
@@ -158,6 +179,10 @@ def main() -> None:
             )
         print(f"mean sample: {samples / (given.pairs // BATCH * BATCH):,.0f} bytes")
         turns = {"ours": lambda: our_batches(data), "open_clip": lambda: their_batches(paths, clip, given.pairs)}
+        if given.delay:
+            slow_reads(given.delay)
+            alone = without_threads(ours(paths, clip, given.pairs))
+            turns = {"ours": turns["ours"], "ours without threads": lambda: our_batches(alone)}
         rates: dict[str, list[float]] = {name: [] for name in turns}
         for turn in range(given.rounds):
             for side, batches in turns.items():
@@ -165,7 +190,8 @@ def main() -> None:
             print(f"turn {turn}:", *(f"{side} {found[-1]:,.0f}" for side, found in rates.items()), flush=True)
         for side, found in rates.items():
             print(f"{side}: {statistics.median(found):,.0f} images/s ({min(found):,.0f} to {max(found):,.0f})")
-        print(f"ratio of medians: {statistics.median(rates['ours']) / statistics.median(rates['open_clip']):.3f}")
+        first, second = (statistics.median(found) for found in rates.values())
+        print(f"ratio of medians: {first / second:.3f}")
 
 
 if __name__ == "__main__":

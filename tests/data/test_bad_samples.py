@@ -186,6 +186,29 @@ def test_workers_take_turns_by_groups(tmp_path: Path, clip: Clip) -> None:
     assert all(same(batch, alone.batch("a", step, 128, 1, 2)) for step, batch in enumerate(found, 3))
 
 
+@pytest.mark.parametrize("turns", [1, 3])
+def test_the_next_group_of_a_process_is_read_ahead_and_nothing_twice(tmp_path: Path, clip: Clip, turns: int) -> None:
+    """Over the end of an epoch; from step `stop` on nothing is read."""
+    paths = [shard(tmp_path / f"{n}.tar", start=PAIRS * n) for n in range(60)]
+    settings = LOCAL.model_copy(update={"window": 400})
+    pairs = PairDataset(paths, clip, captions="text", settings=settings, keep_decoded=False)
+    pairs.turns, pairs.stop = turns, 70
+    expected: list[list[list[int]]] = []
+    expect = pairs.reader.expect
+
+    def noted(*numbers: np.ndarray) -> None:
+        expected.append([each.tolist() for each in numbers])
+        expect(*numbers)
+
+    pairs.reader.expect = noted  # type: ignore[method-assign]
+    for step in range(70):
+        if pairs.group_of(128, step) % turns == 0:
+            pairs.part("a", step, 128, 0, 128)
+    assert len(expected) > 2 and [each[1:] for each in expected] == [[each[0]] for each in expected[1:]] + [[]]
+    spans = [span for each in expected for span in set(map(id, pairs.reader._joined(np.array(each[0])).values()))]
+    assert pairs.reader.reads == len(spans)
+
+
 def test_decoded_arrays_give_the_same_batches(tmp_path: Path, clip: Clip) -> None:
     path = shard(tmp_path / "0.tar", {7: DAMAGE["a web page"][:2], 30: DAMAGE["a truncated JPEG"][:2]})
     slow = PairDataset([path], clip, keep_decoded=False)

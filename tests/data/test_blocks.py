@@ -7,7 +7,9 @@ import io
 import itertools
 import os
 import tarfile
-from collections.abc import Callable
+import threading
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -134,6 +136,98 @@ def test_an_epoch_reads_hardly_more_than_the_samples(index: Index, ranks: int, w
     assert sum(reads) < 1.15 * samples  # headers and the .json
     if ranks <= 2:  # each process has whole lanes, or takes its turn
         assert len(reads) < 512 / 8
+
+
+def wait_until(true: Callable[[], bool]) -> None:
+    end = time.monotonic() + 30
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.005)
+
+
+@pytest.fixture
+def thread_reads(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int, int]]:
+    """The thread, place and bytes of each read."""
+    found: list[tuple[str, int, int]] = []
+    read = places.read
+
+    def noted(place: str, offset: int, size: int, *pauses: Sequence[float]) -> bytes:
+        found.append((threading.current_thread().name, offset, size))
+        return read(place, offset, size, *pauses)
+
+    monkeypatch.setattr(places, "read", noted)
+    return found
+
+
+def test_threads_read_what_comes_next_and_nobody_reads_it_again(
+    index: Index, thread_reads: list[tuple[str, int, int]]
+) -> None:
+    now, then = np.arange(64, 128), np.r_[128:192, 320:384]
+    reader = Reader(index)
+    reader.expect(now, then)
+    wait_until(lambda: len(thread_reads) == 3)
+    for number in [*now, *then]:
+        if number == then[0]:
+            reader.expect(then)
+        check(reader, number)
+    assert [name for name, _, _ in thread_reads] == ["read ahead"] * 3 and reader.reads == 3
+    assert reader.bytes == sum(size for _, _, size in thread_reads)
+    assert all(span.content is None for span in reader._spans.values())  # nothing is held any longer
+
+
+def test_what_is_read_ahead_has_a_bound(
+    index: Index, monkeypatch: pytest.MonkeyPatch, thread_reads: list[tuple[str, int, int]]
+) -> None:
+    """Of the two blocks that come next only one fits."""
+    monkeypatch.setattr(blocks, "AHEAD", 2 << 20)
+    reader = Reader(index)
+    reader.expect(np.arange(64), np.r_[128:192, 320:384])
+    wait_until(lambda: len(thread_reads) == 2)
+    for number in range(64):
+        check(reader, number)
+    reader.expect(np.r_[128:192, 320:384])
+    for number in np.r_[128:192, 320:384]:
+        check(reader, number)
+    assert sorted(name for name, _, _ in thread_reads) == ["MainThread", "read ahead", "read ahead"]
+
+
+def test_what_cannot_be_read_ahead_is_read_with_patience(index: Index, monkeypatch: pytest.MonkeyPatch) -> None:
+    failed: list[str] = []
+    read = places.read
+
+    def fails(place: str, offset: int, size: int, *pauses: Sequence[float]) -> bytes:
+        if threading.current_thread().name == "read ahead":
+            failed.append(place)
+            raise OSError(errno.EIO, "input/output error")
+        return read(place, offset, size, *pauses)
+
+    monkeypatch.setattr(places, "read", fails)
+    reader = Reader(index)
+    reader.expect(np.arange(64), np.arange(64, 128))
+    wait_until(lambda: len(failed) == 2)
+    for number in range(64):
+        check(reader, number)
+    assert reader.reads == 1
+
+
+def test_a_fork_reads_ahead_by_threads_of_its_own(index: Index) -> None:
+    """Its parent's are not there, and what they were at work on is not waited for."""
+    reader = Reader(index)
+    reader.expect(np.arange(64), np.arange(64, 128))
+    for span in {id(span): span for span in [*reader._spans.values(), *reader._then[2].values()]}.values():
+        span.lock.acquire()  # as if a thread held it at the moment of the fork
+    if (child := os.fork()) == 0:
+        status = 1
+        try:
+            reader.expect(np.arange(64, 128), np.arange(128, 192))
+            check(reader, 70)
+            wait_until(lambda: reader._then[2] and all(span.content for span in reader._then[2].values()))
+            status = 0
+        finally:
+            os._exit(status)
+    ended: list[tuple[int, int]] = []
+    wait_until(lambda: ended.append(os.waitpid(child, os.WNOHANG)) is None and ended[-1][0] == child)
+    assert ended[-1][1] == 0
 
 
 def test_spans_end_where_neighbours_are_far_or_many() -> None:

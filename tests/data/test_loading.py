@@ -143,12 +143,20 @@ def test_other_errors_of_the_training_stay_what_they_are() -> None:
         raise RuntimeError("shapes do not fit")
 
 
-def test_what_shared_memory_does_not_hold_comes_through_the_pipe(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_shared_memory_does_not_hold_comes_through_the_pipe(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     def full(item: object) -> None:
         raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)")
 
+    assert [int(tensor[-1]) for tensor, _ in load(made, range(6), 2, "numbers")] == list(range(6))
+    assert capfd.readouterr().err == ""
     monkeypatch.setattr(loading, "ForkingPickler", SimpleNamespace(dumps=full))
     assert [int(tensor[-1]) for tensor, _ in load(made, range(6), 2, "numbers")] == list(range(6))
+    assert capfd.readouterr().err == (
+        "warning: /dev/shm has no room for numbers, which now come through pipes and slower; a container gets more by "
+        "--shm-size=8g.\n"
+    )
 
 
 SMALL = "mount -t tmpfs -o size=1m tmpfs /dev/shm && exec "
@@ -167,3 +175,4 @@ def test_a_small_dev_shm_is_no_hang() -> None:
     command = [unshare, "-m", "sh", "-c", f'{SMALL} "$0" -c "$1"', sys.executable, PROGRAM]
     done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
+    assert done.stderr.count("warning: /dev/shm has no room for numbers") == 1

@@ -136,6 +136,7 @@ def test_steps_of_one_group_have_one_number(replacement: bool) -> None:
     same = [ours.group("a", step)[0] is ours.group("a", step + 1)[0] for step in range(89)]
     assert [a == b for a, b in itertools.pairwise(groups)] == same
     assert groups[0] == 0 and all(b - a in (0, 1) for a, b in itertools.pairwise(groups))
+    assert [ours.first_step(group) for group in range(groups[-1] + 1)] == [*map(groups.index, sorted(set(groups)))]
 
 
 def shares(ours: Order, borders: list[int], pairs: int) -> list[float]:

@@ -53,9 +53,13 @@ class Batch:
 
 
 class BatchSource(ABC):
-    """What a training reads: the batch of each step, of this rank."""
+    """What a training reads: the batch of each step, of this rank.
+
+    A process that loads batches makes every `turns`-th group of steps, and none from step `stop` on.
+    """
 
     loading = Loading()
+    turns, stop = 1, 0
 
     @abstractmethod
     def part(self, seed: int | str, step: int, batch_size: int, first: int, last: int) -> Batch:
@@ -113,7 +117,8 @@ class BatchSource(ABC):
                 if self.group_of(batch_size, step) % turns == turn:
                     yield from range(step * parts, (step + 1) * parts)
 
-        turns = max(1, workers // parts)
+        self.turns = turns = max(1, workers // parts)
+        self.stop = stop
         ahead = self.loading.prefetch if turns == 1 else max(self.loading.prefetch, self.together(batch_size))
         with contextlib.ExitStack() as ends:
             made = [

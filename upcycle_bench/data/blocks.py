@@ -1,31 +1,38 @@
 """Reads the files of pairs from shards: what stands side by side is read at once, all else alone.
 
     reader = Reader(index)
-    reader.expect(numbers)              # int64 [N], the pairs that are read next, in any order
+    reader.expect(numbers, then)        # int64 [N], the pairs that are read next, in any order, and those after them
     raw = reader.read(numbers[0])       # raw.image, raw.text: bytes, as they stand in the shard
     reader.bytes, reader.reads          # what was read from storage so far, and how often
 
 The pairs of a lane (`upcycle_bench/data/order.py`) are blocks of consecutive ones, about 1.6 MB of images of 25 kB. So
-storage sees few large reads, and hardly a byte more than the samples have.
+storage sees few large reads, and hardly a byte more than the samples have. Threads read them in the order in which they
+are needed, and then a part of what comes next, while this one decodes.
 """
 
 from __future__ import annotations
 
+import contextlib
+import itertools
+import os
 import tarfile
+import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from upcycle_bench.data import places
 from upcycle_bench.data.bad_samples import BadSample
 from upcycle_bench.data.index import BLOCK, NOWHERE, Index
+from upcycle_bench.data.read_ahead import ReadAhead
 from upcycle_bench.data.shard_cache import Unreachable
 from upcycle_bench.util.errors import UserError
 
 GAP = 8 << 10  # bytes between two files that are read rather than skipped: headers, a .json
 SPAN = 2 << 20  # bytes that are read at once
+AHEAD = 256 << 20  # bytes of the pairs after the expected ones that a process holds
 PAUSES = (0.5, 2.0)  # seconds before the second and the third try of a file
 OUTAGE = (1.0, 2.0, 4.0, 8.0, 15.0, 30.0, 60.0, 60.0, 60.0)  # of an object store, before its pairs are replaced
 
@@ -43,7 +50,10 @@ class Raw:
 
 @dataclass
 class _Span:
-    """Bytes of a shard that several pieces are cut from. `wanted`: how many are to come; `broken`: read them alone."""
+    """Bytes of a shard that several pieces are cut from. `wanted`: how many are to come; `broken`: read them alone.
+
+    Who holds `lock` reads them.
+    """
 
     shard: int
     begin: int
@@ -51,6 +61,10 @@ class _Span:
     wanted: int = 0
     content: bytes | None = None
     broken: bool = False
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+
+NOTHING: tuple[int, np.ndarray, dict[Piece, _Span]] = (0, np.array([]), {})  # process, pairs, their spans
 
 
 class Reader:
@@ -62,11 +76,47 @@ class Reader:
     def __init__(self, index: Index) -> None:
         self.index, self.bytes, self.reads, self._outage = index, 0, 0, False
         self._spans: dict[Piece, _Span] = {}
+        self._then = NOTHING
+        self._ahead = ReadAhead(self._fetch)
+        self._counting = threading.Lock()
 
-    def expect(self, numbers: np.ndarray) -> None:
-        """The pairs that are read next. What is held of earlier ones is let go."""
-        there = numbers[self.index.rows[numbers]["image"] != NOWHERE].tolist()
-        self._spans = joined(piece for number in there for piece in self._pieces(number))
+    def expect(self, numbers: np.ndarray, then: np.ndarray | None = None) -> None:
+        """The pairs that are read next, and those that will be expected after them, if that is known.
+
+        What is held of earlier ones is let go. Threads begin to read where `then` is given.
+        """
+        process, known, spans = self._then
+        begun = process == os.getpid() and np.array_equal(known, numbers)
+        self._spans, self._then = spans if begun else self._joined(numbers), NOTHING
+        if then is not None:
+            self._then = os.getpid(), then, self._joined(then)
+            self._ahead.begin([*self._in_order(numbers, self._spans), *self._first(AHEAD, then, self._then[2])])
+
+    def _joined(self, numbers: np.ndarray) -> dict[Piece, _Span]:
+        return joined(piece for number in self._there(numbers) for piece in self._pieces(number))
+
+    def _there(self, numbers: np.ndarray) -> list[int]:
+        there: list[int] = numbers[self.index.rows[numbers]["image"] != NOWHERE].tolist()
+        return there
+
+    def _in_order(self, numbers: np.ndarray, spans: dict[Piece, _Span]) -> list[_Span]:
+        """The spans in the order in which the pairs need them."""
+        pieces = (piece for number in self._there(numbers) for piece in self._pieces(number))
+        return list({id(span): span for span in (spans[piece] for piece in pieces)}.values())
+
+    def _first(self, size: int, numbers: np.ndarray, spans: dict[Piece, _Span]) -> list[_Span]:
+        """The first of them, of so many bytes together."""
+        found = self._in_order(numbers, spans)
+        ends = itertools.accumulate(span.end - span.begin for span in found)
+        return [span for span, end in zip(found, ends, strict=True) if end <= size]
+
+    def _fetch(self, span: _Span) -> None:
+        """Read a span ahead. What fails is read again, with patience, when it is needed."""
+        with span.lock:
+            if span.content is None and span.wanted and not span.broken:
+                with contextlib.suppress(OSError, UserError):
+                    place, size = self.index.shards[span.shard], span.end - span.begin
+                    span.content = self._counted(places.read(place, span.begin, size, ()))
 
     def read(self, number: int) -> Raw:
         """The files of a pair, expected or not. Raises BadSample, and UserError where the shard is gone."""
@@ -106,7 +156,11 @@ class Reader:
 
     def _cut(self, piece: Piece, spans: dict[Piece, _Span]) -> bytes:
         """The bytes of a piece, from the span that it is a part of."""
-        span, (shard, begin, end) = spans[piece], piece
+        with spans[piece].lock:
+            return self._cut_of(spans[piece], piece)
+
+    def _cut_of(self, span: _Span, piece: Piece) -> bytes:
+        shard, begin, end = piece
         if span.content is None and span.wanted > 1 and not span.broken:
             try:
                 span.content = self._read(shard, span.begin, span.end, PAUSES)
@@ -126,8 +180,12 @@ class Reader:
             content = patiently(lambda: places.read(place, begin, end - begin), place, pauses)
         else:
             content = self._read_far(place, begin, end - begin, OUTAGE if pauses and not self._outage else ())
-        self.bytes += len(content)
-        self.reads += 1
+        return self._counted(content)
+
+    def _counted(self, content: bytes) -> bytes:
+        with self._counting:
+            self.bytes += len(content)
+            self.reads += 1
         return content
 
     def _read_far(self, place: str, offset: int, size: int, pauses: Sequence[float]) -> bytes:

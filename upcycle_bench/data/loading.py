@@ -5,14 +5,17 @@
 
 A worker of torch's DataLoader puts what it made into shared memory in a thread of its own. Where that fails, as in a
 container whose /dev/shm has 64 MB, the thread prints an error, the item is lost, and the main process waits for ever.
-So the worker packs an item itself. What does not fit into shared memory goes through the pipe, which is slower.
+So the worker packs an item itself. What does not fit into shared memory goes through the pipe, which is slower, and one
+process of each machine says so.
 """
 
 from __future__ import annotations
 
 import contextlib
+import os
 import pickle
 import signal
+import sys
 from collections.abc import Callable, Generator, Iterable, Iterator, Sized
 from multiprocessing.reduction import ForkingPickler
 from typing import Any, TypeVar
@@ -55,16 +58,24 @@ def load(
 
 def _taken(packed: Iterator[bytes], what: str) -> Generator[Any, None, None]:
     """What workers have packed, one after the other."""
+    said = os.environ.get("LOCAL_RANK", "0") != "0"
     while True:
         with lost_workers(what):
             try:
                 if (content := next(packed, None)) is None:
                     return
-                made, error = pickle.loads(content)
+                made, error, room = pickle.loads(content)
             except (EOFError, OSError, pickle.UnpicklingError) as died:  # while it handed over the item
                 raise RuntimeError(f"{DIED}: {died or type(died).__name__}") from None
         if error is not None:
             raise error
+        if not room and not said:
+            said = True
+            print(
+                f"warning: /dev/shm has no room for {what}, which now come through pipes and slower; a container gets "
+                "more by --shm-size=8g.",
+                file=sys.stderr,
+            )
         yield made
 
 
@@ -93,17 +104,17 @@ def lost_workers(what: str = "training batches") -> Iterator[None]:
 
 
 class _Packed(Dataset[bytes]):
-    """Item -> the pickled (result, None) or (None, error), for the workers."""
+    """Item -> the pickled (result, error, room), for the workers; room: whether shared memory took the result."""
 
     def __init__(self, make: Callable[[int], Any]) -> None:
         self.make = make
 
     def __getitem__(self, item: int) -> bytes:
         try:
-            made = self.make(item), None
+            made = self.make(item)
         except Exception as error:
-            return pickle.dumps((None, portable(error)))
+            return pickle.dumps((None, portable(error), True))
         try:
-            return bytes(ForkingPickler.dumps(made))  # tensors are put into shared memory
+            return bytes(ForkingPickler.dumps((made, None, True)))  # tensors are put into shared memory
         except (RuntimeError, OSError):  # it is full
-            return pickle.dumps(made)
+            return pickle.dumps((made, None, False))

@@ -89,6 +89,14 @@ class Order:
         steps = self.pairs // self.batch_size
         return step // steps * -(-steps // self.together) + step % steps // self.together
 
+    def first_step(self, group: int) -> int:
+        """The first step of that group."""
+        if self._chance is not None:
+            return group * self.together
+        steps = self.pairs // self.batch_size
+        epoch, place = divmod(group, -(-steps // self.together))
+        return epoch * steps + place * self.together
+
     def cuts(self, first: int, last: int, parts: int) -> list[int]:
         """Where to cut the places [first, last) of a batch into at most `parts` parts: between lanes.
 

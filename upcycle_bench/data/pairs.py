@@ -124,7 +124,9 @@ class PairDataset(BatchSource):
         group_MB, row = self.order(batch_size).group(seed, step)
         expected = seed, step - row, first, last
         if self.decoded is None and self._expected != expected:
-            self.reader.expect(group_MB[row:, first:last].flatten().numpy())
+            later = self.order(batch_size).first_step(self.group_of(batch_size, step) + self.turns)
+            groups = [group_MB[row:], *([self.order(batch_size).group(seed, later)[0]] if later < self.stop else [])]
+            self.reader.expect(*(each_MB[:, first:last].flatten().numpy() for each_MB in groups))
             self._expected = expected
         return self._read(group_MB[row, first:last], Stream(("augmentation", seed, step)))
 
