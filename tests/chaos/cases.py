@@ -101,6 +101,8 @@ def disturb(case: Case, baseline: Baseline, folder: Path) -> str:
                     attempt.signal(signal.SIGKILL)
                 else:
                     attempt.reached(case.phase)
+                    if case.fault == "damaged checkpoint":
+                        _until_two_checkpoints(cache)
                     FAULTS[case.fault](attempt, cache)
                 statuses, said = attempt.statuses(), attempt.lines
         found = [_said(case, statuses, said)]
@@ -123,7 +125,7 @@ def _stop_in_training(baseline: Baseline, words: list[str], cache: Path, results
     for seconds in itertools.count(max(1, round(baseline.seconds / 4))):
         with Attempt([*words, "--stop-after", f"{seconds}s"], cache, results, baseline.ranks) as attempt:
             statuses, said = attempt.statuses(), attempt.lines
-        if list((cache / "runs").glob("*/checkpoints/step*")) or set(statuses) != {AGAIN}:
+        if _checkpoints(cache) or set(statuses) != {AGAIN}:
             return statuses, said
     raise AssertionError
 
@@ -190,9 +192,24 @@ def _fill(attempt: Attempt, cache: Path) -> None:
     attempt.signal_ranks(signal.SIGTERM)
 
 
+def _checkpoints(cache: Path) -> list[Path]:
+    """The whole checkpoints, the oldest first."""
+    found = (cache / "runs").glob("*/checkpoints/step*")
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step")))
+
+
+def _until_two_checkpoints(cache: Path) -> None:
+    """A thread writes them, which a busy machine may hold up."""
+    end = time.monotonic() + 60
+    while len(_checkpoints(cache)) < 2:
+        if time.monotonic() > end:
+            raise Broken("it never had two checkpoints")
+        time.sleep(0.01)
+
+
 def _damage(cache: Path) -> None:
     """Flip one bit in the newest checkpoint's largest file."""
-    steps = sorted((cache / "runs").glob("*/checkpoints/step*"), key=lambda path: int(path.name.removeprefix("step")))
+    steps = _checkpoints(cache)
     file = max((path for path in steps[-1].rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
     content = bytearray(file.read_bytes())
     content[random.Random(0).randrange(len(content))] ^= 1

@@ -1,5 +1,5 @@
 #!/bin/bash
-# `launch` on a real Slurm: submit, requeue, reach the time limit, cancel, finish; and nothing runs twice.
+# `launch` on a real Slurm: submit, requeue, preempt, reach the time limit, cancel, finish; and nothing runs twice.
 #
 #     apt-get install slurm-wlm munge          # Debian's; the script needs root
 #     bash tests/cluster/slurm.sh              # from the root of the repository, with its .venv; 10 to 20 minutes
@@ -57,7 +57,10 @@ SlurmdPidFile=$here/slurmd.pid
 SlurmctldLogFile=$here/slurmctld.log
 SlurmdLogFile=$here/slurmd.log
 NodeName=$node NodeAddr=127.0.0.1 CPUs=2 RealMemory=2000
-PartitionName=main Nodes=$node Default=YES MaxTime=INFINITE State=UP OverSubscribe=FORCE:4
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+PartitionName=main Nodes=$node Default=YES MaxTime=INFINITE State=UP OverSubscribe=FORCE:4 PriorityTier=1 GraceTime=60
+PartitionName=urgent Nodes=$node MaxTime=INFINITE State=UP OverSubscribe=EXCLUSIVE PriorityTier=2 PreemptMode=OFF
 END
     mkdir -p "$here/state" "$here/spool" "$here/work"
     slurmctld
@@ -76,6 +79,7 @@ until_training() { # the number of an array's job in folder $1
 four=(--strategy dense,sparse-upcycling --seeds 2 --set train.schedule.steps=60 --set train.checkpoint_every=5)
 # Long enough to be at work 80 seconds after its start; on a busy machine a tenth does.
 long=(--strategy drop-upcycling --seed 7 --set train.schedule.steps="${LONG_STEPS:-700}" --set train.checkpoint_every=50)
+preempted=(--strategy sparse-upcycling --seed 5 --set train.schedule.steps="${LONG_STEPS:-700}" --set train.checkpoint_every=50)
 cancelled=(--strategy dense-wide --set train.schedule.steps=500 --set train.checkpoint_every=5)
 slurm=(--scheduler slurm --submit --results by-slurm)
 
@@ -94,6 +98,13 @@ until grep -q "ended with status" long/logs/1.log 2>/dev/null; do sleep 2; done
 scontrol update JobId="$(cat long/submitted.txt)" TimeLimit=120 # once is enough
 ended
 
+echo "== a run that makes room for an urgent job while it trains"
+launch "${preempted[@]}" "${slurm[@]}" --output preempted
+until_training preempted 1
+sbatch --wait --partition=urgent --output=urgent.log --wrap 'date -u "+urgent job at %FT%TZ"; sleep 5'
+cat urgent.log
+ended
+
 echo "== a run that is cancelled while it trains"
 launch "${cancelled[@]}" "${slurm[@]}" --output cancelled
 until_training cancelled 1
@@ -110,6 +121,7 @@ cp -r "$here/cache/worlds" "$here/cache-local"
 export UPCYCLE_BENCH_CACHE=$here/cache-local
 launch "${four[@]}" --scheduler local --jobs 2 --results by-hand --output local >/dev/null
 launch "${long[@]}" --scheduler local --results by-hand --output local-long >/dev/null
+launch "${preempted[@]}" --scheduler local --results by-hand --output local-preempted >/dev/null
 
 "$programs/python" - <<'END'
 import json, pathlib, re
@@ -124,7 +136,7 @@ def weights(folder):
     return found
 
 by_slurm, by_hand, starts = weights("by-slurm"), weights("by-hand"), {}
-for folder in ("four", "long"):
+for folder in ("four", "long", "preempted"):
     for number, line in enumerate(pathlib.Path(folder, "cells.txt").read_text().splitlines(), start=1):
         log = pathlib.Path(folder, "logs", f"{number}.log").read_text()
         key = (re.search("--strategy ([^ ]+)", line)[1], int(re.search("--train-seed ([0-9]+)", line)[1]))
@@ -136,6 +148,7 @@ for (name, seed), (count, statuses) in starts.items():
     assert len(found) == 1 and found == other, "not once, or other weights"
 assert by_slurm.keys() == starts.keys(), "a record of a run that was cancelled"
 assert starts["sparse-upcycling", 0][0] == 2 and starts["dense", 0][0] == starts["dense", 1][0] == 1
+assert starts["sparse-upcycling", 5][0] == 2, "the run made no room"
 assert "75" in starts["drop-upcycling", 7][1] and starts["drop-upcycling", 7][1][-1] == "0"
 print("all runs once, with the same weights")
 END
