@@ -5,7 +5,8 @@ python -m tests.bench.index_scale build --pairs 1_000_000 --shards 100 --folder 
 
 `open` writes a packed index of generated rows and empty files as shards (16 bytes a pair), and opens it in a fresh
 process as a start does: every shard is asked for its size and time, and a window of rows is read. `build` writes shards
-of tiny JPEGs (3 kB a pair) and indexes them by 1, 2, ... processes. Each prints its figures as JSON.
+of tiny JPEGs (3 kB a pair) and indexes them by 1, 2, ... processes. Each prints its figures as JSON. With
+`--processes 8`, `open` ends with what a node of eight ranks takes that start at once.
 """
 
 from __future__ import annotations
@@ -95,6 +96,19 @@ def open_here(folder: Path) -> dict[str, Any]:
     }
 
 
+def open_together(command: list[str], processes: int) -> dict[str, Any]:
+    """What so many processes that open the index at once take together; `private`: without what imports take."""
+    began = time.perf_counter()
+    started = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(processes)]
+    figures = [json.loads(process.communicate()[0]) for process in started]
+    return {
+        "processes": processes,
+        "seconds_with_imports": round(time.perf_counter() - began, 3),
+        "seconds_to_open": max(each["seconds_to_open"] for each in figures),
+        "private": sum(each["private"] - each["private_before"] for each in figures),
+    }
+
+
 def opening_sources(folder: Path) -> Sources:
     """The shards of the folder, named as --data names them."""
     from upcycle_bench.data.sources import expand_sources
@@ -150,6 +164,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("what", choices=["open", "build", "open-here"])
     parser.add_argument("--pairs", type=int, default=1_000_000)
     parser.add_argument("--shards", type=int, default=100)
+    parser.add_argument("--processes", type=int, default=1, help="of a node, for `open`")
     parser.add_argument("--folder", type=Path, required=True)
     given = parser.parse_args(arguments)
     folder = given.folder.absolute()
@@ -168,6 +183,8 @@ def main(arguments: list[str]) -> None:
         command = [sys.executable, "-m", "tests.bench.index_scale", "open-here", "--folder", str(folder)]
         for _ in range(2):  # the second time, the kernel has the files in memory
             subprocess.run(command, check=True)
+        if given.processes > 1:
+            print(json.dumps(open_together(command, given.processes)))
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

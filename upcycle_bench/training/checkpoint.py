@@ -101,7 +101,7 @@ class MetricsFile:
 
 
 class NotKept(UserError):
-    """A training ends since its checkpoint could not be written."""
+    """A training that was asked to stop could not write its checkpoint."""
 
     status = 1
 
@@ -160,8 +160,8 @@ class Checkpoints:
     def save(self, engine: Any, extra: ExtraLoss | None, progress: Progress, stop_by: str | None = None) -> None:
         """Begin to write a checkpoint of this step; returns as soon as its state has been copied.
 
-        A checkpoint that could not be written is told in one line, and the one before stays. NotKept for the second in
-        a row. `stop_by`: the signal that ends the training with this one, which is then there, or NotKept is raised.
+        A checkpoint that could not be written is told in one line, and the one before stays. UserError for the second
+        in a row. `stop_by`: the signal that ends the training with this one, which is then there, or NotKept is raised.
         """
         assert self.folder is not None, "a checkpoint needs a folder"
         self.finish(stop_by=stop_by)
@@ -181,7 +181,7 @@ class Checkpoints:
         if (failure := self._outcome()) is None:
             return
         if self._failures > 1 and fatal:
-            raise NotKept(f"{failure} It is the second in a row; the same command goes on from the last good one.")
+            raise UserError(f"{failure} It is the second in a row; the same command goes on from the last good one.")
         if distributed.is_main():
             then = "." if stop_by else ", and the training goes on."
             print(f"warning: {failure} The one before stays{then}", file=sys.stderr)
