@@ -12,13 +12,14 @@ import contextlib
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
+
+from tests.ranks import variables
 
 PATIENCE = 600.0  # seconds that any wait may take on a slow machine
 
@@ -65,10 +66,10 @@ class Attempt:
                 stderr=subprocess.PIPE,
                 text=True,
                 errors="replace",
-                env={**os.environ, "UPCYCLE_BENCH_CACHE": str(cache), "OMP_NUM_THREADS": "1", **variables},
+                env={**os.environ, "UPCYCLE_BENCH_CACHE": str(cache), "OMP_NUM_THREADS": "1", **own},
                 start_new_session=True,
             )
-            for variables in _of_ranks(ranks)
+            for own in variables(ranks)
         ]
         self._readers = [threading.Thread(target=self._read, args=(each,), daemon=True) for each in self.processes]
         for reader in self._readers:
@@ -121,14 +122,3 @@ class Attempt:
         """Send a signal to the ranks alone, as Slurm does to the tasks of a step."""
         for process in self.processes:
             process.send_signal(number)
-
-
-def _of_ranks(ranks: int) -> list[dict[str, str]]:
-    """What torchrun would set for each rank; it would itself turn each exit status into 1."""
-    if ranks == 1:
-        return [{}]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
-    among = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), **where}
-    return [{"RANK": str(rank), "LOCAL_RANK": str(rank), **among} for rank in range(ranks)]

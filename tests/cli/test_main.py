@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import typer
 
-from tests.training.test_distributed import launch
+from tests.ranks import launch
 from upcycle_bench import __version__, cli
 from upcycle_bench.cli.common import GOES_ON, interruptible, key_value, uncollected, warn_broken
 from upcycle_bench.cli.data import show_world

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.data.test_bad_samples import DAMAGE, PAIRS, shard
-from tests.training.test_distributed import launch
+from tests.ranks import launch
 from tests.training.test_loop import job, state
 from upcycle_bench.data.pairs import PairDataset
 from upcycle_bench.model.clip import create_clip

@@ -1,7 +1,6 @@
 """Two processes (gloo) give the same gradients as one for the same global batch, and one record; ep_size 1 and 2."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -15,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.conftest import QUICK
+from tests.ranks import ROOT, TORCHRUN, launch, start
 from tests.test_run import plan as make_plan
 from tests.training import ranks_worker
 from upcycle_bench import record
@@ -22,18 +22,6 @@ from upcycle_bench.run import run
 from upcycle_bench.training import session
 from upcycle_bench.util.cache import cache_root
 from upcycle_bench.util.progress import Reporter
-
-ROOT = Path(__file__).parents[2]
-
-
-def launch(processes: int, *command: str) -> str:
-    """torchrun on a free port; returns stdout."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*launcher, *command], capture_output=True, text=True, timeout=300, env=environment, cwd=ROOT)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return done.stdout
-
 
 # ---- what a training and a preparation compute -------------------------------------------------------------------
 
@@ -99,9 +87,11 @@ def check_record(printed: dict[str, Any], results: Path, steps: int) -> None:
 
 
 def test_two_ranks_write_one_record(tmp_path: Path, quick: list[str]) -> None:
-    """Here with ep_size 1; with 2, below, before a run that is interrupted."""
-    printed = json.loads(launch(2, *run_command("cluster-aware", quick), "--results", str(tmp_path)))
-    check_record(printed, tmp_path, steps=4)
+    """By torchrun, with ep_size 1; with 2, below, before a run that is interrupted."""
+    command = [*TORCHRUN, "2", *run_command("cluster-aware", quick), "--results", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-4000:]
+    check_record(json.loads(done.stdout), tmp_path, steps=4)
 
 
 # Nothing is dropped. eps is large, since Adam would turn rounding of tiny gradients into steps of full size.
@@ -149,22 +139,15 @@ def test_two_ranks_go_on_where_they_were_interrupted(tmp_path: Path, quick: list
     check_record(whole, tmp_path / "whole", steps=12)
     # --fresh, since the weights of the whole run are in the cache.
     command += ["--set", "train.checkpoint_every=2", "--results", str(tmp_path / "parts")]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
-        [*launcher, *command, "--fresh"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        env=environment,
-    )
-    deadline = time.monotonic() + 120
-    while not list((cache_root() / "runs").glob("*/checkpoints/step4")) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    ranks = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    for number in (process.pid, *map(int, ranks)):
-        os.kill(number, signal.SIGKILL)
-    process.communicate(timeout=60)
-    assert process.returncode == -signal.SIGKILL, "it finished before it could be killed"
+    with (tmp_path / "said").open("w") as said:
+        ranks = start(2, sys.executable, *command, "--fresh", stdout=said, stderr=said)
+        deadline = time.monotonic() + 120
+        while not list((cache_root() / "runs").glob("*/checkpoints/step4")) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        for process in ranks:
+            process.kill()
+        statuses = [process.wait(60) for process in ranks]
+    assert statuses == [-signal.SIGKILL] * 2, "it finished before it could be killed"
     assert not (tmp_path / "parts").exists()
     resumed = json.loads(launch(2, *command))
     assert resumed["hashes"]["weights"] == whole["hashes"]["weights"]
@@ -173,7 +156,6 @@ def test_two_ranks_go_on_where_they_were_interrupted(tmp_path: Path, quick: list
 
 def test_a_batch_that_ranks_cannot_share_is_one_line(tmp_path: Path) -> None:
     command = ["-m", "upcycle_bench", "run", "-p", "smoke", "-s", "dense", "--set", "train.schedule.batch_size=33"]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run([*launcher, *command], capture_output=True, text=True, timeout=120, cwd=tmp_path)
+    done = subprocess.run([*TORCHRUN, "2", *command], capture_output=True, text=True, timeout=120, cwd=tmp_path)
     assert done.returncode != 0
     assert done.stderr.count("error: batch_size 33 cannot be shared by 2 processes") == 1

@@ -7,8 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.ranks import launch
 from tests.training import other_ranks_worker as worker
-from tests.training.test_distributed import launch
 from upcycle_bench.model import weights
 from upcycle_bench.training import session
 from upcycle_bench.training.loop import train
