@@ -100,6 +100,7 @@ def run(
                         state.weights = weights.save(model, plan.moe, weights_folder)
                         state.final = whole_model(plan, model, weights_folder / f"{state.weights}.safetensors")
                         remember(state, key)
+                        distributed.barrier()  # a rank that has nothing to store would take rank 0 along too early
                 path = None
                 if distributed.is_main():
                     assert state.final is not None and state.weights is not None

@@ -89,12 +89,13 @@ def run_all(
         todo = [cell.plan for cell, path in zip(cells, done, strict=True) if path is None]
         for each in {plan.dense_identity: plan for plan in todo}.values():
             load_dense(each.protocol, plan.world, dense_source(each), device, reporter, loading)
+        looked_at = set(results.rglob("*.json"))
         done = _look(cells, results, fresh)
         todo_cells = [cell for cell, path in zip(cells, done, strict=True) if path is None]
         if distributed.is_main():
             show(cells, done)
         if jobs == 1:
-            made = run_here(todo_cells, results, reporter, fresh, track, loading)
+            made = run_here(todo_cells, results, reporter, fresh, track, loading, looked_at)
     if jobs > 1:
         made = run_apart(todo_cells, results, reporter, jobs, shared, environment)
     new = {(outcome.cell.strategy, outcome.cell.seed): outcome for outcome in made}
@@ -120,8 +121,12 @@ def run_here(
     fresh: bool,
     track: Sequence[str] = (),
     loading: Loading | None = None,
+    looked_at: Collection[Path] = (),
 ) -> list[Outcome]:
-    """Run the cells one after the other in this process; every rank must call it."""
+    """Run the cells one after the other in this process; every rank must call it.
+
+    `looked_at`: records that are known not to be of these cells.
+    """
     outcomes = []
     for number, cell in enumerate(todo, start=1):
         reporter.say(f"run {number} of {len(todo)}: {cell.strategy}, seed {cell.seed}")
@@ -142,7 +147,7 @@ def run_here(
                 fresh=fresh,
                 track=track,
                 loading=loading,
-                done=(lambda: None) if fresh else functools.partial(_made_meanwhile, cell, results, before),
+                done=(lambda: None) if fresh else functools.partial(_made_meanwhile, cell, results, looked_at, before),
             )
             made = record.read(path) if path is not None else None
             outcomes.append(Outcome(cell=cell, path=path, made=made, ran=not before))
@@ -157,9 +162,9 @@ def run_here(
     return outcomes
 
 
-def _made_meanwhile(cell: Cell, results: Path, found: list[Path]) -> Path | None:
-    """The record of a cell, which is also added to `found`; None where there is none."""
-    (path,) = finished_before([cell], results)
+def _made_meanwhile(cell: Cell, results: Path, known: Collection[Path], found: list[Path]) -> Path | None:
+    """The record of a cell that is not among the `known` ones, which is also added to `found`; None without one."""
+    (path,) = finished_before([cell], results, known)
     found += [path] if path else []
     return path
 

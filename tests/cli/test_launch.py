@@ -156,7 +156,7 @@ def test_here_what_is_not_finished_is_no_failure(launch: Launch, programs: Path)
 def test_too_few_gpus_are_noticed_before_anything_runs(
     launch: Launch, programs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,-1,7")
     here = ["-s", "dense", "-p", "smoke", "--scheduler", "local", "--gpus", "2"]
     status, _, err = launch(*here, "--jobs", "2")
     assert status == 2 and "--jobs 2 with --gpus 2 needs 4 GPUs; 3 are visible here" in err

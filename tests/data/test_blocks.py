@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import errno
+import gc
 import io
 import itertools
 import os
 import tarfile
 import threading
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -175,6 +177,16 @@ def test_threads_read_what_comes_next_and_nobody_reads_it_again(
     assert all(span.content is None for span in reader._spans.values())  # nothing is held any longer
 
 
+def test_a_reader_that_is_needed_no_more_leaves_no_thread(index: Index) -> None:
+    reader = Reader(index)
+    reader.expect(np.arange(64), np.arange(64, 128))
+    gone = weakref.ref(reader)
+    del reader
+    wait_until(lambda: not any(thread.name == "read ahead" for thread in threading.enumerate()))
+    gc.collect()
+    assert gone() is None
+
+
 def test_what_is_read_ahead_has_a_bound(
     index: Index, monkeypatch: pytest.MonkeyPatch, thread_reads: list[tuple[str, int, int]]
 ) -> None:
@@ -214,14 +226,16 @@ def test_a_fork_reads_ahead_by_threads_of_its_own(index: Index) -> None:
     """Its parent's are not there, and what they were at work on is not waited for."""
     reader = Reader(index)
     reader.expect(np.arange(64), np.arange(64, 128))
-    for span in {id(span): span for span in [*reader._spans.values(), *reader._then[2].values()]}.values():
+    for span in {id(span): span for span in [*reader._spans.values(), *reader._then[1].values()]}.values():
         span.lock.acquire()  # as if a thread held it at the moment of the fork
+    reader._counting.acquire()
     if (child := os.fork()) == 0:
         status = 1
         try:
+            check(reader, 3)
             reader.expect(np.arange(64, 128), np.arange(128, 192))
             check(reader, 70)
-            wait_until(lambda: reader._then[2] and all(span.content for span in reader._then[2].values()))
+            wait_until(lambda: reader._then[1] and all(span.content for span in reader._then[1].values()))
             status = 0
         finally:
             os._exit(status)
@@ -275,7 +289,7 @@ def test_an_outage_of_an_object_store_is_read_errors_and_then_over(
     memory.pipe_file("/outage/0.tar", shard(tmp_path / "0.tar", 0, 70).read_bytes())
     index = open_index(Sources.of(["memory://outage/0.tar"]))
     shard_cache.copy_of(index.shards[0]).unlink()
-    places._file.cache_clear()
+    places._open.clear()
     waited: list[float] = []
     tries, cat = [], type(memory).cat_file
 
@@ -297,6 +311,23 @@ def test_an_outage_of_an_object_store_is_read_errors_and_then_over(
     with pytest.raises(BadSample):
         reader.read(68)
     assert tuple(waited) == 2 * blocks.OUTAGE
+
+
+def test_a_command_that_fails_is_waited_for_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = shard(tmp_path / "0.tar", 0, 70)
+    index = open_index(Sources.of([f"pipe:cat {path}"]))
+    shard_cache.copy_of(index.shards[0]).unlink()
+    places._open.clear()
+    path.rename(tmp_path / "away")
+    waited: list[float] = []
+    monkeypatch.setattr(shard_cache.time, "sleep", waited.append)
+    reader = Reader(index)
+    for number in range(4):
+        with pytest.raises(BadSample, match=r"^read error: the command ended with 1: .*No such file"):
+            reader.read(number)
+    assert tuple(waited) == blocks.OUTAGE
+    path.hardlink_to(tmp_path / "away")
+    check(reader, 3)
 
 
 def test_one_bad_sector_costs_one_sample(index: Index, monkeypatch: pytest.MonkeyPatch) -> None:

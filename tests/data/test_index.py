@@ -287,6 +287,21 @@ def test_a_data_set_is_taken_back_with_its_shards(tmp_path: Path) -> None:
     assert opened(folder).identity == first.identity
 
 
+def test_of_many_data_sets_that_shards_were_the_last_stay(tmp_path: Path) -> None:
+    """The rows of each may be large."""
+    folder = write(tmp_path / "a", samples(3), samples(4, 1))
+    identities = [opened(folder).identity]
+    for number in range(2, 7):
+        changed(folder, 1, samples(4, number))
+        identities.append(opened(folder).identity)
+    assert len(set(identities)) == 6
+    assert len(list((tmp_path / "cache" / "index").glob("*.rows"))) == 1 + packed_index.KEPT
+    for number, identity in ((5, identities[4]), (6, identities[5])):
+        changed(folder, 1, samples(4, number))
+        said = Saying()
+        assert opened(folder, said).identity == identity and "what was indexed before" in said.lines[0]
+
+
 def test_new_times_of_the_same_bytes_align_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = write(tmp_path / "a", samples(3), samples(4, 1))
     first = opened(folder)

@@ -4,6 +4,7 @@ import contextlib
 import os
 import signal
 import sys
+import threading
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch.distributed as dist
 
 from upcycle_bench.training.stopping import at_steps, stoppable
 from upcycle_bench.util import first_cause
+from upcycle_bench.util.connection import Connection
 from upcycle_bench.util.errors import DivergedError, UserError
 
 WORLD = 3
@@ -28,10 +30,12 @@ def main(rank: int, port: int, way: str, output: Path) -> None:
     first_cause._in_collective = lambda error: isinstance(error, dist.DistError)  # here the store breaks
     store = dist.TCPStore("127.0.0.1", port, WORLD, is_master=rank == 0, timeout=timedelta(seconds=1))
     if way == "cut" and rank == 2:
-        first_cause._Watch._dead = cut_once(first_cause._Watch._dead)
+        first_cause._Watch._dead = cut_twice(first_cause._Watch._dead)
+        Connection._require_listening = out_once(Connection._require_listening)
     say = first_cause.last_word(lambda error: print(first_cause.reason(error)))
+    stopping = stoppable() if way in ("asked", "deaf") else contextlib.nullcontext()
     try:
-        with stoppable() if way == "asked" else contextlib.nullcontext(), first_cause.watching(store, rank, WORLD), say:
+        with stopping, first_cause.watching(store, rank, WORLD), say:
             work(store, rank, way)
     except BaseException as error:
         print("ends with", type(error).__name__)
@@ -52,6 +56,8 @@ def work(store: dist.TCPStore, rank: int, way: str) -> None:
         return
     if way == "asked":
         asked(store, rank)
+    if way == "deaf":
+        deaf(store, rank)
     if way == "cut":
         time.sleep(11)  # longer than SILENCE
         return
@@ -84,12 +90,33 @@ def asked(store: dist.TCPStore, rank: int) -> None:
         store.get("never")
 
 
-def cut_once(look: Any) -> Any:
-    """`look`, which at its third call finds a network that fails for a moment."""
+def deaf(store: dist.TCPStore, rank: int) -> None:
+    """Rank 2 is asked to stop in a call that does not let Python hear of it, as when rank 0 calibrates alone."""
+    if rank == 2:
+        threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        store.set_timeout(timedelta(seconds=100))
+        store.get("never")
+    time.sleep(100)
+
+
+def out_once(require: Any) -> Any:
+    """`require`, which at its first call finds nobody."""
+    calls = iter(range(1000))
+
+    def out(line: Any) -> None:
+        if next(calls) == 0:
+            raise dist.DistNetworkError("no route to host")
+        require(line)
+
+    return out
+
+
+def cut_twice(look: Any) -> Any:
+    """`look`, which at its third and its eighth call finds a network that fails for a moment."""
     calls = iter(range(1000))
 
     def cut(watch: Any, patience: float) -> int | None:
-        if next(calls) == 2:
+        if next(calls) in (2, 7):
             raise dist.DistNetworkError("connection reset")
         found: int | None = look(watch, patience)
         return found

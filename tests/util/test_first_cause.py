@@ -70,7 +70,13 @@ def test_a_rank_that_is_asked_to_stop_takes_the_others_along(tmp_path: Path) -> 
     assert "Error" not in "".join(said)
 
 
-def test_a_connection_that_breaks_once_is_made_again(tmp_path: Path) -> None:
+def test_a_rank_that_cannot_hear_its_signal_tells_it_all_the_same(tmp_path: Path) -> None:
+    said, statuses = three("deaf", tmp_path)
+    assert statuses == [75, 75, 75], said
+    assert [each.splitlines()[-1:] for each in said] == [["ends with Stopped"], ["ends with Stopped"], []]
+
+
+def test_a_connection_that_breaks_is_made_again_and_again(tmp_path: Path) -> None:
     assert three("cut", tmp_path) == (["", "", ""], [0, 0, 0])
 
 

@@ -113,8 +113,8 @@ def prune(
     if unused:
         needed = _named_by_records(results or [Path("results")])
         found = [entry for entry in found if now - entry.used >= DAY and _is_unused(entry, needed)]
-    alive = trainings_alive(entries)
-    dense = waiting_for(entry for entry in entries if entry not in found)
+    alive, chosen = trainings_alive(entries), set(map(id, found))
+    dense = waiting_for(entry for entry in entries if id(entry) not in chosen)
     reasons = [(entry, why_kept(entry, alive, now, dense, alone=set(kinds) == {entry.kind})) for entry in found]
     kept = [(entry, why) for entry, why in reasons if why and entry.kind not in NEVER]
     going = [entry for entry, why in reasons if not why]

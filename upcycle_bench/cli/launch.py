@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import itertools
 import os
 import re
 import shlex
@@ -226,7 +227,8 @@ def _require_here(given: Mapping[str, Any], at_once: int) -> None:
 
 def _visible_gpus() -> int:
     if (names := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
-        return len([name for name in names.split(",") if name.strip()])
+        given = (name.strip() for name in names.split(","))
+        return len([*itertools.takewhile(lambda name: name and not name.startswith("-"), given)])  # CUDA's own rule
     import torch
 
     return torch.cuda.device_count()

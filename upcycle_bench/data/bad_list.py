@@ -9,10 +9,12 @@ grow, and a listed sample may be mended or removed, while runs go on. A line tha
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from array import array
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -31,13 +33,11 @@ _known: dict[Path, set[int]] = {}  # what this process has listed, or found in a
 class BadPairs(Mapping[int, str]):
     """The kind of each listed pair: sorted numbers, and of each the place of its kind among all kinds."""
 
-    def __init__(self, kinds: Mapping[int, str]) -> None:
-        self._names = sorted(set(kinds.values()))
-        place = {name: number for number, name in enumerate(self._names)}
-        numbers = np.fromiter(kinds, np.int64, len(kinds))
-        order = numbers.argsort()
-        self._numbers = numbers[order]
-        self._kinds = np.fromiter((place[name] for name in kinds.values()), np.uint16, len(kinds))[order]
+    def __init__(self, numbers: Sequence[int], kinds: Sequence[int], names: Sequence[str]) -> None:
+        """Pair `numbers[i]` is of the kind `names[kinds[i]]`; of one that is there twice the first counts."""
+        self._names = names
+        self._numbers, first = np.unique(np.asarray(numbers, np.int64), return_index=True)
+        self._kinds = np.asarray(kinds, np.uint16)[first]
 
     def __getitem__(self, number: int) -> str:
         place = int(self._numbers.searchsorted(number))
@@ -46,7 +46,7 @@ class BadPairs(Mapping[int, str]):
         return self._names[self._kinds[place]]
 
     def __contains__(self, number: object) -> bool:
-        place = int(self._numbers.searchsorted(number))
+        place = int(self._numbers.searchsorted(number))  # type: ignore[call-overload]
         return place < len(self._numbers) and bool(self._numbers[place] == number)
 
     def __iter__(self) -> Iterator[int]:
@@ -103,29 +103,22 @@ def _append(path: Path, content: bytes) -> None:
 def read_bad(identity: str) -> BadPairs:
     """Number of each listed pair -> its kind; the first line of a pair counts. UserError for a damaged list."""
     path = path_of(identity)
-    try:
-        content = path.read_bytes()
-    except FileNotFoundError:
-        return BadPairs({})
-    bad: dict[int, str] = {}
-    kinds: dict[bytes, str] = {}
-    begin, number = 0, 0
-    while begin < len(content):
-        number += 1
-        if match := _ENTRY.match(content, begin):
-            begin, (pair, kind) = match.end(), match.groups()
-            bad.setdefault(int(pair), kinds.setdefault(kind, kind.decode("utf-8", "replace")))
-            continue
-        line, _, _ = content[begin : begin + (1 << 16)].partition(b"\n")
-        begin += len(line) + 1
-        if not line.strip() or _is_cut(line):
-            continue
-        try:
-            entry = strict_json.loads(line)
-            bad.setdefault(int(entry["pair"]), str(entry["kind"]))
-        except (ValueError, KeyError, TypeError):
-            raise UserError(f"{path}: line {number} is damaged; delete that line.") from None
-    return BadPairs(bad)
+    numbers, kinds, names = array("q"), array("H"), dict[str, int]()
+    with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
+        for place, line in enumerate(file, start=1):
+            if match := _ENTRY.fullmatch(line):
+                pair, kind = int(match[1]), match[2].decode("utf-8", "replace")
+            elif not line.strip() or _is_cut(line.rstrip(b"\n")):
+                continue
+            else:
+                try:
+                    entry = strict_json.loads(line)
+                    pair, kind = int(entry["pair"]), str(entry["kind"])
+                except (ValueError, KeyError, TypeError):
+                    raise UserError(f"{path}: line {place} is damaged; delete that line.") from None
+            numbers.append(pair)
+            kinds.append(names.setdefault(kind, len(names)))
+    return BadPairs(numbers, kinds, list(names))
 
 
 def _is_cut(line: bytes) -> bool:

@@ -35,7 +35,7 @@ KINDS = {
     "empty caption": "a .txt without any text",
     "cut shard": "its shard ends before it",
     "changed shard": "its shard is no longer the one that was indexed",
-    "read error": "the disk or the network failed three times",
+    "read error": "the disk or the network failed at every try",
 }
 
 PASSING = ("cut shard", "changed shard", "read error")  # they are of the storage, which may be mended meanwhile

@@ -106,6 +106,9 @@ class BatchSource(ABC):
         """The batches of the steps [start, stop), read ahead as `loading` says, for a model on `device`."""
         share, workers = batch_size // world, self.loading.workers_for(device)
         cuts = self.cuts(batch_size, rank * share, (rank + 1) * share, max(1, workers))
+        if workers > (most := len(cuts) - 1):  # as many parts as leave no process without a turn, if there are such
+            parts = max(range(1, most + 1), key=lambda number: (number * (workers // number), number))
+            cuts = self.cuts(batch_size, rank * share, (rank + 1) * share, parts)
         parts = len(cuts) - 1
 
         def make(item: int) -> Batch:

@@ -64,7 +64,7 @@ class _Span:
     lock: threading.Lock = field(default_factory=threading.Lock)
 
 
-NOTHING: tuple[int, np.ndarray, dict[Piece, _Span]] = (0, np.array([]), {})  # process, pairs, their spans
+NOTHING: tuple[np.ndarray, dict[Piece, _Span]] = (np.array([]), {})  # pairs, their spans
 
 
 class Reader:
@@ -78,19 +78,25 @@ class Reader:
         self._spans: dict[Piece, _Span] = {}
         self._then = NOTHING
         self._ahead = ReadAhead(self._fetch)
-        self._counting = threading.Lock()
+        self._process, self._counting = os.getpid(), threading.Lock()
 
     def expect(self, numbers: np.ndarray, then: np.ndarray | None = None) -> None:
         """The pairs that are read next, and those that will be expected after them, if that is known.
 
         What is held of earlier ones is let go. Threads begin to read where `then` is given.
         """
-        process, known, spans = self._then
-        begun = process == os.getpid() and np.array_equal(known, numbers)
-        self._spans, self._then = spans if begun else self._joined(numbers), NOTHING
+        self._own()
+        known, spans = self._then
+        self._spans, self._then = spans if np.array_equal(known, numbers) else self._joined(numbers), NOTHING
         if then is not None:
-            self._then = os.getpid(), then, self._joined(then)
-            self._ahead.begin([*self._in_order(numbers, self._spans), *self._first(AHEAD, then, self._then[2])])
+            self._then = then, self._joined(then)
+            self._ahead.begin([*self._in_order(numbers, self._spans), *self._first(AHEAD, then, self._then[1])])
+
+    def _own(self) -> None:
+        """In a fork, forget spans and locks that the parent's threads may have held."""
+        if self._process != os.getpid():
+            self._process, self._counting = os.getpid(), threading.Lock()
+            self._spans, self._then = {}, NOTHING
 
     def _joined(self, numbers: np.ndarray) -> dict[Piece, _Span]:
         return joined(piece for number in self._there(numbers) for piece in self._pieces(number))
@@ -120,6 +126,7 @@ class Reader:
 
     def read(self, number: int) -> Raw:
         """The files of a pair, expected or not. Raises BadSample, and UserError where the shard is gone."""
+        self._own()
         if self.index.rows[number]["image"] == NOWHERE:
             raise BadSample("cut shard")
         image, text = self._pieces(number)
@@ -130,6 +137,15 @@ class Reader:
         if len(content) + BLOCK < image[2] - image[1] or len(caption) < text[2] - text[1]:
             raise BadSample("cut shard", key=key)
         return Raw(content, caption, key)
+
+    def name(self, number: int) -> str:
+        """A pair's name, by its header alone; "" where that cannot be read."""
+        self._own()
+        (shard, begin, _), _ = self._pieces(number)
+        try:
+            return self._key(self._read(shard, begin, begin + BLOCK, ()), number)
+        except (BadSample, UserError):
+            return ""
 
     def _pieces(self, number: int) -> tuple[Piece, Piece]:
         """Where the image of a pair stands, with the header before it, and its caption."""

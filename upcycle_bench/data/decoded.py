@@ -18,6 +18,7 @@ import hashlib
 import math
 import os
 import sys
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -107,14 +108,18 @@ def decoded(
     what = strict_json.dumps(facts, sort_keys=True)
     folder = cache_root() / "decoded" / hashlib.sha256(what.encode()).hexdigest()[:24]
     if not folder.is_dir():
+        asked, unread = time.time(), cache_root() / "locks" / f"{folder.name}.unread"
         with locked(folder, "the decoded training images"):  # so that two runs side by side do not both decode
             if not folder.is_dir():
+                if unread.exists() and unread.stat().st_mtime >= asked:
+                    return None  # who had the lock has just tried
                 pairs = make()
                 if not fits(len(pairs), pairs.clip):
                     return None
                 try:
                     build_once(folder, partial(_build, pairs=pairs))
                 except _Unread as error:
+                    unread.touch()
                     print(f"warning: {error}", file=sys.stderr, flush=True)
                     return None
     arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("images", "tokens")}

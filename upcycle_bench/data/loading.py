@@ -17,6 +17,7 @@ import pickle
 import signal
 import sys
 from collections.abc import Callable, Generator, Iterable, Iterator, Sized
+from functools import lru_cache
 from multiprocessing.reduction import ForkingPickler
 from typing import Any, TypeVar
 
@@ -58,7 +59,6 @@ def load(
 
 def _taken(packed: Iterator[bytes], what: str) -> Generator[Any, None, None]:
     """What workers have packed, one after the other."""
-    said = os.environ.get("LOCAL_RANK", "0") != "0"
     while True:
         with lost_workers(what):
             try:
@@ -69,14 +69,18 @@ def _taken(packed: Iterator[bytes], what: str) -> Generator[Any, None, None]:
                 raise RuntimeError(f"{DIED}: {died or type(died).__name__}") from None
         if error is not None:
             raise error
-        if not room and not said:
-            said = True
-            print(
-                f"warning: /dev/shm has no room for {what}, which now come through pipes and slower; a container gets "
-                "more by --shm-size=8g.",
-                file=sys.stderr,
-            )
+        if not room and os.environ.get("LOCAL_RANK", "0") == "0":
+            _say_small(what)
         yield made
+
+
+@lru_cache(None)  # once for each
+def _say_small(what: str) -> None:
+    print(
+        f"warning: /dev/shm has no room for {what}, which now come through pipes and slower; a container gets "
+        "more by --shm-size=8g.",
+        file=sys.stderr,
+    )
 
 
 def _as_before(handler: Any) -> Callable[[int], None]:

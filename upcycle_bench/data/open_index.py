@@ -8,6 +8,7 @@ that was interrupted goes on. Ranks that share a cache begin with different shar
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -101,7 +102,12 @@ def packed(
             return packed_index.pack(sources, stamps)
         if before.stamps == stamps:
             return before
-        return repack(before, stamps, option, reporter.say)
+        return repack(before, stamps, option, reporter.say if distributed.is_main() else _say)
+
+
+def _say(line: str) -> None:
+    """What a rank says whose reporter is silent: whoever comes first writes the index again, and others find it so."""
+    print(line, file=sys.stderr, flush=True)
 
 
 def lost_pairs(found: Packed, option: str, bad_samples: float) -> dict[str, int]:

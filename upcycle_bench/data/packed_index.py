@@ -29,6 +29,7 @@ from upcycle_bench.util import strict_json
 from upcycle_bench.util.cache import cache_root
 from upcycle_bench.util.files import atomic, write_atomically
 
+KEPT = 2  # data sets that shards were before, beside the present one
 Fault = tuple[int, str, str]  # of a shard that is not whole: its number, kind, line
 
 
@@ -148,14 +149,21 @@ def write_again(
 
 
 def keep(packed: Packed) -> None:
-    """Keep what `packed` is beside its successor, which is another data set: its shards may be put back."""
-    _write_facts(_kept_path(packed), packed.facts())
+    """Keep what `packed` is beside its successor, which is another data set: its shards may be put back.
+
+    Of several the last KEPT stay: the rows of each may be large.
+    """
+    path = _kept_path(packed)
+    _write_facts(path, packed.facts())
+    others = sorted(set(_kept_paths(path_of(packed.sources))) - {path}, key=lambda each: each.stat().st_mtime_ns)
+    for oldest in others[: max(0, len(others) + 1 - KEPT)]:
+        oldest.unlink(missing_ok=True)
 
 
 def kept(sources: Sources) -> list[Packed]:
     """The data sets that these shards were before."""
     path = path_of(sources)
-    found = (_load(sources, each) for each in sorted(path.parent.glob(f"{path.stem}-*.json")))
+    found = (_load(sources, each) for each in _kept_paths(path))
     return [packed for packed in found if packed is not None]
 
 
@@ -196,6 +204,10 @@ def _versions(path: Path) -> set[int]:
 
 def _next_version(path: Path) -> int:
     return max(_versions(path), default=-1) + 1
+
+
+def _kept_paths(path: Path) -> list[Path]:
+    return sorted(path.parent.glob(f"{path.stem}-*.json"))
 
 
 def _kept_path(packed: Packed) -> Path:

@@ -32,7 +32,7 @@ from upcycle_bench.data.bad_samples import Bad, BadSample, Tally, captions_of, i
 from upcycle_bench.data.batches import Batch, BatchSource, Loading
 from upcycle_bench.data.blocks import Reader
 from upcycle_bench.data.decoded import Decoded, decoded, fits
-from upcycle_bench.data.index import Index
+from upcycle_bench.data.index import NOWHERE, Index
 from upcycle_bench.data.open_index import open_index
 from upcycle_bench.data.order import Order, distinct
 from upcycle_bench.data.pair_index import Counts
@@ -76,9 +76,10 @@ class PairDataset(BatchSource):
         self.shards, self._captions, self.option = list(shards), captions, option
         self.loading, self._on_bad, self._given = loading or Loading(), on_bad, index
         self.order = lru_cache(2)(self._make_order)
+        self._named: set[str] = set()  # kinds of listed pairs of which one has been named
         self._expected: tuple[int | str, int, int, int] | None = None  # seed, first step of a group, places
         self.decoded: Decoded | None = None
-        if augmentation == "none" and keep_decoded and (index is None or fits(len(index), clip)):
+        if augmentation == "none" and keep_decoded and (index is None or (fits(len(index), clip) and _is_whole(index))):
             digest = shards_digest(self.shards) if index is None else _content(index)
             self.decoded = decoded(digest, clip.name, lambda: self, captions, clip.preprocess)
         if self.decoded is None:
@@ -179,7 +180,7 @@ class PairDataset(BatchSource):
             if number not in tried:
                 try:
                     if number in self.listed:
-                        raise BadSample(self.listed[number])
+                        raise BadSample(self.listed[number], key=self._name_of_listed(number))
                     return number, read(number)
                 except BadSample as error:
                     bad.append(self.described(number, error))
@@ -189,6 +190,13 @@ class PairDataset(BatchSource):
             f"{self.option or self.shards[0]}: none of {ATTEMPTS} pairs that were drawn can be used (the last: "
             f"{bad[-1].kind} at {bad[-1].place}); see `upcycle-bench data check SHARDS`."
         )
+
+    def _name_of_listed(self, number: int) -> str:
+        """The name of the first listed pair of its kind that is met here, by which one line tells the kind; else ""."""
+        if (kind := self.listed[number]) in self._named:
+            return ""
+        self._named.add(kind)
+        return self.reader.name(number)
 
     def described(self, number: int, error: BadSample) -> Bad:
         """A bad sample, with its place."""
@@ -257,6 +265,11 @@ class PairDataset(BatchSource):
             )
         except UserError as error:
             raise UserError(f"{self.option}: {error}".removeprefix(": ")) from None
+
+
+def _is_whole(index: Index) -> bool:
+    """Whether no pair is lost with a shard that is not whole, and may be put back."""
+    return not (index.rows["image"] == NOWHERE).any()
 
 
 def _content(index: Index) -> str:

@@ -15,7 +15,6 @@ import os
 import stat
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
 from typing import BinaryIO, NamedTuple, TypeVar
 
 from upcycle_bench.data import shard_cache
@@ -23,7 +22,11 @@ from upcycle_bench.data.shard_cache import PIPE, file_system, patiently
 from upcycle_bench.util.errors import UserError
 
 _T = TypeVar("_T")
+OPEN = 64  # shards that stay open
 THREADS = 32  # that ask at once: a network file system answers each in about a millisecond
+
+
+_open: dict[str, io.FileIO] = {}  # the last used one is the last
 
 
 class Stamp(NamedTuple):
@@ -55,11 +58,11 @@ def read(place: str, offset: int, size: int, pauses: Sequence[float] | None = No
     `pauses` between them, do not reach it.
     """
     if is_local(place) or is_pipe(place) or shard_cache.copy_of(place).exists():
-        return _pread(place, offset, size)
+        return _pread(place, offset, size, pauses)
     fs, path = file_system(place)
     content: bytes = patiently(place, lambda: fs.cat_file(path, start=offset, end=offset + size), pauses)
     if len(content) > size:  # a server without ranges sends all of it
-        return _pread(place, offset, size)
+        return _pread(place, offset, size, pauses)
     return content
 
 
@@ -80,7 +83,7 @@ def forget(place: str) -> None:
     """Delete the copy of a shard that is no file, if there is one: it may be of an older content."""
     if not is_local(place):
         shard_cache.copy_of(place).unlink(missing_ok=True)
-        _file.cache_clear()
+        _open.clear()
 
 
 def stamp(place: str) -> Stamp:
@@ -138,18 +141,25 @@ def _together(call: Callable[[str], _T], places: Sequence[str]) -> list[_T]:
         return list(pool.map(call, places))
 
 
-def _pread(place: str, offset: int, size: int) -> bytes:
+def _pread(place: str, offset: int, size: int, pauses: Sequence[float] | None) -> bytes:
     try:
-        file = _file(place) if is_local(place) else shard_cache.used(_file(place))
+        file = _file(place, pauses)
         return os.pread(file.fileno(), size, offset)
     except OSError:  # such as ESTALE: the next try opens it again
-        _file.cache_clear()
+        _open.clear()
         raise
 
 
-@lru_cache(maxsize=64)  # what falls out is closed when its last reader lets go of it
-def _file(place: str) -> io.FileIO:
-    file = io.FileIO(place) if is_local(place) else shard_cache.opened(place)
-    # Samples are read alone: the kernel would read twice as much ahead.
-    os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
+def _file(place: str, pauses: Sequence[float] | None) -> io.FileIO:
+    """The open shard; of others than files the open copy, which is made with these pauses between the tries."""
+    file = _open.pop(place, None)
+    if file is None:
+        file = io.FileIO(place) if is_local(place) else shard_cache.opened(place, pauses)
+        # Samples are read alone: the kernel would read twice as much ahead.
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
+    elif not is_local(place):
+        shard_cache.used(file)
+    _open[place] = file
+    for oldest in list(_open)[:-OPEN]:  # what falls out is closed when its last reader lets go of it
+        _open.pop(oldest, None)
     return file

@@ -53,8 +53,10 @@ def copy_of(place: str) -> Path:
     return local_root() / "shards" / f"{hashlib.sha256(place.encode()).hexdigest()[:24]}.tar"
 
 
-def opened(place: str) -> io.FileIO:
-    """The copy of a shard, open; made first if there is none. UserError where the shard or the disk does not let it.
+def opened(place: str, pauses: Sequence[float] | None = None) -> io.FileIO:
+    """The copy of a shard, open; made first if there is none, with such pauses between the tries.
+
+    UserError where the shard or the disk does not let it, Unreachable where the tries fail.
 
     What is open can be read even where another process deletes the copy, as it may at once in a small cache.
     """
@@ -66,7 +68,7 @@ def opened(place: str) -> io.FileIO:
         with hold(path.with_suffix(".lock"), f"the copy of {place}"):
             with contextlib.suppress(FileNotFoundError):  # another process has made it
                 return used(io.FileIO(path))
-            file = patiently(place, lambda: _fetch(place, path))
+            file = patiently(place, lambda: _fetch(place, path), pauses)
             _make_room(path, most)
             return file
     except OSError as error:

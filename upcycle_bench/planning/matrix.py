@@ -121,13 +121,17 @@ def read_records(results: Path, known: Collection[Path] = ()) -> dict[Path, reco
     return found
 
 
-def finished_before(cells: Sequence[Cell], results: Path) -> list[Path | None]:
-    """For each cell the record of a finished run, or None; no run can be known without its dense model's file.
+def finished_before(cells: Sequence[Cell], results: Path, known: Collection[Path] = ()) -> list[Path | None]:
+    """For each cell the record of a finished run that is not among the `known` ones, or None.
+
+    No run can be known without its dense model's file.
 
     Of a protocol that trains its own dense model, a run counts whose model was trained on other ranks or machines, or
     with other versions, too: one that went on here has such a model.
     """
-    records, own = read_records(results), dict[str, str | None]()
+    records, own = read_records(results, known), dict[str, str | None]()
+    if not records:
+        return [None] * len(cells)
     found = []
     for cell in cells:
         plan = cell.plan

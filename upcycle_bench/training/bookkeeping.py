@@ -147,7 +147,7 @@ class Bookkeeping:
             Tally(progress.bad_samples, progress.first_bad).add(met)
             new = {bad.number: bad for bad in met if bad.number not in self._known_bad}
         self.data.judge(progress.bad_samples, progress.first_bad, progress.step * self.job.schedule.batch_size)
-        if new and distributed.is_main():  # not where the run ends: what is listed counts no more
+        if new and distributed.is_main():  # not where the run ends: its line names what was met
             self.data.found(list(new.values()))
         self._known_bad |= new.keys()
         self._bad = []

@@ -74,12 +74,14 @@ def stoppable(until: float | None = None) -> Iterator[None]:
 
     before: dict[signal.Signals, Any] = {number: signal.signal(number, handle) for number in SIGNALS}
     request.by, request.deferred = None, 0
+    request.listen()
     if until is not None:
         signal.setitimer(signal.ITIMER_REAL, max(0.001, until - time.monotonic()))
     try:
         yield
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
+        request.listen_no_more()
         for number, handler in before.items():
             signal.signal(number, handler or signal.SIG_DFL)  # None: the handler was not set by Python
         request.by, request.deferred = None, 0

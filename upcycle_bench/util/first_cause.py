@@ -110,6 +110,7 @@ class _Watch:
         self.rank, self.world = rank, world
         self.found: Cause | None = None
         self.stopped: str | None = None  # the signal by which a rank has ended, which is no failure
+        self._asked = False  # it came to this one, which did not hear it
         self.say: Say | None = None
         self.thread = threading.Thread(target=self._run, name="first cause", daemon=True)
         self._over = threading.Event()
@@ -210,6 +211,8 @@ class _Watch:
         """Beat, and look for a cause; `found` is the first one."""
         patience = SUSPICION if self._broken else SILENCE
         if self.line.lost is not None:
+            self.line.mend()
+        if self.line.lost is not None:
             if time.monotonic() - self.line.lost > patience and self.stopped is None:
                 self.found = self.found or self._cause(0, GONE)
             return
@@ -220,6 +223,9 @@ class _Watch:
             if self.stopped is None and self.line.store.check(["stopped"]):
                 self.stopped = self.line.store.get("stopped").decode()
                 pass_on(self.stopped)
+            if self.stopped is None and (name := request.unheard()):
+                self._tell_stop(name)
+                self._asked = self.stopped == name
             if self.found is None and self.stopped is None and (dead := self._dead(patience)) is not None:
                 self._tell(dead, KILLED)
         except dist.DistStoreError:
@@ -252,19 +258,14 @@ class _Watch:
 
     def _tell(self, rank: int, what: str) -> None:
         """Write a cause into the store, unless there is one, and take the one that stands there."""
-        first = mine = self._cause(rank, what)
-        if self.line.lost is None:
-            with contextlib.suppress(RuntimeError):  # the store went with its process
-                told = self.line.store.compare_set("cause", "", strict_json.dumps(asdict(mine)))
-                first = Cause(**strict_json.loads(told))
-        self.found = self.found or first
+        mine = self._cause(rank, what)
+        told = self.line.first("cause", strict_json.dumps(asdict(mine)))
+        self.found = self.found or (mine if told is None else Cause(**strict_json.loads(told)))
 
     def _tell_stop(self, by: str) -> None:
         """Write into the store that this rank ends, and that it is no failure."""
         self.stopped = self.stopped or by
-        if self.line.lost is None:
-            with contextlib.suppress(RuntimeError):  # the store went with its process
-                self.line.store.compare_set("stopped", "", by)
+        self.line.first("stopped", by)
 
     def _cause(self, rank: int, what: str) -> Cause:
         now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
@@ -278,8 +279,8 @@ class _Watch:
             with contextlib.suppress(RuntimeError):
                 self.line.store.set(f"left {self.rank}", "")
             if self.rank == 0:
-                line = f"stopped by {self.stopped}, which another rank got: the same command goes on"
-                print(line, file=sys.stderr, flush=True)
+                whose = "" if self._asked else ", which another rank got"
+                print(f"stopped by {self.stopped}{whose}: the same command goes on", file=sys.stderr, flush=True)
             os._exit(STATUS)
         error = PeerFailed(self.found)
         self.say_once(error)
