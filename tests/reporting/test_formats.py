@@ -113,8 +113,24 @@ def test_tables_for_people_show_the_averages_of_a_suite_that_has_them() -> None:
         assert float(line[name]) == row["scores"][name] == part["value"]
 
 
+def test_a_narrow_terminal_has_what_a_reader_needs_first_in_one_table() -> None:
+    """Rank, score, difference, verdict and cost of long names, of many runs and of one that failed, in 80 columns."""
+    made = [*runs("sparse-upcycling", {0: 2.0, 1: 2.1, 2: 2.2, 3: 1.9}), failure("zzz", reason="out of memory")]
+    made += runs("new[" + "x" * 40 + "]", {0: 3.0, 1: 3.1, 2: 3.2, 3: 2.9}, strategy={"status": "reconstructed"})
+    text = render(build(made), "terminal", 80)
+    lines = text.splitlines()
+    assert max(map(len, lines)) <= 80 and sum("─" in line for line in lines) == 1
+    cells = [line.split() for line in lines if line[:8].strip() and line.startswith("  ")]
+    best, reference, failed = cells[1:]
+    assert best[0] == "1" and best[2:] == ["4", "3.0500±0.2054", "+1.0000±0.0000", "better", "1.00x"]  # sd 0.129
+    assert reference == ["2", "sparse-upcycling", "4", "2.0500±0.2054", "reference", "1.00x"]
+    assert failed == ["-", "zzz", "0", "failed"]
+    assert "(reconstructed)" in text and "zzz: failed: out of memory." in text
+    assert "Reference: sparse-upcycling." in text and "More columns: --wide." in text
+
+
 def test_a_narrow_terminal_loses_no_number(boards: list[Board]) -> None:
-    wide, narrow = render(boards, "terminal", 250), render(boards, "terminal", 80)
+    wide, narrow = render(boards, "terminal", 250), render(boards, "terminal", 80, wide=True)
     assert max(map(len, narrow.splitlines())) <= 80
     for number in ("0.3750 ± 1.5883", "0.5000 (n=1)", "0.6100", "0.6300", "2.00e+04", "2.10e+04", "25.00%"):
         assert number in wide and number in narrow  # dense: 1/4, 1/2: sd sqrt(2) / 8 -> T1 / 8 = 1.5883
@@ -138,7 +154,7 @@ def test_a_narrow_terminal_splits_many_columns_into_tables_that_all_say_who() ->
         ]
     )
     for width in (60, 80, 100, 140):
-        text = render(boards, "terminal", width)
+        text = render(boards, "terminal", width, wide=True)
         assert max(map(len, text.splitlines())) <= width
         lines = text.splitlines()
         heads = [lines[place - 1] for place, line in enumerate(lines) if "─" in line]
@@ -243,7 +259,7 @@ def test_every_format_holds_every_headline_and_its_difference(two: list[Board]) 
     cells = dict(zip(header.split(" | "), baseline.split(" | "), strict=True))
     assert [cells[f"{column} (± 95 %)"] for column in columns[1::2]] == ["-", "-"]
     for width in (80, 300):
-        text = render(two, "terminal", width)
+        text = render(two, "terminal", width, wide=True)
         assert all(value in text for value in ("1.7500", "-0.7500", "5.7500", "+0.7500", "2.5000", "5.0000"))
 
 

@@ -24,6 +24,7 @@ class Format(str, Enum):
 def leaderboard(
     path: Annotated[Path, typer.Argument(help="Records: a folder or one file.")] = Path("results"),
     format: Annotated[Format, typer.Option("--format", "-f", help="How to print it.")] = Format.terminal,
+    wide: Annotated[bool, typer.Option("--wide", help="On the terminal: all columns, in several tables.")] = False,
     as_json: Json = False,
 ) -> None:
     """Turn records into tables: only runs with equal fingerprints share one."""
@@ -31,8 +32,11 @@ def leaderboard(
     from upcycle_bench.reporting import formats
     from upcycle_bench.reporting.leaderboard import build
 
-    records = [record.read(each) for each in record.record_paths(path)]
+    paths = record.record_paths(path)
+    records = [record.read(each) for each in paths]
     if not records:
         raise UserError(f"no records below {path}; make one with: upcycle-bench run --strategy cluster-aware")
     chosen = "json" if as_json else format.value
-    print(formats.render(build(records), chosen), end="")
+    beside = {id(made): each for made, each in zip(records, paths, strict=True)}
+    boards = build(records, lambda made: record.read_outcomes(beside[id(made)]))
+    print(formats.render(boards, chosen, wide=wide), end="")

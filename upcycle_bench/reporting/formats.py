@@ -16,8 +16,8 @@ from functools import partial, reduce
 from operator import or_
 from typing import TYPE_CHECKING, Any
 
-from upcycle_bench.reporting.leaderboard import Board, Row, SeedMean
-from upcycle_bench.suite import is_averaged
+from upcycle_bench.reporting.columns import Columns, column_groups, compact_columns, shown_scores, split_column
+from upcycle_bench.reporting.leaderboard import Board
 from upcycle_bench.util import strict_json
 from upcycle_bench.util.errors import unknown
 
@@ -25,9 +25,8 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 LOG_RANK = "log_rank"  # as `evaluation.ranking` calls it
-# The metrics in tables for people; csv and json have all metrics.
-SHOWN = re.compile(r"acc1|(.*_)?(recall|r)@1|(text|image|group)_score", re.IGNORECASE)
 FOLDED = 24  # characters of a strategy's name on one line, where a board needs several tables
+STRATEGY, VERDICT = 19, 9  # the same where it has one table of few columns
 NOTES = (
     "± is the half width of a 95 % Student-t confidence interval over n training seeds (several initialisations of one "
     "training seed are averaged first). Over few seeds such an interval is wide; over one (n=1) there is none.",
@@ -36,13 +35,15 @@ NOTES = (
     "Charged FLOPs: all phases before evaluation. Times and FLOPs are means per run.",
 )
 
-Columns = dict[str, list[str]]  # header -> one cell per row
 
+def render(boards: list[Board], format: str, width: int | None = None, wide: bool = False) -> str:
+    """The boards as text. Raises UserError for an unknown format.
 
-def render(boards: list[Board], format: str, width: int | None = None) -> str:
-    """The boards as text; `width`: of the terminal, None to ask it. Raises UserError for an unknown format."""
+    `width`: of the terminal, None to ask it. Where not all columns fit there, it has the few that a reader needs first;
+    `wide`: it has all, in several tables.
+    """
     writers: dict[str, Callable[[list[Board]], str]] = {
-        "terminal": partial(_terminal, width=width),
+        "terminal": partial(_terminal, width=width, wide=wide),
         "md": _markdown,
         "csv": _csv,
         "json": _json,
@@ -58,8 +59,8 @@ def markdown_table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str
     return "\n".join(f"| {' | '.join(line)} |" for line in cells)
 
 
-def _terminal(boards: list[Board], width: int | None) -> str:
-    """One table for each board, or several on a terminal that is too narrow, each with rank and strategy."""
+def _terminal(boards: list[Board], width: int | None, wide: bool) -> str:
+    """One table for each board, or several for all columns on a terminal that is too narrow."""
     from rich.console import Console
     from rich.measure import Measurement
 
@@ -71,20 +72,39 @@ def _terminal(boards: list[Board], width: int | None) -> str:
         return Measurement.get(console, console.options.update(width=100_000), table).maximum <= console.width
 
     for board in boards:
-        who, *groups = _groups(board)
+        who, *groups = column_groups(board)
         tables = [reduce(or_, groups, who)]
-        if not fits(tables[0]):
-            folded = [textwrap.fill(title, FOLDED, break_on_hyphens=True) for title in who["strategy"]]
-            tables = _split_to_fit(who | {"strategy": folded}, groups, fits)
-        console.print(_heading(board), *map(_rich_table, tables), *_caption(board), "", sep="\n", markup=False)
+        short = not wide and not fits(tables[0])
+        if short:
+            columns = compact_columns(board)
+            tables = [
+                columns
+                | {"strategy": _folded(columns["strategy"], STRATEGY), "verdict": _folded(columns["verdict"], VERDICT)}
+            ]
+        elif not fits(tables[0]):
+            tables = _split_to_fit(who | {"strategy": _folded(who["strategy"], FOLDED)}, groups, fits)
+        lines = [*_caption(board), *(_runs(board) if short else [])]
+        console.print(_heading(board), *map(_rich_table, tables), *lines, "", sep="\n", markup=False)
     console.print(*NOTES, sep="\n", markup=False)
     return "\n".join(line.rstrip() for line in output.getvalue().splitlines()) + "\n"
+
+
+def _folded(titles: Iterable[str], width: int) -> list[str]:
+    return [textwrap.fill(title, width, break_on_hyphens=True) for title in titles]
+
+
+def _runs(board: Board) -> list[str]:
+    """How the runs of each strategy ended, where that is not simply well; and where the other columns are."""
+    ended = [f"{row.label}: {row.outcome}." for row in board.rows if row.outcome != "ok"]
+    footing = [f"{row.label}: {row.kind.partition('; ')[2]}." for row in board.rows if "; " in row.kind]
+    reference = f"Reference: {board.baseline}. " if board.baseline else ""
+    return [*footing, *ended, f"{reference}FLOPs: charged ones, by those of the reference. More columns: --wide."]
 
 
 def _markdown(boards: list[Board]) -> str:
     blocks = []
     for board in boards:
-        columns = reduce(or_, _groups(board))
+        columns = reduce(or_, column_groups(board))
         table = markdown_table(list(columns), zip(*columns.values(), strict=True))
         caption = "\n".join(f"- {sentence}" for sentence in _caption(board))
         blocks.append(f"### {_heading(board)}\n\n{table}\n\n{caption}")
@@ -123,13 +143,15 @@ def _csv(boards: list[Board]) -> str:
 
 
 def _flat(headline: dict[str, Any]) -> Iterable[tuple[str, Any]]:
-    """The numbers of a row's headline score and of its difference, by name."""
+    """The numbers and words of a row's headline score and of its difference, by name."""
     for key, value in headline.items():
-        if key == "standard_error":
-            yield "standard error", value
-        else:
+        if key in ("mean", "difference"):
             prefix = "" if key == "mean" else f"{key} "
             yield from ((prefix + part, (value or {}).get(part)) for part in ("mean", "half_width", "n"))
+        elif key == "ranks":
+            yield from zip(("rank low", "rank high"), value or (None, None), strict=True)
+        else:
+            yield key.replace("_", " "), value
 
 
 def _json(boards: list[Board]) -> str:
@@ -155,7 +177,9 @@ def _caption(board: Board) -> list[str]:
         sentences.append(f"{name}: mean of {_parts(headline.parts)}; {direction}{chance}.")
     if len(board.headlines) > 1:
         sentences.append(f"Ranks are by {next(iter(board.headlines))}; the headline scores are never mixed.")
-    if any(_split(part)[2].endswith(LOG_RANK) for headline in board.headlines.values() for part in headline.parts):
+    if any(
+        split_column(part)[2].endswith(LOG_RANK) for headline in board.headlines.values() for part in headline.parts
+    ):
         sentences.append("log_rank: mean ln(1 + wrong answers nearer than the right one); e to it is a geometric mean.")
     if board.baseline:
         sentences.append(f"vs {board.baseline}: the score minus that of {board.baseline}.")
@@ -170,7 +194,7 @@ def _caption(board: Board) -> list[str]:
         )
     scored = {name for row in board.rows for name in row.scores}
     parts = [part for headline in board.headlines.values() for part in headline.parts]
-    shown = {_split(name)[0] for name in (*_shown(scored, board), *parts)}
+    shown = {split_column(name)[0] for name in (*shown_scores(scored, board), *parts)}
     if scored and (hidden := sorted(board.suite_fingerprints.keys() - shown)):
         sentences.append(
             f"No column here for {', '.join(hidden)}: scores are in csv and json, all they say in the records."
@@ -189,84 +213,13 @@ def _parts(columns: tuple[str, ...]) -> str:
         return ", ".join(columns)
     suites: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
     for column in columns:
-        suite, dataset, metric = _split(column)
+        suite, dataset, metric = split_column(column)
         suites[suite][metric].append(dataset)
     groups = [
         f"{suite} " + "; ".join(f"{metric} on {', '.join(datasets)}" for metric, datasets in sorted(metrics.items()))
         for suite, metrics in suites.items()
     ]
     return f"{len(columns)} scores ({'; '.join(groups)})"
-
-
-def _groups(board: Board) -> list[Columns]:
-    """Columns for people in five groups: who, result, scores, cost, runs."""
-    rows = board.rows
-    who = {"#": [str(row.rank or "-") for row in rows], "strategy": [row.title for row in rows]}
-    result = {"n": [str(row.seeds) for row in rows]}
-    for name in board.headlines:
-        found = [row.headlines.get(name) for row in rows]
-        means = [_seed_mean(each.mean if each else None) for each in found]
-        result[name + _unit(means)] = means
-        if board.baseline:
-            cells = [_seed_mean(each.difference if each else None, "+") for each in found]
-            cells = ["-" if row.label == board.baseline else cell for row, cell in zip(rows, cells, strict=True)]
-            which = f"{name} " if len(board.headlines) > 1 else ""
-            result[f"{which}vs {board.baseline}" + _unit(cells)] = cells
-    shown = _shown({name for row in rows for name in row.scores}, board)
-    scores = {name: [_score(row, name) for row in rows] for name in shown}
-    cost = {
-        "total parameters": [_number(row.parameters_total, ",.2f", "M") for row in rows],
-        "active parameters": [_number(row.parameters_active, ",.2f", "M") for row in rows],
-        "train s": [_number(row.train_seconds, ",.1f") for row in rows],
-        "train FLOPs": [_number(row.train_flops, ".2e") for row in rows],
-        "charged FLOPs": [_number(row.charged_flops, ".2e") for row in rows],
-        "tokens dropped": [_number(row.tokens_dropped, ".2%") for row in rows],
-    }
-    return [who, result, scores, cost, {"runs": [row.outcome for row in rows]}]
-
-
-def _shown(columns: Iterable[str], board: Board) -> list[str]:
-    """The columns of scores in tables for people; a mean over sets stands for its sets."""
-    parts = {column: _split(column) for column in columns}
-    headline_of = {_split(part)[:2]: name for name, each in board.headlines.items() for part in each.parts}
-    names: dict[str, set[tuple[str, str]]] = defaultdict(set)
-    for suite, dataset, metric in parts.values():
-        names[suite].add((dataset, metric))
-    return sorted(
-        column
-        for column, (suite, dataset, metric) in parts.items()
-        if SHOWN.fullmatch(metric)
-        and not is_averaged(dataset, metric, headline_of.get((suite, dataset), ""), names[suite])
-    )
-
-
-def _split(column: str) -> tuple[str, str, str]:
-    """The suite, dataset and metric of a column; a dataset may hold slashes."""
-    suite, _, rest = column.partition("/")
-    dataset, _, metric = rest.rpartition("/")
-    return suite, dataset, metric
-
-
-def _seed_mean(value: SeedMean | None, sign: str = "") -> str:
-    if value is None:
-        return ""
-    interval = "" if value.half_width is None else f" ± {value.half_width:.4f}"
-    n = f" (n={value.n})" if sign or value.half_width is None else ""
-    return f"{value.mean:{sign}.4f}{interval}{n}"
-
-
-def _unit(cells: list[str]) -> str:
-    """The meaning of ± for the header of a column: here an interval, in `run` and `evaluate` a standard error."""
-    return " (± 95 %)" if any("±" in cell for cell in cells) else ""
-
-
-def _score(row: Row, name: str) -> str:
-    error = row.standard_errors.get(name)
-    return _number(row.scores.get(name), ".4f") + ("" if error is None else f" ({error:.4f})")
-
-
-def _number(value: float | None, form: str, unit: str = "") -> str:
-    return "" if value is None else format(value / 1e6 if unit == "M" else value, form) + unit
 
 
 def _split_to_fit(who: Columns, groups: Iterable[Columns], fits: Callable[[Columns], bool]) -> list[Columns]:
@@ -291,7 +244,7 @@ def _rich_table(columns: Columns) -> Table:
 
     table = Table(box=box.SIMPLE, collapse_padding=True)
     for header in columns:
-        left = header in ("strategy", "runs")  # only these two columns fold, so that numbers stay whole
+        left = header in ("strategy", "runs", "verdict")  # only these columns fold, so that numbers stay whole
         lines = re.sub(r"/| (?![\d%])|_(?=retrieval)|(?<=retrieval)_", "\n", header)
         table.add_column(Text(lines), justify="left" if left else "right", overflow="fold", no_wrap=not left)
     for cells in zip(*columns.values(), strict=True):

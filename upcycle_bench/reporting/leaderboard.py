@@ -1,17 +1,15 @@
 """From records to leaderboards, one for each set of runs that may be compared. `formats.render` writes them.
 
-    boards = build([read(path) for path in record_paths(folder)])
+    boards = build([read(path) for path in record_paths(folder)], outcomes)
     print(render(boards, "terminal"))        # or "md", "csv", "json"
 
-Runs have one headline score or several, which are never mixed. A row has each as a mean over training seeds, with
-Student's t interval; n counts training seeds. Rows are ranked by the first headline score. Initialisations of
-one training seed depend on each other, so they are averaged first. Standard errors over evaluation samples are separate
-columns, since all runs share the samples; a row has the mean of the errors of its runs.
+Runs have one headline score or several, which are never mixed. A row has each as a mean over training seeds, with an
+interval over seeds and evaluation samples (`standings`); n counts training seeds. Rows are ranked by the first headline
+score. Initialisations of one training seed depend on each other, so they are averaged first.
 """
 
 from __future__ import annotations
 
-import math
 import statistics
 import textwrap
 from collections import defaultdict
@@ -20,12 +18,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from upcycle_bench.record import Record, ScoreRecord
+from upcycle_bench.reporting.resampling import Sure
+from upcycle_bench.reporting.standings import Outcomes, SeedPair, Standing, stand
 from upcycle_bench.util import strict_json
 from upcycle_bench.util.errors import UserError
 
 BASELINES = ("sparse-upcycling", "dense")  # differences are to the first of these with a successful run
-
-SeedPair = tuple[int, int]  # seeds of initialisation and of training
 
 
 @dataclass(frozen=True)
@@ -39,13 +37,21 @@ class SeedMean:
 
 @dataclass(frozen=True)
 class RowHeadline:
-    """A headline score of a row, its difference to the baseline's, paired by both seeds, and an upper bound of its
-    standard error over evaluation samples.
+    """A headline score of a row, and how it stands to the others' (`standings.Standing`).
+
+    difference: to the baseline's, paired by both seeds; p: of it, by Holm over the table. standard_error: an upper
+    bound of one run's, over evaluation samples. of_init, of_train: standard deviations over seeds of each kind.
     """
 
     mean: SeedMean
     difference: SeedMean | None
     standard_error: float | None
+    p: float | None
+    verdict: str
+    ranks: tuple[int, int] | None
+    letters: str
+    of_init: float | None
+    of_train: float | None
 
 
 @dataclass(frozen=True)
@@ -125,8 +131,17 @@ class Board:
     rows: tuple[Row, ...]
 
 
-def build(records: list[Record]) -> list[Board]:
-    """One board for each set of comparable records, sorted by protocol, closed division first. UserError if empty."""
+def no_outcomes(record: Record) -> Mapping[str, Any]:
+    """Of records without their files."""
+    del record
+    return {}
+
+
+def build(records: list[Record], outcomes: Outcomes = no_outcomes) -> list[Board]:
+    """One board for each set of comparable records, sorted by protocol, closed division first. UserError if empty.
+
+    `outcomes` gives those of each sample, by suite/dataset/name, so that intervals are over samples, too.
+    """
     if not records:
         raise UserError("a leaderboard needs records: there are none.")
     groups: dict[tuple[Any, ...], list[Record]] = defaultdict(list)
@@ -135,22 +150,14 @@ def build(records: list[Record]) -> list[Board]:
         suites = tuple(sorted(protocol.suite_fingerprints.items()))
         key = (protocol.name, protocol.division, protocol.training_fingerprint, suites, record.hashes.dense)
         groups[key].append(record)
-    return [_board(groups[key]) for key in sorted(groups)]
+    return [_board(groups[key], outcomes) for key in sorted(groups)]
 
 
-def seed_mean(by_training_seed: Mapping[int, list[float]]) -> SeedMean:
-    """Mean and Student-t interval over training seeds; `by_training_seed`: seed -> the values of its runs."""
-    values = [statistics.fmean(of_one_seed) for of_one_seed in by_training_seed.values()]
-    n = len(values)
-    if n == 1:
-        return SeedMean(values[0], None, 1)
-    from scipy.special import stdtrit  # quantile of Student's t
-
-    half_width = float(stdtrit(n - 1, 0.975)) * statistics.stdev(values) / math.sqrt(n)
-    return SeedMean(statistics.fmean(values), half_width, n)
+def _shown(sure: Sure) -> SeedMean:
+    return SeedMean(sure.mean, sure.half_width, sure.seeds)
 
 
-def _board(records: list[Record]) -> Board:
+def _board(records: list[Record], outcomes: Outcomes) -> Board:
     """The board of these records, which come oldest first."""
     by_label: dict[str, list[Record]] = defaultdict(list)
     for record in records:
@@ -161,11 +168,15 @@ def _board(records: list[Record]) -> Board:
         for label, runs in by_label.items()
     }
     baseline = next((label for label in BASELINES if counting.get(label)), None)
+    headlines = _headlines([run for runs in counting.values() for run in runs.values()])
+    standings = {
+        name: stand(counting, name, higher_is_better=each.higher_is_better, reference=baseline, outcomes=outcomes)
+        for name, each in headlines.items()
+    }
     rows = [
-        _row(runs, counting[label], counting[baseline] if baseline and label != baseline else {})
+        _row(runs, counting[label], {name: each[label] for name, each in standings.items() if label in each})
         for label, runs in by_label.items()
     ]
-    headlines = _headlines([run for runs in counting.values() for run in runs.values()])
     first = next(iter(headlines), "")
     sign = -1 if first and headlines[first].higher_is_better else 1
 
@@ -201,17 +212,11 @@ def _headlines(runs: Sequence[Record]) -> dict[str, BoardHeadline]:
     return found
 
 
-def _row(runs: list[Record], counting: dict[SeedPair, Record], base: dict[SeedPair, Record]) -> Row:
-    """The row of one label. `runs`: all of it, oldest first; `counting`: those that count; `base`: the baseline's."""
-    headlines: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
-    differences: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
+def _row(runs: list[Record], counting: dict[SeedPair, Record], standings: Mapping[str, Standing]) -> Row:
+    """The row of one label. `runs`: all of it, oldest first; `counting`: those that count."""
     scores: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
     errors: dict[str, list[float | None]] = defaultdict(list)
     for seeds, run in sorted(counting.items()):
-        for name, headline in run.headlines.items():
-            headlines[name][seeds[1]].append(headline.value)
-            if seeds in base and name in base[seeds].headlines:
-                differences[name][seeds[1]].append(headline.value - base[seeds].headlines[name].value)
         for score in run.scores:
             scores[_column(score)][seeds[1]].append(score.value)
             errors[_column(score)].append(score.standard_error)
@@ -226,13 +231,21 @@ def _row(runs: list[Record], counting: dict[SeedPair, Record], base: dict[SeedPa
         kind=newest.strategy.mark,
         headlines={
             name: RowHeadline(
-                seed_mean(values),
-                seed_mean(differences[name]) if name in differences else None,
-                _mean(known.standard_error for run in counting.values() if (known := run.headlines.get(name))),
+                mean=_shown(standing.score),
+                difference=None if standing.difference is None else _shown(standing.difference),
+                standard_error=_mean(
+                    known.standard_error for run in counting.values() if (known := run.headlines.get(name))
+                ),
+                p=standing.p,
+                verdict=standing.verdict,
+                ranks=standing.ranks,
+                letters=standing.letters,
+                of_init=standing.of_init,
+                of_train=standing.of_train,
             )
-            for name, values in headlines.items()
+            for name, standing in standings.items()
         },
-        scores={name: seed_mean(values).mean for name, values in sorted(scores.items())},
+        scores={name: _mean_of_means(values) for name, values in sorted(scores.items())},
         standard_errors={name: mean for name, each in sorted(errors.items()) if (mean := _mean(each)) is not None},
         parameters_total=costs[0].parameters_total if costs else None,
         parameters_active=costs[0].parameters_active if costs else None,
@@ -263,6 +276,10 @@ def _dirty(record: Record) -> bool:
 
 def _column(score: ScoreRecord) -> str:
     return f"{score.suite}/{score.dataset}/{score.metric}"
+
+
+def _mean_of_means(by_training_seed: Mapping[int, list[float]]) -> float:
+    return statistics.fmean(statistics.fmean(values) for values in by_training_seed.values())
 
 
 def _sum(values: Iterable[int | None]) -> int | None:

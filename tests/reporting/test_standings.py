@@ -1,0 +1,142 @@
+"""How strategies stand to each other: verdicts worked by hand, outcomes of samples, sources of variation."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.records import make_record, score
+from upcycle_bench.record import Record
+from upcycle_bench.reporting.standings import Counting, Standing, stand
+
+
+def counting(**strategies: Mapping[tuple[int, int], float]) -> Counting:
+    return {
+        label: {
+            seeds: make_record(label, init=seeds[0], train=seeds[1], value=value) for seeds, value in values.items()
+        }
+        for label, values in strategies.items()
+    }
+
+
+def diagonal(*values: float) -> dict[tuple[int, int], float]:
+    return {(seed, seed): value for seed, value in enumerate(values)}
+
+
+def standing(runs: Counting, outcomes: Any = lambda run: {}, higher_is_better: bool = True) -> dict[str, Standing]:
+    return stand(runs, "in-distribution", higher_is_better=higher_is_better, reference="base", outcomes=outcomes)
+
+
+def test_verdicts_by_hand() -> None:
+    """One run's standard deviation is about 1; differences to `base` are 5, -5, 0, 1 to within 0.1, 0.1, 0.1, 2."""
+    base = (0.0, 1.0, 2.0, 1.0)
+    near, wide = (0.1, -0.1, 0.1, -0.1), (2.0, -2.0, 2.0, -2.0)
+    made = standing(
+        counting(
+            base=diagonal(*base),
+            up=diagonal(*(b + 5 + e for b, e in zip(base, near, strict=True))),
+            down=diagonal(*(b - 5 + e for b, e in zip(base, near, strict=True))),
+            same=diagonal(*(b + e for b, e in zip(base, near, strict=True))),
+            unsure=diagonal(*(b + 1 + e for b, e in zip(base, wide, strict=True))),
+            few=diagonal(0.0, 9.0),
+        )
+    )
+    assert {name: each.verdict for name, each in made.items()} == {
+        "base": "reference",
+        "up": "better",
+        "down": "worse",
+        "same": "tied",
+        "unsure": "undecided",
+        "few": "not yet ranked",
+    }
+    lower = standing(counting(base=diagonal(*base), up=diagonal(*(b + 5 for b in base))), higher_is_better=False)
+    assert lower["up"].verdict == "worse" and lower["base"].ranks == (1, 1) and lower["up"].ranks == (2, 2)
+    assert made["up"].ranks == (1, 1) and made["down"].ranks == (5, 5) and made["few"].ranks is None
+    assert made["up"].letters == "a" and made["down"].letters == "c" and made["few"].letters == ""
+    assert set(made["same"].letters) & set(made["base"].letters)
+
+
+def test_p_values_are_holms_over_the_table() -> None:
+    """Differences 1, 1.2, 0.8: sd 0.2, t = 1 / (0.2 / sqrt(3)) = 8.66, p = 1 - t / sqrt(t^2 + 2) = 0.0131; twice it."""
+    base, new = (0.0, 0.0, 0.0), (1.0, 1.2, 0.8)
+    t = 1 / (0.2 / math.sqrt(3))
+    p = 1 - t / math.sqrt(t * t + 2)
+    alone = standing(counting(base=diagonal(*base), one=diagonal(*new)))
+    both = standing(counting(base=diagonal(*base), one=diagonal(*new), two=diagonal(*new)))
+    assert alone["one"].p == pytest.approx(p) and both["one"].p == pytest.approx(2 * p)
+    assert alone["one"].verdict == both["one"].verdict == "better"
+    six = standing(counting(base=diagonal(*base), **{f"s{number}": diagonal(*new) for number in range(6)}))
+    assert [six[f"s{number}"].p for number in range(6)] == pytest.approx([6 * p] * 6)
+    assert six["s0"].verdict == "undecided"
+
+
+def test_both_sources_of_seeds_stand_apart() -> None:
+    """Training seed 0 with initialisations 0, 1, 2: 1, 2, 3; initialisation 0 with training seeds 0, 1: 1, 5."""
+    (made,) = standing(counting(new={(0, 0): 1.0, (1, 0): 2.0, (2, 0): 3.0, (0, 1): 5.0})).values()
+    assert made.of_init == 1.0 and made.of_train == pytest.approx(math.sqrt(8))
+    assert made.score.seeds == 2 and made.score.mean == 3.5  # (1 + 2 + 3) / 3 and 5
+    (varied,) = standing(counting(new=diagonal(1.0, 2.0, 3.0))).values()
+    assert varied.of_init is varied.of_train is None
+
+
+def with_outcomes(
+    rows: Mapping[tuple[str, int], np.ndarray], errors: float | None = None, direction: bool = True
+) -> tuple[Counting, Any]:
+    """Runs whose score is the mean of their outcomes, in two questions about the same samples."""
+    made: dict[str, dict[tuple[int, int], Record]] = {}
+    arrays = {}
+    for (label, seed), row_N in rows.items():
+        parts = [
+            score("a", f"{way}_log_rank", float(row_N.mean()), headline="in-distribution", lower=not direction)
+            | {"standard_error": errors}
+            for way in ("text", "image")
+        ]
+        run = make_record(label, init=seed, train=seed, scores=parts)
+        made.setdefault(label, {})[seed, seed] = run
+        arrays[run.run_id + label] = {
+            f"zero-shot/a/{way}_log_rank": row_N.astype(np.float32) for way in ("text", "image")
+        }
+    return made, lambda run: arrays[run.run_id + run.strategy.label]
+
+
+def test_samples_widen_the_interval_of_a_score_and_hardly_that_of_a_paired_difference() -> None:
+    random = np.random.default_rng(0)
+    hard_N = random.normal(size=400)  # how hard each sample is, for all
+    rows = {
+        (label, seed): hard_N + better + random.normal(0, 0.05, 400)
+        for label, better in (("base", 0.0), ("new", 0.1))
+        for seed in range(3)
+    }
+    made = standing(*with_outcomes(rows))["new"]
+    assert made.score.of_samples == pytest.approx(1 / 20, rel=0.1) and made.score.of_seeds < 0.01
+    assert made.difference is not None and made.difference.of_samples is not None
+    assert made.difference.of_samples < 0.005 and made.verdict == "better"
+
+
+def test_dependent_samples_widen_by_what_the_record_says() -> None:
+    """As five captions of one image: the standard error in the record is three times that of independent samples."""
+    row_N = np.random.default_rng(0).normal(size=400)
+    rows = {(label, seed): row_N for label in ("base", "new") for seed in range(3)}
+    alone = float(row_N.std(ddof=1)) / 20
+    plain, wide = (standing(*with_outcomes(rows, error))["new"].score.of_samples for error in (None, 3 * alone))
+    assert plain == pytest.approx(alone, rel=0.05) and wide == pytest.approx(3 * alone, rel=0.05)
+
+
+@pytest.mark.parametrize("fault", ["missing", "another mean", "another number"])
+def test_outcomes_that_do_not_fit_are_not_used(fault: str) -> None:
+    rows = {("base", seed): np.random.default_rng(seed).normal(size=50) for seed in range(3)}
+    made, read = with_outcomes(rows)
+
+    def outcomes(run: Record) -> Mapping[str, Any]:
+        found = dict(read(run))
+        if run.seeds.train == 1:
+            key = "zero-shot/a/text_log_rank"
+            found |= {key: {"another mean": found[key] + 1, "another number": found[key][:40]}.get(fault)}
+            if fault == "missing":
+                del found[key]
+        return found
+
+    assert standing(made, outcomes)["base"].score.of_samples is None
+    assert standing(made, read)["base"].score.of_samples is not None

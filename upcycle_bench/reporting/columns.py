@@ -1,0 +1,127 @@
+"""The columns of a leaderboard for people: all of them in groups, or the few that fit a terminal of 80 columns.
+
+who, result, scores, cost, runs = column_groups(board)         # header -> one cell a row
+columns = compact_columns(board)                                # rank, strategy, score, difference, verdict, cost
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable
+
+from upcycle_bench.reporting.leaderboard import Board, Row, RowHeadline, SeedMean
+from upcycle_bench.suite import is_averaged
+
+# The metrics in tables for people; csv and json have all metrics.
+SHOWN = re.compile(r"acc1|(.*_)?(recall|r)@1|(text|image|group)_score", re.IGNORECASE)
+
+Columns = dict[str, list[str]]  # header -> one cell per row
+
+
+def column_groups(board: Board) -> list[Columns]:
+    """Columns for people in five groups: who, result, scores, cost, runs."""
+    rows = board.rows
+    who = {"#": [str(row.rank or "-") for row in rows], "strategy": [row.title for row in rows]}
+    result = {"n": [str(row.seeds) for row in rows]}
+    for name in board.headlines:
+        found = [row.headlines.get(name) for row in rows]
+        means = [mean_cell(each.mean if each else None) for each in found]
+        result[name + plus_minus(means)] = means
+        if board.baseline:
+            cells = [mean_cell(each.difference if each else None, "+") for each in found]
+            cells = ["-" if row.label == board.baseline else cell for row, cell in zip(rows, cells, strict=True)]
+            which = f"{name} " if len(board.headlines) > 1 else ""
+            result[f"{which}vs {board.baseline}" + plus_minus(cells)] = cells
+    shown = shown_scores({name for row in rows for name in row.scores}, board)
+    scores = {name: [score_cell(row, name) for row in rows] for name in shown}
+    cost = {
+        "total parameters": [number_cell(row.parameters_total, ",.2f", "M") for row in rows],
+        "active parameters": [number_cell(row.parameters_active, ",.2f", "M") for row in rows],
+        "train s": [number_cell(row.train_seconds, ",.1f") for row in rows],
+        "train FLOPs": [number_cell(row.train_flops, ".2e") for row in rows],
+        "charged FLOPs": [number_cell(row.charged_flops, ".2e") for row in rows],
+        "tokens dropped": [number_cell(row.tokens_dropped, ".2%") for row in rows],
+    }
+    return [who, result, scores, cost, {"runs": [row.outcome for row in rows]}]
+
+
+def compact_columns(board: Board) -> Columns:
+    """What a reader needs in ten seconds: rank, strategy, first headline score, difference, verdict and cost."""
+    rows, first = board.rows, next(iter(board.headlines), "")
+    found = [row.headlines.get(first) for row in rows]
+    base = next((row.charged_flops for row in rows if row.label == board.baseline), None)
+    columns = {
+        "rank": [rank_cell(each) for each in found],
+        "strategy": [f"{row.label} ({row.kind.partition(';')[0]})" if row.kind else row.label for row in rows],
+        "n": [str(row.seeds) for row in rows],
+        first or "score": [_short(each.mean if each else None) for each in found],
+    }
+    if board.baseline:
+        columns["vs reference"] = [_short(each.difference if each else None, "+") for each in found]
+    columns["verdict"] = [each.verdict if each else row.status for each, row in zip(found, rows, strict=True)]
+    columns["FLOPs"] = [
+        "" if row.charged_flops is None or not base else f"{row.charged_flops / base:.2f}x" for row in rows
+    ]
+    return columns
+
+
+def _short(value: SeedMean | None, sign: str = "") -> str:
+    if value is None:
+        return ""
+    return f"{value.mean:{sign}.4f}" + ("" if value.half_width is None else f"±{value.half_width:.4f}")
+
+
+def rank_cell(headline: RowHeadline | None) -> str:
+    """The interval of a rank, 1-3, or one rank; "-" where nothing is ranked."""
+    if headline is None or headline.ranks is None:
+        return "-"
+    low, high = headline.ranks
+    return str(low) if low == high else f"{low}-{high}"
+
+
+def shown_scores(columns: Iterable[str], board: Board) -> list[str]:
+    """The columns of scores in tables for people; a mean over sets stands for its sets."""
+    parts = {column: split_column(column) for column in columns}
+    headline_of = {split_column(part)[:2]: name for name, each in board.headlines.items() for part in each.parts}
+    names: dict[str, set[tuple[str, str]]] = defaultdict(set)
+    for suite, dataset, metric in parts.values():
+        names[suite].add((dataset, metric))
+    return sorted(
+        column
+        for column, (suite, dataset, metric) in parts.items()
+        if SHOWN.fullmatch(metric)
+        and not is_averaged(dataset, metric, headline_of.get((suite, dataset), ""), names[suite])
+    )
+
+
+def split_column(column: str) -> tuple[str, str, str]:
+    """The suite, dataset and metric of a column; a dataset may hold slashes."""
+    suite, _, rest = column.partition("/")
+    dataset, _, metric = rest.rpartition("/")
+    return suite, dataset, metric
+
+
+def mean_cell(value: SeedMean | None, sign: str = "") -> str:
+    """A mean with the half width of its interval, or with n where there is none; `sign` is of a difference."""
+    if value is None:
+        return ""
+    interval = "" if value.half_width is None else f" ± {value.half_width:.4f}"
+    n = f" (n={value.n})" if sign or value.half_width is None else ""
+    return f"{value.mean:{sign}.4f}{interval}{n}"
+
+
+def plus_minus(cells: list[str]) -> str:
+    """The meaning of ± for the header of a column: here an interval, in `run` and `evaluate` a standard error."""
+    return " (± 95 %)" if any("±" in cell for cell in cells) else ""
+
+
+def score_cell(row: Row, name: str) -> str:
+    """A score with its standard error over samples in brackets."""
+    error = row.standard_errors.get(name)
+    return number_cell(row.scores.get(name), ".4f") + ("" if error is None else f" ({error:.4f})")
+
+
+def number_cell(value: float | None, form: str, unit: str = "") -> str:
+    """A number with its unit, M for millions; "" where it is unknown."""
+    return "" if value is None else format(value / 1e6 if unit == "M" else value, form) + unit

@@ -1,0 +1,171 @@
+"""How sure a mean over seeds and samples is, and a difference of two such means: a hierarchical bootstrap.
+
+    drawn_RB = sample_draws([(outcome_RN, 0.5), ...])       # each run's weighted mean over sets, under draws of samples
+    sure = of_seeds(value_S, drawn_SB)                      # of the runs of one strategy, or of differences of pairs
+    sure.mean, sure.interval, sure.p                        # p: of the hypothesis that the mean is 0
+
+Seeds are drawn first, then samples; all runs share a draw of samples, since they were scored on the same ones. Few
+seeds drawn with replacement vary less than new ones would, by (S - 1) / S in variance: deviations of seeds are enlarged
+by as much. What the draws of seeds contribute to the standard error has a closed form then; what those of samples
+contribute is drawn. The interval is Student's, with degrees of freedom by Satterthwaite: those of the seeds, unless the
+samples contribute most. Without outcomes of samples only the seeds count.
+
+Sources: B. Efron and R. Tibshirani, An Introduction to the Bootstrap, 1993 (ch. 6, 8); F. E. Satterthwaite, Biometrics
+Bull. 2, 1946; R. Agarwal et al., arXiv:2108.13264 (few runs of a benchmark).
+
+Shape suffixes: R runs, N samples of a set, S training seeds, B draws, L strategies.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+DRAWS = 2000
+ENOUGH = 3  # seeds, below which nothing is ranked
+LEVEL = 0.95
+
+
+@dataclass(frozen=True)
+class Sure:
+    """A mean over `seeds` training seeds. Errors are of that mean.
+
+    standard_error: of seeds and samples together; None for one seed. of_seeds, of_samples: the parts; None where they
+    are unknown. degrees: of freedom.
+    """
+
+    mean: float
+    seeds: int
+    standard_error: float | None = None
+    of_seeds: float | None = None
+    of_samples: float | None = None
+    degrees: float | None = None
+
+    @property
+    def half_width(self) -> float | None:
+        """Of the 95 % interval; None for one seed."""
+        if self.standard_error is None:
+            return None
+        return _quantile(self.degrees) * self.standard_error
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """95 %; None for one seed."""
+        half = self.half_width
+        return None if half is None else (self.mean - half, self.mean + half)
+
+    @property
+    def p(self) -> float | None:
+        """Two-sided, of the hypothesis that the mean is 0; None for one seed."""
+        if self.standard_error is None:
+            return None
+        if self.standard_error == 0:
+            return 1.0 if self.mean == 0 else 0.0
+        from scipy.special import stdtr  # the distribution of Student's t
+
+        return float(2 * stdtr(self.degrees, -abs(self.mean) / self.standard_error))
+
+
+def sample_draws(sets: Sequence[tuple[np.ndarray, float]], draws: int = DRAWS, seed: int = 0) -> np.ndarray:
+    """The weighted sum over sets of each run's mean over samples, [R, B], under draws of the samples with replacement.
+
+    `sets` holds an array [R, N] of outcomes and a weight for each set. Several questions about the same samples are one
+    array, of their mean. The draws of two sets are independent.
+    """
+    total = np.zeros((len(sets[0][0]), draws))
+    for number, (outcome_RN, weight) in enumerate(sets):
+        generator = np.random.default_rng((seed, number))
+        samples = outcome_RN.shape[1]
+        chunk = max(1, (1 << 24) // samples)  # draws at a time: 64 MB
+        for first in range(0, draws, chunk):
+            count = min(chunk, draws - first)
+            weight_BN = generator.poisson(1.0, (count, samples)).astype(np.float32)
+            weight_BN /= weight_BN.sum(1, keepdims=True)
+            centre_R = outcome_RN.mean(1, dtype=np.float64)
+            rest_RN = (outcome_RN - centre_R[:, None]).astype(np.float32)
+            total[:, first : first + count] += weight * (centre_R[:, None] + rest_RN @ weight_BN.T)
+    return total
+
+
+def of_seeds(value_S: np.ndarray, drawn_SB: np.ndarray | None = None) -> Sure:
+    """How sure the mean of one number a training seed is.
+
+    `drawn_SB`: the same numbers under draws of the samples, whose spread is that of the samples; None: it is unknown.
+    """
+    seeds, mean = len(value_S), float(np.mean(value_S))
+    of_samples = None if drawn_SB is None else float(drawn_SB.mean(0).std())
+    if seeds == 1:
+        return Sure(mean, 1, of_samples=of_samples)
+    of_seeds = float(np.std(value_S, ddof=1)) / math.sqrt(seeds)
+    error = math.hypot(of_seeds, of_samples or 0.0)
+    degrees = (seeds - 1) * (error / of_seeds) ** 4 if of_seeds > 0 else math.inf
+    return Sure(mean, seeds, error, of_seeds, of_samples, degrees)
+
+
+def seed_draws(value_S: np.ndarray, drawn_SB: np.ndarray | None = None, draws: int = DRAWS) -> np.ndarray:
+    """The mean of one number a training seed, [B], under draws of the seeds, and of the samples where they are given.
+
+    Strategies with equally many seeds have the same draws of them.
+    """
+    seeds = len(value_S)
+    draws = draws if drawn_SB is None else drawn_SB.shape[1]
+    weight_BS = np.random.default_rng(seeds).multinomial(seeds, [1 / seeds] * seeds, draws) / seeds
+    enlarged_S = (value_S - np.mean(value_S)) * math.sqrt(seeds / max(1, seeds - 1))
+    moved_B = weight_BS @ enlarged_S
+    if drawn_SB is not None:
+        moved_B = moved_B + np.einsum("bs,sb->b", weight_BS, drawn_SB - value_S[:, None])
+    return np.mean(value_S) + moved_B
+
+
+def rank_intervals(draws_LB: np.ndarray, higher_is_better: bool) -> list[tuple[int, int]]:
+    """The 95 % interval of each strategy's rank, 1 the best, under common draws of all strategies' means."""
+    signed_LB = -draws_LB if higher_is_better else draws_LB
+    rank_LB = 1 + (signed_LB[:, None] > signed_LB[None]).sum(1)
+    low_L, high_L = np.quantile(rank_LB, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=1, method="closest_observation")
+    return [(int(low), int(high)) for low, high in zip(low_L, high_L, strict=True)]
+
+
+def holm(p: Sequence[float]) -> list[float]:
+    """p-values that hold for all hypotheses together (S. Holm, Scand. J. Stat. 6, 1979)."""
+    if not p:
+        return []
+    from statsmodels.stats.multitest import multipletests
+
+    return [float(each) for each in multipletests(p, method="holm")[1]]
+
+
+def tied_groups(order: Sequence[str], differ: set[frozenset[str]]) -> dict[str, str]:
+    """The letters of each name: two names share one if and only if they do not `differ`.
+
+    `order`: the names, best first; the first has the letter a. Compact letter display by insertion and absorption
+    (H.-P. Piepho, J. Comput. Graph. Stat. 13, 2004).
+    """
+    groups: list[set[str]] = [set(order)]
+    for one, other in map(sorted, sorted(differ, key=sorted)):
+        split: list[set[str]] = []
+        for group in groups:
+            split += [group - {one}, group - {other}] if {one, other} <= group else [group]
+        groups = [
+            group
+            for place, group in enumerate(split)
+            if not any(group < rest or (group == rest and place > k) for k, rest in enumerate(split))
+        ]
+    place = {name: number for number, name in enumerate(order)}
+    groups.sort(key=lambda group: sorted(place[name] for name in group))
+    return {name: "".join(letter(k) for k, group in enumerate(groups) if name in group) for name in order}
+
+
+def letter(number: int) -> str:
+    """a, b, ..., z, aa, ab, ..."""
+    text = chr(ord("a") + number % 26)
+    return text if number < 26 else letter(number // 26 - 1) + text
+
+
+def _quantile(degrees: float | None) -> float:
+    from scipy.special import ndtri, stdtrit
+
+    upper = (1 + LEVEL) / 2
+    return float(ndtri(upper) if degrees is None or math.isinf(degrees) else stdtrit(degrees, upper))
