@@ -195,7 +195,7 @@ def test_headers_say_what_plus_minus_is() -> None:
 
 
 def test_unknown_format() -> None:
-    with pytest.raises(UserError, match=r"unknown format 'markdown'.* There are: csv, json, md, terminal"):
+    with pytest.raises(UserError, match=r"unknown format 'markdown'.* There are: csv, json, latex, md, terminal"):
         render(build([make_record()]), "markdown")
 
 

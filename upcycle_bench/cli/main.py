@@ -24,7 +24,7 @@ from upcycle_bench.cli.evaluate import evaluate
 from upcycle_bench.cli.experts import experts
 from upcycle_bench.cli.latency import latency
 from upcycle_bench.cli.launch import launch
-from upcycle_bench.cli.leaderboard import leaderboard
+from upcycle_bench.cli.leaderboard import leaderboard, power
 from upcycle_bench.cli.listing import list_
 from upcycle_bench.cli.plot import plot
 from upcycle_bench.cli.pretrain import pretrain
@@ -66,6 +66,7 @@ app.command()(latency)
 app.command()(experts)
 app.command("list")(list_)
 app.command()(leaderboard)
+app.command()(power)
 app.command()(schema)
 app.command()(doctor)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from upcycle_bench.reporting.leaderboard import Board, Row, RowHeadline, SeedMean
 from upcycle_bench.suite import is_averaged
@@ -19,8 +19,11 @@ SHOWN = re.compile(r"acc1|(.*_)?(recall|r)@1|(text|image|group)_score", re.IGNOR
 Columns = dict[str, list[str]]  # header -> one cell per row
 
 
-def column_groups(board: Board) -> list[Columns]:
-    """Columns for people in five groups: who, result, scores, cost, runs."""
+def column_groups(board: Board, metrics: Sequence[str] = ()) -> list[Columns]:
+    """Columns for people in five groups: who, result, scores, cost, runs.
+
+    `metrics`: words in the names of further scores.
+    """
     rows = board.rows
     who = {"#": [str(row.rank or "-") for row in rows], "strategy": [row.title for row in rows]}
     result = {"n": [str(row.seeds) for row in rows]}
@@ -33,7 +36,11 @@ def column_groups(board: Board) -> list[Columns]:
             cells = ["-" if row.label == board.baseline else cell for row, cell in zip(rows, cells, strict=True)]
             which = f"{name} " if len(board.headlines) > 1 else ""
             result[f"{which}vs {board.baseline}" + plus_minus(cells)] = cells
-    shown = shown_scores({name for row in rows for name in row.scores}, board)
+            result[f"{which}verdict"] = [each.verdict if each else "" for each in found]
+        if name == next(iter(board.headlines)):
+            result["rank (95 %)"] = [rank_cell(each) for each in found]
+    every = {name for row in rows for name in row.scores}
+    shown = sorted({*shown_scores(every, board), *shown_by(every, metrics)})
     scores = {name: [score_cell(row, name) for row in rows] for name in shown}
     cost = {
         "total parameters": [number_cell(row.parameters_total, ",.2f", "M") for row in rows],
@@ -46,8 +53,11 @@ def column_groups(board: Board) -> list[Columns]:
     return [who, result, scores, cost, {"runs": [row.outcome for row in rows]}]
 
 
-def compact_columns(board: Board) -> Columns:
-    """What a reader needs in ten seconds: rank, strategy, first headline score, difference, verdict and cost."""
+def compact_columns(board: Board, metrics: Sequence[str] = ()) -> Columns:
+    """What a reader needs in ten seconds: rank, strategy, first headline score, difference, verdict and cost.
+
+    `metrics`: words in the names of further scores.
+    """
     rows, first = board.rows, next(iter(board.headlines), "")
     found = [row.headlines.get(first) for row in rows]
     base = next((row.charged_flops for row in rows if row.label == board.baseline), None)
@@ -63,6 +73,8 @@ def compact_columns(board: Board) -> Columns:
     columns["FLOPs"] = [
         "" if row.charged_flops is None or not base else f"{row.charged_flops / base:.2f}x" for row in rows
     ]
+    for name in shown_by({name for row in rows for name in row.scores}, metrics):
+        columns[name] = [score_cell(row, name) for row in rows]
     return columns
 
 
@@ -78,6 +90,11 @@ def rank_cell(headline: RowHeadline | None) -> str:
         return "-"
     low, high = headline.ranks
     return str(low) if low == high else f"{low}-{high}"
+
+
+def shown_by(columns: Iterable[str], metrics: Sequence[str]) -> list[str]:
+    """The columns of scores whose names have one of these words."""
+    return sorted(column for column in columns if any(word in column for word in metrics))
 
 
 def shown_scores(columns: Iterable[str], board: Board) -> list[str]:

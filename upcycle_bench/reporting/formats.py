@@ -11,12 +11,13 @@ import re
 import textwrap
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial, reduce
 from operator import or_
 from typing import TYPE_CHECKING, Any
 
 from upcycle_bench.reporting.columns import Columns, column_groups, compact_columns, shown_scores, split_column
+from upcycle_bench.reporting.latex import latex
 from upcycle_bench.reporting.leaderboard import Board
 from upcycle_bench.util import strict_json
 from upcycle_bench.util.errors import unknown
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
 LOG_RANK = "log_rank"  # as `evaluation.ranking` calls it
 FOLDED = 24  # characters of a strategy's name on one line, where a board needs several tables
-STRATEGY, VERDICT = 19, 9  # the same where it has one table of few columns
+FOLDED_SHORT = {"strategy": 17, "verdict": 9}  # the same where it has one table of few columns
 NOTES = (
     "± is the half width of a 95 % Student-t confidence interval over n training seeds (several initialisations of one "
     "training seed are averaged first). Over few seeds such an interval is wide; over one (n=1) there is none.",
@@ -36,17 +37,20 @@ NOTES = (
 )
 
 
-def render(boards: list[Board], format: str, width: int | None = None, wide: bool = False) -> str:
+def render(
+    boards: list[Board], format: str, width: int | None = None, wide: bool = False, metrics: Sequence[str] = ()
+) -> str:
     """The boards as text. Raises UserError for an unknown format.
 
     `width`: of the terminal, None to ask it. Where not all columns fit there, it has the few that a reader needs first;
-    `wide`: it has all, in several tables.
+    `wide`: it has all, in several tables. `metrics`: words in the names of scores that tables for people have, too.
     """
     writers: dict[str, Callable[[list[Board]], str]] = {
-        "terminal": partial(_terminal, width=width, wide=wide),
-        "md": _markdown,
+        "terminal": partial(_terminal, width=width, wide=wide, metrics=metrics),
+        "md": partial(_markdown, metrics=metrics),
         "csv": _csv,
         "json": _json,
+        "latex": partial(latex, metrics=metrics),
     }
     if format not in writers:
         raise unknown("format", format, writers)
@@ -59,7 +63,29 @@ def markdown_table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str
     return "\n".join(f"| {' | '.join(line)} |" for line in cells)
 
 
-def _terminal(boards: list[Board], width: int | None, wide: bool) -> str:
+def only(boards: list[Board], strategies: Sequence[str]) -> list[Board]:
+    """The boards with the rows of these strategies, by name or label, and of the reference; all without a name.
+
+    What is corrected for the whole table stays as it is. UserError for a strategy that no board has.
+    """
+    if not strategies:
+        return boards
+    known = {name for board in boards for row in board.rows for name in (row.strategy, row.label)}
+    for name in strategies:
+        if name not in known:
+            raise unknown("strategy", name, known)
+    wanted = set(strategies)
+    kept = [
+        replace(
+            board,
+            rows=tuple(row for row in board.rows if {row.strategy, row.label} & wanted or row.label == board.baseline),
+        )
+        for board in boards
+    ]
+    return [board for board in kept if any({row.strategy, row.label} & wanted for row in board.rows)]
+
+
+def _terminal(boards: list[Board], width: int | None, wide: bool, metrics: Sequence[str]) -> str:
     """One table for each board, or several for all columns on a terminal that is too narrow."""
     from rich.console import Console
     from rich.measure import Measurement
@@ -72,15 +98,14 @@ def _terminal(boards: list[Board], width: int | None, wide: bool) -> str:
         return Measurement.get(console, console.options.update(width=100_000), table).maximum <= console.width
 
     for board in boards:
-        who, *groups = column_groups(board)
+        who, *groups = column_groups(board, metrics)
         tables = [reduce(or_, groups, who)]
         short = not wide and not fits(tables[0])
         if short:
-            columns = compact_columns(board)
-            tables = [
-                columns
-                | {"strategy": _folded(columns["strategy"], STRATEGY), "verdict": _folded(columns["verdict"], VERDICT)}
-            ]
+            columns = compact_columns(board, metrics)
+            columns |= {name: _folded(columns[name], most) for name, most in FOLDED_SHORT.items()}
+            first = {name: columns.pop(name) for name in ("rank", "strategy")}
+            tables = _split_to_fit(first, [{name: cells} for name, cells in columns.items()], fits)
         elif not fits(tables[0]):
             tables = _split_to_fit(who | {"strategy": _folded(who["strategy"], FOLDED)}, groups, fits)
         lines = [*_caption(board), *(_runs(board) if short else [])]
@@ -101,10 +126,10 @@ def _runs(board: Board) -> list[str]:
     return [*footing, *ended, f"{reference}FLOPs: charged ones, by those of the reference. More columns: --wide."]
 
 
-def _markdown(boards: list[Board]) -> str:
+def _markdown(boards: list[Board], metrics: Sequence[str]) -> str:
     blocks = []
     for board in boards:
-        columns = reduce(or_, column_groups(board))
+        columns = reduce(or_, column_groups(board, metrics))
         table = markdown_table(list(columns), zip(*columns.values(), strict=True))
         caption = "\n".join(f"- {sentence}" for sentence in _caption(board))
         blocks.append(f"### {_heading(board)}\n\n{table}\n\n{caption}")

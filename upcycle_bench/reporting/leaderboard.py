@@ -41,6 +41,7 @@ class RowHeadline:
 
     difference: to the baseline's, paired by both seeds; p: of it, by Holm over the table. standard_error: an upper
     bound of one run's, over evaluation samples. of_init, of_train: standard deviations over seeds of each kind.
+    spread: that of paired differences over training seeds; samples: their standard error over evaluation samples.
     """
 
     mean: SeedMean
@@ -52,6 +53,8 @@ class RowHeadline:
     letters: str
     of_init: float | None
     of_train: float | None
+    spread: float | None
+    samples: float | None
 
 
 @dataclass(frozen=True)
@@ -242,6 +245,8 @@ def _row(runs: list[Record], counting: dict[SeedPair, Record], standings: Mappin
                 letters=standing.letters,
                 of_init=standing.of_init,
                 of_train=standing.of_train,
+                spread=standing.difference.spread if standing.difference else None,
+                samples=standing.difference.of_samples if standing.difference else None,
             )
             for name, standing in standings.items()
         },

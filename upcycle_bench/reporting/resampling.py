@@ -45,6 +45,11 @@ class Sure:
     degrees: float | None = None
 
     @property
+    def spread(self) -> float | None:
+        """The standard deviation over training seeds; None for one seed."""
+        return None if self.of_seeds is None else self.of_seeds * math.sqrt(self.seeds)
+
+    @property
     def half_width(self) -> float | None:
         """Of the 95 % interval; None for one seed."""
         if self.standard_error is None:

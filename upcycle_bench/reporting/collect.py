@@ -1,0 +1,79 @@
+"""Records from files and folders: each once, and what is passed over is named.
+
+found = collect([Path("results/lab"), Path("theirs")])
+found.records, found.passed_over, found.outcomes(record)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from upcycle_bench import record
+from upcycle_bench.record import Record
+from upcycle_bench.util.errors import UserError, unknown
+
+
+@dataclass
+class Collected:
+    """`paths`: of each record that counts, its file, in the order of the records. `passed_over`: others, and why."""
+
+    records: list[Record] = field(default_factory=list)
+    paths: list[Path] = field(default_factory=list)
+    passed_over: dict[Path, str] = field(default_factory=dict)
+
+    def outcomes(self, made: Record) -> Mapping[str, Any]:
+        """The outcomes of a collected record; UserError where its file is missing or another one."""
+        place = next(number for number, each in enumerate(self.records) if each is made)
+        return record.read_outcomes(self.paths[place])
+
+    def only(self, protocol: str | None) -> Collected:
+        """Those of a protocol, or all; UserError for one that no record has."""
+        if protocol is None:
+            return self
+        known = {made.protocol.name for made in self.records}
+        if protocol not in known:
+            raise unknown("protocol", protocol, known)
+        kept = [number for number, made in enumerate(self.records) if made.protocol.name == protocol]
+        return Collected([self.records[k] for k in kept], [self.paths[k] for k in kept], self.passed_over)
+
+
+def collect(places: Iterable[Path]) -> Collected:
+    """The records of these files, and of all files below these folders; of copies the first counts.
+
+    Hidden files, files that are no records, and records of other schema versions are passed over in folders. Raises
+    UserError for a place that is not there, for a file that was named and is no record, and where nothing is left.
+    """
+    found, places = Collected(), list(places)
+    copies: dict[tuple[str, str, str], Path] = {}
+    seen: set[Path] = set()
+    for place in places:
+        if not place.exists():
+            raise UserError(f"no records at {place}: there is no such file or folder.")
+        for path in [place] if place.is_file() else sorted(place.rglob("*.json")):
+            if path.resolve() in seen:
+                continue
+            seen.add(path.resolve())
+            if any(part.startswith(".") for part in path.relative_to(place).parts):
+                found.passed_over[path] = "it is hidden"
+                continue
+            try:
+                made = record.read(path)
+            except UserError as error:
+                if path == place:
+                    raise
+                found.passed_over[path] = str(error)
+                continue
+            name = (made.run_id, made.created, made.model_dump_json())
+            if (first := copies.setdefault(name, path)) != path:
+                found.passed_over[path] = f"it is a copy of {first}"
+                continue
+            found.records.append(made)
+            found.paths.append(path)
+    if not found.records:
+        others = f" ({len(found.passed_over)} files were passed over)" if found.passed_over else ""
+        where = ", ".join(map(str, places))
+        raise UserError(f"no records below {where}{others}; make one with: upcycle-bench run --strategy cluster-aware")
+    return found
