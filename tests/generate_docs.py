@@ -10,7 +10,6 @@ from pathlib import Path
 
 import typer
 
-from upcycle_bench import record
 from upcycle_bench.cli import app
 from upcycle_bench.cli.listing import rows
 from upcycle_bench.data.bad_samples import KINDS as KINDS_BAD
@@ -25,6 +24,7 @@ from upcycle_bench.planning.cluster_cost import bills
 from upcycle_bench.planning.registry import load_registry
 from upcycle_bench.protocol import load_protocol
 from upcycle_bench.reporting import formats, leaderboard
+from upcycle_bench.reporting.collect import collect
 from upcycle_bench.reporting.formats import markdown_table as table
 from upcycle_bench.reporting.leaderboard import Board, SeedMean
 
@@ -119,15 +119,16 @@ def suites() -> str:
 
 def lab() -> Board:
     """The leaderboard of the records in results/lab."""
-    boards = leaderboard.build([record.read(path) for path in record.record_paths(ROOT / "results" / "lab")])
+    found = collect([ROOT / "results" / "lab"])
+    boards = leaderboard.build(found.records, found.outcomes)
     (board,) = [each for each in boards if each.division == "closed" and [*each.suite_fingerprints] == ["zero-shot"]]
     return board
 
 
 def board() -> str:
-    """The whole leaderboard of results/lab, as the command prints it."""
-    shown = formats.render([lab()], "md")
-    return folded(f"```console\n$ upcycle-bench leaderboard results/lab --format md\n```\n\n{shown.strip()}")
+    """The leaderboard of results/lab, as the command prints it in 80 columns."""
+    shown = formats.render([lab()], "terminal", 80)
+    return f"```console\n$ upcycle-bench leaderboard results/lab\n{shown.strip()}\n```"
 
 
 def estimated(each: SeedMean | None) -> str:

@@ -27,10 +27,14 @@ if TYPE_CHECKING:
 
 LOG_RANK = "log_rank"  # as `evaluation.ranking` calls it
 FOLDED = 24  # characters of a strategy's name on one line, where a board needs several tables
+NUMBERS = 14  # characters of a score with its interval
 FOLDED_SHORT = {"strategy": 17, "verdict": 9}  # the same where it has one table of few columns
 NOTES = (
     "± is the half width of a 95 % Student-t confidence interval over n training seeds (several initialisations of one "
-    "training seed are averaged first). Over few seeds such an interval is wide; over one (n=1) there is none.",
+    "training seed are averaged first) and, where the records have outcomes, evaluation samples. Over few seeds such an "
+    "interval is wide; over one (n=1) there is none.",
+    "Verdicts are about the difference to the reference: better or worse where p < 0.05 (Holm's, over the table), "
+    "tied where the interval is within one run's standard deviation, else undecided. Fewer than three seeds are not ranked.",
     "In parentheses behind other metrics: the standard error over evaluation samples, where the records have it.",
     "Differences are paired by initialisation and training seed; their n counts the training seeds with a pair.",
     "Charged FLOPs: all phases before evaluation. Times and FLOPs are means per run.",
@@ -105,13 +109,18 @@ def _terminal(boards: list[Board], width: int | None, wide: bool, metrics: Seque
             columns = compact_columns(board, metrics)
             columns |= {name: _folded(columns[name], most) for name, most in FOLDED_SHORT.items()}
             first = {name: columns.pop(name) for name in ("rank", "strategy")}
-            tables = _split_to_fit(first, [{name: cells} for name, cells in columns.items()], fits)
+            tables = _split_to_fit(first, [{_two_lines(name): cells} for name, cells in columns.items()], fits)
         elif not fits(tables[0]):
             tables = _split_to_fit(who | {"strategy": _folded(who["strategy"], FOLDED)}, groups, fits)
         lines = [*_caption(board), *(_runs(board) if short else [])]
         console.print(_heading(board), *map(_rich_table, tables), *lines, "", sep="\n", markup=False)
     console.print(*NOTES, sep="\n", markup=False)
     return "\n".join(line.rstrip() for line in output.getvalue().splitlines()) + "\n"
+
+
+def _two_lines(header: str) -> str:
+    """A header that is no wider than the numbers below it, if it has a hyphen there."""
+    return header if len(header) <= NUMBERS else header.replace("-", "-\n", 1)
 
 
 def _folded(titles: Iterable[str], width: int) -> list[str]:
