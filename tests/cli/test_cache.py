@@ -138,8 +138,11 @@ def test_unused_weights_are_those_without_a_record(root: Path, cache: Cache, tmp
     assert cache("prune", "--unused", "--results", str(results), "--dry-run")[0] == 0 and standing(root) == before
     assert cache("prune", "--unused", "--results", str(results), "--yes")[0] == 0
     assert before - standing(root) == {"weights/unused.safetensors", "trained/k2.json", "trained/k2.jsonl"}
-    (root / "weights" / "new.safetensors").write_text("x")  # of a run that is still evaluated
-    assert cache("prune", "--unused", "--results", str(results), "--yes")[0] == 0
+    for name in ("new", *"abcd"):
+        (root / "weights" / f"{name}.safetensors").write_text("x")  # of a run that is still evaluated
+    status, out, err = cache("prune", "--unused", "--results", str(results), "--yes")
+    assert status == 0 and "to delete" not in out and "freed 0 B in 0 entries" in out
+    assert "kept: weights/a and 4 more: it was used within a day, and its record may be still to come" in err
     assert (root / "weights" / "new.safetensors").is_file()
 
 

@@ -82,6 +82,25 @@ def test_a_listed_image_is_mended_and_the_fingerprint_stays(
     )
 
 
+def test_an_index_warns_of_what_a_training_refuses(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    shard: Path,  # noqa: F811
+    arguments: dict[str, list[str]],  # noqa: F811
+) -> None:
+    """So does a dry run that lacks other paths."""
+    cut = shard.with_name("001.tar")
+    cut.write_bytes(packed(pairs(range(40, 80)))[:9000])
+    shard.with_name("002.tar.gz").write_bytes(b"x")
+    assert call(monkeypatch, "data", "index", str(shard.parent)) == 0
+    *_, first, second, third = capsys.readouterr().out.splitlines()
+    assert first.startswith(f"warning: {cut}: it is cut at byte 9,000")
+    assert second == "warning: a training refuses these shards: more than 1% of the pairs are lost with them."
+    assert third == f"warning: {shard.parent}: 002.tar.gz is passed over; only .tar files are shards."
+    assert call(monkeypatch, "run", "-s", "dense", "-p", "clip-b32", "--data", str(shard.parent), "--dry-run") == 2
+    assert f"error: --data {cut}: it is cut at byte 9,000" in capsys.readouterr().err
+
+
 def test_a_cut_shard_among_whole_ones_is_counted_and_the_run_goes_on(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],

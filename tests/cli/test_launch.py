@@ -228,6 +228,25 @@ def test_interrupted_here_it_waits_for_its_runs(
     assert out.count("not finished") == 1 and out.count("not started") == 1
 
 
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["--gpus", "2"], ["#SBATCH --cpus-per-task=5"]),
+        (["--gpus", "2", "--workers", "7"], ["#SBATCH --cpus-per-task=8"]),
+        (["--gpus", "2", "--workers", "0"], []),
+        (["--tasks-per-node", "2"], []),
+        (["--gpus", "2", "--sbatch=--cpus-per-gpu=9"], ["#SBATCH --cpus-per-gpu=9"]),
+    ],
+)
+def test_a_task_has_a_processor_for_each_of_its_processes(
+    launch: Launch, options: list[str], expected: list[str]
+) -> None:
+    """Slurm gives it one otherwise, on which the loaders would starve."""
+    assert launch("-s", "dense", "-p", "smoke", "--scheduler", "slurm", *options)[0] == 0
+    lines = Path("launch/job.sh").read_text().splitlines()
+    assert [line for line in lines if "cpus" in line and line.startswith("#SBATCH")] == expected
+
+
 def test_a_line_of_cells_is_a_command(launch: Launch) -> None:
     """All options of `run` are in it, quoted, except those of the matrix."""
     odd = ["--option", "ratio=0.25", "--set", "train.log_every=5", "--suite", "zero-shot", "--results", "a 'b' $c"]

@@ -91,12 +91,34 @@ def test_a_signal_to_all_processes_leaves_the_workers_alive() -> None:
             for item, process in load(lambda item: (item, os.getpid()), range(40), 2, "items"):
                 processes.append(process)
                 if item == 3:
-                    os.kill(process, signal.SIGTERM)
+                    for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGUSR1):  # as a scheduler, then torchrun
+                        os.kill(process, number)
+                        time.sleep(0.2)
                     os.kill(os.getpid(), signal.SIGTERM)
 
     with pytest.raises(Stopped):
         signalled()
     assert len(processes) == 40 and len(set(processes)) == 2 and os.getpid() not in processes
+
+
+FORGOTTEN = """
+from upcycle_bench.data.loading import load
+made = load(lambda item: item, range(10**9), 2, "numbers")
+next(made)
+{end}
+"""
+
+
+@pytest.mark.parametrize(
+    "end", ["", "del made", "made.close()", "raise SystemExit", "import os; os.kill(os.getpid(), 9)"]
+)
+def test_workers_end_with_their_loader_or_process(end: str) -> None:
+    """Though they are deaf to signals while it is open."""
+    command = [sys.executable, "-c", FORGOTTEN.format(end=end)]
+    began = time.monotonic()
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)  # until nobody holds the pipe
+    assert done.returncode == (-9 if "kill" in end else 0) and done.stderr == ""
+    assert time.monotonic() - began < 45
 
 
 def test_a_killed_worker_is_one_line() -> None:

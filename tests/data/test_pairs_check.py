@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -59,6 +60,7 @@ def test_whole_shards_are_counted_and_what_is_left_out_is_a_warning(train: Path)
         "suffixes": {"png": 6, "txt": 5, "b.png": 1},
         "bad": {},
         "listed": 0,
+        "good": 0,
         "problems": [],
     }
 
@@ -112,8 +114,30 @@ def test_bad_images_are_listed_and_then_no_problem(train: Path) -> None:
     assert json.loads(line) == {"pair": 2, "shard": "0.tar", "row": 2, "key": "x/5", "kind": "truncated image"}
     status, lines = checked(str(train))
     assert status == 0 and "on the bad list 1" in " ".join(" ".join(lines).split())
-    with pytest.raises(UserError, match="--list goes with training shards"):
-        checked(str(train.parent / "sets"), "--list")
+    for flag in ("--list", "--unlist"):
+        with pytest.raises(UserError, match="--list and --unlist go with training shards"):
+            checked(str(train.parent / "sets"), flag)
+
+
+def test_a_good_copy_of_what_is_listed_is_said_and_may_be_taken_off(train: Path) -> None:
+    """The list is that of the data's identity, which every copy has; what is bad here, too, stays on it."""
+    broken = PNG[:20] + bytes(len(PNG) - 20)  # of the same size
+    bad = [("5.png", broken), ("5.txt", b"a"), ("6.png", broken), ("6.txt", b"a")]
+    (train / "0.tar").write_bytes(packed([*good(), *bad]))
+    checked(str(train), "--list")
+    shutil.copytree(train, copy := train.parent / "copy")
+    (copy / "0.tar").write_bytes(packed([*good(), ("5.png", PNG), *bad[1:]]))
+    status, lines = checked(str(copy))
+    assert status == 0 and "on the bad list 2" in " ".join(" ".join(lines).split())
+    assert lines[-1].startswith(
+        "warning: 1 listed pairs can be used here, and a training leaves them out: they were mended"
+    )
+    status, lines = checked(str(copy), "--unlist", "--json")
+    found = json.loads("\n".join(lines))["training"]
+    assert (status, found["listed"], found["good"]) == (0, 1, 0)
+    assert [*read_bad(found["identity"])] == [3]
+    status, lines = checked(str(train))
+    assert status == 1 and "the image at byte" in lines[-1]  # in the first copy it is bad again
 
 
 def test_shards_without_a_pair_are_a_problem(tmp_path: Path) -> None:

@@ -96,3 +96,23 @@ def test_a_signal_is_passed_on_and_starts_nothing_more(tmp_path: Path, number: s
     assert jobs.run() == {1: 75} and jobs.stopped == number
     assert (tmp_path / "1.log").read_text().splitlines()[1:] == ["usr1" if number == signal.SIGUSR1 else "term"]
     assert not (tmp_path / "2.log").exists() and signal.getsignal(number) == before
+
+
+def test_a_first_ctrl_c_while_a_job_is_started_lets_it_write_a_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It comes when the process is there and the queue does not know it yet."""
+    popen, kept = local_jobs.subprocess.Popen, tmp_path / "kept"
+
+    def interrupted(*words: Any, **how: Any) -> Any:
+        process = popen(*words, **how)
+        end = time.monotonic() + 30
+        while not (tmp_path / "ready").exists() and time.monotonic() < end:
+            time.sleep(0.01)
+        signal.raise_signal(signal.SIGINT)
+        return process
+
+    monkeypatch.setattr(local_jobs.subprocess, "Popen", interrupted)
+    script = f"trap 'touch {kept}; exit 75' TERM; touch {tmp_path / 'ready'}; while :; do sleep 0.1; done"
+    jobs = queue(tmp_path, script)
+    assert jobs.run() == {1: 75} and jobs.stopped == signal.SIGINT and kept.exists()

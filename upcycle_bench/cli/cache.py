@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import sys
 import time
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(help="Show what the cache holds, interrupted trainings too; free its space.", no_args_is_help=True)
 
+MANY = 4  # entries that are named one by one
 UNITS = {"m": 60, "h": 3600, "d": 86_400, "w": 604_800}
 
 
@@ -102,7 +104,7 @@ def prune(
 ) -> None:
     """Delete entries of the cache, by age or kind, after a question; never what a living process has locked."""
     require_one_process("cache prune")
-    from upcycle_bench.util.cache_contents import DAY, NEVER, delete, trainings_alive, waiting_for, why_kept
+    from upcycle_bench.util.cache_contents import NEVER, delete, trainings_alive, waiting_for, why_kept
 
     if not (older_than or kind or unused):
         raise UserError("cache prune needs --older-than, --kind or --unused, which say what to delete.")
@@ -112,16 +114,20 @@ def prune(
     found = [entry for entry in entries if entry.kind in kinds and now - entry.used >= age]
     if unused:
         needed = _named_by_records(results or [Path("results")])
-        found = [entry for entry in found if now - entry.used >= DAY and _is_unused(entry, needed)]
+        found = [entry for entry in found if _is_unused(entry, needed)]
     alive, chosen = trainings_alive(entries), set(map(id, found))
     dense = waiting_for(entry for entry in entries if id(entry) not in chosen)
-    reasons = [(entry, why_kept(entry, alive, now, dense, alone=set(kinds) == {entry.kind})) for entry in found]
+    alone = len(set(kinds)) == 1
+    reasons = [
+        (entry, why_kept(entry, alive, now, dense, alone=alone) or _is_new(entry, now, unused)) for entry in found
+    ]
     kept = [(entry, why) for entry, why in reasons if why and entry.kind not in NEVER]
     going = [entry for entry, why in reasons if not why]
     if not as_json:
-        table("to delete", [{"kind": each.kind, "name": each.name, "size": _size(each.bytes)} for each in going])
-        for entry, why in kept:
-            print(f"kept: {entry.kind}/{entry.name}: {why}", file=sys.stderr)
+        if going:
+            table("to delete", [{"kind": each.kind, "size": _size(each.bytes), "name": each.name} for each in going])
+        for line in _kept_lines(kept):
+            print(line, file=sys.stderr)
     if going and not dry_run and not yes:
         if as_json or not sys.stdin.isatty():
             raise UserError("cache prune asks before it deletes, and nobody can answer here; give --yes or --dry-run.")
@@ -133,6 +139,25 @@ def prune(
         print(strict_json.dumps({"deleted": [] if dry_run else rows, "found": rows, "bytes": freed}, indent=2))
     else:
         print(f"{'would free' if dry_run else 'freed'} {_size(freed)} in {len(gone)} entries")
+
+
+def _is_new(entry: Entry, now: float, unused: bool) -> str | None:
+    """Why what no record names is kept all the same, or None: its run may not have written one yet."""
+    from upcycle_bench.util.cache_contents import DAY
+
+    return (
+        "it was used within a day, and its record may be still to come" if unused and now - entry.used < DAY else None
+    )
+
+
+def _kept_lines(kept: Sequence[tuple[Entry, str]]) -> list[str]:
+    """A line for each entry that is kept, or one for many of a kind."""
+    lines = []
+    for (kind, why), some in itertools.groupby(kept, key=lambda each: (each[0].kind, each[1])):
+        names = [entry.name for entry, _ in some]
+        several = [f"{names[0]} and {len(names) - 1} more"] if len(names) > MANY else names
+        lines += [f"kept: {kind}/{name}: {why}" for name in several]
+    return lines
 
 
 def _kinds(text: str | None, entries: Sequence[Entry]) -> Collection[str]:

@@ -49,16 +49,17 @@ def check(
     lists: Annotated[
         bool, typer.Option("--list", help="Put bad training samples on the list of samples that are left out.")
     ] = False,
+    unlists: Annotated[bool, typer.Option("--unlist", help="Take samples that are good here off that list.")] = False,
     as_json: Json = False,
 ) -> None:
     """Tell whether CLIP_benchmark webdatasets or training shards are valid, count them, say what is wrong."""
     from upcycle_bench.data import evalset_check, pairs_check
 
     if pairs_check.is_training(folder):
-        _check_training(folder, lists, as_json)
+        _check_training(folder, lists, unlists, as_json)
         return
-    if lists:
-        raise UserError(f"--list goes with training shards; {folder} is an evaluation set.")
+    if lists or unlists:
+        raise UserError(f"--list and --unlist go with training shards; {folder} is an evaluation set.")
     reports = [evalset_check.check(path) for path in evalset_check.find(Path(folder))]
     if as_json:
         print(strict_json.dumps({"folder": folder, "sets": [asdict(report) for report in reports]}, indent=2))
@@ -87,7 +88,7 @@ def index(
     """Index training shards once, so that no start reads them; say what they hold."""
     from upcycle_bench.data.open_index import index_facts
     from upcycle_bench.data.pair_index import KINDS
-    from upcycle_bench.data.sources import expand_sources
+    from upcycle_bench.data.sources import expand_sources, passed_over
 
     with interruptible("the same command goes on"):
         sources = expand_sources(shards, "SHARDS")
@@ -103,15 +104,17 @@ def index(
     print(f"identity: {facts['identity']}")
     for kind in facts["left_out"]:
         print(f"{kind}: {KINDS[kind]}")
+    for line in facts["warnings"] + passed_over(shards):
+        print(f"warning: {line}")
 
 
-def _check_training(text: str, lists: bool, as_json: bool) -> None:
+def _check_training(text: str, lists: bool, unlists: bool, as_json: bool) -> None:
     """What training shards hold, what of it a training leaves out, what it would replace, and what would stop it."""
     from upcycle_bench.data.pairs_check import check_pairs
-    from upcycle_bench.data.sources import expand_sources
+    from upcycle_bench.data.sources import expand_sources, passed_over
 
     with interruptible("the same command goes on with what is not indexed"):
-        report = check_pairs(expand_sources(text, "PATH"), terminal_reporter(), lists=lists)
+        report = check_pairs(expand_sources(text, "PATH"), terminal_reporter(), lists=lists, unlists=unlists)
     if as_json:
         print(strict_json.dumps({"folder": text, "training": asdict(report)}, indent=2))
     else:
@@ -122,8 +125,9 @@ def _check_training(text: str, lists: bool, as_json: bool) -> None:
         table(text, [{"what": what, "count": f"{count:,}"} for what, count in rows.items()])
         if report.warning:
             print(f"warning: {report.warning}")
-        if report.remedy:
-            print(f"warning: {report.remedy}")
+        for line in [report.remedy, report.mended, *passed_over(text)]:
+            if line:
+                print(f"warning: {line}")
         for problem in report.problems:
             print(problem)
     if report.problems:

@@ -85,6 +85,7 @@ def launch(
         nodes=nodes,
         tasks_per_node=tasks,
         gpus=gpus,
+        cpus=1 + (wanted.given["workers"] if wanted.given["workers"] is not None else 4 if gpus else 0),
         time=_checked_time(time),
         partition=partition,
         account=account,

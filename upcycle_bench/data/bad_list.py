@@ -14,7 +14,7 @@ import errno
 import os
 import re
 from array import array
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +23,7 @@ from upcycle_bench.data.index import Index
 from upcycle_bench.util import strict_json
 from upcycle_bench.util.cache import cache_root
 from upcycle_bench.util.errors import UserError
+from upcycle_bench.util.files import write_atomically
 
 _ENTRY = re.compile(rb'\{"pair": (\d+), [^\n]*"kind": "([^"\\\n]*)"\}\n')  # as `list_bad` writes it
 _BEGIN = b'{"pair": '
@@ -85,6 +86,17 @@ def list_bad(index: Index, entries: Iterable[tuple[int, str, str]]) -> int:
             raise UserError(f"cannot write the list of bad samples {path}: {error.strerror}.") from None
         _known[path] |= lines.keys()
     return len(lines)
+
+
+def unlist(identity: str, numbers: Collection[int]) -> None:
+    """Take pairs off the list. What another process lists at that moment may be lost; it is met and listed again."""
+    path = path_of(identity)
+    if not numbers or not path.exists():
+        return
+    lines = path.read_bytes().splitlines(keepends=True)
+    kept = [line for line in lines if not ((match := _ENTRY.fullmatch(line)) and int(match[1]) in numbers)]
+    write_atomically(path, b"".join(kept))
+    _known.pop(path, None)
 
 
 def _append(path: Path, content: bytes) -> None:

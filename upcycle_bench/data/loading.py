@@ -7,17 +7,22 @@ A worker of torch's DataLoader puts what it made into shared memory in a thread 
 container whose /dev/shm has 64 MB, the thread prints an error, the item is lost, and the main process waits for ever.
 So the worker packs an item itself. What does not fit into shared memory goes through the pipe, which is slower, and one
 process of each machine says so.
+
+A cluster signals all processes of a job, perhaps several times, and the training needs its workers for the step that it
+is in. So a worker takes no notice of a signal until the loader is closed, or the main process ends.
 """
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import mmap
 import os
 import pickle
 import signal
 import sys
 from collections.abc import Callable, Generator, Iterable, Iterator, Sized
-from functools import lru_cache
+from functools import lru_cache, partial
 from multiprocessing.reduction import ForkingPickler
 from typing import Any, TypeVar
 
@@ -51,27 +56,55 @@ def load(
         prefetch_factor=prefetch,
         collate_fn=bytes,
         timeout=WAIT,
-        worker_init_fn=_as_before(signal.getsignal(signal.SIGTERM)),
+        worker_init_fn=partial(_deaf_until, closed := mmap.mmap(-1, 1)),  # the memory of all forks
         multiprocessing_context="fork",
     )
-    return _taken(iter(loader), what)
+    _open.add(closed)
+    taken = _taken(iter(loader), what, closed)
+    next(taken)
+    return taken
 
 
-def _taken(packed: Iterator[bytes], what: str) -> Generator[Any, None, None]:
-    """What workers have packed, one after the other."""
-    while True:
-        with lost_workers(what):
-            try:
-                if (content := next(packed, None)) is None:
-                    return
-                made, error, room = pickle.loads(content)
-            except (EOFError, OSError, pickle.UnpicklingError) as died:  # while it handed over the item
-                raise RuntimeError(f"{DIED}: {died or type(died).__name__}") from None
-        if error is not None:
-            raise error
-        if not room and os.environ.get("LOCAL_RANK", "0") == "0":
-            _say_small(what)
-        yield made
+def _taken(packed: Iterator[bytes], what: str, closed: mmap.mmap) -> Generator[Any, None, None]:
+    """First None, so that its end is reached whatever happens; then what workers have packed, one after the other."""
+    try:
+        yield None
+        while True:
+            with lost_workers(what):
+                try:
+                    if (content := next(packed, None)) is None:
+                        return
+                    made, error, room = pickle.loads(content)
+                except (EOFError, OSError, pickle.UnpicklingError) as died:  # while it handed over the item
+                    raise RuntimeError(f"{DIED}: {died or type(died).__name__}") from None
+            if error is not None:
+                raise error
+            if not room and os.environ.get("LOCAL_RANK", "0") == "0":
+                _say_small(what)
+            yield made
+    finally:
+        closed[0] = 1
+        _open.discard(closed)
+
+
+_open: set[mmap.mmap] = set()  # of loaders that are at work
+
+
+@atexit.register  # before that of multiprocessing, which signals the workers and waits for them
+def _close_all() -> None:
+    for closed in _open:
+        closed[0] = 1
+
+
+def _deaf_until(closed: mmap.mmap, worker: int) -> None:
+    """What a worker does first."""
+
+    def handle(number: int, frame: Any) -> None:
+        if closed[0]:
+            os._exit(0)
+
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, handle)
 
 
 @lru_cache(None)  # once for each
@@ -83,16 +116,6 @@ def _say_small(what: str) -> None:
     )
 
 
-def _as_before(handler: Any) -> Callable[[int], None]:
-    """What a worker does first: torch has it die of a SIGTERM, which a cluster sends to the trainer, too."""
-
-    def restore(worker: int) -> None:
-        if handler is not None:  # it was set by Python
-            signal.signal(signal.SIGTERM, handler)
-
-    return restore
-
-
 @contextlib.contextmanager
 def lost_workers(what: str = "training batches") -> Iterator[None]:
     """UserError where a worker died, which torch tells at once, whatever runs meanwhile; or where nothing came."""
@@ -102,9 +125,8 @@ def lost_workers(what: str = "training batches") -> Iterator[None]:
         if not str(error).startswith(DIED):
             raise
         why = " ".join(str(error).split()).rstrip(".")
-        raise UserError(
-            f"{what}: a process that loads them was lost, perhaps for want of memory ({why}); try again."
-        ) from None
+        cause = "" if "Terminated" in why else ", perhaps for want of memory"
+        raise UserError(f"{what}: a process that loads them was lost{cause} ({why}); try again.") from None
 
 
 class _Packed(Dataset[bytes]):

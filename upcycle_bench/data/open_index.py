@@ -30,6 +30,7 @@ from upcycle_bench.util.processes import results
 from upcycle_bench.util.progress import Reporter
 
 BAD_SAMPLES = 0.01  # the share of a data set that may be lost with shards that are not whole
+FIRST = 5  # shards that are named
 WORTH_A_WORKER = 64 << 20  # bytes of shards
 
 
@@ -62,6 +63,13 @@ def index_facts(
     index = found.index(lost_pairs(found, option, 1.0))
     require_pairs(len(index), index.left_out, found.suffixes, sources.shards, option)
     seconds = time.perf_counter() - start
+    warnings = [f"{sources.shards[number]}: {why}" for number, _, why in found.faults[:FIRST]]
+    try:
+        lost_pairs(found, option, BAD_SAMPLES)
+    except UserError:
+        warnings.append(
+            f"a training refuses these shards: more than {BAD_SAMPLES:.0%} of the pairs are lost with them."
+        )
     return {
         "number_of_shards": len(sources.shards),
         "pairs": len(index),
@@ -72,6 +80,7 @@ def index_facts(
         **({} if before else {"pairs_per_second": round(len(index) / seconds)}),
         "left_out": dict(index.left_out),
         "identity": index.identity,
+        "warnings": warnings,
     }
 
 

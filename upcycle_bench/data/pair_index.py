@@ -41,7 +41,7 @@ KINDS = {
     "image too large": "an image of more than 4 GB",
     "key twice": "its shard has a sample of the same name; the first counts",
     CUT: "an estimate of what is lost with the rest of a cut or damaged shard; copy or download it again",
-    NO_ARCHIVE_KIND: "an estimate of what a shard would hold that is no tar archive, as the table below",
+    NO_ARCHIVE_KIND: "an estimate of what a shard would hold that is no tar archive (docs/data.md has a table)",
     UNORDERED: "an estimate of what a shard would hold whose samples' files are apart, links or sparse; pack it again",
 }
 

@@ -6,17 +6,20 @@ if is_training(text):                                       # a .tar, a range of
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from upcycle_bench.data import evalset, evalset_check, places
-from upcycle_bench.data.bad_list import list_bad, read_bad
+from upcycle_bench.data.bad_list import list_bad, read_bad, unlist
 from upcycle_bench.data.bad_samples import KINDS as BAD_KINDS
-from upcycle_bench.data.bad_samples import BadSample, image_of
-from upcycle_bench.data.index import BLOCK, NOWHERE
+from upcycle_bench.data.bad_samples import BadSample, captions_of, image_of
+from upcycle_bench.data.blocks import Reader
+from upcycle_bench.data.index import BLOCK, NOWHERE, Index
 from upcycle_bench.data.open_index import WORTH_A_WORKER, packed
 from upcycle_bench.data.packed_index import Packed
 from upcycle_bench.data.pair_index import KINDS, in_order, require_pairs
@@ -34,7 +37,8 @@ class PairReport:
     """What training shards hold. `left_out`: kind -> samples (`pair_index.KINDS`); `suffixes`: of all samples' files.
 
     bad: kind -> pairs whose image a training would replace (`bad_samples.KINDS`), those that are `listed` not among
-    them. `problems`: a line for each shard that is not whole, or has bad pairs.
+    them. good: listed pairs that can be used here. `problems`: a line for each shard that is not whole, or has bad
+    pairs.
     """
 
     shards: int
@@ -43,6 +47,7 @@ class PairReport:
     suffixes: dict[str, int] = field(default_factory=dict)
     bad: dict[str, int] = field(default_factory=dict)
     listed: int = 0
+    good: int = 0
     identity: str = ""
     problems: list[str] = field(default_factory=list)
 
@@ -67,6 +72,16 @@ class PairReport:
             "and then mend or remove them: the data's identity stays."
         )
 
+    @property
+    def mended(self) -> str:
+        """What to do with listed pairs that are good here; "" without such."""
+        if not self.good:
+            return ""
+        return (
+            f"{self.good:,} listed pairs can be used here, and a training leaves them out: they were mended, or are "
+            "bad in a copy only. --unlist takes them off the list; runs that go on then read them again."
+        )
+
 
 def is_training(text: str) -> bool:
     """Whether `text` names training shards: no folder, or one with .tar files that is no part of an evaluation set."""
@@ -82,8 +97,10 @@ def is_training(text: str) -> bool:
     return not set_or_split and any(folder.glob("*.tar"))
 
 
-def check_pairs(sources: Sources, reporter: Reporter, *, lists: bool = False) -> PairReport:
-    """Index the shards and decode all images, large shards by all cores. `lists`: put bad pairs on the bad list.
+def check_pairs(sources: Sources, reporter: Reporter, *, lists: bool = False, unlists: bool = False) -> PairReport:
+    """Index the shards and decode all images, large shards by all cores.
+
+    `lists`: put bad pairs on the bad list; `unlists`: take pairs off that are good.
 
     UserError where a shard is missing or cannot be read.
     """
@@ -93,6 +110,11 @@ def check_pairs(sources: Sources, reporter: Reporter, *, lists: bool = False) ->
     report.problems += [f"{sources.shards[number]}: {why}" for number, _, why in found.faults]
     known = read_bad(report.identity)
     new = {number: bad for number, bad in _bad_pairs(found, reporter).items() if number not in known}
+    good = _good_pairs(found.index({}), known)
+    if unlists:
+        unlist(report.identity, good)
+        known, good = read_bad(report.identity), set()
+    report.good = len(good)
     if lists:
         list_bad(found.index({}), [(number, kind, key) for number, (kind, key, _) in new.items()])
         known, new = read_bad(report.identity), {}
@@ -117,6 +139,18 @@ def _bad_pairs(found: Packed, reporter: Reporter) -> dict[int, Bad]:
     else:
         checked = [bad_images(*each) for each in reporter.track(work, "checking images")]
     return {starts[n] + row: bad for n, each in enumerate(checked) for row, bad in each.items()}
+
+
+def _good_pairs(index: Index, listed: Iterable[int]) -> set[int]:
+    """The listed pairs that can be read whole, with image and caption."""
+    good, reader = set(), Reader(index)
+    for number in listed:
+        with contextlib.suppress(BadSample):
+            raw = reader.read(number)
+            image_of(raw.image)
+            captions_of(raw.text, "text")
+            good.add(number)
+    return good
 
 
 def bad_images(place: str, rows: np.ndarray) -> dict[int, Bad]:

@@ -9,6 +9,7 @@ A path that is there as it is written is taken as it is. Nothing is read but fol
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -55,6 +56,19 @@ def expand_sources(text: str, option: str = "--data") -> Sources:
 def expand_shards(text: str, option: str = "--data") -> tuple[str, ...]:
     """The shards of `expand_sources`."""
     return expand_sources(text, option).shards
+
+
+def passed_over(text: str) -> list[str]:
+    """A line for each folder of `text` that also has archives which are no .tar files."""
+    lines = []
+    for part in [text] if _there(text) else text.split(BETWEEN):
+        if _there(part) and Path(part).is_dir():
+            others = sorted(
+                p.name for p in Path(part).iterdir() if re.search(r"\.(tar\.\w+|tgz|tbz2?|txz|zip)$", p.name)
+            )
+            more = f" and {len(others) - 1:,} more" if others[1:] else ""
+            lines += [f"{part}: {others[0]}{more} is passed over; only .tar files are shards."] if others else []
+    return lines
 
 
 def is_list(text: str) -> bool:

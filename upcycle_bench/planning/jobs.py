@@ -34,6 +34,7 @@ class Batch:
     nodes: int
     tasks_per_node: int
     gpus: int = 0  # of a node
+    cpus: int = 1  # of a process
     time: str | None = None
     partition: str | None = None
     account: str | None = None
@@ -97,6 +98,7 @@ def slurm_script(batch: Batch) -> str:
         "nodes": batch.nodes,
         "ntasks-per-node": batch.tasks_per_node,
         "gpus-per-node": batch.gpus or None,
+        "cpus-per-task": batch.cpus if batch.cpus > 1 and not _asks_for_cpus(batch.more) else None,
         "time": batch.time,
         "partition": batch.partition,
         "account": batch.account,
@@ -113,6 +115,11 @@ def slurm_script(batch: Batch) -> str:
     own += ["", "# --setup", *batch.setup.splitlines()] if batch.setup else []
     own += ["", f"folder={shlex.quote(str(batch.folder))}", f"requeue_limit={batch.requeue_limit}"]
     return "\n".join([*INTRODUCTION, *head, "", *own, BODY])
+
+
+def _asks_for_cpus(options: Sequence[str]) -> bool:
+    """Whether options of sbatch say how many processors a task gets."""
+    return any(option.startswith(("--cpus-per-task", "--cpus-per-gpu", "-c")) for option in options)
 
 
 INTRODUCTION = (

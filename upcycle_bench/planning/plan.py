@@ -124,6 +124,8 @@ def make_plan(
     missing = _missing_data(protocol, paths)
     if missing:
         world = None
+        if paths.data:  # what is wrong with these shards is told all the same
+            local_world(paths.data, Path(), protocol.data, reporter)
     elif world is None:
         world = find_world(protocol, paths, reporter)
     checkpoint, dense_identity = _dense_model(protocol, paths, world)

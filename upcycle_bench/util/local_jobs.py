@@ -88,7 +88,7 @@ class LocalJobs:
                     starts[waiting[0]] += 1
                     self._running.append(self._start(waiting.popleft()))
                     if self.stopped:  # the signal came before the job was there to be told
-                        self._pass_on(self.stopped, None)
+                        self._tell(self.stopped)
                 time.sleep(POLL)
                 for job in list(self._running):
                     if (status := job.status()) is None:
@@ -153,9 +153,11 @@ class LocalJobs:
     def _pass_on(self, number: int, _: Any) -> None:
         again = number == self.stopped == signal.SIGINT
         self.stopped = number
-        for job in self._running:
-            # SIGINT would not do: processes of a background shell ignore it.
-            job.signal(signal.SIGKILL if again else signal.SIGTERM if number == signal.SIGINT else number)
+        self._tell(signal.SIGKILL if again else number)
+
+    def _tell(self, number: int) -> None:
+        for job in self._running:  # SIGINT would not do: processes of a background shell ignore it
+            job.signal(signal.SIGTERM if number == signal.SIGINT else number)
 
 
 def _free_port() -> int:
