@@ -45,7 +45,7 @@ def leaderboard(
     from upcycle_bench.reporting import formats
     from upcycle_bench.reporting.leaderboard import build
 
-    found = _collected(results, protocol)
+    found = collected(results, protocol)
     boards = build(found.records, found.outcomes)
     boards = formats.only(boards, names_of(strategies, "--strategies"))
     chosen = "json" if as_json else format.value
@@ -68,7 +68,7 @@ def power(
     from upcycle_bench.reporting.power import CHANCE, detectable
     from upcycle_bench.util import strict_json
 
-    found = _collected(results, protocol)
+    found = collected(results, protocol)
     made, refused = [], []
     for board in build(found.records, found.outcomes):
         for headline in board.headlines:
@@ -101,7 +101,7 @@ def power(
         )
 
 
-def _collected(results: list[Path] | None, protocol: str | None) -> Collected:
+def collected(results: list[Path] | None, protocol: str | None) -> Collected:
     """The records; on stderr what is passed over. UserError where there are none."""
     from upcycle_bench.reporting.collect import collect
 

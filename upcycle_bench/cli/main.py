@@ -17,6 +17,7 @@ from typing import Annotated
 import typer
 
 from upcycle_bench.cli import cache, data
+from upcycle_bench.cli.agree import agree
 from upcycle_bench.cli.common import is_main
 from upcycle_bench.cli.compress import compress
 from upcycle_bench.cli.doctor import doctor
@@ -67,6 +68,7 @@ app.command()(experts)
 app.command("list")(list_)
 app.command()(leaderboard)
 app.command()(power)
+app.command()(agree)
 app.command()(schema)
 app.command()(doctor)
 

@@ -31,10 +31,11 @@ NUMBERS = 14  # characters of a score with its interval
 FOLDED_SHORT = {"strategy": 17, "verdict": 9}  # the same where it has one table of few columns
 NOTES = (
     "± is the half width of a 95 % Student-t confidence interval over n training seeds (several initialisations of one "
-    "training seed are averaged first) and, where the records have outcomes, evaluation samples. Over few seeds such an "
-    "interval is wide; over one (n=1) there is none.",
-    "Verdicts are about the difference to the reference: better or worse where p < 0.05 (Holm's, over the table), "
-    "tied where the interval is within one run's standard deviation, else undecided. Fewer than three seeds are not ranked.",
+    "training seed are averaged first) and, where the records have outcomes, evaluation samples. Over few seeds such "
+    "an interval is wide; over one (n=1) there is none.",
+    "Verdicts are about the difference to the reference: better or worse where p < 0.05 (Holm's, over the table), tied "
+    "where the interval is within one run's standard deviation, else undecided. Fewer than three seeds are not "
+    "ranked.",
     "In parentheses behind other metrics: the standard error over evaluation samples, where the records have it.",
     "Differences are paired by initialisation and training seed; their n counts the training seeds with a pair.",
     "Charged FLOPs: all phases before evaluation. Times and FLOPs are means per run.",

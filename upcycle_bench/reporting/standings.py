@@ -71,13 +71,12 @@ def stand(
     drawn = _Drawn(runs, headline, outcomes)
     scores = {label: sure for label in runs if (sure := drawn.sure(label)) is not None}
     ranked = [label for label in runs if scores[label].seeds >= ENOUGH]
-    pairs = {pair: drawn.sure(*pair) for pair in itertools.combinations(ranked, 2)}
     differences = {
         label: drawn.sure(label, reference) for label in runs if reference not in (None, label) and reference in runs
     }
     against = {label: sure for label, sure in differences.items() if sure is not None and sure.seeds >= ENOUGH}
     corrected = dict(zip(against, holm([sure.p or 0.0 for sure in against.values()]), strict=True))
-    told_apart = _told_apart({pair: sure for pair, sure in pairs.items() if sure and sure.seeds >= ENOUGH})
+    told_apart = {pair for pair, each in _pairs(drawn, ranked).items() if each.p < SIGNIFICANT}
     sign = -1 if higher_is_better else 1
     order = sorted(ranked, key=lambda label: (sign * scores[label].mean, label))
     letters = tied_groups(order, told_apart)
@@ -100,6 +99,37 @@ def stand(
     }
 
 
+@dataclass(frozen=True)
+class Pair:
+    """The difference of two strategies, first minus second, paired by seeds; p is Holm's over all pairs."""
+
+    first: str
+    second: str
+    sure: Sure
+    p: float
+
+
+def compare_pairs(
+    counting: Counting, headline: str, outcomes: Outcomes
+) -> tuple[dict[frozenset[str], Pair], dict[str, float]]:
+    """All pairs of strategies with three training seeds in common, and the mean of each strategy."""
+    runs = {label: {s: run for s, run in mine.items() if headline in run.headlines} for label, mine in counting.items()}
+    runs = {label: dict(sorted(mine.items())) for label, mine in runs.items() if mine}
+    drawn = _Drawn(runs, headline, outcomes)
+    means = {label: sure.mean for label in runs if (sure := drawn.sure(label)) is not None}
+    return _pairs(drawn, list(runs)), means
+
+
+def _pairs(drawn: _Drawn, labels: Sequence[str]) -> dict[frozenset[str], Pair]:
+    found = {
+        pair: sure
+        for pair in itertools.combinations(labels, 2)
+        if (sure := drawn.sure(*pair)) is not None and sure.seeds >= ENOUGH
+    }
+    corrected = holm([sure.p or 0.0 for sure in found.values()])
+    return {frozenset(pair): Pair(*pair, sure, p) for (pair, sure), p in zip(found.items(), corrected, strict=True)}
+
+
 def _verdict(difference: Sure | None, p: float | None, sign: int, margin: float | None) -> str:
     if difference is None or p is None:
         return "not yet ranked"
@@ -107,11 +137,6 @@ def _verdict(difference: Sure | None, p: float | None, sign: int, margin: float 
         return "better" if sign * difference.mean < 0 else "worse"
     low, high = difference.interval or (-math.inf, math.inf)
     return "tied" if margin is not None and max(-low, high) <= margin else "undecided"
-
-
-def _told_apart(pairs: Mapping[tuple[str, str], Sure]) -> set[frozenset[str]]:
-    corrected = holm([sure.p or 0.0 for sure in pairs.values()])
-    return {frozenset(pair) for pair, p in zip(pairs, corrected, strict=True) if p < SIGNIFICANT}
 
 
 class _Drawn:
