@@ -5,10 +5,10 @@ const COLOURS = { better: "var(--better)", worse: "var(--worse)", reference: "va
 
 /** A chart of Plot's that the content security policy allows: its own style element stands in style.css instead. */
 function draw(label, options) {
-  const chart = Plot.plot({ className: "plot", ariaLabel: label, ...options });
+  const chart = Plot.plot({ className: "plot", ...options });
   chart.querySelectorAll("style").forEach((each) => each.remove());
-  chart.setAttribute("role", "img");
-  return chart;
+  chart.setAttribute("aria-hidden", "true"); // a picture with one name: its parts are for eyes only
+  return element("div", { role: "img", "aria-label": label }, chart);
 }
 
 /** Characters of the longest name, at most so many. */
