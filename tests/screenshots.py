@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 FIGURES = ROOT / "docs" / "figures"
 SHOTS = {  # name -> width, height, colour scheme, whether a row is open
     "report-light": (1200, 1000, "light", False),
-    "report-dark": (1200, 1000, "dark", True),
+    "report-dark": (1000, 700, "dark", True),
     "report-phone": (360, 740, "light", False),
 }
 LARGEST = 200_000  # bytes of a picture

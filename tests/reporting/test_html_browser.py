@@ -141,6 +141,7 @@ def test_a_row_opens_by_mouse_and_closes_by_button_and_beside_it(visit: Callable
     assert drawer.get_by_role("heading", level=2).text_content() == "level"
     drawer.get_by_role("button", name="Close").click()
     assert drawer.count() == 0
+    assert tab.evaluate("document.activeElement.textContent") == "level"
     tab.locator("#board-1").get_by_role("button", name="down", exact=True).click()
     assert drawer.is_visible()
     tab.mouse.click(20, 400)
@@ -211,6 +212,9 @@ def test_every_board_has_its_figures(visit: Callable[..., Any]) -> None:
     assert tab.locator("svg style").count() == 0
     front = tab.locator("#board-1 figure").nth(1).locator("g[aria-label=text] text").all_text_contents()
     assert "up (reconstructed)" in front and "down" not in front  # at equal cost, only the best is not beaten
+    frame = tab.locator("#board-1 figure svg").nth(1).bounding_box()
+    label = tab.locator("#board-1 figure").nth(1).get_by_text("up (reconstructed)").bounding_box()
+    assert label["x"] >= frame["x"] and label["x"] + label["width"] <= frame["x"] + frame["width"]
 
 
 def test_a_chart_tells_what_is_under_the_pointer(visit: Callable[..., Any]) -> None:

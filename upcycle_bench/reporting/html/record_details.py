@@ -59,7 +59,7 @@ class RecordDetails:
 
     def curve(self, path: Path) -> list[Any] | None:
         """The place of its steps in `shared`, and the training loss at each; None for a run that did not train."""
-        lines = thinned(_metrics(path), self._points)
+        lines = _metrics(path, self._points)
         values = [(each["step"], each.get("contrastive", each.get("loss"))) for each in lines if "step" in each]
         known = [(step, loss) for step, loss in values if loss is not None]
         if len(known) < 2:
@@ -104,13 +104,14 @@ def rounded(value: Any) -> Any:
     return [rounded(each) for each in value] if isinstance(value, list | tuple) else value
 
 
-def _metrics(path: Path) -> list[dict[str, Any]]:
-    """The training metrics beside a record. Raises UserError for a line that is not JSON."""
+def _metrics(path: Path, points: int) -> list[dict[str, Any]]:
+    """At most so many of the training metrics beside a record. UserError for one of them that is not JSON."""
     beside = path.with_suffix(".jsonl")
     if not beside.is_file():
         return []
     found = []
-    for number, line in enumerate(beside.read_text(encoding="utf-8").splitlines(), start=1):
+    lines = enumerate(beside.read_text(encoding="utf-8").splitlines(), start=1)
+    for number, line in thinned(list(lines), points):  # before they are parsed, which takes most of the time
         try:
             found.append(strict_json.loads(line))
         except ValueError as error:

@@ -14,10 +14,13 @@ from upcycle_bench.reporting.formats import caption, heading
 from upcycle_bench.reporting.html.behind import Behind, counting
 from upcycle_bench.reporting.html.record_details import LAYER, layer_means
 from upcycle_bench.reporting.leaderboard import Board, Row, RowHeadline
+from upcycle_bench.reporting.resampling import ENOUGH
 
 RESOLVED = ("better", "worse")  # only these verdicts are bold
-VERDICTS = (*RESOLVED, "tied", "undecided", "not yet ranked")
-NAMED = 6  # rows of one verdict by name, above the table
+VERDICTS = {verdict: verdict for verdict in (*RESOLVED, "tied", "undecided")} | {
+    "not yet ranked": f"not yet ranked (fewer than {ENOUGH} training seeds)"
+}
+NAMED, LETTERS = 6, 40  # rows of one verdict by name, above the table; letters of a name there
 TITLES = {
     "function_drift": "function drift",
     "expert_cosine": "cosine of experts",
@@ -65,7 +68,7 @@ def _verdicts(board: Board) -> list[str]:
     for name in board.headlines if board.baseline else ():
         found = [(row.label, headline.verdict) for row in board.rows if (headline := row.headlines.get(name))]
         groups = {verdict: [label for label, mine in found if mine == verdict] for verdict in VERDICTS}
-        said = [f"{verdict}: {_named(groups[verdict])}" for verdict in VERDICTS if groups[verdict]]
+        said = [f"{VERDICTS[verdict]}: {_named(mine)}" for verdict, mine in groups.items() if mine]
         sentences.append(f"{name}, against {board.baseline}: {'; '.join(said) or 'no other row'}.")
     return sentences
 
@@ -73,19 +76,20 @@ def _verdicts(board: Board) -> list[str]:
 def _named(labels: Sequence[str]) -> str:
     """The first labels, and how many more there are."""
     more = f" and {len(labels) - NAMED} more" if len(labels) > NAMED else ""
-    return ", ".join(labels[:NAMED]) + more
+    return ", ".join(each if len(each) <= LETTERS else each[: LETTERS - 1] + "…" for each in labels[:NAMED]) + more
 
 
 def _columns(board: Board) -> dict[str, list[Cell]]:
     """The columns behind the strategy's name, by header."""
     rows, first = board.rows, next(iter(board.headlines), "")
+    base = base_flops(board)
     columns = {"n": [Cell(str(row.seeds), row.seeds) for row in rows]}
     for name in board.headlines:
         found = [row.headlines.get(name) for row in rows]
         columns[name] = [Cell(mean_cell(each.mean), each.mean.mean) if each else Cell("", None) for each in found]
         if board.baseline:
             columns[f"{name} vs {board.baseline}"] = [_difference(each) for each in found]
-    columns["charged FLOPs"] = [_cost(row, board) for row in rows]
+    columns["charged FLOPs"] = [_cost(row, base) for row in rows]
     columns["certified"] = [Cell(f"{row.certified} of {row.runs}", row.certified) for row in rows]
     columns["runs"] = [Cell(row.outcome, row.outcome) for row in rows]
     ranks = [row.headlines.get(first) for row in rows]
@@ -101,16 +105,20 @@ def _difference(headline: RowHeadline | None) -> Cell:
     return Cell(mean_cell(headline.difference, "+"), headline.difference.mean, headline.verdict)
 
 
-def _cost(row: Row, board: Board) -> Cell:
+def _cost(row: Row, base: float | None) -> Cell:
     """By the reference's; without a reference, as they are."""
-    ratio = flops_ratio(row, board)
+    ratio = flops_ratio(row, base)
     text = number_cell(row.charged_flops, ".2e") if ratio is None else f"{ratio:.2f}x"
     return Cell(text, row.charged_flops)
 
 
-def flops_ratio(row: Row, board: Board) -> float | None:
-    """The charged FLOPs by those of the reference; None where one of them is unknown or the reference has none."""
-    base = next((each.charged_flops for each in board.rows if each.label == board.baseline), None)
+def base_flops(board: Board) -> float | None:
+    """The charged FLOPs of the reference."""
+    return next((row.charged_flops for row in board.rows if row.label == board.baseline), None)
+
+
+def flops_ratio(row: Row, base: float | None) -> float | None:
+    """The charged FLOPs by the reference's; None where one of them is unknown or the reference has none."""
     return None if row.charged_flops is None or not base else row.charged_flops / base
 
 

@@ -83,8 +83,8 @@ function costChart(rows, headline, width) {
       Plot.ruleX(found.filter(({ half }) => half !== null), { x: cost, y1: (d) => d.mean - d.half,
         y2: (d) => d.mean + d.half, stroke: colour }),
       Plot.dot(found, { x: cost, y: "mean", r: 4.5, fill: colour }),
-      Plot.text(labelled, { x: cost, y: "mean", text: ({ row }) => shortened(row.name, 24), dy: -12,
-        textAnchor: (d) => (cost(d) > most / 2 ? "end" : "start"), fill: "currentColor" }),
+      ...[["end", (d) => cost(d) > most / 2], ["start", (d) => cost(d) <= most / 2]].map(([textAnchor, side]) =>
+        Plot.text(labelled.filter(side), { x: cost, y: "mean", text: ({ row }) => shortened(row.name, 24), dy: -12, textAnchor })),
       Plot.tip(found, Plot.pointer({ x: cost, y: "mean",
         title: (d) => `${told(d)}\n${shown(cost(d))}${relative ? "x" : " FLOPs"}` })),
     ],
