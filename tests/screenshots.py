@@ -15,7 +15,7 @@ from upcycle_bench.util.files import write_atomically
 ROOT = Path(__file__).parent.parent
 FIGURES = ROOT / "docs" / "figures"
 SHOTS = {  # name -> width, height, colour scheme, whether a row is open
-    "report-light": (1200, 1000, "light", False),
+    "report-light": (1200, 920, "light", False),
     "report-dark": (1000, 700, "dark", True),
     "report-phone": (360, 740, "light", False),
 }

@@ -18,7 +18,7 @@ function nameRoom(names, most) {
 
 /** The axis that names the rows, and the room it takes. */
 function nameAxis(rows, width) {
-  const characters = nameRoom(rows.map(({ name }) => name), Math.min(34, width / 20));
+  const characters = nameRoom(rows.map(({ name }) => name), Math.min(34, width / 16));
   return {
     marginLeft: 16 + 6.5 * characters,
     y: { domain: rows.map((_, place) => place), label: null, tickSize: 0,
@@ -73,6 +73,8 @@ function costChart(rows, headline, width) {
     const near = (other) => Math.abs(cost(each) - cost(other)) < 0.4 * most && Math.abs(each.mean - other.mean) < 0.08 * (high - low);
     if (!labelled.some(near)) labelled.push(each);
   }
+  const nameOf = ({ row }) => shortened(row.name, 24);
+  const fitsLeft = (each) => 6.5 * nameOf(each).length < 60 + (width - 114) * (cost(each) / (most || 1));
   return draw(`${headline.name} against charged FLOPs`, {
     width, height: 300, marginLeft: 60, marginRight: 30, marginTop: 30, inset: 12,
     x: { label: relative ? "charged FLOPs, by the reference's" : "charged FLOPs", zero: true, labelArrow: "none",
@@ -83,8 +85,8 @@ function costChart(rows, headline, width) {
       Plot.ruleX(found.filter(({ half }) => half !== null), { x: cost, y1: (d) => d.mean - d.half,
         y2: (d) => d.mean + d.half, stroke: colour }),
       Plot.dot(found, { x: cost, y: "mean", r: 4.5, fill: colour }),
-      ...[["end", (d) => cost(d) > most / 2], ["start", (d) => cost(d) <= most / 2]].map(([textAnchor, side]) =>
-        Plot.text(labelled.filter(side), { x: cost, y: "mean", text: ({ row }) => shortened(row.name, 24), dy: -12, textAnchor })),
+      ...[true, false].map((fits) => Plot.text(labelled.filter((d) => fitsLeft(d) === fits), { x: cost, y: "mean",
+        text: nameOf, dy: -12, textAnchor: fits ? "end" : "start" })),
       Plot.tip(found, Plot.pointer({ x: cost, y: "mean",
         title: (d) => `${told(d)}\n${shown(cost(d))}${relative ? "x" : " FLOPs"}` })),
     ],
