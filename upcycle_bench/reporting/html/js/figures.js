@@ -5,6 +5,7 @@ const MOST = 60; // rows in a chart
 /** Returns `show(places)`, which draws the figures of those rows into the section. */
 function makeFigures(section, board, shared) {
   const place = section.querySelector(".charts");
+  const where = section.querySelector("h2").textContent;
   let rows = [];
   let width = 0;
 
@@ -15,10 +16,10 @@ function makeFigures(section, board, shared) {
     const scored = shownRows.filter((row) => Object.keys(row.headlines).length);
     const wide = width > 800 ? (width - 24) / 2 : width;
     place.replaceChildren(...(scored.length ? [
-      ...board.headlines.map((headline) => figure(`${headline.name}, with 95 % intervals`,
+      ...board.headlines.map((headline) => figure(where, `${headline.name}, with 95 % intervals`,
         "A hollow dot has one training seed and no interval. The dashed line is the reference." + note,
         scoreChart(scored, headline, wide))),
-      ...board.headlines.map((headline) => figure(`${headline.name} against cost`,
+      ...board.headlines.map((headline) => figure(where, `${headline.name} against cost`,
         "The line joins strategies that none with fewer charged FLOPs beats, by means: neighbours may be tied." + note,
         costChart(scored, headline, wide))),
       curves(scored, note, width),
@@ -31,7 +32,7 @@ function makeFigures(section, board, shared) {
     const named = scored.map((row, at) => [row, at]).filter(([row, at]) => row.curves.length && at < SERIES);
     const key = named.map(([row, at]) => [`var(--series-${at + 1})`, shortened(row.name, 40)]);
     if (scored.some((row, at) => row.curves.length && at >= SERIES)) key.push(["var(--neutral)", "the others"]);
-    return figure("Training", "Thin: as logged. Thick: a mean of neighbours. A line for each run that counts." + note,
+    return figure(where, "Training", "Thin: as logged. Thick: a mean of neighbours. A line for each run that counts." + note,
       chart, key, "wide");
   }
 
@@ -43,7 +44,7 @@ function makeFigures(section, board, shared) {
     const key = [[1, `worse by more than ${half}`], [2, `by ${eighth} to ${half}`], [3, `by ${least} to ${eighth}`],
       [4, "less than that"], [5, `better by ${least} to ${eighth}`], [6, `by ${eighth} to ${half}`],
       [7, `by more than ${half}`]].map(([step, text]) => [`var(--heat-${step})`, text]);
-    return figure(`${headline.name} by dataset, minus ${board.reference}`,
+    return figure(where, `${headline.name} by dataset, minus ${board.reference}`,
       "Colours show means and not whether a difference is outside the noise: the table says that." + note,
       found.chart, key, "wide");
   }
@@ -60,8 +61,8 @@ function makeFigures(section, board, shared) {
   };
 }
 
-/** A chart with its title, what it shows, and the key of its colours; null without a chart. */
-function figure(title, caption, chart, key = [], kind = "half") {
+/** A chart with its title, what it shows, and the key of its colours; null without a chart. `where`: its board. */
+function figure(where, title, caption, chart, key = [], kind = "half") {
   if (!chart) return null;
   return element("figure", { class: kind },
     element("figcaption", {}, element("h3", {}, title), element("p", {}, caption)),
@@ -70,7 +71,7 @@ function figure(title, caption, chart, key = [], kind = "half") {
       swatch.style.background = value;
       return element("li", {}, swatch, text);
     })) : null,
-    element("div", { class: "scroll", role: "region", "aria-label": title, tabindex: "0" }, chart));
+    element("div", { class: "scroll", role: "region", "aria-label": `${title}: ${where}`, tabindex: "0" }, chart));
 }
 
 /** The same function, once calls have paused. */
