@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 EXTRAS ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo gpu,dev || echo cpu,dev)$(shell command -v npm >/dev/null 2>&1 || echo ,npm)
 ARGS ?=
 
-.PHONY: run test lint bench scaling chaos docs clean
+.PHONY: run test lint bench scaling chaos docs screenshots browser clean
 
 # A GPU machine gets faiss-gpu, any other faiss-cpu; one without npm gets PyPI's (EXTRAS overrides).
 $(VENV)/.installed: pyproject.toml
@@ -18,8 +18,12 @@ run: $(VENV)/.installed
 	$(BIN)/upcycle-bench run --strategy cluster-aware $(ARGS)
 
 # As many processes as cores, at most 4 (each takes up to 3 GB); a file stays in one of them, with what it shares.
-test: $(VENV)/.installed
+test: $(VENV)/.installed browser
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile $(ARGS)
+
+# Chromium for the tests of the HTML report, where it is missing: by apt-get as root, or with sudo that asks for nothing.
+browser:
+	@sh tests/browser.sh
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
@@ -42,6 +46,10 @@ chaos: $(VENV)/.installed
 # Writes the generated parts of README.md and docs/ anew (tests/test_docs.py fails while they are stale).
 docs: $(VENV)/.installed
 	$(BIN)/python tests/generate_docs.py
+
+# Pictures of the HTML report from results/lab, into docs/figures/.
+screenshots: $(VENV)/.installed browser
+	$(BIN)/python -m tests.screenshots
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache

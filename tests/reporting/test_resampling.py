@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import string
 
 import numpy as np
 import pytest
@@ -11,7 +12,6 @@ from hypothesis import strategies as st
 from upcycle_bench.reporting.resampling import (
     Sure,
     holm,
-    letter,
     of_seeds,
     rank_intervals,
     sample_draws,
@@ -119,7 +119,10 @@ def test_letters_by_hand() -> None:
     differ = {frozenset("ac"), frozenset("ad"), frozenset("bd")}
     assert tied_groups("abcd", differ) == {"a": "a", "b": "ab", "c": "bc", "d": "c"}
     assert tied_groups("abc", set()) == {"a": "a", "b": "a", "c": "a"}
-    assert [letter(number) for number in (0, 25, 26, 27, 701, 702)] == ["a", "z", "aa", "ab", "zz", "aaa"]
+    apart = {frozenset(pair) for pair in itertools.combinations(map(str, range(52)), 2)}
+    assert sorted(tied_groups([*map(str, range(52))], apart).values()) == sorted(string.ascii_letters)
+    apart |= {frozenset(("52", str(number))) for number in range(52)}
+    assert {*tied_groups([*map(str, range(53))], apart).values()} == {""}
 
 
 @settings(max_examples=60, deadline=None)

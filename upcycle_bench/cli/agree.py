@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from upcycle_bench.cli.common import Json
-from upcycle_bench.cli.leaderboard import OfProtocol, Results, collected
+from upcycle_bench.cli.leaderboard import PUBLISHED, OfProtocol, Results, collected
 from upcycle_bench.util.errors import UserError
 
 if TYPE_CHECKING:
@@ -24,9 +24,7 @@ CAVEAT = (
 def agree(
     results: Results = None,
     protocol: OfProtocol = None,
-    published: Annotated[Path, typer.Option(metavar="FOLDER", help="What papers report, as CSV.")] = Path(
-        "results/published"
-    ),
+    published: Annotated[Path, typer.Option(metavar="FOLDER", help="What papers report, as CSV.")] = PUBLISHED,
     as_json: Json = False,
 ) -> None:
     """Say how far our records agree with what papers report, over the pairs that both have resolved."""

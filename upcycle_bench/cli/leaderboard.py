@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from upcycle_bench.cli.common import Json, names_of
+from upcycle_bench.cli.common import Json, names_of, writable_file
 from upcycle_bench.util.errors import UserError
 
 if TYPE_CHECKING:
@@ -24,8 +24,10 @@ class Format(str, Enum):
     csv = "csv"
     json = "json"
     latex = "latex"
+    html = "html"
 
 
+PUBLISHED = Path("results/published")
 Results = Annotated[list[Path] | None, typer.Argument(help="Records: folders or files; of copies one counts.")]
 OfProtocol = Annotated[str | None, typer.Option("--protocol", "-p", help="Only runs of this protocol.")]
 
@@ -39,17 +41,35 @@ def leaderboard(
     metrics: Annotated[str | None, typer.Option(metavar="WORDS", help="Also scores whose name has one of a,b.")] = None,
     format: Annotated[Format, typer.Option("--format", "-f", help="How to print it.")] = Format.terminal,
     wide: Annotated[bool, typer.Option("--wide", help="On the terminal: all columns, in several tables.")] = False,
+    output: Annotated[Path | None, typer.Option(metavar="FILE", help="Write it there, not on stdout.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Turn records into tables: only runs with equal fingerprints share one."""
+    """Turn records into tables, or one HTML page: only runs with equal fingerprints share one."""
+    if output:
+        writable_file(output)
     from upcycle_bench.reporting import formats
     from upcycle_bench.reporting.leaderboard import build
+    from upcycle_bench.util.files import write_atomically
 
     found = collected(results, protocol)
     boards = build(found.records, found.outcomes)
     boards = formats.only(boards, names_of(strategies, "--strategies"))
     chosen = "json" if as_json else format.value
-    print(formats.render(boards, chosen, wide=wide, metrics=names_of(metrics, "--metrics")), end="")
+    if chosen == "html":
+        from functools import partial
+
+        from upcycle_bench.reporting.html import page
+        from upcycle_bench.reporting.published import beside, read_published
+
+        known = read_published(PUBLISHED) if PUBLISHED.is_dir() else []
+        text = page.render(boards, list(zip(found.records, found.paths, strict=True)), partial(beside, known))
+    else:
+        words = names_of(metrics, "--metrics")
+        text = formats.render(boards, chosen, width=80 if output else None, wide=wide, metrics=words)
+    if output:
+        write_atomically(output, text.encode())
+    else:
+        print(text, end="")
 
 
 def power(

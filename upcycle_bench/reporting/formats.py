@@ -113,8 +113,8 @@ def _terminal(boards: list[Board], width: int | None, wide: bool, metrics: Seque
             tables = _split_to_fit(first, [{_two_lines(name): cells} for name, cells in columns.items()], fits)
         elif not fits(tables[0]):
             tables = _split_to_fit(who | {"strategy": _folded(who["strategy"], FOLDED)}, groups, fits)
-        lines = [*_caption(board), *(_runs(board) if short else [])]
-        console.print(_heading(board), *map(_rich_table, tables), *lines, "", sep="\n", markup=False)
+        lines = [*caption(board), *(_runs(board) if short else [])]
+        console.print(heading(board), *map(_rich_table, tables), *lines, "", sep="\n", markup=False)
     console.print(*NOTES, sep="\n", markup=False)
     return "\n".join(line.rstrip() for line in output.getvalue().splitlines()) + "\n"
 
@@ -141,8 +141,8 @@ def _markdown(boards: list[Board], metrics: Sequence[str]) -> str:
     for board in boards:
         columns = reduce(or_, column_groups(board, metrics))
         table = markdown_table(list(columns), zip(*columns.values(), strict=True))
-        caption = "\n".join(f"- {sentence}" for sentence in _caption(board))
-        blocks.append(f"### {_heading(board)}\n\n{table}\n\n{caption}")
+        below = "\n".join(f"- {sentence}" for sentence in caption(board))
+        blocks.append(f"### {heading(board)}\n\n{table}\n\n{below}")
     return "\n\n".join([*blocks, *NOTES]) + "\n"
 
 
@@ -190,17 +190,18 @@ def _flat(headline: dict[str, Any]) -> Iterable[tuple[str, Any]]:
 
 
 def _json(boards: list[Board]) -> str:
-    document = {"notes": NOTES, "boards": [asdict(board) | {"caption": _caption(board)} for board in boards]}
+    document = {"notes": NOTES, "boards": [asdict(board) | {"caption": caption(board)} for board in boards]}
     return strict_json.dumps(document, indent=2, ensure_ascii=False) + "\n"
 
 
-def _heading(board: Board) -> str:
+def heading(board: Board) -> str:
+    """What the runs of this board have in common."""
     suites = "".join(f", {suite} {fingerprint[:8]}" for suite, fingerprint in board.suite_fingerprints.items())
     where = f"training {board.training_fingerprint[:8]}{suites}, dense {board.dense[:8]}"
     return f"{board.protocol}, {board.division} division ({where})"
 
 
-def _caption(board: Board) -> list[str]:
+def caption(board: Board) -> list[str]:
     """Sentences about the numbers of this board; NOTES are about those of all boards."""
     sentences = []
     if board.division == "open":

@@ -10,12 +10,16 @@ from __future__ import annotations
 
 import csv
 import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from upcycle_bench.reporting.leaderboard import Row
 from upcycle_bench.util.errors import UserError
 
 SHIFTS = ("in_v2", "in_a", "in_r", "in_sketch", "objectnet")
+SHOWN = ("in_val", "shift", "coco_avg")  # beside a row of ours
+CAVEAT = "a single run, in percent, of another model and other data than these"
 WORDS = ("strategy", "arch", "table", "citation", "samples", "row_assignment")
 
 
@@ -27,6 +31,30 @@ class PublishedRow:
     setting: str
     citation: str
     scores: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Published:
+    """A number of a paper, as the HTML report shows it beside a row of ours."""
+
+    what: str  # such as "in_val of ViT-B/32, table main"
+    value: str
+    citation: str
+    caveat: str
+
+
+def beside(rows: Sequence[PublishedRow], row: Row) -> list[Published]:
+    """What papers report of the strategy of a row of ours; a setting that two tables repeat stands once."""
+    found = {
+        (each.setting.partition(",")[0], name): Published(
+            f"{name} of {each.setting}", f"{value:g}", each.citation, CAVEAT
+        )
+        for each in reversed(rows)
+        if each.strategy == row.label
+        for name, value in each.scores.items()
+        if name in SHOWN
+    }
+    return [found[key] for key in sorted(found)]
 
 
 def read_published(folder: Path) -> list[PublishedRow]:

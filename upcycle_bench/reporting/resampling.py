@@ -18,8 +18,10 @@ Shape suffixes: R runs, N samples of a set, S training seeds, B draws, L strateg
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Sequence
+import string
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,6 +29,7 @@ import numpy as np
 DRAWS = 2000
 ENOUGH = 3  # seeds, below which nothing is ranked
 LEVEL = 0.95
+MOST_GROUPS = len(string.ascii_letters)
 
 
 @dataclass(frozen=True)
@@ -142,31 +145,28 @@ def holm(p: Sequence[float]) -> list[float]:
     return [float(each) for each in multipletests(p, method="holm")[1]]
 
 
-def tied_groups(order: Sequence[str], differ: set[frozenset[str]]) -> dict[str, str]:
+def tied_groups(order: Sequence[str], differ: Collection[frozenset[str]]) -> dict[str, str]:
     """The letters of each name: two names share one if and only if they do not `differ`.
 
-    `order`: the names, best first; the first has the letter a. Compact letter display by insertion and absorption
-    (H.-P. Piepho, J. Comput. Graph. Stat. 13, 2004).
+    `order`: the names, best first; the first has the letter a. A letter is a maximal group of names of which no two
+    differ, as in a compact letter display (H.-P. Piepho, J. Comput. Graph. Stat. 13, 2004). No letters where there
+    are not enough of them: nobody could read such a table.
     """
-    groups: list[set[str]] = [set(order)]
-    for one, other in map(sorted, sorted(differ, key=sorted)):
-        split: list[set[str]] = []
-        for group in groups:
-            split += [group - {one}, group - {other}] if {one, other} <= group else [group]
-        groups = [
-            group
-            for place, group in enumerate(split)
-            if not any(group < rest or (group == rest and place > k) for k, rest in enumerate(split))
-        ]
+    import networkx
+
+    tied = networkx.Graph()
+    tied.add_nodes_from(order)
+    tied.add_edges_from(pair for pair in itertools.combinations(order, 2) if frozenset(pair) not in differ)
+    found = [*itertools.islice(networkx.find_cliques(tied), MOST_GROUPS + 1)]
+    if len(found) > MOST_GROUPS:
+        return dict.fromkeys(order, "")
     place = {name: number for number, name in enumerate(order)}
-    groups.sort(key=lambda group: sorted(place[name] for name in group))
-    return {name: "".join(letter(k) for k, group in enumerate(groups) if name in group) for name in order}
-
-
-def letter(number: int) -> str:
-    """a, b, ..., z, aa, ab, ..."""
-    text = chr(ord("a") + number % 26)
-    return text if number < 26 else letter(number // 26 - 1) + text
+    groups = sorted(sorted(place[name] for name in group) for group in found)
+    letters = dict.fromkeys(order, "")
+    for number, group in enumerate(groups):
+        for member in group:
+            letters[order[member]] += string.ascii_letters[number]
+    return letters
 
 
 def _quantile(degrees: float | None) -> float:

@@ -1,0 +1,1 @@
+"""Leaderboards as one HTML page, which asks for nothing from outside: `page.render` writes it."""

@@ -1,0 +1,107 @@
+"""What the page's script draws and what its drawer shows: numbers of each row, and the records behind it, for JSON.
+
+tree = data_of(boards, records_of(boards, runs), nothing_published)
+tree["boards"][0]["rows"][0]["records"][0]["command"]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from upcycle_bench.reporting.columns import mean_cell, split_column
+from upcycle_bench.reporting.html.behind import Behind, Runs, counting
+from upcycle_bench.reporting.html.record_details import RecordDetails, rounded
+from upcycle_bench.reporting.html.sections import base_flops, flops_ratio
+from upcycle_bench.reporting.leaderboard import Board, Row, RowHeadline
+from upcycle_bench.reporting.published import Published
+
+FEW = 300  # records, up to which the page holds whole receipts
+POINTS, ALL_POINTS = 200, 60_000  # of one training curve, and of all together
+
+
+Publisher = Callable[[Row], Sequence[Published]]
+
+
+def nothing_published(row: Row) -> Sequence[Published]:
+    """No paper's numbers."""
+    del row
+    return ()
+
+
+def data_of(boards: Sequence[Board], behind: Sequence[Behind], published: Publisher) -> dict[str, Any]:
+    """The data of all boards. `behind`: of each, the records of its rows; `published`: what papers report of a row."""
+    runs = sum(len(mine) for each in behind for mine in each.values())
+    details = RecordDetails(points=max(2, min(POINTS, ALL_POINTS // max(1, runs))), receipts=runs <= FEW)
+    return {
+        "boards": [_board(board, mine, details, published) for board, mine in zip(boards, behind, strict=True)],
+        "shared": details.shared,
+    }
+
+
+def _board(board: Board, behind: Behind, details: RecordDetails, published: Publisher) -> dict[str, Any]:
+    base = next((row for row in board.rows if row.label == board.baseline), None)
+    flops = base_flops(board)
+    return {
+        "reference": board.baseline,
+        "headlines": [
+            {"name": name, "higher": headline.higher_is_better, "parts": _short_names(headline.parts)}
+            for name, headline in board.headlines.items()
+        ],
+        "rows": [
+            {
+                "title": row.title,
+                "name": f"{row.label} ({row.kind.partition(';')[0]})" if row.kind else row.label,
+                "headlines": {name: _numbers(each) for name, each in row.headlines.items()},
+                "flops": row.charged_flops,
+                "ratio": flops_ratio(row, flops),
+                "differences": {name: _by_dataset(row, base, board.headlines[name].parts) for name in row.headlines},
+                "published": [asdict(each) for each in published(row)],
+                **_of_records(behind[row.label], details),
+            }
+            for row in board.rows
+        ],
+    }
+
+
+def _by_dataset(row: Row, base: Row | None, parts: Sequence[str]) -> list[float | None]:
+    """Each part of a headline score minus the reference's: of two means, whose runs need not be pairs."""
+    both = row.scores.keys() & (base.scores.keys() if base else ())
+    return [rounded(row.scores[part] - base.scores[part]) if base and part in both else None for part in parts]
+
+
+def _numbers(headline: RowHeadline) -> dict[str, Any]:
+    difference = headline.difference
+    return rounded(
+        {
+            "mean": headline.mean.mean,
+            "half": headline.mean.half_width,
+            "n": headline.mean.n,
+            "difference": difference and mean_cell(difference, "+"),
+            "verdict": headline.verdict,
+            "p": headline.p,
+            "tied": headline.letters,
+            "ofInit": headline.of_init,
+            "ofTrain": headline.of_train,
+        }
+    )
+
+
+def _of_records(runs: Runs, details: RecordDetails) -> dict[str, Any]:
+    """The records of a row, newest first, and the curves of those that count."""
+    valid = {id(record) for record in counting(runs)}
+    records, curves = [], []
+    for record, path in reversed(runs):
+        counts = id(record) in valid
+        said = "counts" if counts else "failed" if record.status != "ok" else "superseded by a newer run"
+        records.append(details.of(record, path, said))
+        if counts and (curve := details.curve(path)):
+            curves.append(curve)
+    return {"records": records, "curves": curves}
+
+
+def _short_names(columns: Sequence[str]) -> list[str]:
+    """Scores by dataset and metric; by suite, too, where there are several."""
+    suites = {split_column(column)[0] for column in columns}
+    return [column if len(suites) > 1 else column.partition("/")[2] for column in columns]

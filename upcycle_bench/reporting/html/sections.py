@@ -1,0 +1,145 @@
+"""What the page shows of a board without JavaScript: sentences, and tables of text, which the template escapes.
+
+section = section_of(board, behind)
+section.columns["shift"][0].text        # "3.6043 ± 0.0120"
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from upcycle_bench.reporting.columns import mean_cell, number_cell, rank_cell
+from upcycle_bench.reporting.formats import caption, heading
+from upcycle_bench.reporting.html.behind import Behind, counting
+from upcycle_bench.reporting.html.record_details import LAYER, layer_means
+from upcycle_bench.reporting.leaderboard import Board, Row, RowHeadline
+from upcycle_bench.reporting.resampling import ENOUGH
+
+RESOLVED = ("better", "worse")  # only these verdicts are bold
+VERDICTS = {verdict: verdict for verdict in (*RESOLVED, "tied", "undecided")} | {
+    "not yet ranked": f"not yet ranked (fewer than {ENOUGH} training seeds)"
+}
+NAMED, LETTERS = 6, 40  # rows of one verdict by name, above the table; letters of a name there
+TITLES = {
+    "function_drift": "function drift",
+    "expert_cosine": "cosine of experts",
+    "router_entropy": "router entropy, nats",
+    "load": "busiest expert",
+}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A cell of the table. `order`: what it is sorted by; None stands last."""
+
+    text: str
+    order: float | str | None
+    verdict: str = ""
+
+    @property
+    def resolved(self) -> bool:
+        """Whether the difference is outside the noise."""
+        return self.verdict in RESOLVED
+
+
+@dataclass(frozen=True)
+class Section:
+    """A board on the page. Tables are header -> one cell for each row."""
+
+    heading: str
+    verdicts: list[str]
+    caption: list[str]
+    rows: tuple[Row, ...]
+    columns: dict[str, list[Cell]]
+    diagnostics: dict[str, list[str]]
+
+
+def section_of(board: Board, behind: Behind) -> Section:
+    """The section of this board. `behind`: the records of its rows."""
+    return Section(
+        heading(board), _verdicts(board), caption(board), board.rows, _columns(board), _diagnostics(board, behind)
+    )
+
+
+def _verdicts(board: Board) -> list[str]:
+    """A sentence for each headline score: which rows are better than the reference, worse, tied and so on."""
+    sentences = []
+    for name in board.headlines if board.baseline else ():
+        found = [(row.label, headline.verdict) for row in board.rows if (headline := row.headlines.get(name))]
+        groups = {verdict: [label for label, mine in found if mine == verdict] for verdict in VERDICTS}
+        said = [f"{VERDICTS[verdict]}: {_named(mine)}" for verdict, mine in groups.items() if mine]
+        sentences.append(f"{name}, against {board.baseline}: {'; '.join(said) or 'no other row'}.")
+    return sentences
+
+
+def _named(labels: Sequence[str]) -> str:
+    """The first labels, and how many more there are."""
+    more = f" and {len(labels) - NAMED} more" if len(labels) > NAMED else ""
+    return ", ".join(each if len(each) <= LETTERS else each[: LETTERS - 1] + "…" for each in labels[:NAMED]) + more
+
+
+def _columns(board: Board) -> dict[str, list[Cell]]:
+    """The columns behind the strategy's name, by header."""
+    rows, first = board.rows, next(iter(board.headlines), "")
+    base = base_flops(board)
+    columns = {"n": [Cell(str(row.seeds), row.seeds) for row in rows]}
+    for name in board.headlines:
+        found = [row.headlines.get(name) for row in rows]
+        columns[name] = [Cell(mean_cell(each.mean), each.mean.mean) if each else Cell("", None) for each in found]
+        if board.baseline:
+            columns[f"{name} vs {board.baseline}"] = [_difference(each) for each in found]
+    columns["charged FLOPs"] = [_cost(row, base) for row in rows]
+    columns["certified"] = [Cell(f"{row.certified} of {row.runs}", row.certified) for row in rows]
+    columns["runs"] = [Cell(row.outcome, row.outcome) for row in rows]
+    ranks = [row.headlines.get(first) for row in rows]
+    order = [None if each is None or each.ranks is None else sum(each.ranks) / 2 for each in ranks]
+    return {"rank": [Cell(rank_cell(each), place) for each, place in zip(ranks, order, strict=True)]} | columns
+
+
+def _difference(headline: RowHeadline | None) -> Cell:
+    if headline is None:
+        return Cell("", None)
+    if headline.difference is None:
+        return Cell("", None, headline.verdict)
+    return Cell(mean_cell(headline.difference, "+"), headline.difference.mean, headline.verdict)
+
+
+def _cost(row: Row, base: float | None) -> Cell:
+    """By the reference's; without a reference, as they are."""
+    ratio = flops_ratio(row, base)
+    text = number_cell(row.charged_flops, ".2e") if ratio is None else f"{ratio:.2f}x"
+    return Cell(text, row.charged_flops)
+
+
+def base_flops(board: Board) -> float | None:
+    """The charged FLOPs of the reference."""
+    return next((row.charged_flops for row in board.rows if row.label == board.baseline), None)
+
+
+def flops_ratio(row: Row, base: float | None) -> float | None:
+    """The charged FLOPs by the reference's; None where one of them is unknown or the reference has none."""
+    return None if row.charged_flops is None or not base else row.charged_flops / base
+
+
+def _diagnostics(board: Board, behind: Behind) -> dict[str, list[str]]:
+    """By row: what experts and routers were at step 0 and after training, as means over layers and runs that count."""
+    columns: dict[str, list[str]] = {name: [] for name in ("strategy", *TITLES.values(), "tokens dropped")}
+    for row in board.rows:
+        runs = counting(behind[row.label])
+        before = [layer_means(record.receipt) for record in runs]
+        after = [layer_means(record.diagnostics) for record in runs]
+        if not any(before + after):
+            continue
+        columns["strategy"].append(row.title)
+        columns["tokens dropped"].append(number_cell(row.tokens_dropped, ".2%"))
+        for name in LAYER:
+            form = ".1%" if name == "load" else ".4f"
+            means = [mean for part in (before, after) if (mean := _mean(part, name)) is not None]
+            columns[TITLES[name]].append(" → ".join(number_cell(mean, form) for mean in means))
+    return columns
+
+
+def _mean(parts: Sequence[dict[str, float]], name: str) -> float | None:
+    values = [part[name] for part in parts if name in part]
+    return sum(values) / len(values) if values else None
