@@ -19,6 +19,7 @@ import typer
 from upcycle_bench.cli import cache, data
 from upcycle_bench.cli.common import is_main
 from upcycle_bench.cli.compress import compress
+from upcycle_bench.cli.diff import diff
 from upcycle_bench.cli.doctor import doctor
 from upcycle_bench.cli.evaluate import evaluate
 from upcycle_bench.cli.experts import experts
@@ -32,6 +33,7 @@ from upcycle_bench.cli.receipt import receipt
 from upcycle_bench.cli.run import run
 from upcycle_bench.cli.schema import schema
 from upcycle_bench.cli.upcycle import upcycle
+from upcycle_bench.cli.validate import validate
 from upcycle_bench.util.errors import UserError, plain
 from upcycle_bench.util.files import disk_is_full
 from upcycle_bench.util.launchers import settle
@@ -66,6 +68,8 @@ app.command()(latency)
 app.command()(experts)
 app.command("list")(list_)
 app.command()(leaderboard)
+app.command()(diff)
+app.command()(validate)
 app.command()(schema)
 app.command()(doctor)
 

@@ -30,6 +30,8 @@ def table(title: str, rows: Sequence[dict[str, str]], *, stderr: bool = False) -
         "suite",
         "dataset",
         "metric",
+        "verdict",
+        "differs",
     )
     made = Table(
         title=escape(title),
