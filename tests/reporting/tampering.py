@@ -196,7 +196,7 @@ def metrics_of_another(folder: Path) -> None:
 SCORE, TRAIN = "digits-test/acc1", "cost.phases.train"
 TAMPERED = [
     Tampering("a score is NaN", "strict-json", text('"value": 0.', '"value": NaN, "x": 0.')),
-    Tampering("`status` stands twice, ok and failed", "strict-json", text('"status": "ok"', '"status": "failed",\n"status": "ok"')),
+    Tampering("`status` stands twice", "strict-json", text('"status"', '"status": "failed",\n"status"')),
     Tampering("a field that no record has", "schema", text('"status"', '"verified": true,\n"status"')),
     Tampering("no rank at all", "schema", at("cost.world_size", 0)),
     Tampering("a better headline score, its parts as they were", "schema", at("headlines.in-distribution.value", 0.01)),
@@ -207,21 +207,31 @@ TAMPERED = [
     Tampering("all ranks are first, the rest as it was", "outcomes", of_outcomes(ranks_raised)),
     Tampering("every second outcome", "samples", of_outcomes(half)),
     Tampering("an accuracy raised by one point", "scores", of_score(SCORE, "value", lambda value: value + 0.01)),
-    Tampering("a log rank of the headline halved, and the headline", "scores", of_score("digits-test/log_rank", "value", 0.024)),
+    Tampering("a log rank halved, and its headline", "scores", of_score("digits-test/log_rank", "value", 0.024)),
     Tampering("a stratum raised", "scores", of_score("validation/acc1[unseen-caption]", "value", 0.9, LAB)),
     Tampering("a mean over sets raised", "scores", of_score("average/shift/acc1", "value", 0.9, LAB)),
     Tampering("a standard error halved", "errors", of_score(SCORE, "standard_error", lambda value: value / 2)),
-    Tampering("the error of the headline score halved", "headlines", at("headlines.in-distribution.standard_error", 0.01)),
+    Tampering(
+        "the error of the headline score halved", "headlines", at("headlines.in-distribution.standard_error", 0.01)
+    ),
     Tampering("the weaker parts left out of the headline score", "headlines", weak_part_dropped),
     Tampering("a mean recall above 1", "ranges", of_score("digits-test/mean_per_class_recall", "value", 1.2)),
     Tampering("a chance level lowered", "chance", of_score("digits-test/log_likelihood", "chance", -3.0)),
-    Tampering("another learning rate under the protocol's name", "protocol", at("protocol.resolved.train.lr_factor", 2.0)),
+    Tampering(
+        "another learning rate under the protocol's name", "protocol", at("protocol.resolved.train.lr_factor", 2.0)
+    ),
     Tampering("an open run without a reason", "protocol", at("protocol.division", "open")),
     Tampering("the label of an option that was not set", "strategy", at("strategy.label", "cluster-aware[tau=0.8]")),
     Tampering("a reconstruction that says it is published as it is", "strategy", at("strategy.reconstructed", [])),
     Tampering("the hash of other data", "training-fingerprint", at("hashes.data", "0" * 64, LAB)),
-    Tampering("the fingerprint of another table", "training-fingerprint", at("protocol.training_fingerprint", "a" * 16, LAB)),
-    Tampering("the fingerprint of other evaluation sets", "suite-fingerprint", at("protocol.suite_fingerprints.zero-shot", "b" * 16)),
+    Tampering(
+        "the fingerprint of another table", "training-fingerprint", at("protocol.training_fingerprint", "a" * 16, LAB)
+    ),
+    Tampering(
+        "the fingerprint of other evaluation sets",
+        "suite-fingerprint",
+        at("protocol.suite_fingerprints.zero-shot", "b" * 16),
+    ),
     Tampering("other seeds", "run-id", at("seeds", {"init": 3, "train": 3})),
     Tampering("another option than the run's", "run-id", at("strategy.config.tau", 0.95)),
     Tampering("no certificate", "certificate", at("certificate", None)),
@@ -235,7 +245,11 @@ TAMPERED = [
     Tampering("steps that no session made", "times", gap_between_sessions),
     Tampering("no lines of metrics", "metrics", lambda folder: Files(folder).lines.unlink()),
     Tampering("a lower loss than its terms", "metrics", of_lines(lambda lines: lines[3].update(loss=0.5))),
-    Tampering("another learning rate than the schedule's", "metrics", of_lines(lambda lines: lines[3].update(learning_rate=0.1))),
+    Tampering(
+        "another learning rate than the schedule's",
+        "metrics",
+        of_lines(lambda lines: lines[3].update(learning_rate=0.1)),
+    ),
     Tampering("a faster training than its metrics", "metrics", at("cost.samples_per_second", 9000.0)),
     Tampering("the same run under another file name", "copies", copied),
     Tampering("the same run under other seeds", "same-results", as_another_seed),

@@ -52,7 +52,8 @@ def show_difference(found: Difference, every: bool = False) -> None:
     for name, headline in found.headlines.items():
         better = "higher" if headline.higher_is_better else "lower"
         error = "" if headline.standard_error is None else f" ± {Z * headline.standard_error:.4f} at most"
-        print(f"{name} ({better} is better): {headline.one:.4f}, {headline.other:.4f}: {headline.difference:+.4f}{error}")
+        pair = f"{headline.one:.4f}, {headline.other:.4f}"
+        print(f"{name} ({better} is better): {pair}: {headline.difference:+.4f}{error}")
     if any(score.interval for score in shown):
         print("±: half of a 95 % interval over the samples, which both runs share; p: McNemar's exact test")
     for note in found.notes:

@@ -30,8 +30,10 @@ from upcycle_bench.cli.listing import list_
 from upcycle_bench.cli.plot import plot
 from upcycle_bench.cli.pretrain import pretrain
 from upcycle_bench.cli.receipt import receipt
+from upcycle_bench.cli.reproduce import reproduce
 from upcycle_bench.cli.run import run
 from upcycle_bench.cli.schema import schema
+from upcycle_bench.cli.submit import submit
 from upcycle_bench.cli.upcycle import upcycle
 from upcycle_bench.cli.validate import validate
 from upcycle_bench.util.errors import UserError, plain
@@ -70,6 +72,8 @@ app.command("list")(list_)
 app.command()(leaderboard)
 app.command()(diff)
 app.command()(validate)
+app.command()(reproduce)
+app.command()(submit)
 app.command()(schema)
 app.command()(doctor)
 

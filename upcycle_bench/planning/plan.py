@@ -7,7 +7,7 @@ run_id(plan, dense_digest)                              # equal for two runs of 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -101,7 +101,7 @@ def make_plan(
     strategy_name: str,
     protocol: Protocol,
     *,
-    options: dict[str, str] | None = None,
+    options: Mapping[str, Any] | None = None,
     init_seed: int = 0,
     train_seed: int = 0,
     paths: Paths | None = None,
@@ -118,7 +118,7 @@ def make_plan(
     paths = paths or Paths()
     entry = registry.get("strategy", strategy_name)
     usual = configure(entry.target, protocol.strategies.get(strategy_name, {}))
-    strategy = configure(entry.target, protocol.strategies.get(strategy_name, {}) | (options or {}))
+    strategy = configure(entry.target, {**protocol.strategies.get(strategy_name, {}), **(options or {})})
     moe, unequal = resolve_moe(strategy, protocol.moe), unequal_shape(protocol, strategy)
     wanted = make_suites(registry, protocol, suites)
     missing = _missing_data(protocol, paths)

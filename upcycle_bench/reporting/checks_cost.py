@@ -9,6 +9,7 @@ import itertools
 import math
 from collections.abc import Iterator
 from datetime import datetime, timedelta
+from typing import Any
 
 from upcycle_bench.planning.estimate import training_steps
 from upcycle_bench.protocol import learning_rate
@@ -21,7 +22,7 @@ COUNTED = 8  # at most so many steps are counted and left out of `samples_per_se
 
 
 def cost(sent: Sent, here: Here) -> Iterator[str]:
-    """Steps times batch are the pairs; a training has FLOPs, seconds and a speed that fit; ranks and parameters, too."""
+    """Steps times batch are the pairs; a training has FLOPs, seconds and a speed that fit; so do ranks, parameters."""
     made, protocol = sent.record.cost, sent.protocol
     if made is None:
         return
@@ -90,7 +91,7 @@ def times(sent: Sent, here: Here) -> Iterator[str]:
 
 
 def metrics(sent: Sent, here: Here) -> Iterator[str]:
-    """Lines in the order of the steps, whose last agrees with the record; losses, learning rates and shares that fit."""
+    """Lines in the order of the steps, whose last agrees with the record; losses and learning rates that fit."""
     made, protocol, lines = sent.record.cost, sent.protocol, sent.lines
     if made is None or "train" not in made.phases or protocol is None:
         return
@@ -98,7 +99,7 @@ def metrics(sent: Sent, here: Here) -> Iterator[str]:
         if sent.metrics is None:
             yield f"{sent.path.with_suffix('.jsonl').name} is missing; copy it from where the run was made"
         return
-    counted = [line.get("step") for line in lines]
+    counted: list[Any] = [line.get("step") for line in lines]
     if not counted or any(type(step) is not int for step in counted):
         yield "no lines, or lines without a step"
         return
@@ -109,8 +110,9 @@ def metrics(sent: Sent, here: Here) -> Iterator[str]:
     schedule = protocol.train.schedule
     for line in lines:
         where = f"step {line['step']}"
-        loss, rate, scale = (line.get(name) for name in ("loss", "learning_rate", "logit_scale"))
-        if not all(isinstance(value, float | int) for value in (loss, rate, scale)):
+        numbers: list[Any] = [line.get(name) for name in ("loss", "learning_rate", "logit_scale")]
+        loss, rate, scale = numbers
+        if not all(isinstance(value, float | int) for value in numbers):
             yield f"{where}: no loss, learning rate or logit scale"
             return
         # The strategy's own terms stand between the loss and the learning rate.

@@ -29,7 +29,6 @@ from upcycle_bench.util.uncertainty import Uncertainty
 
 RATE = re.compile(
     r"(.*_)?(acc\d+|recall@\d+|mean_per_class_recall|mean_average_precision|(text|image|group)_score|pairwise_accuracy)"
-    r"(\[.*\])?"
 )
 ROUNDED = 1e-6  # outcomes are float32, scores the means of float64
 AT_K = re.compile(r"(.*?)(?:acc|recall@)(\d+)")
@@ -50,10 +49,12 @@ def outcomes(sent: Sent, here: Here) -> Iterator[str]:
             rank_N = sent.outcomes[f"{found[1]}rank"]
             if rank_N.shape != values.shape or not np.array_equal(rank_N < int(found[2]), values):
                 yield f"{name} contradicts {found[1]}rank"
-        if name.endswith("log_rank") and (rank_N := sent.outcomes.get(f"{name.removesuffix('log_rank')}rank")) is not None:
-            # Of the answers before the right one each is nearer, and counts 1, or as near, and counts 1/2.
-            if rank_N.shape != values.shape or (values < np.log1p(rank_N / 2) - ROUNDED).any():
-                yield f"{name} contradicts the ranks"
+        if not name.endswith("log_rank") or (before := name.removesuffix("log_rank") + "rank") not in sent.outcomes:
+            continue
+        rank_N = sent.outcomes[before]
+        # Of the answers before the right one each is nearer, and counts 1, or as near, and counts 1/2.
+        if rank_N.shape != values.shape or (values < np.log1p(rank_N / 2) - ROUNDED).any():
+            yield f"{name} contradicts the ranks"
 
 
 def samples(sent: Sent, here: Here) -> Iterator[str]:
@@ -133,13 +134,12 @@ def ranges(sent: Sent, here: Here) -> Iterator[str]:
     for score in sent.record.scores:
         name, value = name_of(score), score.value
         bare = score.metric.partition("[")[0]
-        if RATE.fullmatch(score.metric) and not 0 <= value <= 1:
+        rate, log_rank, likelihood = RATE.fullmatch(bare), bare.endswith("log_rank"), bare.endswith("log_likelihood")
+        if rate and not 0 <= value <= 1:
             yield f"{name} is {value:.6g}, a rate lies between 0 and 1"
-        if bare.endswith("log_rank") and value < 0 or bare.endswith("log_likelihood") and value > ROUNDED:
+        if (log_rank and value < 0) or (likelihood and value > ROUNDED):
             yield f"{name} is {value:.6g}, which no answers give"
-        if bare.endswith("log_rank") and score.higher_is_better or (
-            (RATE.fullmatch(score.metric) or bare.endswith("log_likelihood")) and score.higher_is_better is False
-        ):
+        if (log_rank and score.higher_is_better) or ((rate or likelihood) and score.higher_is_better is False):
             yield f"{name}: its direction is turned round"
         if score.interval is not None and not score.interval[0] - ROUNDED <= value <= score.interval[1] + ROUNDED:
             yield f"{name} is {value:.6g}, outside of its own interval"

@@ -121,7 +121,7 @@ def compare(one: Sent, other: Sent, here: Here) -> Difference:
 
 def settings_that_differ(one: Record, other: Record) -> dict[str, Values]:
     """What differs of strategy, options, protocol, seeds, code, data and environment, name by name; kinds that do."""
-    found = {}
+    found: dict[str, Values] = {}
     for (kind, mine), theirs in zip(_facts(one).items(), _facts(other).values(), strict=True):
         names = [name for name in {**mine, **theirs} if mine.get(name) != theirs.get(name)]
         if names:
@@ -142,14 +142,12 @@ def _facts(record: Record) -> dict[str, dict[str, Any]]:
             "name": protocol.name,
             "division": protocol.division,
             "overrides": list(protocol.overrides),
-            **{
-                name.removeprefix("protocol."): value for name, value in resolved.items() if not name.startswith(SAID)
-            },
+            **{name.removeprefix("protocol."): value for name, value in resolved.items() if not name.startswith(SAID)},
         },
         "data": {"training pairs": record.hashes.data, "dense model": record.hashes.dense},
         "code": {"strategy": strategy.code, **flatten({"git": record.environment.get("git") or {}})},
         "environment": {
-            **flatten({key: value for key, value in environment.items()}),
+            **flatten(environment),
             "ranks": record.cost.world_size if record.cost else None,
             "training": _elsewhere(record),
         },
@@ -185,10 +183,9 @@ def _scores(sent: Sent, here: Here) -> list[tuple[tuple[str, str, str], Known]]:
 def _paired(one: Known, other: Known, same_samples: bool) -> PairedScore:
     (mine, before), (theirs, after) = one, other
     sure, p = Uncertainty(None, None), None
-    if same_samples and before is not None and after is not None and before.each == after.each == "sample":
-        if before.values.shape == after.values.shape and before.values.ndim == 1:
-            sure = _sure(before.values, after.values)
-            p = mcnemar(before.values, after.values) if before.values.dtype == after.values.dtype == np.bool_ else None
+    if same_samples and before is not None and after is not None and _alike(before, after):
+        sure = _sure(before.values, after.values)
+        p = mcnemar(before.values, after.values) if before.values.dtype == after.values.dtype == np.bool_ else None
     return PairedScore(
         suite=mine.suite,
         dataset=mine.dataset,
@@ -202,6 +199,11 @@ def _paired(one: Known, other: Known, same_samples: bool) -> PairedScore:
         interval=sure.interval,
         p=p,
     )
+
+
+def _alike(one: Sampled, other: Sampled) -> bool:
+    """Whether both are outcomes of independent samples, as many, of one draw."""
+    return one.each == other.each == "sample" and one.values.shape == other.values.shape and one.values.ndim == 1
 
 
 def _sure(before_N: np.ndarray, after_N: np.ndarray) -> Uncertainty:
@@ -222,7 +224,7 @@ def _headlines(one: Record, other: Record, scores: list[PairedScore]) -> dict[st
                 one=mine.value,
                 other=theirs.value,
                 difference=theirs.value - mine.value,
-                standard_error=uncertainty.of_scores((each.dataset, each.metric, each.standard_error) for each in paired),
+                standard_error=uncertainty.of_scores((p.dataset, p.metric, p.standard_error) for p in paired),
                 higher_is_better=mine.higher_is_better,
             )
     return found
@@ -233,7 +235,7 @@ def _parts(record: Record, headline: str) -> set[tuple[str, str, str]]:
 
 
 def mcnemar(before_N: np.ndarray, after_N: np.ndarray) -> float:
-    """Two-sided p of McNemar's exact test of two runs' right answers (bool) to the same samples; 1 where none differs."""
+    """Two-sided p of McNemar's exact test of two runs' right answers (bool) to the same samples; 1 if none differs."""
     from scipy.stats import binomtest
 
     only_before, only_after = int((before_N & ~after_N).sum()), int((after_N & ~before_N).sum())

@@ -219,7 +219,8 @@ def _metrics(path: Path, findings: list[Finding]) -> tuple[bytes | None, list[di
         except (ValueError, RecursionError) as error:
             tree = one_line(error)
         if not isinstance(tree, dict):
-            findings.append(Finding(path, "metrics", f"{beside.name}, line {number}: {str(tree)[:200]}: no JSON object"))
+            what = f"{beside.name}, line {number}: {str(tree)[:200]}: no JSON object"
+            findings.append(Finding(path, "metrics", what))
             return data, None
         lines.append(tree)
     return data, lines

@@ -38,7 +38,7 @@ CHECKS = {
     "samples": Check("there are as many outcomes as a score has samples", checks_scores.samples),
     "scores": Check("each score is the mean of its outcomes, of its strata or of its sets", checks_scores.scores),
     "errors": Check("standard errors and intervals are those of the outcomes", checks_scores.errors),
-    "headlines": Check("headline scores, their chance and error come from the protocol's parts", checks_scores.headlines),
+    "headlines": Check("headline scores, their chance and error come from their parts", checks_scores.headlines),
     "ranges": Check("no rate outside of 0 to 1, no score outside of its interval", checks_scores.ranges),
     "chance": Check("the chance levels of a set agree on the number of answers", checks_scores.chance),
     "protocol": Check("the settings are those of the protocol and its overrides", checks_identity.protocol),
@@ -106,8 +106,8 @@ def validate(paths: Sequence[Path], here: Here) -> Validation:
             for name, check in CHECKS.items():
                 found += _findings(name, check, one, here)
     every = list(sent.values())
-    for name, check in (("copies", checks_copies.copies), ("same-results", checks_copies.same_results)):
-        found += [Finding(path, name, what) for path, what in check(every)]
+    for name, over_all in (("copies", checks_copies.copies), ("same-results", checks_copies.same_results)):
+        found += [Finding(path, name, what) for path, what in over_all(every)]
     place = {path: number for number, path in enumerate(records)}
     found.sort(key=lambda finding: place[finding.path])
     return Validation(records, found, passed_over, sent)
