@@ -204,7 +204,9 @@ def suites(sent: Sent, here: Here) -> Iterator[str]:
         parts = {key.partition("/")[2] for key in record.skipped if key.startswith(f"{name}/")}
         left_out = parts & {*suite.datasets()}  # before the evaluation, or in it: only then the suite is another one
         try:
-            found = [suite_fingerprint(each, root) for each in [suite, *([suite.without(left_out)] if left_out else [])]]
+            found = [
+                suite_fingerprint(each, root) for each in [suite, *([suite.without(left_out)] if left_out else [])]
+            ]
         except (UserError, OSError) as error:
             yield Unchecked(f"{name}: {one_line(error)}")
             continue
