@@ -1,12 +1,13 @@
 """Two records side by side: what differs, paired differences with hand-worked numbers, and what is not paired."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 from scipy.stats import binom
 
-from tests.reporting.tampering import BASE, LAB, OTHER, at, fresh
+from tests.reporting.tampering import BASE, LAB, OTHER, RESULTS, at, fresh
 from upcycle_bench.planning.registry import load_registry
 from upcycle_bench.reporting.difference import compare, mcnemar
 from upcycle_bench.reporting.sent import Here, Sent, open_whole
@@ -60,6 +61,23 @@ def test_differences_are_paired_over_samples(sent: Path) -> None:
     assert score.standard_error < unpaired
     assert found.headlines["in-distribution"].difference == pytest.approx(
         other.record.headlines["in-distribution"].value - one.record.headlines["in-distribution"].value
+    )
+
+
+def test_a_mean_over_sets_has_the_error_of_the_sets(sent: Path) -> None:
+    other = sent / "other"
+    other.mkdir()
+    for file in (RESULTS / "lab").glob("drop-upcycling-*"):
+        shutil.copy(file, other / file.name)
+    found = {
+        (each.dataset, each.metric): each for each in compare(record(sent, LAB), record(other, "drop"), HERE).scores
+    }
+    sets = ["carbon", "game-icons", "glyphs", "openmoji", "pepicons", "ri"]
+    errors = [found[f"test-{name}", "acc1"].standard_error for name in sets]
+    mean = found["average/shift", "acc1"]
+    assert mean.standard_error == pytest.approx(np.sqrt(np.square(errors).sum()) / 6)
+    assert mean.interval == pytest.approx(
+        (mean.difference - 1.96 * mean.standard_error, mean.difference + 1.96 * mean.standard_error), abs=1e-5
     )
 
 

@@ -11,13 +11,15 @@ from collections.abc import Iterator
 from datetime import datetime, timedelta
 from typing import Any
 
-from upcycle_bench.planning.estimate import training_steps
+from upcycle_bench.planning.estimate import estimate
 from upcycle_bench.protocol import learning_rate
 from upcycle_bench.reporting.checks_identity import strategy_of
 from upcycle_bench.reporting.sent import Here, Sent, Unchecked
 
 FASTEST = 2e16  # FLOPs of one device in a second: no device does as many
 LATE = timedelta(hours=1)  # that a clock may be ahead
+# Of an estimate, whose texts are as long as can be, and which leaves the strategy's own loss out.
+FLOPS = (1 / 3, 4.0)
 COUNTED = 8  # at most so many steps are counted and left out of `samples_per_second`
 
 
@@ -56,15 +58,22 @@ def cost(sent: Sent, here: Here) -> Iterator[str]:
         yield f"train: {train.samples:,} pairs in {train.seconds:g} s, but {speed:g} pairs/s"
 
 
-def steps(sent: Sent, here: Here) -> Iterator[str]:
-    """The training has the protocol's steps, or those of a strategy with a number of its own."""
+def training(sent: Sent, here: Here) -> Iterator[str]:
+    """The protocol's steps, or those of a strategy with a number of its own; and FLOPs near those of an estimate."""
     if sent.record.cost is None or sent.protocol is None:
         return
     strategy = strategy_of(sent, here)
     if isinstance(strategy, str) or sent.foreign_model:
         yield Unchecked(strategy if isinstance(strategy, str) else str(sent.foreign_model))
-    elif sent.steps != (wanted := training_steps(sent.protocol, strategy)):
-        yield f"{sent.steps:,} training steps, {sent.record.strategy.label} has {wanted:,} under this protocol"
+        return
+    label, wanted = sent.record.strategy.label, estimate(sent.protocol, strategy)
+    if sent.steps != wanted.steps:
+        yield f"{sent.steps:,} training steps, {label} has {wanted.steps:,} under this protocol"
+    train = sent.record.cost.phases.get("train")
+    if train is not None and train.flops is not None and wanted.train_flops:
+        least, most = (wanted.train_flops * bound for bound in FLOPS)
+        if not least <= train.flops <= most:
+            yield f"{train.flops:.3g} training FLOPs, {label} has about {wanted.train_flops:.3g} under this protocol"
 
 
 def times(sent: Sent, here: Here) -> Iterator[str]:

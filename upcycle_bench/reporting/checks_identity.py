@@ -8,6 +8,7 @@ was changed later gives another one. Of suites it covers the evaluation sets, wh
 
 from __future__ import annotations
 
+import re
 from collections.abc import Container, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,6 @@ from typing import Any
 import torch
 
 from upcycle_bench.data.world import SYNTHETIC, World
-from upcycle_bench.data.worlds import built_world
 from upcycle_bench.planning.fingerprint import (
     NUMERICS,
     code_fingerprint,
@@ -214,6 +214,14 @@ def suites(sent: Sent, here: Here) -> Iterator[str]:
             yield f"{name}: the fingerprint is {said}, settings and sets of the record give {found[-1]} here"
 
 
+def hashes(sent: Sent, here: Here) -> Iterator[str]:
+    """A run that ended has the sha256 of its weights and of its dense model, which no other run shares by chance."""
+    for name in ("weights", "dense") if sent.record.status == "ok" else ():
+        said = getattr(sent.record.hashes, name)
+        if said is None or not re.fullmatch("[0-9a-f]{64}", said):
+            yield f"hashes.{name} is {said}, no sha256"
+
+
 def _eval_root(sent: Sent, here: Here) -> Path | str:
     """The folder of the run's evaluation sets, or why it is not known here."""
     if sent.protocol is None:
@@ -221,7 +229,7 @@ def _eval_root(sent: Sent, here: Here) -> Path | str:
     data = sent.protocol.data
     if data.world == "local":
         return here.eval_data or "the evaluation sets are not here; name their folder by --eval-data"
-    world = built_world(data.world, data.seed)
+    world = here.world(data.world, data.seed)
     if world is None:
         return f"world {data.world} is not in this cache; upcycle-bench data build {data.world} builds it"
     if world.sha256 != sent.record.hashes.data:

@@ -21,9 +21,9 @@ from upcycle_bench.evaluation.probe_scores import over_draws
 from upcycle_bench.evaluation.ranking import chance_at_k, chance_log_rank
 from upcycle_bench.evaluation.score import headlines_of
 from upcycle_bench.record import ScoreRecord
-from upcycle_bench.reporting.sampled_scores import Pair, name_of, sampled_scores
+from upcycle_bench.reporting.sampled_scores import Pair, averages, name_of, sampled_scores
 from upcycle_bench.reporting.sent import Here, Sent, Unchecked
-from upcycle_bench.suite import AVERAGE, is_average
+from upcycle_bench.suite import is_average
 from upcycle_bench.util import uncertainty
 from upcycle_bench.util.uncertainty import Uncertainty
 
@@ -81,7 +81,7 @@ def scores(sent: Sent, here: Here) -> Iterator[str]:
         mean = math.fsum(part.value * part.samples for part in parts) / max(1, sum(part.samples for part in parts))
         if not close(whole.value, mean):
             yield f"{name_of(whole)} is {whole.value:.6g}, its strata give {mean:.6g}"
-    for score, parts in _averages(sent):
+    for score, parts in averages(sent.record):
         mean = statistics.fmean(part.value for part in parts)
         if not close(score.value, mean):
             yield f"{name_of(score)} is {score.value:.6g}, its sets give {mean:.6g}"
@@ -161,7 +161,7 @@ def chance(sent: Sent, here: Here) -> Iterator[str]:
             continue  # several captions of an image: chance depends on how many
         gallery = score.samples if retrieval else round(1 / max(score.chance, 1e-9))
         yield from _chances(sent, score, found[1], gallery)
-    for score, parts in _averages(sent):
+    for score, parts in averages(sent.record):
         chances = [part.chance for part in parts if part.chance is not None]
         if score.chance is not None and chances and not close(score.chance, statistics.fmean(chances)):
             yield f"{name_of(score)}: chance is {score.chance:.6g}, its sets give {statistics.fmean(chances):.6g}"
@@ -200,25 +200,6 @@ def _strata(sent: Sent) -> Iterator[Pair]:
     for score in sent.record.scores:
         if found := parts.get((score.suite, score.dataset, score.metric)):
             yield score, found
-
-
-def _averages(sent: Sent) -> Iterator[Pair]:
-    """Each mean over sets, and the scores of the sets: of `average/NAME` those of that headline, of `average` all."""
-    of_headline: dict[tuple[str, str], set[str]] = defaultdict(set)
-    for score in sent.record.scores:
-        of_headline[score.suite, score.headline].add(score.dataset)
-    for score in sent.record.scores:
-        if is_average(score.dataset):
-            title = score.dataset.removeprefix(AVERAGE).removeprefix("/")
-            parts = [
-                part
-                for part in sent.record.scores
-                if (part.suite, part.metric) == (score.suite, score.metric)
-                and not is_average(part.dataset)
-                and (not title or part.dataset in of_headline[score.suite, title])
-            ]
-            if parts:
-                yield score, parts
 
 
 def close(one: float, other: float) -> bool:

@@ -14,20 +14,21 @@ Shape suffixes: N samples.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from upcycle_bench.protocol import flatten
 from upcycle_bench.record import Record, ScoreRecord
-from upcycle_bench.reporting.sampled_scores import sampled_scores
+from upcycle_bench.reporting.sampled_scores import averages, sampled_scores
 from upcycle_bench.reporting.sent import Here, Sent
 from upcycle_bench.suite import Sampled
 from upcycle_bench.util import uncertainty
 from upcycle_bench.util.errors import UserError
-from upcycle_bench.util.uncertainty import Uncertainty
+from upcycle_bench.util.uncertainty import Uncertainty, Z
 
 Values = Mapping[str, tuple[Any, Any]]  # name -> of the one, of the other; None where one lacks it
 # Of a protocol: what only says something, and what never runs unless it is named.
@@ -109,7 +110,7 @@ def compare(one: Sent, other: Sent, here: Here) -> Difference:
     keys = [_table(each.record) for each in (one, other)]
     if keys[0] != keys[1]:
         notes.append("the records share no table: protocol, training data, dense model or suites differ")
-    scores = [_paired(mine[key], theirs[key], key[0] in same_suites) for key in common]
+    scores = _with_averages(one.record, [_paired(mine[key], theirs[key], key[0] in same_suites) for key in common])
     return Difference(
         settings=settings_that_differ(one.record, other.record),
         headlines=_headlines(one.record, other.record, scores),
@@ -199,6 +200,19 @@ def _paired(one: Known, other: Known, same_samples: bool) -> PairedScore:
         interval=sure.interval,
         p=p,
     )
+
+
+def _with_averages(record: Record, scores: list[PairedScore]) -> list[PairedScore]:
+    """The scores, where means over sets have the error of these, whose samples are independent."""
+    of = {(score.suite, score.dataset, score.metric): score for score in scores}
+    for mean, parts in averages(record):
+        paired = [of.get((part.suite, part.dataset, part.metric)) for part in parts]
+        errors = [each.standard_error for each in paired if each is not None and each.standard_error is not None]
+        if (key := (mean.suite, mean.dataset, mean.metric)) in of and len(errors) == len(parts):
+            error, middle = math.hypot(*errors) / len(errors), of[key].difference
+            interval = (middle - Z * error, middle + Z * error)
+            of[key] = replace(of[key], standard_error=error, interval=interval)
+    return list(of.values())
 
 
 def _alike(one: Sampled, other: Sampled) -> bool:

@@ -5,12 +5,13 @@ for score, known in sampled_scores(sent, here): ...      # known: suite.Sampled,
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator
 
 from upcycle_bench.planning.plan import make_suites
-from upcycle_bench.record import ScoreRecord
+from upcycle_bench.record import Record, ScoreRecord
 from upcycle_bench.reporting.sent import Here, Sent
-from upcycle_bench.suite import Sampled, Suite
+from upcycle_bench.suite import AVERAGE, Sampled, Suite, is_average
 from upcycle_bench.util.errors import UserError
 
 Pair = tuple[ScoreRecord, list[ScoreRecord]]  # a score, and those of which it is made
@@ -35,6 +36,25 @@ def sampled_scores(sent: Sent, here: Here) -> Iterator[tuple[ScoreRecord, Sample
         suite = suites[score.suite]
         known = None if isinstance(suite, str) else suite.sampled(score.dataset, score.metric, outcomes[score.suite])
         yield score, known
+
+
+def averages(record: Record) -> Iterator[Pair]:
+    """Each mean over sets, and the scores of the sets: of `average/NAME` those of that headline, of `average` all."""
+    of_headline: dict[tuple[str, str], set[str]] = defaultdict(set)
+    for score in record.scores:
+        of_headline[score.suite, score.headline].add(score.dataset)
+    for score in record.scores:
+        if is_average(score.dataset):
+            title = score.dataset.removeprefix(AVERAGE).removeprefix("/")
+            parts = [
+                part
+                for part in record.scores
+                if (part.suite, part.metric) == (score.suite, score.metric)
+                and not is_average(part.dataset)
+                and (not title or part.dataset in of_headline[score.suite, title])
+            ]
+            if parts:
+                yield score, parts
 
 
 def name_of(score: ScoreRecord) -> str:

@@ -23,6 +23,8 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
+from upcycle_bench.data.world import World
+from upcycle_bench.data.worlds import built_world
 from upcycle_bench.protocol import Protocol
 from upcycle_bench.record import SCHEMA_VERSION, Record, read, read_outcomes
 from upcycle_bench.util import strict_json
@@ -57,6 +59,13 @@ class Here:
     registry: Registry
     eval_data: Path | None = None
     now: datetime = field(default_factory=lambda: datetime.now(timezone.utc))
+    _worlds: dict[tuple[str, int], World | None] = field(default_factory=dict)
+
+    def world(self, name: str, seed: int) -> World | None:
+        """The world of that name, if the cache has it; its files are hashed once."""
+        if (name, seed) not in self._worlds:
+            self._worlds[name, seed] = built_world(name, seed)
+        return self._worlds[name, seed]
 
 
 @dataclass(frozen=True)
