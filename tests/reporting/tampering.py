@@ -198,6 +198,7 @@ TAMPERED = [
     Tampering("a score is NaN", "strict-json", text('"value": 0.', '"value": NaN, "x": 0.')),
     Tampering("`status` stands twice", "strict-json", text('"status"', '"status": "failed",\n"status"')),
     Tampering("a field that no record has", "schema", text('"status"', '"verified": true,\n"status"')),
+    Tampering("an older schema", "schema", at("schema_version", 1)),
     Tampering("no rank at all", "schema", at("cost.world_size", 0)),
     Tampering("a better headline score, its parts as they were", "schema", at("headlines.in-distribution.value", 0.01)),
     Tampering("overrides in the closed division", "schema", at("protocol.overrides", ["train.lr_factor=2.0"])),

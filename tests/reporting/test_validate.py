@@ -9,6 +9,7 @@ from tests.records import make_record
 from tests.reporting.tampering import BASE, LAB, OTHER, RESULTS, TAMPERED, Files, Tampering, at, fresh
 from upcycle_bench.data.worlds import load_world
 from upcycle_bench.planning.registry import load_registry
+from upcycle_bench.protocol import load_protocol
 from upcycle_bench.record import write
 from upcycle_bench.reporting.sent import Here
 from upcycle_bench.reporting.validate import CHECKS, Validation, validate
@@ -56,6 +57,26 @@ def test_a_tampered_record_is_caught(tampering: Tampering, sent: Path) -> None:
     assert not any("\n" in what or "breaks this check" in what for what in said)
     names = {finding.path.name for finding in found.findings if finding.wrong}
     assert all(not name.startswith("lab-") for name in names) or all(name.startswith("lab-") for name in names)
+
+
+def test_a_model_that_costs_more_is_not_closed(sent: Path) -> None:
+    """All else is as `virtual-group` would say it, so that the cost alone is wrong."""
+    files, entry = Files(sent, OTHER), REGISTRY.get("strategy", "virtual-group")
+    made, info = entry.target(granularity=32), entry.target.info
+    protocol = load_protocol(REGISTRY.get("protocol", "smoke").target)
+    files.tree["strategy"] |= {
+        "name": info.name,
+        "label": "virtual-group[granularity=32]",
+        "config": made.config(),
+        "moe": made.moe_settings(protocol.moe).model_dump(mode="json"),
+        "status": info.status,
+        "reconstructed": list(info.reconstructed),
+        "footing": info.footing,
+        "paper": info.paper,
+    }
+    files.write()
+    (said,) = caught(checked(sent))["strategy"]
+    assert said.startswith("it belongs in the open division: ") and "active parameters" in said
 
 
 def test_every_check_catches_something() -> None:

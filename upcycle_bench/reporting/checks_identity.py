@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from upcycle_bench.data.world import SYNTHETIC, World
+from upcycle_bench.planning.estimate import unequal_shape
 from upcycle_bench.planning.fingerprint import (
     NUMERICS,
     code_fingerprint,
@@ -91,6 +92,9 @@ def strategy(sent: Sent, here: Here) -> Iterator[str]:
         return
     if part.moe != (own.model_dump(mode="json") if own != sent.protocol.moe else None):
         yield "its MoE settings are not those of the strategy"
+    compares = sent.record.protocol.unequal is None and not sent.foreign_model
+    if compares and (more := unequal_shape(sent.protocol, found)):
+        yield f"it belongs in the open division: {more}"
     if part.code != code_fingerprint(type(found)):
         yield Unchecked(f"the code of {part.name} is not the one here, {code_fingerprint(type(found))}")
 

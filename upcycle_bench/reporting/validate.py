@@ -42,7 +42,7 @@ CHECKS = {
     "ranges": Check("no rate outside of 0 to 1, no score outside of its interval", checks_scores.ranges),
     "chance": Check("the chance levels of a set agree on the number of answers", checks_scores.chance),
     "protocol": Check("the settings are those of the protocol and its overrides", checks_identity.protocol),
-    "strategy": Check("label, status and MoE settings are those of the strategy", checks_identity.strategy),
+    "strategy": Check("label, status, MoE settings and cost are those of the strategy", checks_identity.strategy),
     "training-fingerprint": Check("protocol, data, dense model and ranks give it", checks_identity.training),
     "suite-fingerprint": Check("settings and evaluation sets give it, where the sets are here", checks_identity.suites),
     "hashes": Check("a run that ended names its weights and its dense model", checks_identity.hashes),
