@@ -5,14 +5,19 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.cli.test_main import call
 from tests.conftest import QUICK
 from tests.reporting.tampering import LAB, Files, at, fresh
 from tests.test_run import plan
-from upcycle_bench.planning.plan import Paths
+from upcycle_bench.data.worlds import load_world
+from upcycle_bench.model.clip import create_clip
+from upcycle_bench.planning.plan import Paths, make_plan
 from upcycle_bench.planning.registry import load_registry
+from upcycle_bench.protocol import load_protocol
 from upcycle_bench.reporting.sent import Here, open_whole
+from upcycle_bench.reporting.validate import validate
 from upcycle_bench.reproduce import compare_again, differs_here, plan_of
 from upcycle_bench.run import run
 from upcycle_bench.util.errors import UserError
@@ -98,6 +103,43 @@ def test_paths_come_from_the_command_unless_they_are_given(tmp_path: Path) -> No
     for given, named in ((Paths(), "brings its own data"), (Paths(data="mine"), "brings its own data")):
         with pytest.raises(UserError, match=named):  # smoke takes no paths, so they arrived
             plan_of(open_whole(Files(sent).json), REGISTRY, given, Reporter())
+
+
+@pytest.fixture(scope="module")
+def local(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A record of a run on local shards with a local checkpoint, and its command."""
+    folder, world = tmp_path_factory.mktemp("local"), load_world("digits", 0)
+    torch.save(create_clip("smoke-vit", seed=3).model.state_dict(), folder / "dense.pt")
+    overrides = ["model=smoke-vit", "train.schedule.steps=2", "train.schedule.batch_size=32"]
+    overrides += ['suites.zero-shot.sets=["digits-test", "digits-validation"]']
+    overrides += ['suites.zero-shot.headlines.imagenet=["digits-test"]']
+    overrides += ['suites.zero-shot.headlines.shift=["digits-validation"]']
+    shards, sets = str(world.train_shards[0].parent), world.eval_root
+    protocol = load_protocol(REGISTRY.get("protocol", "clip-b32").target, overrides)
+    paths = Paths(data=shards, checkpoint=str(folder / "dense.pt"), eval_data=sets)
+    path = run(make_plan(REGISTRY, "sparse-upcycling", protocol, paths=paths), folder / "results", Reporter())
+    assert path is not None
+    tree = json.loads(path.read_text())
+    given = ["--data", shards, "--checkpoint", str(folder / "dense.pt"), f"--eval-data={sets}"]
+    path.write_text(json.dumps(tree | {"command": ["upcycle-bench", "run", *given]}))
+    return path
+
+
+def test_a_run_on_local_data_is_planned_from_its_command(local: Path, tmp_path: Path) -> None:
+    sent = open_whole(local)
+    planned = plan_of(sent, REGISTRY, Paths(), Reporter())
+    assert planned.training_fingerprint == sent.record.protocol.training_fingerprint
+    assert planned.suite_fingerprints == sent.record.protocol.suite_fingerprints
+    torch.save(create_clip("smoke-vit", seed=4).model.state_dict(), tmp_path / "other.pt")
+    with pytest.raises(UserError, match="dense weights are not its own"):
+        plan_of(sent, REGISTRY, Paths(checkpoint=str(tmp_path / "other.pt")), Reporter())
+
+
+def test_a_run_on_local_data_is_validated_by_its_sets(local: Path) -> None:
+    found = validate([local], Here(REGISTRY, load_world("digits", 0).eval_root))
+    assert found.sound and {finding.check for finding in found.findings} == {"scores"}
+    (said,) = [each for each in validate([local], Here(REGISTRY)).findings if each.check == "suite-fingerprint"]
+    assert not said.wrong and "--eval-data" in said.what
 
 
 def test_the_command_runs_compares_and_keeps_what_it_is_asked_to(
