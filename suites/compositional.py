@@ -7,7 +7,7 @@ Shape suffixes: P pairs, I images and S captions of a pair, N images of the set.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from dataclasses import dataclass as plain_dataclass
 from typing import Any, ClassVar
@@ -24,7 +24,7 @@ from upcycle_bench.evaluation.features import encode_images
 from upcycle_bench.evaluation.texts import encode_texts
 from upcycle_bench.evaluation.word_pairs import Chosen, choose, most_frequent
 from upcycle_bench.hookspecs import hookimpl
-from upcycle_bench.suite import AVERAGE, EvalContext, Score, Suite, SuiteInfo, SuiteResult, UserError
+from upcycle_bench.suite import AVERAGE, EvalContext, Sampled, Score, Suite, SuiteInfo, SuiteResult, UserError
 from upcycle_bench.util import uncertainty
 
 CHANCE = {"text_score": 1 / 4, "image_score": 1 / 4, "group_score": 1 / 6, "pairwise_accuracy": 1 / 2}
@@ -89,6 +89,14 @@ class Compositional(Suite):
             result.scores.extend(scores(AVERAGE, list(scored.values()), headline=""))
         result.notes["words"] = frequent_words(list(scored.values()))
         return result
+
+    def sampled(self, dataset: str, metric: str, outcomes: Mapping[str, np.ndarray]) -> Sampled | None:
+        """Of pairs of images; several may share a word pair."""
+        of_set = {name.removeprefix(f"{dataset}/"): values for name, values in outcomes.items()}
+        if metric == "pairwise_accuracy" and "comparisons" in of_set:
+            return Sampled(of_set["comparisons"] / 4, "query")
+        right_P = of_set.get(metric.removesuffix("_score"))
+        return Sampled(right_P, "query") if metric in CHANCE and right_P is not None else None
 
 
 def _score(evalset: EvalSet, context: EvalContext, known: dict[str, Tensor], result: SuiteResult) -> Scored | None:

@@ -8,7 +8,7 @@ Shape suffixes: Q queries.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -21,9 +21,10 @@ from torch import Tensor
 from upcycle_bench.data import evalset as evalsets
 from upcycle_bench.data.worlds import load_world
 from upcycle_bench.evaluation.ranking import Task, fit_scale, judge
+from upcycle_bench.evaluation.sampled import of_ranks
 from upcycle_bench.evaluation.texts import classification_task
 from upcycle_bench.hookspecs import hookimpl
-from upcycle_bench.suite import EvalContext, Score, Suite, SuiteInfo, SuiteResult, UserError
+from upcycle_bench.suite import EvalContext, Sampled, Score, Suite, SuiteInfo, SuiteResult, UserError
 from upcycle_bench.util import uncertainty
 
 
@@ -81,6 +82,10 @@ class OutOfDomain(Suite):
         for name in self.sets:
             _add(name, task_of(name), scale, result)
         return result
+
+    def sampled(self, dataset: str, metric: str, outcomes: Mapping[str, np.ndarray]) -> Sampled | None:
+        """Of ranks."""
+        return of_ranks(dataset, metric, outcomes)
 
     def _root(self, root: Path) -> Path:
         """The folder of the other world's sets, which may be built now."""

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from dataclasses import dataclass as plain_dataclass
 from pathlib import Path
@@ -31,9 +31,10 @@ from upcycle_bench.data.evalset import EvalSet
 from upcycle_bench.evaluation import average_precision, ranking
 from upcycle_bench.evaluation.features import encode_images
 from upcycle_bench.evaluation.ranking import LOG_RANK, Judged, Task
+from upcycle_bench.evaluation.sampled import of_ranks
 from upcycle_bench.evaluation.texts import class_embeddings, classification_task, cut_texts, retrieval_tasks
 from upcycle_bench.hookspecs import hookimpl
-from upcycle_bench.suite import AVERAGE, EvalContext, Score, Suite, SuiteInfo, SuiteResult, is_average
+from upcycle_bench.suite import AVERAGE, EvalContext, Sampled, Score, Suite, SuiteInfo, SuiteResult, is_average
 from upcycle_bench.util import uncertainty
 from upcycle_bench.util.errors import UserError, unknown
 from upcycle_bench.util.rng import Stream
@@ -160,6 +161,17 @@ class ZeroShot(Suite):
                 if len(of_kind) > 1:
                     result.scores.extend(averages(result.scores, of_kind, f"{AVERAGE}/{headline}"))
         return result
+
+    def sampled(self, dataset: str, metric: str, outcomes: Mapping[str, np.ndarray]) -> Sampled | None:
+        """Of ranks; of a multilabel set the average precision of each class. Captions may share an image."""
+        if metric == MAP and (precision_Y := outcomes.get(f"{dataset}/average_precision")) is not None:
+            return Sampled(precision_Y, "class")
+        found = of_ranks(dataset, metric, outcomes)
+        if found is None or not metric.startswith(WAYS[1]):
+            return found
+        images = outcomes.get(f"{dataset}/{WAYS[0]}rank")
+        alone = images is not None and len(images) == len(found.values)  # as many captions as images: one each
+        return found if alone else Sampled(found.values, "query")
 
     def _require_metric(self, evalset: EvalSet) -> None:
         """UserError where a set of that kind has no `headline_metric`."""

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import typer
 
+from tests.reporting.tampering import TAMPERED
+from upcycle_bench import record
 from upcycle_bench.cli import app
 from upcycle_bench.cli.listing import rows
 from upcycle_bench.data.bad_samples import KINDS as KINDS_BAD
@@ -27,6 +29,7 @@ from upcycle_bench.reporting import formats, leaderboard
 from upcycle_bench.reporting.collect import collect
 from upcycle_bench.reporting.formats import markdown_table as table
 from upcycle_bench.reporting.leaderboard import Board, SeedMean
+from upcycle_bench.reporting.validate import CHECKS
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -275,6 +278,16 @@ def no_archive() -> str:
     return table(["a shard", "what to do"], [[what.removeprefix("it "), remedy] for _, what, remedy in NO_ARCHIVE])
 
 
+def checks() -> str:
+    """The checks of `validate`."""
+    return table(["check", "what must be so"], [[f"`{name}`", check.what] for name, check in CHECKS.items()])
+
+
+def tampered() -> str:
+    """What the tests do to sound records, and the check that catches it."""
+    return table(["what was done", "caught by"], [[each.what, f"`{each.check}`"] for each in TAMPERED])
+
+
 PARTS: dict[str, Callable[[], str]] = {
     "results": results,
     "names": names,
@@ -294,6 +307,8 @@ PARTS: dict[str, Callable[[], str]] = {
     "bad-samples": bad_samples,
     "no-archive": no_archive,
     "unfit": unfit,
+    "checks": checks,
+    "tampered": tampered,
 }
 
 

@@ -9,10 +9,10 @@ encodes with `evaluation.features.embed`, which reports each batch to `EvalConte
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Container, Iterable
+from collections.abc import Callable, Collection, Container, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from upcycle_bench.data import evalset
 from upcycle_bench.util.errors import UserError
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 # All that a plugin needs, with `hookspecs.hookimpl`.
-__all__ = ["EvalContext", "Score", "Suite", "SuiteInfo", "SuiteResult", "UserError"]
+__all__ = ["EvalContext", "Sampled", "Score", "Suite", "SuiteInfo", "SuiteResult", "UserError"]
 
 AVERAGE = "average"  # a suite's means over sets are of the dataset `average`, or `average/...`
 
@@ -97,6 +97,17 @@ class SuiteResult:
     skipped: dict[str, str] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Sampled:
+    """The outcomes whose mean is a score: [N], or [D, N] of D draws.
+
+    `each` is what one of them belongs to: a sample; a query, of which several may share a sample; or a class.
+    """
+
+    values: np.ndarray
+    each: Literal["sample", "query", "class"] = "sample"
+
+
 @dataclass(frozen=True, kw_only=True)
 class EvalContext:
     """What a suite may use.
@@ -149,6 +160,14 @@ class Suite(ABC):
     def of_set(cls, folder: Path) -> Suite:
         """This suite with its usual settings for a user's evaluation set; UserError, with the reason, if it cannot."""
         raise OnlyNamed(f"suite {cls.info.name} scores only what a protocol names.")
+
+    def sampled(self, dataset: str, metric: str, outcomes: Mapping[str, np.ndarray]) -> Sampled | None:
+        """Of which of this suite's outcomes that score is the mean; None where outcomes do not give it.
+
+        `validate` computes scores again by it, and `diff` pairs two runs. By default the outcome has the metric's name.
+        """
+        found = outcomes.get(f"{dataset}/{metric}")
+        return None if found is None else Sampled(found)
 
     def config(self) -> dict[str, Any]:
         """All settings, for fingerprints and records."""

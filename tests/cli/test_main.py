@@ -42,7 +42,15 @@ def call(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["run", "--help"], ["upcycle", "--help"], ["--version"], ["leaderboard", "--help"]]
+    "arguments",
+    [
+        ["--help"],
+        ["run", "--help"],
+        ["upcycle", "--help"],
+        ["--version"],
+        ["leaderboard", "--help"],
+        ["reproduce", "--help"],
+    ],
 )
 def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
     code = (

@@ -33,6 +33,11 @@ def test_a_number_that_is_not_finite_is_named_in_one_line(tree: Any, where: str)
     assert isinstance(raised.value, ValueError) and "\n" not in str(raised.value)
 
 
+def test_a_name_twice_is_refused_and_named() -> None:
+    with pytest.raises(ValueError, match="'status' stands twice"):
+        loads('{"runs": [{"status": "ok", "status": "failed"}]}')
+
+
 def test_other_errors_stay() -> None:
     circle: list[Any] = []
     circle.append(circle)

@@ -20,6 +20,7 @@ from upcycle_bench.cli import cache, data
 from upcycle_bench.cli.agree import agree
 from upcycle_bench.cli.common import is_main
 from upcycle_bench.cli.compress import compress
+from upcycle_bench.cli.diff import diff
 from upcycle_bench.cli.doctor import doctor
 from upcycle_bench.cli.evaluate import evaluate
 from upcycle_bench.cli.experts import experts
@@ -30,9 +31,12 @@ from upcycle_bench.cli.listing import list_
 from upcycle_bench.cli.plot import plot
 from upcycle_bench.cli.pretrain import pretrain
 from upcycle_bench.cli.receipt import receipt
+from upcycle_bench.cli.reproduce import reproduce
 from upcycle_bench.cli.run import run
 from upcycle_bench.cli.schema import schema
+from upcycle_bench.cli.submit import submit
 from upcycle_bench.cli.upcycle import upcycle
+from upcycle_bench.cli.validate import validate
 from upcycle_bench.util.errors import UserError, plain
 from upcycle_bench.util.files import disk_is_full
 from upcycle_bench.util.launchers import settle
@@ -69,6 +73,10 @@ app.command("list")(list_)
 app.command()(leaderboard)
 app.command()(power)
 app.command()(agree)
+app.command()(diff)
+app.command()(validate)
+app.command()(reproduce)
+app.command()(submit)
 app.command()(schema)
 app.command()(doctor)
 

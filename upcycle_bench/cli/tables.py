@@ -19,6 +19,8 @@ def table(title: str, rows: Sequence[dict[str, str]], *, stderr: bool = False) -
 
     # On a narrow terminal these columns fold, so that no digit of the others is cut off.
     wide = (
+        "differs",
+        "verdict",
         "summary",
         "paper",
         "status",

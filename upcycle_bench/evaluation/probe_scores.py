@@ -47,7 +47,7 @@ def add_scores(title: str, draws: Sequence[Classified], classes: int, headline: 
     recalls = [mean_per_class_recall(draw.first_N, draw.label_N) for draw in draws]
     rows.append(("mean_per_class_recall", recalls, 1 / classes))
     for metric, values, chance in rows:
-        known = _over_draws(values) if len(draws) > 1 else _over_samples(draws[0], metric)
+        known = over_draws(values) if len(draws) > 1 else _over_samples(draws[0], metric)
         result.scores.append(
             Score(
                 dataset=title,
@@ -63,7 +63,7 @@ def add_scores(title: str, draws: Sequence[Classified], classes: int, headline: 
     result.outcomes[f"{title}/correct@1"] = np.concatenate([draw.first_N for draw in draws])
 
 
-def _over_draws(values: Sequence[float]) -> Uncertainty:
+def over_draws(values: Sequence[float]) -> Uncertainty:
     """Standard error of the mean over draws and its 95 % t-interval within [0, 1]; no interval if all are alike."""
     from scipy.stats import t
 

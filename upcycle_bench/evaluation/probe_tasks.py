@@ -31,7 +31,8 @@ from upcycle_bench.data.labelled import Labelled
 from upcycle_bench.data.worlds import lab, load_world
 from upcycle_bench.evaluation.features import image_features
 from upcycle_bench.evaluation.probe import Examples
-from upcycle_bench.suite import EvalContext, Suite, SuiteResult
+from upcycle_bench.evaluation.sampled import of_draws
+from upcycle_bench.suite import EvalContext, Sampled, Suite, SuiteResult
 from upcycle_bench.util.errors import UserError
 from upcycle_bench.util.files import file_sha256
 
@@ -78,6 +79,11 @@ class ProbeSuite(Suite):
         for task in runnable(self.tasks, root, {}).values():
             found |= task.sources(root)
         return found
+
+    def sampled(self, dataset: str, metric: str, outcomes: Mapping[str, np.ndarray]) -> Sampled | None:
+        """Draw by draw, where a number of shots is drawn several times."""
+        draws = getattr(self, "draws", 1) if dataset.endswith("-shot") else 1
+        return of_draws(dataset, metric, outcomes, draws)
 
     def without(self, sets: Collection[str]) -> ProbeSuite:
         """The tasks that read none of them; UserError if there is no such task."""

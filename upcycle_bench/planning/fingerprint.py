@@ -42,10 +42,14 @@ def fingerprint(value: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def dense_recipe(protocol: Protocol, world: World) -> str:
-    """Fingerprint of a dense model that the protocol trains: everything that can change its weights."""
-    made_by = [torch.__version__, distributed.choose_device().type, distributed.world_size()]
-    made_by += ["plain"] if plain() else []
+def dense_recipe(protocol: Protocol, world: World, made_by: Sequence[Any] | None = None) -> str:
+    """Fingerprint of a dense model that the protocol trains: everything that can change its weights.
+
+    `made_by`: build of torch, type of the device, number of ranks; by default those here.
+    """
+    if made_by is None:
+        made_by = [torch.__version__, distributed.choose_device().type, distributed.world_size()]
+        made_by += ["plain"] if plain() else []
     return fingerprint({**dense_facts(protocol, world), "made by": made_by})
 
 
@@ -83,19 +87,26 @@ def training_fingerprint(
     not compare, if so: such runs get a table of their own. So do those whose sessions had several numbers of ranks:
     `mixed_ranks` are these, each with its ep_size.
     """
-    values = training_facts(protocol, world, dense_identity, unequal)
+    return facts_fingerprint(training_facts(protocol, world, dense_identity, unequal), mixed_ranks)
+
+
+def facts_fingerprint(facts: Mapping[str, Any], mixed_ranks: Sequence[Sequence[int]] = ()) -> str:
+    """`training_fingerprint` of facts that `training_facts` gave."""
+    values = dict(facts)
     if mixed_ranks:
         values["moe"] = {key: value for key, value in values["moe"].items() if key != "ep_size"}
         values["world_size"] = [list(pair) for pair in mixed_ranks]
     return fingerprint(values)
 
 
-def training_facts(protocol: Protocol, world: World, dense_identity: str, unequal: str | None = None) -> dict[str, Any]:
-    """What `training_fingerprint` is made of."""
+def training_facts(
+    protocol: Protocol, world: World, dense_identity: str, unequal: str | None = None, world_size: int | None = None
+) -> dict[str, Any]:
+    """What `training_fingerprint` is made of; `world_size` is by default that of this process group."""
     values = protocol.model_dump(mode="json", include={"model", "threads", "dense", "moe", "train"})
     values["train"] = {key: value for key, value in values["train"].items() if key not in _WITHOUT_EFFECT}
     values |= _model(protocol) | {"data": world.sha256, "checkpoint": dense_identity}
-    values["world_size"] = distributed.world_size()  # a rank's capacity is that of its share of the batch
+    values["world_size"] = world_size or distributed.world_size()  # a rank's capacity is that of its share of the batch
     values |= _captions(world) | _order(protocol)
     if unequal:
         values["unequal"] = unequal
@@ -139,6 +150,22 @@ def suite_fingerprints(
         )
         raise UserError(" ".join(dict.fromkeys(skipped.values())) or alone)
     return found, skipped
+
+
+def run_fingerprint(
+    *,
+    label: str,
+    owner: str,
+    code: str | None,
+    config: Mapping[str, Any],
+    steps: int,
+    training: str | None,
+    dense: str,
+    seeds: tuple[int, int],
+    world_size: int,
+) -> str:
+    """Fingerprint of a run, `run_id` of its record. `owner`: package and version of the strategy; `dense`: a sha256."""
+    return fingerprint([label, owner, code, config, steps, training, dense, *seeds, world_size])
 
 
 def code_fingerprint(strategy: type[Strategy]) -> str:

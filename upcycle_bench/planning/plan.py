@@ -7,7 +7,7 @@ run_id(plan, dense_digest)                              # equal for two runs of 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -26,8 +26,8 @@ from upcycle_bench.planning.estimate import training_steps, unequal_shape
 from upcycle_bench.planning.fingerprint import (
     code_fingerprint,
     dense_recipe,
-    fingerprint,
     recipe_path,
+    run_fingerprint,
     suite_fingerprints,
     training_fingerprint,
 )
@@ -101,7 +101,7 @@ def make_plan(
     strategy_name: str,
     protocol: Protocol,
     *,
-    options: dict[str, str] | None = None,
+    options: Mapping[str, Any] | None = None,
     init_seed: int = 0,
     train_seed: int = 0,
     paths: Paths | None = None,
@@ -118,7 +118,7 @@ def make_plan(
     paths = paths or Paths()
     entry = registry.get("strategy", strategy_name)
     usual = configure(entry.target, protocol.strategies.get(strategy_name, {}))
-    strategy = configure(entry.target, protocol.strategies.get(strategy_name, {}) | (options or {}))
+    strategy = configure(entry.target, {**protocol.strategies.get(strategy_name, {}), **(options or {})})
     moe, unequal = resolve_moe(strategy, protocol.moe), unequal_shape(protocol, strategy)
     wanted = make_suites(registry, protocol, suites)
     missing = _missing_data(protocol, paths)
@@ -142,7 +142,7 @@ def make_plan(
         moe=moe,
         unequal=unequal,
         steps=training_steps(protocol, strategy),
-        label=_label(strategy, usual),
+        label=label_of(strategy, usual),
         suites={name: suite for name, suite in wanted.items() if name not in skipped},
         init_seed=init_seed,
         train_seed=train_seed,
@@ -245,7 +245,7 @@ def _suite(registry: Registry, name: str, settings: dict[str, Any]) -> Suite:
     return suite
 
 
-def _label(strategy: Strategy, usual: Strategy) -> str:
+def label_of(strategy: Strategy, usual: Strategy) -> str:
     """`cluster-aware`, or `cluster-aware[tau=0.8]` where options differ from those of the protocol (`usual`)."""
     config, defaults = strategy.config(), usual.config()
     changed = [f"{key}={value}" for key, value in config.items() if value != defaults[key]]
@@ -287,16 +287,14 @@ def check_strategy(plan: Plan) -> None:
 
 def run_id(plan: Plan, dense_digest: str) -> str:
     """Fingerprint of a run: strategy, its code and configuration, protocol, dense weights, seeds, number of ranks."""
-    facts = [
-        plan.label,
-        plan.entry.owner,
-        code_fingerprint(type(plan.strategy)),
-        plan.strategy.config(),
-        plan.steps,
-        plan.training_fingerprint,
-        dense_digest,
-        plan.init_seed,
-        plan.train_seed,
-        distributed.world_size(),
-    ]
-    return fingerprint(facts)
+    return run_fingerprint(
+        label=plan.label,
+        owner=plan.entry.owner,
+        code=code_fingerprint(type(plan.strategy)),
+        config=plan.strategy.config(),
+        steps=plan.steps,
+        training=plan.training_fingerprint,
+        dense=dense_digest,
+        seeds=(plan.init_seed, plan.train_seed),
+        world_size=distributed.world_size(),
+    )

@@ -40,6 +40,7 @@ def capture(device: str) -> dict[str, JsonValue]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "packages": {name: installed_version(name) for name in PACKAGES},
+        "torch_build": torch.__version__,  # 2.14.1+cu130, where the package says 2.14.1
         "device": device_name(device),
         "cores": cores(),
         "threads": torch.get_num_threads(),

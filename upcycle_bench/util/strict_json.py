@@ -33,8 +33,8 @@ def dumps(value: Any, **form: Any) -> str:
 
 
 def loads(text: str | bytes) -> Any:
-    """`json.loads`; ValueError for what is no JSON, NaN and numbers beyond float64 included."""
-    return json.loads(text, parse_constant=_refuse, parse_float=_finite)
+    """`json.loads`; ValueError for what is no JSON: NaN, numbers beyond float64 and a name twice in one object, too."""
+    return json.loads(text, parse_constant=_refuse, parse_float=_finite, object_pairs_hook=_once)
 
 
 def _refuse(name: str) -> Any:
@@ -44,6 +44,15 @@ def _refuse(name: str) -> Any:
 def _finite(text: str) -> float:
     number = float(text)
     return number if math.isfinite(number) else _refuse(text)
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object; of two values of one name a reader would see only one."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} stands twice in one object")
+    return found
 
 
 def _not_finite(value: Any, where: str = "") -> Iterator[tuple[str, float]]:

@@ -10,6 +10,7 @@ A world is a folder: `train/*.tar`, `eval/NAME/...` and `manifest.json` (name, v
 from __future__ import annotations
 
 from upcycle_bench.data.world import World
+from upcycle_bench.util.cache import cache_root
 from upcycle_bench.util.errors import unknown
 from upcycle_bench.util.progress import Reporter
 
@@ -25,6 +26,19 @@ def load_world(name: str, seed: int, reporter: Reporter | None = None) -> World:
     if name not in built:
         raise unknown("world", name, built)
     return built[name](seed, reporter or Reporter())
+
+
+def built_world(name: str, seed: int) -> World | None:
+    """The world of that name if the cache has it; nothing is built. UserError for a changed file in the cache."""
+    from upcycle_bench.data.worlds import digits, fashion, lab
+
+    folders = {
+        "digits": f"digits-{digits.VERSION}-seed{seed}",
+        "lab": f"lab-{lab.VERSION}",
+        "fashion-mnist": f"fashion-mnist-{fashion.VERSION}",
+    }
+    here = name in folders and (cache_root() / "worlds" / folders[name]).is_dir()
+    return load_world(name, seed) if here else None
 
 
 def training_groups(world: World) -> list[str] | None:
