@@ -11,7 +11,6 @@ from pathlib import Path
 import typer
 
 from tests.reporting.tampering import TAMPERED
-from upcycle_bench import record
 from upcycle_bench.cli import app
 from upcycle_bench.cli.listing import rows
 from upcycle_bench.data.bad_samples import KINDS as KINDS_BAD
