@@ -111,7 +111,8 @@ def disturb(case: Case, baseline: Baseline, folder: Path) -> str:
         for _ in range(MOST):
             with Attempt(command(ep_size), cache, results, ranks) as attempt:
                 statuses, said = attempt.statuses(), attempt.lines
-            found += [line.partition(": step")[0] for line in said if " goes on " in line or "damaged" in line][:2]
+            lines = [line.partition(": step")[0] for line in said if " goes on " in line or "damaged" in line]
+            found += [line.replace(str(cache), "CACHE") for line in lines[:2]]
             if not any(statuses):
                 break
         else:
