@@ -18,8 +18,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from upcycle_bench.record import Record, ScoreRecord
+from upcycle_bench.reporting.comparable import SeedPair, comparable, counting_runs
 from upcycle_bench.reporting.resampling import Sure
-from upcycle_bench.reporting.standings import Outcomes, SeedPair, Standing, stand
+from upcycle_bench.reporting.standings import Outcomes, Standing, stand
 from upcycle_bench.util import strict_json
 from upcycle_bench.util.errors import UserError
 
@@ -148,33 +149,6 @@ def build(records: list[Record], outcomes: Outcomes = no_outcomes) -> list[Board
     if not records:
         raise UserError("a leaderboard needs records: there are none.")
     return [_board(runs, outcomes) for runs in comparable(records)]
-
-
-def comparable(records: Sequence[Record]) -> list[list[Record]]:
-    """The records in sets that may be compared, oldest first in each."""
-    groups: dict[tuple[Any, ...], list[Record]] = defaultdict(list)
-    for record in sorted(records, key=lambda r: (r.created_at, r.run_id)):  # the last of every list is the newest
-        protocol = record.protocol
-        suites = tuple(sorted(protocol.suite_fingerprints.items()))
-        key = (protocol.name, protocol.division, protocol.training_fingerprint, suites, record.hashes.dense)
-        groups[key].append(record)
-    return [groups[key] for key in sorted(groups)]
-
-
-def counting_runs(records: Sequence[Record]) -> dict[str, dict[SeedPair, Record]]:
-    """The runs that count of each label, by seeds: of several successes with the same ones, the newest."""
-    found: dict[str, dict[SeedPair, Record]] = defaultdict(dict)
-    for run in records:
-        by_seeds = found[run.strategy.label]
-        if run.status == "ok":
-            by_seeds[run.seeds.init, run.seeds.train] = run
-    return dict(found)
-
-
-def directions(counting: Mapping[str, Mapping[SeedPair, Record]]) -> dict[str, bool]:
-    """Each headline score of these runs, and whether higher is better."""
-    runs = [run for mine in counting.values() for run in mine.values()]
-    return {name: each.higher_is_better for name, each in _headlines(runs).items()}
 
 
 def _shown(sure: Sure) -> SeedMean:

@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from upcycle_bench.record import Record, ScoreRecord
+from upcycle_bench.reporting.comparable import SeedPair
 from upcycle_bench.reporting.resampling import (
     ENOUGH,
     Sure,
@@ -35,7 +36,6 @@ from upcycle_bench.reporting.resampling import (
 )
 
 SIGNIFICANT = 0.05
-SeedPair = tuple[int, int]  # seeds of initialisation and of training
 Counting = Mapping[str, Mapping[SeedPair, Record]]  # strategy's label -> its runs that count
 Outcomes = Callable[[Record], Mapping[str, Any]]  # of each sample, by suite/dataset/name; none where there are none
 
