@@ -1,0 +1,41 @@
+"""Which records may be compared, and which of them count.
+
+    for records in comparable(every): counting = counting_runs(records)     # label -> seeds -> record
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from upcycle_bench.record import Record
+
+SeedPair = tuple[int, int]  # seeds of initialisation and of training
+
+
+def comparable(records: Sequence[Record]) -> list[list[Record]]:
+    """The records in sets that may be compared, oldest first in each."""
+    groups: dict[tuple[Any, ...], list[Record]] = defaultdict(list)
+    for record in sorted(records, key=lambda r: (r.created_at, r.run_id)):  # the last of every list is the newest
+        protocol = record.protocol
+        suites = tuple(sorted(protocol.suite_fingerprints.items()))
+        key = (protocol.name, protocol.division, protocol.training_fingerprint, suites, record.hashes.dense)
+        groups[key].append(record)
+    return [groups[key] for key in sorted(groups)]
+
+
+def counting_runs(records: Sequence[Record]) -> dict[str, dict[SeedPair, Record]]:
+    """The runs that count of each label, by seeds: of several successes with the same ones, the newest."""
+    found: dict[str, dict[SeedPair, Record]] = defaultdict(dict)
+    for run in records:
+        by_seeds = found[run.strategy.label]
+        if run.status == "ok":
+            by_seeds[run.seeds.init, run.seeds.train] = run
+    return dict(found)
+
+
+def directions(counting: Mapping[str, Mapping[SeedPair, Record]]) -> dict[str, bool]:
+    """Each headline score of these runs, and whether higher is better."""
+    runs = [run for mine in counting.values() for run in mine.values()]
+    return {name: each.higher_is_better for run in runs for name, each in run.headlines.items()}
