@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,26 +37,31 @@ NO_MATTER = ("git", "memory_bytes", "platform", "cores", "training")  # of the e
 
 @dataclass(frozen=True)
 class Again:
-    """What came of it. `inside`: for each score that judges, whether it lies in the record's interval over samples."""
+    """What came of it. `inside`: for each score that judges, whether it lies in the record's interval over samples.
+
+    missing: scores of the record that the run here has not made.
+    """
 
     same_weights: bool
     scores: list[PairedScore]
     inside: list[bool]
+    missing: list[str] = field(default_factory=list)
 
     @property
     def equal(self) -> bool:
         """Whether weights and all scores are the same."""
-        return self.same_weights and all(abs(score.difference) < EQUAL for score in self.scores)
+        return self.same_weights and not self.missing and all(abs(score.difference) < EQUAL for score in self.scores)
 
     @property
     def reproduced(self) -> bool:
         """Whether it is equal, or every score lies inside."""
-        return self.equal or all(self.inside)
+        return self.equal or (not self.missing and all(self.inside))
 
     def facts(self) -> dict[str, Any]:
         """All of it as JSON."""
         rows = [asdict(score) | {"inside": inside} for score, inside in zip(self.scores, self.inside, strict=True)]
-        return {"equal": self.equal, "reproduced": self.reproduced, "same_weights": self.same_weights, "scores": rows}
+        found = {"equal": self.equal, "reproduced": self.reproduced, "same_weights": self.same_weights}
+        return {**found, "missing": self.missing, "scores": rows}
 
 
 def plan_of(sent: Sent, registry: Registry, given: Paths, reporter: Reporter) -> Plan:
@@ -145,4 +150,11 @@ def compare_again(sent: Sent, again: Sent, here: Here) -> Again:
         interval = intervals[score.suite, score.dataset, score.metric]
         within = interval is not None and interval[0] <= score.other <= interval[1]
         inside.append(within or abs(score.difference) < EQUAL)
-    return Again(weights[0] is not None and weights[0] == weights[1], scores, inside)
+    made = {(score.suite, score.dataset, score.metric) for score in scores}
+    judging = [score for score in sent.record.scores if score.higher_is_better is not None]
+    missing = [
+        f"{score.suite}/{score.dataset}/{score.metric}"
+        for score in judging
+        if (score.suite, score.dataset, score.metric) not in made
+    ]
+    return Again(weights[0] is not None and weights[0] == weights[1], scores, inside, missing)

@@ -11,6 +11,7 @@ import contextlib
 import itertools
 import json
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -112,13 +113,18 @@ def disturb(case: Case, baseline: Baseline, folder: Path) -> str:
             with Attempt(command(ep_size), cache, results, ranks) as attempt:
                 statuses, said = attempt.statuses(), attempt.lines
             lines = [line.partition(": step")[0] for line in said if " goes on " in line or "damaged" in line]
-            found += [line.replace(str(cache), "CACHE") for line in lines[:2]]
+            found += [_short(line) for line in lines[:2]]
             if not any(statuses):
                 break
         else:
             raise Broken(f"typed again, it ended with {statuses}: {said[-3:]}")
         found.append(_compare(case, baseline, cache, results))
     return "; ".join(filter(None, found))
+
+
+def _short(line: str) -> str:
+    """Without folders and what stands in brackets."""
+    return re.sub(r" \([^)]*\)|/\S*/(?=step)", "", line)
 
 
 def _stop_in_training(baseline: Baseline, words: list[str], cache: Path, results: Path) -> tuple[list[int], list[str]]:

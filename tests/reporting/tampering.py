@@ -60,6 +60,16 @@ class Files:
         self.write()
 
 
+def without(folder: Path, name: str) -> None:
+    """Leave out the arrays whose names end so, all of them for ""; the scores stay."""
+
+    def change(arrays: dict[str, np.ndarray]) -> None:
+        for key in [key for key in arrays if key.endswith(name)]:
+            del arrays[key]
+
+    Files(folder).outcomes(change)
+
+
 @dataclass(frozen=True)
 class Tampering:
     """What was done to a record, and the check that catches it."""
@@ -203,6 +213,8 @@ TAMPERED = [
     Tampering("a better headline score, its parts as they were", "schema", at("headlines.in-distribution.value", 0.01)),
     Tampering("overrides in the closed division", "schema", at("protocol.overrides", ["train.lr_factor=2.0"])),
     Tampering("the outcomes of another run", "outcomes-hash", other_outcomes),
+    Tampering("a file of outcomes without any", "scores", lambda folder: without(folder, "")),
+    Tampering("outcomes without the ranks of a set", "scores", lambda folder: without(folder, "rank")),
     Tampering("no outcomes", "outcomes-hash", lambda folder: Files(folder).npz.unlink()),
     Tampering("an outcome is NaN", "outcomes", of_outcomes(not_a_number)),
     Tampering("all ranks are first, the rest as it was", "outcomes", of_outcomes(ranks_raised)),

@@ -21,7 +21,9 @@ def test_folders_merge_and_copies_count_once(tmp_path: Path) -> None:
     assert found.paths == [a, b] and [made.strategy.label for made in found.records] == ["dense", "new"]
     assert list(found.passed_over.values()) == [f"it is a copy of {a}"]
     assert found.outcomes(found.records[0])["x/y/z"].tolist() == [0.0, 1.0, 2.0]
-    assert found.outcomes(found.records[1]) == {}
+    assert found.outcomes(found.records[1]) == {} == found.without
+    a.with_suffix(".npz").unlink()
+    assert found.outcomes(found.records[0]) == {} and "copy it from where the run was made" in found.without[a]
 
 
 def test_foreign_and_hidden_files_are_named(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import re
 from typing import Any
 
 import pytest
@@ -116,13 +117,14 @@ def test_tables_for_people_show_the_averages_of_a_suite_that_has_them() -> None:
 def test_a_narrow_terminal_has_what_a_reader_needs_first_in_one_table() -> None:
     """Rank, score, difference, verdict and cost of long names, of many runs and of one that failed, in 80 columns."""
     made = [*runs("sparse-upcycling", {0: 2.0, 1: 2.1, 2: 2.2, 3: 1.9}), failure("zzz", reason="out of memory")]
-    made += runs("new[" + "x" * 40 + "]", {0: 3.0, 1: 3.1, 2: 3.2, 3: 2.9}, strategy={"status": "reconstructed"})
+    new = {0: 3.0, 1: 3.11, 2: 3.22, 3: 2.93}  # differences 1, 1.01, 1.02, 1.03: sd 0.01291, by 2, times 3.182
+    made += runs("new[" + "x" * 40 + "]", new, strategy={"status": "reconstructed"})
     text = render(build(made), "terminal", 80)
     lines = text.splitlines()
     assert max(map(len, lines)) <= 80 and sum("─" in line for line in lines) == 1
     cells = [line.split() for line in lines if line[:8].strip() and line.startswith("  ")]
     best, reference, failed = cells[1:]
-    assert best[0] == "1" and best[2:] == ["4", "3.0500±0.2054", "+1.0000±0.0000", "better", "1.00x"]  # sd 0.129
+    assert best[0] == "1" and best[2:] == ["4", "3.0650±0.2023", "+1.0150±0.0205", "better", "1.00x"]
     assert reference == ["2", "sparse-upcycling", "4", "2.0500±0.2054", "reference", "1.00x"]
     assert failed == ["-", "zzz", "0", "failed"]
     assert "(reconstructed)" in text and "zzz: failed: out of memory." in text
@@ -303,3 +305,36 @@ def test_boards_of_different_headlines_share_one_header_of_csv(two: list[Board])
     *_, last = csv.DictReader(io.StringIO(text))
     assert (last["few-shot mean"], last["shift mean"], last["in-distribution n"]) == ("0.5", "", "")
     assert next(csv.DictReader(io.StringIO(text)))["few-shot mean"] == ""
+
+
+HOSTILE = [
+    "<script>alert(1)</script>",
+    "a|b\\|c",
+    "two\nlines",
+    "=HYPERLINK(1)",
+    "\x1b[31mred",
+    "$x_1$ *b* `c`",
+    "x" * 200,
+]
+
+
+def test_hostile_names_are_harmless_in_every_format() -> None:
+    made = [make_record(name, train=0) for name in HOSTILE] + [failure("failed", reason="\x1b]0;title\x07 =1+1 | <b>")]
+    boards = build(made)
+    for format in ("terminal", "md", "csv", "json", "latex"):
+        text = render(boards, format, 80)
+        assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f]", text), format
+    rows = [line for line in render(boards, "md").splitlines() if line.startswith("| ")]
+    assert len({len(re.findall(r"(?<!\\)(?:\\\\)*\|", row)) for row in rows}) == 1 and len(rows) == 2 + len(made)
+    assert not any(re.search(r"(?<!\\)<", row) for row in rows)
+    cells = [row["label"] for row in csv.DictReader(io.StringIO(render(boards, "csv")))]
+    assert "'=HYPERLINK(1)" in cells and not any(cell.startswith("=") for cell in cells)
+    assert max(map(len, render(boards, "terminal", 80).splitlines())) <= 80
+
+
+def test_hundreds_of_strategies_have_a_table() -> None:
+    boards = build(
+        [make_record(f"s{k}", init=s, train=s, value=k + s / 7 + k * s / 900) for k in range(400) for s in range(3)]
+    )
+    text = render(boards, "terminal", 80)
+    assert text.count("not yet ranked") == 0 and len(boards[0].rows) == 400

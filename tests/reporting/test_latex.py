@@ -16,13 +16,13 @@ from upcycle_bench.reporting.leaderboard import build
 
 def test_only_what_is_resolved_is_bold() -> None:
     base = {0: 2.0, 1: 2.1, 2: 2.2, 3: 1.9}
-    made = runs("sparse-upcycling", base) + runs("new", {seed: value + 1 for seed, value in base.items()})
+    made = runs("sparse-upcycling", base) + runs("new", {seed: value + 1 + seed / 100 for seed, value in base.items()})
     made += [*runs("unsure", {0: 9.0, 1: -4.0, 2: 8.0, 3: -3.0}), failure("zzz")]
     text = render(build(made), "latex")
     bold = re.findall(r"\\textbf\{([^}]*)\}", text)
-    assert bold == [r"$+$1.0000 $\pm$ 0.0000"]
+    assert bold == [r"$+$1.0150 $\pm$ 0.0205"]  # sd 0.01291, by 2, times 3.182
     assert r"unsure & 4 & 2.5000 $\pm$" in text and "-- & zzz & 0" in text
-    assert r"n = 0 to 4" not in text and "n = 4 training seeds with 95 \\% intervals" in text
+    assert r"n = 0 to 4" not in text and "n = 4 training seeds with 95 \\% intervals over seeds (Student's t)" in text
     assert "paired by seed; bold: p \\textless{} 0.05 in a two-sided test with Holm's correction" in text
     assert text.count(r"\toprule") == text.count(r"\midrule") == text.count(r"\bottomrule") == 1
     header, *rows = [line for line in text.splitlines() if line.endswith(r"\\")]

@@ -26,7 +26,8 @@ def diagonal(*values: float) -> dict[tuple[int, int], float]:
 
 
 def standing(runs: Counting, outcomes: Any = lambda run: {}, higher_is_better: bool = True) -> dict[str, Standing]:
-    return stand(runs, "in-distribution", higher_is_better=higher_is_better, reference="base", outcomes=outcomes)
+    reference = "base" if "base" in runs else None
+    return stand(runs, "in-distribution", higher_is_better=higher_is_better, reference=reference, outcomes=outcomes)
 
 
 def test_verdicts_by_hand() -> None:
@@ -37,7 +38,7 @@ def test_verdicts_by_hand() -> None:
         counting(
             base=diagonal(*base),
             up=diagonal(*(b + 5 + e for b, e in zip(base, near, strict=True))),
-            down=diagonal(*(b - 5 + e for b, e in zip(base, near, strict=True))),
+            down=diagonal(*(b - 5 - 2 * e for b, e in zip(base, near, strict=True))),
             same=diagonal(*(b + e for b, e in zip(base, near, strict=True))),
             unsure=diagonal(*(b + 1 + e for b, e in zip(base, wide, strict=True))),
             few=diagonal(0.0, 9.0),
@@ -51,11 +52,52 @@ def test_verdicts_by_hand() -> None:
         "unsure": "undecided",
         "few": "not yet ranked",
     }
-    lower = standing(counting(base=diagonal(*base), up=diagonal(*(b + 5 for b in base))), higher_is_better=False)
+    above = diagonal(*(b + 5 + e for b, e in zip(base, near, strict=True)))
+    lower = standing(counting(base=diagonal(*base), up=above), higher_is_better=False)
     assert lower["up"].verdict == "worse" and lower["base"].ranks == (1, 1) and lower["up"].ranks == (2, 2)
     assert made["up"].ranks == (1, 1) and made["down"].ranks == (5, 5) and made["few"].ranks is None
     assert made["up"].letters == "a" and made["down"].letters == "c" and made["few"].letters == ""
     assert set(made["same"].letters) & set(made["base"].letters)
+
+
+def test_what_keeps_a_verdict_away_is_said() -> None:
+    """No reference, no common seeds, equal differences, and other sets of a headline score."""
+    three = (0.0, 1.0, 2.0)
+    alone = standing(counting(one=diagonal(*three), two=diagonal(5.0, 6.0, 7.1)))
+    assert {each.verdict for each in alone.values()} == {"no reference"} and alone["two"].ranks == (1, 1)
+    apart = standing(counting(base=diagonal(*three), new={(seed, seed): 9.0 + seed for seed in (5, 6, 7)}))
+    assert apart["new"].verdict == "too few common seeds" and {each.letters for each in apart.values()} == {""}
+    equal = standing(counting(base=diagonal(*three), new=diagonal(*(value + 5 for value in three))))
+    assert equal["new"].p is None and equal["new"].verdict == "undecided"
+    runs = counting(base=diagonal(*three), new=diagonal(*three))
+    for run in list(runs["base"].values()):
+        more = [*(s.model_dump() for s in run.scores), score("other", "acc1", 0.5, headline="in-distribution")]
+        runs["base"][run.seeds.init, run.seeds.train] = run.model_copy(  # type: ignore[index]
+            update={"scores": make_record(scores=more).scores}
+        )
+    assert standing(runs).keys() == {"base"}
+
+
+def test_a_resolved_pair_shares_no_letter() -> None:
+    """Holm asks more of all ten pairs than of the four with the reference."""
+    random = np.random.default_rng(0)
+    base = random.normal(0, 0.3, 4)
+    made = {"base": diagonal(*base)} | {
+        f"s{k}": diagonal(*(base + k * 0.12 + random.normal(0, 0.08, 4))) for k in range(1, 5)
+    }
+    found = standing(counting(**made))
+    for name, each in found.items():
+        if each.verdict in ("better", "worse"):
+            assert not set(each.letters) & set(found["base"].letters), name
+    assert any(each.verdict == "better" for each in found.values())
+
+
+def test_an_unstable_strategy_makes_no_other_tied() -> None:
+    base = (0.0, 0.01, 0.02, 0.01)
+    new = tuple(b + e for b, e in zip(base, (0.1, -0.02, 0.12, 0.0), strict=True))
+    before = standing(counting(base=diagonal(*base), new=diagonal(*new)))["new"].verdict
+    wild = standing(counting(base=diagonal(*base), new=diagonal(*new), wild=diagonal(0.0, 4.0, -4.0, 1.0)))
+    assert before == wild["new"].verdict == "undecided"
 
 
 def test_p_values_are_holms_over_the_table() -> None:

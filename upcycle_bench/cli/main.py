@@ -26,9 +26,10 @@ from upcycle_bench.cli.evaluate import evaluate
 from upcycle_bench.cli.experts import experts
 from upcycle_bench.cli.latency import latency
 from upcycle_bench.cli.launch import launch
-from upcycle_bench.cli.leaderboard import leaderboard, power
+from upcycle_bench.cli.leaderboard import leaderboard
 from upcycle_bench.cli.listing import list_
 from upcycle_bench.cli.plot import plot
+from upcycle_bench.cli.power import power
 from upcycle_bench.cli.pretrain import pretrain
 from upcycle_bench.cli.receipt import receipt
 from upcycle_bench.cli.reproduce import reproduce

@@ -85,6 +85,8 @@ def show_again(found: Again, made: Path | None, as_json: bool) -> None:
         ]
         table("scores, held against the record's 95 % intervals over samples", rows)
     outside = found.inside.count(False)
+    if found.missing:
+        print(f"{len(found.missing):,} scores of the record were not made here, the first: {found.missing[0]}")
     weights = "the weights are the same" if found.same_weights else "the weights differ"
     if found.equal:
         print(f"equal to the bit: weights and {len(found.scores):,} scores")

@@ -21,6 +21,8 @@ import os
 import pickle
 import signal
 import sys
+import threading
+import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sized
 from functools import lru_cache, partial
 from multiprocessing.reduction import ForkingPickler
@@ -33,6 +35,7 @@ from upcycle_bench.util.errors import UserError
 from upcycle_bench.util.processes import WAIT, portable
 
 T = TypeVar("T")
+POLL = 2.0  # seconds between two looks after the parent
 DIED = "DataLoader"  # so begin torch's errors about workers
 
 
@@ -56,7 +59,7 @@ def load(
         prefetch_factor=prefetch,
         collate_fn=bytes,
         timeout=WAIT,
-        worker_init_fn=partial(_deaf_until, closed := mmap.mmap(-1, 1)),  # the memory of all forks
+        worker_init_fn=partial(_deaf_until, closed := mmap.mmap(-1, 1), os.getpid()),  # the memory of all forks
         multiprocessing_context="fork",
     )
     _open.add(closed)
@@ -96,8 +99,13 @@ def _close_all() -> None:
         closed[0] = 1
 
 
-def _deaf_until(closed: mmap.mmap, worker: int) -> None:
+def _deaf_until(closed: mmap.mmap, parent: int, worker: int) -> None:
     """What a worker does first."""
+
+    def watch() -> None:  # torch's own watch takes for the parent whoever is it by then
+        while os.getppid() == parent:
+            time.sleep(POLL)
+        os._exit(0)
 
     def handle(number: int, frame: Any) -> None:
         if closed[0]:
@@ -105,6 +113,7 @@ def _deaf_until(closed: mmap.mmap, worker: int) -> None:
 
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, handle)
+    threading.Thread(target=watch, name="watch", daemon=True).start()
 
 
 @lru_cache(None)  # once for each

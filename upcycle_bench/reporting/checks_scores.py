@@ -12,7 +12,7 @@ import math
 import re
 import statistics
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 
 import numpy as np
@@ -21,7 +21,7 @@ from upcycle_bench.evaluation.probe_scores import over_draws
 from upcycle_bench.evaluation.ranking import chance_at_k, chance_log_rank
 from upcycle_bench.evaluation.score import headlines_of
 from upcycle_bench.record import ScoreRecord
-from upcycle_bench.reporting.sampled_scores import Pair, averages, name_of, sampled_scores
+from upcycle_bench.reporting.sampled_scores import Pair, averages, name_of, sampled_scores, suite_of
 from upcycle_bench.reporting.sent import Here, Sent, Unchecked
 from upcycle_bench.suite import is_average
 from upcycle_bench.util import uncertainty
@@ -76,6 +76,8 @@ def scores(sent: Sent, here: Here) -> Iterator[str]:
             if not close(score.value, mean):
                 yield f"{name_of(score)} is {score.value:.6g}, its outcomes give {mean:.6g}"
         elif known is None and "[" not in score.metric and not is_average(score.dataset):
+            if _is_lacking(score, sent, here):
+                yield f"{name_of(score)}: the outcomes lack what it is the mean of"
             unknown[score.suite].add(score.metric)
     for whole, parts in _strata(sent):
         mean = math.fsum(part.value * part.samples for part in parts) / max(1, sum(part.samples for part in parts))
@@ -88,6 +90,25 @@ def scores(sent: Sent, here: Here) -> Iterator[str]:
     for suite, metrics in unknown.items():
         few = ", ".join(sorted(metrics)[:3]) + (f" and {len(metrics) - 3} more" if len(metrics) > 3 else "")
         yield Unchecked(f"{suite}: {few}: outcomes do not give them")
+
+
+def _is_lacking(score: ScoreRecord, sent: Sent, here: Here) -> bool:
+    """Whether a complete file of outcomes would give the score."""
+    suite = suite_of(sent, here, score.suite)
+    return not isinstance(suite, str) and suite.sampled(score.dataset, score.metric, _Complete()) is not None
+
+
+class _Complete(Mapping[str, np.ndarray]):
+    """Outcomes of any name."""
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return np.zeros(2)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(())
+
+    def __len__(self) -> int:
+        return 0
 
 
 def errors(sent: Sent, here: Here) -> Iterator[str]:

@@ -18,16 +18,30 @@ from upcycle_bench.util.errors import UserError, unknown
 
 @dataclass
 class Collected:
-    """`paths`: of each record that counts, its file, in the order of the records. `passed_over`: others, and why."""
+    """`paths`: of each record that counts, its file, in the order of the records. `passed_over`: others, and why.
+
+    without: records whose outcomes could not be read, and why.
+    """
 
     records: list[Record] = field(default_factory=list)
     paths: list[Path] = field(default_factory=list)
     passed_over: dict[Path, str] = field(default_factory=dict)
+    without: dict[Path, str] = field(default_factory=dict)
+    _places: dict[int, int] = field(default_factory=dict)
 
     def outcomes(self, made: Record) -> Mapping[str, Any]:
-        """The outcomes of a collected record; UserError where its file is missing or another one."""
-        place = next(number for number, each in enumerate(self.records) if each is made)
-        return record.read_outcomes(self.paths[place])
+        """The outcomes of a collected record; where its file is missing or another one none, and `without` says so."""
+        path = self._path_of(made)
+        try:
+            return record.read_outcomes(path, made.hashes.outcomes)
+        except UserError as error:
+            self.without[path] = str(error)
+            return {}
+
+    def _path_of(self, made: Record) -> Path:
+        if len(self._places) < len(self.records):
+            self._places = {id(each): number for number, each in enumerate(self.records)}
+        return self.paths[self._places[id(made)]]
 
     def only(self, protocol: str | None) -> Collected:
         """Those of a protocol, or all; UserError for one that no record has."""

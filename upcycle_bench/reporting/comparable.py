@@ -1,6 +1,6 @@
 """Which records may be compared, and which of them count.
 
-    for records in comparable(every): counting = counting_runs(records)     # label -> seeds -> record
+for records in comparable(every): counting = counting_runs(records)     # label -> seeds -> record
 """
 
 from __future__ import annotations

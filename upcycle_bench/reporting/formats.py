@@ -27,15 +27,16 @@ if TYPE_CHECKING:
 
 LOG_RANK = "log_rank"  # as `evaluation.ranking` calls it
 FOLDED = 24  # characters of a strategy's name on one line, where a board needs several tables
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # a label may hold what would steer a terminal
 NUMBERS = 14  # characters of a score with its interval
 FOLDED_SHORT = {"strategy": 17, "verdict": 9}  # the same where it has one table of few columns
 NOTES = (
     "± is the half width of a 95 % Student-t confidence interval over n training seeds (several initialisations of one "
     "training seed are averaged first) and, where the records have outcomes, evaluation samples. Over few seeds such "
     "an interval is wide; over one (n=1) there is none.",
-    "Verdicts are about the difference to the reference: better or worse where p < 0.05 (Holm's, over the table), tied "
-    "where the interval is within one run's standard deviation, else undecided. Fewer than three seeds are not "
-    "ranked.",
+    "Verdicts are about the difference to the reference: better or worse where p < 0.05 (Holm's, over the strategies "
+    "of the table, for each score alone), tied where the interval is within one run's standard deviation over seeds, "
+    "else undecided. With fewer than three seeds nothing is ranked; # is the place of the mean alone.",
     "In parentheses behind other metrics: the standard error over evaluation samples, where the records have it.",
     "Differences are paired by initialisation and training seed; their n counts the training seeds with a pair.",
     "Charged FLOPs: all phases before evaluation. Times and FLOPs are means per run.",
@@ -59,7 +60,7 @@ def render(
     }
     if format not in writers:
         raise unknown("format", format, writers)
-    return writers[format](boards)
+    return CONTROL.sub("?", writers[format](boards))
 
 
 def markdown_table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
@@ -140,10 +141,21 @@ def _markdown(boards: list[Board], metrics: Sequence[str]) -> str:
     blocks = []
     for board in boards:
         columns = reduce(or_, column_groups(board, metrics))
-        table = markdown_table(list(columns), zip(*columns.values(), strict=True))
+        cells = (map(_plain, line) for line in zip(*columns.values(), strict=True))
+        table = markdown_table(list(map(_plain, columns)), map(list, cells))
         below = "\n".join(f"- {sentence}" for sentence in caption(board))
         blocks.append(f"### {heading(board)}\n\n{table}\n\n{below}")
     return "\n\n".join([*blocks, *NOTES]) + "\n"
+
+
+def _plain(text: str) -> str:
+    """Text that Markdown shows as it is, on one line; `markdown_table` takes care of |."""
+    return re.sub(r"([\\`*<>])", r"\\\1", " ".join(text.split()))
+
+
+def _cell(value: Any) -> Any:
+    """What a table calculator takes for text, too."""
+    return f"'{value}" if isinstance(value, str) and value[:1] in ("=", "+", "-", "@", "\t", "\r") else value
 
 
 def _csv(boards: list[Board]) -> str:
@@ -173,7 +185,7 @@ def _csv(boards: list[Board]) -> str:
     header = dict.fromkeys(name for line in lines for name in line)  # boards may have other headline scores
     writer = csv.DictWriter(output, list(header), lineterminator="\n")
     writer.writeheader()
-    writer.writerows(lines)
+    writer.writerows({key: _cell(value) for key, value in line.items()} for line in lines)
     return output.getvalue()
 
 
@@ -219,6 +231,10 @@ def caption(board: Board) -> list[str]:
         sentences.append("log_rank: mean ln(1 + wrong answers nearer than the right one); e to it is a geometric mean.")
     if board.baseline:
         sentences.append(f"vs {board.baseline}: the score minus that of {board.baseline}.")
+    if alone := [name for name in board.headlines if name not in board.over_samples]:
+        sentences.append(
+            f"Intervals of {', '.join(alone)} are over training seeds alone: not all runs have outcomes of each sample."
+        )
     every = [(name, each.standard_error) for row in board.rows for name, each in row.headlines.items()]
     errors = [(name, error) for name, error in every if error is not None]
     if errors:

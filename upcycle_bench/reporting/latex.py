@@ -84,6 +84,14 @@ def _mean(value: SeedMean | None, sign: str = "") -> str:
     return number if value.half_width is None else rf"{number} $\pm$ {value.half_width:.4f}"
 
 
+def _over(board: Board) -> str:
+    """What intervals are over."""
+    alone = [name for name in board.headlines if name not in board.over_samples]
+    if not alone:
+        return "seeds and evaluation samples"
+    return "seeds" if not board.over_samples else f"seeds and evaluation samples (of {', '.join(alone)}: seeds alone)"
+
+
 def _caption(board: Board) -> str:
     seeds = sorted({row.seeds for row in board.rows if row.seeds})
     n = f"{seeds[0]}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}" if seeds else "0"
@@ -92,12 +100,12 @@ def _caption(board: Board) -> str:
     )
     sentences = [
         f"Protocol {board.protocol}, {board.division} division: {directions or 'no score'}.",
-        f"Means over n = {n} training seeds with 95 % intervals over seeds and evaluation samples (Student's t).",
+        f"Means over n = {n} training seeds with 95 % intervals over {_over(board)} (Student's t).",
     ]
     if board.baseline:
         sentences.append(
             f"Differences to {board.baseline} are paired by seed; bold: p < 0.05 in a two-sided test with Holm's "
-            "correction over the table."
+            "correction over the strategies, for each score."
         )
     if seeds and seeds[0] < 3:
         sentences.append("With fewer than three seeds a row is not ranked.")

@@ -15,14 +15,16 @@ import textwrap
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from upcycle_bench.record import Record, ScoreRecord
 from upcycle_bench.reporting.comparable import SeedPair, comparable, counting_runs
-from upcycle_bench.reporting.resampling import Sure
-from upcycle_bench.reporting.standings import Outcomes, Standing, stand
 from upcycle_bench.util import strict_json
 from upcycle_bench.util.errors import UserError
+
+if TYPE_CHECKING:  # they import numpy
+    from upcycle_bench.reporting.resampling import Sure
+    from upcycle_bench.reporting.standings import Outcomes, Standing
 
 BASELINES = ("sparse-upcycling", "dense")  # differences are to the first of these with a successful run
 
@@ -131,6 +133,7 @@ class Board:
     suite_fingerprints: dict[str, str]
     dense: str
     headlines: dict[str, BoardHeadline]
+    over_samples: tuple[str, ...]  # headline scores whose intervals are over evaluation samples, too
     baseline: str | None
     rows: tuple[Row, ...]
 
@@ -157,6 +160,8 @@ def _shown(sure: Sure) -> SeedMean:
 
 def _board(records: list[Record], outcomes: Outcomes) -> Board:
     """The board of these records, which come oldest first."""
+    from upcycle_bench.reporting.standings import stand
+
     by_label: dict[str, list[Record]] = defaultdict(list)
     for record in records:
         by_label[record.strategy.label].append(record)
@@ -189,6 +194,7 @@ def _board(records: list[Record], outcomes: Outcomes) -> Board:
         suite_fingerprints=dict(sorted(newest.protocol.suite_fingerprints.items())),
         dense=newest.hashes.dense,
         headlines=headlines,
+        over_samples=tuple(name for name, each in standings.items() if any(s.score.of_samples for s in each.values())),
         baseline=baseline,
         rows=tuple(
             replace(row, rank=rank) if first in row.headlines else row for rank, row in enumerate(rows, start=1)

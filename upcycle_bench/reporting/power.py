@@ -16,6 +16,7 @@ import math
 from dataclasses import dataclass
 
 from upcycle_bench.reporting.leaderboard import Board
+from upcycle_bench.reporting.resampling import ENOUGH
 from upcycle_bench.util.errors import UserError
 
 CHANCE = 0.8
@@ -112,13 +113,13 @@ def smallest(spread: float, samples: float, seeds: int, tests: int = 1) -> float
 
 
 def needed(spread: float, samples: float, difference: float, tests: int = 1) -> int | None:
-    """The fewest training seeds, from two on, with which a difference is found with the chance CHANCE.
+    """The fewest training seeds, from ENOUGH on, with which a difference is found with the chance CHANCE.
 
     None where more than MOST would be needed, such as for a difference that the samples hide.
     """
     if chance_to_find(difference, spread, samples, MOST, tests) < CHANCE:
         return None
-    low, high = 2, MOST  # the chance grows with the seeds
+    low, high = ENOUGH, MOST  # the chance grows with the seeds
     while low < high:
         middle = (low + high) // 2
         enough = chance_to_find(difference, spread, samples, middle, tests) >= CHANCE

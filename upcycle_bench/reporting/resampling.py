@@ -6,9 +6,10 @@
 
 Seeds are drawn first, then samples; all runs share a draw of samples, since they were scored on the same ones. Few
 seeds drawn with replacement vary less than new ones would, by (S - 1) / S in variance: deviations of seeds are enlarged
-by as much. What the draws of seeds contribute to the standard error has a closed form then; what those of samples
-contribute is drawn. The interval is Student's, with degrees of freedom by Satterthwaite: those of the seeds, unless the
-samples contribute most. Without outcomes of samples only the seeds count.
+by as much. What the draws of seeds contribute to the standard error has a closed form then, and holds what a seed does
+to single samples, too. What the samples do to all seeds alike is drawn (`common_spread`). The interval is Student's,
+with degrees of freedom by Satterthwaite: those of the seeds, unless the samples contribute most. Without outcomes of
+samples only the seeds count.
 
 Sources: B. Efron and R. Tibshirani, An Introduction to the Bootstrap, 1993 (ch. 6, 8); F. E. Satterthwaite, Biometrics
 Bull. 2, 1946; R. Agarwal et al., arXiv:2108.13264 (few runs of a benchmark).
@@ -29,6 +30,8 @@ import numpy as np
 DRAWS = 2000
 ENOUGH = 3  # seeds, below which nothing is ranked
 LEVEL = 0.95
+MANY = 1000  # samples
+DIGITS = 6  # significant ones of what is drawn: kernels of other machines round the rest differently
 MOST_GROUPS = len(string.ascii_letters)
 
 
@@ -67,11 +70,12 @@ class Sure:
 
     @property
     def p(self) -> float | None:
-        """Two-sided, of the hypothesis that the mean is 0; None for one seed."""
-        if self.standard_error is None:
+        """Two-sided, of the hypothesis that the mean is 0; None for one seed, and for seeds that are all equal.
+
+        Equal numbers, as coarse ones may be, do not tell how much others would differ.
+        """
+        if not self.standard_error:
             return None
-        if self.standard_error == 0:
-            return 1.0 if self.mean == 0 else 0.0
         from scipy.special import stdtr  # the distribution of Student's t
 
         return float(2 * stdtr(self.degrees, -abs(self.mean) / self.standard_error))
@@ -90,7 +94,10 @@ def sample_draws(sets: Sequence[tuple[np.ndarray, float]], draws: int = DRAWS, s
         chunk = max(1, (1 << 24) // samples)  # draws at a time: 64 MB
         for first in range(0, draws, chunk):
             count = min(chunk, draws - first)
-            weight_BN = generator.poisson(1.0, (count, samples)).astype(np.float32)
+            if samples < MANY:
+                weight_BN = generator.multinomial(samples, np.full(samples, 1 / samples), count).astype(np.float32)
+            else:  # independent counts: faster, and nearly the same
+                weight_BN = generator.poisson(1.0, (count, samples)).astype(np.float32)
             weight_BN /= weight_BN.sum(1, keepdims=True)
             centre_R = outcome_RN.mean(1, dtype=np.float64)
             rest_RN = (outcome_RN - centre_R[:, None]).astype(np.float32)
@@ -104,13 +111,27 @@ def of_seeds(value_S: np.ndarray, drawn_SB: np.ndarray | None = None) -> Sure:
     `drawn_SB`: the same numbers under draws of the samples, whose spread is that of the samples; None: it is unknown.
     """
     seeds, mean = len(value_S), float(np.mean(value_S))
-    of_samples = None if drawn_SB is None else float(drawn_SB.mean(0).std())
+    of_samples = None if drawn_SB is None else float(f"{common_spread(drawn_SB):.{DIGITS}g}")
     if seeds == 1:
         return Sure(mean, 1, of_samples=of_samples)
     of_seeds = float(np.std(value_S, ddof=1)) / math.sqrt(seeds)
     error = math.hypot(of_seeds, of_samples or 0.0)
     degrees = (seeds - 1) * (error / of_seeds) ** 4 if of_seeds > 0 else math.inf
     return Sure(mean, seeds, error, of_seeds, of_samples, degrees)
+
+
+def common_spread(drawn_SB: np.ndarray) -> float:
+    """The standard error that draws of the samples give the mean over all seeds alike.
+
+    V1 = the mean of the seeds' variances = common + own, VS = the variance of their mean = common + own / S. What is
+    own to a seed and a sample is in the variation of the seeds already. One seed cannot tell the two apart.
+    """
+    seeds = len(drawn_SB)
+    of_mean = float(drawn_SB.mean(0).var())
+    if seeds == 1:
+        return math.sqrt(of_mean)
+    each = float(drawn_SB.var(1).mean())
+    return math.sqrt(max(0.0, of_mean - (each - of_mean) / (seeds - 1)))
 
 
 def seed_draws(value_S: np.ndarray, drawn_SB: np.ndarray | None = None, draws: int = DRAWS) -> np.ndarray:
@@ -124,14 +145,17 @@ def seed_draws(value_S: np.ndarray, drawn_SB: np.ndarray | None = None, draws: i
     enlarged_S = (value_S - np.mean(value_S)) * math.sqrt(seeds / max(1, seeds - 1))
     moved_B = weight_BS @ enlarged_S
     if drawn_SB is not None:
-        moved_B = moved_B + np.einsum("bs,sb->b", weight_BS, drawn_SB - value_S[:, None])
+        common_B = drawn_SB.mean(0) - drawn_SB.mean()
+        spread = float(common_B.std())
+        moved_B = moved_B + common_B * (common_spread(drawn_SB) / spread if spread else 0.0)
     return np.mean(value_S) + moved_B
 
 
 def rank_intervals(draws_LB: np.ndarray, higher_is_better: bool) -> list[tuple[int, int]]:
     """The 95 % interval of each strategy's rank, 1 the best, under common draws of all strategies' means."""
     signed_LB = -draws_LB if higher_is_better else draws_LB
-    rank_LB = 1 + (signed_LB[:, None] > signed_LB[None]).sum(1)
+    sorted_LB = np.sort(signed_LB, axis=0)
+    rank_LB = np.array([1 + (sorted_LB < each_B).sum(0) for each_B in signed_LB])
     low_L, high_L = np.quantile(rank_LB, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=1, method="closest_observation")
     return [(int(low), int(high)) for low, high in zip(low_L, high_L, strict=True)]
 

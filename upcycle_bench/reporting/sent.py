@@ -211,7 +211,7 @@ def _outcomes(path: Path, record: Record, findings: list[Finding]) -> dict[str, 
             raise ValueError(f"{size:,} bytes when it is unpacked, at most {LARGEST:,} are read")
         with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
             return {name: arrays[name] for name in arrays.files}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+    except Exception as error:  # a stranger's file may be wrong in any way: zlib.error, RuntimeError, MemoryError, ...
         findings.append(Finding(path, "outcomes", f"{beside.name} cannot be read: {one_line(error)}"))
         return {}
 
@@ -221,7 +221,12 @@ def _metrics(path: Path, findings: list[Finding]) -> tuple[bytes | None, list[di
     beside = path.with_suffix(".jsonl")
     if not beside.is_file():
         return None, None
-    data, lines = beside.read_bytes(), []
+    try:
+        data = beside.read_bytes()
+    except OSError as error:
+        findings.append(Finding(path, "metrics", f"{beside.name}: {error.strerror or error}"))
+        return None, None
+    lines: list[dict[str, Any]] = []
     for number, line in enumerate(data.split(b"\n")[:-1], start=1):  # each line ends in a line feed
         try:
             tree = strict_json.loads(line)

@@ -34,8 +34,10 @@ from upcycle_bench.reporting.resampling import (
     seed_draws,
     tied_groups,
 )
+from upcycle_bench.util.uncertainty import Z
 
 SIGNIFICANT = 0.05
+MOST = 60  # strategies that get letters
 Counting = Mapping[str, Mapping[SeedPair, Record]]  # strategy's label -> its runs that count
 Outcomes = Callable[[Record], Mapping[str, Any]]  # of each sample, by suite/dataset/name; none where there are none
 
@@ -63,11 +65,7 @@ def stand(
     counting: Counting, headline: str, *, higher_is_better: bool, reference: str | None, outcomes: Outcomes
 ) -> dict[str, Standing]:
     """The standing of each strategy that has the headline score."""
-    runs = {
-        label: {seeds: run for seeds, run in sorted(mine.items()) if headline in run.headlines}
-        for label, mine in counting.items()
-    }
-    runs = {label: mine for label, mine in runs.items() if mine}
+    runs = with_all_parts(counting, headline)
     drawn = _Drawn(runs, headline, outcomes)
     scores = {label: sure for label in runs if (sure := drawn.sure(label)) is not None}
     ranked = [label for label in runs if scores[label].seeds >= ENOUGH]
@@ -75,13 +73,14 @@ def stand(
         label: drawn.sure(label, reference) for label in runs if reference not in (None, label) and reference in runs
     }
     against = {label: sure for label, sure in differences.items() if sure is not None and sure.seeds >= ENOUGH}
-    corrected = dict(zip(against, holm([sure.p or 0.0 for sure in against.values()]), strict=True))
-    told_apart = {pair for pair, each in _pairs(drawn, ranked).items() if each.p < SIGNIFICANT}
+    corrected = _corrected({label: sure.p for label, sure in against.items()})
     sign = -1 if higher_is_better else 1
     order = sorted(ranked, key=lambda label: (sign * scores[label].mean, label))
-    letters = tied_groups(order, told_apart)
+    letters = _letters(
+        drawn, order, {frozenset((label, reference or "")) for label, p in corrected.items() if p < SIGNIFICANT}
+    )
     ranks = dict(zip(ranked, drawn.ranks(ranked, higher_is_better), strict=True)) if len(ranked) > 1 else {}
-    margin = _margin([_by_training_seed(mine, headline) for mine in runs.values()])
+    values = {label: _by_training_seed(mine, headline) for label, mine in runs.items()}
     return {
         label: Standing(
             score=scores[label],
@@ -91,12 +90,37 @@ def stand(
             p=corrected.get(label),
             ranks=ranks.get(label),
             letters=letters.get(label, ""),
-            verdict="reference"
-            if label == reference
-            else _verdict(against.get(label), corrected.get(label), sign, margin),
+            verdict=_verdict(
+                label,
+                reference,
+                scores[label].seeds,
+                against.get(label),
+                corrected.get(label),
+                sign,
+                _margin([values[label], values.get(reference or "", [])]),
+            ),
         )
         for label in runs
     }
+
+
+def with_all_parts(counting: Counting, headline: str) -> dict[str, dict[SeedPair, Record]]:
+    """The runs whose headline score is the mean of as many scores as that of any; others do not compare."""
+    most = max((parts_of(run, headline) for mine in counting.values() for run in mine.values()), default=(), key=len)
+    found = {
+        label: {seeds: run for seeds, run in sorted(mine.items()) if most and parts_of(run, headline) == most}
+        for label, mine in counting.items()
+    }
+    return {label: mine for label, mine in found.items() if mine}
+
+
+def parts_of(run: Record, headline: str) -> tuple[str, ...]:
+    """The scores whose mean the headline score is; none where the run does not have it."""
+    if headline not in run.headlines:
+        return ()
+    return tuple(sorted(f"{s.suite}/{s.dataset}/{s.metric}" for s in run.scores if s.headline == headline)) or (
+        headline,
+    )
 
 
 @dataclass(frozen=True)
@@ -106,15 +130,14 @@ class Pair:
     first: str
     second: str
     sure: Sure
-    p: float
+    p: float | None
 
 
 def compare_pairs(
     counting: Counting, headline: str, outcomes: Outcomes
 ) -> tuple[dict[frozenset[str], Pair], dict[str, float]]:
     """All pairs of strategies with three training seeds in common, and the mean of each strategy."""
-    runs = {label: {s: run for s, run in mine.items() if headline in run.headlines} for label, mine in counting.items()}
-    runs = {label: dict(sorted(mine.items())) for label, mine in runs.items() if mine}
+    runs = with_all_parts(counting, headline)
     drawn = _Drawn(runs, headline, outcomes)
     means = {label: sure.mean for label in runs if (sure := drawn.sure(label)) is not None}
     return _pairs(drawn, list(runs)), means
@@ -126,17 +149,52 @@ def _pairs(drawn: _Drawn, labels: Sequence[str]) -> dict[frozenset[str], Pair]:
         for pair in itertools.combinations(labels, 2)
         if (sure := drawn.sure(*pair)) is not None and sure.seeds >= ENOUGH
     }
-    corrected = holm([sure.p or 0.0 for sure in found.values()])
-    return {frozenset(pair): Pair(*pair, sure, p) for (pair, sure), p in zip(found.items(), corrected, strict=True)}
+    corrected = _corrected({pair: sure.p for pair, sure in found.items()})
+    return {frozenset(pair): Pair(*pair, sure, corrected.get(pair)) for pair, sure in found.items()}
 
 
-def _verdict(difference: Sure | None, p: float | None, sign: int, margin: float | None) -> str:
-    if difference is None or p is None:
+def _corrected(p_values: Mapping[Any, float | None]) -> dict[Any, float]:
+    """Holm's p-values of those that have one."""
+    known = {key: p for key, p in p_values.items() if p is not None}
+    return dict(zip(known, holm(list(known.values())), strict=True))
+
+
+def _letters(drawn: _Drawn, order: Sequence[str], resolved: set[frozenset[str]]) -> dict[str, str]:
+    """The letters of groups that cannot be told apart; `resolved`: pairs whose verdict says that they can.
+
+    None where some pairs have no seeds in common, and for so many strategies that nobody could read them.
+    """
+    if len(order) > MOST:
+        return {}
+    pairs = _pairs(drawn, order)
+    if len(pairs) < math.comb(len(order), 2):
+        return {}
+    return tied_groups(
+        order, resolved | {pair for pair, each in pairs.items() if each.p is not None and each.p < SIGNIFICANT}
+    )
+
+
+def _verdict(
+    label: str,
+    reference: str | None,
+    seeds: int,
+    difference: Sure | None,
+    p: float | None,
+    sign: int,
+    margin: float | None,
+) -> str:
+    if label == reference:
+        return "reference"
+    if seeds < ENOUGH:
         return "not yet ranked"
-    if p < SIGNIFICANT:
+    if reference is None:
+        return "no reference"
+    if difference is None:
+        return "too few common seeds"
+    if p is not None and p < SIGNIFICANT:
         return "better" if sign * difference.mean < 0 else "worse"
     low, high = difference.interval or (-math.inf, math.inf)
-    return "tied" if margin is not None and max(-low, high) <= margin else "undecided"
+    return "tied" if margin is not None and p is not None and max(-low, high) <= margin else "undecided"
 
 
 class _Drawn:
@@ -151,12 +209,23 @@ class _Drawn:
         self._value_R = np.array([run.headlines[headline].value for run in every])
         sets = _sets(every, headline, outcomes)
         self._drawn_RB = None if sets is None else sample_draws(sets)
-        if self._drawn_RB is not None:  # centred, so that rounding of the files of outcomes is no difference
-            self._drawn_RB += (self._value_R - self._drawn_RB.mean(1))[:, None]
+        if self._drawn_RB is not None:
+            # Sets may share images, so a record's error is an upper bound of the one that independent draws give.
+            rest_RB = self._drawn_RB - self._drawn_RB.mean(1, keepdims=True)
+            errors = [run.headlines[headline].standard_error or 0.0 for run in every]
+            drawn = float(rest_RB.std(1).mean())
+            rest_RB *= max(1.0, statistics.fmean(errors) / drawn) if drawn else 1.0
+            self._drawn_RB = self._value_R[:, None] + rest_RB
+        self._seeds = {label: list(mine) for label, mine in runs.items()}
+
+    @property
+    def has_samples(self) -> bool:
+        """Whether errors are over samples, too."""
+        return self._drawn_RB is not None
 
     def common(self, label: str, other: str) -> list[SeedPair]:
         """The pairs of seeds that both have."""
-        return [seeds for name, seeds in self._place if name == label and (other, seeds) in self._place]
+        return [seeds for seeds in self._seeds.get(label, []) if (other, seeds) in self._place]
 
     def sure(self, label: str, other: str | None = None) -> Sure | None:
         """The mean of a strategy, or of its difference to another one; None without common seeds."""
@@ -175,7 +244,7 @@ class _Drawn:
         for label in labels:
             value_S, drawn_SB = self._by_seed(label, self.common(label, label))
             sure, drawn_B = of_seeds(value_S, drawn_SB), seed_draws(value_S, drawn_SB)
-            wider = (sure.half_width or 0.0) / (1.96 * (sure.standard_error or 1.0)) or 1.0
+            wider = (sure.half_width or 0.0) / (Z * (sure.standard_error or 1.0)) or 1.0
             draws.append(sure.mean + wider * (drawn_B - sure.mean))
         return rank_intervals(np.array(draws), higher_is_better)
 

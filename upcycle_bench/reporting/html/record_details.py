@@ -110,12 +110,16 @@ def _metrics(path: Path, points: int) -> list[dict[str, Any]]:
     if not beside.is_file():
         return []
     found = []
-    lines = enumerate(beside.read_text(encoding="utf-8").splitlines(), start=1)
-    for number, line in thinned(list(lines), points):  # before they are parsed, which takes most of the time
+    lines = enumerate(beside.read_bytes().split(b"\n"), start=1)
+    known = [(number, line) for number, line in lines if line.strip()]
+    for number, line in thinned(known, points):  # before they are parsed, which takes most of the time
         try:
-            found.append(strict_json.loads(line))
-        except ValueError as error:
+            tree = strict_json.loads(line)
+            if not isinstance(tree, dict):
+                raise ValueError("it is no JSON object")
+        except (ValueError, RecursionError) as error:
             raise UserError(
                 f"training metrics {beside}, line {number}: {error}; restore the file, or move it away."
             ) from None
+        found.append(tree)
     return found
