@@ -19,7 +19,7 @@ run: $(VENV)/.installed
 
 # As many processes as cores, at most 4 (each takes up to 3 GB); a file stays in one of them, with what it shares.
 test: $(VENV)/.installed browser
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 # Chromium for the tests of the HTML report, where it is missing: by apt-get as root, or with sudo that asks for nothing.
 browser:

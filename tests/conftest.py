@@ -27,6 +27,29 @@ QUICK = [
 ]
 
 
+# Files of minutes come first, so that no process is left alone with one at the end (make test: --no-loadscope-reorder).
+LONG = (
+    "training/test_distributed.py",
+    "test_run_many.py",
+    "test_interrupted.py",
+    "cli/test_training_data.py",
+    "model/test_plain_moe.py",
+    "test_run.py",
+    "test_end_to_end.py",
+    "training/test_other_ranks.py",
+    "util/test_first_cause.py",
+    "reporting/test_html_browser.py",
+    "data/test_lab_real.py",
+    "cli/test_main.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The long files first; the others in their order."""
+    place = {f"tests/{name}": number for number, name in enumerate(LONG)}
+    items.sort(key=lambda item: place.get(item.nodeid.partition("::")[0], len(LONG)))
+
+
 def pytest_collection() -> None:
     """It imports everything: many objects and no garbage."""
     gc.disable()
