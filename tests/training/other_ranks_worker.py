@@ -119,8 +119,9 @@ def round_trip(zero_stage: int, ep_size: int, before: State | None) -> State:
         after.steps |= share.steps
         after.loss |= share.loss
     if before is not None:
-        assert joined(after).keys() == joined(before).keys()
-        assert all(torch.equal(value, joined(after)[name]) for name, value in joined(before).items())
+        made, given = joined(after), joined(before)
+        assert made.keys() == given.keys()
+        assert all(torch.equal(value, made[name]) for name, value in given.items())
         assert (after.steps, after.loss) == (before.steps, before.loss)
     extra.close()
     engine.destroy()
