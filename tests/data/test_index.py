@@ -1,20 +1,15 @@
-"""The index on disk: rows, identity, bad pairs, mended shards, builds that are interrupted or go on side by side."""
+"""The index on disk: rows, identity, shards that are not whole, builds that are interrupted or go on side by side."""
 
 from __future__ import annotations
 
 import io
-import itertools
-import multiprocessing
 import os
-import pickle
 import signal
 import subprocess
 import sys
 import tarfile
-import time
 import zlib
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import fsspec
@@ -23,67 +18,24 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests.data.index_files import (
+    TIMES,
+    Sample,
+    Saying,
+    _own_cache,  # noqa: F401  (an autouse fixture)
+    changed,
+    content,
+    opened,
+    samples,
+    tar,
+    write,
+)
 from tests.data.test_pair_index import PNG
 from tests.data.test_shards import packed
-from upcycle_bench.data import bad_list, packed_index, places, repacking, shard_cache, shard_index
 from upcycle_bench.data import open_index as opening
-from upcycle_bench.data.bad_list import list_bad, path_of, read_bad
-from upcycle_bench.data.bad_samples import Bad, BadSample
-from upcycle_bench.data.blocks import Reader
-from upcycle_bench.data.index import BLOCK, NOWHERE, ROW, Index
-from upcycle_bench.data.mended import aligned, first_missing, left_of
-from upcycle_bench.data.open_index import open_index
+from upcycle_bench.data import packed_index, places, shard_cache, shard_index
 from upcycle_bench.data.sources import expand_sources
-from upcycle_bench.data.training_pairs import _Listing
 from upcycle_bench.util.errors import UserError
-from upcycle_bench.util.progress import Reporter
-
-Sample = tuple[str, bytes, bytes]  # name, image, caption
-TIMES = itertools.count(1)
-
-
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("UPCYCLE_BENCH_CACHE", str(tmp_path / "cache"))
-
-
-def samples(count: int, shard: int = 0) -> list[Sample]:
-    return [(f"{shard}-{n:03d}", PNG + bytes(n), f"caption {n} of {shard}".encode()) for n in range(count)]
-
-
-def tar(found: list[Sample]) -> bytes:
-    return packed(
-        [file for name, image, text in found for file in ((f"{name}.png", image), (f"{name}.txt", text))],
-        tarfile.USTAR_FORMAT,
-    )
-
-
-def write(folder: Path, *shards: list[Sample]) -> Path:
-    folder.mkdir(exist_ok=True, parents=True)
-    for number, found in enumerate(shards):
-        (folder / f"{number:03d}.tar").write_bytes(tar(found))
-    return folder
-
-
-class Saying(Reporter):
-    """Keeps the lines."""
-
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-
-    def say(self, line: str) -> None:
-        self.lines.append(line)
-
-
-def opened(folder: Path | str, reporter: Reporter | None = None, **options: bool | float) -> Index:
-    return open_index(expand_sources(str(folder)), "--data", reporter, **options)  # type: ignore[arg-type]
-
-
-def content(index: Index, number: int) -> tuple[bytes, bytes]:
-    """The files of a pair, read at the places of its row."""
-    place, row = index.shards[int(index.shard_of(np.array([number]))[0])], index.rows[number]
-    image = places.read(place, int(row["image"]) * BLOCK, int(row["image_bytes"]))
-    return image, places.read(place, int(row["text"]) * BLOCK, int(row["text_bytes"]))
 
 
 def slow(path: Path) -> list[tuple[int, int, int, int, int]]:
@@ -174,175 +126,6 @@ def test_what_the_identity_is_of(tmp_path: Path) -> None:
     assert len(found) == len(others) and first not in found
     (moved / "000.tar").rename(moved / "00.tar")
     assert opened(moved).identity != first
-
-
-def changed(folder: Path, shard: int, found: list[Sample]) -> None:
-    """Write a shard anew, as its owner mends it."""
-    (path := folder / f"{shard:03d}.tar").write_bytes(tar(found))
-    os.utime(path, (shard + 5, time.time()))
-
-
-def test_a_listed_pair_is_mended_or_removed_and_the_identity_stays(tmp_path: Path) -> None:
-    good = samples(4, 1)
-    broken = [*good[:2], ("1-002", b"<html>", b"other"), good[3]]
-    folder = write(tmp_path / "a", samples(3), broken)
-    first = opened(folder)
-    assert list_bad(first, [(5, "no image (HTML)", "1-002"), (5, "again", "")]) == 1
-    assert list_bad(first, [(5, "no image (HTML)", "1-002")]) == 0
-    assert opened(folder).bad == {5: "no image (HTML)"}
-    for mend in (good, [*good[:2], good[3]], [*good[:2], ("new", PNG, b"new"), *good[2:]], broken):
-        changed(folder, 1, mend)
-        said = Saying()
-        index = opened(folder, said)
-        assert (index.identity, index.bad, len(index)) == (first.identity, {5: "no image (HTML)"}, 7)
-        for number in (0, 3, 4, 6):  # each good pair is read where it is now
-            assert content(index, number) == content(first, number) if number < 3 else good[number - 3][1:]
-        unused = len(mend) - 3 if mend is not broken else 0  # what was indexed at first is nothing to tell
-        assert len(said.lines) == bool(unused)
-        if unused:
-            assert f"001.tar: the shard has changed; its pairs keep their numbers, and {unused} new" in said.lines[0]
-    fresh = opened(folder, fresh=True)
-    assert fresh.identity == first.identity  # the broken one again, numbered as it is
-    changed(folder, 1, good)
-    fresh = opened(folder, fresh=True)
-    assert fresh.identity != first.identity and not fresh.bad
-
-
-def test_another_pair_in_a_changed_shard_is_another_data_set(tmp_path: Path) -> None:
-    folder = write(tmp_path / "a", samples(3), samples(4, 1))
-    first = opened(folder)
-    changed(folder, 1, [*samples(2, 1), ("1-002", PNG + bytes(2), b"another caption"), samples(4, 1)[3]])
-    said = Saying()
-    index = opened(folder, said)
-    assert index.identity != first.identity
-    (line,) = said.lines
-    assert line.startswith(
-        f"--data {folder / '001.tar'}: the shard has changed, and pair 2 of it (now 1-002.png) is not"
-    )
-    assert content(index, 5)[1] == b"another caption"
-    changed(folder, 0, samples(2))  # one is gone
-    assert len(opened(folder)) == 6
-
-
-@pytest.mark.parametrize("damage", [tar(samples(4, 1))[:5000], b"", b"<html>log in</html>", b"\x1f\x8b" + bytes(9000)])
-def test_a_shard_that_is_damaged_for_a_moment_keeps_numbers_and_identity(tmp_path: Path, damage: bytes) -> None:
-    folder = write(tmp_path / "a", samples(4), samples(4, 1), samples(4, 2))
-    first, whole = opened(folder), (folder / "001.tar").read_bytes()
-    list_bad(first, [(4, "kind", "")])
-    there = 2 if len(damage) == 5000 else 0
-    (folder / "001.tar").write_bytes(damage)
-    said = Saying()
-    cut = opened(folder, said, bad_samples=0.9)
-    assert (cut.identity, len(cut), cut.starts.tolist()) == (first.identity, 12, first.starts.tolist())
-    gone = 4 - max(there, 1)  # one of those that are not there is listed
-    assert sum(cut.left_out.values()) == gone
-    (line,) = said.lines
-    assert line.startswith(f"--data {folder / '001.tar'}: the shard is no longer whole; its pairs keep their numbers")
-    assert f"{gone} are lost until it is put back: it is" in line
-    reader = Reader(cut)
-    reader.expect(np.arange(12))
-    for number in [0, 3, *range(5, 4 + there), 8, 11]:
-        assert reader.read(number).image == content(first if number < 4 else cut, number)[0]
-    for number in range(4 + max(there, 1), 8):
-        with pytest.raises(BadSample, match="cut shard"):
-            reader.read(number)
-    with pytest.raises(UserError, match=r"001\.tar: it is"):
-        opened(folder, bad_samples=0.01)
-    (folder / "001.tar").write_bytes(whole)
-    os.utime(folder / "001.tar", (9, 9))
-    said = Saying()
-    again = opened(folder, said)
-    assert (again.identity, again.left_out, said.lines) == (first.identity, {}, [])
-    assert again.rows.tolist() == first.rows.tolist()
-
-
-def test_a_damaged_shard_of_other_pairs_is_one_line_and_changes_nothing(tmp_path: Path) -> None:
-    folder = write(tmp_path / "a", samples(4), samples(4, 1))
-    first, whole = opened(folder), (folder / "001.tar").read_bytes()
-    (folder / "001.tar").write_bytes(tar(samples(4, 7))[:5000])
-    for _ in range(2):
-        with pytest.raises(
-            UserError, match=r"001\.tar: the shard has changed and is not whole: it is cut at byte 5,000"
-        ):
-            opened(folder, bad_samples=0.9)
-    (folder / "001.tar").write_bytes(whole)
-    os.utime(folder / "001.tar", (9, 9))
-    assert opened(folder).identity == first.identity
-
-
-def test_a_data_set_is_taken_back_with_its_shards(tmp_path: Path) -> None:
-    folder = write(tmp_path / "a", samples(3), samples(4, 1))
-    first = opened(folder)
-    identities = set()
-    for other in (samples(2, 1), samples(5, 7), samples(2, 1)):
-        changed(folder, 1, other)
-        identities.add(opened(folder).identity)
-        changed(folder, 1, [*samples(4, 1)])
-        said = Saying()
-        back = opened(folder, said)
-        assert back.identity == first.identity and back.rows.tolist() == first.rows.tolist()
-        assert "these shards hold what was indexed before; its runs go on, 7 pairs" in said.lines[0]
-    assert len(identities) == 2 and first.identity not in identities
-    changed(folder, 1, [*samples(4, 1), ("new", PNG, b"new")])  # aligned with it, not the same
-    assert opened(folder).identity == first.identity
-
-
-def test_of_many_data_sets_that_shards_were_the_last_stay(tmp_path: Path) -> None:
-    """The rows of each may be large."""
-    folder = write(tmp_path / "a", samples(3), samples(4, 1))
-    identities = [opened(folder).identity]
-    for number in range(2, 7):
-        changed(folder, 1, samples(4, number))
-        identities.append(opened(folder).identity)
-    assert len(set(identities)) == 6
-    assert len(list((tmp_path / "cache" / "index").glob("*.rows"))) == 1 + packed_index.KEPT
-    for number, identity in ((5, identities[4]), (6, identities[5])):
-        changed(folder, 1, samples(4, number))
-        said = Saying()
-        assert opened(folder, said).identity == identity and "what was indexed before" in said.lines[0]
-
-
-def test_new_times_of_the_same_bytes_align_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = write(tmp_path / "a", samples(3), samples(4, 1))
-    first = opened(folder)
-    for path in folder.iterdir():
-        os.utime(path, (7, 7))
-    monkeypatch.setattr(repacking, "aligned", lambda *_: pytest.fail("what is the same was aligned"))
-    assert opened(folder).identity == first.identity
-
-
-@settings(max_examples=60, deadline=None)
-@given(st.lists(st.integers(0, 5), max_size=8, unique=True), st.data())
-def test_what_is_left_of_a_shard(old: list[int], data: st.DataObject) -> None:
-    rows = np.array([(100 + n, size, 0, 0, 0) for n, size in enumerate(old)], ROW)
-    there = [size for size in old if data.draw(st.booleans())]
-    new = np.array([(200 + n, size, 0, 0, 0) for n, size in enumerate(there)], ROW)
-    found = left_of(rows, set(), new)
-    assert found is not None and found["image_bytes"].tolist() == old
-    assert found["image"].tolist() == [200 + there.index(size) if size in there else NOWHERE for size in old]
-    other = np.concatenate([new, np.array([(1, 9, 0, 0, 0)], ROW)])
-    assert left_of(rows, set(), other) is None
-    if old and old[0] not in there:  # a listed pair may be mended in the same shard
-        wanted = left_of(rows, {0}, other)
-        assert wanted is not None and wanted["image"][0] == 100
-
-
-@settings(max_examples=60, deadline=None)
-@given(st.lists(st.integers(0, 3), max_size=8), st.lists(st.integers(0, 3), max_size=8), st.sets(st.integers(0, 7)))
-def test_alignment_is_that_of_all_subsequences(old: list[int], new: list[int], listed: set[int]) -> None:
-    def rows(sizes: list[int], place: int) -> np.ndarray:
-        return np.array([(place + n, size, 0, 0, 0) for n, size in enumerate(sizes)], ROW)
-
-    wanted = [size for row, size in enumerate(old) if row not in listed]
-    possible = any(list(part) == wanted for part in itertools.combinations(new, len(wanted)))
-    found = aligned(rows(old, 100), listed, rows(new, 200))
-    assert (found is not None) == possible == (first_missing(rows(old, 100), listed, rows(new, 200)) is None)
-    if found is not None:
-        assert found["image_bytes"].tolist() == old
-        kept = [row for row in range(len(old)) if row not in listed]
-        assert all(new[found["image"][row] - 200] == old[row] for row in kept)
-        assert (np.diff(found["image"][kept].astype(int)) > 0).all()
-        assert all(found["image"][row] == 100 + row for row in range(len(old)) if row in listed)
 
 
 FAULTS: dict[str, tuple[bytes, str, int, str]] = {
@@ -438,74 +221,6 @@ def test_damaged_files_of_the_cache_are_made_anew(tmp_path: Path, damage: Callab
     assert again.identity == first.identity and again.rows.tolist() == rows
     packed_index.path_of(expand_sources(str(folder))).write_text("{}")
     assert opened(folder).identity == first.identity
-
-
-def test_a_damaged_bad_list_is_one_line(tmp_path: Path) -> None:
-    index = opened(write(tmp_path / "a", samples(3)))
-    list_bad(index, [(0, "kind", "name")])
-    with path_of(index.identity).open("a") as file:
-        file.write("{'no json\n")
-    with pytest.raises(UserError, match=r"\.bad\.jsonl: line 2 is damaged; delete that line\.$"):
-        read_bad(index.identity)
-
-
-def test_a_line_that_was_cut_is_skipped_and_the_next_one_stands_alone(tmp_path: Path) -> None:
-    index = opened(write(tmp_path / "a", samples(5)))
-    list_bad(index, [(0, "kind", "a"), (1, "kind", 'b"\\\u00e9')])
-    path = path_of(index.identity)
-    whole = path.read_bytes()
-    for length in range(1, len(whole.splitlines(keepends=True)[1]) - 2):
-        path.write_bytes(whole[: whole.index(b"\n") + 1 + length])
-        assert read_bad(index.identity) == {0: "kind"}
-        bad_list._known.clear()
-        assert list_bad(index, [(2, "other", ""), (0, "again", "")]) == 1
-        assert read_bad(index.identity) == {0: "kind", 2: "other"} and read_bad(index.identity)[2] == "other"
-
-
-def test_a_list_that_cannot_be_written_is_one_warning(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    index = opened(write(tmp_path / "a", samples(5)))
-    monkeypatch.setattr(bad_list.os, "write", lambda file, content: len(content) // 2)
-    listing = _Listing()
-    for number in range(2):
-        listing(index, [Bad(number, "truncated image", "0.tar", "a")])
-    said = capsys.readouterr().err
-    assert said.count("\n") == 1 and "cannot write the list of bad samples" in said and "No space left" in said
-
-
-def test_the_list_is_read_once_by_who_adds_to_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    index = opened(write(tmp_path / "a", samples(5)))
-    list_bad(index, [(0, "kind", "a")])
-    monkeypatch.setattr(bad_list, "read_bad", lambda identity: pytest.fail("it was read again"))
-    assert list_bad(index, [(0, "kind", "a"), (1, "kind", "b")]) == 1
-
-
-def test_a_long_list_takes_few_bytes(tmp_path: Path) -> None:
-    """Of 100,000 pairs, which took 18 MB as a dictionary."""
-    index = replace(opened(write(tmp_path / "a", samples(2))), starts=np.array([0, 400_000_000]))
-    numbers = np.random.default_rng(0).permutation(400_000_000 // 4000)[:100_000] * 4000
-    list_bad(index, [(int(number), "truncated image", "000123") for number in numbers])
-    bad = read_bad(index.identity)
-    assert len(bad) == 100_000 and all(number in bad for number in numbers[:1000].tolist()) and 4001 not in bad
-    assert len(pickle.dumps(bad)) < 1_100_000
-    assert list(itertools.islice(bad.items(), 2)) == [(0, "truncated image"), (4000, "truncated image")]
-
-
-def _list(index: Index, numbers: list[int]) -> None:
-    for number in numbers:
-        list_bad(index, [(number, "kind", "x" * 50)])
-
-
-def test_several_processes_list_at_once(tmp_path: Path) -> None:
-    index = opened(write(tmp_path / "a", samples(200)))
-    fork = multiprocessing.get_context("fork")
-    started = [fork.Process(target=_list, args=(index, list(range(part, 200, 4)))) for part in range(4)]
-    for process in started:
-        process.start()
-    for process in started:
-        process.join()
-    assert read_bad(index.identity) == dict.fromkeys(range(200), "kind")
 
 
 BUILD = """

@@ -29,7 +29,7 @@ def records(tmp_path: Path) -> str:
     return str(tmp_path / "records")
 
 
-@pytest.mark.parametrize("format", ["terminal", "md", "csv", "json", "html"])
+@pytest.mark.parametrize("format", ["terminal", "md", "csv", "json", "latex", "html"])
 def test_every_format_goes_to_a_file(
     format: str, records: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -42,6 +42,18 @@ def test_every_format_goes_to_a_file(
     assert output.read_text() == shown and "sparse-upcycling" in shown
     assert capsys.readouterr() == ("", "")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["records", "table"]
+
+
+def test_a_page_is_not_poured_into_a_terminal(
+    records: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    assert call(monkeypatch, records, "--format", "html") == 2
+    captured = capsys.readouterr()
+    assert (captured.out, captured.err) == (
+        "",
+        "error: --format html is a file for a browser; give --output FILE.html.\n",
+    )
 
 
 def test_where_nothing_can_be_written_is_one_line(

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from upcycle_bench.cli.common import Json, names_of, writable_file
+from upcycle_bench.util.errors import UserError
 
 if TYPE_CHECKING:
     from upcycle_bench.reporting.collect import Collected
@@ -44,8 +45,11 @@ def leaderboard(
     as_json: Json = False,
 ) -> None:
     """Turn records into tables, or one HTML page: only runs with equal fingerprints share one."""
+    chosen = "json" if as_json else format.value
     if output:
         writable_file(output)
+    elif chosen == "html" and sys.stdout.isatty():
+        raise UserError("--format html is a file for a browser; give --output FILE.html.")
     from upcycle_bench.reporting import formats
     from upcycle_bench.reporting.leaderboard import build
     from upcycle_bench.util.files import write_atomically
@@ -55,7 +59,6 @@ def leaderboard(
     for why in found.without.values():
         print(f"warning: {why} Errors of its table are over seeds alone.", file=sys.stderr)
     boards = formats.only(boards, names_of(strategies, "--strategies"))
-    chosen = "json" if as_json else format.value
     if chosen == "html":
         from functools import partial
 

@@ -60,7 +60,6 @@ def compact_columns(board: Board, metrics: Sequence[str] = ()) -> Columns:
     """
     rows, first = board.rows, next(iter(board.headlines), "")
     found = [row.headlines.get(first) for row in rows]
-    base = next((row.charged_flops for row in rows if row.label == board.baseline), None)
     columns = {
         "rank": [rank_cell(each) for each in found],
         "strategy": [f"{row.label} ({row.kind.partition(';')[0]})" if row.kind else row.label for row in rows],
@@ -70,9 +69,7 @@ def compact_columns(board: Board, metrics: Sequence[str] = ()) -> Columns:
     if board.baseline:
         columns["vs reference"] = [_short(each.difference if each else None, "+") for each in found]
     columns["verdict"] = [each.verdict if each else row.status for each, row in zip(found, rows, strict=True)]
-    columns["FLOPs"] = [
-        "" if row.charged_flops is None or not base else f"{row.charged_flops / base:.2f}x" for row in rows
-    ]
+    columns["FLOPs"] = ["" if ratio is None else f"{ratio:.2f}x" for ratio in board.flops_ratios]
     for name in shown_by({name for row in rows for name in row.scores}, metrics):
         columns[name] = [score_cell(row, name) for row in rows]
     return columns

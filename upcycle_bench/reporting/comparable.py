@@ -1,27 +1,34 @@
 """Which records may be compared, and which of them count.
 
 for records in comparable(every): counting = counting_runs(records)     # label -> seeds -> record
+table_of(record)                                                    # what all records of a set have in common
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from upcycle_bench.record import Record
 
 SeedPair = tuple[int, int]  # seeds of initialisation and of training
 
 
+Table = tuple[str, str, str, tuple[tuple[str, str], ...], str]
+
+
+def table_of(record: Record) -> Table:
+    """Protocol, division, fingerprints of training and suites, and dense model: equal for records that compare."""
+    protocol = record.protocol
+    suites = tuple(sorted(protocol.suite_fingerprints.items()))
+    return protocol.name, protocol.division, protocol.training_fingerprint, suites, record.hashes.dense
+
+
 def comparable(records: Sequence[Record]) -> list[list[Record]]:
     """The records in sets that may be compared, oldest first in each."""
-    groups: dict[tuple[Any, ...], list[Record]] = defaultdict(list)
+    groups: dict[Table, list[Record]] = defaultdict(list)
     for record in sorted(records, key=lambda r: (r.created_at, r.run_id)):  # the last of every list is the newest
-        protocol = record.protocol
-        suites = tuple(sorted(protocol.suite_fingerprints.items()))
-        key = (protocol.name, protocol.division, protocol.training_fingerprint, suites, record.hashes.dense)
-        groups[key].append(record)
+        groups[table_of(record)].append(record)
     return [groups[key] for key in sorted(groups)]
 
 

@@ -36,7 +36,6 @@ def _table(board: Board, metrics: Sequence[str]) -> str:
         ["$n$", *names] if not board.baseline else ["$n$", *(part for name in names for part in (name, "difference"))]
     )
     header = ["rank", "strategy", *each, *more, "FLOPs"]
-    base = next((row.charged_flops for row in board.rows if row.label == board.baseline), None)
     lines = [
         [
             rank_cell(row.headlines.get(names[0]) if names else None).replace("-", "--"),
@@ -44,9 +43,9 @@ def _table(board: Board, metrics: Sequence[str]) -> str:
             str(row.seeds),
             *(cell for name in names for cell in _cells(row, row.headlines.get(name), board)),
             *(escaped(score_cell(row, name)) for name in more),
-            "" if row.charged_flops is None or not base else rf"{row.charged_flops / base:.2f}$\times$",
+            "" if ratio is None else rf"{ratio:.2f}$\times$",
         ]
-        for row in board.rows
+        for row, ratio in zip(board.rows, board.flops_ratios, strict=True)
     ]
     head = [name if name.startswith("$") else escaped(name) for name in header]
     rows = [" & ".join(line) + r" \\" for line in lines]

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from upcycle_bench.record import Record, ScoreRecord
-from upcycle_bench.reporting.comparable import SeedPair, comparable, counting_runs
+from upcycle_bench.reporting.comparable import SeedPair, Table, comparable, counting_runs
 from upcycle_bench.util import strict_json
 from upcycle_bench.util.errors import UserError
 
@@ -136,6 +136,18 @@ class Board:
     over_samples: tuple[str, ...]  # headline scores whose intervals are over evaluation samples, too
     baseline: str | None
     rows: tuple[Row, ...]
+
+    @property
+    def table(self) -> Table:
+        """`comparable.table_of` its records."""
+        suites = tuple(self.suite_fingerprints.items())
+        return self.protocol, self.division, self.training_fingerprint, suites, self.dense
+
+    @property
+    def flops_ratios(self) -> list[float | None]:
+        """Each row's charged FLOPs by the baseline's; None where one of them is unknown or the baseline has none."""
+        base = next((row.charged_flops for row in self.rows if row.label == self.baseline), None)
+        return [None if row.charged_flops is None or not base else row.charged_flops / base for row in self.rows]
 
 
 def no_outcomes(record: Record) -> Mapping[str, Any]:

@@ -61,7 +61,7 @@ def read_published(folder: Path) -> list[PublishedRow]:
     """All rows of all files; UserError for a folder without any, and for a file without these columns."""
     paths = sorted(folder.glob("*.csv"))
     if not paths:
-        raise UserError(f"no published results below {folder}: it holds no .csv file.")
+        raise UserError(f"no published results below {folder}: it holds no .csv file; --published FOLDER has some.")
     found = []
     for path in paths:
         with path.open(encoding="utf-8", newline="") as file:

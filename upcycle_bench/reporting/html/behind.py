@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from upcycle_bench.record import Record
+from upcycle_bench.reporting.comparable import Table, comparable, counting_runs, table_of
 from upcycle_bench.reporting.leaderboard import Board
 
 Runs = Sequence[tuple[Record, Path]]
@@ -20,20 +20,15 @@ Behind = dict[str, Runs]  # a row's label -> its records, oldest first
 
 def records_of(boards: Sequence[Board], runs: Runs) -> list[Behind]:
     """For each board, the records behind its rows. `runs` holds those of all boards, in any order."""
-    grouped: dict[tuple[Any, ...], dict[str, list[tuple[Record, Path]]]] = defaultdict(lambda: defaultdict(list))
-    for record, path in sorted(runs, key=lambda run: (run[0].created_at, run[0].run_id)):  # as `leaderboard.build`
-        part = record.protocol
-        suites = tuple(sorted(part.suite_fingerprints.items()))
-        key = (part.name, part.division, part.training_fingerprint, suites, record.hashes.dense)
-        grouped[key][record.strategy.label].append((record, path))
-    found: list[Behind] = []
-    for board in boards:
-        suites = tuple(board.suite_fingerprints.items())
-        mine = grouped[board.protocol, board.division, board.training_fingerprint, suites, board.dense]
-        found.append({row.label: mine[row.label] for row in board.rows})
-    return found
+    paths = {id(record): path for record, path in runs}
+    behind: dict[Table, dict[str, list[tuple[Record, Path]]]] = {}
+    for records in comparable([record for record, _ in runs]):
+        mine = behind.setdefault(table_of(records[0]), defaultdict(list))
+        for record in records:
+            mine[record.strategy.label].append((record, paths[id(record)]))
+    return [{row.label: behind[board.table][row.label] for row in board.rows} for board in boards]
 
 
 def counting(runs: Runs) -> list[Record]:
-    """The newest success of each pair of seeds, as in `leaderboard`."""
-    return list({(run.seeds.init, run.seeds.train): run for run, _ in runs if run.status == "ok"}.values())
+    """The newest success of each pair of seeds."""
+    return [run for mine in counting_runs([run for run, _ in runs]).values() for run in mine.values()]

@@ -13,7 +13,6 @@ from typing import Any
 from upcycle_bench.reporting.columns import mean_cell, split_column
 from upcycle_bench.reporting.html.behind import Behind, Runs, counting
 from upcycle_bench.reporting.html.record_details import RecordDetails, rounded
-from upcycle_bench.reporting.html.sections import base_flops, flops_ratio
 from upcycle_bench.reporting.leaderboard import Board, Row, RowHeadline
 from upcycle_bench.reporting.published import Published
 
@@ -42,7 +41,6 @@ def data_of(boards: Sequence[Board], behind: Sequence[Behind], published: Publis
 
 def _board(board: Board, behind: Behind, details: RecordDetails, published: Publisher) -> dict[str, Any]:
     base = next((row for row in board.rows if row.label == board.baseline), None)
-    flops = base_flops(board)
     return {
         "reference": board.baseline,
         "headlines": [
@@ -55,12 +53,12 @@ def _board(board: Board, behind: Behind, details: RecordDetails, published: Publ
                 "name": f"{row.label} ({row.kind.partition(';')[0]})" if row.kind else row.label,
                 "headlines": {name: _numbers(each) for name, each in row.headlines.items()},
                 "flops": row.charged_flops,
-                "ratio": flops_ratio(row, flops),
+                "ratio": ratio,
                 "differences": {name: _by_dataset(row, base, board.headlines[name].parts) for name in row.headlines},
                 "published": [asdict(each) for each in published(row)],
                 **_of_records(behind[row.label], details),
             }
-            for row in board.rows
+            for row, ratio in zip(board.rows, board.flops_ratios, strict=True)
         ],
     }
 

@@ -82,14 +82,13 @@ def _named(labels: Sequence[str]) -> str:
 def _columns(board: Board) -> dict[str, list[Cell]]:
     """The columns behind the strategy's name, by header."""
     rows, first = board.rows, next(iter(board.headlines), "")
-    base = base_flops(board)
     columns = {"n": [Cell(str(row.seeds), row.seeds) for row in rows]}
     for name in board.headlines:
         found = [row.headlines.get(name) for row in rows]
         columns[name] = [Cell(mean_cell(each.mean), each.mean.mean) if each else Cell("", None) for each in found]
         if board.baseline:
             columns[f"{name} vs {board.baseline}"] = [_difference(each) for each in found]
-    columns["charged FLOPs"] = [_cost(row, base) for row in rows]
+    columns["charged FLOPs"] = [_cost(*each) for each in zip(rows, board.flops_ratios, strict=True)]
     columns["certified"] = [Cell(f"{row.certified} of {row.runs}", row.certified) for row in rows]
     columns["runs"] = [Cell(row.outcome, row.outcome) for row in rows]
     ranks = [row.headlines.get(first) for row in rows]
@@ -105,21 +104,10 @@ def _difference(headline: RowHeadline | None) -> Cell:
     return Cell(mean_cell(headline.difference, "+"), headline.difference.mean, headline.verdict)
 
 
-def _cost(row: Row, base: float | None) -> Cell:
+def _cost(row: Row, ratio: float | None) -> Cell:
     """By the reference's; without a reference, as they are."""
-    ratio = flops_ratio(row, base)
     text = number_cell(row.charged_flops, ".2e") if ratio is None else f"{ratio:.2f}x"
     return Cell(text, row.charged_flops)
-
-
-def base_flops(board: Board) -> float | None:
-    """The charged FLOPs of the reference."""
-    return next((row.charged_flops for row in board.rows if row.label == board.baseline), None)
-
-
-def flops_ratio(row: Row, base: float | None) -> float | None:
-    """The charged FLOPs by the reference's; None where one of them is unknown or the reference has none."""
-    return None if row.charged_flops is None or not base else row.charged_flops / base
 
 
 def _diagnostics(board: Board, behind: Behind) -> dict[str, list[str]]:
