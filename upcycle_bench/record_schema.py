@@ -18,7 +18,7 @@ from upcycle_bench.protocol import Frozen
 SCHEMA_VERSION = 2
 
 Name = Annotated[str, Field(min_length=1)]
-PhaseName = Literal["prepare", "calibrate", "upcycle", "train", "evaluate"]
+PhaseName = Literal["prepare", "calibrate", "upcycle", "train", "validate", "evaluate"]
 
 
 def _real_time(text: str) -> str:
@@ -208,6 +208,26 @@ class SessionPart(Part):
     )
 
 
+class ValidationPart(Part):
+    """Scores of held-out pairs during the training: the mean log rank over both ways of retrieval; lower is better.
+
+    They are measured in the precision of the training. The phase `validate` has their cost.
+    """
+
+    set: Name
+    pairs: int = Field(ge=2)
+    identity: Name = Field(description="of the pairs and the precision: curves with the same one compare")
+    chance: float
+    points: tuple[tuple[int, float], ...] = Field(min_length=1, description="steps done, score")
+
+    @model_validator(mode="after")
+    def _ascending(self) -> ValidationPart:
+        steps = [step for step, _ in self.points]
+        if steps != sorted(set(steps)) or steps[0] < 0:
+            raise ValueError("the steps of its points must ascend")
+        return self
+
+
 class DensePart(Part):
     """The dense model that was upcycled, as it was loaded."""
 
@@ -258,6 +278,7 @@ class Record(Part):
     )
     certificate: CertificatePart | None = Field(default=None, description="None: made before there were any")
     cost: Cost | None = None
+    validation: ValidationPart | None = Field(default=None, description="None: there was none, or made before")
     sessions: list[SessionPart] | None = Field(default=None, description="of the training; None: none, or made before")
     environment: dict[str, JsonValue]
     hashes: Hashes

@@ -15,6 +15,7 @@ from upcycle_bench.data.bad_list import read_bad
 from upcycle_bench.data.batches import Loading
 from upcycle_bench.data.pairs import PairDataset
 from upcycle_bench.data.training_pairs import training_pairs
+from upcycle_bench.evaluation.held_out import held_out_pairs
 from upcycle_bench.evaluation.score import headlines_of, score, scores_of
 from upcycle_bench.model import weights
 from upcycle_bench.model.clip import Clip
@@ -41,7 +42,7 @@ from upcycle_bench.util import distributed
 from upcycle_bench.util.cache import cache_root
 from upcycle_bench.util.errors import UserError
 from upcycle_bench.util.first_cause import last_word
-from upcycle_bench.util.meter import Meter
+from upcycle_bench.util.meter import Meter, Phase
 from upcycle_bench.util.progress import Reporter
 from upcycle_bench.util.rng import Stream
 
@@ -173,6 +174,8 @@ def train_model(
     if not plan.strategy.trains:
         return None
     settings = plan.protocol.train
+    assert plan.world is not None
+    held_out = held_out_pairs(plan.protocol.validation, model, plan.world.eval_root, settings.schedule.precision)
     job = Job(
         schedule=settings.schedule.model_copy(update={"steps": plan.steps}),
         peak_lr=plan.protocol.peak_lr,
@@ -181,6 +184,7 @@ def train_model(
         load_balance=plan.moe.load_balance,
         zero_stage=settings.zero_stage,
         log_every=settings.log_every,
+        held_out=held_out,
         metrics=work / "metrics.jsonl",
         checkpoints=work / "checkpoints",
         checkpoint_every=settings.checkpoint_every,
@@ -199,6 +203,8 @@ def train_model(
         )
     phase.seconds, phase.flops = progress.seconds, progress.total_flops()  # of all sessions, if it was interrupted
     phase.steps, phase.samples = progress.step, progress.step * job.schedule.batch_size
+    if curve := progress.curve:  # in memory, both are one
+        meter.phases["validate"] = Phase(curve.seconds, curve.flops, phase.peak_memory_bytes)
     return progress
 
 

@@ -174,6 +174,7 @@ def _record(state: RunState, **parts: Any) -> record.Record:
         "dense": _dense_part(state),
         "seeds": {"init": plan.init_seed, "train": plan.train_seed},
         "receipt": state.receipt,
+        "validation": _validation_part(state.progress),
         "sessions": [asdict(session) for session in sessions] or None,
         "environment": backends.machine(state.meter.device) | ({"training": state.training} if state.training else {}),
         "hashes": {
@@ -185,6 +186,12 @@ def _record(state: RunState, **parts: Any) -> record.Record:
         **parts,
     }
     return record.Record.model_validate_json(strict_json.dumps(tree))
+
+
+def _validation_part(progress: Progress | None) -> dict[str, Any] | None:
+    if progress is None or progress.curve is None or not progress.curve.points:
+        return None
+    return {key: value for key, value in asdict(progress.curve).items() if key not in ("seconds", "flops")}
 
 
 def _dense_part(state: RunState) -> dict[str, Any] | None:

@@ -6,6 +6,7 @@
         with books.counting(step): ...                  # counts the FLOPs of a few steps
         books.count_step(losses, batch.bad)             # after each step
         books.write_metrics(losses, rate, scale, seen)  # after some steps
+        books.validate()                                # before the first step, and after each
         books.collect()                                 # before `books.progress` is saved
 
 Shape suffixes: S steps, M terms of the loss.
@@ -72,6 +73,26 @@ class Bookkeeping:
             progress.counted_seconds += progress.seconds - before
             progress.counted_flops += self._flops
             progress.counted_steps += 1
+
+    def validate(self) -> None:
+        """Score the held-out pairs, where it is time. What it costs is kept apart; every rank must call it."""
+        held_out, progress = self.job.held_out, self.progress
+        if held_out is None or (progress.step % held_out.every and progress.step != self.job.stop_step):
+            return
+        began, curve = time.perf_counter(), held_out.curve()
+        if progress.curve is None or progress.curve.identity != curve.identity:
+            progress.curve = curve
+        curve = progress.curve
+        if curve.points and curve.points[-1][0] == progress.step:  # the checkpoint has it
+            return
+        with FlopCounter() as counter:
+            value = held_out.score()
+        curve.points.append((progress.step, value))
+        curve.flops += distributed.sum_over_ranks(counter.get_total_flops())
+        self.job.trackers.log({"step": progress.step, "validation_log_rank": value})
+        seconds = time.perf_counter() - began
+        curve.seconds += seconds
+        self._began += seconds
 
     def write_metrics(self, losses: Mapping[str, Tensor], rate: float, scale: Tensor, seen: Watched) -> None:
         """Write a line of metrics, with what the routers did; DivergedError if the loss is not finite.

@@ -96,6 +96,7 @@ def train(
                 if first == 0 or first < done:
                     books.begin(checkpoints.restore(engine, extra))
                     _begin_session(books.progress, layers, device)
+                    books.validate()
                 books.progress.loss_notes = extra.notes() if extra else {}
                 start = books.progress.step
                 if batches is None:  # its processes stay for all stages
@@ -118,6 +119,7 @@ def train(
                     books.count_step(losses, batch.bad)
                     if logged:
                         books.write_metrics(losses, rate, scale, seen)
+                    books.validate()
                     on_step(books.progress.step, books.progress.last)
                     stop_by = asked_to_stop(ranks) if job.checkpoints else None
                     if job.checkpoint_due(step + 1) or stop_by:
