@@ -82,6 +82,9 @@ class ProtocolPart(Part):
         default=None, description="why the built model opens the division: its cost is not that of the protocol's MoE"
     )
     training_fingerprint: Name
+    shared_fingerprint: str | None = Field(
+        default=None, description="where `unequal`: the training fingerprint that runs of equal cost have"
+    )
     suite_fingerprints: dict[str, str] = Field(description="suite -> fingerprint")
     resolved: dict[str, JsonValue]
 

@@ -165,6 +165,9 @@ def _record(state: RunState, **parts: Any) -> record.Record:
             "overrides": protocol.overrides,
             "unequal": plan.unequal,
             "training_fingerprint": plan.training_fingerprint,
+            "shared_fingerprint": trained_on(state.plan.as_built(None), sessions).training_fingerprint
+            if plan.unequal
+            else None,
             # Without the suites that were skipped: their tables have no row for this run.
             "suite_fingerprints": {
                 name: value for name, value in plan.suite_fingerprints.items() if name not in parts.get("skipped", {})

@@ -34,8 +34,8 @@ from upcycle_bench.reporting.sent import Here, Sent, Unchecked
 from upcycle_bench.strategy import Strategy, configure
 from upcycle_bench.util.errors import UserError, one_line
 
-# Of a protocol: what says something of it, or names suites that a run need not have.
-NOT_COMPARED = ("name", "summary", "sources", "optional_suites", "overrides")
+# Of a protocol: what says something of it, names suites that a run need not have, or changes no bit.
+NOT_COMPARED = ("name", "summary", "sources", "optional_suites", "overrides", "validation")
 BUILDS = ("", "+cpu", "+cu118", "+cu121", "+cu124", "+cu126", "+cu128", "+cu130")  # of torch, of records without one
 
 
@@ -121,6 +121,9 @@ def training(sent: Sent, here: Here) -> Iterator[str]:
     if sent.foreign_model:
         yield Unchecked(sent.foreign_model)
         return
+    shared = record.protocol.shared_fingerprint
+    if shared is not None and (record.protocol.unequal is None or shared not in _fingerprints(sent, None)):
+        yield f"the shared fingerprint is {shared}, which is not that of runs of equal cost"
     if record.protocol.unequal is None and said in _fingerprints(sent, None):
         return
     if said in _fingerprints(sent, record.protocol.unequal):
