@@ -5,6 +5,7 @@ path = run(plan, Path("results"), reporter)
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -27,9 +28,10 @@ from upcycle_bench.planning.fingerprint import recipe_path
 from upcycle_bench.planning.identity import command_of, run_facts, with_dense
 from upcycle_bench.planning.plan import Plan, check_input, check_strategy, dense_source, run_id
 from upcycle_bench.record import slug
+from upcycle_bench.reporting.expected_curves import outside, read_curves
 from upcycle_bench.run_state import RunState, write_failure, write_record
 from upcycle_bench.training import finished, session
-from upcycle_bench.training.job import Job, Progress
+from upcycle_bench.training.job import Curve, Job, Progress
 from upcycle_bench.training.loop import train
 from upcycle_bench.training.pretrain import load_dense
 from upcycle_bench.training.same_view import require_same_view
@@ -185,6 +187,7 @@ def train_model(
         zero_stage=settings.zero_stage,
         log_every=settings.log_every,
         held_out=held_out,
+        on_score=functools.partial(warn_of_curve, plan),
         metrics=work / "metrics.jsonl",
         checkpoints=work / "checkpoints",
         checkpoint_every=settings.checkpoint_every,
@@ -206,6 +209,22 @@ def train_model(
     if curve := progress.curve:  # in memory, both are one
         meter.phases["validate"] = Phase(curve.seconds, curve.flops, phase.peak_memory_bytes)
     return progress
+
+
+def warn_of_curve(plan: Plan, curve: Curve) -> None:
+    """Say on rank 0 where the newest held-out score is not where other runs of this strategy were.
+
+    It tells a broken machine or cluster before the training is paid for.
+    """
+    if plan.division != "closed" or not distributed.is_main():
+        return
+    found = outside(read_curves(), plan.label, plan.training_fingerprint, curve.identity, curve.points[-1:])
+    for point in found or ():
+        print(
+            f"warning: step {point.step}: the held-out score is {point.score:.4f}; {point.seeds} other runs of "
+            f"{plan.label} give {point.low:.4f} to {point.high:.4f}: is something here not as it was there?",
+            file=sys.stderr,
+        )
 
 
 def whole_model(plan: Plan, model: Clip, path: Path) -> Clip:

@@ -19,6 +19,7 @@ from upcycle_bench.evaluation.held_out import HeldOutPairs, held_out_pairs
 from upcycle_bench.model.clip import Clip, create_clip
 from upcycle_bench.planning.registry import load_registry
 from upcycle_bench.protocol import Validation, load_protocol
+from upcycle_bench.strategy import ExtraLoss
 from upcycle_bench.training.job import Curve
 from upcycle_bench.training.loop import train
 from upcycle_bench.util.errors import UserError
@@ -109,6 +110,47 @@ def test_a_training_does_not_notice_it(pairs: PairDataset, zero_stage: int) -> N
     assert [step for step, _ in curve.points] == [0, 1, 2, 3, 4, 5, 6]
     assert curve.seconds > 0
     assert curve.flops > 0
+
+
+class _Naive(ExtraLoss):
+    """An outsider's loss, whose hooks do not ask whether the model trains."""
+
+    name = "naive"
+
+    def __init__(self, layers: Mapping[str, Any]) -> None:
+        self.terms: list[torch.Tensor] = []
+        self.calls = 0
+        self.layer = next(iter(layers.values()))
+        self.handles = [
+            self.layer.moe.register_forward_hook(
+                lambda module, args, output: self.terms.append(output[0].square().mean())
+            ),
+            self.layer.moe.register_forward_pre_hook(self._count, with_kwargs=True),
+        ]
+
+    def _count(self, *_: Any) -> None:
+        self.calls += 1
+
+    def compute(self) -> torch.Tensor:
+        terms, self.terms = self.terms, []
+        assert len(terms) == 1
+        return terms[0] * self.calls
+
+    def close(self) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+
+def test_hooks_of_a_loss_do_not_see_it(pairs: PairDataset) -> None:
+    made = []
+    for scored in (False, True):
+        clip, losses = upcycled(), []
+        settings = job(held_out=held_out(clip, every=1)) if scored else job()
+        train(clip, pairs, settings, make_loss=lambda layers, losses=losses: losses.append(_Naive(layers)) or losses[0])
+        made.append(state(clip))
+        assert losses[0].calls == 6
+        assert not losses[0].layer.moe._forward_hooks
+    assert all(torch.equal(value, made[1][key]) for key, value in made[0].items())
 
 
 def test_the_curve_has_the_start_and_the_end_and_its_cost_is_kept_apart(

@@ -45,7 +45,9 @@ def _by_reference(sent: Sent) -> Iterator[str]:
     label = sent.record.strategy.label
     if label not in STRATEGIES or sent.record.protocol.division != "closed":
         return
-    found = outside(read_curves(), sent.record)
+    made, fingerprint = sent.record.validation, sent.record.protocol.training_fingerprint
+    assert made is not None
+    found = outside(read_curves(), label, fingerprint, made.identity, made.points)
     if found is None:
         yield Unchecked(f"fewer than {ENOUGH} other curves of {label} are stored for its protocol, data and pairs")
         return

@@ -1,7 +1,7 @@
 """Reference curves: where the held-out score of a sound run lies at each step, by stored runs of other seeds.
 
     stored = read_curves()                          # ships with the package; tests/generate_docs.py makes it
-    for point in outside(stored, record): ...       # the steps at which a record's curve is not where it should be
+    outside(stored, "dense", fingerprint, identity, points)     # the points that are not where they should be
 
 A run on another machine is compared with runs of the same strategy, protocol and data. At each step its score has a
 prediction interval: mean ± t s √(1 + 1/n) over n seeds, with the standard deviation s pooled over the strategies. By
@@ -27,6 +27,7 @@ from upcycle_bench.reporting.comparable import counting_runs
 FILE = "reference_curves.json"
 STRATEGIES = ("dense", "sparse-upcycling")
 ENOUGH = 3  # seeds
+ROUNDING = 0.01  # of a log rank: what another machine's kernels may do to a model that is the same
 LEVEL = 0.95
 
 
@@ -94,24 +95,24 @@ def read_curves() -> StoredCurves:
     return StoredCurves.model_validate_json(resources.files("upcycle_bench.assets").joinpath(FILE).read_text())
 
 
-def outside(stored: StoredCurves, record: Record) -> list[Outside] | None:
-    """The points of a record outside of their intervals; None where nothing is stored to compare it with.
+def outside(
+    stored: StoredCurves, strategy: str, fingerprint: str | None, identity: str, points: Sequence[tuple[int, float]]
+) -> list[Outside] | None:
+    """The points of a curve outside of their intervals; None where nothing is stored to compare it with.
 
-    Its own curve does not count as a stored one.
+    `fingerprint` is of the training, `identity` of the held-out pairs. The curve itself does not count as stored.
     """
-    if record.validation is None:
-        return None
-    theirs = [each for each in stored.curves if _compares(each, record)]
-    own = next((each for each in theirs if each.strategy == record.strategy.label), None)
+    theirs = [each for each in stored.curves if (each.fingerprint, each.identity) == (fingerprint, identity)]
+    own = next((each for each in theirs if each.strategy == strategy), None)
     if own is None:
         return None
     found, compared = [], 0
-    for step, score in record.validation.points:
-        values = {each.strategy: _at(each, step, record) for each in theirs}
-        if len(mine := values[own.strategy]) < ENOUGH:
+    for step, score in points:
+        values = {each.strategy: _at(each, step, points) for each in theirs}
+        if len(mine := values[strategy]) < ENOUGH:
             continue
         compared += 1
-        low, high = interval(mine, list(values.values()), len(record.validation.points))
+        low, high = interval(mine, list(values.values()), len(own.steps))
         if not low <= score <= high:
             found.append(Outside(step, score, low, high, len(mine)))
     return found if compared else None
@@ -120,7 +121,7 @@ def outside(stored: StoredCurves, record: Record) -> list[Outside] | None:
 def interval(mine: Sequence[float], every: Sequence[Sequence[float]], points: int) -> tuple[float, float]:
     """Where a new value lies that belongs to `mine`; the deviation is that of `every` group of values around its mean.
 
-    One of `points` such intervals, all of which hold with `LEVEL`.
+    One of `points` such intervals, all of which hold with `LEVEL`. None is narrower than ROUNDING.
     """
     from scipy.special import stdtrit
 
@@ -128,21 +129,17 @@ def interval(mine: Sequence[float], every: Sequence[Sequence[float]], points: in
     degrees = sum(len(values) - 1 for values in several)
     variance = sum((len(values) - 1) * statistics.variance(values) for values in several) / degrees
     reach = float(stdtrit(degrees, 1 - (1 - LEVEL) / points / 2)) * math.sqrt(variance * (1 + 1 / len(mine)))
-    middle = statistics.fmean(mine)
+    middle, reach = statistics.fmean(mine), max(reach, ROUNDING)
     return middle - reach, middle + reach
 
 
-def _compares(stored: Stored, record: Record) -> bool:
-    assert record.validation is not None
-    return (stored.fingerprint, stored.identity) == (record.protocol.training_fingerprint, record.validation.identity)
-
-
-def _at(stored: Stored, step: int, record: Record) -> list[float]:
-    """The stored scores at a step, without the record's own."""
+def _at(stored: Stored, step: int, points: Sequence[tuple[int, float]]) -> list[float]:
+    """The stored scores at a step, without those of the same curve."""
     if step not in stored.steps:
         return []
-    place, points = (
-        stored.steps.index(step),
-        tuple(score for _, score in record.validation.points) if record.validation else (),
-    )
-    return [scores[place] for scores in stored.scores.values() if scores != points]
+    place, known = stored.steps.index(step), dict(zip(stored.steps, range(len(stored.steps)), strict=True))
+    return [
+        scores[place]
+        for scores in stored.scores.values()
+        if any(at not in known or scores[known[at]] != score for at, score in points)
+    ]

@@ -6,7 +6,7 @@
         with books.counting(step): ...                  # counts the FLOPs of a few steps
         books.count_step(losses, batch.bad)             # after each step
         books.write_metrics(losses, rate, scale, seen)  # after some steps
-        books.validate()                                # before the first step, and after each
+        books.validate(hooks)                              # before the first step, and after each
         books.collect()                                 # before `books.progress` is saved
 
 Shape suffixes: S steps, M terms of the loss.
@@ -27,6 +27,7 @@ from upcycle_bench.data.batches import BatchSource
 from upcycle_bench.model.moe import MoEFFN
 from upcycle_bench.training.checkpoint import MetricsFile
 from upcycle_bench.training.job import SHARE_STEPS, Job, Progress
+from upcycle_bench.training.own_hooks import OwnHooks
 from upcycle_bench.training.router_log import Watched
 from upcycle_bench.util import distributed
 from upcycle_bench.util.errors import DivergedError
@@ -74,8 +75,11 @@ class Bookkeeping:
             progress.counted_flops += self._flops
             progress.counted_steps += 1
 
-    def validate(self) -> None:
-        """Score the held-out pairs, where it is time. What it costs is kept apart; every rank must call it."""
+    def validate(self, hooks: OwnHooks) -> None:
+        """Score the held-out pairs, where it is time, without the own loss's `hooks`; every rank must call it.
+
+        What it costs is kept apart from the training.
+        """
         held_out, progress = self.job.held_out, self.progress
         if held_out is None or (progress.step % held_out.every and progress.step != self.job.stop_step):
             return
@@ -85,11 +89,12 @@ class Bookkeeping:
         curve = progress.curve
         if curve.points and curve.points[-1][0] == progress.step:  # the checkpoint has it
             return
-        with FlopCounter() as counter:
+        with hooks.off(), FlopCounter() as counter:
             value = held_out.score()
         curve.points.append((progress.step, value))
         curve.flops += distributed.sum_over_ranks(counter.get_total_flops())
         self.job.trackers.log({"step": progress.step, "validation_log_rank": value})
+        self.job.on_score(curve)
         seconds = time.perf_counter() - began
         curve.seconds += seconds
         self._began += seconds

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -54,7 +55,7 @@ class Job:
     """The settings of one training. Where `stop_step` < `schedule.steps`, it stops before its schedule ends.
 
     `purpose` and `seed` name the random streams: with equal seeds, upcycling does not repeat the dense model's batches.
-    `held_out` is scored at the start, every few steps and at the end.
+    `held_out` is scored at the start, every few steps and at the end; then `on_score` gets the curve so far.
     `metrics`: the file for lines of metrics; `trackers` get them, too. `checkpoints`: the folder of checkpoints,
     written every `checkpoint_every` steps (0: only where the training is stopped).
     """
@@ -69,6 +70,7 @@ class Job:
     zero_stage: int = 0
     log_every: int = 10
     held_out: HeldOut | None = None
+    on_score: Callable[[Curve], None] = lambda curve: None
     metrics: Path | None = None
     checkpoints: Path | None = None
     checkpoint_every: int = 0
