@@ -10,8 +10,10 @@ import pytest
 
 from tests.records import headlines_of, make_record, score
 from tests.reporting.test_leaderboard import failure, runs, two_headlines
-from upcycle_bench.reporting.formats import NOTES, render
-from upcycle_bench.reporting.leaderboard import Board, build
+from upcycle_bench.reporting.board import Board
+from upcycle_bench.reporting.captions import NOTES
+from upcycle_bench.reporting.formats import render
+from upcycle_bench.reporting.leaderboard import build
 from upcycle_bench.util.errors import UserError
 
 

@@ -10,8 +10,9 @@ import pytest
 
 from tests.records import headlines_of, make_record, score
 from upcycle_bench.record import Record, read, record_paths, write
+from upcycle_bench.reporting.board import Board, BoardHeadline, Row, RowHeadline, SeedMean
 from upcycle_bench.reporting.formats import render
-from upcycle_bench.reporting.leaderboard import Board, BoardHeadline, Row, RowHeadline, SeedMean, build
+from upcycle_bench.reporting.leaderboard import build
 from upcycle_bench.util.errors import UserError
 
 # Student's t, 97.5 % quantile: 1 degree of freedom 12.706205, 2: 4.302653 (any printed table)
