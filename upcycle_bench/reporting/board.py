@@ -58,7 +58,8 @@ class BoardHeadline:
 class Row:
     """One strategy label: means over the runs that count, which are the newest successes of each pair of seeds.
 
-    Values are None where no run succeeded. FLOPs and seconds are means per run.
+    Values are None where no run succeeded. FLOPs and seconds are means per run. rank: the place of the mean among the
+    rows that are ranked by the first headline score, 1 the best; None for the others.
     """
 
     rank: int | None

@@ -17,7 +17,8 @@ NOTES = (
     "an interval is wide; over one (n=1) there is none.",
     "Verdicts are about the difference to the reference: better or worse where p < 0.05 (Holm's, over the strategies "
     "of the table, for each score alone), tied where the interval is within one run's standard deviation over seeds, "
-    "else undecided. With fewer than three seeds nothing is ranked; # is the place of the mean alone.",
+    "else undecided. With fewer than three seeds a strategy is not ranked: it has no # (-), and its row stands where "
+    "its mean does. # is the place of the mean among the ranked ones.",
     "In parentheses behind other metrics: the standard error over evaluation samples, where the records have it.",
     "Differences are paired by initialisation and training seed; their n counts the training seeds with a pair.",
     "Charged FLOPs: all phases before evaluation. Times and FLOPs are means per run.",

@@ -4,12 +4,14 @@
     print(render(boards, "terminal"))        # or "md", "csv", "json"
 
 Runs have one headline score or several, which are never mixed. A row has each as a mean over training seeds, with an
-interval over seeds and evaluation samples (`standings`); n counts training seeds. Rows are ranked by the first headline
-score. Initialisations of one training seed depend on each other, so they are averaged first.
+interval over seeds and evaluation samples (`standings`); n counts training seeds. Rows stand in the order of the first
+headline score; those with enough seeds are ranked by it. Initialisations of one training seed depend on each other, so
+they are averaged first.
 """
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -88,10 +90,15 @@ def _board(records: list[Record], outcomes: Outcomes) -> Board:
         headlines=headlines,
         over_samples=tuple(name for name, each in standings.items() if any(s.score.of_samples for s in each.values())),
         baseline=baseline,
-        rows=tuple(
-            replace(row, rank=rank) if first in row.headlines else row for rank, row in enumerate(rows, start=1)
-        ),
+        rows=_ranked(rows, first),
     )
+
+
+def _ranked(rows: Sequence[Row], headline: str) -> tuple[Row, ...]:
+    """The rows, of which those that are ranked have their place among these. Others keep their place in the order."""
+    places = itertools.count(1)
+    ranked = [headline in row.headlines and row.headlines[headline].ranks is not None for row in rows]
+    return tuple(replace(row, rank=next(places)) if found else row for row, found in zip(rows, ranked, strict=True))
 
 
 def _headlines(runs: Sequence[Record]) -> dict[str, BoardHeadline]:
