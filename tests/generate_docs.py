@@ -25,9 +25,9 @@ from upcycle_bench.planning.cluster_cost import bills
 from upcycle_bench.planning.registry import load_registry
 from upcycle_bench.protocol import load_protocol
 from upcycle_bench.reporting import formats, leaderboard
+from upcycle_bench.reporting.board import Board, SeedMean
 from upcycle_bench.reporting.collect import collect
 from upcycle_bench.reporting.formats import markdown_table as table
-from upcycle_bench.reporting.leaderboard import Board, SeedMean
 from upcycle_bench.reporting.validate import CHECKS
 
 ROOT = Path(__file__).parent.parent

@@ -9,7 +9,8 @@ import pytest
 
 from tests.records import make_record, score
 from upcycle_bench.record import Record
-from upcycle_bench.reporting.standings import Counting, Standing, stand
+from upcycle_bench.reporting.comparable import Counting
+from upcycle_bench.reporting.standings import Standing, stand
 
 
 def counting(**strategies: Mapping[tuple[int, int], float]) -> Counting:
@@ -166,7 +167,7 @@ def test_dependent_samples_widen_by_what_the_record_says() -> None:
     assert plain == pytest.approx(alone, rel=0.05) and wide == pytest.approx(3 * alone, rel=0.05)
 
 
-@pytest.mark.parametrize("fault", ["missing", "another mean", "another number"])
+@pytest.mark.parametrize("fault", ["missing", "another mean", "another number", "no number"])
 def test_outcomes_that_do_not_fit_are_not_used(fault: str) -> None:
     rows = {("base", seed): np.random.default_rng(seed).normal(size=50) for seed in range(3)}
     made, read = with_outcomes(rows)
@@ -175,7 +176,12 @@ def test_outcomes_that_do_not_fit_are_not_used(fault: str) -> None:
         found = dict(read(run))
         if run.seeds.train == 1:
             key = "zero-shot/a/text_log_rank"
-            found |= {key: {"another mean": found[key] + 1, "another number": found[key][:40]}.get(fault)}
+            faults = {
+                "another mean": found[key] + 1,
+                "another number": found[key][:40],
+                "no number": found[key] * np.nan,
+            }
+            found |= {key: faults.get(fault)}
             if fault == "missing":
                 del found[key]
         return found

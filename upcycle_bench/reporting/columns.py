@@ -10,7 +10,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
-from upcycle_bench.reporting.leaderboard import Board, Row, RowHeadline, SeedMean
+from upcycle_bench.reporting.board import Board, Row, RowHeadline, SeedMean
 from upcycle_bench.suite import is_averaged
 
 # The metrics in tables for people; csv and json have all metrics.

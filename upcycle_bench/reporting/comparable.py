@@ -12,8 +12,7 @@ from collections.abc import Mapping, Sequence
 from upcycle_bench.record import Record
 
 SeedPair = tuple[int, int]  # seeds of initialisation and of training
-
-
+Counting = Mapping[str, Mapping[SeedPair, Record]]  # strategy's label -> its runs that count
 Table = tuple[str, str, str, tuple[tuple[str, str], ...], str]
 
 
@@ -42,7 +41,7 @@ def counting_runs(records: Sequence[Record]) -> dict[str, dict[SeedPair, Record]
     return dict(found)
 
 
-def directions(counting: Mapping[str, Mapping[SeedPair, Record]]) -> dict[str, bool]:
+def directions(counting: Counting) -> dict[str, bool]:
     """Each headline score of these runs, and whether higher is better."""
     runs = [run for mine in counting.values() for run in mine.values()]
     return {name: each.higher_is_better for run in runs for name, each in run.headlines.items()}

@@ -4,150 +4,32 @@
     print(render(boards, "terminal"))        # or "md", "csv", "json"
 
 Runs have one headline score or several, which are never mixed. A row has each as a mean over training seeds, with an
-interval over seeds and evaluation samples (`standings`); n counts training seeds. Rows are ranked by the first headline
-score. Initialisations of one training seed depend on each other, so they are averaged first.
+interval over seeds and evaluation samples (`standings`); n counts training seeds. Rows stand in the order of the first
+headline score; those with enough seeds are ranked by it. Initialisations of one training seed depend on each other, so
+they are averaged first.
 """
 
 from __future__ import annotations
 
+import itertools
 import statistics
-import textwrap
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from upcycle_bench.record import Record, ScoreRecord
-from upcycle_bench.reporting.comparable import SeedPair, Table, comparable, counting_runs
+from upcycle_bench.reporting.board import Board, BoardHeadline, Row, RowHeadline, SeedMean
+from upcycle_bench.reporting.comparable import SeedPair, comparable, counting_runs
 from upcycle_bench.util import strict_json
 from upcycle_bench.util.errors import UserError
 
 if TYPE_CHECKING:  # they import numpy
+    from upcycle_bench.reporting.drawn import Outcomes
     from upcycle_bench.reporting.resampling import Sure
-    from upcycle_bench.reporting.standings import Outcomes, Standing
+    from upcycle_bench.reporting.standings import Standing
 
 BASELINES = ("sparse-upcycling", "dense")  # differences are to the first of these with a successful run
-
-
-@dataclass(frozen=True)
-class SeedMean:
-    """A mean over `n` training seeds and the half width of its 95 % confidence interval (None for one seed)."""
-
-    mean: float
-    half_width: float | None
-    n: int
-
-
-@dataclass(frozen=True)
-class RowHeadline:
-    """A headline score of a row, and how it stands to the others' (`standings.Standing`).
-
-    difference: to the baseline's, paired by both seeds; p: of it, by Holm over the table. standard_error: an upper
-    bound of one run's, over evaluation samples. of_init, of_train: standard deviations over seeds of each kind.
-    spread: that of paired differences over training seeds; samples: their standard error over evaluation samples.
-    """
-
-    mean: SeedMean
-    difference: SeedMean | None
-    standard_error: float | None
-    p: float | None
-    verdict: str
-    ranks: tuple[int, int] | None
-    letters: str
-    of_init: float | None
-    of_train: float | None
-    spread: float | None
-    samples: float | None
-
-
-@dataclass(frozen=True)
-class BoardHeadline:
-    """A headline score of a board: the scores whose mean it is, its direction, and the value of guessing."""
-
-    parts: tuple[str, ...]
-    higher_is_better: bool
-    chance: float | None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Row:
-    """One strategy label: means over the runs that count, which are the newest successes of each pair of seeds.
-
-    Values are None where no run succeeded. FLOPs and seconds are means per run.
-    """
-
-    rank: int | None
-    label: str
-    strategy: str
-    kind: str  # the row's mark: reconstructed, parts reconstructed, control, unpublished; "": published
-    headlines: dict[str, RowHeadline]  # empty where no run succeeded
-    scores: dict[str, float]  # suite/dataset/metric -> mean
-    standard_errors: dict[str, float]  # over evaluation samples, of the scores where all runs have one
-    parameters_total: int | None
-    parameters_active: int | None
-    train_seconds: float | None
-    train_flops: float | None
-    charged_flops: float | None  # of every phase before evaluation
-    tokens_dropped: float | None
-    runs: int  # how many count
-    certified: int  # how many of these have a certificate
-    failed: int
-    superseded: int
-    mixed: bool  # the runs that count differ in configuration, plugin version or code
-    dirty: int  # how many of them ran with changes that no commit has
-    status: str  # "ok" where a run succeeded, else the status of the newest run
-    reason: str | None
-
-    @property
-    def title(self) -> str:
-        """The label with its mark."""
-        return f"{self.label} ({self.kind})" if self.kind else self.label
-
-    @property
-    def seeds(self) -> int:
-        """How many training seeds count."""
-        return max((headline.mean.n for headline in self.headlines.values()), default=0)
-
-    @property
-    def outcome(self) -> str:
-        """How the runs ended, in words."""
-        failed = [f"{self.failed} failed"] if self.failed else []
-        if not self.headlines:
-            reason = textwrap.shorten(self.reason or "", 80, placeholder=" ...")
-            return f"{self.status}: {reason}" + (f" ({failed[0]})" if self.failed > 1 else "")
-        superseded = [f"{self.superseded} superseded"] if self.superseded else []
-        mixed = ["mixes configurations, versions or code"] if self.mixed else []
-        dirty = [f"{self.dirty} of a dirty tree"] if self.dirty else []
-        return ", ".join(["ok", *failed, *superseded, *mixed, *dirty])
-
-
-@dataclass(frozen=True, kw_only=True)
-class Board:
-    """Runs with equal protocol, division, fingerprints and dense model."""
-
-    protocol: str
-    division: str
-    overrides: tuple[str, ...]
-    unequal: str | None
-    training_fingerprint: str
-    suite_fingerprints: dict[str, str]
-    dense: str
-    headlines: dict[str, BoardHeadline]
-    over_samples: tuple[str, ...]  # headline scores whose intervals are over evaluation samples, too
-    baseline: str | None
-    rows: tuple[Row, ...]
-
-    @property
-    def table(self) -> Table:
-        """`comparable.table_of` its records."""
-        suites = tuple(self.suite_fingerprints.items())
-        return self.protocol, self.division, self.training_fingerprint, suites, self.dense
-
-    @property
-    def flops_ratios(self) -> list[float | None]:
-        """Each row's charged FLOPs by the baseline's; None where one of them is unknown or the baseline has none."""
-        base = next((row.charged_flops for row in self.rows if row.label == self.baseline), None)
-        return [None if row.charged_flops is None or not base else row.charged_flops / base for row in self.rows]
 
 
 def no_outcomes(record: Record) -> Mapping[str, Any]:
@@ -208,10 +90,15 @@ def _board(records: list[Record], outcomes: Outcomes) -> Board:
         headlines=headlines,
         over_samples=tuple(name for name, each in standings.items() if any(s.score.of_samples for s in each.values())),
         baseline=baseline,
-        rows=tuple(
-            replace(row, rank=rank) if first in row.headlines else row for rank, row in enumerate(rows, start=1)
-        ),
+        rows=_ranked(rows, first),
     )
+
+
+def _ranked(rows: Sequence[Row], headline: str) -> tuple[Row, ...]:
+    """The rows, of which those that are ranked have their place among these. Others keep their place in the order."""
+    places = itertools.count(1)
+    ranked = [headline in row.headlines and row.headlines[headline].ranks is not None for row in rows]
+    return tuple(replace(row, rank=next(places)) if found else row for row, found in zip(rows, ranked, strict=True))
 
 
 def _headlines(runs: Sequence[Record]) -> dict[str, BoardHeadline]:

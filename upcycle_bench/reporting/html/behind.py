@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from upcycle_bench.record import Record
+from upcycle_bench.reporting.board import Board
 from upcycle_bench.reporting.comparable import Table, comparable, counting_runs, table_of
-from upcycle_bench.reporting.leaderboard import Board
 
 Runs = Sequence[tuple[Record, Path]]
 Behind = dict[str, Runs]  # a row's label -> its records, oldest first

@@ -10,10 +10,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from upcycle_bench.reporting.board import Board, Row, RowHeadline
 from upcycle_bench.reporting.columns import mean_cell, split_column
 from upcycle_bench.reporting.html.behind import Behind, Runs, counting
 from upcycle_bench.reporting.html.record_details import RecordDetails, rounded
-from upcycle_bench.reporting.leaderboard import Board, Row, RowHeadline
 from upcycle_bench.reporting.published import Published
 
 FEW = 300  # records, up to which the page holds whole receipts

@@ -15,11 +15,11 @@ from collections.abc import Sequence
 from importlib import resources
 from typing import Any
 
-from upcycle_bench.reporting.formats import NOTES
+from upcycle_bench.reporting.board import Board
+from upcycle_bench.reporting.captions import NOTES
 from upcycle_bench.reporting.html.behind import Runs, records_of
 from upcycle_bench.reporting.html.data import Publisher, data_of, nothing_published
 from upcycle_bench.reporting.html.sections import section_of
-from upcycle_bench.reporting.leaderboard import Board
 from upcycle_bench.util import strict_json
 
 VENDORED = ("vendor/d3.min.js", "vendor/plot.min.js")

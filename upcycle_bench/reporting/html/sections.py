@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from upcycle_bench.reporting.board import Board, Row, RowHeadline
+from upcycle_bench.reporting.captions import caption, heading
 from upcycle_bench.reporting.columns import mean_cell, number_cell, rank_cell
-from upcycle_bench.reporting.formats import caption, heading
 from upcycle_bench.reporting.html.behind import Behind, counting
 from upcycle_bench.reporting.html.record_details import LAYER, layer_means
-from upcycle_bench.reporting.leaderboard import Board, Row, RowHeadline
 from upcycle_bench.reporting.resampling import ENOUGH
 
 RESOLVED = ("better", "worse")  # only these verdicts are bold

@@ -1,0 +1,100 @@
+"""Critical-difference diagrams of runs: a panel for each table and headline score.
+
+draw_rankings(figure, runs)         # matplotlib's Figure, `figures.Run`s; returns the runs of the strategies in it
+"""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Protocol, TypeVar
+
+from upcycle_bench.record import Record
+from upcycle_bench.reporting.comparable import comparable, counting_runs
+from upcycle_bench.reporting.critical_difference import Ranking, rankings
+from upcycle_bench.util.errors import UserError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+LETTERS = 32  # of a name
+WIDTH = 10.0  # inches
+
+
+class _Run(Protocol):
+    @property
+    def record(self) -> Record: ...
+
+
+AnyRun = TypeVar("AnyRun", bound=_Run)
+
+
+def draw_rankings(figure: Figure, runs: Sequence[AnyRun]) -> list[AnyRun]:
+    """Draw all that can be drawn; a headline score without a diagram has the line that says what it lacks.
+
+    UserError where none can be drawn.
+    """
+    found = [
+        (f"{records[0].protocol.name}, {headline}", counting, ranking)
+        for records in comparable([run.record for run in runs])
+        for counting in [counting_runs(records)]
+        for headline, ranking in rankings(counting).items()
+    ]
+    drawn = [ranking for _, _, ranking in found if isinstance(ranking, Ranking)]
+    if not drawn:
+        raise UserError(f"--figure critical-difference: {found[0][2]}")
+    heights = [2.4 + 0.14 * len(r.ranks) + 0.2 * len(r.groups) if isinstance(r, Ranking) else 0.8 for _, _, r in found]
+    figure.set_size_inches(WIDTH, sum(heights))
+    panels = figure.subplots(len(found), 1, squeeze=False, height_ratios=heights)[:, 0]
+    shown: set[int] = set()
+    for axes, (title, counting, ranking) in zip(panels, found, strict=True):
+        axes.set_title(title, loc="left", fontsize="medium", parse_math=False)
+        if isinstance(ranking, Ranking):
+            _diagram(axes, ranking)
+            shown |= {id(run) for label in ranking.ranks for run in counting[label].values()}
+        else:
+            axes.set_axis_off()
+            axes.text(0, 0.5, textwrap.fill(ranking, 120), fontsize="small", parse_math=False, va="center")
+    return [run for run in runs if id(run.record) in shown]
+
+
+def _diagram(axes: Axes, ranking: Ranking) -> None:
+    import pandas
+    from scikit_posthocs import critical_difference_diagram
+
+    names = short_names(ranking.ranks, LETTERS)
+    together = {label: {other for group in ranking.groups if label in group for other in group} for label in names}
+    tied = [[float(other == label or other in together[label]) for other in names] for label in names]
+    critical_difference_diagram(
+        {names[label]: rank for label, rank in ranking.ranks.items()},
+        pandas.DataFrame(tied, index=list(names.values()), columns=list(names.values())),
+        ax=axes,
+        label_fmt_left="{label} ({rank:.2f})",
+        label_fmt_right="({rank:.2f}) {label}",
+        label_props={"fontsize": "small", "parse_math": False},
+        elbow_props={"color": "black", "linewidth": 0.8, "clip_on": False},
+        marker_props={"s": 16, "clip_on": False},
+        crossbar_props={"color": "C0", "linewidth": 3},
+    )
+    end = 1 + ranking.distance
+    axes.set_xlim(1, max(len(ranking.ranks), end))
+    axes.plot([1, end], [1.4, 1.4], color="black", marker="|", linewidth=1, clip_on=False)  # above the numbers
+    axes.text((1 + end) / 2, 1.5, f"critical difference {ranking.distance:.2f}", ha="center", va="bottom", size="small")
+    axes.text(
+        0, -0.02, textwrap.fill(ranking.said(), 130), transform=axes.transAxes, va="top", fontsize="x-small",
+        parse_math=False,
+    )  # fmt: skip
+
+
+def short_names(labels: Mapping[str, float] | Sequence[str], letters: int) -> dict[str, str]:
+    """Names of so many letters, on one line; those that would be equal get a number."""
+    names: dict[str, str] = {}
+    for label in labels:
+        line = " ".join(label.split())
+        name = short = line if len(line) <= letters else f"{line[: letters - 1]}…"
+        number = 2
+        while name in names.values():
+            name, number = f"{short} ({number})", number + 1
+        names[label] = name
+    return names
