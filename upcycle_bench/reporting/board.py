@@ -12,6 +12,7 @@ import textwrap
 from dataclasses import dataclass
 
 from upcycle_bench.reporting.comparable import Table
+from upcycle_bench.reporting.targets import Target
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,8 @@ class Row:
     train_flops: float | None
     charged_flops: float | None  # of every phase before evaluation
     tokens_dropped: float | None
+    targets: dict[str, Target]  # reference -> the way to its final score
+    peer: str | None  # the label that differences are to; None where there is nothing to compare with
     runs: int  # how many count
     certified: int  # how many of these have a certificate
     failed: int
@@ -109,8 +112,12 @@ class Row:
 
 @dataclass(frozen=True, kw_only=True)
 class Board:
-    """Runs with equal protocol, division, fingerprints and dense model."""
+    """Runs with equal protocol, division, fingerprints and dense model.
 
+    view: "steps", differences are to one baseline; "compute", to runs of its kind with as much compute.
+    """
+
+    view: str
     protocol: str
     division: str
     overrides: tuple[str, ...]

@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections import defaultdict
 
 from upcycle_bench.reporting.board import Board
-from upcycle_bench.reporting.columns import shown_scores, split_column
+from upcycle_bench.reporting.columns import shown_scores, split_column, targets_of
+from upcycle_bench.reporting.equal_compute import LONGER, NEAR
 
 LOG_RANK = "log_rank"  # as `evaluation.ranking` calls it
 NOTES = (
@@ -28,8 +29,9 @@ NOTES = (
 def heading(board: Board) -> str:
     """What the runs of this board have in common."""
     suites = "".join(f", {suite} {fingerprint[:8]}" for suite, fingerprint in board.suite_fingerprints.items())
+    against = f", against {board.baseline} of as much compute" if board.view == "compute" else ""
     where = f"training {board.training_fingerprint[:8]}{suites}, dense {board.dense[:8]}"
-    return f"{board.protocol}, {board.division} division ({where})"
+    return f"{board.protocol}, {board.division} division{against} ({where})"
 
 
 def caption(board: Board) -> list[str]:
@@ -48,8 +50,14 @@ def caption(board: Board) -> list[str]:
         split_column(part)[2].endswith(LOG_RANK) for headline in board.headlines.values() for part in headline.parts
     ):
         sentences.append("log_rank: mean ln(1 + wrong answers nearer than the right one); e to it is a geometric mean.")
-    if board.baseline:
+    sentences += _equal_compute(board) if board.view == "compute" else []
+    if board.baseline and board.view == "steps":
         sentences.append(f"vs {board.baseline}: the score minus that of {board.baseline}.")
+    if targets := targets_of(board):
+        sentences.append(
+            f"to {', '.join(targets)}: steps until the held-out score is that of the reference's run of the same seeds "
+            "at its end, and charged FLOPs until then by all that the reference spent."
+        )
     if alone := [name for name in board.headlines if name not in board.over_samples]:
         sentences.append(
             f"Intervals of {', '.join(alone)} are over training seeds alone: not all runs have outcomes of each sample."
@@ -75,6 +83,25 @@ def caption(board: Board) -> list[str]:
         sentences.append(
             f"There are {without} of {runs} runs without a certificate of their evaluation (docs/protocols.md)."
         )
+    return sentences
+
+
+def _equal_compute(board: Board) -> list[str]:
+    """What each row is compared with, and what has to be run where there is nothing."""
+    ratios = dict(zip((row.label for row in board.rows), board.flops_ratios, strict=True))
+    sentences = [
+        f"Equal compute: a row that cost no more than {board.baseline} is compared with it, another one with a run of "
+        f"its kind whose charged FLOPs are within {NEAR:.0%} of its own; nothing is ranked."
+    ]
+    for row in board.rows:
+        ratio, other = ratios[row.label], ratios.get(row.peer or "")
+        if row.peer not in (None, board.baseline, row.label) and other is not None:
+            sentences.append(f"{row.label} ({ratio:.2f}x) is compared with {row.peer} ({other:.2f}x).")
+        elif row.peer is None and ratio is not None and row.headlines:
+            usual = next((each.charged_flops for each in board.rows if each.label == "sparse-upcycling"), None)
+            compute = f" -o compute={row.charged_flops / usual:.2f}" if usual and row.charged_flops else ""
+            longer = f"upcycle-bench run -s {LONGER[board.baseline or '']}{compute}"
+            sentences.append(f"Nothing cost as much as {row.label} ({ratio:.2f}x) yet: {longer}")
     return sentences
 
 

@@ -2,12 +2,13 @@
 
 for records in comparable(every): counting = counting_runs(records)     # label -> seeds -> record
 table_of(record)                                                    # what all records of a set have in common
+shared_table_of(record)                                             # the same, whatever the run's compute
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from upcycle_bench.record import Record
 
@@ -23,11 +24,22 @@ def table_of(record: Record) -> Table:
     return protocol.name, protocol.division, protocol.training_fingerprint, suites, record.hashes.dense
 
 
-def comparable(records: Sequence[Record]) -> list[list[Record]]:
-    """The records in sets that may be compared, oldest first in each."""
+def shared_table_of(record: Record) -> Table:
+    """The same, but a run of another compute belongs to the table of those whose protocol it shares."""
+    name, division, fingerprint, suites, dense = table_of(record)
+    if record.protocol.shared_fingerprint and not record.protocol.overrides:
+        division, fingerprint = "closed", record.protocol.shared_fingerprint
+    return name, division, fingerprint, suites, dense
+
+
+VIEWS: dict[str, Callable[[Record], Table]] = {"steps": table_of, "compute": shared_table_of}
+
+
+def comparable(records: Sequence[Record], table: Callable[[Record], Table] = table_of) -> list[list[Record]]:
+    """The records in sets that may be compared, oldest first in each; those of a set have one `table`."""
     groups: dict[Table, list[Record]] = defaultdict(list)
     for record in sorted(records, key=lambda r: (r.created_at, r.run_id)):  # the last of every list is the newest
-        groups[table_of(record)].append(record)
+        groups[table(record)].append(record)
     return [groups[key] for key in sorted(groups)]
 
 

@@ -69,10 +69,14 @@ def only(boards: list[Board], strategies: Sequence[str]) -> list[Board]:
         if name not in known:
             raise unknown("strategy", name, known)
     wanted = set(strategies)
+
+    def beside(board: Board) -> set[str | None]:
+        return {board.baseline, *(row.peer for row in board.rows if {row.strategy, row.label} & wanted)}
+
     kept = [
         replace(
             board,
-            rows=tuple(row for row in board.rows if {row.strategy, row.label} & wanted or row.label == board.baseline),
+            rows=tuple(row for row in board.rows if {row.strategy, row.label} & wanted or row.label in beside(board)),
         )
         for board in boards
     ]
@@ -162,6 +166,8 @@ def _csv(boards: list[Board]) -> str:
             for key, value in asdict(row).items():
                 if key == "headlines":
                     line |= {f"{name} {part}": number for name in value for part, number in _flat(value[name])}
+                elif key == "targets":
+                    line |= {f"to {name} {part}": number for name in value for part, number in value[name].items()}
                 elif key == "scores":
                     line |= {name: value.get(name) for name in names}
                 elif key == "standard_errors":

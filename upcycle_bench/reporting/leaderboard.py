@@ -20,7 +20,9 @@ from typing import TYPE_CHECKING, Any
 
 from upcycle_bench.record import Record, ScoreRecord
 from upcycle_bench.reporting.board import Board, BoardHeadline, Row, RowHeadline, SeedMean
-from upcycle_bench.reporting.comparable import SeedPair, comparable, counting_runs
+from upcycle_bench.reporting.comparable import VIEWS, SeedPair, comparable, counting_runs
+from upcycle_bench.reporting.equal_compute import KINDS, any_of, peers_of
+from upcycle_bench.reporting.targets import charged_flops, targets_of
 from upcycle_bench.util import strict_json
 from upcycle_bench.util.errors import UserError
 
@@ -38,36 +40,51 @@ def no_outcomes(record: Record) -> Mapping[str, Any]:
     return {}
 
 
-def build(records: list[Record], outcomes: Outcomes = no_outcomes) -> list[Board]:
+def build(records: list[Record], outcomes: Outcomes = no_outcomes, view: str = "steps") -> list[Board]:
     """One board for each set of comparable records, sorted by protocol, closed division first. UserError if empty.
 
+    `view`: "compute" gives one for each kind of reference, against runs of as much compute (`equal_compute`).
     `outcomes` gives those of each sample, by suite/dataset/name, so that intervals are over samples, too.
     """
     if not records:
         raise UserError("a leaderboard needs records: there are none.")
-    return [_board(runs, outcomes) for runs in comparable(records)]
+    groups = comparable(records, VIEWS[view])
+    if view == "steps":
+        return [_board(runs, outcomes) for runs in groups]
+    boards = [_board(runs, outcomes, kind) for runs in groups for kind in KINDS if any_of(kind, runs)]
+    if not boards:
+        raise UserError(f"a view of equal compute needs runs of {' or '.join(KINDS)}: there are none.")
+    return boards
 
 
 def _shown(sure: Sure) -> SeedMean:
     return SeedMean(sure.mean, sure.half_width, sure.seeds)
 
 
-def _board(records: list[Record], outcomes: Outcomes) -> Board:
-    """The board of these records, which come oldest first."""
+def _board(records: list[Record], outcomes: Outcomes, kind: str | None = None) -> Board:
+    """The board of these records, which come oldest first; against runs of that `kind` of as much compute."""
     from upcycle_bench.reporting.standings import stand
 
     by_label: dict[str, list[Record]] = defaultdict(list)
     for record in records:
         by_label[record.strategy.label].append(record)
     counting = counting_runs(records)
-    baseline = next((label for label in BASELINES if counting.get(label)), None)
+    baseline = kind or next((label for label in BASELINES if counting.get(label)), None)
+    peers = dict.fromkeys(counting, baseline) if kind is None else peers_of(counting, kind)
+    reference = {label: peer for label, peer in peers.items() if peer is not None}
     headlines = _headlines([run for runs in counting.values() for run in runs.values()])
     standings = {
-        name: stand(counting, name, higher_is_better=each.higher_is_better, reference=baseline, outcomes=outcomes)
+        name: stand(counting, name, higher_is_better=each.higher_is_better, reference=reference, outcomes=outcomes)
         for name, each in headlines.items()
     }
+    if kind is not None:  # runs of another compute have no ranks in common
+        standings = {name: {k: replace(s, ranks=None) for k, s in each.items()} for name, each in standings.items()}
     rows = [
-        _row(runs, counting[label], {name: each[label] for name, each in standings.items() if label in each})
+        replace(
+            _row(runs, counting[label], {name: each[label] for name, each in standings.items() if label in each}),
+            targets=targets_of(counting, label),
+            peer=peers[label],
+        )
         for label, runs in by_label.items()
     ]
     first = next(iter(headlines), "")
@@ -78,8 +95,9 @@ def _board(records: list[Record], outcomes: Outcomes) -> Board:
         return known is None, sign * known.mean.mean if known else 0.0, row.label
 
     rows.sort(key=place)
-    newest = records[-1]
+    newest = next((record for record in reversed(records) if not record.protocol.unequal), records[-1])
     return Board(
+        view="steps" if kind is None else "compute",
         protocol=newest.protocol.name,
         division=newest.protocol.division,
         overrides=newest.protocol.overrides,
@@ -152,10 +170,10 @@ def _row(runs: list[Record], counting: dict[SeedPair, Record], standings: Mappin
         parameters_active=costs[0].parameters_active if costs else None,
         train_seconds=_mean(cost.phases["train"].seconds if "train" in cost.phases else 0 for cost in costs),
         train_flops=_mean(cost.phases["train"].flops if "train" in cost.phases else 0 for cost in costs),
-        charged_flops=_mean(
-            _sum(phase.flops for name, phase in cost.phases.items() if name != "evaluate") for cost in costs
-        ),
+        charged_flops=_mean(charged_flops(run) for run in counting.values() if run.cost),
         tokens_dropped=_mean(cost.tokens_dropped for cost in costs),
+        targets={},
+        peer=None,
         runs=len(counting),
         certified=sum(run.certificate is not None for run in counting.values()),
         failed=len(failures),
@@ -181,12 +199,6 @@ def _column(score: ScoreRecord) -> str:
 
 def _mean_of_means(by_training_seed: Mapping[int, list[float]]) -> float:
     return statistics.fmean(statistics.fmean(values) for values in by_training_seed.values())
-
-
-def _sum(values: Iterable[int | None]) -> int | None:
-    """The sum; None if any value is unknown, since the sum of the others would look too cheap."""
-    known = list(values)
-    return None if None in known else sum(value for value in known if value is not None)
 
 
 def _mean(values: Iterable[float | None]) -> float | None:

@@ -54,22 +54,30 @@ class Standing:
 
 
 def stand(
-    counting: Counting, headline: str, *, higher_is_better: bool, reference: str | None, outcomes: Outcomes
+    counting: Counting,
+    headline: str,
+    *,
+    higher_is_better: bool,
+    reference: str | Mapping[str, str] | None,
+    outcomes: Outcomes,
 ) -> dict[str, Standing]:
-    """The standing of each strategy that has the headline score."""
+    """The standing of each strategy that has the headline score. `reference`: one for all, or for each its own."""
     runs = with_all_parts(counting, headline)
     drawn = Drawn(runs, headline, outcomes)
     scores = {label: sure for label in runs if (sure := drawn.sure(label)) is not None}
     ranked = [label for label in runs if scores[label].seeds >= ENOUGH]
+    peer = reference if isinstance(reference, Mapping) else dict.fromkeys(runs, reference)
     differences = {
-        label: drawn.sure(label, reference) for label in runs if reference not in (None, label) and reference in runs
+        label: drawn.sure(label, other)
+        for label in runs
+        if (other := peer.get(label)) not in (None, label) and other in runs
     }
     against = {label: sure for label, sure in differences.items() if sure is not None and sure.seeds >= ENOUGH}
     corrected = _corrected({label: sure.p for label, sure in against.items()})
     sign = -1 if higher_is_better else 1
     order = sorted(ranked, key=lambda label: (sign * scores[label].mean, label))
     letters = _letters(
-        drawn, order, {frozenset((label, reference or "")) for label, p in corrected.items() if p < SIGNIFICANT}
+        drawn, order, {frozenset((label, peer[label] or "")) for label, p in corrected.items() if p < SIGNIFICANT}
     )
     ranks = dict(zip(ranked, drawn.ranks(ranked, higher_is_better), strict=True)) if len(ranked) > 1 else {}
     values = {label: _by_training_seed(mine, headline) for label, mine in runs.items()}
@@ -84,12 +92,12 @@ def stand(
             letters=letters.get(label, ""),
             verdict=_verdict(
                 label,
-                reference,
+                peer.get(label),
                 scores[label].seeds,
                 against.get(label),
                 corrected.get(label),
                 sign,
-                _margin([values[label], values.get(reference or "", [])]),
+                _margin([values[label], values.get(peer.get(label) or "", [])]),
             ),
         )
         for label in runs

@@ -16,10 +16,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from upcycle_bench.record import Record
-from upcycle_bench.reporting.comparable import SeedPair
+from upcycle_bench.reporting.comparable import Counting, SeedPair
 
 BY_STEPS = ("train", "validate")  # phases whose cost grows with the steps
 NOT_CHARGED = ("evaluate",)
+REFERENCES = ("dense", "sparse-upcycling")
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,12 @@ class Target:
     ratio: float | None
     reached: int
     runs: int
+
+
+def targets_of(counting: Counting, label: str) -> dict[str, Target]:
+    """The way to the final score of each reference that has comparable curves."""
+    found = {name: target_of(counting[label], counting[name]) for name in REFERENCES if name in counting}
+    return {name: target for name, target in found.items() if target is not None}
 
 
 def target_of(runs: Mapping[SeedPair, Record], references: Mapping[SeedPair, Record]) -> Target | None:
@@ -68,7 +75,7 @@ def charged_flops(run: Record) -> int | None:
     """FLOPs of every phase before the evaluation; None where some are unknown."""
     phases = run.cost.phases.items() if run.cost else ()
     known = [phase.flops for name, phase in phases if name not in NOT_CHARGED]
-    return None if None in known or not known else sum(flops for flops in known if flops is not None)
+    return None if None in known else sum(flops for flops in known if flops is not None)
 
 
 def first_at(points: Sequence[tuple[int, float]], goal: float) -> float | None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from upcycle_bench.reporting.board import Board, Row, RowHeadline
 from upcycle_bench.reporting.captions import caption, heading
-from upcycle_bench.reporting.columns import mean_cell, number_cell, rank_cell
+from upcycle_bench.reporting.columns import mean_cell, number_cell, rank_cell, target_cell, targets_of, versus
 from upcycle_bench.reporting.html.behind import Behind, counting
 from upcycle_bench.reporting.html.record_details import LAYER, layer_means
 from upcycle_bench.reporting.resampling import ENOUGH
@@ -87,8 +87,11 @@ def _columns(board: Board) -> dict[str, list[Cell]]:
         found = [row.headlines.get(name) for row in rows]
         columns[name] = [Cell(mean_cell(each.mean), each.mean.mean) if each else Cell("", None) for each in found]
         if board.baseline:
-            columns[f"{name} vs {board.baseline}"] = [_difference(each) for each in found]
+            columns[f"{name} {versus(board)}"] = [_difference(each) for each in found]
     columns["charged FLOPs"] = [_cost(*each) for each in zip(rows, board.flops_ratios, strict=True)]
+    for name in targets_of(board):
+        ways = [row.targets.get(name) for row in rows]
+        columns[f"to {name}"] = [Cell(target_cell(way), way.flops if way else None) for way in ways]
     columns["certified"] = [Cell(f"{row.certified} of {row.runs}", row.certified) for row in rows]
     columns["runs"] = [Cell(row.outcome, row.outcome) for row in rows]
     ranks = [row.headlines.get(first) for row in rows]
