@@ -89,14 +89,16 @@ def _numbers(headline: RowHeadline) -> dict[str, Any]:
 def _of_records(runs: Runs, details: RecordDetails) -> dict[str, Any]:
     """The records of a row, newest first, and the curves of those that count."""
     valid = {id(record) for record in counting(runs)}
-    records, curves = [], []
+    records, curves, held_out = [], [], []
     for record, path in reversed(runs):
         counts = id(record) in valid
         said = "counts" if counts else "failed" if record.status != "ok" else "superseded by a newer run"
         records.append(details.of(record, path, said))
         if counts and (curve := details.curve(path)):
             curves.append(curve)
-    return {"records": records, "curves": curves}
+        if counts and (scores := details.held_out(record)):
+            held_out.append(scores)
+    return {"records": records, "curves": curves, "heldOut": held_out}
 
 
 def _short_names(columns: Sequence[str]) -> list[str]:
