@@ -22,6 +22,9 @@ function makeFigures(section, board, shared) {
       ...board.headlines.map((headline) => figure(where, `${headline.name} against cost`,
         "The line joins strategies that none with fewer charged FLOPs beats, by means: neighbours may be tied." + note,
         costChart(scored, headline, wide))),
+      ...board.headlines.filter(({ ranking }) => ranking).map((headline) => figure(where,
+        `${headline.name}: critical differences of ranks`, headline.ranking.said + note, rankChart(scored, headline, width),
+        [], "wide")),
       curves(scored, note, width),
       ...board.headlines.map((headline) => heat(headline, scored, note, width)),
     ].filter(Boolean) : [element("p", {}, "No row with a score is shown, so there is no chart.")]));
