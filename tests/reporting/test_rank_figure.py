@@ -15,12 +15,23 @@ from upcycle_bench.reporting.figures import draw, read_runs
 from upcycle_bench.reporting.rank_figure import LETTERS, draw_rankings, short_names
 from upcycle_bench.util.errors import UserError
 
-HOSTILE = ["a|b", r"$\frac$", "x_{y}^", "<script>&amp;", "{label} {0}", "l" * 200, "l" * 201, "two\nlines", "日本語"]
+HOSTILE = [
+    "a|b",
+    r"$\frac$",
+    "x_{y}^",
+    "<script>&amp;",
+    "{label} {0}",
+    "l" * 200,
+    "l" * 201,
+    "two\nlines",
+    "日本語",
+    "\x1b[31mred\0",
+]
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Nine strategies with names that mean something to others, three seeds each, and one that has a single seed."""
+    """Strategies with names that mean something to others, three seeds each, and one that has a single seed."""
     made = [
         run
         for place, label in enumerate(HOSTILE)
@@ -89,5 +100,5 @@ def test_the_command(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyte
     monkeypatch.setattr("sys.argv", arguments)
     with pytest.raises(SystemExit) as leave:
         cli.main()
-    assert leave.value.code == 0 and len(json.loads(capsys.readouterr().out)["records"]) == 27
+    assert leave.value.code == 0 and len(json.loads(capsys.readouterr().out)["records"]) == 3 * len(HOSTILE)
     assert "<svg" in output.read_text()

@@ -56,8 +56,7 @@ def leaderboard(
 
     found = collected(results, protocol)
     boards = build(found.records, found.outcomes)
-    for why in found.without.values():
-        print(f"warning: {why} Errors of its table are over seeds alone.", file=sys.stderr)
+    warn_without(found)
     boards = formats.only(boards, names_of(strategies, "--strategies"))
     if chosen == "html":
         from functools import partial
@@ -84,3 +83,9 @@ def collected(results: list[Path] | None, protocol: str | None) -> Collected:
     for path, why in found.passed_over.items():
         print(f"passed over: {path}: {why}", file=sys.stderr)
     return found.only(protocol)
+
+
+def warn_without(found: Collected) -> None:
+    """Say on stderr whose outcomes could not be read, once they were asked for."""
+    for why in dict.fromkeys(found.without.values()):
+        print(f"warning: {why} Errors of its table are over seeds alone.", file=sys.stderr)

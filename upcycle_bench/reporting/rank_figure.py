@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Protocol, TypeVar
 from upcycle_bench.record import Record
 from upcycle_bench.reporting.comparable import comparable, counting_runs
 from upcycle_bench.reporting.critical_difference import Ranking, rankings
+from upcycle_bench.reporting.formats import CONTROL
 from upcycle_bench.util.errors import UserError
 
 if TYPE_CHECKING:
@@ -81,17 +82,15 @@ def _diagram(axes: Axes, ranking: Ranking) -> None:
     axes.set_xlim(1, max(len(ranking.ranks), end))
     axes.plot([1, end], [1.4, 1.4], color="black", marker="|", linewidth=1, clip_on=False)  # above the numbers
     axes.text((1 + end) / 2, 1.5, f"critical difference {ranking.distance:.2f}", ha="center", va="bottom", size="small")
-    axes.text(
-        0, -0.02, textwrap.fill(ranking.said(), 130), transform=axes.transAxes, va="top", fontsize="x-small",
-        parse_math=False,
-    )  # fmt: skip
+    said = textwrap.fill(CONTROL.sub("?", ranking.said()), 130)
+    axes.text(0, -0.02, said, transform=axes.transAxes, va="top", fontsize="x-small", parse_math=False)
 
 
 def short_names(labels: Mapping[str, float] | Sequence[str], letters: int) -> dict[str, str]:
     """Names of so many letters, on one line; those that would be equal get a number."""
     names: dict[str, str] = {}
     for label in labels:
-        line = " ".join(label.split())
+        line = CONTROL.sub("?", " ".join(label.split()))
         name = short = line if len(line) <= letters else f"{line[: letters - 1]}…"
         number = 2
         while name in names.values():
