@@ -53,10 +53,10 @@ def test_any_name_in_every_format(folder: Path, ending: str) -> None:
 
 @pytest.mark.filterwarnings("ignore:Glyph")
 def test_it_shows_the_numbers(folder: Path) -> None:
-    found = read_runs([folder])
+    found = [run.record for run in read_runs([folder])]
     figure = Figure()
     draw_rankings(figure, found)
-    ranking = rankings(counting_runs([run.record for run in found]))["in-distribution"]
+    ranking = rankings(counting_runs(found))["in-distribution"]
     assert isinstance(ranking, Ranking)
     (axes,) = figure.axes
     texts = [text.get_text() for text in axes.texts]
@@ -78,7 +78,7 @@ def test_what_cannot_be_drawn_is_said_beside_what_can(tmp_path: Path) -> None:
     for number, run in enumerate(made):
         record.write(run, None, tmp_path / str(number))
     figure = Figure()
-    assert len(draw_rankings(figure, read_runs([tmp_path]))) == 9
+    assert len(draw_rankings(figure, [run.record for run in read_runs([tmp_path])])) == 9
     titles = [axes.get_title(loc="left") for axes in figure.axes]
     assert titles == ["other, in-distribution", "smoke, in-distribution", "smoke, shift"]
     assert "needs 3 strategies" in figure.axes[0].texts[0].get_text()

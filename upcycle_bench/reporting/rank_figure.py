@@ -1,13 +1,13 @@
 """Critical-difference diagrams of runs: a panel for each table and headline score.
 
-draw_rankings(figure, runs)         # matplotlib's Figure, `figures.Run`s; returns the runs of the strategies in it
+draw_rankings(figure, records)          # matplotlib's Figure; returns the records of the strategies in it
 """
 
 from __future__ import annotations
 
 import textwrap
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import TYPE_CHECKING
 
 from upcycle_bench.record import Record
 from upcycle_bench.reporting.comparable import comparable, counting_runs
@@ -23,23 +23,15 @@ LETTERS = 32  # of a name
 WIDTH = 10.0  # inches
 
 
-class _Run(Protocol):
-    @property
-    def record(self) -> Record: ...
-
-
-AnyRun = TypeVar("AnyRun", bound=_Run)
-
-
-def draw_rankings(figure: Figure, runs: Sequence[AnyRun]) -> list[AnyRun]:
-    """Draw all that can be drawn; a headline score without a diagram has the line that says what it lacks.
+def draw_rankings(figure: Figure, records: Sequence[Record]) -> list[Record]:
+    """Draw all that can be drawn, and return its records; a headline score that cannot has the line that says why.
 
     UserError where none can be drawn.
     """
     found = [
-        (f"{records[0].protocol.name}, {headline}", counting, ranking)
-        for records in comparable([run.record for run in runs])
-        for counting in [counting_runs(records)]
+        (f"{runs[0].protocol.name}, {headline}", counting, ranking)
+        for runs in comparable(records)
+        for counting in [counting_runs(runs)]
         for headline, ranking in rankings(counting).items()
     ]
     drawn = [ranking for _, _, ranking in found if isinstance(ranking, Ranking)]
@@ -48,16 +40,16 @@ def draw_rankings(figure: Figure, runs: Sequence[AnyRun]) -> list[AnyRun]:
     heights = [2.4 + 0.14 * len(r.ranks) + 0.2 * len(r.groups) if isinstance(r, Ranking) else 0.8 for _, _, r in found]
     figure.set_size_inches(WIDTH, sum(heights))
     panels = figure.subplots(len(found), 1, squeeze=False, height_ratios=heights)[:, 0]
-    shown: set[int] = set()
+    shown: dict[int, Record] = {}
     for axes, (title, counting, ranking) in zip(panels, found, strict=True):
         axes.set_title(title, loc="left", fontsize="medium", parse_math=False)
         if isinstance(ranking, Ranking):
             _diagram(axes, ranking)
-            shown |= {id(run) for label in ranking.ranks for run in counting[label].values()}
+            shown |= {id(run): run for label in ranking.ranks for run in counting[label].values()}
         else:
             axes.set_axis_off()
             axes.text(0, 0.5, textwrap.fill(ranking, 120), fontsize="small", parse_math=False, va="center")
-    return [run for run in runs if id(run.record) in shown]
+    return list(shown.values())
 
 
 def _diagram(axes: Axes, ranking: Ranking) -> None:
