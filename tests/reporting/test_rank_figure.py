@@ -15,12 +15,23 @@ from upcycle_bench.reporting.figures import draw, read_runs
 from upcycle_bench.reporting.rank_figure import LETTERS, draw_rankings, short_names
 from upcycle_bench.util.errors import UserError
 
-HOSTILE = ["a|b", r"$\frac$", "x_{y}^", "<script>&amp;", "{label} {0}", "l" * 200, "l" * 201, "two\nlines", "日本語"]
+HOSTILE = [
+    "a|b",
+    r"$\frac$",
+    "x_{y}^",
+    "<script>&amp;",
+    "{label} {0}",
+    "l" * 200,
+    "l" * 201,
+    "two\nlines",
+    "日本語",
+    "\x1b[31mred\0",
+]
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Nine strategies with names that mean something to others, three seeds each, and one that has a single seed."""
+    """Strategies with names that mean something to others, three seeds each, and one that has a single seed."""
     made = [
         run
         for place, label in enumerate(HOSTILE)
@@ -42,10 +53,10 @@ def test_any_name_in_every_format(folder: Path, ending: str) -> None:
 
 @pytest.mark.filterwarnings("ignore:Glyph")
 def test_it_shows_the_numbers(folder: Path) -> None:
-    found = read_runs([folder])
+    found = [run.record for run in read_runs([folder])]
     figure = Figure()
     draw_rankings(figure, found)
-    ranking = rankings(counting_runs([run.record for run in found]))["in-distribution"]
+    ranking = rankings(counting_runs(found))["in-distribution"]
     assert isinstance(ranking, Ranking)
     (axes,) = figure.axes
     texts = [text.get_text() for text in axes.texts]
@@ -67,7 +78,7 @@ def test_what_cannot_be_drawn_is_said_beside_what_can(tmp_path: Path) -> None:
     for number, run in enumerate(made):
         record.write(run, None, tmp_path / str(number))
     figure = Figure()
-    assert len(draw_rankings(figure, read_runs([tmp_path]))) == 9
+    assert len(draw_rankings(figure, [run.record for run in read_runs([tmp_path])])) == 9
     titles = [axes.get_title(loc="left") for axes in figure.axes]
     assert titles == ["other, in-distribution", "smoke, in-distribution", "smoke, shift"]
     assert "needs 3 strategies" in figure.axes[0].texts[0].get_text()
@@ -89,5 +100,5 @@ def test_the_command(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyte
     monkeypatch.setattr("sys.argv", arguments)
     with pytest.raises(SystemExit) as leave:
         cli.main()
-    assert leave.value.code == 0 and len(json.loads(capsys.readouterr().out)["records"]) == 27
+    assert leave.value.code == 0 and len(json.loads(capsys.readouterr().out)["records"]) == 3 * len(HOSTILE)
     assert "<svg" in output.read_text()

@@ -66,8 +66,7 @@ def leaderboard(
 
     found = collected(results, protocol)
     boards = build(found.records, found.outcomes, view.value)
-    for why in found.without.values():
-        print(f"warning: {why} Errors of its table are over seeds alone.", file=sys.stderr)
+    warn_without(found)
     boards = formats.only(boards, names_of(strategies, "--strategies"))
     if chosen == "html":
         from functools import partial
@@ -94,3 +93,9 @@ def collected(results: list[Path] | None, protocol: str | None) -> Collected:
     for path, why in found.passed_over.items():
         print(f"passed over: {path}: {why}", file=sys.stderr)
     return found.only(protocol)
+
+
+def warn_without(found: Collected) -> None:
+    """Say on stderr whose outcomes could not be read, once they were asked for."""
+    for why in dict.fromkeys(found.without.values()):
+        print(f"warning: {why} Errors of its table are over seeds alone.", file=sys.stderr)

@@ -31,6 +31,7 @@ from upcycle_bench.reporting.standings import SIGNIFICANT, with_all_parts
 from upcycle_bench.util.errors import UserError
 
 FEWEST = 3  # strategies
+NAMED, LETTERS = 6, 40  # strategies that are left out, by name; letters of a name there
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,12 @@ class Ranking:
             joined = "A bar joins strategies that Nemenyi's test cannot tell apart (5 %)"
         else:
             joined = "Friedman's test finds no difference, so one bar joins all"
-        left_out = [f"{label[:40]} ({why})" for label, why in self.left_out.items()]
+        left_out = [
+            f"{label if len(label) <= LETTERS else label[: LETTERS - 1] + '…'} ({why})"
+            for label, why in [*self.left_out.items()][:NAMED]
+        ]
+        if len(self.left_out) > NAMED:
+            left_out.append(f"and {len(self.left_out) - NAMED} more")
         return (
             f"Mean ranks of {len(self.ranks)} strategies over {len(self.seeds)} training seeds, 1 is the best. "
             f"{joined}; the critical difference is {self.distance:.2f}. Friedman: chi-squared {self.statistic:.2f}, "
@@ -88,7 +94,7 @@ def ranking_of(counting: Counting, headline: str, higher_is_better: bool) -> Ran
     values = {label: _by_seed(runs, headline) for label, runs in with_all_parts(counting, headline).items()}
     left_out = {
         label: f"{len(values.get(label, ()))} of {ENOUGH} training seeds"
-        for label in counting
+        for label in sorted(counting)
         if len(values.get(label, ())) < ENOUGH
     }
     labels = [label for label in values if label not in left_out]

@@ -90,7 +90,11 @@ def draw(runs: Sequence[Run], name: FigureName, output: Path) -> list[Path]:
     kinds = FigureCanvasAgg(figure).get_supported_filetypes()
     if output.suffix.removeprefix(".") not in kinds:
         raise UserError(f"--output {output}: end it in .png, .svg or .pdf.")
-    shown = draw_rankings(figure, runs) if name == "critical-difference" else _draw_training(figure, runs, name)
+    if name == "critical-difference":
+        drawn = {id(each) for each in draw_rankings(figure, [run.record for run in runs])}
+        shown = [run for run in runs if id(run.record) in drawn]
+    else:
+        shown = _draw_training(figure, runs, name)
     drawing = io.BytesIO()  # matplotlib writes to memory, so an interruption leaves the old file
     kind = output.suffix.removeprefix(".")
     figure.savefig(drawing, format=kind, dpi=150, metadata={"Date": None} if kind == "svg" else None)

@@ -1,17 +1,18 @@
 """Critical-difference diagrams of runs: a panel for each table and headline score.
 
-draw_rankings(figure, runs)         # matplotlib's Figure, `figures.Run`s; returns the runs of the strategies in it
+draw_rankings(figure, records)          # matplotlib's Figure; returns the records of the strategies in it
 """
 
 from __future__ import annotations
 
 import textwrap
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import TYPE_CHECKING
 
 from upcycle_bench.record import Record
 from upcycle_bench.reporting.comparable import comparable, counting_runs
 from upcycle_bench.reporting.critical_difference import Ranking, rankings
+from upcycle_bench.reporting.formats import CONTROL
 from upcycle_bench.util.errors import UserError
 
 if TYPE_CHECKING:
@@ -22,23 +23,15 @@ LETTERS = 32  # of a name
 WIDTH = 10.0  # inches
 
 
-class _Run(Protocol):
-    @property
-    def record(self) -> Record: ...
-
-
-AnyRun = TypeVar("AnyRun", bound=_Run)
-
-
-def draw_rankings(figure: Figure, runs: Sequence[AnyRun]) -> list[AnyRun]:
-    """Draw all that can be drawn; a headline score without a diagram has the line that says what it lacks.
+def draw_rankings(figure: Figure, records: Sequence[Record]) -> list[Record]:
+    """Draw all that can be drawn, and return its records; a headline score that cannot has the line that says why.
 
     UserError where none can be drawn.
     """
     found = [
-        (f"{records[0].protocol.name}, {headline}", counting, ranking)
-        for records in comparable([run.record for run in runs])
-        for counting in [counting_runs(records)]
+        (f"{runs[0].protocol.name}, {headline}", counting, ranking)
+        for runs in comparable(records)
+        for counting in [counting_runs(runs)]
         for headline, ranking in rankings(counting).items()
     ]
     drawn = [ranking for _, _, ranking in found if isinstance(ranking, Ranking)]
@@ -47,16 +40,16 @@ def draw_rankings(figure: Figure, runs: Sequence[AnyRun]) -> list[AnyRun]:
     heights = [2.4 + 0.14 * len(r.ranks) + 0.2 * len(r.groups) if isinstance(r, Ranking) else 0.8 for _, _, r in found]
     figure.set_size_inches(WIDTH, sum(heights))
     panels = figure.subplots(len(found), 1, squeeze=False, height_ratios=heights)[:, 0]
-    shown: set[int] = set()
+    shown: dict[int, Record] = {}
     for axes, (title, counting, ranking) in zip(panels, found, strict=True):
         axes.set_title(title, loc="left", fontsize="medium", parse_math=False)
         if isinstance(ranking, Ranking):
             _diagram(axes, ranking)
-            shown |= {id(run) for label in ranking.ranks for run in counting[label].values()}
+            shown |= {id(run): run for label in ranking.ranks for run in counting[label].values()}
         else:
             axes.set_axis_off()
             axes.text(0, 0.5, textwrap.fill(ranking, 120), fontsize="small", parse_math=False, va="center")
-    return [run for run in runs if id(run.record) in shown]
+    return list(shown.values())
 
 
 def _diagram(axes: Axes, ranking: Ranking) -> None:
@@ -81,17 +74,15 @@ def _diagram(axes: Axes, ranking: Ranking) -> None:
     axes.set_xlim(1, max(len(ranking.ranks), end))
     axes.plot([1, end], [1.4, 1.4], color="black", marker="|", linewidth=1, clip_on=False)  # above the numbers
     axes.text((1 + end) / 2, 1.5, f"critical difference {ranking.distance:.2f}", ha="center", va="bottom", size="small")
-    axes.text(
-        0, -0.02, textwrap.fill(ranking.said(), 130), transform=axes.transAxes, va="top", fontsize="x-small",
-        parse_math=False,
-    )  # fmt: skip
+    said = textwrap.fill(CONTROL.sub("?", ranking.said()), 130)
+    axes.text(0, -0.02, said, transform=axes.transAxes, va="top", fontsize="x-small", parse_math=False)
 
 
 def short_names(labels: Mapping[str, float] | Sequence[str], letters: int) -> dict[str, str]:
     """Names of so many letters, on one line; those that would be equal get a number."""
     names: dict[str, str] = {}
     for label in labels:
-        line = " ".join(label.split())
+        line = CONTROL.sub("?", " ".join(label.split()))
         name = short = line if len(line) <= letters else f"{line[: letters - 1]}…"
         number = 2
         while name in names.values():

@@ -52,7 +52,7 @@ def numbers_of(sent: Sent, here: Here) -> dict[str, np.ndarray]:
     """
     for name in dict.fromkeys(score.suite for score in sent.record.scores if score.headline):
         if isinstance(why := suite_of(sent, here, name), str):
-            raise UserError(f"{sent.path.name}: outcomes of suite {name} cannot be read here: {why}.")
+            raise UserError(f"outcomes of suite {name} cannot be read here: {why.rstrip('.')}.")
     return {
         name_of(score): known.values if known.values.ndim == 1 else known.values.mean(axis=0)
         for score, known in sampled_scores(sent, here)

@@ -1,6 +1,6 @@
 """What the page shows of a board without JavaScript: sentences, and tables of text, which the template escapes.
 
-section = section_of(board, behind)
+section = section_of(board, behind, rankings)
 section.columns["shift"][0].text        # "3.6043 ± 0.0120"
 """
 
@@ -13,6 +13,7 @@ from upcycle_bench.reporting.board import Board, Row, RowHeadline
 from upcycle_bench.reporting.captions import caption, heading
 from upcycle_bench.reporting.columns import mean_cell, number_cell, rank_cell, target_cell, targets_of, versus
 from upcycle_bench.reporting.html.behind import Behind, counting
+from upcycle_bench.reporting.html.ranks import Rankings, RankTable, missing, rank_tables
 from upcycle_bench.reporting.html.record_details import LAYER, layer_means
 from upcycle_bench.reporting.resampling import ENOUGH
 
@@ -52,13 +53,20 @@ class Section:
     caption: list[str]
     rows: tuple[Row, ...]
     columns: dict[str, list[Cell]]
+    ranks: list[RankTable]
     diagnostics: dict[str, list[str]]
 
 
-def section_of(board: Board, behind: Behind) -> Section:
-    """The section of this board. `behind`: the records of its rows."""
+def section_of(board: Board, behind: Behind, rankings: Rankings) -> Section:
+    """The section of this board. `behind`: the records of its rows; `rankings`: by its headline scores."""
     return Section(
-        heading(board), _verdicts(board), caption(board), board.rows, _columns(board), _diagnostics(board, behind)
+        heading=heading(board),
+        verdicts=_verdicts(board),
+        caption=[*caption(board), *missing(rankings)],
+        rows=board.rows,
+        columns=_columns(board),
+        ranks=rank_tables(rankings),
+        diagnostics=_diagnostics(board, behind),
     )
 
 
