@@ -181,6 +181,12 @@ class PhaseCost(Part):
     peak_memory_bytes: int = Field(ge=0)
     samples: int = Field(default=0, ge=0, description="training pairs that models of this phase saw, trained on or not")
     steps: int = Field(default=0, ge=0, description="optimiser steps, each of a batch")
+    joules: float | None = Field(
+        default=None,
+        ge=0,
+        description="of the phases `train` and `validate` together: the ranks' GPUs by NVML, or each machine's CPU "
+        "packages by RAPL, whatever else runs on them; None: not reported",
+    )
 
 
 class Cost(Part):

@@ -205,6 +205,7 @@ def train_model(
             on_step=bar,
         )
     phase.seconds, phase.flops = progress.seconds, progress.total_flops()  # of all sessions, if it was interrupted
+    phase.joules = progress.joules
     phase.steps, phase.samples = progress.step, progress.step * job.schedule.batch_size
     if curve := progress.curve:  # in memory, both are one
         meter.phases["validate"] = Phase(curve.seconds, curve.flops, phase.peak_memory_bytes)

@@ -74,6 +74,7 @@ class Row:
     parameters_active: int | None
     train_seconds: float | None
     train_flops: float | None
+    train_joules: float | None  # of its devices, where they report it
     charged_flops: float | None  # of every phase before evaluation
     tokens_dropped: float | None
     targets: dict[str, Target]  # reference -> the way to its final score

@@ -48,6 +48,7 @@ def column_groups(board: Board, metrics: Sequence[str] = ()) -> list[Columns]:
         "active parameters": [number_cell(row.parameters_active, ",.2f", "M") for row in rows],
         "train s": [number_cell(row.train_seconds, ",.1f") for row in rows],
         "train FLOPs": [number_cell(row.train_flops, ".2e") for row in rows],
+        **({"train kWh": [number_cell(_kwh(row), ".4g") for row in rows]} if any(map(_kwh, rows)) else {}),
         "charged FLOPs": [number_cell(row.charged_flops, ".2e") for row in rows],
         **{f"to {name}": [target_cell(row.targets.get(name)) for row in rows] for name in targets_of(board)},
         "tokens dropped": [number_cell(row.tokens_dropped, ".2%") for row in rows],
@@ -130,6 +131,10 @@ def mean_cell(value: SeedMean | None, sign: str = "") -> str:
     interval = "" if value.half_width is None else f" ± {value.half_width:.4f}"
     n = f" (n={value.n})" if sign or value.half_width is None else ""
     return f"{value.mean:{sign}.4f}{interval}{n}"
+
+
+def _kwh(row: Row) -> float | None:
+    return None if row.train_joules is None else row.train_joules / 3.6e6
 
 
 def targets_of(board: Board) -> list[str]:

@@ -170,6 +170,7 @@ def _row(runs: list[Record], counting: dict[SeedPair, Record], standings: Mappin
         parameters_active=costs[0].parameters_active if costs else None,
         train_seconds=_mean(cost.phases["train"].seconds if "train" in cost.phases else 0 for cost in costs),
         train_flops=_mean(cost.phases["train"].flops if "train" in cost.phases else 0 for cost in costs),
+        train_joules=_mean(cost.phases["train"].joules if "train" in cost.phases else 0 for cost in costs),
         charged_flops=_mean(charged_flops(run) for run in counting.values() if run.cost),
         tokens_dropped=_mean(cost.tokens_dropped for cost in costs),
         targets={},

@@ -30,8 +30,11 @@ from upcycle_bench.training.job import SHARE_STEPS, Job, Progress
 from upcycle_bench.training.own_hooks import OwnHooks
 from upcycle_bench.training.router_log import Watched
 from upcycle_bench.util import distributed
+from upcycle_bench.util.energy import EnergyCounter
 from upcycle_bench.util.errors import DivergedError
 from upcycle_bench.util.flops import FlopCounter
+
+CPU = torch.device("cpu")
 
 
 class Bookkeeping:
@@ -44,10 +47,13 @@ class Bookkeeping:
         self._first_terms: list[Mapping[str, Tensor]] = []  # of the first SHARE_STEPS steps, until `collect`
         self._flops: int | None = None  # of the current step; None where they are not counted
         self._began = time.perf_counter()
+        self._energy: EnergyCounter | None = None
+        self._joules_before: float | None = None
 
-    def begin(self, progress: Progress) -> None:
-        """Continue `progress`, whose seconds are those of earlier sessions."""
+    def begin(self, progress: Progress, device: torch.device = CPU) -> None:
+        """Continue `progress`, whose seconds are those of earlier sessions; this rank computes on `device`."""
         self.progress = progress
+        self._energy, self._joules_before = EnergyCounter(device), progress.joules if progress.step else 0.0
         self._began = time.perf_counter() - progress.seconds
         self.job.trackers.begin(progress.step)
 
@@ -149,6 +155,7 @@ class Bookkeeping:
         Every rank must call it. Raises UserError, on all of them, if too many samples are bad.
         """
         self._collect_bad()
+        self._collect_energy()
         for layer in self.layers.values():
             dropped, routed = layer.take_dropped()
             self.progress.dropped += distributed.sum_over_ranks(dropped)
@@ -164,6 +171,13 @@ class Bookkeeping:
             shares[name] = shares.get(name, 0.0) + share
         self.progress.share_steps += len(self._first_terms)
         self._first_terms.clear()
+
+    def _collect_energy(self) -> None:
+        """Add up what the ranks' devices have drawn, where all of them tell, and did so in earlier sessions."""
+        mine = self._energy.joules() if self._energy else None
+        unknown, millijoules = map(distributed.sum_over_ranks, (int(mine is None), int((mine or 0.0) * 1000)))
+        before = self._joules_before
+        self.progress.joules = None if unknown or before is None else before + millijoules / 1000
 
     def _collect_bad(self) -> None:
         """Sum up the bad samples that the ranks have met, judge whether they are too many, and hand on the new ones."""

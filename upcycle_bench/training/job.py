@@ -155,6 +155,7 @@ class Progress:
     bad_samples: dict[str, int] = field(default_factory=dict)  # by kind, over all ranks
     first_bad: dict[str, str] = field(default_factory=dict)  # where the first of each kind stands
     curve: Curve | None = None
+    joules: float | None = None  # of all ranks' devices (`util.energy`); None where one of them does not report it
 
     @property
     def mean_loss_shares(self) -> dict[str, float]:

@@ -95,7 +95,7 @@ def train(
                 continue
             with _stage(model, job, layers, make_loss) as (engine, extra, hooks):
                 if first == 0 or first < done:
-                    books.begin(checkpoints.restore(engine, extra))
+                    books.begin(checkpoints.restore(engine, extra), device)
                     _begin_session(books.progress, layers, device)
                     books.validate(hooks)
                 books.progress.loss_notes = extra.notes() if extra else {}

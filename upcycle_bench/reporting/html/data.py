@@ -54,7 +54,7 @@ def _board(
                 "name": name,
                 "higher": headline.higher_is_better,
                 "parts": _short_names(headline.parts),
-                "ranking": chart_of(rankings[name], board.rows, names),
+                "ranking": chart_of(rankings.get(name), board.rows, names),
             }
             for name, headline in board.headlines.items()
         ],

@@ -33,7 +33,7 @@ def rankings_of(boards: Sequence[Board], runs: Runs) -> list[Rankings]:
     found = {
         table_of(records[0]): rankings(counting_runs(records)) for records in comparable([record for record, _ in runs])
     }
-    return [found[board.table] for board in boards]
+    return [found[board.table] if board.view == "steps" else {} for board in boards]
 
 
 def rank_tables(found: Rankings) -> list[RankTable]:
@@ -54,9 +54,9 @@ def missing(found: Rankings) -> list[str]:
     return [f"{why}." for why in found.values() if isinstance(why, str)]
 
 
-def chart_of(ranking: Ranking | str, rows: Sequence[Row], names: Sequence[str]) -> dict[str, Any] | None:
+def chart_of(ranking: Ranking | str | None, rows: Sequence[Row], names: Sequence[str]) -> dict[str, Any] | None:
     """The numbers of a chart for JSON; None without a ranking. `names`: of the rows, as charts show them."""
-    if isinstance(ranking, str):
+    if not isinstance(ranking, Ranking):
         return None
     shown = {row.label: (row.title, name) for row, name in zip(rows, names, strict=True)}
     return rounded(
