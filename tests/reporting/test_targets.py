@@ -6,7 +6,7 @@ import pytest
 
 from tests.records import make_record
 from upcycle_bench.record import Record
-from upcycle_bench.reporting.targets import Target, charged_flops, first_at, target_of
+from upcycle_bench.reporting.targets import Target, charged_flops, first_at, monotone, target_of
 
 
 def curve(*points: tuple[int, float], identity: str = "pairs") -> dict[str, Any]:
@@ -27,9 +27,18 @@ def run(
     [(5.0, 0.0), (4.0, 0.0), (3.0, 25.0), (2.0, 50.0), (1.5, 62.5), (1.0, 75.0), (0.9, None)],
 )
 def test_a_goal_is_reached_where_the_line_from_point_to_point_meets_it(goal: float, step: float | None) -> None:
-    """The first time counts, though the curve rises again."""
+    """The first time counts."""
     points = [(0, 4.0), (50, 2.0), (75, 1.0), (100, 2.5)]
     assert first_at(points, goal) == step
+
+
+def test_a_lucky_score_does_not_count() -> None:
+    """Of 2 and 3 the nearest curve that never rises has the mean, twice."""
+    assert monotone([(0, 4.0), (10, 2.0), (20, 3.0), (30, 1.0)]) == [(0, 4.0), (10, 2.5), (20, 2.5), (30, 1.0)]
+    lucky, goal = run((0, 4.0), (10, 2.0), (20, 3.0), (100, 1.0)), run((0, 4.0), (100, 2.2))
+    target = target_of({(0, 0): lucky}, {(0, 0): goal})
+    assert target is not None
+    assert target.steps == pytest.approx(20 + 80 * 0.3 / 1.5)
 
 
 def test_steps_and_flops_to_the_score_of_the_reference_with_the_same_seeds() -> None:

@@ -3,9 +3,10 @@
     target = target_of(runs, references)            # seeds -> record, of the strategy and of the reference
     target.steps, target.ratio                      # 412.5 steps; 0.83 of all that the reference spent
 
-The goal of a run is the last point of the reference's curve with the same seeds. It is reached where the curve, drawn
-straight from point to point, is there for the first time. FLOPs are charged ones: all before the training, and the
-share of training and validation up to that step.
+Single scores are noisy, and the first lucky one must not count. So each curve is replaced by the monotone one that is
+nearest to it by least squares (isotonic regression). The goal of a run is the end of the reference's curve with the
+same seeds; it is reached where the run's own, drawn straight from point to point, is there. FLOPs are charged ones: all
+before the training, and the share of training and validation up to that step.
 """
 
 from __future__ import annotations
@@ -88,9 +89,17 @@ def first_at(points: Sequence[tuple[int, float]], goal: float) -> float | None:
     return None
 
 
+def monotone(points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
+    """The points of the curve that never rises and is nearest to these by least squares."""
+    from scipy.optimize import isotonic_regression
+
+    steps, scores = zip(*points, strict=True)
+    return list(zip(steps, isotonic_regression(scores, increasing=False).x.tolist(), strict=True))
+
+
 def _reached(run: Record, other: Record) -> float | None:
     assert run.validation is not None and other.validation is not None
-    return first_at(run.validation.points, other.validation.points[-1][1])
+    return first_at(monotone(run.validation.points), monotone(other.validation.points)[-1][1])
 
 
 def _flops_until(run: Record, step: float) -> float | None:
