@@ -143,11 +143,11 @@ def targets_of(board: Board) -> list[str]:
 
 
 def target_cell(target: Target | None) -> str:
-    """Steps to a reference's final score, and charged FLOPs by all that it spent; or how many runs got there."""
+    """Steps to a reference's final score, and charged FLOPs by those that it needed."""
     if target is None:
         return ""
     if target.steps is None:
-        return f"{target.reached} of {target.runs} runs"
+        return "not reached"
     return f"{target.steps:,.0f} steps" + ("" if target.ratio is None else f", {target.ratio:.2f}x")
 
 

@@ -2,8 +2,8 @@
 
     peers_of(counting, "sparse-upcycling")["cluster-aware"]     # "sparse-at-compute[compute=1.66]", or None
 
-What a strategy spends before its training and beside it is charged. Who spent no more than the reference is compared
-with the reference itself; who spent more, with a run of its kind whose charged FLOPs are within NEAR of its own.
+What a strategy spends before its training and beside it is charged. Who spent at most NEAR more than the reference is
+compared with the reference itself; who spent more, with a run of its kind whose charged FLOPs are within NEAR of its own.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ def peers_of(counting: Counting, kind: str) -> dict[str, str | None]:
     """
     costs = {label: _cost(runs.values()) for label, runs in counting.items()}
     names = {label: {run.strategy.name for run in runs.values()} for label, runs in counting.items()}
-    same = {label: cost for label, cost in costs.items() if cost and names[label] <= {*KINDS[kind]}}
+    longer = {*KINDS[kind]} - {kind}  # not the reference with other options: that is another strategy
+    same = {label: cost for label, cost in costs.items() if cost and (label == kind or names[label] <= longer)}
     return {label: label if label in same else _nearest(cost, same, kind) for label, cost in costs.items()}
 
 

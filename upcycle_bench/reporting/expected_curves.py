@@ -4,8 +4,9 @@
     outside(stored, "dense", fingerprint, identity, points)     # the points that are not where they should be
 
 A run on another machine is compared with runs of the same strategy, protocol and data. At each step its score has a
-prediction interval: mean ± t s √(1 + 1/n) over n seeds, with the standard deviation s pooled over the strategies. By
-Bonferroni a sound run is inside at all its steps with 95 %. Few seeds make it wide; a broken cluster is far outside.
+prediction interval of 99 %: mean ± t s √(1 + 1/n) over n seeds. The variance s² is pooled over the strategies, whose
+runs of one seed share batches and so vary alike: t has the n - 1 degrees of freedom of one strategy. Few seeds make it
+wide. Only protocols that bring their dense model have such curves; others train one of their own on each machine.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ FILE = "reference_curves.json"
 STRATEGIES = ("dense", "sparse-upcycling")
 ENOUGH = 3  # seeds
 ROUNDING = 0.01  # of a log rank: what another machine's kernels may do to a model that is the same
-LEVEL = 0.95
+LEVEL = 0.99
 
 
 class Stored(Frozen):
@@ -63,7 +64,8 @@ def stored_of(records: Iterable[Record]) -> StoredCurves:
     """The curves of the closed runs of these strategies, as they are stored; of equal seeds the newest."""
     groups: dict[tuple[str, str, str, str, tuple[int, ...]], list[Record]] = defaultdict(list)
     for made in records:
-        if made.strategy.label in STRATEGIES and made.validation is not None and made.protocol.division == "closed":
+        own_dense = made.protocol.resolved.get("dense", {}).get("source") == "pretrain"
+        if made.strategy.label in STRATEGIES and made.validation and made.protocol.division == "closed" and not own_dense:
             steps = tuple(step for step, _ in made.validation.points)
             where = (made.protocol.name, made.protocol.training_fingerprint, made.strategy.label)
             key = (*where, made.validation.identity, steps)
@@ -112,23 +114,23 @@ def outside(
         if len(mine := values[strategy]) < ENOUGH:
             continue
         compared += 1
-        low, high = interval(mine, list(values.values()), len(own.steps))
+        low, high = interval(mine, list(values.values()))
         if not low <= score <= high:
             found.append(Outside(step, score, low, high, len(mine)))
     return found if compared else None
 
 
-def interval(mine: Sequence[float], every: Sequence[Sequence[float]], points: int) -> tuple[float, float]:
+def interval(mine: Sequence[float], every: Sequence[Sequence[float]]) -> tuple[float, float]:
     """Where a new value lies that belongs to `mine`; the deviation is that of `every` group of values around its mean.
 
-    One of `points` such intervals, all of which hold with `LEVEL`. None is narrower than ROUNDING.
+    It is never narrower than ROUNDING to each side.
     """
     from scipy.special import stdtrit
 
     several = [values for values in every if len(values) > 1]
-    degrees = sum(len(values) - 1 for values in several)
-    variance = sum((len(values) - 1) * statistics.variance(values) for values in several) / degrees
-    reach = float(stdtrit(degrees, 1 - (1 - LEVEL) / points / 2)) * math.sqrt(variance * (1 + 1 / len(mine)))
+    squares = sum((len(values) - 1) * statistics.variance(values) for values in several)
+    variance = squares / sum(len(values) - 1 for values in several)
+    reach = float(stdtrit(len(mine) - 1, (1 + LEVEL) / 2)) * math.sqrt(variance * (1 + 1 / len(mine)))
     middle, reach = statistics.fmean(mine), max(reach, ROUNDING)
     return middle - reach, middle + reach
 

@@ -78,7 +78,7 @@ def _board(records: list[Record], outcomes: Outcomes, kind: str | None = None) -
         for name, each in headlines.items()
     }
     if kind is not None:  # runs of another compute have no ranks in common
-        standings = {name: {k: replace(s, ranks=None) for k, s in each.items()} for name, each in standings.items()}
+        standings = {name: {k: replace(s, ranks=None, letters="") for k, s in each.items()} for name, each in standings.items()}
     rows = [
         replace(
             _row(runs, counting[label], {name: each[label] for name, each in standings.items() if label in each}),

@@ -1,12 +1,13 @@
 """What a strategy needed to get where another one ended: steps and charged FLOPs, by curves of held-out pairs.
 
     target = target_of(runs, references)            # seeds -> record, of the strategy and of the reference
-    target.steps, target.ratio                      # 412.5 steps; 0.83 of all that the reference spent
+    target.steps, target.ratio                      # 412.5 steps; 0.83 of what the reference needed to get there
 
-Single scores are noisy, and the first lucky one must not count. So each curve is replaced by the monotone one that is
-nearest to it by least squares (isotonic regression). The goal of a run is the end of the reference's curve with the
-same seeds; it is reached where the run's own, drawn straight from point to point, is there. FLOPs are charged ones: all
-before the training, and the share of training and validation up to that step.
+Single scores are noisy, and a lucky one must not count. So each side has one curve, the mean over the seeds that both
+have, and in its place the monotone one that is nearest by least squares (isotonic regression). The goal is the end of
+the reference's. It is reached where a curve, drawn straight from point to point, is there first; so is it by the
+reference itself, whose ratio is 1. FLOPs are charged ones: all before the training, and the share of training and
+validation up to that step.
 """
 
 from __future__ import annotations
@@ -22,19 +23,20 @@ from upcycle_bench.reporting.comparable import Counting, SeedPair
 BY_STEPS = ("train", "validate")  # phases whose cost grows with the steps
 NOT_CHARGED = ("evaluate",)
 REFERENCES = ("dense", "sparse-upcycling")
+Points = Sequence[tuple[int, float]]
 
 
 @dataclass(frozen=True)
 class Target:
-    """The way to a reference's final score. Means over runs; None unless all of them reached it, or have counted FLOPs.
+    """The way to a reference's final score, over `runs` pairs of runs.
 
-    ratio: FLOPs by all that the reference's runs spent before their evaluation. reached: how many of the `runs`.
+    steps: None where the strategy did not get there. flops: until then, a mean over runs; ratio: by those that the
+    reference needed. Both are None where FLOPs were not counted.
     """
 
     steps: float | None
     flops: float | None
     ratio: float | None
-    reached: int
     runs: int
 
 
@@ -50,26 +52,21 @@ def target_of(runs: Mapping[SeedPair, Record], references: Mapping[SeedPair, Rec
     pairs = [(run, other) for run, other in pairs if curves_compare(run, other)]
     if not pairs:
         return None
-    found = [(run, other, step) for run, other in pairs if (step := _reached(run, other)) is not None]
-    if len(found) < len(pairs):
-        return Target(None, None, None, len(found), len(pairs))
-    spent = [_flops_until(run, step) for run, _, step in found]
-    whole = [charged_flops(other) for _, other, _ in found]
-    flops = None if None in spent else statistics.fmean(each for each in spent if each is not None)
-    usual = None if None in whole else statistics.fmean(each for each in whole if each is not None)
-    return Target(
-        steps=statistics.fmean(step for _, _, step in found),
-        flops=flops,
-        ratio=flops / usual if flops is not None and usual else None,
-        reached=len(found),
-        runs=len(pairs),
-    )
+    mine, theirs = (monotone(_mean_curve(each)) for each in zip(*pairs, strict=True))
+    step, usual = first_at(mine, theirs[-1][1]), first_at(theirs, theirs[-1][1])
+    if step is None or usual is None:
+        return Target(None, None, None, len(pairs))
+    flops = _mean([_flops_until(run, step) for run, _ in pairs])
+    needed = _mean([_flops_until(other, usual) for _, other in pairs])
+    return Target(step, flops, flops / needed if flops is not None and needed else None, len(pairs))
 
 
 def curves_compare(run: Record, other: Record) -> bool:
-    """Whether both have curves of the same held-out pairs."""
+    """Whether both have curves of the same held-out pairs, up to the end of their trainings."""
     mine, theirs = run.validation, other.validation
-    return mine is not None and theirs is not None and mine.identity == theirs.identity
+    if mine is None or theirs is None or mine.identity != theirs.identity:
+        return False
+    return mine.points[-1][0] == _steps(run) and theirs.points[-1][0] == _steps(other)
 
 
 def charged_flops(run: Record) -> int | None:
@@ -79,7 +76,7 @@ def charged_flops(run: Record) -> int | None:
     return None if None in known else sum(flops for flops in known if flops is not None)
 
 
-def first_at(points: Sequence[tuple[int, float]], goal: float) -> float | None:
+def first_at(points: Points, goal: float) -> float | None:
     """The step at which a curve, drawn straight from point to point, is at most `goal` for the first time; or None."""
     if points[0][1] <= goal:
         return float(points[0][0])
@@ -89,7 +86,7 @@ def first_at(points: Sequence[tuple[int, float]], goal: float) -> float | None:
     return None
 
 
-def monotone(points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
+def monotone(points: Points) -> list[tuple[int, float]]:
     """The points of the curve that never rises and is nearest to these by least squares."""
     from scipy.optimize import isotonic_regression
 
@@ -97,16 +94,21 @@ def monotone(points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
     return list(zip(steps, isotonic_regression(scores, increasing=False).x.tolist(), strict=True))
 
 
-def _reached(run: Record, other: Record) -> float | None:
-    assert run.validation is not None and other.validation is not None
-    return first_at(monotone(run.validation.points), monotone(other.validation.points)[-1][1])
+def _mean_curve(runs: Sequence[Record]) -> list[tuple[int, float]]:
+    """The mean at each step that all of these have."""
+    curves = [dict(run.validation.points) for run in runs if run.validation is not None]
+    steps = sorted(set.intersection(*map(set, curves)))
+    return [(step, statistics.fmean(curve[step] for curve in curves)) for step in steps]
+
+
+def _steps(run: Record) -> int:
+    return run.cost.phases["train"].steps if run.cost and "train" in run.cost.phases else 0
 
 
 def _flops_until(run: Record, step: float) -> float | None:
     """Charged FLOPs of a run up to a step of its training."""
-    assert run.validation is not None and run.cost is not None
-    share = step / max(1, run.validation.points[-1][0])
-    total = 0.0
+    assert run.cost is not None
+    share, total = step / max(1, _steps(run)), 0.0
     for name, phase in run.cost.phases.items():
         if name in NOT_CHARGED:
             continue
@@ -114,3 +116,7 @@ def _flops_until(run: Record, step: float) -> float | None:
             return None
         total += phase.flops * (share if name in BY_STEPS else 1)
     return total
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    return None if None in values else statistics.fmean(value for value in values if value is not None)
