@@ -244,9 +244,15 @@ def run_apart(
 
 
 def _start(cell: Cell, results: Path, shared: Sequence[str], environment: Mapping[str, str]) -> _Child:
-    """Start a process that runs this cell: the same command for one strategy and one pair of seeds."""
-    seeds = ["--init-seed", str(cell.plan.init_seed), "--train-seed", str(cell.plan.train_seed)]
-    command = [sys.executable, "-c", START, "run", "--strategy", cell.plan.entry.name, *seeds, *shared]
+    """Start a process that runs this cell: the same command for one strategy and one pair of seeds.
+
+    A tuned row is run by `tune`, which finds its candidates done and chooses the same one.
+    """
+    plan = cell.plan
+    seeds = ["--init-seed", str(plan.init_seed), "--train-seed", str(plan.train_seed)]
+    options = [] if plan.tuned else [part for key, value in plan.options.items() for part in ("-o", f"{key}={value}")]
+    own = ["tune" if plan.tuned else "run", "--strategy", plan.entry.name, *options, *seeds]
+    command = [sys.executable, "-c", START, *own, *shared]
     known = set(results.rglob("*.json"))
     process = subprocess.Popen(
         command,

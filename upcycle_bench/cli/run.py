@@ -43,7 +43,10 @@ from upcycle_bench.util import strict_json
 from upcycle_bench.util.errors import UserError
 
 # Options of a matrix, which its runs do not get.
-OF_A_MATRIX = {"strategy", "seed", "seeds", "init_seed", "train_seed", "jobs", "once", "stop_after", "as_json"}
+OF_A_MATRIX = {
+    *("strategy", "option", "seed", "seeds", "init_seed", "train_seed"),
+    *("jobs", "once", "stop_after", "as_json"),
+}
 
 if TYPE_CHECKING:
     from upcycle_bench.planning.matrix import Cell
@@ -222,8 +225,8 @@ def show_preview(cells: Sequence[Cell], done: Sequence[Path | None], facts: Mapp
     show_facts({**facts, "matrix": rows}, as_json=True)
 
 
-def show_outcomes(outcomes: Sequence[Outcome], as_json: bool) -> None:
-    """The outcome of each cell, strategy by strategy, as one JSON document or as a table."""
+def show_outcomes(outcomes: Sequence[Outcome], as_json: bool, more: Mapping[str, Any] | None = None) -> None:
+    """The outcome of each cell, strategy by strategy, as one JSON document, which has `more`, too, or as a table."""
     strategies = [outcome.cell.strategy for outcome in outcomes]
     outcomes = sorted(outcomes, key=lambda outcome: strategies.index(outcome.cell.strategy))
     rows = []
@@ -242,7 +245,7 @@ def show_outcomes(outcomes: Sequence[Outcome], as_json: bool) -> None:
             }
         )
     if as_json:
-        print(strict_json.dumps({"runs": rows}, indent=2))
+        print(strict_json.dumps({**(more or {}), "runs": rows}, indent=2))
         return
     names = dict.fromkeys(name for row in rows for name in row["headlines"] or {})
     shown = [
@@ -269,4 +272,4 @@ def _value(headlines: dict[str, float] | None, name: str) -> str:
 
 def _identity(cell: Cell) -> dict[str, Any]:
     plan = cell.plan
-    return {"strategy": plan.label, "seeds": {"init": plan.init_seed, "train": plan.train_seed}}
+    return {"strategy": plan.row, "seeds": {"init": plan.init_seed, "train": plan.train_seed}}

@@ -34,8 +34,8 @@ class Cell:
 
     @property
     def strategy(self) -> str:
-        """The row: the label of the strategy."""
-        return self.plan.label
+        """The row: the label of the strategy, or the one of its tuned row."""
+        return self.plan.row
 
     @property
     def seed(self) -> str:
@@ -98,8 +98,8 @@ def describes(made: record.Record, cell: Cell) -> bool:
     plan = cell.plan.as_built(protocol.unequal)  # what the model costs is known only when it is built
     plan = trained_on(plan, made.sessions or ())
     return (
-        made.strategy.label == plan.label
-        and (protocol.name, protocol.division) == (plan.protocol.name, plan.division)
+        made.strategy.label == plan.row
+        and (protocol.name, made.division) == (plan.protocol.name, plan.division)
         and protocol.training_fingerprint == plan.training_fingerprint
         and protocol.suite_fingerprints.items() <= plan.suite_fingerprints.items()
         and plan.suite_fingerprints.keys() - protocol.suite_fingerprints.keys() <= made.skipped.keys()

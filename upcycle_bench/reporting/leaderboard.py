@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from upcycle_bench.record import Record, ScoreRecord
-from upcycle_bench.reporting.comparable import SeedPair, Table, comparable, counting_runs
+from upcycle_bench.reporting.comparable import SeedPair, Table, counting_runs, with_closed
 from upcycle_bench.util import strict_json
 from upcycle_bench.util.errors import UserError
 
@@ -26,6 +26,7 @@ if TYPE_CHECKING:  # they import numpy
     from upcycle_bench.reporting.resampling import Sure
     from upcycle_bench.reporting.standings import Outcomes, Standing
 
+GUEST = "closed division"  # what marks its rows in a table of the open one
 BASELINES = ("sparse-upcycling", "dense")  # differences are to the first of these with a successful run
 
 
@@ -80,6 +81,7 @@ class Row:
     label: str
     strategy: str
     kind: str  # the row's mark: reconstructed, parts reconstructed, control, unpublished; "": published
+    guest: bool  # of the closed division, in a table of the open one
     headlines: dict[str, RowHeadline]  # empty where no run succeeded
     scores: dict[str, float]  # suite/dataset/metric -> mean
     standard_errors: dict[str, float]  # over evaluation samples, of the scores where all runs have one
@@ -87,7 +89,7 @@ class Row:
     parameters_active: int | None
     train_seconds: float | None
     train_flops: float | None
-    charged_flops: float | None  # of every phase before evaluation
+    charged_flops: float | None  # of every phase before evaluation, and of all that tuned the row
     tokens_dropped: float | None
     runs: int  # how many count
     certified: int  # how many of these have a certificate
@@ -101,7 +103,16 @@ class Row:
     @property
     def title(self) -> str:
         """The label with its mark."""
-        return f"{self.label} ({self.kind})" if self.kind else self.label
+        return self._marked(self.kind)
+
+    @property
+    def short_title(self) -> str:
+        """The same with the first part of the mark."""
+        return self._marked(self.kind.partition(";")[0])
+
+    def _marked(self, mark: str) -> str:
+        marks = "; ".join(filter(None, [mark, GUEST if self.guest else ""]))
+        return f"{self.label} ({marks})" if marks else self.label
 
     @property
     def seeds(self) -> int:
@@ -163,19 +174,19 @@ def build(records: list[Record], outcomes: Outcomes = no_outcomes) -> list[Board
     """
     if not records:
         raise UserError("a leaderboard needs records: there are none.")
-    return [_board(runs, outcomes) for runs in comparable(records)]
+    return [_board(runs, closed, outcomes) for runs, closed in with_closed(records)]
 
 
 def _shown(sure: Sure) -> SeedMean:
     return SeedMean(sure.mean, sure.half_width, sure.seeds)
 
 
-def _board(records: list[Record], outcomes: Outcomes) -> Board:
-    """The board of these records, which come oldest first."""
+def _board(own: list[Record], closed: list[Record], outcomes: Outcomes) -> Board:
+    """The board of these records, which come oldest first. `closed`: of an open board, those to compare with."""
     from upcycle_bench.reporting.standings import stand
 
     by_label: dict[str, list[Record]] = defaultdict(list)
-    for record in records:
+    for record in (records := [*own, *closed]):
         by_label[record.strategy.label].append(record)
     counting = counting_runs(records)
     baseline = next((label for label in BASELINES if counting.get(label)), None)
@@ -185,7 +196,12 @@ def _board(records: list[Record], outcomes: Outcomes) -> Board:
         for name, each in headlines.items()
     }
     rows = [
-        _row(runs, counting[label], {name: each[label] for name, each in standings.items() if label in each})
+        _row(
+            runs,
+            counting[label],
+            {name: each[label] for name, each in standings.items() if label in each},
+            guest=runs[0].division != own[0].division,
+        )
         for label, runs in by_label.items()
     ]
     first = next(iter(headlines), "")
@@ -196,10 +212,10 @@ def _board(records: list[Record], outcomes: Outcomes) -> Board:
         return known is None, sign * known.mean.mean if known else 0.0, row.label
 
     rows.sort(key=place)
-    newest = records[-1]
+    newest = own[-1]
     return Board(
         protocol=newest.protocol.name,
-        division=newest.protocol.division,
+        division=newest.division,
         overrides=newest.protocol.overrides,
         unequal=newest.protocol.unequal,
         training_fingerprint=newest.protocol.training_fingerprint,
@@ -224,7 +240,7 @@ def _headlines(runs: Sequence[Record]) -> dict[str, BoardHeadline]:
     return found
 
 
-def _row(runs: list[Record], counting: dict[SeedPair, Record], standings: Mapping[str, Standing]) -> Row:
+def _row(runs: list[Record], counting: dict[SeedPair, Record], standings: Mapping[str, Standing], guest: bool) -> Row:
     """The row of one label. `runs`: all of it, oldest first; `counting`: those that count."""
     scores: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
     errors: dict[str, list[float | None]] = defaultdict(list)
@@ -241,6 +257,7 @@ def _row(runs: list[Record], counting: dict[SeedPair, Record], standings: Mappin
         label=newest.strategy.label,
         strategy=newest.strategy.name,
         kind=newest.strategy.mark,
+        guest=guest,
         headlines={
             name: RowHeadline(
                 mean=_shown(standing.score),
@@ -265,9 +282,7 @@ def _row(runs: list[Record], counting: dict[SeedPair, Record], standings: Mappin
         parameters_active=costs[0].parameters_active if costs else None,
         train_seconds=_mean(cost.phases["train"].seconds if "train" in cost.phases else 0 for cost in costs),
         train_flops=_mean(cost.phases["train"].flops if "train" in cost.phases else 0 for cost in costs),
-        charged_flops=_mean(
-            _sum(phase.flops for name, phase in cost.phases.items() if name != "evaluate") for cost in costs
-        ),
+        charged_flops=_mean(run.charged_flops for run in counting.values()),
         tokens_dropped=_mean(cost.tokens_dropped for cost in costs),
         runs=len(counting),
         certified=sum(run.certificate is not None for run in counting.values()),
@@ -294,12 +309,6 @@ def _column(score: ScoreRecord) -> str:
 
 def _mean_of_means(by_training_seed: Mapping[int, list[float]]) -> float:
     return statistics.fmean(statistics.fmean(values) for values in by_training_seed.values())
-
-
-def _sum(values: Iterable[int | None]) -> int | None:
-    """The sum; None if any value is unknown, since the sum of the others would look too cheap."""
-    known = list(values)
-    return None if None in known else sum(value for value in known if value is not None)
 
 
 def _mean(values: Iterable[float | None]) -> float | None:

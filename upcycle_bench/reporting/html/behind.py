@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from upcycle_bench.record import Record
-from upcycle_bench.reporting.comparable import Table, comparable, counting_runs, table_of
+from upcycle_bench.reporting.comparable import Table, counting_runs, table_of, with_closed
 from upcycle_bench.reporting.leaderboard import Board
 
 Runs = Sequence[tuple[Record, Path]]
@@ -22,9 +22,9 @@ def records_of(boards: Sequence[Board], runs: Runs) -> list[Behind]:
     """For each board, the records behind its rows. `runs` holds those of all boards, in any order."""
     paths = {id(record): path for record, path in runs}
     behind: dict[Table, dict[str, list[tuple[Record, Path]]]] = {}
-    for records in comparable([record for record, _ in runs]):
+    for records, closed in with_closed([record for record, _ in runs]):
         mine = behind.setdefault(table_of(records[0]), defaultdict(list))
-        for record in records:
+        for record in [*records, *closed]:
             mine[record.strategy.label].append((record, paths[id(record)]))
     return [{row.label: behind[board.table][row.label] for row in board.rows} for board in boards]
 

@@ -50,7 +50,7 @@ def _board(board: Board, behind: Behind, details: RecordDetails, published: Publ
         "rows": [
             {
                 "title": row.title,
-                "name": f"{row.label} ({row.kind.partition(';')[0]})" if row.kind else row.label,
+                "name": row.short_title,
                 "headlines": {name: _numbers(each) for name, each in row.headlines.items()},
                 "flops": row.charged_flops,
                 "ratio": ratio,
