@@ -22,8 +22,7 @@ from upcycle_bench.record import Record, TunedPart
 from upcycle_bench.reporting.sent import Here
 from upcycle_bench.reporting.validate import validate
 from upcycle_bench.run_many import Outcome
-from upcycle_bench.tune import choose
-from upcycle_bench.util.errors import UserError
+from upcycle_bench.tune import NothingChosen, choose
 
 FLAGS = [part for override in QUICK for part in ("--set", override)]
 
@@ -181,8 +180,9 @@ def test_the_best_mean_wins_and_the_defaults_win_a_tie(values: dict[str, tuple[f
 def test_a_candidate_that_fails_ends_the_tuning_with_one_line() -> None:
     made = outcomes({"new": (0.5, 0.5), "new[a=1]": (0.6, 0.6)})
     made[3] = replace(made[3], made=None, reason="DivergedError: the loss is nan")
-    with pytest.raises(UserError, match=r"^nothing is chosen, since new\[a=1\], seed 1001 failed: DivergedError"):
+    with pytest.raises(NothingChosen, match=r"^nothing is chosen, since new\[a=1\], seed 1001 failed: DivergedError"):
         choose(rule(), made)
+    assert NothingChosen.status == 1  # a run failed, and no input was bad
 
 
 def test_cost_that_was_not_counted_is_not_called_nothing() -> None:

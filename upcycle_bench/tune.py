@@ -28,6 +28,12 @@ from upcycle_bench.util.errors import UserError
 from upcycle_bench.util.progress import Reporter
 
 
+class NothingChosen(UserError):
+    """A candidate that failed; the record of its run says why."""
+
+    status = 1
+
+
 @dataclass(frozen=True, kw_only=True)
 class Task:
     """What is tuned: candidates on the tuning protocol, and how one of them is planned under the protocol itself."""
@@ -81,8 +87,8 @@ def tune(
 ) -> tuple[TunedPart, list[Outcome]]:
     """The choice, and the outcomes of the tuned row, one for each of `pairs` of seeds. Every rank must call it.
 
-    `shared` and `tried`: the command-line options of other processes, without and for the candidates. UserError where
-    a candidate's run fails.
+    `shared` and `tried`: the command-line options of other processes, without and for the candidates. NothingChosen
+    where a candidate's run fails.
     """
     how: dict[str, Any] = {"jobs": jobs, "fresh": False, "show": show}
     # One session for both matrices, as `run_all` has one for all cells; processes of their own have none here.
@@ -98,14 +104,15 @@ def tune(
 def choose(table: Tuning, outcomes: Sequence[Outcome]) -> TunedPart:
     """What was chosen, from the outcomes of all candidates and tuning seeds, seed by seed.
 
-    UserError where one of them failed: a candidate is compared whole or not at all.
+    NothingChosen where one of them failed: a candidate is compared whole or not at all.
     """
     made: dict[str, list[Record]] = {}
     for outcome in outcomes:
         if outcome.made is None or outcome.reason is not None:
-            raise UserError(
-                f"nothing is chosen, since {outcome.cell.strategy}, seed {outcome.cell.seed} failed: {outcome.reason}; "
-                "the same command tries it again, or leave that --try out."
+            why = str(outcome.reason).rstrip(".")
+            raise NothingChosen(
+                f"nothing is chosen, since {outcome.cell.strategy}, seed {outcome.cell.seed} failed: {why}. "
+                "The same command tries it again; else leave that --try out."
             )
         made.setdefault(outcome.cell.strategy, []).append(outcome.made)
     every = [run for runs in made.values() for run in runs]
