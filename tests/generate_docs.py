@@ -25,14 +25,16 @@ from upcycle_bench.planning.cluster_cost import bills
 from upcycle_bench.planning.registry import load_registry
 from upcycle_bench.protocol import load_protocol
 from upcycle_bench.reporting import formats, leaderboard
+from upcycle_bench.reporting.board import Board, SeedMean
 from upcycle_bench.reporting.collect import collect
+from upcycle_bench.reporting.expected_curves import FILE, stored_of
 from upcycle_bench.reporting.formats import markdown_table as table
-from upcycle_bench.reporting.leaderboard import Board, SeedMean
 from upcycle_bench.reporting.validate import CHECKS
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 FIGURE = ROOT / "docs" / "figures" / "strategies.svg"
+CURVES = ROOT / "upcycle_bench" / "assets" / FILE
 MARK = re.compile(r"<!-- generated: (\S+) -->\n.*?<!-- end -->", re.DOTALL)
 
 
@@ -316,7 +318,13 @@ def generate(text: str) -> str:
     return MARK.sub(lambda m: f"<!-- generated: {m[1]} -->\n{PARTS[m[1]]()}\n<!-- end -->", text)
 
 
+def reference_curves() -> str:
+    """The curves of held-out pairs that ship with the package, of the records in results/."""
+    return stored_of(collect([ROOT / "results" / "lab", ROOT / "results" / "smoke"]).records).model_dump_json(indent=1)
+
+
 if __name__ == "__main__":
     draw()
+    CURVES.write_text(reference_curves() + "\n")
     for document in DOCUMENTS:
         document.write_text(generate(document.read_text()))

@@ -6,7 +6,7 @@ Fonts are the machine's, so another one may give other pixels.
 from pathlib import Path
 
 from tests.browser import missing, opened
-from upcycle_bench.record import read, read_outcomes, record_paths
+from upcycle_bench.reporting.collect import collect
 from upcycle_bench.reporting.html.page import render
 from upcycle_bench.reporting.leaderboard import build
 from upcycle_bench.util.errors import UserError
@@ -24,10 +24,8 @@ LARGEST = 200_000  # bytes of a picture
 
 def report() -> str:
     """The page of results/lab."""
-    paths = record_paths(ROOT / "results" / "lab")
-    runs = [(read(path), path) for path in paths]
-    place = {id(record): path for record, path in runs}
-    return render(build([record for record, _ in runs], lambda record: read_outcomes(place[id(record)])), runs)
+    found = collect([ROOT / "results" / "lab"])
+    return render(build(found.records, found.outcomes), list(zip(found.records, found.paths, strict=True)))
 
 
 def draw(folder: Path = FIGURES) -> None:

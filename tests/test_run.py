@@ -103,7 +103,8 @@ def test_a_run_is_recorded_whole(tmp_path: Path, quick: list[str], strategy: str
     assert ("train" in made.cost.phases) == trains
     assert ("calibrate" in made.cost.phases) == (strategy == "cluster-aware")
     seen = {name: (phase.samples, phase.steps) for name, phase in made.cost.phases.items()}
-    expected = {"calibrate": (1079, 0), "upcycle": (0, 0), "train": (steps * 32, steps), "evaluate": (0, 0)}
+    expected = {"calibrate": (1079, 0), "upcycle": (0, 0), "train": (steps * 32, steps)}
+    expected |= {"validate": (0, 0), "evaluate": (0, 0)}
     assert seen == {name: expected[name] for name in seen}
     assert made.strategy.footing == planned.strategy.info.footing
     assert (made.strategy.moe is not None) == (strategy == "virtual-group")
@@ -117,7 +118,11 @@ def test_a_run_is_recorded_whole(tmp_path: Path, quick: list[str], strategy: str
     assert not headline.higher_is_better and headline.standard_error > 0
     # 10 classes; 30 images, and 30 captions
     assert headline.chance == pytest.approx((math.lgamma(11) / 10 + 2 * math.lgamma(31) / 30) / 3)
+    assert ("validate" in made.cost.phases) == (made.validation is not None) == trains
     if trains:
+        assert [step for step, _ in made.validation.points] == [0, steps]
+        assert (made.validation.set, made.validation.pairs) == ("digits-retrieval", 30)
+        assert made.cost.phases["validate"].flops > 0
         assert made.cost.phases["train"].flops > 0
         assert path.with_suffix(".jsonl").is_file()
     if moe:

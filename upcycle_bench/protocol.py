@@ -185,6 +185,14 @@ class Tuning(Frozen):
         return self
 
 
+class Validation(Frozen):
+    """Held-out pairs that are scored during the training, which changes no bit of it (`evaluation.held_out`)."""
+
+    set: str = Field(min_length=1, description="a retrieval set of the world")
+    pairs: int = Field(ge=2, description="evenly spaced ones of the set; all where it has fewer")
+    every: int = Field(ge=0, description="steps from one score to the next; 0: none")
+
+
 class Protocol(Frozen):
     """One protocol. `overrides` (`--set`) is empty in the closed division."""
 
@@ -196,6 +204,7 @@ class Protocol(Frozen):
     data: Data
     moe: MoE
     train: Train
+    validation: Validation | None = None
     suites: dict[str, dict[str, Any]]
     optional_suites: dict[str, dict[str, Any]] = Field(
         default_factory=dict, description="suites that only run when --suite names them: expensive, or new"

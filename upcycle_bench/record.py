@@ -74,6 +74,9 @@ from upcycle_bench.record_schema import (
     Timestamp as Timestamp,
 )
 from upcycle_bench.record_schema import (
+    ValidationPart as ValidationPart,
+)
+from upcycle_bench.record_schema import (
     json_schema as json_schema,
 )
 from upcycle_bench.record_tuned import (

@@ -19,7 +19,7 @@ from upcycle_bench.record_tuned import TunedPart
 SCHEMA_VERSION = 2
 
 Name = Annotated[str, Field(min_length=1)]
-PhaseName = Literal["prepare", "calibrate", "upcycle", "train", "evaluate"]
+PhaseName = Literal["prepare", "calibrate", "upcycle", "train", "validate", "evaluate"]
 
 
 def _real_time(text: str) -> str:
@@ -89,6 +89,9 @@ class ProtocolPart(Part):
         default=None, description="why the built model opens the division: its cost is not that of the protocol's MoE"
     )
     training_fingerprint: Name
+    shared_fingerprint: str | None = Field(
+        default=None, description="where `unequal`: the training fingerprint that runs of equal cost have"
+    )
     suite_fingerprints: dict[str, str] = Field(description="suite -> fingerprint")
     resolved: dict[str, JsonValue]
 
@@ -185,6 +188,12 @@ class PhaseCost(Part):
     peak_memory_bytes: int = Field(ge=0)
     samples: int = Field(default=0, ge=0, description="training pairs that models of this phase saw, trained on or not")
     steps: int = Field(default=0, ge=0, description="optimiser steps, each of a batch")
+    joules: float | None = Field(
+        default=None,
+        ge=0,
+        description="of the phases `train` and `validate` together: the ranks' GPUs by NVML, or each machine's CPU "
+        "packages by RAPL, whatever else runs on them; None: not reported",
+    )
 
 
 class Cost(Part):
@@ -224,6 +233,26 @@ class SessionPart(Part):
     last_step: int = Field(
         ge=0, description="of which the training kept its work: a later session did the others again"
     )
+
+
+class ValidationPart(Part):
+    """Scores of held-out pairs during the training: the mean log rank over both ways of retrieval; lower is better.
+
+    They are measured in the precision of the training. The phase `validate` has their cost.
+    """
+
+    set: Name
+    pairs: int = Field(ge=2)
+    identity: Name = Field(description="of the pairs and the precision: curves with the same one compare")
+    chance: float
+    points: tuple[tuple[int, float], ...] = Field(min_length=1, description="steps done, score")
+
+    @model_validator(mode="after")
+    def _ascending(self) -> ValidationPart:
+        steps = [step for step, _ in self.points]
+        if steps != sorted(set(steps)) or steps[0] < 0:
+            raise ValueError("the steps of its points must ascend")
+        return self
 
 
 class DensePart(Part):
@@ -276,6 +305,7 @@ class Record(Part):
     )
     certificate: CertificatePart | None = Field(default=None, description="None: made before there were any")
     cost: Cost | None = None
+    validation: ValidationPart | None = Field(default=None, description="None: there was none, or made before")
     sessions: list[SessionPart] | None = Field(default=None, description="of the training; None: none, or made before")
     environment: dict[str, JsonValue]
     hashes: Hashes

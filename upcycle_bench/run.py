@@ -5,6 +5,7 @@ path = run(plan, Path("results"), reporter)
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
@@ -15,6 +16,7 @@ from upcycle_bench.data.bad_list import read_bad
 from upcycle_bench.data.batches import Loading
 from upcycle_bench.data.pairs import PairDataset
 from upcycle_bench.data.training_pairs import training_pairs
+from upcycle_bench.evaluation.held_out import held_out_pairs
 from upcycle_bench.evaluation.score import headlines_of, score, scores_of
 from upcycle_bench.model import weights
 from upcycle_bench.model.clip import Clip
@@ -26,9 +28,10 @@ from upcycle_bench.planning.fingerprint import recipe_path
 from upcycle_bench.planning.identity import command_of, run_facts, with_dense
 from upcycle_bench.planning.plan import Plan, check_input, check_strategy, dense_source, run_id
 from upcycle_bench.record import slug
+from upcycle_bench.reporting.expected_curves import outside, read_curves
 from upcycle_bench.run_state import RunState, write_failure, write_record
 from upcycle_bench.training import finished, session
-from upcycle_bench.training.job import Job, Progress
+from upcycle_bench.training.job import Curve, Job, Progress
 from upcycle_bench.training.loop import train
 from upcycle_bench.training.pretrain import load_dense
 from upcycle_bench.training.same_view import require_same_view
@@ -41,7 +44,7 @@ from upcycle_bench.util import distributed
 from upcycle_bench.util.cache import cache_root
 from upcycle_bench.util.errors import UserError
 from upcycle_bench.util.first_cause import last_word
-from upcycle_bench.util.meter import Meter
+from upcycle_bench.util.meter import Meter, Phase
 from upcycle_bench.util.progress import Reporter
 from upcycle_bench.util.rng import Stream
 
@@ -174,6 +177,8 @@ def train_model(
     if not plan.strategy.trains:
         return None
     settings = plan.protocol.train
+    assert plan.world is not None
+    held_out = held_out_pairs(plan.protocol.validation, model, plan.world.eval_root, settings.schedule.precision)
     job = Job(
         schedule=settings.schedule.model_copy(update={"steps": plan.steps}),
         peak_lr=plan.protocol.peak_lr,
@@ -182,6 +187,8 @@ def train_model(
         load_balance=plan.moe.load_balance,
         zero_stage=settings.zero_stage,
         log_every=settings.log_every,
+        held_out=held_out,
+        on_score=functools.partial(warn_of_curve, plan),
         metrics=work / "metrics.jsonl",
         checkpoints=work / "checkpoints",
         checkpoint_every=settings.checkpoint_every,
@@ -199,8 +206,27 @@ def train_model(
             on_step=bar,
         )
     phase.seconds, phase.flops = progress.seconds, progress.total_flops()  # of all sessions, if it was interrupted
+    phase.joules = progress.joules
     phase.steps, phase.samples = progress.step, progress.step * job.schedule.batch_size
+    if curve := progress.curve:  # in memory, both are one
+        meter.phases["validate"] = Phase(curve.seconds, curve.flops, phase.peak_memory_bytes)
     return progress
+
+
+def warn_of_curve(plan: Plan, curve: Curve) -> None:
+    """Say on rank 0 where the newest held-out score is not where other runs of this strategy were.
+
+    It tells a broken machine or cluster before the training is paid for.
+    """
+    if plan.division != "closed" or not distributed.is_main():
+        return
+    found = outside(read_curves(), plan.label, plan.training_fingerprint, curve.identity, curve.points[-1:])
+    for point in found or ():
+        print(
+            f"warning: step {point.step}: the held-out score is {point.score:.4f}; {point.seeds} other runs of "
+            f"{plan.label} give {point.low:.4f} to {point.high:.4f}: is something here not as it was there?",
+            file=sys.stderr,
+        )
 
 
 def whole_model(plan: Plan, model: Clip, path: Path) -> Clip:

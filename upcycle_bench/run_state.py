@@ -166,6 +166,9 @@ def _record(state: RunState, **parts: Any) -> record.Record:
             "overrides": protocol.overrides,
             "unequal": plan.unequal,
             "training_fingerprint": plan.training_fingerprint,
+            "shared_fingerprint": trained_on(state.plan.as_built(None), sessions).training_fingerprint
+            if plan.unequal
+            else None,
             # Without the suites that were skipped: their tables have no row for this run.
             "suite_fingerprints": {
                 name: value for name, value in plan.suite_fingerprints.items() if name not in parts.get("skipped", {})
@@ -175,6 +178,7 @@ def _record(state: RunState, **parts: Any) -> record.Record:
         "dense": _dense_part(state),
         "seeds": {"init": plan.init_seed, "train": plan.train_seed},
         "receipt": state.receipt,
+        "validation": _validation_part(state.progress),
         "sessions": [asdict(session) for session in sessions] or None,
         "environment": backends.machine(state.meter.device) | ({"training": state.training} if state.training else {}),
         "hashes": {
@@ -186,6 +190,12 @@ def _record(state: RunState, **parts: Any) -> record.Record:
         **parts,
     }
     return record.Record.model_validate_json(strict_json.dumps(tree))
+
+
+def _validation_part(progress: Progress | None) -> dict[str, Any] | None:
+    if progress is None or progress.curve is None or not progress.curve.points:
+        return None
+    return {key: value for key, value in asdict(progress.curve).items() if key not in ("seconds", "flops")}
 
 
 def _dense_part(state: RunState) -> dict[str, Any] | None:

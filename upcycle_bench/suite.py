@@ -164,7 +164,8 @@ class Suite(ABC):
     def sampled(self, dataset: str, metric: str, outcomes: Mapping[str, np.ndarray]) -> Sampled | None:
         """Of which of this suite's outcomes that score is the mean; None where outcomes do not give it.
 
-        `validate` computes scores again by it, and `diff` pairs two runs. By default the outcome has the metric's name.
+        `validate` computes scores again by it, `diff` pairs two runs, and the leaderboard has errors over samples. By
+        default the outcome has the metric's name.
         """
         found = outcomes.get(f"{dataset}/{metric}")
         return None if found is None else Sampled(found)

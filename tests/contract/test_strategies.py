@@ -116,7 +116,9 @@ def test_info_is_filled(name: str) -> None:
 
 def test_facts_are_consistent(strategy: Strategy) -> None:
     assert all(type(fact) is bool for fact in (strategy.replaces_ffn, strategy.trains, strategy.preserves_function))
-    assert [strategy.training_steps(steps, 100, 130) for steps in (1, 10, 800)] in ([1, 10, 800], [1, 13, 1040])
+    factor = getattr(strategy, "compute", 1)  # controls that are trained for a given compute
+    steps = [strategy.training_steps(steps, 100, 130) for steps in (1, 10, 800)]
+    assert steps in ([round(factor * each) for each in counts] for counts in ([1, 10, 800], [1.3, 13, 1040]))
     assert isinstance(strategy.calibration_pairs, int)
     assert strategy.calibration_pairs >= 0
     if strategy.replaces_ffn:

@@ -11,6 +11,7 @@ import json
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -101,10 +102,21 @@ def at(path: str, value: Any, start: str = BASE) -> Callable[[Path], None]:
         part: Any = files.tree
         for parent in parents:
             part = part[int(parent)] if isinstance(part, list) else part[parent]
-        part[leaf] = value(part[leaf]) if callable(value) else value
+        place = int(leaf) if isinstance(part, list) else leaf
+        part[place] = value(part[place]) if callable(value) else value
         files.write()
 
     return make
+
+
+def later(created: str) -> str:
+    """Two seconds later."""
+    return (datetime.strptime(created, "%Y-%m-%dT%H:%M:%SZ") + timedelta(seconds=2)).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def without_phase(name: str) -> Callable[[Path], None]:
+    """Leave out the cost of a phase."""
+    return at("cost.phases", lambda phases: {key: value for key, value in phases.items() if key != name})
 
 
 def of_score(name: str, field: str, value: Any, start: str = BASE) -> Callable[[Path], None]:
@@ -189,7 +201,7 @@ def as_another_seed(folder: Path) -> None:
     copied(folder)
     files = Files(folder, "another")
     files.tree["seeds"] = {"init": 5, "train": 5}
-    files.tree["created"] = "2026-11-30T02:00:00Z"
+    files.tree["created"] = later(files.tree["created"])
     files.write()
 
 
@@ -308,6 +320,11 @@ TAMPERED = [
         of_lines(lambda lines: lines[3].update(learning_rate=0.1)),
     ),
     Tampering("a faster training than its metrics", "metrics", at("cost.samples_per_second", 9000.0)),
+    Tampering("a held-out score better than the best", "curve", at("validation.points.3.1", -0.5)),
+    Tampering("a curve that ends before the training", "curve", at("validation.points", lambda points: points[:-1])),
+    Tampering("a curve of fewer steps than the protocol's", "curve", at("validation.points.2.0", 15)),
+    Tampering("a curve without its cost", "curve", without_phase("validate")),
+    Tampering("a curve of other pairs", "curve", at("validation.set", "digits-test")),
     Tampering("the same run under another file name", "copies", copied),
     Tampering("the same run under other seeds", "same-results", as_another_seed),
     Tampering("another strategy's run under this name", "same-results", as_another_strategy),

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.reporting.tampering import BASE, Files, at, fresh
+from tests.reporting.tampering import BASE, Files, at, fresh, later
 from upcycle_bench.planning.registry import load_registry
 from upcycle_bench.reporting.bundle import write_bundle
 from upcycle_bench.reporting.sent import Here
@@ -61,7 +61,6 @@ def test_two_records_of_one_name_are_refused(tmp_path: Path) -> None:
     (sent / "again").mkdir()
     for file in sent.glob(f"{BASE}-*"):
         shutil.copy(file, sent / "again" / file.name)
-    path = sent / "again" / Files(sent).json.name
-    path.write_text(path.read_text().replace('"created": "2026-11-30T01', '"created": "2026-11-30T02'))
+    at("created", later)(sent / "again")
     with pytest.raises(UserError, match="another name"):
         write_bundle(checked(sent), tmp_path / "bundle.tar.gz")

@@ -8,19 +8,23 @@ import numpy as np
 import pytest
 
 from tests.records import make_record
+from upcycle_bench.planning.registry import load_registry
+from upcycle_bench.protocol import load_protocol
 from upcycle_bench.record import write
 from upcycle_bench.reporting.collect import collect
 from upcycle_bench.util.errors import UserError
 
 
 def test_folders_merge_and_copies_count_once(tmp_path: Path) -> None:
-    a = write(make_record("dense"), {"x/y/z": np.arange(3.0)}, tmp_path / "a")
+    protocol = {"resolved": load_protocol(load_registry().protocols["smoke"].target).model_dump(mode="json")}
+    arrays = {"zero-shot/digits-test/log_likelihood": np.arange(3.0)}
+    a = write(make_record("dense", protocol=protocol), arrays, tmp_path / "a")
     b = write(make_record("new", init=1, train=1), None, tmp_path / "b")
     shutil.copytree(tmp_path / "a", tmp_path / "b" / "again")
     found = collect([tmp_path / "a", tmp_path / "b", a, tmp_path / "a"])
     assert found.paths == [a, b] and [made.strategy.label for made in found.records] == ["dense", "new"]
     assert list(found.passed_over.values()) == [f"it is a copy of {a}"]
-    assert found.outcomes(found.records[0])["x/y/z"].tolist() == [0.0, 1.0, 2.0]
+    assert found.outcomes(found.records[0])["zero-shot/digits-test/log_likelihood"].tolist() == [0.0, 1.0, 2.0]
     assert found.outcomes(found.records[1]) == {} == found.without
     a.with_suffix(".npz").unlink()
     assert found.outcomes(found.records[0]) == {} and "copy it from where the run was made" in found.without[a]

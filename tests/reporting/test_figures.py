@@ -90,6 +90,13 @@ def test_experts_stand_by_rank_and_unused_ones_have_no_probability(folder: Path,
     assert curves(probability[0]) == [[(1, 0.5)]] * 2
 
 
+def test_a_label_is_no_mathematics(tmp_path: Path, drawn: list[Figure]) -> None:
+    path = record.write(make_record(r"$\frac$"), None, tmp_path)
+    path.with_suffix(".jsonl").write_text('{"step": 1, "contrastive": 3.0}\n')
+    draw(read_runs([path]), "loss", tmp_path / "figure.svg")
+    assert [text.get_text() for text in drawn[0].legends[0].get_texts()] == [r"$\frac$"]
+
+
 def test_errors_are_one_line(folder: Path) -> None:
     runs = read_runs([folder])
     for name, output, words in (

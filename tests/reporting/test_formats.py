@@ -10,8 +10,10 @@ import pytest
 
 from tests.records import headlines_of, make_record, score
 from tests.reporting.test_leaderboard import failure, runs, two_headlines
-from upcycle_bench.reporting.formats import NOTES, render
-from upcycle_bench.reporting.leaderboard import Board, build
+from upcycle_bench.reporting.board import Board
+from upcycle_bench.reporting.captions import NOTES
+from upcycle_bench.reporting.formats import render
+from upcycle_bench.reporting.leaderboard import build
 from upcycle_bench.util.errors import UserError
 
 OPEN = {"division": "open", "overrides": ("moe.experts=4",), "training_fingerprint": "of 4 experts"}
@@ -37,8 +39,14 @@ def boards() -> list[Board]:
 
 
 def test_all_formats_carry_the_same_rows(boards: list[Board]) -> None:
+    three = {0: 0.1, 1: 0.2, 2: 0.4}
+    ranked = [*runs("new", three, protocol={"name": "z"}), *runs("dense", three, protocol={"name": "z"})]
+    boards = boards + build([*ranked, *runs("few", {0: 0.9}, protocol={"name": "z"})])
     expected = [(row.rank, row.label) for board in boards for row in board.rows]
-    assert expected == [(1, "cluster-aware[tau=0.8]"), (2, "dense"), (None, "zzz"), (1, "dense")]
+    assert expected == [
+        (None, "cluster-aware[tau=0.8]"), (None, "dense"), (None, "zzz"), (None, "dense"),
+        (None, "few"), (1, "dense"), (2, "new"),
+    ]  # fmt: skip
     document = json.loads(render(boards, "json"), parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
     assert [(row["rank"], row["label"]) for board in document["boards"] for row in board["rows"]] == expected
     lines = list(csv.DictReader(io.StringIO(render(boards, "csv"))))

@@ -15,6 +15,7 @@ from tests.records import make_record, tuned_part
 from tests.reporting.html_records import CLOSING, LAYERS, LONG, SCRIPT, SIGNS, hard_records, many_records, placed
 from tests.reporting.test_leaderboard import failure, runs
 from upcycle_bench.record import Record
+from upcycle_bench.reporting.formats import only
 from upcycle_bench.reporting.formats import render as as_text
 from upcycle_bench.reporting.html import page
 from upcycle_bench.reporting.html.record_details import thinned
@@ -230,12 +231,34 @@ def test_differences_by_dataset_are_to_the_reference(hard: str) -> None:
 
 
 def test_diagnostics_stand_in_a_table(hard: str) -> None:
-    row = next(row for row in Seen(hard).rows if row[0] == "sparse-upcycling")
+    row = next(row for row in Seen(hard).rows if row[0] == "sparse-upcycling" and len(row) > 3)
     assert row == [
         "sparse-upcycling",
         *("0.1000 → 0.1000", "0.9000 → 0.9000", "1.5000 → 1.5000", "70.0% → 70.0%"),
         "25.00%",
     ]
+
+
+def test_ranks_stand_in_a_table_and_a_missing_diagram_is_one_line(hard: str) -> None:
+    """up is first of four over three seeds and down last; the critical difference is 2.569 sqrt(4 * 5 / 18) = 2.71."""
+    seen = Seen(hard)
+    ranks = {row[0]: row[1:] for row in seen.rows if len(row) == 3}
+    assert ranks["up"] == ["1.00", "a"] and ranks["down"][0] == "4.00" and ranks["strategy"] == ["mean rank", "bars"]
+    assert len(ranks) == 5  # a header and four
+    first, second = seen.data["boards"]
+    (headline,) = first["headlines"]
+    assert headline["ranking"]["strategies"][0]["name"] == "up (reconstructed)"
+    assert headline["ranking"]["distance"] == pytest.approx(2.7081, abs=1e-4) and headline["ranking"]["ranked"] == 4
+    assert "the blocks are seeds and not sets" in headline["ranking"]["said"]
+    assert second["headlines"][0]["ranking"] is None
+    assert hard.count("shift: a critical-difference diagram needs 3 strategies with 3 training seeds in common") == 1
+
+
+def test_ranks_are_of_all_strategies_whichever_rows_are_shown(tmp_path: Path) -> None:
+    boards = only(build(hard_records()), ["level"])
+    (headline,) = Seen(page.render(boards, placed(hard_records(), tmp_path))).data["boards"][0]["headlines"]
+    assert [each["title"] for each in headline["ranking"]["strategies"]] == ["level", "sparse-upcycling"]
+    assert headline["ranking"]["ranked"] == 4
 
 
 def test_a_papers_numbers_stand_in_the_drawers_data(tmp_path: Path) -> None:

@@ -10,8 +10,9 @@ import pytest
 
 from tests.records import headlines_of, make_record, score, tuned_part
 from upcycle_bench.record import Record, read, record_paths, write
+from upcycle_bench.reporting.board import Board, BoardHeadline, Row, RowHeadline, SeedMean
 from upcycle_bench.reporting.formats import render
-from upcycle_bench.reporting.leaderboard import Board, BoardHeadline, Row, RowHeadline, SeedMean, build
+from upcycle_bench.reporting.leaderboard import build
 from upcycle_bench.util.errors import UserError
 
 # Student's t, 97.5 % quantile: 1 degree of freedom 12.706205, 2: 4.302653 (any printed table)
@@ -130,8 +131,19 @@ def test_where_lower_is_better_rows_ascend_and_where_higher_is_they_descend() ->
             make_record(label, scores=[score("s", "log_rank", value, headline="one", lower=lower)])
             for label, value in values.items()
         ]
-        rows = only(build([*made, failure("0")]))
-        assert [(row.rank, label) for label, row in rows.items()] == [*enumerate(expected, start=1), (None, "0")]
+        assert list(only(build([*made, failure("0")]))) == [*expected, "0"]
+
+
+def test_a_place_is_among_the_ranked_and_others_have_none() -> None:
+    """By the mean b stands above c and d, but one seed and two are not ranked; a single row of three is not either."""
+    three = runs("c", {0: 0.5, 1: 0.6, 2: 0.4}) + runs("d", {0: 0.3, 1: 0.1, 2: 0.2})
+    rows = only(build([*runs("b", {0: 0.9}), *three, *runs("e", {0: 0.0, 1: 0.0}), failure("f")]))
+    assert [(row.rank, label) for label, row in rows.items()] == [
+        (None, "b"), (1, "c"), (2, "d"), (None, "e"), (None, "f")
+    ]  # fmt: skip
+    assert main(rows["c"]).ranks == (1, 1) and main(rows["b"]).ranks is None
+    alone = only(build([*three[:3], *runs("b", {0: 0.9})]))
+    assert [row.rank for row in alone.values()] == [None, None]
 
 
 def test_ties_of_a_lower_is_better_score_are_sorted_by_label() -> None:
@@ -143,7 +155,7 @@ def test_ranks_are_by_the_first_headline_alone() -> None:
     """The other one says the opposite, and their sum and mean would, too."""
     records = two_headlines("a", {0: 1.0}, {0: 9.0}) + two_headlines("b", {0: 1.5}, {0: 3.0})
     for order in (records, records[::-1]):
-        assert [(row.rank, label) for label, row in only(build(order)).items()] == [(1, "a"), (2, "b")]
+        assert list(only(build(order))) == ["a", "b"]
     first = [score("x", "log_rank", 2.0, headline="shift", lower=True)]
     turned = [
         make_record("a", scores=[*first, score("y", "acc1", 0.9, headline="in-distribution")]),
@@ -198,8 +210,10 @@ def test_a_board_says_what_its_headlines_are_made_of() -> None:
 def test_a_run_without_the_first_headline_has_no_rank_and_stops_no_leaderboard() -> None:
     """Its first suite gave it no scores, so that the headlines are those of another suite."""
     other = score("x", "acc1", 0.5, headline="few-shot") | {"suite": "few-shot"}
-    rows = only(build([*two_headlines("new", {0: 1.0}, {0: 2.0}), make_record("other", scores=[other])]))
-    assert [(row.rank, label) for label, row in rows.items()] == [(1, "new"), (None, "other")]
+    three = {0: 1.0, 1: 1.1, 2: 1.2}
+    others = [make_record("other", train=seed, scores=[other]) for seed in three]
+    rows = only(build([*two_headlines("new", three, three), *two_headlines("old", three, three), *others]))
+    assert [(row.rank, label) for label, row in rows.items()] == [(1, "new"), (2, "old"), (None, "other")]
     rows = only(build([make_record("dense", scores=[other]), *two_headlines("new", {0: 1.0}, {0: 2.0})]))
     assert all(each.difference is None for each in rows["new"].headlines.values())
 
@@ -377,7 +391,7 @@ def test_a_label_with_failures_only_keeps_a_row() -> None:
         ]
     )
     rows = only(boards)
-    assert [(row.rank, label) for label, row in rows.items()] == [(1, "dense"), (None, "a"), (None, "b")]
+    assert [(row.rank, label) for label, row in rows.items()] == [(None, "dense"), (None, "a"), (None, "b")]
     assert rows["a"].headlines == {} and rows["a"].seeds == 0 and rows["a"].train_flops is None
     assert rows["a"].outcome == "failed: RuntimeError: out of memory"
     assert rows["b"].outcome == "failed: RuntimeError: [gloo] connection | closed (2 failed)"

@@ -1,6 +1,7 @@
 """Power: against statsmodels where samples add nothing, against simulation where they do."""
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,7 +9,9 @@ from scipy.stats import t
 from statsmodels.stats.power import TTestPower
 
 from tests.records import make_record
-from tests.reporting.test_leaderboard import runs
+from tests.reporting.test_leaderboard import failure, runs
+from upcycle_bench import cli
+from upcycle_bench.record import write
 from upcycle_bench.reporting.leaderboard import build
 from upcycle_bench.reporting.power import CHANCE, chance_to_find, detectable, needed, smallest
 from upcycle_bench.util.errors import UserError
@@ -65,3 +68,21 @@ def test_one_seed_shows_nothing() -> None:
     (board,) = build([make_record("sparse-upcycling"), make_record("new")])
     with pytest.raises(UserError, match="two training seeds in common; run more"):
         detectable(board, "in-distribution")
+
+
+def test_the_command_says_what_it_lacks_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All runs failed; and outcomes that are not beside their record."""
+    write(failure("dense"), None, tmp_path / "failed")
+    for seed in (0, 1):
+        for label in ("dense", "new"):
+            path = write(make_record(label, seed, seed), {"zero-shot/a/rank": np.zeros(3)}, tmp_path / "some")
+    path.with_suffix(".npz").unlink()
+    for folder, status, said in (("failed", 2, "no run of these records succeeded"), ("some", 0, "over seeds alone")):
+        monkeypatch.setattr("sys.argv", ["upcycle-bench", "power", str(tmp_path / folder)])
+        with pytest.raises(SystemExit) as leave:
+            cli.main()
+        errors = capsys.readouterr().err
+        assert leave.value.code == status and said in errors and "Traceback" not in errors
+        assert len(errors.splitlines()) == (1 if status else 2)  # a protocol that is not whole, a file that is missing

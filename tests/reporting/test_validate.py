@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.records import make_record
-from tests.reporting.tampering import BASE, LAB, OTHER, RESULTS, TAMPERED, Files, Tampering, at, fresh
+from tests.reporting.tampering import BASE, LAB, OTHER, RESULTS, TAMPERED, Files, Tampering, at, fresh, later
 from upcycle_bench.data.worlds import load_world
 from upcycle_bench.planning.registry import load_registry
 from upcycle_bench.protocol import load_protocol
@@ -91,12 +91,12 @@ def test_the_records_of_the_project_pass() -> None:
 def test_a_rerun_and_a_control_of_another_initialisation_are_no_copies(sent: Path) -> None:
     for file in sent.glob(f"{BASE}-*"):
         shutil.copy(file, sent / f"rerun-{file.name}")
-    at("created", "2026-11-30T03:00:00Z", "rerun")(sent)
+    at("created", later, "rerun")(sent)
     for seed in (0, 1):  # `dense-frozen` has no randomness at all
         for file in (RESULTS / "lab").glob("dense-frozen-*"):
             shutil.copy(file, sent / f"frozen{seed}-{file.name}")
     at("seeds", {"init": 1, "train": 1}, "frozen1")(sent)
-    at("created", "2026-11-30T03:00:00Z", "frozen1")(sent)
+    at("created", later, "frozen1")(sent)
     assert caught(checked(sent)).keys() == {"run-id"}  # which is the other seed's
 
 

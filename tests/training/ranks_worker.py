@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from upcycle_bench.data.pairs import PairDataset
 from upcycle_bench.data.worlds import load_world
+from upcycle_bench.evaluation.held_out import held_out_pairs
 from upcycle_bench.model.clip import create_clip
 from upcycle_bench.model.moe import MoEFFN, moe_layers
 from upcycle_bench.model.weights import EXPERT_KEY
@@ -42,7 +43,7 @@ def main(output: str) -> None:
 
 
 def gradients(device: torch.device, ep_size: int) -> Gradients:
-    """Of one forward and backward pass of a global batch."""
+    """Of one forward and backward pass of a global batch, and the held-out pairs before it."""
     registry = load_registry()
     # With capacity_factor 8 nothing is dropped, else the result would depend on the number of ranks.
     overrides = [f"moe.ep_size={ep_size}", "moe.capacity_factor=8.0", "train.schedule.batch_size=32"]
@@ -66,6 +67,9 @@ def _pass(plan: Plan, device: torch.device, ep_size: int) -> dict[str, dict[str,
         for layer in layers.values():
             with torch.no_grad():
                 layer.router_weight.add_(0.3 * layer.router_weight.flip(0))
+    held_out = held_out_pairs(protocol.validation, model, plan.world.eval_root, "fp32")
+    assert held_out is not None
+    held_out_log_rank = held_out.score()  # in the midst of a training
     batch = data.batch(0, 0, 32, distributed.rank(), distributed.world_size())
     losses, _ = compute_losses(engine, model, batch, job, layers, extra)
     engine.backward(torch.stack(list(losses.values())).sum())
@@ -79,7 +83,8 @@ def _pass(plan: Plan, device: torch.device, ep_size: int) -> dict[str, dict[str,
         values /= distributed.world_size()
     engine.destroy()
     gathered = _gather_experts(gradients, layers, ep_size)
-    return {"gradients": gathered, "losses": dict(zip(losses, values.tolist(), strict=True))}
+    scores = {**dict(zip(losses, values.tolist(), strict=True)), "held out": held_out_log_rank}
+    return {"gradients": gathered, "losses": scores}
 
 
 def _gather_experts(

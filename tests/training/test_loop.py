@@ -20,6 +20,7 @@ from upcycle_bench.model.surgery import find_layers, put_experts
 from upcycle_bench.planning.registry import load_registry
 from upcycle_bench.protocol import Schedule, learning_rate, load_protocol
 from upcycle_bench.strategy import ExtraLoss
+from upcycle_bench.training import bookkeeping
 from upcycle_bench.training.bookkeeping import Bookkeeping
 from upcycle_bench.training.checkpoint import MetricsFile
 from upcycle_bench.training.job import Job, Progress
@@ -297,3 +298,37 @@ def test_two_threads_give_the_same_weights_twice(pairs: PairDataset) -> None:
             train(clip, pairs, job(schedule=schedule(batch_size=256, precision="bf16"), stop_step=3), make_loss=eesd)
         made.append(state(clip))
     assert all(torch.equal(value, other[key]) for other in made[1:] for key, value in made[0].items())
+
+
+class _Drawn:
+    """An energy counter that draws 10 J between two readings."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.drawn = 0.0
+
+    def joules(self) -> float | None:
+        self.drawn += 10
+        return self.drawn
+
+
+class _Silent(_Drawn):
+    def joules(self) -> float | None:
+        return None
+
+
+def test_energy_is_added_up_over_sessions(monkeypatch: pytest.MonkeyPatch, pairs: PairDataset) -> None:
+    monkeypatch.setattr(bookkeeping, "EnergyCounter", _Drawn)
+
+    def after(progress: Progress) -> float | None:
+        books = Bookkeeping(job(), {}, MetricsFile(None, 0), pairs)
+        books.begin(progress)
+        books.collect()
+        books.collect()
+        return books.progress.joules
+
+    assert after(Progress()) == 20
+    assert after(Progress(step=3, joules=100.0)) == 120
+    assert after(Progress(step=3)) is None  # an earlier session did not report it
+    monkeypatch.setattr(bookkeeping, "EnergyCounter", _Silent)
+    assert after(Progress()) is None
+    assert after(Progress(step=3, joules=100.0)) is None

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from upcycle_bench.cli.common import Json
-from upcycle_bench.cli.leaderboard import PUBLISHED, OfProtocol, Results, collected
+from upcycle_bench.cli.leaderboard import PUBLISHED, OfProtocol, Results, collected, warn_without
 from upcycle_bench.util.errors import UserError
 
 if TYPE_CHECKING:
@@ -35,6 +35,7 @@ def agree(
     rows = read_published(published)
     found = collected(results, protocol)
     made = agreements(found.records, found.outcomes, rows)
+    warn_without(found)
     if not made:
         raise UserError("no strategy pair of these records stands in the published results; run more strategies.")
     caveat = CAVEAT.format(points=POINTS)

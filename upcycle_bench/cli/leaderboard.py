@@ -27,6 +27,13 @@ class Format(str, Enum):
     html = "html"
 
 
+class View(str, Enum):
+    """What rows are compared at."""
+
+    steps = "steps"
+    compute = "compute"
+
+
 PUBLISHED = Path("results/published")
 Results = Annotated[list[Path] | None, typer.Argument(help="Records: folders or files; of copies one counts.")]
 OfProtocol = Annotated[str | None, typer.Option("--protocol", "-p", help="Only runs of this protocol.")]
@@ -39,6 +46,9 @@ def leaderboard(
         str | None, typer.Option(metavar="A,B", help="Only these strategies and the reference.")
     ] = None,
     metrics: Annotated[str | None, typer.Option(metavar="WORDS", help="Also scores whose name has one of a,b.")] = None,
+    view: Annotated[
+        View, typer.Option(help="Compare at equal steps, or with references of as much compute.")
+    ] = View.steps,
     format: Annotated[Format, typer.Option("--format", "-f", help="How to print it.")] = Format.terminal,
     wide: Annotated[bool, typer.Option("--wide", help="On the terminal: all columns, in several tables.")] = False,
     output: Annotated[Path | None, typer.Option(metavar="FILE", help="Write it there, not on stdout.")] = None,
@@ -55,9 +65,8 @@ def leaderboard(
     from upcycle_bench.util.files import write_atomically
 
     found = collected(results, protocol)
-    boards = build(found.records, found.outcomes)
-    for why in found.without.values():
-        print(f"warning: {why} Errors of its table are over seeds alone.", file=sys.stderr)
+    boards = build(found.records, found.outcomes, view.value)
+    warn_without(found)
     boards = formats.only(boards, names_of(strategies, "--strategies"))
     if chosen == "html":
         from functools import partial
@@ -84,3 +93,9 @@ def collected(results: list[Path] | None, protocol: str | None) -> Collected:
     for path, why in found.passed_over.items():
         print(f"passed over: {path}: {why}", file=sys.stderr)
     return found.only(protocol)
+
+
+def warn_without(found: Collected) -> None:
+    """Say on stderr whose outcomes could not be read, once they were asked for."""
+    for why in dict.fromkeys(found.without.values()):
+        print(f"warning: {why} Errors of its table are over seeds alone.", file=sys.stderr)

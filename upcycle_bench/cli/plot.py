@@ -22,6 +22,7 @@ class Figure(str, Enum):
     utilisation = "utilisation"
     probability = "probability"
     drift = "drift"
+    critical_difference = "critical-difference"
 
 
 def plot(
@@ -30,7 +31,7 @@ def plot(
     output: Annotated[Path, typer.Option(metavar="FILE", help="Where to: FILE.png, FILE.svg or FILE.pdf.")],
     as_json: Json = False,
 ) -> None:
-    """Draw what routers and experts did in training: entropy, similarity, utilisation, drift, loss."""
+    """Draw what routers and experts did in training, or how strategies rank over seeds (critical-difference)."""
     writable_file(output)
     from upcycle_bench.reporting.figures import draw, read_runs
 

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from upcycle_bench.cli.common import Json
-from upcycle_bench.cli.leaderboard import OfProtocol, Results, collected
+from upcycle_bench.cli.leaderboard import OfProtocol, Results, collected, warn_without
 from upcycle_bench.util.errors import UserError
 
 
@@ -35,8 +35,9 @@ def power(
                 made.append(detectable(board, headline, difference))
             except UserError as error:
                 refused.append(str(error))
+    warn_without(found)
     if not made:
-        raise UserError(refused[0])
+        raise UserError(refused[0] if refused else "no run of these records succeeded; power needs scores.")
     if as_json:
         print(strict_json.dumps([asdict(each) for each in made], indent=2))
         return

@@ -48,20 +48,28 @@ def show_validation(found: Validation) -> None:
     rows = []
     for path in found.records:
         checks = list(dict.fromkeys(finding.check for finding in found.of(path) if finding.wrong))
+        strange = any(finding.kind == "warning" for finding in found.of(path))
         made = found.sent[path].record if path in found.sent else None
         rows.append(
             {
                 "record": printable(path.name),
                 "status": made.status if made else "",
-                "verdict": f"wrong: {', '.join(checks)}" if checks else "sound",
+                "verdict": f"wrong: {', '.join(checks)}"
+                if checks
+                else "sound, see the warning"
+                if strange
+                else "sound",
             }
         )
     table(f"{len(found.records):,} records", rows)
     for finding in wrong:
         print(f"{printable(str(finding.path))}: {finding.check}: {printable(finding.what)}")
+    for finding in found.findings:
+        if finding.kind == "warning":
+            print(f"warning: {printable(str(finding.path))}: {finding.check}: {printable(finding.what)}")
     said: dict[str, int] = {}
     for finding in found.findings:
-        if not finding.wrong:
+        if finding.kind == "unchecked":
             line = f"{finding.check}: {printable(finding.what)}"
             said[line] = said.get(line, 0) + 1
     for line, count in said.items():

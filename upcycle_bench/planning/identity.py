@@ -33,7 +33,10 @@ from upcycle_bench.util.cache import cache_root
 Facts = dict[str, Any]
 
 # Settings that a training may change on its way.
-FREE = ("moe.ep_size", "train.checkpoint_every", "train.log_every")
+FREE = (
+    *("moe.ep_size", "train.checkpoint_every", "train.log_every"),
+    *("validation.set", "validation.pairs", "validation.every"),
+)
 # What of the training's facts has a name of its own here, or may be another one. Of `dense` the learning rate counts.
 ELSEWHERE = {"data", "captions", "checkpoint", "numerics", "dense", "world_size"}
 

@@ -17,8 +17,9 @@ from dataclasses import dataclass
 
 from upcycle_bench.record import Record
 from upcycle_bench.reporting.comparable import comparable, counting_runs, directions
+from upcycle_bench.reporting.drawn import Outcomes
 from upcycle_bench.reporting.published import PublishedRow
-from upcycle_bench.reporting.standings import SIGNIFICANT, Outcomes, Pair, compare_pairs
+from upcycle_bench.reporting.standings import SIGNIFICANT, Pair, compare_pairs
 from upcycle_bench.util.uncertainty import wilson
 
 POINTS = 0.5

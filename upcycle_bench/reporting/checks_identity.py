@@ -31,12 +31,12 @@ from upcycle_bench.planning.plan import label_of
 from upcycle_bench.protocol import Protocol, load_protocol
 from upcycle_bench.record import TUNED
 from upcycle_bench.reporting.sampled_scores import suite_of
-from upcycle_bench.reporting.sent import Here, Sent, Unchecked
+from upcycle_bench.reporting.sent import Here, Sent, Unchecked, Warned
 from upcycle_bench.strategy import Strategy, configure
 from upcycle_bench.util.errors import UserError, one_line
 
-# Of a protocol: what says something of it, or names suites that a run need not have.
-NOT_COMPARED = ("name", "summary", "sources", "optional_suites", "overrides", "tuning")
+# Of a protocol: what says something of it, names suites that a run need not have, or changes no bit.
+NOT_COMPARED = ("name", "summary", "sources", "optional_suites", "overrides", "validation", "tuning")
 BUILDS = ("", "+cpu", "+cu118", "+cu121", "+cu124", "+cu126", "+cu128", "+cu130")  # of torch, of records without one
 
 
@@ -51,7 +51,7 @@ def protocol(sent: Sent, here: Here) -> Iterator[str]:
     off_defaults = sent.record.strategy.off_defaults
     reason = part.overrides or part.unequal or off_defaults or sent.record.hashes.data == SYNTHETIC
     if off_defaults and part.division == "closed":
-        yield Unchecked("it is from before options opened a run, and says closed; tables count it as open")
+        yield Warned("it is from before options opened a run, and says closed; tables count it as open")
     elif (part.division == "open") != bool(reason):
         yield f"the division is {part.division}, and overrides, cost and data say the other one"
     entry = here.registry.protocols.get(part.name)
@@ -132,6 +132,9 @@ def training(sent: Sent, here: Here) -> Iterator[str]:
     if sent.foreign_model:
         yield Unchecked(sent.foreign_model)
         return
+    shared = record.protocol.shared_fingerprint
+    if shared is not None and (record.protocol.unequal is None or shared not in _fingerprints(sent, None)):
+        yield f"the shared fingerprint is {shared}, which is not that of runs of equal cost"
     if record.protocol.unequal is None and said in _fingerprints(sent, None):
         return
     if said in _fingerprints(sent, record.protocol.unequal):

@@ -8,12 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from upcycle_bench import record
 from upcycle_bench.record import Record
 from upcycle_bench.util.errors import UserError, unknown
+
+if TYPE_CHECKING:
+    from upcycle_bench.reporting.sent import Here
 
 
 @dataclass
@@ -30,13 +34,31 @@ class Collected:
     _places: dict[int, int] = field(default_factory=dict)
 
     def outcomes(self, made: Record) -> Mapping[str, Any]:
-        """The outcomes of a collected record; where its file is missing or another one none, and `without` says so."""
+        """The outcomes of each score of a collected record (`sampled_scores.numbers_of`).
+
+        None, and `without` says why, where its file is missing or another one, or where a suite is not here.
+        """
         path = self._path_of(made)
         try:
-            return record.read_outcomes(path, made.hashes.outcomes)
+            arrays = record.read_outcomes(path, made.hashes.outcomes)
+            return self._numbers_of(path, made, arrays) if arrays else {}
         except UserError as error:
             self.without[path] = str(error)
             return {}
+
+    def _numbers_of(self, path: Path, made: Record, arrays: dict[str, Any]) -> Mapping[str, Any]:
+        from upcycle_bench.reporting.sampled_scores import numbers_of  # imports torch, as suites do
+        from upcycle_bench.reporting.sent import Sent
+
+        return numbers_of(Sent(path, made, b"", arrays, None, None), self._here)
+
+    @cached_property
+    def _here(self) -> Here:
+        """The suites, which alone know of which outcomes a score is the mean."""
+        from upcycle_bench.planning.registry import load_registry
+        from upcycle_bench.reporting.sent import Here
+
+        return Here(load_registry())
 
     def _path_of(self, made: Record) -> Path:
         if len(self._places) < len(self.records):

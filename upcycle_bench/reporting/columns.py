@@ -10,7 +10,8 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
-from upcycle_bench.reporting.leaderboard import Board, Row, RowHeadline, SeedMean
+from upcycle_bench.reporting.board import Board, Row, RowHeadline, SeedMean
+from upcycle_bench.reporting.targets import Target
 from upcycle_bench.suite import is_averaged
 
 # The metrics in tables for people; csv and json have all metrics.
@@ -35,7 +36,7 @@ def column_groups(board: Board, metrics: Sequence[str] = ()) -> list[Columns]:
             cells = [mean_cell(each.difference if each else None, "+") for each in found]
             cells = ["-" if row.label == board.baseline else cell for row, cell in zip(rows, cells, strict=True)]
             which = f"{name} " if len(board.headlines) > 1 else ""
-            result[f"{which}vs {board.baseline}" + plus_minus(cells)] = cells
+            result[f"{which}{versus(board)}" + plus_minus(cells)] = cells
             result[f"{which}verdict"] = [each.verdict if each else "" for each in found]
         if name == next(iter(board.headlines)):
             result["rank (95 %)"] = [rank_cell(each) for each in found]
@@ -47,7 +48,9 @@ def column_groups(board: Board, metrics: Sequence[str] = ()) -> list[Columns]:
         "active parameters": [number_cell(row.parameters_active, ",.2f", "M") for row in rows],
         "train s": [number_cell(row.train_seconds, ",.1f") for row in rows],
         "train FLOPs": [number_cell(row.train_flops, ".2e") for row in rows],
+        **({"train kWh": [number_cell(_kwh(row), ".4g") for row in rows]} if any(map(_kwh, rows)) else {}),
         "charged FLOPs": [number_cell(row.charged_flops, ".2e") for row in rows],
+        **{f"to {name}": [target_cell(row.targets.get(name)) for row in rows] for name in targets_of(board)},
         "tokens dropped": [number_cell(row.tokens_dropped, ".2%") for row in rows],
     }
     return [who, result, scores, cost, {"runs": [row.outcome for row in rows]}]
@@ -73,6 +76,11 @@ def compact_columns(board: Board, metrics: Sequence[str] = ()) -> Columns:
     for name in shown_by({name for row in rows for name in row.scores}, metrics):
         columns[name] = [score_cell(row, name) for row in rows]
     return columns
+
+
+def versus(board: Board) -> str:
+    """What differences are to."""
+    return f"vs {board.baseline}" + (" of as much compute" if board.view == "compute" else "")
 
 
 def _short(value: SeedMean | None, sign: str = "") -> str:
@@ -123,6 +131,24 @@ def mean_cell(value: SeedMean | None, sign: str = "") -> str:
     interval = "" if value.half_width is None else f" ± {value.half_width:.4f}"
     n = f" (n={value.n})" if sign or value.half_width is None else ""
     return f"{value.mean:{sign}.4f}{interval}{n}"
+
+
+def _kwh(row: Row) -> float | None:
+    return None if row.train_joules is None else row.train_joules / 3.6e6
+
+
+def targets_of(board: Board) -> list[str]:
+    """The references to whose final score some row has a way."""
+    return sorted({name for row in board.rows for name in row.targets})
+
+
+def target_cell(target: Target | None) -> str:
+    """Steps to a reference's final score, and charged FLOPs by all that it spent; or how many runs got there."""
+    if target is None:
+        return ""
+    if target.steps is None:
+        return f"{target.reached} of {target.runs} runs"
+    return f"{target.steps:,.0f} steps" + ("" if target.ratio is None else f", {target.ratio:.2f}x")
 
 
 def plus_minus(cells: list[str]) -> str:

@@ -1,4 +1,5 @@
-"""Figures of runs: what routers and experts did while they trained (figures 4, 5, B.1 to B.4 of arXiv:2604.13508).
+"""Figures of runs: what routers and experts did while they trained (figures 4, 5, B.1 to B.4 of arXiv:2604.13508), and
+how strategies rank (`rank_figure`).
 
     draw(read_runs([Path("results/lab")]), "entropy", Path("entropy.svg"))
 
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from upcycle_bench import record
 from upcycle_bench.record import Record
+from upcycle_bench.reporting.rank_figure import draw_rankings
 from upcycle_bench.util import strict_json
 from upcycle_bench.util.errors import UserError
 from upcycle_bench.util.files import write_atomically
@@ -25,7 +27,9 @@ if TYPE_CHECKING:
 
 Metrics = dict[str, Any]  # one line of the training metrics: what was logged at one step
 
-FigureName = Literal["loss", "similarity", "entropy", "compactness", "utilisation", "probability", "drift"]
+FigureName = Literal[
+    "loss", "similarity", "entropy", "compactness", "utilisation", "probability", "drift", "critical-difference"
+]
 # Figure -> (key in the metrics of a layer, title).
 _BY_DEPTH: dict[str, tuple[str, str]] = {  # drawn over training, and layer by layer at its end
     "similarity": ("expert_cosine", "mean pairwise cosine of the experts"),
@@ -86,6 +90,20 @@ def draw(runs: Sequence[Run], name: FigureName, output: Path) -> list[Path]:
     kinds = FigureCanvasAgg(figure).get_supported_filetypes()
     if output.suffix.removeprefix(".") not in kinds:
         raise UserError(f"--output {output}: end it in .png, .svg or .pdf.")
+    if name == "critical-difference":
+        drawn = {id(each) for each in draw_rankings(figure, [run.record for run in runs])}
+        shown = [run for run in runs if id(run.record) in drawn]
+    else:
+        shown = _draw_training(figure, runs, name)
+    drawing = io.BytesIO()  # matplotlib writes to memory, so an interruption leaves the old file
+    kind = output.suffix.removeprefix(".")
+    figure.savefig(drawing, format=kind, dpi=150, metadata={"Date": None} if kind == "svg" else None)
+    write_atomically(output, drawing.getvalue())
+    return [run.path for run in shown]
+
+
+def _draw_training(figure: Figure, runs: Sequence[Run], name: FigureName) -> list[Run]:
+    """What happened in training; returns the runs that have it."""
     shown = [run for run in runs if _has(run, name)]
     if not shown:
         raise UserError(
@@ -102,12 +120,10 @@ def draw(runs: Sequence[Run], name: FigureName, output: Path) -> list[Path]:
         _experts(figure, shown, *_BY_EXPERT[name])
     first = figure.axes[0]
     handles = dict(zip(*reversed(first.get_legend_handles_labels()), strict=True))  # one entry for all seeds
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=2, fontsize="small")
-    drawing = io.BytesIO()  # matplotlib writes to memory, so an interruption leaves the old file
-    kind = output.suffix.removeprefix(".")
-    figure.savefig(drawing, format=kind, dpi=150, metadata={"Date": None} if kind == "svg" else None)
-    write_atomically(output, drawing.getvalue())
-    return [run.path for run in shown]
+    legend = figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=2, fontsize="small")
+    for text in legend.get_texts():
+        text.set_parse_math(False)  # a label may hold $
+    return shown
 
 
 def _has(run: Run, name: FigureName) -> bool:

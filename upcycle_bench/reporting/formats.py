@@ -9,39 +9,26 @@ import csv
 import io
 import re
 import textwrap
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, replace
 from functools import partial, reduce
 from operator import or_
 from typing import TYPE_CHECKING, Any
 
-from upcycle_bench.reporting.columns import Columns, column_groups, compact_columns, shown_scores, split_column
+from upcycle_bench.reporting.board import Board
+from upcycle_bench.reporting.captions import NOTES, caption, heading
+from upcycle_bench.reporting.columns import Columns, column_groups, compact_columns
 from upcycle_bench.reporting.latex import latex
-from upcycle_bench.reporting.leaderboard import GUEST, Board
 from upcycle_bench.util import strict_json
 from upcycle_bench.util.errors import unknown
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-LOG_RANK = "log_rank"  # as `evaluation.ranking` calls it
 FOLDED = 24  # characters of a strategy's name on one line, where a board needs several tables
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # a label may hold what would steer a terminal
 NUMBERS = 14  # characters of a score with its interval
 FOLDED_SHORT = {"strategy": 17, "verdict": 9}  # the same where it has one table of few columns
-NOTES = (
-    "± is the half width of a 95 % Student-t confidence interval over n training seeds (several initialisations of one "
-    "training seed are averaged first) and, where the records have outcomes, evaluation samples. Over few seeds such "
-    "an interval is wide; over one (n=1) there is none.",
-    "Verdicts are about the difference to the reference: better or worse where p < 0.05 (Holm's, over the strategies "
-    "of the table, for each score alone), tied where the interval is within one run's standard deviation over seeds, "
-    "else undecided. With fewer than three seeds nothing is ranked; # is the place of the mean alone.",
-    "In parentheses behind other metrics: the standard error over evaluation samples, where the records have it.",
-    "Differences are paired by initialisation and training seed; their n counts the training seeds with a pair.",
-    "Charged FLOPs: all phases before evaluation, and of a tuned row all runs of its tuning. Times and FLOPs are means "
-    "per run.",
-)
 
 
 def render(
@@ -82,10 +69,14 @@ def only(boards: list[Board], strategies: Sequence[str]) -> list[Board]:
         if name not in known:
             raise unknown("strategy", name, known)
     wanted = set(strategies)
+
+    def beside(board: Board) -> set[str | None]:
+        return {board.baseline, *(row.peer for row in board.rows if {row.strategy, row.label} & wanted)}
+
     kept = [
         replace(
             board,
-            rows=tuple(row for row in board.rows if {row.strategy, row.label} & wanted or row.label == board.baseline),
+            rows=tuple(row for row in board.rows if {row.strategy, row.label} & wanted or row.label in beside(board)),
         )
         for board in boards
     ]
@@ -175,6 +166,8 @@ def _csv(boards: list[Board]) -> str:
             for key, value in asdict(row).items():
                 if key == "headlines":
                     line |= {f"{name} {part}": number for name in value for part, number in _flat(value[name])}
+                elif key == "targets":
+                    line |= {f"to {name} {part}": number for name in value for part, number in value[name].items()}
                 elif key == "scores":
                     line |= {name: value.get(name) for name in names}
                 elif key == "standard_errors":
@@ -205,77 +198,6 @@ def _flat(headline: dict[str, Any]) -> Iterable[tuple[str, Any]]:
 def _json(boards: list[Board]) -> str:
     document = {"notes": NOTES, "boards": [asdict(board) | {"caption": caption(board)} for board in boards]}
     return strict_json.dumps(document, indent=2, ensure_ascii=False) + "\n"
-
-
-def heading(board: Board) -> str:
-    """What the runs of this board have in common."""
-    suites = "".join(f", {suite} {fingerprint[:8]}" for suite, fingerprint in board.suite_fingerprints.items())
-    where = f"training {board.training_fingerprint[:8]}{suites}, dense {board.dense[:8]}"
-    return f"{board.protocol}, {board.division} division ({where})"
-
-
-def caption(board: Board) -> list[str]:
-    """Sentences about the numbers of this board; NOTES are about those of all boards."""
-    sentences = []
-    if board.division == "open":
-        settings = [" ".join(f"--set {override}" for override in board.overrides), board.unequal or ""]
-        what = "; ".join(filter(None, settings)) or "options off the protocol's defaults."
-        sentences.append(f"Open division, not to be compared with other tables: {what}")
-    if any(row.guest for row in board.rows):
-        sentences.append(f"Rows marked {GUEST} ran and were scored alike; here they are what the others compare with.")
-    for name, headline in board.headlines.items():
-        direction = f"{'higher' if headline.higher_is_better else 'lower'} is better"
-        chance = "" if headline.chance is None else f", chance is {headline.chance:.4f}"
-        sentences.append(f"{name}: mean of {_parts(headline.parts)}; {direction}{chance}.")
-    if len(board.headlines) > 1:
-        sentences.append(f"Ranks are by {next(iter(board.headlines))}; the headline scores are never mixed.")
-    if any(
-        split_column(part)[2].endswith(LOG_RANK) for headline in board.headlines.values() for part in headline.parts
-    ):
-        sentences.append("log_rank: mean ln(1 + wrong answers nearer than the right one); e to it is a geometric mean.")
-    if board.baseline:
-        sentences.append(f"vs {board.baseline}: the score minus that of {board.baseline}.")
-    if alone := [name for name in board.headlines if name not in board.over_samples]:
-        sentences.append(
-            f"Intervals of {', '.join(alone)} are over training seeds alone: not all runs have outcomes of each sample."
-        )
-    every = [(name, each.standard_error) for row in board.rows for name, each in row.headlines.items()]
-    errors = [(name, error) for name, error in every if error is not None]
-    if errors:
-        names = [name for name in board.headlines if name in dict(errors)]
-        most = ", ".join(f"{name} {max(error for other, error in errors if other == name):.4f}" for name in names)
-        sentences.append(
-            f"Over evaluation samples the standard error is at most: {most}; rows share the samples, so their "
-            "differences are surer."
-        )
-    scored = {name for row in board.rows for name in row.scores}
-    parts = [part for headline in board.headlines.values() for part in headline.parts]
-    shown = {split_column(name)[0] for name in (*shown_scores(scored, board), *parts)}
-    if scored and (hidden := sorted(board.suite_fingerprints.keys() - shown)):
-        sentences.append(
-            f"No column here for {', '.join(hidden)}: scores are in csv and json, all they say in the records."
-        )
-    runs = sum(row.runs for row in board.rows)
-    if without := runs - sum(row.certified for row in board.rows):
-        sentences.append(
-            f"There are {without} of {runs} runs without a certificate of their evaluation (docs/protocols.md)."
-        )
-    return sentences
-
-
-def _parts(columns: tuple[str, ...]) -> str:
-    """Up to four scores by name; more of them grouped by suite and metric."""
-    if len(columns) <= 4:
-        return ", ".join(columns)
-    suites: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
-    for column in columns:
-        suite, dataset, metric = split_column(column)
-        suites[suite][metric].append(dataset)
-    groups = [
-        f"{suite} " + "; ".join(f"{metric} on {', '.join(datasets)}" for metric, datasets in sorted(metrics.items()))
-        for suite, metrics in suites.items()
-    ]
-    return f"{len(columns)} scores ({'; '.join(groups)})"
 
 
 def _split_to_fit(who: Columns, groups: Iterable[Columns], fits: Callable[[Columns], bool]) -> list[Columns]:

@@ -10,8 +10,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 
+from upcycle_bench.reporting.board import Board, Row, RowHeadline, SeedMean
 from upcycle_bench.reporting.columns import rank_cell, score_cell, shown_by
-from upcycle_bench.reporting.leaderboard import Board, Row, RowHeadline, SeedMean
 
 SPECIAL = {
     "\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "$": r"\$", "&": r"\&", "%": r"\%", "#": r"\#", "_": r"\_",

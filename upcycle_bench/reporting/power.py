@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from upcycle_bench.reporting.leaderboard import Board
+from upcycle_bench.reporting.board import Board
 from upcycle_bench.reporting.resampling import ENOUGH
 from upcycle_bench.util.errors import UserError
 

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from upcycle_bench.reporting.leaderboard import Row
+from upcycle_bench.reporting.board import Row
 from upcycle_bench.util.errors import UserError
 
 SHIFTS = ("in_v2", "in_a", "in_r", "in_sketch", "objectnet")

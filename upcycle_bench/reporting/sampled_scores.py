@@ -1,18 +1,25 @@
 """The scores of a record with the outcomes whose means they are, as its suites say it.
 
 for score, known in sampled_scores(sent, here): ...      # known: suite.Sampled, or None where outcomes do not give it
+numbers_of(sent, here)["zero-shot/digits-test/acc1"]     # of each sample one number; their mean is the score
+
+Shape suffixes: N samples.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from upcycle_bench.planning.plan import make_suites
 from upcycle_bench.record import Record, ScoreRecord
 from upcycle_bench.reporting.sent import Here, Sent
 from upcycle_bench.suite import AVERAGE, Sampled, Suite, is_average
 from upcycle_bench.util.errors import UserError
+
+if TYPE_CHECKING:
+    import numpy as np
 
 Pair = tuple[ScoreRecord, list[ScoreRecord]]  # a score, and those of which it is made
 
@@ -36,6 +43,21 @@ def sampled_scores(sent: Sent, here: Here) -> Iterator[tuple[ScoreRecord, Sample
         suite = suites[score.suite]
         known = None if isinstance(suite, str) else suite.sampled(score.dataset, score.metric, outcomes[score.suite])
         yield score, known
+
+
+def numbers_of(sent: Sent, here: Here) -> dict[str, np.ndarray]:
+    """The outcomes [N] of each score that has some, by suite/dataset/metric; of several draws their mean.
+
+    UserError, the reason, where a suite of a headline score cannot be had here.
+    """
+    for name in dict.fromkeys(score.suite for score in sent.record.scores if score.headline):
+        if isinstance(why := suite_of(sent, here, name), str):
+            raise UserError(f"outcomes of suite {name} cannot be read here: {why.rstrip('.')}.")
+    return {
+        name_of(score): known.values if known.values.ndim == 1 else known.values.mean(axis=0)
+        for score, known in sampled_scores(sent, here)
+        if known is not None
+    }
 
 
 def averages(record: Record) -> Iterator[Pair]:

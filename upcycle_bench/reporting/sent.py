@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import ValidationError
 
@@ -42,14 +42,23 @@ class Unchecked(str):
     """What a check could not look at here, and why: it is said, and no fault."""
 
 
+class Warned(str):
+    """What looks strange and may be right: it is said, and no fault."""
+
+
 @dataclass(frozen=True)
 class Finding:
-    """What a check says of a record. `wrong`: a fault; else what could not be checked here."""
+    """What a check says of a record: a fault, what looks strange, or what could not be checked here."""
 
     path: Path
     check: str
     what: str
-    wrong: bool = True
+    kind: Literal["wrong", "warning", "unchecked"] = "wrong"
+
+    @property
+    def wrong(self) -> bool:
+        """Whether it is a fault."""
+        return self.kind == "wrong"
 
 
 @dataclass(frozen=True)

@@ -13,18 +13,22 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from upcycle_bench.reporting import (
     checks_certificate,
     checks_copies,
     checks_cost,
+    checks_curve,
     checks_identity,
     checks_scores,
     checks_tuned,
 )
-from upcycle_bench.reporting.sent import Finding, Here, Sent, Unchecked, gather, open_sent
+from upcycle_bench.reporting.sent import Finding, Here, Sent, Unchecked, Warned, gather, open_sent
 from upcycle_bench.util.errors import UserError, one_line
+
+KINDS: dict[type[str], Literal["unchecked", "warning"]] = {Unchecked: "unchecked", Warned: "warning"}
+LISTS = {"wrong": "wrong", "warnings": "warning", "unchecked": "unchecked"}  # in JSON
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,10 @@ CHECKS = {
     "training": Check("the training has the protocol's steps, and about their FLOPs", checks_cost.training),
     "times": Check("not made in the future; sessions follow each other", checks_cost.times),
     "metrics": Check("the lines of metrics are of this training: steps, rates, losses, speed", checks_cost.metrics),
+    "curve": Check(
+        "the held-out scores can be; those of `dense` and `sparse-upcycling` are where others' are (a warning)",
+        checks_curve.curve,
+    ),
     "copies": Check("no run stands here twice"),
     "same-results": Check("no two runs have the same weights, outcomes or metrics"),
 }
@@ -90,6 +98,9 @@ class Validation:
         """The findings of one record."""
         return [finding for finding in self.findings if finding.path == path]
 
+    def _said(self, path: Path, kind: str) -> list[dict[str, str]]:
+        return [{"check": each.check, "what": each.what} for each in self.of(path) if each.kind == kind]
+
     def facts(self) -> dict[str, Any]:
         """All of it as JSON."""
         return {
@@ -97,8 +108,7 @@ class Validation:
             "records": [
                 {
                     "path": str(path),
-                    "wrong": [{"check": each.check, "what": each.what} for each in self.of(path) if each.wrong],
-                    "unchecked": [{"check": each.check, "what": each.what} for each in self.of(path) if not each.wrong],
+                    **{name: self._said(path, kind) for name, kind in LISTS.items()},
                 }
                 for path in self.records
             ],
@@ -123,7 +133,7 @@ def validate(paths: Sequence[Path], here: Here) -> Validation:
                 found += _findings(name, check, one, here)
     every = list(sent.values())
     for name, over_all in OVER_ALL.items():
-        found += [Finding(path, name, what, wrong=not isinstance(what, Unchecked)) for path, what in over_all(every)]
+        found += [Finding(path, name, str(what), KINDS.get(type(what), "wrong")) for path, what in over_all(every)]
     place = {path: number for number, path in enumerate(records)}
     found.sort(key=lambda finding: place[finding.path])
     return Validation(records, found, passed_over, sent)
@@ -134,7 +144,7 @@ def _findings(name: str, check: Check, sent: Sent, here: Here) -> list[Finding]:
     found: list[Finding] = []
     try:
         for what in check.of(sent, here) if check.of else ():
-            found.append(Finding(sent.path, name, str(what), wrong=not isinstance(what, Unchecked)))
+            found.append(Finding(sent.path, name, str(what), KINDS.get(type(what), "wrong")))
     except Exception as error:
         what = f"what the record holds breaks this check ({type(error).__name__}: {one_line(error)})"
         found.append(Finding(sent.path, name, what))

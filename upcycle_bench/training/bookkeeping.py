@@ -6,6 +6,7 @@
         with books.counting(step): ...                  # counts the FLOPs of a few steps
         books.count_step(losses, batch.bad)             # after each step
         books.write_metrics(losses, rate, scale, seen)  # after some steps
+        books.validate(hooks)                              # before the first step, and after each
         books.collect()                                 # before `books.progress` is saved
 
 Shape suffixes: S steps, M terms of the loss.
@@ -26,10 +27,14 @@ from upcycle_bench.data.batches import BatchSource
 from upcycle_bench.model.moe import MoEFFN
 from upcycle_bench.training.checkpoint import MetricsFile
 from upcycle_bench.training.job import SHARE_STEPS, Job, Progress
+from upcycle_bench.training.own_hooks import OwnHooks
 from upcycle_bench.training.router_log import Watched
 from upcycle_bench.util import distributed
+from upcycle_bench.util.energy import EnergyCounter
 from upcycle_bench.util.errors import DivergedError
 from upcycle_bench.util.flops import FlopCounter
+
+CPU = torch.device("cpu")
 
 
 class Bookkeeping:
@@ -42,10 +47,13 @@ class Bookkeeping:
         self._first_terms: list[Mapping[str, Tensor]] = []  # of the first SHARE_STEPS steps, until `collect`
         self._flops: int | None = None  # of the current step; None where they are not counted
         self._began = time.perf_counter()
+        self._energy: EnergyCounter | None = None
+        self._joules_before: float | None = None
 
-    def begin(self, progress: Progress) -> None:
-        """Continue `progress`, whose seconds are those of earlier sessions."""
+    def begin(self, progress: Progress, device: torch.device = CPU) -> None:
+        """Continue `progress`, whose seconds are those of earlier sessions; this rank computes on `device`."""
         self.progress = progress
+        self._energy, self._joules_before = EnergyCounter(device), progress.joules if progress.step else 0.0
         self._began = time.perf_counter() - progress.seconds
         self.job.trackers.begin(progress.step)
 
@@ -72,6 +80,30 @@ class Bookkeeping:
             progress.counted_seconds += progress.seconds - before
             progress.counted_flops += self._flops
             progress.counted_steps += 1
+
+    def validate(self, hooks: OwnHooks) -> None:
+        """Score the held-out pairs, where it is time, without the own loss's `hooks`; every rank must call it.
+
+        What it costs is kept apart from the training.
+        """
+        held_out, progress = self.job.held_out, self.progress
+        if held_out is None or (progress.step % held_out.every and progress.step != self.job.stop_step):
+            return
+        began, curve = time.perf_counter(), held_out.curve()
+        if progress.curve is None or progress.curve.identity != curve.identity:
+            progress.curve = curve
+        curve = progress.curve
+        if curve.points and curve.points[-1][0] == progress.step:  # the checkpoint has it
+            return
+        with hooks.off(), FlopCounter() as counter:
+            value = held_out.score()
+        curve.points.append((progress.step, value))
+        curve.flops += distributed.sum_over_ranks(counter.get_total_flops())
+        self.job.trackers.log({"step": progress.step, "validation_log_rank": value})
+        self.job.on_score(curve)
+        seconds = time.perf_counter() - began
+        curve.seconds += seconds
+        self._began += seconds
 
     def write_metrics(self, losses: Mapping[str, Tensor], rate: float, scale: Tensor, seen: Watched) -> None:
         """Write a line of metrics, with what the routers did; DivergedError if the loss is not finite.
@@ -123,6 +155,7 @@ class Bookkeeping:
         Every rank must call it. Raises UserError, on all of them, if too many samples are bad.
         """
         self._collect_bad()
+        self._collect_energy()
         for layer in self.layers.values():
             dropped, routed = layer.take_dropped()
             self.progress.dropped += distributed.sum_over_ranks(dropped)
@@ -138,6 +171,13 @@ class Bookkeeping:
             shares[name] = shares.get(name, 0.0) + share
         self.progress.share_steps += len(self._first_terms)
         self._first_terms.clear()
+
+    def _collect_energy(self) -> None:
+        """Add up what the ranks' devices have drawn, where all of them tell, and did so in earlier sessions."""
+        mine = self._energy.joules() if self._energy else None
+        unknown, millijoules = map(distributed.sum_over_ranks, (int(mine is None), int((mine or 0.0) * 1000)))
+        before = self._joules_before
+        self.progress.joules = None if unknown or before is None else before + millijoules / 1000
 
     def _collect_bad(self) -> None:
         """Sum up the bad samples that the ranks have met, judge whether they are too many, and hand on the new ones."""

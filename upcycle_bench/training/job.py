@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import socket
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import Protocol
 
 import torch
 
@@ -15,6 +17,36 @@ from upcycle_bench.training.trackers import Trackers
 from upcycle_bench.util import distributed, environment
 from upcycle_bench.util.plain import plain
 
+
+@dataclass
+class Curve:
+    """Scores of held-out pairs during a training, as (steps done, score), and what it cost to score them.
+
+    `identity` names the pairs: curves with the same one compare. `chance`: the score of guessing. FLOPs are those of
+    all ranks.
+    """
+
+    identity: str
+    set: str
+    pairs: int
+    chance: float
+    points: list[tuple[int, float]] = field(default_factory=list)
+    seconds: float = 0.0
+    flops: int = 0
+
+
+class HeldOut(Protocol):
+    """What scores held-out pairs during a training (`evaluation.held_out`)."""
+
+    every: int
+
+    def curve(self) -> Curve:
+        """One without points."""
+
+    def score(self) -> float:
+        """The model's score now; every rank must call it."""
+
+
 SHARE_STEPS = 50  # a record gives each term's share of the loss over this many first steps
 
 
@@ -23,6 +55,7 @@ class Job:
     """The settings of one training. Where `stop_step` < `schedule.steps`, it stops before its schedule ends.
 
     `purpose` and `seed` name the random streams: with equal seeds, upcycling does not repeat the dense model's batches.
+    `held_out` is scored at the start, every few steps and at the end; then `on_score` gets the curve so far.
     `metrics`: the file for lines of metrics; `trackers` get them, too. `checkpoints`: the folder of checkpoints,
     written every `checkpoint_every` steps (0: only where the training is stopped).
     """
@@ -36,6 +69,8 @@ class Job:
     label_smoothing: float = 0.0
     zero_stage: int = 0
     log_every: int = 10
+    held_out: HeldOut | None = None
+    on_score: Callable[[Curve], None] = lambda curve: None
     metrics: Path | None = None
     checkpoints: Path | None = None
     checkpoint_every: int = 0
@@ -119,6 +154,8 @@ class Progress:
     sessions: list[Session] = field(default_factory=list)
     bad_samples: dict[str, int] = field(default_factory=dict)  # by kind, over all ranks
     first_bad: dict[str, str] = field(default_factory=dict)  # where the first of each kind stands
+    curve: Curve | None = None
+    joules: float | None = None  # of all ranks' devices (`util.energy`); None where one of them does not report it
 
     @property
     def mean_loss_shares(self) -> dict[str, float]:

@@ -37,6 +37,7 @@ from upcycle_bench.training.allocator import return_freed_memory
 from upcycle_bench.training.bookkeeping import Bookkeeping
 from upcycle_bench.training.checkpoint import Checkpoints, MetricsFile
 from upcycle_bench.training.job import Job, Progress, Session
+from upcycle_bench.training.own_hooks import OwnHooks
 from upcycle_bench.training.router_log import watch
 from upcycle_bench.training.step import Features, clamp_logit_scale, compute_losses, patch_dropout_stream
 from upcycle_bench.training.stopping import Stopped, asked_to_stop, at_steps
@@ -92,10 +93,11 @@ def train(
                 next_stage(layers)
             if stop < done:  # the checkpoint is of a later stage; the layers only had to take its form
                 continue
-            with _stage(model, job, layers, make_loss) as (engine, extra):
+            with _stage(model, job, layers, make_loss) as (engine, extra, hooks):
                 if first == 0 or first < done:
-                    books.begin(checkpoints.restore(engine, extra))
+                    books.begin(checkpoints.restore(engine, extra), device)
                     _begin_session(books.progress, layers, device)
+                    books.validate(hooks)
                 books.progress.loss_notes = extra.notes() if extra else {}
                 start = books.progress.step
                 if batches is None:  # its processes stay for all stages
@@ -118,6 +120,7 @@ def train(
                     books.count_step(losses, batch.bad)
                     if logged:
                         books.write_metrics(losses, rate, scale, seen)
+                    books.validate(hooks)
                     on_step(books.progress.step, books.progress.last)
                     stop_by = asked_to_stop(ranks) if job.checkpoints else None
                     if job.checkpoint_due(step + 1) or stop_by:
@@ -149,12 +152,13 @@ def _begin_session(progress: Progress, layers: Mapping[str, MoEFFN], device: tor
 @contextlib.contextmanager
 def _stage(
     model: nn.Module, job: Job, layers: Mapping[str, MoEFFN], make_loss: MakeLoss
-) -> Iterator[tuple[Any, ExtraLoss | None]]:
-    """The engine and the strategy's own loss of one stage; at its end neither holds on to the model."""
+) -> Iterator[tuple[Any, ExtraLoss | None, OwnHooks]]:
+    """The engine, the strategy's own loss of one stage, and its hooks; at its end none holds on to the model."""
     engine = create_engine(Features(model, job.schedule.precision), job)
+    hooks = OwnHooks(model)
     extra = make_loss(layers)
     try:
-        yield engine, extra
+        yield engine, extra, hooks
         engine.destroy()  # it removes ZeRO's hooks from the parameters
         engine.module.zero_grad()
     finally:

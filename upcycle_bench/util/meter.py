@@ -25,7 +25,8 @@ from upcycle_bench.util.flops import counted_flops
 class Phase:
     """The cost of one phase. `flops` is None where they are not counted; `peak_memory_bytes` as in `peak_memory`.
 
-    `samples` are the training pairs that it sent through a model, `steps` its optimiser steps; its user sets them.
+    `samples` are the training pairs that it sent through a model, `steps` its optimiser steps, `joules` the energy of
+    its devices (None: not reported); its user sets them.
     """
 
     seconds: float = 0.0
@@ -33,6 +34,7 @@ class Phase:
     peak_memory_bytes: int = 0
     samples: int = 0
     steps: int = 0
+    joules: float | None = None
 
 
 @dataclass

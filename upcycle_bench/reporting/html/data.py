@@ -1,6 +1,6 @@
 """What the page's script draws and what its drawer shows: numbers of each row, and the records behind it, for JSON.
 
-tree = data_of(boards, records_of(boards, runs), nothing_published)
+tree = data_of(boards, records_of(boards, runs), rankings_of(boards, runs), nothing_published)
 tree["boards"][0]["rows"][0]["records"][0]["command"]
 """
 
@@ -10,10 +10,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from upcycle_bench.reporting.board import Board, Row, RowHeadline
 from upcycle_bench.reporting.columns import mean_cell, split_column
 from upcycle_bench.reporting.html.behind import Behind, Runs, counting
+from upcycle_bench.reporting.html.ranks import Rankings, chart_of
 from upcycle_bench.reporting.html.record_details import RecordDetails, rounded
-from upcycle_bench.reporting.leaderboard import Board, Row, RowHeadline
 from upcycle_bench.reporting.published import Published
 
 FEW = 300  # records, up to which the page holds whole receipts
@@ -29,36 +30,46 @@ def nothing_published(row: Row) -> Sequence[Published]:
     return ()
 
 
-def data_of(boards: Sequence[Board], behind: Sequence[Behind], published: Publisher) -> dict[str, Any]:
+def data_of(
+    boards: Sequence[Board], behind: Sequence[Behind], rankings: Sequence[Rankings], published: Publisher
+) -> dict[str, Any]:
     """The data of all boards. `behind`: of each, the records of its rows; `published`: what papers report of a row."""
     runs = sum(len(mine) for each in behind for mine in each.values())
     details = RecordDetails(points=max(2, min(POINTS, ALL_POINTS // max(1, runs))), receipts=runs <= FEW)
     return {
-        "boards": [_board(board, mine, details, published) for board, mine in zip(boards, behind, strict=True)],
+        "boards": [_board(*each, details, published) for each in zip(boards, behind, rankings, strict=True)],
         "shared": details.shared,
     }
 
 
-def _board(board: Board, behind: Behind, details: RecordDetails, published: Publisher) -> dict[str, Any]:
+def _board(
+    board: Board, behind: Behind, rankings: Rankings, details: RecordDetails, published: Publisher
+) -> dict[str, Any]:
+    names = [row.short_title for row in board.rows]
     base = next((row for row in board.rows if row.label == board.baseline), None)
     return {
         "reference": board.baseline,
         "headlines": [
-            {"name": name, "higher": headline.higher_is_better, "parts": _short_names(headline.parts)}
+            {
+                "name": name,
+                "higher": headline.higher_is_better,
+                "parts": _short_names(headline.parts),
+                "ranking": chart_of(rankings.get(name), board.rows, names),
+            }
             for name, headline in board.headlines.items()
         ],
         "rows": [
             {
                 "title": row.title,
-                "name": row.short_title,
-                "headlines": {name: _numbers(each) for name, each in row.headlines.items()},
+                "name": name,
+                "headlines": {title: _numbers(each) for title, each in row.headlines.items()},
                 "flops": row.charged_flops,
                 "ratio": ratio,
-                "differences": {name: _by_dataset(row, base, board.headlines[name].parts) for name in row.headlines},
+                "differences": {title: _by_dataset(row, base, board.headlines[title].parts) for title in row.headlines},
                 "published": [asdict(each) for each in published(row)],
                 **_of_records(behind[row.label], details),
             }
-            for row, ratio in zip(board.rows, board.flops_ratios, strict=True)
+            for row, name, ratio in zip(board.rows, names, board.flops_ratios, strict=True)
         ],
     }
 
@@ -89,14 +100,16 @@ def _numbers(headline: RowHeadline) -> dict[str, Any]:
 def _of_records(runs: Runs, details: RecordDetails) -> dict[str, Any]:
     """The records of a row, newest first, and the curves of those that count."""
     valid = {id(record) for record in counting(runs)}
-    records, curves = [], []
+    records, curves, held_out = [], [], []
     for record, path in reversed(runs):
         counts = id(record) in valid
         said = "counts" if counts else "failed" if record.status != "ok" else "superseded by a newer run"
         records.append(details.of(record, path, said))
         if counts and (curve := details.curve(path)):
             curves.append(curve)
-    return {"records": records, "curves": curves}
+        if counts and (scores := details.held_out(record)):
+            held_out.append(scores)
+    return {"records": records, "curves": curves, "heldOut": held_out}
 
 
 def _short_names(columns: Sequence[str]) -> list[str]:

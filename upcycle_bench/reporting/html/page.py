@@ -15,15 +15,16 @@ from collections.abc import Sequence
 from importlib import resources
 from typing import Any
 
-from upcycle_bench.reporting.formats import NOTES
+from upcycle_bench.reporting.board import Board
+from upcycle_bench.reporting.captions import NOTES
 from upcycle_bench.reporting.html.behind import Runs, records_of
 from upcycle_bench.reporting.html.data import Publisher, data_of, nothing_published
+from upcycle_bench.reporting.html.ranks import rankings_of
 from upcycle_bench.reporting.html.sections import section_of
-from upcycle_bench.reporting.leaderboard import Board
 from upcycle_bench.util import strict_json
 
 VENDORED = ("vendor/d3.min.js", "vendor/plot.min.js")
-OURS = ("js/dom.js", "js/table.js", "js/drawer.js", "js/charts.js", "js/figures.js", "js/report.js")
+OURS = ("js/dom.js", "js/table.js", "js/drawer.js", "js/charts.js", "js/ranks.js", "js/figures.js", "js/report.js")
 
 
 def render(boards: Sequence[Board], runs: Runs, published: Publisher = nothing_published) -> str:
@@ -31,7 +32,7 @@ def render(boards: Sequence[Board], runs: Runs, published: Publisher = nothing_p
     from jinja2 import Environment, StrictUndefined
     from markupsafe import Markup
 
-    behind = records_of(boards, runs)
+    behind, rankings = records_of(boards, runs), rankings_of(boards, runs)
     style = _asset("style.css")
     scripts = [*map(_asset, VENDORED), "\n".join(['"use strict";', *map(_asset, OURS)])]
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
@@ -39,8 +40,8 @@ def render(boards: Sequence[Board], runs: Runs, published: Publisher = nothing_p
         policy=_policy(scripts, style),
         style=Markup(style),
         scripts=list(map(Markup, scripts)),
-        data=Markup(script_safe(data_of(boards, behind, published))),
-        sections=[section_of(board, mine) for board, mine in zip(boards, behind, strict=True)],
+        data=Markup(script_safe(data_of(boards, behind, rankings, published))),
+        sections=[section_of(*each) for each in zip(boards, behind, rankings, strict=True)],
         notes=NOTES,
         runs=len(runs),
     )

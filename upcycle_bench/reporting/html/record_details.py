@@ -68,6 +68,13 @@ class RecordDetails:
             return None
         return [self._share([step for step, _ in known]), rounded([loss for _, loss in known])]
 
+    def held_out(self, record: Record) -> list[Any] | None:
+        """The same of the scores of held-out pairs."""
+        if record.validation is None:
+            return None
+        steps, scores = zip(*thinned(record.validation.points, self._points), strict=True)
+        return [self._share(list(steps)), rounded(list(scores))]
+
     def _share(self, value: Any) -> int:
         """The place of the value in `shared`, where it stands once."""
         text = strict_json.dumps(value, sort_keys=True)

@@ -1,6 +1,6 @@
 """What the page shows of a board without JavaScript: sentences, and tables of text, which the template escapes.
 
-section = section_of(board, behind)
+section = section_of(board, behind, rankings)
 section.columns["shift"][0].text        # "3.6043 ± 0.0120"
 """
 
@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from upcycle_bench.reporting.columns import mean_cell, number_cell, rank_cell
-from upcycle_bench.reporting.formats import caption, heading
+from upcycle_bench.reporting.board import Board, Row, RowHeadline
+from upcycle_bench.reporting.captions import caption, heading
+from upcycle_bench.reporting.columns import mean_cell, number_cell, rank_cell, target_cell, targets_of, versus
 from upcycle_bench.reporting.html.behind import Behind, counting
+from upcycle_bench.reporting.html.ranks import Rankings, RankTable, missing, rank_tables
 from upcycle_bench.reporting.html.record_details import LAYER, layer_means
-from upcycle_bench.reporting.leaderboard import Board, Row, RowHeadline
 from upcycle_bench.reporting.resampling import ENOUGH
 
 RESOLVED = ("better", "worse")  # only these verdicts are bold
@@ -52,13 +53,20 @@ class Section:
     caption: list[str]
     rows: tuple[Row, ...]
     columns: dict[str, list[Cell]]
+    ranks: list[RankTable]
     diagnostics: dict[str, list[str]]
 
 
-def section_of(board: Board, behind: Behind) -> Section:
-    """The section of this board. `behind`: the records of its rows."""
+def section_of(board: Board, behind: Behind, rankings: Rankings) -> Section:
+    """The section of this board. `behind`: the records of its rows; `rankings`: by its headline scores."""
     return Section(
-        heading(board), _verdicts(board), caption(board), board.rows, _columns(board), _diagnostics(board, behind)
+        heading=heading(board),
+        verdicts=_verdicts(board),
+        caption=[*caption(board), *missing(rankings)],
+        rows=board.rows,
+        columns=_columns(board),
+        ranks=rank_tables(rankings),
+        diagnostics=_diagnostics(board, behind),
     )
 
 
@@ -87,8 +95,11 @@ def _columns(board: Board) -> dict[str, list[Cell]]:
         found = [row.headlines.get(name) for row in rows]
         columns[name] = [Cell(mean_cell(each.mean), each.mean.mean) if each else Cell("", None) for each in found]
         if board.baseline:
-            columns[f"{name} vs {board.baseline}"] = [_difference(each) for each in found]
+            columns[f"{name} {versus(board)}"] = [_difference(each) for each in found]
     columns["charged FLOPs"] = [_cost(*each) for each in zip(rows, board.flops_ratios, strict=True)]
+    for name in targets_of(board):
+        ways = [row.targets.get(name) for row in rows]
+        columns[f"to {name}"] = [Cell(target_cell(way), way.flops if way else None) for way in ways]
     columns["certified"] = [Cell(f"{row.certified} of {row.runs}", row.certified) for row in rows]
     columns["runs"] = [Cell(row.outcome, row.outcome) for row in rows]
     ranks = [row.headlines.get(first) for row in rows]

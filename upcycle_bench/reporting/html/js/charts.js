@@ -93,21 +93,21 @@ function costChart(rows, headline, width) {
   });
 }
 
-/** Training losses: thin as logged, thick as means of neighbours. */
-function curveChart(rows, shared, width) {
-  const lines = rows.flatMap((row, place) => row.curves.map(([steps, losses], run) => ({
-    place, title: row.title, key: `${place}/${run}`, stroke: place < SERIES ? `var(--series-${place + 1})` : "var(--neutral)",
-    points: shared[steps].map((step, at) => ({ step, loss: losses[at] })),
+/** Values over steps, a line for each run: as they are, or thin and, as means of neighbours, thick. */
+function curveChart(rows, shared, width, { of, label, smooth }) {
+  const lines = rows.flatMap((row, place) => row[of].map(([steps, values]) => ({
+    title: row.title, stroke: place < SERIES ? `var(--series-${place + 1})` : "var(--neutral)",
+    points: shared[steps].map((step, at) => ({ step, value: values[at] })),
   })));
   if (!lines.length) return null;
-  const window = Math.max(1, Math.round(Math.max(...lines.map((line) => line.points.length)) / 10));
-  return draw("training loss over steps", {
+  const window = smooth ? Math.max(1, Math.round(Math.max(...lines.map((line) => line.points.length)) / 10)) : 1;
+  return draw(`${label} over steps`, {
     width, height: 300, marginLeft: 60, marginRight: 20, marginTop: 30,
     x: { label: "step", labelArrow: "none", ticks: Math.max(2, width / 120) },
-    y: { label: "contrastive loss in training", labelArrow: "none", grid: true, nice: true },
+    y: { label, labelArrow: "none", grid: true, nice: true },
     marks: lines.reverse().flatMap(({ points: found, stroke, title }) => [
-      Plot.line(found, { x: "step", y: "loss", stroke, strokeOpacity: 0.2, strokeWidth: 1 }),
-      Plot.line(found, Plot.windowY({ k: window }, { x: "step", y: "loss", stroke, strokeWidth: 1.8, title: () => title })),
+      smooth ? Plot.line(found, { x: "step", y: "value", stroke, strokeOpacity: 0.2, strokeWidth: 1 }) : null,
+      Plot.line(found, Plot.windowY({ k: window }, { x: "step", y: "value", stroke, strokeWidth: 1.8, title: () => title })),
     ]),
   });
 }

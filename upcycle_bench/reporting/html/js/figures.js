@@ -22,18 +22,23 @@ function makeFigures(section, board, shared) {
       ...board.headlines.map((headline) => figure(where, `${headline.name} against cost`,
         "The line joins strategies that none with fewer charged FLOPs beats, by means: neighbours may be tied." + note,
         costChart(scored, headline, wide))),
-      curves(scored, note, width),
+      ...board.headlines.filter(({ ranking }) => ranking).map((headline) => figure(where,
+        `${headline.name}: critical differences of ranks`, headline.ranking.said + note, rankChart(scored, headline, width),
+        [], "wide")),
+      curves("Training", "Thin: as logged. Thick: a mean of neighbours. A line for each run that counts." + note, scored, width,
+        { of: "curves", label: "contrastive loss in training", smooth: true }),
+      curves("Held-out pairs during the training", "A line for each run that counts; lower is better." + note, scored, width,
+        { of: "heldOut", label: "log rank of the right answer", smooth: false }),
       ...board.headlines.map((headline) => heat(headline, scored, note, width)),
     ].filter(Boolean) : [element("p", {}, "No row with a score is shown, so there is no chart.")]));
   }
 
-  function curves(scored, note, room) {
-    const chart = curveChart(scored, shared, room);
-    const named = scored.map((row, at) => [row, at]).filter(([row, at]) => row.curves.length && at < SERIES);
+  function curves(title, caption, scored, room, kind) {
+    const chart = curveChart(scored, shared, room, kind);
+    const named = scored.map((row, at) => [row, at]).filter(([row, at]) => row[kind.of].length && at < SERIES);
     const key = named.map(([row, at]) => [`var(--series-${at + 1})`, shortened(row.name, 40)]);
-    if (scored.some((row, at) => row.curves.length && at >= SERIES)) key.push(["var(--neutral)", "the others"]);
-    return figure(where, "Training", "Thin: as logged. Thick: a mean of neighbours. A line for each run that counts." + note,
-      chart, key, "wide");
+    if (scored.some((row, at) => row[kind.of].length && at >= SERIES)) key.push(["var(--neutral)", "the others"]);
+    return figure(where, title, caption, chart, key, "wide");
   }
 
   function heat(headline, scored, note, room) {
