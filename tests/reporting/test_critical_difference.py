@@ -48,6 +48,15 @@ def test_groups_by_hand() -> None:
     assert "A bar joins" in found.said() and "chi-squared 28.08" in found.said()
 
 
+def test_too_many_groups_have_no_letters() -> None:
+    """Sixty strategies in one order over 600 blocks, of which neighbours alone are joined."""
+    value_SL = np.tile(np.arange(60.0), (600, 1))
+    found = rank(value_SL, [*map(str, range(60))], range(600))
+    assert len(found.groups) > 52 and {found.letters(label) for label in found.ranks} == {""}
+    fewer = rank(value_SL[:, :30], [*map(str, range(30))], range(600))
+    assert fewer.letters("29")[-1] == "abcdefghijklmnopqrstuvwxyzABCD"[len(fewer.groups) - 1]
+
+
 def test_groups_are_those_of_scikit_posthocs() -> None:
     random = np.random.default_rng(0)
     told = 0

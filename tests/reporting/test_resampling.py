@@ -80,6 +80,12 @@ def test_draws_of_seeds_have_the_variance_of_the_mean() -> None:
     assert seed_draws(np.array([5.0])).tolist() == [5.0] * 2000
 
 
+def test_other_seeds_have_draws_of_their_own() -> None:
+    value_S = np.array([1.0, 2.0, 6.0])
+    same, again, other = (seed_draws(value_S, draws=20_000, key=key) for key in ((0, 1, 2), (0, 1, 2), (5, 6, 7)))
+    assert np.array_equal(same, again) and abs(np.corrcoef(same, other)[0, 1]) < 0.03
+
+
 @pytest.mark.parametrize(
     ("seeds", "of_seed", "of_sample", "of_both"),
     [(3, 1.0, 0, 0), (3, 0.05, 1, 1), (5, 0.1, 1, 1), (3, 0.0, 1, 0.2), (5, 0.0, 0, 1), (3, 0.1, 0, 1)],

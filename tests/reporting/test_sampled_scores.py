@@ -71,10 +71,23 @@ def test_every_headline_score_has_its_samples(
         assert row.headlines["the headline"].mean.half_width == pytest.approx(expected, rel=0.1)
 
 
-def test_a_suite_that_is_not_here_is_said(tmp_path: Path) -> None:
-    run = made(BASE, 0, "their-suite", {}, "a", "acc1", 0.5)
-    path = record.write(run, {"their-suite/a/acc1": RIGHT_N}, tmp_path)
+def test_a_suite_that_is_not_here_is_said_unless_its_outcomes_have_the_usual_names(tmp_path: Path) -> None:
+    for seed, name in enumerate(("acc1", "right")):
+        run = made(BASE, seed, "their-suite", {}, "a", "acc1", float(RIGHT_N.mean()))
+        record.write(run, {f"their-suite/a/{name}": RIGHT_N}, tmp_path)
     found = collect([tmp_path])
-    assert found.outcomes(found.records[0]) == {}
-    assert "outcomes of suite their-suite cannot be read here: unknown suite" in found.without[path]
-    assert "\n" not in found.without[path]
+    usual, other = found.records
+    assert (found.outcomes(usual)["their-suite/a/acc1"] == RIGHT_N).all() and found.without == {}
+    assert found.outcomes(other) == {}
+    (why,) = found.without.values()
+    assert why.startswith("outcomes of suite their-suite cannot be read here: unknown suite") and "\n" not in why
+
+
+@pytest.mark.parametrize("values", [np.array(0.5), np.array(["a", "b"]), np.zeros(0), np.full(9, np.inf)])
+def test_outcomes_that_are_no_numbers_of_samples_are_not_used(values: Any, tmp_path: Path) -> None:
+    for seed in range(3):
+        run = made(BASE, seed, "linear-probe", None, "digits", "acc1", 0.5)
+        record.write(run, {"linear-probe/digits/acc1": values, "linear-probe/digits/correct@1": values}, tmp_path)
+    found = collect([tmp_path])
+    (board,) = build(found.records, found.outcomes)
+    assert board.over_samples == () and board.rows[0].seeds == 3

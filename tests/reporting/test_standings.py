@@ -118,6 +118,16 @@ def test_equal_strategies_rarely_get_a_verdict_and_ranks_hold_the_truth(
     assert sum(ranks) / len(ranks) >= 0.93
 
 
+def test_ranks_know_which_seeds_are_common() -> None:
+    """Paired by training seed, whatever the initialisation, new is always better; with other seeds nobody knows."""
+    base = {(0, 0): 0.0, (1, 1): 4.0, (2, 2): 8.0, (3, 3): 12.0}
+    turned = {(3 - seed, seed): value + 1.0 for (_, seed), value in base.items()}
+    found = standing(counting(base=base, new=turned))
+    assert (found["new"].ranks, found["base"].ranks) == ((1, 1), (2, 2))
+    apart = standing(counting(base=base, new={(9 + seed, 9 + seed): value for (_, seed), value in turned.items()}))
+    assert apart["new"].ranks == apart["base"].ranks == (1, 2)
+
+
 def test_an_unstable_strategy_makes_no_other_tied() -> None:
     base = (0.0, 0.01, 0.02, 0.01)
     new = tuple(b + e for b, e in zip(base, (0.1, -0.02, 0.12, 0.0), strict=True))

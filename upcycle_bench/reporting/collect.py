@@ -34,20 +34,22 @@ class Collected:
     _places: dict[int, int] = field(default_factory=dict)
 
     def outcomes(self, made: Record) -> Mapping[str, Any]:
-        """The outcomes of each score of a collected record (`sampled_scores.numbers_of`).
+        """The outcomes of a collected record's scores, by suite/dataset/metric (`drawn.Outcomes`).
 
         None, and `without` says why, where its file is missing or another one, or where a suite is not here.
         """
         path = self._path_of(made)
         try:
-            arrays = record.read_outcomes(path, made.hashes.outcomes)
-            return self._numbers_of(path, made, arrays) if arrays else {}
+            found = record.read_outcomes(path, made.hashes.outcomes)
+            arrays = {name: each for name, each in found.items() if each.dtype.kind in "biuf"}  # others are no numbers
+            return arrays if _named_by_metric(made, arrays) else self._numbers_of(path, made, arrays)
         except UserError as error:
             self.without[path] = str(error)
             return {}
 
     def _numbers_of(self, path: Path, made: Record, arrays: dict[str, Any]) -> Mapping[str, Any]:
-        from upcycle_bench.reporting.sampled_scores import numbers_of  # imports torch, as suites do
+        """As the suites say it, which import torch."""
+        from upcycle_bench.reporting.sampled_scores import numbers_of
         from upcycle_bench.reporting.sent import Sent
 
         return numbers_of(Sent(path, made, b"", arrays, None, None), self._here)
@@ -74,6 +76,15 @@ class Collected:
             raise unknown("protocol", protocol, known)
         kept = [number for number, made in enumerate(self.records) if made.protocol.name == protocol]
         return Collected([self.records[k] for k in kept], [self.paths[k] for k in kept], self.passed_over)
+
+
+def _named_by_metric(made: Record, arrays: Mapping[str, Any]) -> bool:
+    """Whether outcomes have the names of the headline scores, as `Suite.sampled` has it by default, or there are none.
+
+    Then no suite is asked, which saves seconds, and its plugin need not be here. Means are compared with the scores.
+    """
+    parts = [f"{s.suite}/{s.dataset}/{s.metric}" for s in made.scores if s.headline]
+    return not arrays or all(name in arrays and arrays[name].ndim == 1 for name in parts)
 
 
 def collect(places: Iterable[Path]) -> Collected:

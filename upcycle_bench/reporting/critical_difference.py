@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import math
 import statistics
+import string
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ import numpy as np
 
 from upcycle_bench.record import Record
 from upcycle_bench.reporting.comparable import Counting, SeedPair, directions
-from upcycle_bench.reporting.resampling import ENOUGH
+from upcycle_bench.reporting.resampling import ENOUGH, MOST_GROUPS
 from upcycle_bench.reporting.standings import SIGNIFICANT, with_all_parts
 from upcycle_bench.util.errors import UserError
 
@@ -52,8 +53,12 @@ class Ranking:
     left_out: dict[str, str]
 
     def letters(self, label: str) -> str:
-        """The groups of a strategy, a the best; none where it can be told from all others."""
-        return "".join(chr(ord("a") + place) for place, group in enumerate(self.groups) if label in group)
+        """The groups of a strategy, a the best; none where it can be told from all others, or for too many groups."""
+        if len(self.groups) > MOST_GROUPS:
+            return ""
+        return "".join(
+            letter for letter, group in zip(string.ascii_letters, self.groups, strict=False) if label in group
+        )
 
     def said(self) -> str:
         """What the diagram shows and how, in words."""

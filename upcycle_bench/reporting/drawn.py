@@ -72,21 +72,24 @@ class Drawn:
         """The interval of each one's rank; deviations are enlarged as Student's quantile is to the normal one."""
         draws = []
         for label in labels:
-            value_S, drawn_SB = self._by_seed(label, self.common(label, label))
-            sure, drawn_B = of_seeds(value_S, drawn_SB), seed_draws(value_S, drawn_SB)
+            seeds = self._seeds[label]
+            value_S, drawn_SB = self._by_seed(label, seeds)
+            sure = of_seeds(value_S, drawn_SB)
+            drawn_B = seed_draws(value_S, drawn_SB, key=sorted({train for _, train in seeds}))
             wider = (sure.half_width or 0.0) / (Z * (sure.standard_error or 1.0)) or 1.0
             draws.append(sure.mean + wider * (drawn_B - sure.mean))
         return rank_intervals(np.array(draws), higher_is_better)
 
     def _by_seed(self, label: str, seeds: Sequence[SeedPair]) -> tuple[np.ndarray, np.ndarray | None]:
-        """Values [S] and draws [S, B] of a strategy; initialisations of one training seed are averaged."""
+        """Values [S] and draws [S, B] by ascending training seed, of which the initialisations are averaged."""
         places: dict[int, list[int]] = defaultdict(list)
         for pair in seeds:
             places[pair[1]].append(self._place[label, pair])
-        value_S = np.array([self._value_R[each].mean() for each in places.values()])
+        ordered = [places[train] for train in sorted(places)]
+        value_S = np.array([self._value_R[each].mean() for each in ordered])
         if self._drawn_RB is None:
             return value_S, None
-        return value_S, np.array([self._drawn_RB[each].mean(0) for each in places.values()])
+        return value_S, np.array([self._drawn_RB[each].mean(0) for each in ordered])
 
 
 def _sets(runs: Sequence[Record], headline: str, outcomes: Outcomes) -> list[tuple[np.ndarray, float]] | None:

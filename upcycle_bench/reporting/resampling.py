@@ -134,14 +134,16 @@ def common_spread(drawn_SB: np.ndarray) -> float:
     return math.sqrt(max(0.0, of_mean - (each - of_mean) / (seeds - 1)))
 
 
-def seed_draws(value_S: np.ndarray, drawn_SB: np.ndarray | None = None, draws: int = DRAWS) -> np.ndarray:
+def seed_draws(
+    value_S: np.ndarray, drawn_SB: np.ndarray | None = None, draws: int = DRAWS, key: Sequence[int] = ()
+) -> np.ndarray:
     """The mean of one number a training seed, [B], under draws of the seeds, and of the samples where they are given.
 
-    Strategies with equally many seeds have the same draws of them.
+    key: the training seeds. Strategies with the same ones have the same draws of them, others have draws of their own.
     """
     seeds = len(value_S)
     draws = draws if drawn_SB is None else drawn_SB.shape[1]
-    weight_BS = np.random.default_rng(seeds).multinomial(seeds, [1 / seeds] * seeds, draws) / seeds
+    weight_BS = np.random.default_rng((seeds, *key)).multinomial(seeds, [1 / seeds] * seeds, draws) / seeds
     enlarged_S = (value_S - np.mean(value_S)) * math.sqrt(seeds / max(1, seeds - 1))
     moved_B = weight_BS @ enlarged_S
     if drawn_SB is not None:

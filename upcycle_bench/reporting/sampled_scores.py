@@ -56,7 +56,7 @@ def numbers_of(sent: Sent, here: Here) -> dict[str, np.ndarray]:
     return {
         name_of(score): known.values if known.values.ndim == 1 else known.values.mean(axis=0)
         for score, known in sampled_scores(sent, here)
-        if known is not None
+        if known is not None and known.values.ndim in (1, 2)
     }
 
 
