@@ -19,7 +19,7 @@ from tests.helpers import heed_interrupts
 from tests.test_interrupted import Stopping
 from tests.test_run import Failing
 from tests.test_run import plan as make_plan
-from upcycle_bench import cli, record, run_many
+from upcycle_bench import cli, record, run_many, run_queue
 from upcycle_bench.hookspecs import hookimpl
 from upcycle_bench.model.ffn import LayerInit
 from upcycle_bench.planning import registry
@@ -163,7 +163,8 @@ def test_what_another_process_has_done_meanwhile_is_not_done_again(
     cell = Cell(plan=make_plan("dense-frozen", quick, init_seed=58, train_seed=58))
     path = run(cell.plan, tmp_path, Reporter())
     looks = iter([[None], [None], [path]])
-    monkeypatch.setattr(run_many, "finished_before", lambda *_: next(looks))
+    for module in (run_many, run_queue):
+        monkeypatch.setattr(module, "finished_before", lambda *_: next(looks))
     (made,) = run_many.run_all([cell], tmp_path, Reporter(), jobs=1, fresh=False, shared=[])
     assert (made.path, made.ran) == (path, False)
     assert list(tmp_path.rglob("*.json")) == [path]
