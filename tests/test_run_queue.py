@@ -195,8 +195,7 @@ def checkpoints() -> list[Path]:
 def test_two_share_a_matrix_and_one_goes_on_with_what_a_killed_one_was_at(
     tmp_path: Path, start: Callable[..., Command]
 ) -> None:
-    """The first stands still in its first cell, so it holds that one. The second does all others, waits, and then
-    resumes it."""
+    """The first stands still in a cell and so keeps it; the second does all others, waits, and then resumes it."""
     arguments = ["-s", "dense", "--seed", "61", "--seeds", "3", *LONG, "--set", "train.schedule.steps=24"]
     arguments += ["--set", "train.checkpoint_every=4"]
     first = start("first", *arguments)
@@ -207,6 +206,7 @@ def test_two_share_a_matrix_and_one_goes_on_with_what_a_killed_one_was_at(
     assert made(tmp_path / "results") == [("dense", 62, "ok"), ("dense", 63, "ok")]
     assert f"process {first.process.pid} on" in second.err()
     first.process.kill()
+    first.process.wait()  # a zombie would count as living, for the 60 s of its lease
     assert second.process.wait(120) == 0, second.err()
     assert "an interrupted training goes on from step" in second.err()
     assert made(tmp_path / "results") == [("dense", seed, "ok") for seed in (61, 62, 63)]

@@ -10,13 +10,13 @@ columns are left out where it is narrow.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from upcycle_bench.util.progress import Reporter, TerminalReporter
 
 if TYPE_CHECKING:
-    from rich.console import Console, ConsoleOptions, RenderResult
+    from rich.console import Console, ConsoleOptions, Group, RenderResult
     from rich.table import Table
 
     from upcycle_bench.planning.tally import Entry, Tally
@@ -28,7 +28,10 @@ COLOURS = {"done": "green", "running": "cyan", "elsewhere": "magenta", "failed":
 MOST_SIGNS = 12  # of a strategy's row; more cells are counted
 AROUND = 5  # lines of the table that are no row
 WIDTHS = {"runs": 0, "seed": 4, "at": 18, "loss": 6, "images/s": 8, "left": 8}
-NAME = 16  # columns that a name has at least, if it is so long
+# A terminal without room leaves these columns out, in this order, unless a name has so many characters or is whole. A
+# seed shows in the row of signs, too.
+NAMES = {"seed": 24, "images/s": 16, "loss": 16, "left": 12}
+NAME = 8  # at least
 REFRESH = 4  # times a second
 
 
@@ -74,37 +77,31 @@ class Matrix:
         yield _summary(self.tally, signs)
 
 
-def _table(tally: Tally, signs: dict[str, str], width: int, most: int) -> Table:
+def _table(tally: Tally, signs: dict[str, str], width: int, most: int) -> Table | Group:
     """A row for each strategy, and for each of its running cells after the first."""
     from rich import box
+    from rich.console import Group
     from rich.table import Table
+    from rich.text import Text
 
     by_strategy: dict[str, list[Entry]] = {}
     for entry in tally.entries.values():
         by_strategy.setdefault(entry.cell.strategy, []).append(entry)
     longest = max(map(len, by_strategy))
-    widths = _widths(by_strategy.values(), width - min(NAME, longest))
-    name_width = max(NAME // 2, min(longest, width - sum(size + 2 for size in widths.values())))
+    widths = {**WIDTHS, "runs": max(4, *(min(len(entries), MOST_SIGNS) for entries in by_strategy.values()))}
+    for column, least in NAMES.items():
+        if min(least, longest) + sum(size + 2 for size in widths.values()) > width:
+            del widths[column]
+    name_width = max(NAME, min(longest, width - sum(size + 2 for size in widths.values())))
     made = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, 1, 0, 0))  # and one between
-    made.add_column("strategy", width=name_width, no_wrap=True, overflow="ellipsis")
-    for name, size in widths.items():
-        made.add_column(name, width=size, no_wrap=True, overflow="ellipsis")
+    cut: Any = "crop" if signs is ASCII else "ellipsis"
+    for name, size in {"strategy": name_width, **widths}.items():
+        made.add_column(name, width=size, no_wrap=True, overflow=cut)
     shown, folded = _folded(by_strategy, most)
     for strategy in shown:
         for row in _rows(tally, strategy, by_strategy[strategy], signs, widths):
             made.add_row(*row)
-    if folded:
-        made.add_row(f"and {folded} more", style="dim")
-    return made
-
-
-def _widths(strategies: Iterable[Sequence[Entry]], width: int) -> dict[str, int]:
-    """The columns behind the name: those that `width` has no room for are left out, the least needed first."""
-    widths = {**WIDTHS, "runs": max(4, *(min(len(entries), MOST_SIGNS) for entries in strategies))}
-    for name in ("seed", "images/s", "loss", "left"):  # a seed shows in the row of signs, too
-        if sum(size + 2 for size in widths.values()) > width:
-            del widths[name]
-    return widths
+    return Group(made, Text(f"and {folded} more", "dim")) if folded else made
 
 
 def _folded(by_strategy: dict[str, list[Entry]], most: int) -> tuple[list[str], int]:
@@ -152,7 +149,7 @@ def _facts(tally: Tally, entry: Entry) -> dict[str, Any]:
 
     from upcycle_bench.util.log_lines import time_in_words
 
-    what = "training" if entry.training else entry.what
+    what = "training" if entry.training else entry.what.partition(": ")[2] or entry.what  # whose row it is, is said
     steps = f" {entry.done}/{entry.total}" if entry.total else ""
     left = tally.seconds_of(entry)
     return {
