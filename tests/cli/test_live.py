@@ -68,7 +68,7 @@ def test_every_state_is_shown_and_explained(shown: Tally) -> None:
         ["1", "training", "41/1200", "2.1234", "844", "0:19:19"],
         ["btx", "✗▶·", "1", "branch", "1", "of", "4", "7/50", "1.5", "0:20:00"],
         ["✓", "1", "done", "▶", "3", "running", "○", "1", "elsewhere", "✗", "1", "failed", "·", "3", "waiting"],
-        ["0:01:20", "so", "far,", "0:59:19", "left"],
+        ["0:01:20", "so", "far,", "0:40:00", "left"],
     ]  # fmt: skip
 
 
