@@ -49,7 +49,7 @@ def live_table(reporter: Reporter) -> Live | None:
 
         # What others print on stderr comes above the table.
         with Display(Matrix(tally), console=console, refresh_per_second=REFRESH, vertical_overflow="crop") as display:
-            yield Above(console)
+            yield Above(reporter)
             display.transient = True  # after an interruption the table stays; else another one follows
 
     return live
@@ -58,11 +58,11 @@ def live_table(reporter: Reporter) -> Live | None:
 class Above(Reporter):
     """Says lines above the table, where all else stands."""
 
-    def __init__(self, console: Console) -> None:
-        self.console = console
+    def __init__(self, reporter: Reporter) -> None:
+        self.reporter = reporter
 
     def say(self, line: str) -> None:
-        self.console.print(line, markup=False, emoji=False, highlight=False, soft_wrap=True)
+        self.reporter.say(line)
 
 
 class Matrix:
