@@ -150,16 +150,15 @@ def preview(cells: Sequence[Cell], results: Path, fresh: bool) -> list[Path | No
     return [None] * len(cells) if fresh or cells[0].plan.missing else finished_before(cells, results)
 
 
-def cost_of(cells: Sequence[Cell]) -> tuple[int, float]:
-    """FLOPs of all cells' preparation (at most) and training, and the seconds they take on one device like this one.
-
-    The strategies' own losses are not counted.
-    """
-    if not cells:
-        return 0, 0.0
-    protocol = cells[0].plan.protocol
+def flops_of(cells: Sequence[Cell]) -> dict[str, tuple[int, int]]:
+    """FLOPs of each strategy's preparation (at most) and training, by its label; its own losses are not counted."""
     strategies = {cell.plan.label: cell.plan.strategy for cell in cells}
-    estimates = {label: estimate(protocol, strategy) for label, strategy in strategies.items()}
-    each = {label: made.prepare_flops_at_most + made.train_flops for label, made in estimates.items()}
-    flops = sum(each[cell.plan.label] for cell in cells)
-    return flops, estimate_seconds(protocol, flops, distributed.choose_device()) if flops else 0.0
+    made = {label: estimate(cells[0].plan.protocol, strategy) for label, strategy in strategies.items()}
+    return {label: (costs.prepare_flops_at_most, costs.train_flops) for label, costs in made.items()}
+
+
+def cost_of(cells: Sequence[Cell]) -> tuple[int, float]:
+    """FLOPs of all cells, as `flops_of` counts them, and the seconds they take on one device like this one."""
+    each = flops_of(cells)
+    flops = sum(sum(each[cell.plan.label]) for cell in cells)
+    return flops, estimate_seconds(cells[0].plan.protocol, flops, distributed.choose_device()) if flops else 0.0
