@@ -15,15 +15,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from upcycle_bench.planning.matrix import Cell, SeedPair, enumerate_cells
+from upcycle_bench import record
+from upcycle_bench.planning.matrix import Cell, SeedPair, enumerate_cells, finished_before
 from upcycle_bench.planning.plan import Paths, Plan, make_plan
 from upcycle_bench.planning.registry import Registry
 from upcycle_bench.planning.tuning import candidates, tuning_of
 from upcycle_bench.protocol import Protocol, Tuning
 from upcycle_bench.record import Record, TunedPart
+from upcycle_bench.run import run
 from upcycle_bench.run_many import Outcome, Show, run_all
 from upcycle_bench.training import session
-from upcycle_bench.util import distributed, strict_json
+from upcycle_bench.util import distributed, meter, strict_json
 from upcycle_bench.util.errors import UserError
 from upcycle_bench.util.progress import Reporter
 
@@ -97,8 +99,25 @@ def tune(
         outcomes = run_all(task.cells, results, reporter, shared=dev, **how)
         tuned = distributed.from_main(choose(task.table, outcomes) if distributed.is_main() else None)
         reporter.say(f"chosen: {tuned.winner.label}, the best of {len(tuned.candidates)}")
+        cells = task.reported(tuned, pairs)
+        if len(cells) == 1:
+            return tuned, [_alone(cells[0], results, reporter, show)]
         here = ["--protocol", task.protocol.name, *tried, *shared]
-        return tuned, run_all(task.reported(tuned, pairs), results, reporter, shared=here, **how)
+        return tuned, run_all(cells, results, reporter, shared=here, **how)
+
+
+def _alone(cell: Cell, results: Path, reporter: Reporter, show: Show) -> Outcome:
+    """One run, outside of any matrix: the process that a matrix starts for it must not wait for that matrix."""
+
+    def done() -> Path | None:
+        return finished_before([cell], results)[0]
+
+    before = distributed.from_main(done() if distributed.is_main() else None)
+    if distributed.is_main():
+        show([cell], [before])
+    meter.forget_peak_memory()
+    path = before or run(cell.plan, results, reporter, done=done)
+    return Outcome(cell=cell, path=path, made=record.read(path) if path else None, ran=before is None)
 
 
 def choose(table: Tuning, outcomes: Sequence[Outcome]) -> TunedPart:
