@@ -12,7 +12,7 @@ import pytest
 from tests.conftest import QUICK
 from tests.records import make_record, tuned_part
 from tests.test_run import plan as make_plan
-from upcycle_bench import cli, record, run_many
+from upcycle_bench import cli, record, run_apart
 from upcycle_bench.planning.identity import run_facts
 from upcycle_bench.planning.matrix import Cell
 from upcycle_bench.planning.plan import run_id
@@ -21,7 +21,7 @@ from upcycle_bench.protocol import Tuning, load_protocol
 from upcycle_bench.record import Record, TunedPart
 from upcycle_bench.reporting.sent import Here
 from upcycle_bench.reporting.validate import validate
-from upcycle_bench.run_many import Outcome
+from upcycle_bench.run_queue import Outcome
 from upcycle_bench.tune import NothingChosen, choose
 
 FLAGS = [part for override in QUICK for part in ("--set", override)]
@@ -194,12 +194,12 @@ def test_processes_of_their_own_run_candidates_by_run_and_the_row_by_tune(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     started: list[list[str]] = []
-    monkeypatch.setattr(run_many.subprocess, "Popen", lambda command, **_: started.append(command))
+    monkeypatch.setattr(run_apart.subprocess, "Popen", lambda command, **_: started.append(command))
     candidate = make_plan("drop-upcycling", QUICK, options={"ratio": "0.75"}, init_seed=1000, train_seed=1000)
     part = TunedPart.model_validate(tuned_part(("drop-upcycling", [0.5]), ("drop-upcycling[ratio=0.75]", [0.6])))
     tuned = replace(candidate, tuned=part, init_seed=0, train_seed=0)
     for plan, shared in ((candidate, ["--protocol", "smoke-dev"]), (tuned, ["--try", "ratio=0.75"])):
-        run_many._start(Cell(plan=plan), tmp_path, shared, {})
+        run_apart.start(Cell(plan=plan), 0, tmp_path, shared, {})
     run, tune = (" ".join(command[3:]) for command in started)
     assert run == (
         "run --strategy drop-upcycling -o ratio=0.75 --init-seed 1000 --train-seed 1000 --protocol smoke-dev"

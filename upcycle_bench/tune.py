@@ -23,7 +23,8 @@ from upcycle_bench.planning.tuning import candidates, tuning_of
 from upcycle_bench.protocol import Protocol, Tuning
 from upcycle_bench.record import Record, TunedPart
 from upcycle_bench.run import run
-from upcycle_bench.run_many import Outcome, Show, run_all
+from upcycle_bench.run_many import Live, Show, run_all
+from upcycle_bench.run_queue import Outcome
 from upcycle_bench.training import session
 from upcycle_bench.util import distributed, meter, strict_json
 from upcycle_bench.util.errors import UserError
@@ -86,13 +87,14 @@ def tune(
     shared: Sequence[str],
     tried: Sequence[str],
     show: Show = lambda cells, done: None,
+    live: Live | None = None,
 ) -> tuple[TunedPart, list[Outcome]]:
     """The choice, and the outcomes of the tuned row, one for each of `pairs` of seeds. Every rank must call it.
 
     `shared` and `tried`: the command-line options of other processes, without and for the candidates. NothingChosen
     where a candidate's run fails.
     """
-    how: dict[str, Any] = {"jobs": jobs, "fresh": False, "show": show}
+    how: dict[str, Any] = {"jobs": jobs, "fresh": False, "show": show, "live": live}
     # One session for both matrices, as `run_all` has one for all cells; processes of their own have none here.
     with contextlib.nullcontext() if jobs > 1 else session.open_session(task.protocol.threads):
         dev = ["--protocol", task.table.protocol, *shared]

@@ -30,6 +30,8 @@ from upcycle_bench.cli.common import (
     warn_emulated,
     written_out,
 )
+from upcycle_bench.cli.jobs import Jobs, chosen_jobs, jobs_of
+from upcycle_bench.cli.live import live_table
 from upcycle_bench.cli.run import OF_A_MATRIX, show_matrix, show_outcomes, show_preview
 from upcycle_bench.cli.tables import table
 from upcycle_bench.util.errors import UserError
@@ -55,7 +57,7 @@ def tune(
     seeds: Annotated[int, typer.Option(min=1, help="How many seeds, from --seed on.")] = 1,
     init_seed: Annotated[int | None, typer.Option(min=0, help="The strategy's own randomness.")] = None,
     train_seed: Annotated[int | None, typer.Option(min=0, help="Data order, augmentation, dropout.")] = None,
-    jobs: Annotated[int, typer.Option("--jobs", "-j", min=1, help="How many runs at once.")] = 1,
+    jobs: Jobs = "1",
     results: Annotated[Path, typer.Option(help="Where the records go.")] = Path("results"),
     data: Data = None,
     checkpoint: Checkpoint = None,
@@ -77,7 +79,8 @@ def tune(
         from upcycle_bench.protocol import load_protocol
 
     pairs, registry = seed_pairs(seed, seeds, init_seed, train_seed), open_registry()
-    if jobs > 1 and "RANK" in os.environ:
+    at_once = jobs_of(jobs)
+    if at_once != 1 and "RANK" in os.environ:
         raise UserError("--jobs starts processes of its own and does not go with torchrun; leave one of them out.")
     registry.get("strategy", strategy)
     settings = load_protocol(registry.get("protocol", protocol).target, overrides)
@@ -94,7 +97,8 @@ def tune(
     warn_emulated(settings)
     shared = written_out(context, without=OF_A_MATRIX | {"protocol", "tries"})
     tried = [part for text in tries or [] for part in ("--try", text)]
-    how: Any = {"jobs": jobs, "shared": shared, "tried": tried, "show": show_matrix}
+    at_once = at_once or chosen_jobs(task.cells, results)
+    how: Any = {"jobs": at_once, "shared": shared, "tried": tried, "show": show_matrix, "live": live_table(reporter)}
     with resumable(going_on(len(task.cells) + len(pairs), fresh=False), until):
         tuned, outcomes = tuning.tune(task, pairs, results, reporter, **how)
     if is_main():
