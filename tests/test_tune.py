@@ -102,10 +102,10 @@ def test_a_second_call_runs_nothing_and_the_training_is_not_made_twice(
 
 def test_the_defaults_alone_can_be_tuned_and_the_row_says_so(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Another set of candidates is another run of the row, though the tuning runs are those of before."""
-    assert tune(results, "--seed", "3") == 0
+    assert tune(results, "--seed", "3", "--seeds", "2") == 0
     shown = capsys.readouterr()
     assert "chosen: drop-upcycling; the tuning cost" in shown.out
-    assert shown.err.count("start training") == 1
+    assert shown.err.count("start training") == 2
     (path,) = (results / "smoke").glob("*-i3-t3-*.json")
     assert record.read(path).strategy.mark.endswith("its defaults, the best of 1 tried")
 
