@@ -152,7 +152,7 @@ def preview(cells: Sequence[Cell], results: Path, fresh: bool) -> list[Path | No
 
 def flops_of(cells: Sequence[Cell]) -> dict[str, tuple[int, int]]:
     """FLOPs of each strategy's preparation (at most) and training, by its label; its own losses are not counted."""
-    strategies = {cell.plan.label: cell.plan.strategy for cell in cells}
+    strategies = {cell.strategy: cell.plan.strategy for cell in cells}
     made = {label: estimate(cells[0].plan.protocol, strategy) for label, strategy in strategies.items()}
     return {label: (costs.prepare_flops_at_most, costs.train_flops) for label, costs in made.items()}
 
@@ -160,5 +160,5 @@ def flops_of(cells: Sequence[Cell]) -> dict[str, tuple[int, int]]:
 def cost_of(cells: Sequence[Cell]) -> tuple[int, float]:
     """FLOPs of all cells, as `flops_of` counts them, and the seconds they take on one device like this one."""
     each = flops_of(cells)
-    flops = sum(sum(each[cell.plan.label]) for cell in cells)
+    flops = sum(sum(each[cell.strategy]) for cell in cells)
     return flops, estimate_seconds(cells[0].plan.protocol, flops, distributed.choose_device()) if flops else 0.0
