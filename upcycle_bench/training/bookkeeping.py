@@ -45,6 +45,7 @@ class Bookkeeping:
         self._bad: list[Bad] = []  # met on this rank since the last `collect`
         self._known_bad: set[int] = set()
         self._first_terms: list[Mapping[str, Tensor]] = []  # of the first SHARE_STEPS steps, until `collect`
+        self._score_flops: int | None = None  # of one score of the held-out pairs, on all ranks
         self._flops: int | None = None  # of the current step; None where they are not counted
         self._began = time.perf_counter()
         self._energy: EnergyCounter | None = None
@@ -95,10 +96,13 @@ class Bookkeeping:
         curve = progress.curve
         if curve.points and curve.points[-1][0] == progress.step:  # the checkpoint has it
             return
-        with hooks.off(), FlopCounter() as counter:
+        # Counting doubles the time of a score, whose pairs are always the same.
+        with hooks.off(), FlopCounter() if self._score_flops is None else contextlib.nullcontext() as counter:
             value = held_out.score()
+        if counter is not None:
+            self._score_flops = distributed.sum_over_ranks(counter.get_total_flops())
         curve.points.append((progress.step, value))
-        curve.flops += distributed.sum_over_ranks(counter.get_total_flops())
+        curve.flops += self._score_flops or 0
         self.job.trackers.log({"step": progress.step, "validation_log_rank": value})
         self.job.on_score(curve)
         seconds = time.perf_counter() - began

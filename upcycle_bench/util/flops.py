@@ -20,8 +20,9 @@ from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatc
 
 COUNTING_RULE = (
     "matrix multiplications, convolutions and attention at 2 FLOPs per multiply-add; training, also in preparation: at "
-    "most seven evenly spaced steps are counted and extrapolated; batches of an evaluation set's "
-    "images count as the first of their size did; all else is counted whole; clustering and decompositions are not"
+    "most seven evenly spaced steps are counted and extrapolated; batches of an evaluation set's images count as the "
+    "first of their size did, scores of held-out pairs as the first; all else is counted whole; clustering and "
+    "decompositions are not"
 )
 
 
