@@ -172,7 +172,8 @@ def run_here(
         try:
             check_strategy(cell.plan)
         except UserError as error:
-            reporter.say(f"the run failed: {error}")
+            if not shown.in_table:
+                reporter.say(f"the run failed: {error}")
             shown.end(Outcome(cell=cell, reason=str(error), status=error.status))
             continue
         before: list[Path] = []  # its record, where a single run has made it meanwhile
@@ -214,13 +215,14 @@ def run_in_processes(
         while queue.waiting or children:
             while queue.waiting and len(children) < jobs and time.monotonic() >= again:
                 if (cell := queue.next()) is None:
-                    if queue.waiting and not children:
-                        shown.wait()
                     again = time.monotonic() + AGAIN
                     break
                 place = min(set(range(jobs)) - {child.place for child in children})
                 children.append(run_apart.start(cell, place, results, shared, environment))
-            time.sleep(run_apart.POLL)
+            if children:
+                time.sleep(run_apart.POLL)
+            elif queue.waiting:
+                shown.wait()
             for child in list(children):
                 over = child.process.poll() is not None
                 shown.hear(child)

@@ -154,6 +154,16 @@ def test_nothing_but_the_lock_is_left(tmp_path: Path) -> None:
     assert not (tmp_path / "lock.lease").exists()
 
 
+def test_a_dead_process_of_this_machine_holds_nothing(tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    process = request.getfixturevalue("holder")
+    lock = Attempt(tmp_path / "lock")
+    assert lock.holder() == f"process {process.pid} on {os.uname().nodename}" and not lock.take()
+    os.kill(process.pid, signal.SIGKILL)
+    process.join(timeout=30)
+    assert lock.holder() is None and lock.take()
+    lock.release()
+
+
 def test_an_attempt_never_waits_and_names_the_holder(tmp_path: Path) -> None:
     lock, other = Attempt(tmp_path / "lock"), Attempt(tmp_path / "lock")
     assert lock.holder() is None

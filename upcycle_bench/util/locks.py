@@ -14,12 +14,15 @@ import errno
 import fcntl
 import functools
 import os
+import socket
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from filelock import BaseFileLock, FileLock, SoftFileLease, Timeout
+
+from upcycle_bench.util.processes import process_started
 
 LEASE = 60.0  # seconds
 SOON, AGAIN = 5.0, 600.0  # seconds until a wait is said, and said again
@@ -78,7 +81,7 @@ class Attempt:
             lock.release()
 
     def holder(self) -> str | None:
-        """Who has the lock, as its lease says: `process 12 on node3`; None for nobody. It may have died."""
+        """Who has the lock, as its lease says: `process 12 on node3`, which may be dead there; None for nobody."""
         return _holder(self._lease)
 
 
@@ -120,7 +123,9 @@ def _holder(lease: SoftFileLease) -> str | None:
     owner = lease.owner
     if owner is None:
         return None
-    return f"process {owner.pid} on {owner.hostname.partition('?')[0]}"  # behind it stands a container's number
+    host = owner.hostname.partition("?")[0]  # behind it stands a container's number
+    died = host == socket.gethostname() and process_started(owner.pid) is None
+    return None if died else f"process {owner.pid} on {host}"
 
 
 @functools.cache
