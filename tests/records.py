@@ -66,6 +66,29 @@ def make_record(
     return Record(**tree)
 
 
+def tuned_part(*candidates: tuple[str, list[float]], lower: bool = False) -> dict[str, Any]:
+    """How a tuned row was chosen among candidates, each a label and its scores; a run cost 1,000 FLOPs and 2 s."""
+    return {
+        "protocol": "smoke-dev",
+        "headline": "in-distribution",
+        "higher_is_better": not lower,
+        "rule": "best mean over the tuning seeds",
+        "seeds": tuple(1000 + place for place in range(len(candidates[0][1]))),
+        "candidates": tuple(
+            {
+                "label": label,
+                "config": {"options of": label},
+                "runs": tuple(
+                    {"run_id": f"{number}234567-{place}", "seed": 1000 + place, "value": value}
+                    | {"flops": 1_000, "seconds": 2.0}
+                    for place, value in enumerate(values)
+                ),
+            }
+            for number, (label, values) in enumerate(candidates)
+        ),
+    }
+
+
 def headlines_of(scores: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """The means of the scores of each headline, in the order of the scores, as a record has them."""
     parts: dict[str, list[dict[str, Any]]] = {}

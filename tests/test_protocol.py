@@ -17,7 +17,8 @@ PATHS = {name: entry.target for name, entry in load_registry().protocols.items()
 
 
 def values(protocol: Protocol) -> dict[str, object]:
-    return flatten(protocol.model_dump(mode="json", exclude={"name", "summary"}))
+    """What a run under the protocol depends on: not what it says of itself, measures or lets tune."""
+    return flatten(protocol.model_dump(mode="json", exclude={"name", "summary", "tuning", "validation"}))
 
 
 @pytest.mark.parametrize("name", PATHS)

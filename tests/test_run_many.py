@@ -1,12 +1,17 @@
 """Many runs: cells without a record are run, in this process or in others, and failures do not stop them."""
 
+import contextlib
+import fcntl
 import json
 import os
+import pty
 import re
 import shutil
 import signal
+import struct
 import subprocess
 import sys
+import termios
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,10 +24,10 @@ from tests.helpers import heed_interrupts
 from tests.test_interrupted import Stopping
 from tests.test_run import Failing
 from tests.test_run import plan as make_plan
-from upcycle_bench import cli, record, run_many
+from upcycle_bench import cli, record, run_many, run_queue
 from upcycle_bench.hookspecs import hookimpl
 from upcycle_bench.model.ffn import LayerInit
-from upcycle_bench.planning import registry
+from upcycle_bench.planning import at_once, registry
 from upcycle_bench.planning.matrix import Cell, preview
 from upcycle_bench.planning.registry import Entry
 from upcycle_bench.run import run
@@ -163,7 +168,8 @@ def test_what_another_process_has_done_meanwhile_is_not_done_again(
     cell = Cell(plan=make_plan("dense-frozen", quick, init_seed=58, train_seed=58))
     path = run(cell.plan, tmp_path, Reporter())
     looks = iter([[None], [None], [path]])
-    monkeypatch.setattr(run_many, "finished_before", lambda *_: next(looks))
+    for module in (run_many, run_queue):
+        monkeypatch.setattr(module, "finished_before", lambda *_: next(looks))
     (made,) = run_many.run_all([cell], tmp_path, Reporter(), jobs=1, fresh=False, shared=[])
     assert (made.path, made.ran) == (path, False)
     assert list(tmp_path.rglob("*.json")) == [path]
@@ -218,6 +224,50 @@ def test_errors_before_anything_runs(tmp_path: Path, command: Command, monkeypat
     status, out, err = command("-s", "dense,dense-frozen", "--jobs", "2")
     assert (status, out) == (2, "")
     assert err.startswith("error: --jobs starts processes of its own and does not go with torchrun")
+
+
+def test_jobs_is_a_number_or_auto(tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = ["-s", "dense,dense-frozen", "--seed", "59", "--results", str(tmp_path)]
+    for wrong in ("0", "-1", "two", "1.5", "²", ""):
+        status, out, err = command(*arguments, f"--jobs={wrong}")
+        assert (status, out) == (2, "") and err == f"error: --jobs {wrong}: write a number from 1 on, or auto.\n"
+    monkeypatch.setattr(at_once, "usable_cores", lambda: 3.0)
+    monkeypatch.setattr(at_once, "free_memory", lambda: 14 * 10**9)
+    monkeypatch.setattr(at_once, "visible_gpus", lambda: [])
+    line = "--jobs auto: 3 at once (3 cores / 1 thread each; 14 GB free / 1.6 GB each)\n"
+    status, out, err = command(*arguments, "--jobs", "auto", "--dry-run", "--json")
+    assert (status, json.loads(out)["jobs"], err) == (0, 3, line)
+    seen: list[int] = []
+
+    def run_all(*_: Any, jobs: int, **__: Any) -> None:
+        seen.append(jobs)
+        raise UserError("enough")
+
+    monkeypatch.setattr(run_many, "run_all", run_all)
+    assert command(*arguments, "--jobs", "auto")[2].endswith(f"{line}error: enough\n")
+    assert seen == [3]
+    monkeypatch.setenv("RANK", "0")
+    assert command(*arguments, "--jobs", "auto")[2].startswith("error: --jobs starts processes of its own")
+
+
+def test_on_a_terminal_there_is_one_table(tmp_path: Path, quick_flags: list[str]) -> None:
+    """Through a real one, of 24 lines, in which the cursor goes up again and again."""
+    arguments = ["-s", "dense-frozen", "--seed", "59", "--seeds", "2", "--jobs", "2", "--results", str(tmp_path)]
+    pid, terminal = pty.fork()
+    if pid == 0:
+        code = "from upcycle_bench.cli import main; main()"
+        os.execv(sys.executable, [sys.executable, "-c", code, "run", "-p", "smoke", *quick_flags, *arguments])
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+    out = b""
+    with contextlib.suppress(OSError):  # Linux has no end of a terminal
+        while part := os.read(terminal, 1 << 16):
+            out += part
+    text = out.decode()
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0, text
+    assert "\x1b[1A" in text and "2 running" in re.sub(r"\x1b\[[0-9;]*m", "", text)
+    assert "certificate" in text or "evaluating" in text
+    assert "done evaluating" not in text and "20" + "26-" not in text.partition("in-distribution")[0]
+    assert len(record.record_paths(tmp_path)) == 2
 
 
 def test_jobs_run_in_processes_of_their_own(

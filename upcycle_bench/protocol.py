@@ -4,7 +4,8 @@
     protocol.peak_lr                                        # computed from the dense model's schedule
 
 The table `[sources]` gives, for a dotted key, where its value comes from: a section of the paper, or a choice of ours.
-A file with `extends = "other"` takes every value that it does not set from other.toml in the same folder.
+A file with `extends = "other"` takes every value that it does not set from other.toml in the same folder, but for the
+table `[tuning]`: what trains otherwise, or is scored otherwise, is not tuned as the other one is.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ else:
 
 
 Captions = Literal["text", "lines"]  # a sample's .txt is one caption, or holds one a line
+TuningRule = Literal["best mean over the tuning seeds"]
 
 
 class Frozen(BaseModel):
@@ -167,6 +169,22 @@ class Train(Frozen):
     checkpoint_every: int = Field(ge=0, description="steps between resumable checkpoints; 0: none")
 
 
+class Tuning(Frozen):
+    """How a strategy's one tuned row is chosen, the same for all strategies (`upcycle-bench tune`)."""
+
+    protocol: str = Field(min_length=1, description="where candidates are scored: the same training, other sets")
+    headline: str = Field(min_length=1, description="the headline score there that decides")
+    candidates: int = Field(ge=2, description="configurations at most, the defaults among them")
+    seeds: tuple[int, ...] = Field(min_length=1, description="of the candidates' runs; no tuned row is reported on one")
+    rule: TuningRule
+
+    @model_validator(mode="after")
+    def _each_seed_once(self) -> Tuning:
+        if len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:
+            raise ValueError("seeds must be different numbers from 0 on")
+        return self
+
+
 class Validation(Frozen):
     """Held-out pairs that are scored during the training, which changes no bit of it (`evaluation.held_out`)."""
 
@@ -194,6 +212,7 @@ class Protocol(Frozen):
     strategies: dict[str, dict[str, Any]] = Field(
         default_factory=dict, description="options of a strategy that depend on the scale, where not its defaults"
     )
+    tuning: Tuning | None = Field(default=None, description="None: nothing can be tuned under it")
     sources: dict[str, str] = Field(default_factory=dict)
     overrides: tuple[str, ...] = ()
 
@@ -206,6 +225,11 @@ class Protocol(Frozen):
     def division(self) -> Literal["closed", "open"]:
         """Runs compare if they are closed; any override makes a run open."""
         return "open" if self.overrides else "closed"
+
+    @model_serializer(mode="wrap")
+    def _without_absent_tables(self, usual: Any) -> dict[str, Any]:
+        """Older records lack them, and so do protocols that do not set them."""
+        return {key: value for key, value in usual(self).items() if value is not None}
 
     @model_validator(mode="after")
     def _each_suite_once(self) -> Protocol:
@@ -284,6 +308,7 @@ def _read_tree(path: Path, children: tuple[Path, ...] = ()) -> dict[str, Any]:
     if not beside.is_file():
         raise UserError(f"protocol {path}: extends = {parent!r}, but there is no {beside}.")
     below = _read_tree(beside, (*children, path.resolve()))
+    below.pop("tuning", None)
     for key in flatten(tree):
         below.get("sources", {}).pop(key, None)  # the new value has another source
     return _laid_over(below, tree)

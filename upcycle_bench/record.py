@@ -79,6 +79,18 @@ from upcycle_bench.record_schema import (
 from upcycle_bench.record_schema import (
     json_schema as json_schema,
 )
+from upcycle_bench.record_tuned import (
+    TUNED as TUNED,
+)
+from upcycle_bench.record_tuned import (
+    Candidate as Candidate,
+)
+from upcycle_bench.record_tuned import (
+    TunedPart as TunedPart,
+)
+from upcycle_bench.record_tuned import (
+    TuningRun as TuningRun,
+)
 from upcycle_bench.util import strict_json
 from upcycle_bench.util.errors import UserError, first_problem
 from upcycle_bench.util.files import write_atomically

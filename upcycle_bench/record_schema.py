@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, ConfigDict, Field, JsonValue, model_validator
 
 from upcycle_bench.protocol import Frozen
+from upcycle_bench.record_tuned import TunedPart
 
 SCHEMA_VERSION = 2
 
@@ -50,8 +51,9 @@ class StrategyPart(Part):
     """The strategy as configured, and the package that brought it."""
 
     name: Name
-    label: Name = Field(description="the row's name: `cluster-aware`, or `cluster-aware[tau=0.8]` off its defaults")
+    label: Name = Field(description="the row's name: `btx`, `btx[k=2]` off its defaults, or `btx[tuned]`")
     config: dict[str, JsonValue] = Field(description="resolved configuration")
+    tuned: TunedPart | None = Field(default=None, description="of a tuned row: how its configuration was chosen")
     moe: dict[str, JsonValue] | None = Field(default=None, description="MoE settings where not the protocol's")
     status: Literal["published", "reconstructed", "control", "unpublished"]
     reconstructed: tuple[str, ...] = Field(description="parts that the paper leaves open and we had to choose")
@@ -68,8 +70,13 @@ class StrategyPart(Part):
 
     @property
     def mark(self) -> str:
-        """`kind`, and what is not the same for this strategy as for others."""
-        return "; ".join(filter(None, [self.kind, self.footing]))
+        """`kind`, what is not the same for this strategy as for others, and what tuning chose."""
+        return "; ".join(filter(None, [self.kind, self.footing, self.tuned.mark if self.tuned else ""]))
+
+    @property
+    def off_defaults(self) -> bool:
+        """Whether somebody set options, other than by the protocol's tuning rule: that opens the division."""
+        return self.label != self.name and self.tuned is None
 
 
 class ProtocolPart(Part):
@@ -201,6 +208,17 @@ class Cost(Part):
     samples_per_second: float | None = Field(ge=0)
     world_size: int = Field(ge=1)
 
+    @property
+    def charged(self) -> list[PhaseCost]:
+        """The phases that a strategy pays for."""
+        return [phase for name, phase in self.phases.items() if name != "evaluate"]
+
+    @property
+    def charged_flops(self) -> int | None:
+        """Their FLOPs; None if those of one phase are unknown, since the sum of the others would look too cheap."""
+        known = [phase.flops for phase in self.charged]
+        return None if None in known else sum(flops or 0 for flops in known)
+
 
 class SessionPart(Part):
     """One process group's share of the training; an interrupted training has several."""
@@ -297,6 +315,18 @@ class Record(Part):
     def created_at(self) -> datetime:
         """`created` as a time."""
         return datetime.fromisoformat(self.created.replace("Z", "+00:00"))
+
+    @property
+    def division(self) -> Literal["closed", "open"]:
+        """The division of its table: records from before options opened a run say "closed" where they are open."""
+        return "open" if self.strategy.off_defaults else self.protocol.division
+
+    @property
+    def charged_flops(self) -> int | None:
+        """All that the run costs before its evaluation, and all that its tuning cost; None where one is unknown."""
+        known = [self.cost.charged_flops if self.cost else None]
+        known += [self.strategy.tuned.flops] if self.strategy.tuned else []
+        return None if None in known else sum(flops or 0 for flops in known)
 
     @model_validator(mode="after")
     def _consistent(self) -> Record:

@@ -86,6 +86,7 @@ def plan_of(sent: Sent, registry: Registry, given: Paths, reporter: Reporter) ->
         suites=list(record.protocol.suite_fingerprints),
         reporter=reporter,
     )
+    plan = replace(plan, tuned=record.strategy.tuned)
     if plan.world is not None and plan.world.sha256 != record.hashes.data:
         where = "name the record's by --data" if plan.world.option else "its world has other content here"
         raise UserError(f"record {sent.path}: the training data here are not its own; {where}.")

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +82,8 @@ def run(
             dense, state.dense = load_dense(protocol, world, dense_source(plan), device, reporter, loading)
             state.start = dense
             data = training_pairs(world, dense, protocol.train.schedule.augmentation, protocol.data, loading)
-            key = finished.key_of(run_id(plan, state.dense), device)
+            # A tuned run has the training of its options: what was trained for these is not trained again.
+            key = finished.key_of(run_id(replace(plan, tuned=None), state.dense), device)
             with (
                 work_folder(facts, command, fresh, {"dense": plan.dense_identity}) as work,
                 trackers_of(plan, work.name, results, track) as trackers,

@@ -2,8 +2,9 @@
 
     outcomes = run_all(cells, results, reporter, jobs=1, fresh=False, shared=[])
 
-Cells run one after the other in this process, on all its ranks; or `jobs` at once, each in a process of its own. Either
-way, the outcome of a run is read from its record.
+Cells run one after the other in this process, on all its ranks; or `jobs` at once, each in a process of its own
+(`run_apart`). Either way, the outcome of a run is read from its record. Several commands may share a matrix, also on
+several machines: each takes the next cell that no other is at, and waits for the others' cells last (`run_queue`).
 """
 
 from __future__ import annotations
@@ -11,50 +12,37 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-import signal
-import subprocess
-import sys
-from collections import deque
-from collections.abc import Callable, Collection, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeAlias
 
-from upcycle_bench import record
+from upcycle_bench import record, run_apart
 from upcycle_bench.data.batches import Loading
 from upcycle_bench.planning.identity import run_facts
-from upcycle_bench.planning.matrix import Cell, describes, finished_before, read_records
+from upcycle_bench.planning.matrix import Cell, finished_before, flops_of
 from upcycle_bench.planning.plan import check_input, check_strategy, dense_source
+from upcycle_bench.planning.tally import Tally, Telling
 from upcycle_bench.run import as_begun, run
+from upcycle_bench.run_queue import Outcome, Queue, outcome_of
 from upcycle_bench.training import session
 from upcycle_bench.training.pretrain import load_dense
 from upcycle_bench.training.same_view import require_same_view
 from upcycle_bench.training.work_folder import folder_of
 from upcycle_bench.util import distributed, meter
 from upcycle_bench.util.errors import UserError
-from upcycle_bench.util.log_lines import unstamped
+from upcycle_bench.util.log_lines import line_of, progress_in, time_in_words, unstamped
 from upcycle_bench.util.progress import Reporter
 
 # Shows the matrix before anything runs: the cells, and for each its record, or None where it is to do.
-Show = Callable[[Sequence[Cell], Sequence[Path | None]], None]
+Show: TypeAlias = Callable[[Sequence[Cell], Sequence[Path | None]], None]
+# Shows the matrix in one place while it runs, and gives the reporter that says what does not stand there.
+Live: TypeAlias = Callable[[Tally], AbstractContextManager[Reporter]]
 
-# Not `-m upcycle_bench`: that imports from the working folder first, which may be a clone that was not installed.
-START = (
-    "import sys; sys.path[:] = filter(None, sys.path); sys.argv[0] = 'upcycle-bench'; "
-    "from upcycle_bench.cli import main; main()"
-)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Outcome:
-    """The outcome of a cell. A failed one has a reason, and a record unless it failed before anything ran."""
-
-    cell: Cell
-    path: Path | None = None
-    made: record.Record | None = None
-    reason: str | None = None
-    ran: bool = True  # False: its record was there before
-    status: int = 1  # of a failed one, alone in its command
+AGAIN = 2.0  # seconds until the cells that other processes are at are tried again
+WAITING = 600.0  # seconds until a wait for them is said again
 
 
 def run_all(
@@ -67,13 +55,14 @@ def run_all(
     shared: Sequence[str],
     track: Sequence[str] = (),
     show: Show = lambda cells, done: None,
+    live: Live | None = None,
     loading: Loading | None = None,
 ) -> list[Outcome]:
     """Run the cells that have no record (with `fresh`: all); returns outcomes in the order of `cells`.
 
     `shared`: the command-line options with which other processes plan the same runs; `loading`: how batches are read in
-    this one. Rank 0 calls `show` before
-    anything runs; only its outcomes have records. Raises UserError, before anything runs, for bad input.
+    this one. Rank 0 calls `show` before anything runs, or, where something is to do and it is given, `live`. Only its
+    outcomes have records. Raises UserError, before anything runs, for bad input.
     """
     plan = cells[0].plan
     check_input(plan, results)
@@ -92,13 +81,17 @@ def run_all(
         looked_at = set(results.rglob("*.json"))
         done = _look(cells, results, fresh)
         todo_cells = [cell for cell, path in zip(cells, done, strict=True) if path is None]
-        if distributed.is_main():
+        queue = Queue(todo_cells, results, Tally(cells, done, flops_of(cells), jobs), fresh, looked_at)
+        live = live if todo_cells and distributed.is_main() else None
+        if live is None and distributed.is_main():
             show(cells, done)
         if jobs == 1:
-            made = run_here(todo_cells, results, reporter, fresh, track, loading, looked_at)
+            with _showing(queue, live, reporter) as shown:
+                run_here(shown, results, fresh, track, loading)
     if jobs > 1:
-        made = run_apart(todo_cells, results, reporter, jobs, shared, environment)
-    new = {(outcome.cell.strategy, outcome.cell.seed): outcome for outcome in made}
+        with _showing(queue, live, reporter) as shown:
+            run_in_processes(shown, results, jobs, shared, environment)
+    new = {(outcome.cell.strategy, outcome.cell.seed): outcome for outcome in queue.outcomes}
     return [
         new[cell.strategy, cell.seed]
         if path is None
@@ -114,164 +107,129 @@ def _look(cells: Sequence[Cell], results: Path, fresh: bool) -> list[Path | None
     return found
 
 
-def run_here(
-    todo: Sequence[Cell],
-    results: Path,
-    reporter: Reporter,
-    fresh: bool,
-    track: Sequence[str] = (),
-    loading: Loading | None = None,
-    looked_at: Collection[Path] = (),
-) -> list[Outcome]:
-    """Run the cells one after the other in this process; every rank must call it.
+@dataclass
+class _Shown:
+    """A matrix while it runs: in lines, or in a table beside which `reporter` says what does not stand there."""
 
-    `looked_at`: records that are known not to be of these cells.
-    """
-    outcomes = []
-    for number, cell in enumerate(todo, start=1):
-        reporter.say(f"run {number} of {len(todo)}: {cell.strategy}, seed {cell.seed}")
+    queue: Queue
+    reporter: Reporter
+    in_table: bool
+    _waits: float = -WAITING  # when that was last said
+
+    def hear(self, child: run_apart.Child) -> None:
+        """Count how far a run in another process is, and say its lines."""
+        for line in child.lines():
+            progress = progress_in(line)
+            if progress and progress[0]:
+                self.queue.tally.step(child.cell, *progress)
+            if not (progress and self.in_table):
+                self.reporter.say(f"{child.cell.strategy} seed {child.cell.seed}: {unstamped(line)}")
+
+    def end(self, outcome: Outcome) -> None:
+        """A run is over."""
+        self.queue.end(outcome.cell, outcome)
+        tally, cell = self.queue.tally, outcome.cell
+        if self.in_table and outcome.reason:
+            self.reporter.say(f"{cell.strategy} seed {cell.seed} failed: {outcome.reason}")
+        elif not self.in_table and self.queue.total > 1:
+            counts = {state: str(tally.count(state)) for state in ("failed", "elsewhere") if tally.count(state)}
+            left = {} if (seconds := tally.seconds_left()) is None else {"left": time_in_words(seconds)}
+            done = {"done": f"{tally.count('done')}/{len(tally.entries)}"}
+            self.reporter.say(line_of("runs:", done | counts | left))
+
+    def wait(self) -> None:
+        """Other processes are at all cells that wait: try again soon."""
+        if not self.in_table and distributed.is_main() and time.monotonic() - self._waits >= WAITING:
+            self._waits = time.monotonic()
+            others = [self.queue.tally[cell] for cell in self.queue.waiting]
+            names = ", ".join(f"{each.cell.strategy} seed {each.cell.seed} ({each.holder})" for each in others)
+            self.reporter.say(f"waiting for what others run: {names}")
+        time.sleep(AGAIN)
+
+
+@contextlib.contextmanager
+def _showing(queue: Queue, live: Live | None, reporter: Reporter) -> Iterator[_Shown]:
+    """Show the queue while it runs; at the end others may have what is left of it."""
+    with live(queue.tally) if live else contextlib.nullcontext(reporter) as said, contextlib.closing(queue):
+        yield _Shown(queue, said, live is not None)
+
+
+def run_here(
+    shown: _Shown, results: Path, fresh: bool, track: Sequence[str] = (), loading: Loading | None = None
+) -> None:
+    """Run the cells one after the other in this process; every rank must call it."""
+    queue, reporter = shown.queue, shown.reporter
+    while queue.waiting:
+        if (cell := queue.next()) is None:
+            if queue.waiting:
+                shown.wait()
+            continue
+        if not shown.in_table:
+            number = queue.total - len(queue.waiting)
+            reporter.say(f"run {number} of {queue.total}: {cell.strategy}, seed {cell.seed}")
         known = set(results.rglob("*.json"))
         meter.forget_peak_memory()
         try:
             check_strategy(cell.plan)
         except UserError as error:
-            reporter.say(f"the run failed: {error}")
-            outcomes.append(Outcome(cell=cell, reason=str(error), status=error.status))
+            if not shown.in_table:
+                reporter.say(f"the run failed: {error}")
+            shown.end(Outcome(cell=cell, reason=str(error), status=error.status))
             continue
-        before: list[Path] = []  # its record, where another process has made it meanwhile
+        before: list[Path] = []  # its record, where a single run has made it meanwhile
         try:
             path = run(
                 cell.plan,
                 results,
-                reporter,
+                Telling(queue.tally, cell, reporter, queue.look),
                 fresh=fresh,
                 track=track,
                 loading=loading,
-                done=(lambda: None) if fresh else functools.partial(_made_meanwhile, cell, results, looked_at, before),
+                done=functools.partial(_made_meanwhile, queue, cell, before),
             )
             made = record.read(path) if path is not None else None
-            outcomes.append(Outcome(cell=cell, path=path, made=made, ran=not before))
+            shown.end(Outcome(cell=cell, path=path, made=made, ran=not before))
         except Exception as error:
             if distributed.world_size() > 1:
                 # The other ranks may wait for this one in a collective, until its process ends.
                 reporter.say(f"a failure on several ranks ends the matrix; others run without {cell.strategy}")
                 raise
             status = error.status if isinstance(error, UserError) else 1
-            failed = _outcome(cell, results, known, f"{type(error).__name__}: {error}")
-            outcomes.append(replace(failed, status=status))
-    return outcomes
+            failed = outcome_of(cell, results, known, f"{type(error).__name__}: {error}")
+            shown.end(replace(failed, status=status))
 
 
-def _made_meanwhile(cell: Cell, results: Path, known: Collection[Path], found: list[Path]) -> Path | None:
-    """The record of a cell that is not among the `known` ones, which is also added to `found`; None without one."""
-    (path,) = finished_before([cell], results, known)
+def _made_meanwhile(queue: Queue, cell: Cell, found: list[Path]) -> Path | None:
+    """The record of a cell that is new since the queue was made, which is also added to `found`; None without one."""
+    path = queue.made_meanwhile(cell)
     found += [path] if path else []
     return path
 
 
-def _outcome(cell: Cell, results: Path, known: Collection[Path], reason: str | None) -> Outcome:
-    """The outcome by the newest record of this cell that is not among the `known` paths.
-
-    `reason` says why the run failed; None for a success.
-    """
-    if not distributed.is_main():
-        return Outcome(cell=cell, reason=reason)
-    status = "failed" if reason else "ok"
-    mine = {
-        path: made
-        for path, made in read_records(results, known).items()
-        if made.status == status and describes(made, cell)
-    }
-    path, made = max(mine.items(), key=lambda item: item[1].created_at, default=(None, None))
-    if made is None:
-        return Outcome(cell=cell, reason=reason or f"it ended without a record below {results}")
-    return Outcome(cell=cell, path=path, made=made, reason=made.reason)
-
-
-@dataclass
-class _Child:
-    """A run in a process of its own."""
-
-    cell: Cell
-    process: subprocess.Popen[bytes]
-    known: set[Path]
-
-    def forward(self, say: Callable[[str], None]) -> str | None:
-        """Say each line of its stderr until it ends; returns why it failed, or None."""
-        last = ""
-        assert self.process.stderr is not None
-        for line in self.process.stderr:
-            if text := line.decode(errors="replace").rstrip():
-                say(f"{self.cell.strategy} seed {self.cell.seed}: {unstamped(text)}")
-                last = text
-        return _why(self.process.wait(), last)
-
-
-def _why(code: int, last: str) -> str | None:
-    """Why a process with that exit status failed, or None; `last`: the last line of its stderr."""
-    if code < 0:
-        names = {each.value: each.name for each in signal.Signals}
-        memory = ", perhaps for want of memory" if code == -signal.SIGKILL else ""
-        return f"killed by {names.get(-code, f'signal {-code}')}{memory}"
-    return (last.removeprefix("error: ") or f"exit status {code}") if code else None
-
-
-def run_apart(
-    todo: Sequence[Cell],
-    results: Path,
-    reporter: Reporter,
-    jobs: int,
-    shared: Sequence[str],
-    environment: Mapping[str, str],
-) -> list[Outcome]:
-    """Run `jobs` cells at once, each in a process whose stderr a thread reads; an interruption stops all processes."""
-    waiting = deque(todo)
-    started: list[_Child] = []
-    children: dict[Future[str | None], _Child] = {}
-    outcomes = []
-    with ThreadPoolExecutor(jobs) as threads:
-        try:
-            for _ in reporter.track(range(len(todo)), "runs"):
-                while waiting and len(children) < jobs:
-                    started.append(_start(waiting.popleft(), results, shared, environment))
-                    children[threads.submit(started[-1].forward, reporter.say)] = started[-1]
-                over = next(iter(wait(children, return_when=FIRST_COMPLETED).done))
-                reason, child = over.result(), children.pop(over)
-                outcomes.append(_outcome(child.cell, results, child.known, reason))
-        finally:
-            _stop([child.process for child in started if child.process.poll() is None])
-    return outcomes
-
-
-def _start(cell: Cell, results: Path, shared: Sequence[str], environment: Mapping[str, str]) -> _Child:
-    """Start a process that runs this cell: the same command for one strategy and one pair of seeds."""
-    seeds = ["--init-seed", str(cell.plan.init_seed), "--train-seed", str(cell.plan.train_seed)]
-    command = [sys.executable, "-c", START, "run", "--strategy", cell.plan.entry.name, *seeds, *shared]
-    known = set(results.rglob("*.json"))
-    process = subprocess.Popen(
-        command,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        env=environment,
-        start_new_session=True,  # else a terminal's Ctrl-C reaches it too, and a second one stops its clean-up
-    )
-    return _Child(cell, process, known)
-
-
-def _stop(processes: Sequence[subprocess.Popen[bytes]]) -> None:
-    """End the processes by SIGTERM, after which a run writes a checkpoint; a second signal here kills them.
-
-    SIGINT would not do: processes of a background shell ignore it.
-    """
-    for process in processes:
-        process.terminate()
+def run_in_processes(
+    shown: _Shown, results: Path, jobs: int, shared: Sequence[str], environment: Mapping[str, str]
+) -> None:
+    """Run `jobs` cells at once, each in a process of its own; an interruption stops all of them."""
+    queue, children, again = shown.queue, list[run_apart.Child](), 0.0
     try:
-        for process in processes:
-            process.wait()  # its thread reads its stderr meanwhile
-    except (KeyboardInterrupt, SystemExit):
-        for process in processes:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)  # a session of its own: its workers hold stderr, too
-            process.wait()
-        raise
+        while queue.waiting or children:
+            while queue.waiting and len(children) < jobs and time.monotonic() >= again:
+                if (cell := queue.next()) is None:
+                    again = time.monotonic() + AGAIN
+                    break
+                place = min(set(range(jobs)) - {child.place for child in children})
+                children.append(run_apart.start(cell, place, results, shared, environment))
+            if children:
+                time.sleep(run_apart.POLL)
+            elif queue.waiting:
+                shown.wait()
+            for child in list(children):
+                over = child.process.poll() is not None
+                shown.hear(child)
+                if over:
+                    children.remove(child)
+                    child.output.close()
+                    shown.end(outcome_of(child.cell, results, child.known, child.why()))
+            queue.look()
+    finally:
+        run_apart.stop(children, shown.hear)

@@ -148,8 +148,9 @@ def _record(state: RunState, **parts: Any) -> record.Record:
         "created": now(),
         "strategy": {
             "name": info.name,
-            "label": plan.label,
+            "label": plan.row,
             "config": plan.strategy.config(),
+            "tuned": plan.tuned.model_dump(mode="json") if plan.tuned else None,
             "moe": plan.moe.model_dump(mode="json") if plan.moe != protocol.moe else None,
             "status": info.status,
             "reconstructed": info.reconstructed,

@@ -17,6 +17,9 @@ from typing import Any
 
 import numpy as np
 
+from upcycle_bench.planning.registry import load_registry
+from upcycle_bench.protocol import load_protocol
+
 RESULTS = Path(__file__).parents[2] / "results"
 BASE, OTHER, LAB = "cluster-aware-i0-t0", "sparse-upcycling-i0-t0", "lab-sparse-upcycling"
 
@@ -215,6 +218,44 @@ def metrics_of_another(folder: Path) -> None:
     shutil.copy(Files(folder, OTHER).lines, Files(folder).lines)
 
 
+def as_tuned(change: Callable[[dict[str, Any]], None]) -> Callable[[Path], None]:
+    """The record as a tuned row whose defaults won, by the rule of `smoke`; then changed."""
+
+    def make(folder: Path) -> None:
+        files = Files(folder)
+        strategy, resolved = files.tree["strategy"], files.tree["protocol"]["resolved"]
+        resolved["tuning"] = load_protocol(load_registry().protocols["smoke"].target).model_dump(mode="json")["tuning"]
+        rule = {key: value for key, value in resolved["tuning"].items() if key != "candidates"}
+        usual, other = strategy["config"], strategy["config"] | {"tau": 0.8}
+        candidates = [(strategy["label"], usual, 0.04), (f"{strategy['label']}[tau=0.8]", other, 0.05)]
+        strategy["label"] += "[tuned]"
+        strategy["tuned"] = rule | {
+            "higher_is_better": False,
+            "candidates": [
+                {
+                    "label": label,
+                    "config": config,
+                    "runs": [
+                        {"run_id": f"{value}-{seed}".replace("0.", "tuning"), "seed": seed}
+                        | {"value": value, "flops": 10**11, "seconds": 9.0}
+                        for seed in rule["seeds"]
+                    ],
+                }
+                for label, config, value in candidates
+            ],
+        }
+        change(files.tree)
+        files.write()
+
+    return make
+
+
+def worse_candidate(tree: dict[str, Any]) -> None:
+    """The other one was better."""
+    for run in tree["strategy"]["tuned"]["candidates"][1]["runs"]:
+        run["value"] = 0.01
+
+
 SCORE, TRAIN = "digits-test/acc1", "cost.phases.train"
 TAMPERED = [
     Tampering("a score is NaN", "strict-json", text('"value": 0.', '"value": NaN, "x": 0.')),
@@ -259,6 +300,7 @@ TAMPERED = [
     ),
     Tampering("other seeds", "run-id", at("seeds", {"init": 3, "train": 3})),
     Tampering("another option than the run's", "run-id", at("strategy.config.tau", 0.95)),
+    Tampering("a tuned row whose options were not the best", "tuned", as_tuned(worse_candidate)),
     Tampering("no hash of the weights", "hashes", at("hashes.weights", None)),
     Tampering("no certificate", "certificate", at("certificate", None)),
     Tampering("shuffled labels far above chance", "certificate", at("certificate.controls.0.z", 6.5)),

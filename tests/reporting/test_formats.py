@@ -16,6 +16,8 @@ from upcycle_bench.reporting.formats import render
 from upcycle_bench.reporting.leaderboard import build
 from upcycle_bench.util.errors import UserError
 
+OPEN = {"division": "open", "overrides": ("moe.experts=4",), "training_fingerprint": "of 4 experts"}
+
 
 @pytest.fixture
 def boards() -> list[Board]:
@@ -28,10 +30,10 @@ def boards() -> list[Board]:
     ]
     return build(
         [
-            make_record("cluster-aware[tau=0.8]", scores=scores),
+            make_record("cluster-aware[tau=0.8]", scores=scores, strategy={"name": "cluster-aware[tau=0.8]"}),
             *runs("dense", {0: 0.25, 1: 0.5}),
             failure("zzz", reason='said "no", twice'),
-            make_record("dense", protocol={"division": "open", "overrides": ("moe.experts=4",)}),
+            make_record("dense", protocol=OPEN),
         ]
     )
 
@@ -126,7 +128,8 @@ def test_a_narrow_terminal_has_what_a_reader_needs_first_in_one_table() -> None:
     """Rank, score, difference, verdict and cost of long names, of many runs and of one that failed, in 80 columns."""
     made = [*runs("sparse-upcycling", {0: 2.0, 1: 2.1, 2: 2.2, 3: 1.9}), failure("zzz", reason="out of memory")]
     new = {0: 3.0, 1: 3.11, 2: 3.22, 3: 2.93}  # differences 1, 1.01, 1.02, 1.03: sd 0.01291, by 2, times 3.182
-    made += runs("new[" + "x" * 40 + "]", new, strategy={"status": "reconstructed"})
+    label = "new[" + "x" * 40 + "]"
+    made += runs(label, new, strategy={"name": label, "status": "reconstructed"})
     text = render(build(made), "terminal", 80)
     lines = text.splitlines()
     assert max(map(len, lines)) <= 80 and sum("─" in line for line in lines) == 1
@@ -156,11 +159,12 @@ def test_a_narrow_terminal_splits_many_columns_into_tables_that_all_say_who() ->
         for place, (suite, dataset, metric) in enumerate(names)
     ]
     strategies = ["dense", "cluster-aware[tau=0.8,layers=all]", "x" * 40]
+    losses = [score("a", "loss", seed / 8, headline="in", lower=True) for seed in (0, 1, 2)]
     boards = build(
         [
-            make_record(label, train=seed, scores=[score("a", "loss", seed / 8, headline="in", lower=True), *parts])
+            make_record(label, train=seed, scores=[loss, *parts], strategy={"name": label})
             for label in strategies
-            for seed in (0, 1, 2)
+            for seed, loss in enumerate(losses)
         ]
     )
     for width in (60, 80, 100, 140):
@@ -327,7 +331,9 @@ HOSTILE = [
 
 
 def test_hostile_names_are_harmless_in_every_format() -> None:
-    made = [make_record(name, train=0) for name in HOSTILE] + [failure("failed", reason="\x1b]0;title\x07 =1+1 | <b>")]
+    made = [make_record(name, strategy={"name": name}) for name in HOSTILE] + [
+        failure("failed", reason="\x1b]0;title\x07 =1+1 | <b>")
+    ]
     boards = build(made)
     for format in ("terminal", "md", "csv", "json", "latex"):
         text = render(boards, format, 80)

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.records import make_record
+from tests.records import make_record, tuned_part
 from tests.reporting.html_records import CLOSING, LAYERS, LONG, SCRIPT, SIGNS, hard_records, many_records, placed
 from tests.reporting.test_leaderboard import failure, runs
 from upcycle_bench.record import Record
@@ -203,6 +203,23 @@ def test_a_row_has_all_its_records_and_says_which_count(tmp_path: Path) -> None:
     assert seen["shared"][row["records"][0]["environment"]] == {"python": "3.11"}
     (curve,) = row["curves"]
     assert (seen["shared"][curve[0]], curve[1]) == ([0, 1, 2], [2, 1, 0.66667])
+
+
+def test_a_tuned_record_shows_what_its_tuning_cost(tmp_path: Path) -> None:
+    part = tuned_part(("new", [0.5, 0.6]), ("new[a=2]", [0.6, 0.7]))
+    seen = Seen(made([make_record("new[tuned]", strategy={"tuned": part})], tmp_path)).data
+    (row,) = seen["boards"][0]["rows"]
+    (shown,) = row["records"]
+    assert shown["phases"]["tuning"] == [8, 4_000, None, None, None] and row["flops"] == 25_000
+    assert len(seen["shared"][shown["strategy"]]["tuned"]["candidates"]) == 2
+
+
+def test_closed_rows_of_an_open_board_have_their_records(tmp_path: Path) -> None:
+    seen = Seen(made([make_record("sparse-upcycling"), make_record("new[a=2]", value=0.1)], tmp_path)).data
+    assert [[(row["name"], len(row["records"])) for row in board["rows"]] for board in seen["boards"]] == [
+        [("sparse-upcycling", 1)],
+        [("sparse-upcycling (closed division)", 1), ("new[a=2]", 1)],
+    ]
 
 
 def test_differences_by_dataset_are_to_the_reference(hard: str) -> None:

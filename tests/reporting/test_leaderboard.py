@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.records import headlines_of, make_record, score
+from tests.records import headlines_of, make_record, score, tuned_part
 from upcycle_bench.record import Record, read, record_paths, write
 from upcycle_bench.reporting.board import Board, BoardHeadline, Row, RowHeadline, SeedMean
 from upcycle_bench.reporting.formats import render
@@ -298,7 +298,6 @@ def test_runs_without_a_certificate_are_counted() -> None:
     "changes",
     [
         {"protocol": {"name": "lab"}},
-        {"protocol": {"division": "open"}},
         {"protocol": {"training_fingerprint": "other"}},
         {"protocol": {"suite_fingerprints": {"zero-shot": "other"}}},
         {"protocol": {"suite_fingerprints": {"zero-shot": "suite-fingerprint", "few-shot": "x"}}},
@@ -319,6 +318,48 @@ def test_the_open_division_comes_last_and_is_marked() -> None:
     for format in ("terminal", "md"):
         text = render(boards, format, 200)
         assert "open division" in text and "not to be compared with other tables: --set moe.experts=4" in text
+
+
+def test_an_ablation_stands_beside_the_closed_rows_that_were_run_alike() -> None:
+    """Options change no fingerprint; of its own labels and other fingerprints, the open table takes no closed row."""
+    ablation = runs("new[a=2]", {0: 0.7, 1: 0.71, 2: 0.69}, protocol={"division": "open"})
+    overridden = make_record("plain", protocol={"division": "open", "overrides": ("train.log_every=1",)}, value=0.1)
+    closed = [*runs("dense", {0: 0.5, 1: 0.52, 2: 0.49}), make_record("plain", value=0.9)]
+    other = make_record("dense", value=0.8, protocol={"training_fingerprint": "other"})
+    boards = build([*ablation, overridden, *closed, other])
+    assert [(board.division, [row.label for row in board.rows]) for board in boards] == [
+        ("closed", ["dense"]),
+        ("closed", ["plain", "dense"]),
+        ("open", ["new[a=2]", "dense", "plain"]),
+    ]
+    rows = {row.label: row for row in boards[-1].rows}
+    assert [row.guest for row in rows.values()] == [False, True, False]
+    assert rows["dense"].title == rows["dense"].short_title == "dense (closed division)"
+    assert boards[-1].baseline == "dense" and main(rows["new[a=2]"]).verdict == "better"
+    assert main(rows["plain"]).mean.mean == 0.1  # its own, not the closed one's
+    text = render(boards, "terminal", 200)
+    assert "Rows marked closed division ran and were scored alike" in text and "dense (closed division)" in text
+
+
+def test_options_open_a_run_that_was_recorded_as_closed() -> None:
+    old = make_record("new[a=2]")
+    assert old.protocol.division == "closed" and old.division == "open"
+    (board,) = build([old])
+    assert board.division == "open" and "options off the protocol's defaults" in render([board], "md")
+
+
+def test_a_tuned_row_is_closed_and_pays_for_all_that_was_tried() -> None:
+    """21,000 charged FLOPs of the run, and 2 candidates by 2 seeds of 1,000."""
+    part = tuned_part(("new", [0.5, 0.6]), ("new[a=2]", [0.6, 0.7]))
+    made = [make_record("new[tuned]", strategy={"tuned": part}), make_record("dense", strategy={"status": "control"})]
+    rows = only(build(made))
+    assert rows["new[tuned]"].title == "new[tuned] (a=2, the best of 2 tried)" and rows["dense"].title.startswith(
+        "dense"
+    )
+    assert (rows["new[tuned]"].charged_flops, rows["dense"].charged_flops) == (25_000, 21_000)
+    uncounted = tuned_part(("new", [0.5]), ("new[a=2]", [0.6]))
+    uncounted["candidates"][1]["runs"][0]["flops"] = None
+    assert only(build([make_record("new[tuned]", strategy={"tuned": uncounted})]))["new[tuned]"].charged_flops is None
 
 
 def test_a_shape_of_another_cost_is_explained() -> None:
@@ -363,7 +404,7 @@ def test_marks() -> None:
         build(
             [
                 make_record("dense", strategy={"status": "control"}),
-                make_record("derived[tau=0.8]", strategy={"status": "reconstructed"}),
+                make_record("derived", strategy={"status": "reconstructed"}),
                 make_record("plain"),
                 make_record("restarted", strategy={"status": "reconstructed", "footing": "restarts"}),
                 make_record("taught", strategy={"footing": "teacher charged"}),
@@ -372,7 +413,7 @@ def test_marks() -> None:
     )
     assert [row.title for row in rows.values()] == [
         "dense (control)",
-        "derived[tau=0.8] (reconstructed)",
+        "derived (reconstructed)",
         "plain",
         "restarted (reconstructed; restarts)",
         "taught (teacher charged)",

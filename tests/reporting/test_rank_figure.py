@@ -35,7 +35,9 @@ def folder(tmp_path: Path) -> Path:
     made = [
         run
         for place, label in enumerate(HOSTILE)
-        for run in runs(label, {seed: place + (seed == 1) * 1.5 * (place % 2) for seed in range(3)})
+        for run in runs(
+            label, {seed: place + (seed == 1) * 1.5 * (place % 2) for seed in range(3)}, strategy={"name": label}
+        )
     ]
     for number, run in enumerate([*made, make_record("few")]):
         record.write(run, None, tmp_path / str(number))

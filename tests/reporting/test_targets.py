@@ -6,7 +6,7 @@ import pytest
 
 from tests.records import make_record
 from upcycle_bench.record import Record
-from upcycle_bench.reporting.targets import Target, charged_flops, first_at, monotone, target_of
+from upcycle_bench.reporting.targets import Target, first_at, monotone, target_of
 
 
 def curve(*points: tuple[int, float], identity: str = "pairs") -> dict[str, Any]:
@@ -50,7 +50,7 @@ def test_steps_and_flops_to_the_score_of_the_reference_with_the_same_seeds() -> 
     # Seed 0 is there at step 50, seed 1 at 75; before it 100 FLOPs, then 1,050 a training of 100 steps.
     flops = (100 + 0.5 * 1050 + 100 + 0.75 * 1050) / 2
     assert target_of(runs, others) == Target(62.5, flops, flops / 800, 2, 2)
-    assert charged_flops(runs[0, 0]) == 1150
+    assert runs[0, 0].charged_flops == 1150
 
 
 def test_a_run_that_does_not_get_there_leaves_no_mean() -> None:
@@ -70,4 +70,4 @@ def test_flops_that_nobody_counted_are_none_and_steps_stay() -> None:
     runs = {(0, 0): run((0, 4.0), (100, 0.0), flops=(None, 1000, 50))}
     others = {(0, 0): run((0, 4.0), (100, 2.0))}
     assert target_of(runs, others) == Target(50.0, None, None, 1, 1)
-    assert charged_flops(runs[0, 0]) is None
+    assert runs[0, 0].charged_flops is None

@@ -14,7 +14,7 @@ import pytest
 from filelock import SoftFileLease
 
 from upcycle_bench.util import locks
-from upcycle_bench.util.locks import hold
+from upcycle_bench.util.locks import Attempt, hold
 
 FORK = multiprocessing.get_context("fork")  # the children have what is patched here
 CODES = [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP]
@@ -152,3 +152,38 @@ def test_nothing_but_the_lock_is_left(tmp_path: Path) -> None:
     with hold(tmp_path / "lock", "the work"):
         assert (tmp_path / "lock.lease").exists()
     assert not (tmp_path / "lock.lease").exists()
+
+
+def test_a_dead_process_of_this_machine_holds_nothing(tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    process = request.getfixturevalue("holder")
+    lock = Attempt(tmp_path / "lock")
+    assert lock.holder() == f"process {process.pid} on {os.uname().nodename}" and not lock.take()
+    os.kill(process.pid, signal.SIGKILL)
+    process.join(timeout=30)
+    assert lock.holder() is None and lock.take()
+    lock.release()
+
+
+def test_an_attempt_never_waits_and_names_the_holder(tmp_path: Path) -> None:
+    lock, other = Attempt(tmp_path / "lock"), Attempt(tmp_path / "lock")
+    assert lock.holder() is None
+    assert lock.take() and not other.take()
+    assert other.holder() == f"process {os.getpid()} on {os.uname().nodename}"
+    other.release()  # what it does not hold
+    assert not other.take()
+    lock.release()
+    assert other.take() and not lock.take()
+    other.release()
+
+
+def test_attempts_see_that_a_holder_on_another_machine_is_dead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its lease has stood still for as long as it lasts, as seen by this one attempt; a new one knows nothing yet."""
+    monkeypatch.setattr(locks, "LEASE", 1.0)
+    text = "filelock/2\npid=1\nhost=far-away\nmode=lease\ntoken=0\nduration=1.0\n"
+    (tmp_path / "lock.lease").write_text(text)
+    lock = Attempt(tmp_path / "lock")
+    assert not lock.take() and lock.holder() == "process 1 on far-away"
+    time.sleep(1.1)
+    assert not Attempt(tmp_path / "lock").take()
+    assert lock.take()
+    lock.release()

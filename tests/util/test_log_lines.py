@@ -7,7 +7,7 @@ import pytest
 
 from upcycle_bench.cli.common import terminal_reporter
 from upcycle_bench.util import log_lines
-from upcycle_bench.util.log_lines import LineReporter, metric_facts
+from upcycle_bench.util.log_lines import LineReporter, metric_facts, progress_in
 from upcycle_bench.util.progress import Reporter, TerminalReporter
 
 METRICS = {
@@ -126,6 +126,32 @@ def test_a_line_has_one_time(capsys: pytest.CaptureFixture[str]) -> None:
     """Lines of a matrix's processes come with one."""
     LineReporter().say("2026-01-01T00:00:00Z done certificate")
     assert lines(capsys) == ["done certificate"]
+
+
+def test_what_a_line_says_is_read_back(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
+    """A matrix reads how far its processes are; other lines are none of progress."""
+    label = "training cluster-aware[tau=0.8,pca=2]"
+    with LineReporter().bar(label, 100) as step:
+        clock.now += 1
+        step(20, METRICS)
+    with LineReporter().task("certificate"):
+        pass
+    for _ in LineReporter().track([1, 2], "encoding"):
+        clock.now += 31
+    read = [progress_in(line) for line in capsys.readouterr().err.splitlines()]
+    facts = dict(fact.split("=") for fact in FACTS.split())
+    assert read == [
+        (label, 0, 100, {}),
+        (label, 20, 100, {"percent": "20.0", **facts}),
+        ("", 0, 0, {}),
+        ("certificate", 0, 0, {}),
+        ("", 0, 0, {}),
+        ("encoding", 1, 2, {}),
+        ("encoding", 2, 2, {}),
+    ]
+    stamp = "2026-01-01T00:00:00Z "
+    others = ["error: x: step=3/9", "start training dense", f"{stamp}the run failed: no disk", f"{stamp}done, at last"]
+    assert [progress_in(line) for line in others] == [None] * 4
 
 
 def test_metrics_of_a_dense_model_have_no_drops() -> None:

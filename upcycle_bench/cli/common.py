@@ -186,11 +186,11 @@ def is_main() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def key_value(text: str) -> tuple[str, str]:
+def key_value(text: str, option: str = "--option") -> tuple[str, str]:
     """The two parts of a strategy's option, tau=0.8."""
     key, equals, value = text.partition("=")
     if not equals:
-        raise UserError(f"--option {text!r}: write it as KEY=VALUE, for example --option tau=0.8")
+        raise UserError(f"{option} {text!r}: write it as KEY=VALUE, for example {option} tau=0.8")
     return key, value
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import itertools
 import os
 import re
 import shlex
@@ -23,9 +22,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from upcycle_bench.cli.common import Json, make_plans, require_one_process, terminal_reporter, uncollected
+from upcycle_bench.cli.jobs import chosen_jobs, jobs_of
 from upcycle_bench.cli.run import run, show_matrix
 from upcycle_bench.cli.tables import table
 from upcycle_bench.util import strict_json
+from upcycle_bench.util.capacity import visible_gpus
 from upcycle_bench.util.errors import UserError
 from upcycle_bench.util.local_jobs import UNFINISHED, LocalJobs
 
@@ -98,11 +99,12 @@ def launch(
         variables={name: value for name, value in os.environ.items() if name.startswith("UPCYCLE_BENCH_")},
     )
     if scheduler == "local":
-        _require_here(context.params, wanted.given["jobs"])
+        at_once = jobs_of(wanted.given["jobs"]) or chosen_jobs(cells, wanted.given["results"], tasks, gpus)
+        _require_here(context.params, at_once)
         jobs.write(batch, {}, force)
-        _run_here(batch, wanted.given["jobs"], cells, as_json)
+        _run_here(batch, at_once, cells, as_json)
         return
-    if wanted.given["jobs"] != 1:
+    if jobs_of(wanted.given["jobs"]) != 1:
         raise UserError("--jobs goes with --scheduler local; --max-jobs N says how many jobs of the array run at once.")
     if batch.to_do:
         jobs.write(batch, {"job.sh": jobs.slurm_script(batch)}, force)
@@ -222,17 +224,8 @@ def _require_here(given: Mapping[str, Any], at_once: int) -> None:
     if given["nodes"] > 1:
         raise UserError(f"--nodes {given['nodes']}: --scheduler local has this machine alone.")
     needed = at_once * given["gpus"]
-    if needed > (found := _visible_gpus() if needed else 0):
+    if needed > (found := len(visible_gpus()) if needed else 0):
         raise UserError(f"--jobs {at_once} with --gpus {given['gpus']} needs {needed} GPUs; {found} are visible here.")
-
-
-def _visible_gpus() -> int:
-    if (names := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
-        given = (name.strip() for name in names.split(","))
-        return len([*itertools.takewhile(lambda name: name and not name.startswith("-"), given)])  # CUDA's own rule
-    import torch
-
-    return torch.cuda.device_count()
 
 
 def _submit(folder: Path, command: Sequence[str]) -> str:

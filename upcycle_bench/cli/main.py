@@ -36,6 +36,7 @@ from upcycle_bench.cli.reproduce import reproduce
 from upcycle_bench.cli.run import run
 from upcycle_bench.cli.schema import schema
 from upcycle_bench.cli.submit import submit
+from upcycle_bench.cli.tune import tune
 from upcycle_bench.cli.upcycle import upcycle
 from upcycle_bench.cli.validate import validate
 from upcycle_bench.util.errors import UserError, plain
@@ -62,6 +63,7 @@ app.add_typer(data.app, name="data")
 app.add_typer(cache.app, name="cache")
 app.command()(run)
 app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(launch)
+app.command()(tune)
 app.command()(receipt)
 app.command()(pretrain)
 app.command()(compress)

@@ -38,12 +38,17 @@ from upcycle_bench.cli.common import (
     written_out,
 )
 from upcycle_bench.cli.evaluate import show_certificate
+from upcycle_bench.cli.jobs import Jobs, chosen_jobs, jobs_of
+from upcycle_bench.cli.live import live_table
 from upcycle_bench.cli.tables import show_headlines, show_scores, show_skipped, table
 from upcycle_bench.util import strict_json
 from upcycle_bench.util.errors import UserError
 
 # Options of a matrix, which its runs do not get.
-OF_A_MATRIX = {"strategy", "seed", "seeds", "init_seed", "train_seed", "jobs", "once", "stop_after", "as_json"}
+OF_A_MATRIX = {
+    *("strategy", "option", "seed", "seeds", "init_seed", "train_seed"),
+    *("jobs", "once", "stop_after", "as_json"),
+}
 
 if TYPE_CHECKING:
     from upcycle_bench.planning.matrix import Cell
@@ -63,7 +68,7 @@ def run(
     seeds: Annotated[int, typer.Option(min=1, help="How many seeds, from --seed on.")] = 1,
     init_seed: Annotated[int | None, typer.Option(min=0, help="The strategy's own randomness.")] = None,
     train_seed: Annotated[int | None, typer.Option(min=0, help="Data order, augmentation, dropout.")] = None,
-    jobs: Annotated[int, typer.Option("--jobs", "-j", min=1, help="Of several runs, how many at once.")] = 1,
+    jobs: Jobs = "1",
     fresh: Annotated[bool, typer.Option("--fresh", help="Train again what was trained before.")] = False,
     once: Annotated[bool, typer.Option("--once", help="Skip a single run, too, that --results shows as done.")] = False,
     results: Annotated[Path, typer.Option(help="Where the record goes.")] = Path("results"),
@@ -86,10 +91,11 @@ def run(
         from upcycle_bench.data.batches import Loading
         from upcycle_bench.planning import matrix
 
+    at_once = jobs_of(jobs)
     pairs = matrix.seed_pairs(seed, seeds, init_seed, train_seed)
     if once and fresh:
         raise UserError("--once skips what was done before, and --fresh does it again; leave one of them out.")
-    if jobs > 1 and "RANK" in os.environ:
+    if at_once != 1 and "RANK" in os.environ:
         raise UserError("--jobs starts processes of its own and does not go with torchrun; leave one of them out.")
     reporter, trackers, until = terminal_reporter(log_every), trackers_named(track), stop_time(stop_after)
     dense = (checkpoint, pixels, interpolate)
@@ -99,7 +105,7 @@ def run(
     if not plans[0].missing:
         warn_emulated(plans[0].protocol)
     if dry_run:
-        _show_dry_run(cells, results, fresh, as_json)
+        _show_dry_run(cells, results, fresh, jobs, as_json)
         return
     if is_main():
         show_skipped(plans[0].skipped, stderr=True)  # before a training of days
@@ -109,7 +115,9 @@ def run(
             _run_one(cells[0].plan, results, reporter, how, as_json)
         else:
             shared = written_out(context, without=OF_A_MATRIX)
-            _run_matrix(cells, results, reporter, jobs, how, shared, as_json)
+            if at_once is None:
+                at_once = chosen_jobs(cells, results)
+            _run_matrix(cells, results, reporter, at_once, how, shared, as_json)
 
 
 def _run_matrix(
@@ -117,7 +125,8 @@ def _run_matrix(
 ) -> None:
     from upcycle_bench import run_many
 
-    outcomes = run_many.run_all(cells, results, reporter, jobs=jobs, shared=shared, show=show_matrix, **how)
+    live = live_table(reporter)
+    outcomes = run_many.run_all(cells, results, reporter, jobs=jobs, shared=shared, show=show_matrix, live=live, **how)
     if is_main():
         show_outcomes(outcomes, as_json)
     if failed := [outcome.status for outcome in outcomes if outcome.reason]:
@@ -137,7 +146,7 @@ def _run_one(plan: Plan, results: Path, reporter: Reporter, how: Any, as_json: b
         show_record(record.read(path), path)
 
 
-def _show_dry_run(cells: Sequence[Cell], results: Path, fresh: bool, as_json: bool) -> None:
+def _show_dry_run(cells: Sequence[Cell], results: Path, fresh: bool, jobs: str, as_json: bool) -> None:
     from upcycle_bench.planning import plans
     from upcycle_bench.planning.matrix import preview
 
@@ -147,7 +156,9 @@ def _show_dry_run(cells: Sequence[Cell], results: Path, fresh: bool, as_json: bo
         show_facts(plans.dry_run(cells[0].plan), as_json)
     else:
         done = preview(cells, results, fresh)
-        show_preview(cells, done, plans.dry_run_of_matrix(cells, done), as_json)
+        to_do = [cell for cell, path in zip(cells, done, strict=True) if path is None]
+        facts = {"jobs": chosen_jobs(to_do or cells, results)} if jobs == "auto" else {}
+        show_preview(cells, done, {**plans.dry_run_of_matrix(cells, done), **facts}, as_json)
 
 
 def show_facts(facts: Mapping[str, Any], as_json: bool) -> None:
@@ -222,8 +233,8 @@ def show_preview(cells: Sequence[Cell], done: Sequence[Path | None], facts: Mapp
     show_facts({**facts, "matrix": rows}, as_json=True)
 
 
-def show_outcomes(outcomes: Sequence[Outcome], as_json: bool) -> None:
-    """The outcome of each cell, strategy by strategy, as one JSON document or as a table."""
+def show_outcomes(outcomes: Sequence[Outcome], as_json: bool, more: Mapping[str, Any] | None = None) -> None:
+    """The outcome of each cell, strategy by strategy, as one JSON document, which has `more`, too, or as a table."""
     strategies = [outcome.cell.strategy for outcome in outcomes]
     outcomes = sorted(outcomes, key=lambda outcome: strategies.index(outcome.cell.strategy))
     rows = []
@@ -242,7 +253,7 @@ def show_outcomes(outcomes: Sequence[Outcome], as_json: bool) -> None:
             }
         )
     if as_json:
-        print(strict_json.dumps({"runs": rows}, indent=2))
+        print(strict_json.dumps({**(more or {}), "runs": rows}, indent=2))
         return
     names = dict.fromkeys(name for row in rows for name in row["headlines"] or {})
     shown = [
@@ -269,4 +280,4 @@ def _value(headlines: dict[str, float] | None, name: str) -> str:
 
 def _identity(cell: Cell) -> dict[str, Any]:
     plan = cell.plan
-    return {"strategy": plan.label, "seeds": {"init": plan.init_seed, "train": plan.train_seed}}
+    return {"strategy": plan.row, "seeds": {"init": plan.init_seed, "train": plan.train_seed}}

@@ -86,7 +86,7 @@ def training_steps(protocol: Protocol, strategy: Strategy) -> int:
     if type(strategy).training_steps is Strategy.training_steps:
         return steps
     dropout = protocol.train.schedule.patch_dropout
-    dense = _meta_flops(protocol.model, dropout)
+    dense = forward_flops(protocol.model, dropout)
     moe = _counts(protocol, protocol.moe, lambda hidden: hidden, dropout, experts=True).forward
     own = strategy.training_steps(steps, 3 * dense, 3 * moe)
     if not isinstance(own, int) or own < 1:
@@ -156,7 +156,7 @@ def _counts(
     Without `experts`, each layer has a single FFN of that width and no router.
     """
     clip = meta_clip(protocol.model, patch_dropout)
-    forward = _meta_flops(protocol.model, patch_dropout)
+    forward = forward_flops(protocol.model, patch_dropout)
     total = sum(p.numel() for p in clip.model.parameters())
     active = total
     layers = find_layers(clip.model, moe)
@@ -180,7 +180,8 @@ def meta_clip(model: str, patch_dropout: float) -> Clip:
 
 
 @functools.cache
-def _meta_flops(model: str, patch_dropout: float) -> int:
+def forward_flops(model: str, patch_dropout: float) -> int:
+    """FLOPs of the dense model's forward pass for one image-text pair in training."""
     return dense_forward_flops(meta_clip(model, patch_dropout))
 
 
@@ -198,6 +199,23 @@ def dense_forward_flops(clip: Clip) -> int:
     with torch.device("meta"), FlopCounter() as counter:
         model(torch.empty(1, 3, *image_size(model)), torch.zeros(1, context_length(model), dtype=torch.long))
     return counter.get_total_flops()
+
+
+@functools.cache
+def dense_activations(model: str, patch_dropout: float) -> int:
+    """Bytes that autograd keeps of one image-text pair in fp32, weights left out, on the meta device."""
+    dense, kept = copy.deepcopy(meta_clip(model, patch_dropout).model).train(), dict[int, int]()
+    weights = {parameter.untyped_storage()._cdata for parameter in dense.parameters()}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage._cdata] = storage.nbytes()
+        return tensor
+
+    with torch.device("meta"), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        features = dense(torch.empty(1, 3, *image_size(dense)), torch.zeros(1, context_length(dense), dtype=torch.long))
+    del features  # until here it holds the graph, and so each storage keeps its own number
+    return sum(size for number, size in kept.items() if number not in weights)
 
 
 def estimate_seconds(protocol: Protocol, train_flops: int, device: torch.device) -> float:

@@ -163,9 +163,14 @@ def run_fingerprint(
     dense: str,
     seeds: tuple[int, int],
     world_size: int,
+    tuned: Mapping[str, Any] | None = None,
 ) -> str:
-    """Fingerprint of a run, `run_id` of its record. `owner`: package and version of the strategy; `dense`: a sha256."""
-    return fingerprint([label, owner, code, config, steps, training, dense, *seeds, world_size])
+    """Fingerprint of a run, `run_id` of its record. `owner`: package and version of the strategy; `dense`: a sha256.
+
+    `tuned`: how the options were chosen, so that a row that is tuned again is another run.
+    """
+    facts = [label, owner, code, config, steps, training, dense, *seeds, world_size]
+    return fingerprint([*facts, *([tuned] if tuned else [])])
 
 
 def code_fingerprint(strategy: type[Strategy]) -> str:

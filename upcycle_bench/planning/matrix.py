@@ -34,8 +34,8 @@ class Cell:
 
     @property
     def strategy(self) -> str:
-        """The row: the label of the strategy."""
-        return self.plan.label
+        """The row: the label of the strategy, or the one of its tuned row."""
+        return self.plan.row
 
     @property
     def seed(self) -> str:
@@ -98,8 +98,8 @@ def describes(made: record.Record, cell: Cell) -> bool:
     plan = cell.plan.as_built(protocol.unequal)  # what the model costs is known only when it is built
     plan = trained_on(plan, made.sessions or ())
     return (
-        made.strategy.label == plan.label
-        and (protocol.name, protocol.division) == (plan.protocol.name, plan.division)
+        made.strategy.label == plan.row
+        and (protocol.name, made.division) == (plan.protocol.name, plan.division)
         and protocol.training_fingerprint == plan.training_fingerprint
         and protocol.suite_fingerprints.items() <= plan.suite_fingerprints.items()
         and plan.suite_fingerprints.keys() - protocol.suite_fingerprints.keys() <= made.skipped.keys()
@@ -150,16 +150,15 @@ def preview(cells: Sequence[Cell], results: Path, fresh: bool) -> list[Path | No
     return [None] * len(cells) if fresh or cells[0].plan.missing else finished_before(cells, results)
 
 
-def cost_of(cells: Sequence[Cell]) -> tuple[int, float]:
-    """FLOPs of all cells' preparation (at most) and training, and the seconds they take on one device like this one.
+def flops_of(cells: Sequence[Cell]) -> dict[str, tuple[int, int]]:
+    """FLOPs of each strategy's preparation (at most) and training, by its label; its own losses are not counted."""
+    strategies = {cell.strategy: cell.plan.strategy for cell in cells}
+    made = {label: estimate(cells[0].plan.protocol, strategy) for label, strategy in strategies.items()}
+    return {label: (costs.prepare_flops_at_most, costs.train_flops) for label, costs in made.items()}
 
-    The strategies' own losses are not counted.
-    """
-    if not cells:
-        return 0, 0.0
-    protocol = cells[0].plan.protocol
-    strategies = {cell.plan.label: cell.plan.strategy for cell in cells}
-    estimates = {label: estimate(protocol, strategy) for label, strategy in strategies.items()}
-    each = {label: made.prepare_flops_at_most + made.train_flops for label, made in estimates.items()}
-    flops = sum(each[cell.plan.label] for cell in cells)
-    return flops, estimate_seconds(protocol, flops, distributed.choose_device()) if flops else 0.0
+
+def cost_of(cells: Sequence[Cell]) -> tuple[int, float]:
+    """FLOPs of all cells, as `flops_of` counts them, and the seconds they take on one device like this one."""
+    each = flops_of(cells)
+    flops = sum(sum(each[cell.strategy]) for cell in cells)
+    return flops, estimate_seconds(cells[0].plan.protocol, flops, distributed.choose_device()) if flops else 0.0

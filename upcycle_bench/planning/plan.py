@@ -34,6 +34,7 @@ from upcycle_bench.planning.fingerprint import (
 from upcycle_bench.planning.registry import Entry, Registry
 from upcycle_bench.planning.sound_sets import without_bad_sets
 from upcycle_bench.protocol import MoE, Protocol
+from upcycle_bench.record import TUNED, TunedPart
 from upcycle_bench.strategy import Strategy, configure, resolve_moe
 from upcycle_bench.suite import Suite
 from upcycle_bench.util import distributed
@@ -60,6 +61,7 @@ class Plan:
     """One run, with everything decided. `missing` names what a user must still give; fingerprints may then be None.
 
     `suites` can run; `skipped` says why another suite that is wanted, or a set of one of these (SUITE/SET), cannot.
+    `options` are those that a user set; `tuned` says how the tuning rule chose them, None where it did not.
     `moe` is the protocol's MoE as the strategy changes it, and `steps` are those of its training, 0 if it has none;
     `unequal` says why a model of that shape does not compare, or is None. That is what the strategy declares: the
     record says it `as_built`.
@@ -82,11 +84,21 @@ class Plan:
     suite_fingerprints: dict[str, str | None]
     skipped: dict[str, str]
     missing: tuple[str, ...]
+    options: Mapping[str, Any] = field(default_factory=dict)
+    tuned: TunedPart | None = None
+
+    @property
+    def row(self) -> str:
+        """The name of its row in a table: its label, or the one that all tuned runs of the strategy have."""
+        return f"{self.entry.name}{TUNED}" if self.tuned else self.label
 
     @property
     def division(self) -> Literal["closed", "open"]:
-        """Runs compare if they are closed; an override, another cost or random data open a run."""
-        return "open" if self.unequal or (self.world and self.world.name == SYNTHETIC) else self.protocol.division
+        """Runs compare if they are closed; an override, options, another cost or random data open a run."""
+        off_defaults = self.label != self.entry.name and self.tuned is None
+        if off_defaults or self.unequal or (self.world and self.world.name == SYNTHETIC):
+            return "open"
+        return self.protocol.division
 
     def as_built(self, unequal: str | None) -> Plan:
         """The plan of a run whose model turned out to compare, or not: `unequal` is what was measured on it."""
@@ -155,6 +167,7 @@ def make_plan(
         suite_fingerprints=fingerprints,
         skipped=skipped,
         missing=tuple(missing),
+        options=dict(options or {}),
     )
 
 
@@ -288,7 +301,7 @@ def check_strategy(plan: Plan) -> None:
 def run_id(plan: Plan, dense_digest: str) -> str:
     """Fingerprint of a run: strategy, its code and configuration, protocol, dense weights, seeds, number of ranks."""
     return run_fingerprint(
-        label=plan.label,
+        label=plan.row,
         owner=plan.entry.owner,
         code=code_fingerprint(type(plan.strategy)),
         config=plan.strategy.config(),
@@ -297,4 +310,5 @@ def run_id(plan: Plan, dense_digest: str) -> str:
         dense=dense_digest,
         seeds=(plan.init_seed, plan.train_seed),
         world_size=distributed.world_size(),
+        tuned=plan.tuned.model_dump(mode="json") if plan.tuned else None,
     )

@@ -93,7 +93,7 @@ def agreements(records: Sequence[Record], outcomes: Outcomes, published: Sequenc
         settings[row.setting].setdefault(row.strategy, row)
     found = []
     for runs in comparable(records):
-        if runs[0].protocol.division != "closed":
+        if runs[0].division != "closed":
             continue
         counting = counting_runs(runs)
         for headline, higher_is_better in directions(counting).items():

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from upcycle_bench.reporting.comparable import Table
 from upcycle_bench.reporting.targets import Target
 
+GUEST = "closed division"  # what marks its rows in a table of the open one
+
 
 @dataclass(frozen=True)
 class SeedMean:
@@ -67,6 +69,7 @@ class Row:
     label: str
     strategy: str
     kind: str  # the row's mark: reconstructed, parts reconstructed, control, unpublished; "": published
+    guest: bool  # of the closed division, in a table of the open one
     headlines: dict[str, RowHeadline]  # empty where no run succeeded
     scores: dict[str, float]  # suite/dataset/metric -> mean
     standard_errors: dict[str, float]  # over evaluation samples, of the scores where all runs have one
@@ -75,7 +78,7 @@ class Row:
     train_seconds: float | None
     train_flops: float | None
     train_joules: float | None  # of its devices, where they report it
-    charged_flops: float | None  # of every phase before evaluation
+    charged_flops: float | None  # of every phase before evaluation, and of all that tuned the row
     tokens_dropped: float | None
     targets: dict[str, Target]  # reference -> the way to its final score
     peer: str | None  # the label that differences are to; None where there is nothing to compare with
@@ -91,7 +94,16 @@ class Row:
     @property
     def title(self) -> str:
         """The label with its mark."""
-        return f"{self.label} ({self.kind})" if self.kind else self.label
+        return self._marked(self.kind)
+
+    @property
+    def short_title(self) -> str:
+        """The same with the first part of the mark."""
+        return self._marked(self.kind.partition(";")[0])
+
+    def _marked(self, mark: str) -> str:
+        marks = "; ".join(filter(None, [mark, GUEST if self.guest else ""]))
+        return f"{self.label} ({marks})" if marks else self.label
 
     @property
     def seeds(self) -> int:

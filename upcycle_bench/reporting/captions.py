@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 
-from upcycle_bench.reporting.board import Board
+from upcycle_bench.reporting.board import GUEST, Board
 from upcycle_bench.reporting.columns import shown_scores, split_column, targets_of
 from upcycle_bench.reporting.equal_compute import LONGER, NEAR
 
@@ -22,7 +22,8 @@ NOTES = (
     "its mean does. # is the place of the mean among the ranked ones.",
     "In parentheses behind other metrics: the standard error over evaluation samples, where the records have it.",
     "Differences are paired by initialisation and training seed; their n counts the training seeds with a pair.",
-    "Charged FLOPs: all phases before evaluation. Times and FLOPs are means per run.",
+    "Charged FLOPs: all phases before evaluation, and of a tuned row all runs of its tuning. Times and FLOPs are means "
+    "per run.",
 )
 
 
@@ -39,7 +40,10 @@ def caption(board: Board) -> list[str]:
     sentences = []
     if board.division == "open":
         settings = [" ".join(f"--set {override}" for override in board.overrides), board.unequal or ""]
-        sentences.append(f"Open division, not to be compared with other tables: {'; '.join(filter(None, settings))}")
+        what = "; ".join(filter(None, settings)) or "options off the protocol's defaults."
+        sentences.append(f"Open division, not to be compared with other tables: {what}")
+    if any(row.guest for row in board.rows):
+        sentences.append(f"Rows marked {GUEST} ran and were scored alike; here they are what the others compare with.")
     for name, headline in board.headlines.items():
         direction = f"{'higher' if headline.higher_is_better else 'lower'} is better"
         chance = "" if headline.chance is None else f", chance is {headline.chance:.4f}"

@@ -55,7 +55,8 @@ def _again(every: Sequence[Sent], key: Callable[[Sent], Any]) -> Iterator[tuple[
 def _others(first: Sent, again: Sent) -> bool:
     """Whether these are two trainings, which cannot end with the same weights."""
     one, two = first.record, again.record
-    if one.strategy.label != two.strategy.label:
+    mine, others = ((each.strategy.name, each.strategy.config) for each in (one, two))
+    if mine != others:  # a tuned row has the training of its options, whatever its label
         return True
     control = one.strategy.status == "control"
     return bool(first.steps) and (

@@ -29,13 +29,14 @@ from upcycle_bench.planning.fingerprint import (
 from upcycle_bench.planning.identity import different, mixed_ranks
 from upcycle_bench.planning.plan import label_of
 from upcycle_bench.protocol import Protocol, load_protocol
+from upcycle_bench.record import TUNED
 from upcycle_bench.reporting.sampled_scores import suite_of
-from upcycle_bench.reporting.sent import Here, Sent, Unchecked
+from upcycle_bench.reporting.sent import Here, Sent, Unchecked, Warned
 from upcycle_bench.strategy import Strategy, configure
 from upcycle_bench.util.errors import UserError, one_line
 
 # Of a protocol: what says something of it, names suites that a run need not have, or changes no bit.
-NOT_COMPARED = ("name", "summary", "sources", "optional_suites", "overrides", "validation")
+NOT_COMPARED = ("name", "summary", "sources", "optional_suites", "overrides", "validation", "tuning")
 BUILDS = ("", "+cpu", "+cu118", "+cu121", "+cu124", "+cu126", "+cu128", "+cu130")  # of torch, of records without one
 
 
@@ -47,8 +48,11 @@ def protocol(sent: Sent, here: Here) -> Iterator[str]:
         return
     if part.name != sent.protocol.name or part.overrides != sent.protocol.overrides:
         yield "name or overrides are not those of the resolved protocol"
-    reason = part.overrides or part.unequal or sent.record.hashes.data == SYNTHETIC
-    if (part.division == "open") != bool(reason):
+    off_defaults = sent.record.strategy.off_defaults
+    reason = part.overrides or part.unequal or off_defaults or sent.record.hashes.data == SYNTHETIC
+    if off_defaults and part.division == "closed":
+        yield Warned("it is from before options opened a run, and says closed; tables count it as open")
+    elif (part.division == "open") != bool(reason):
         yield f"the division is {part.division}, and overrides, cost and data say the other one"
     entry = here.registry.protocols.get(part.name)
     if entry is None:
@@ -79,7 +83,7 @@ def strategy(sent: Sent, here: Here) -> Iterator[str]:
         return
     assert sent.protocol is not None
     info, usual = found.info, configure(type(found), sent.protocol.strategies.get(part.name, {}))
-    label = label_of(found, usual)
+    label = f"{part.name}{TUNED}" if part.tuned else label_of(found, usual)
     if part.label != label:
         yield f"the label is {part.label}, options and protocol give {label}"
     for name in ("status", "reconstructed", "footing", "paper"):
@@ -108,9 +112,16 @@ def strategy_of(sent: Sent, here: Here) -> Strategy | str:
     if (entry.distribution, entry.version) != (part.distribution, part.version):
         return f"strategy {part.name} is of {part.distribution} {part.version}, here of {entry.owner}"
     try:
-        return configure(entry.target, {k: tuple(v) if isinstance(v, list) else v for k, v in part.config.items()})
+        return with_config(entry.target, part.config)
     except UserError as error:
         return f"strategy {part.name} here refuses the record's options: {error}"
+
+
+def with_config(strategy: type[Strategy], config: Mapping[str, Any]) -> Strategy:
+    """The strategy with options as a record has them; UserError for some that it refuses."""
+    return configure(
+        strategy, {key: tuple(value) if isinstance(value, list) else value for key, value in config.items()}
+    )
 
 
 def training(sent: Sent, here: Here) -> Iterator[str]:
@@ -187,6 +198,7 @@ def run_id(sent: Sent, here: Here) -> Iterator[str]:
             dense=record.hashes.dense,
             seeds=(record.seeds.init, record.seeds.train),
             world_size=record.cost.world_size,
+            tuned=part.tuned.model_dump(mode="json") if part.tuned else None,
         )
         if found == record.run_id:
             return

@@ -65,7 +65,7 @@ def compact_columns(board: Board, metrics: Sequence[str] = ()) -> Columns:
     found = [row.headlines.get(first) for row in rows]
     columns = {
         "rank": [rank_cell(each) for each in found],
-        "strategy": [f"{row.label} ({row.kind.partition(';')[0]})" if row.kind else row.label for row in rows],
+        "strategy": [row.short_title for row in rows],
         "n": [str(row.seeds) for row in rows],
         first or "score": [_short(each.mean if each else None) for each in found],
     }

@@ -1,6 +1,7 @@
 """Which records may be compared, and which of them count.
 
 for records in comparable(every): counting = counting_runs(records)     # label -> seeds -> record
+for records, closed in with_closed(every): ...                          # of an open table, those to compare it with
 table_of(record)                                                    # what all records of a set have in common
 shared_table_of(record)                                             # the same, whatever the run's compute
 """
@@ -21,7 +22,7 @@ def table_of(record: Record) -> Table:
     """Protocol, division, fingerprints of training and suites, and dense model: equal for records that compare."""
     protocol = record.protocol
     suites = tuple(sorted(protocol.suite_fingerprints.items()))
-    return protocol.name, protocol.division, protocol.training_fingerprint, suites, record.hashes.dense
+    return protocol.name, record.division, protocol.training_fingerprint, suites, record.hashes.dense
 
 
 def shared_table_of(record: Record) -> Table:
@@ -41,6 +42,23 @@ def comparable(records: Sequence[Record], table: Callable[[Record], Table] = tab
     for record in sorted(records, key=lambda r: (r.created_at, r.run_id)):  # the last of every list is the newest
         groups[table(record)].append(record)
     return [groups[key] for key in sorted(groups)]
+
+
+def with_closed(
+    records: Sequence[Record], table: Callable[[Record], Table] = table_of
+) -> list[tuple[list[Record], list[Record]]]:
+    """`comparable`, and beside the records of an open division those of the closed one that were run and scored alike.
+
+    Options alone change no fingerprint, so an ablation can be compared with the reference. Labels that the open
+    division has itself are left out.
+    """
+    groups = {table(group[0]): group for group in comparable(records, table)}
+    found = []
+    for (protocol, division, *alike), group in groups.items():
+        own = {record.strategy.label for record in group}
+        closed = groups.get((protocol, "closed", *alike), []) if division == "open" else []  # type: ignore[arg-type]
+        found.append((group, [record for record in closed if record.strategy.label not in own]))
+    return found
 
 
 def counting_runs(records: Sequence[Record]) -> dict[str, dict[SeedPair, Record]]:

@@ -32,7 +32,10 @@ from upcycle_bench.util.uncertainty import Uncertainty, Z
 
 Values = Mapping[str, tuple[Any, Any]]  # name -> of the one, of the other; None where one lacks it
 # Of a protocol: what only says something, and what never runs unless it is named.
-SAID = ("protocol.summary", "protocol.sources", "protocol.optional_suites", "protocol.name", "protocol.overrides")
+SAID = (
+    *("protocol.name", "protocol.summary", "protocol.sources", "protocol.overrides"),
+    *("protocol.optional_suites", "protocol.tuning"),
+)
 
 
 @dataclass(frozen=True)
@@ -141,7 +144,7 @@ def _facts(record: Record) -> dict[str, dict[str, Any]]:
         "seeds": record.seeds.model_dump(),
         "protocol": {
             "name": protocol.name,
-            "division": protocol.division,
+            "division": record.division,
             "overrides": list(protocol.overrides),
             **{name.removeprefix("protocol."): value for name, value in resolved.items() if not name.startswith(SAID)},
         },
@@ -167,7 +170,7 @@ def _table(record: Record) -> tuple[Any, ...]:
     protocol = record.protocol
     return (
         protocol.name,
-        protocol.division,
+        record.division,
         protocol.training_fingerprint,
         protocol.suite_fingerprints,
         record.hashes.dense,

@@ -13,7 +13,6 @@ from collections.abc import Iterable
 
 from upcycle_bench.record import Record
 from upcycle_bench.reporting.comparable import Counting
-from upcycle_bench.reporting.targets import charged_flops
 
 NEAR = 0.05  # a share of the FLOPs
 # A reference, and the strategies that train it for longer.
@@ -53,5 +52,5 @@ def _nearest(cost: float | None, same: dict[str, float], kind: str) -> str | Non
 
 def _cost(runs: Iterable[Record]) -> float | None:
     """The mean charged FLOPs; None where some are unknown."""
-    known = [charged_flops(run) for run in runs if run.cost]
+    known = [run.charged_flops for run in runs if run.cost]
     return None if None in known or not known else statistics.fmean(flops for flops in known if flops is not None)

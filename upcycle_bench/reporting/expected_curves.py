@@ -65,7 +65,12 @@ def stored_of(records: Iterable[Record]) -> StoredCurves:
     groups: dict[tuple[str, str, str, str, tuple[int, ...]], list[Record]] = defaultdict(list)
     for made in records:
         own_dense = made.protocol.resolved.get("dense", {}).get("source") == "pretrain"
-        if made.strategy.label in STRATEGIES and made.validation and made.protocol.division == "closed" and not own_dense:
+        if (
+            made.strategy.label in STRATEGIES
+            and made.validation
+            and made.protocol.division == "closed"
+            and not own_dense
+        ):
             steps = tuple(step for step, _ in made.validation.points)
             where = (made.protocol.name, made.protocol.training_fingerprint, made.strategy.label)
             key = (*where, made.validation.identity, steps)

@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING, Any
 
 from upcycle_bench.record import Record, ScoreRecord
 from upcycle_bench.reporting.board import Board, BoardHeadline, Row, RowHeadline, SeedMean
-from upcycle_bench.reporting.comparable import VIEWS, SeedPair, comparable, counting_runs
+from upcycle_bench.reporting.comparable import VIEWS, SeedPair, counting_runs, with_closed
 from upcycle_bench.reporting.equal_compute import KINDS, any_of, peers_of
-from upcycle_bench.reporting.targets import charged_flops, targets_of
+from upcycle_bench.reporting.targets import targets_of
 from upcycle_bench.util import strict_json
 from upcycle_bench.util.errors import UserError
 
@@ -48,10 +48,10 @@ def build(records: list[Record], outcomes: Outcomes = no_outcomes, view: str = "
     """
     if not records:
         raise UserError("a leaderboard needs records: there are none.")
-    groups = comparable(records, VIEWS[view])
+    groups = with_closed(records, VIEWS[view])
     if view == "steps":
-        return [_board(runs, outcomes) for runs in groups]
-    boards = [_board(runs, outcomes, kind) for runs in groups for kind in KINDS if any_of(kind, runs)]
+        return [_board(runs, closed, outcomes) for runs, closed in groups]
+    boards = [_board(runs, [], outcomes, kind) for runs, _ in groups for kind in KINDS if any_of(kind, runs)]
     if not boards:
         raise UserError(f"a view of equal compute needs runs of {' or '.join(KINDS)}: there are none.")
     return boards
@@ -61,12 +61,16 @@ def _shown(sure: Sure) -> SeedMean:
     return SeedMean(sure.mean, sure.half_width, sure.seeds)
 
 
-def _board(records: list[Record], outcomes: Outcomes, kind: str | None = None) -> Board:
-    """The board of these records, which come oldest first; against runs of that `kind` of as much compute."""
+def _board(own: list[Record], closed: list[Record], outcomes: Outcomes, kind: str | None = None) -> Board:
+    """The board of these records, which come oldest first; against runs of that `kind` of as much compute.
+
+    closed: of an open board, those of the closed division to compare with.
+    """
     from upcycle_bench.reporting.standings import stand
 
     by_label: dict[str, list[Record]] = defaultdict(list)
-    for record in records:
+    guests = {record.strategy.label for record in closed}
+    for record in (records := [*own, *closed]):
         by_label[record.strategy.label].append(record)
     counting = counting_runs(records)
     baseline = kind or next((label for label in BASELINES if counting.get(label)), None)
@@ -78,10 +82,13 @@ def _board(records: list[Record], outcomes: Outcomes, kind: str | None = None) -
         for name, each in headlines.items()
     }
     if kind is not None:  # runs of another compute have no ranks in common
-        standings = {name: {k: replace(s, ranks=None, letters="") for k, s in each.items()} for name, each in standings.items()}
+        standings = {
+            name: {k: replace(s, ranks=None, letters="") for k, s in each.items()} for name, each in standings.items()
+        }
     rows = [
         replace(
             _row(runs, counting[label], {name: each[label] for name, each in standings.items() if label in each}),
+            guest=label in guests,
             targets=targets_of(counting, label),
             peer=peers[label],
         )
@@ -95,11 +102,11 @@ def _board(records: list[Record], outcomes: Outcomes, kind: str | None = None) -
         return known is None, sign * known.mean.mean if known else 0.0, row.label
 
     rows.sort(key=place)
-    newest = next((record for record in reversed(records) if not record.protocol.unequal), records[-1])
+    newest = next((record for record in reversed(own) if not record.protocol.unequal), own[-1])
     return Board(
         view="steps" if kind is None else "compute",
         protocol=newest.protocol.name,
-        division=newest.protocol.division,
+        division=newest.division,
         overrides=newest.protocol.overrides,
         unequal=newest.protocol.unequal,
         training_fingerprint=newest.protocol.training_fingerprint,
@@ -146,6 +153,7 @@ def _row(runs: list[Record], counting: dict[SeedPair, Record], standings: Mappin
         label=newest.strategy.label,
         strategy=newest.strategy.name,
         kind=newest.strategy.mark,
+        guest=False,
         headlines={
             name: RowHeadline(
                 mean=_shown(standing.score),
@@ -171,7 +179,7 @@ def _row(runs: list[Record], counting: dict[SeedPair, Record], standings: Mappin
         train_seconds=_mean(cost.phases["train"].seconds if "train" in cost.phases else 0 for cost in costs),
         train_flops=_mean(cost.phases["train"].flops if "train" in cost.phases else 0 for cost in costs),
         train_joules=_mean(cost.phases["train"].joules if "train" in cost.phases else 0 for cost in costs),
-        charged_flops=_mean(charged_flops(run) for run in counting.values() if run.cost),
+        charged_flops=_mean(run.charged_flops for run in counting.values()),
         tokens_dropped=_mean(cost.tokens_dropped for cost in costs),
         targets={},
         peer=None,

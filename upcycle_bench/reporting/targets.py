@@ -69,13 +69,6 @@ def curves_compare(run: Record, other: Record) -> bool:
     return mine.points[-1][0] == _steps(run) and theirs.points[-1][0] == _steps(other)
 
 
-def charged_flops(run: Record) -> int | None:
-    """FLOPs of every phase before the evaluation; None where some are unknown."""
-    phases = run.cost.phases.items() if run.cost else ()
-    known = [phase.flops for name, phase in phases if name not in NOT_CHARGED]
-    return None if None in known else sum(flops for flops in known if flops is not None)
-
-
 def first_at(points: Points, goal: float) -> float | None:
     """The step at which a curve, drawn straight from point to point, is at most `goal` for the first time; or None."""
     if points[0][1] <= goal:
@@ -108,11 +101,12 @@ def _steps(run: Record) -> int:
 def _flops_until(run: Record, step: float) -> float | None:
     """Charged FLOPs of a run up to a step of its training."""
     assert run.cost is not None
-    share, total = step / max(1, _steps(run)), 0.0
+    share, tuned = step / max(1, _steps(run)), run.strategy.tuned
+    total: float | None = tuned.flops if tuned else 0.0
     for name, phase in run.cost.phases.items():
         if name in NOT_CHARGED:
             continue
-        if phase.flops is None:
+        if total is None or phase.flops is None:
             return None
         total += phase.flops * (share if name in BY_STEPS else 1)
     return total

@@ -22,6 +22,7 @@ from upcycle_bench.reporting import (
     checks_curve,
     checks_identity,
     checks_scores,
+    checks_tuned,
 )
 from upcycle_bench.reporting.sent import Finding, Here, Sent, Unchecked, Warned, gather, open_sent
 from upcycle_bench.util.errors import UserError, one_line
@@ -55,6 +56,7 @@ CHECKS = {
     "strategy": Check("label, status, MoE settings and cost are those of the strategy", checks_identity.strategy),
     "training-fingerprint": Check("protocol, data, dense model and ranks give it", checks_identity.training),
     "suite-fingerprint": Check("settings and evaluation sets give it, where the sets are here", checks_identity.suites),
+    "tuned": Check("a tuned row follows its protocol's rule, and its tuning runs say so", checks_tuned.tuned),
     "hashes": Check("a run that ended names its weights and its dense model", checks_identity.hashes),
     "run-id": Check("strategy, options, steps, seeds and fingerprint give it", checks_identity.run_id),
     "certificate": Check("there is one, within its own limits", checks_certificate.certificate),
@@ -68,6 +70,13 @@ CHECKS = {
     ),
     "copies": Check("no run stands here twice"),
     "same-results": Check("no two runs have the same weights, outcomes or metrics"),
+}
+
+# Those that look at several records.
+OVER_ALL = {
+    "tuned": checks_tuned.tuning_runs,
+    "copies": checks_copies.copies,
+    "same-results": checks_copies.same_results,
 }
 
 
@@ -123,8 +132,8 @@ def validate(paths: Sequence[Path], here: Here) -> Validation:
             for name, check in CHECKS.items():
                 found += _findings(name, check, one, here)
     every = list(sent.values())
-    for name, over_all in (("copies", checks_copies.copies), ("same-results", checks_copies.same_results)):
-        found += [Finding(path, name, what) for path, what in over_all(every)]
+    for name, over_all in OVER_ALL.items():
+        found += [Finding(path, name, str(what), KINDS.get(type(what), "wrong")) for path, what in over_all(every)]
     place = {path: number for number, path in enumerate(records)}
     found.sort(key=lambda finding: place[finding.path])
     return Validation(records, found, passed_over, sent)

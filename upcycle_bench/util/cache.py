@@ -20,7 +20,7 @@ from pathlib import Path
 
 from upcycle_bench.util.errors import UserError
 from upcycle_bench.util.files import full_disk_said
-from upcycle_bench.util.locks import hold, hold_now
+from upcycle_bench.util.locks import Attempt, hold, hold_now
 
 
 def cache_root() -> Path:
@@ -41,14 +41,9 @@ def locked(path: Path, what: str = "") -> Iterator[None]:
     """
     name = _lock_of(path)
     with contextlib.ExitStack() as held:
-        try:
+        with _written(name):
             name.parent.mkdir(parents=True, exist_ok=True)
             held.enter_context(hold(name, what or str(path)))
-        except OSError as error:
-            raise UserError(
-                f"cannot write to the cache folder {name.parent}: {error.strerror}; set UPCYCLE_BENCH_CACHE to another "
-                "one."
-            ) from None
         yield
 
 
@@ -61,6 +56,25 @@ def locked_now(path: Path) -> Iterator[bool]:
         return
     with hold_now(name) as held:
         yield held
+
+
+def attempt(path: Path) -> Attempt:
+    """The lock of `path`, to be tried again and again. UserError where the cache folder cannot be written."""
+    name = _lock_of(path)
+    with _written(name):
+        name.parent.mkdir(parents=True, exist_ok=True)
+        return Attempt(name)
+
+
+@contextlib.contextmanager
+def _written(name: Path) -> Iterator[None]:
+    """UserError where the block cannot write the lock of that name."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"cannot write to the cache folder {name.parent}: {error.strerror}; set UPCYCLE_BENCH_CACHE to another one."
+        ) from None
 
 
 def _lock_of(path: Path) -> Path:

@@ -14,12 +14,15 @@ import errno
 import fcntl
 import functools
 import os
+import socket
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from filelock import BaseFileLock, FileLock, SoftFileLease, Timeout
+
+from upcycle_bench.util.processes import process_started
 
 LEASE = 60.0  # seconds
 SOON, AGAIN = 5.0, 600.0  # seconds until a wait is said, and said again
@@ -41,16 +44,45 @@ def hold(file: Path, what: str) -> Iterator[None]:
 @contextlib.contextmanager
 def hold_now(file: Path) -> Iterator[bool]:
     """Hold the lock `file` unless another process does; the block gets whether it is held. Never waits."""
-    lease = _lease(file, str(file))
-    with contextlib.ExitStack() as held:
+    lock = Attempt(file)
+    try:
+        yield lock.take()
+    finally:
+        lock.release()
+
+
+class Attempt:
+    """A lock that is tried again and again, and never waited for.
+
+        lock = Attempt(Path("cache/locks/abc"))
+        while not lock.take(): ...              # other work
+        lock.release()
+
+    Keep the object: a holder on another machine counts as dead once this one has seen its lease stand still.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self._lease = _lease(file, str(file))
+        self._locks: list[BaseFileLock] = [FileLock(file), self._lease] if _has_flock(file) else [self._lease]
+
+    def take(self) -> bool:
+        """Whether this process holds the lock now. OSError where it cannot write."""
         try:
-            for lock in [FileLock(file), lease] if _has_flock(file) else [lease]:
+            for lock in self._locks:
                 lock.acquire(timeout=0)
-                held.callback(lock.release)
-            free = True
         except Timeout:
-            free = False
-        yield free
+            self.release()
+            return False
+        return True
+
+    def release(self) -> None:
+        """Let go of the lock, where it is held."""
+        for lock in reversed(self._locks):
+            lock.release()
+
+    def holder(self) -> str | None:
+        """Who has the lock, as its lease says: `process 12 on node3`, which may be dead there; None for nobody."""
+        return _holder(self._lease)
 
 
 def _lease(file: Path, what: str) -> SoftFileLease:
@@ -82,11 +114,18 @@ def _acquire(lock: BaseFileLock, lease: SoftFileLease, what: str) -> None:
             lock.acquire(timeout=patience, poll_interval=0.1)
             return
         except Timeout:
-            owner = lease.owner
-            host = "" if owner is None else owner.hostname.partition("?")[0]  # behind it stands a container's number
-            by = "another process" if owner is None else f"process {owner.pid} on {host}"
-            _say(f"waiting for {what}: {by} is at it, for {time.monotonic() - began:,.0f} s so far")
+            by, waited = _holder(lease) or "another process", time.monotonic() - began
+            _say(f"waiting for {what}: {by} is at it, for {waited:,.0f} s so far")
             patience = AGAIN
+
+
+def _holder(lease: SoftFileLease) -> str | None:
+    owner = lease.owner
+    if owner is None:
+        return None
+    host = owner.hostname.partition("?")[0]  # behind it stands a container's number
+    died = host == socket.gethostname() and process_started(owner.pid) is None
+    return None if died else f"process {owner.pid} on {host}"
 
 
 @functools.cache

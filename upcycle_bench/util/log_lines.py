@@ -19,6 +19,9 @@ from datetime import datetime, timedelta, timezone
 from upcycle_bench.util.progress import Item, OnStep, Reporter
 
 PAUSE = 30  # seconds between the lines of work that has no metrics
+START = re.compile(r"start (.+?)((?: [\w/]+=\S+)*)")
+STEP = re.compile(r"(.+): (?:step|done)=(\d+)(?:/(\d+))?((?: [\w/]+=\S+)*)")
+DONE = re.compile(r"done (.+): seconds=\d+\.\d(?: [\w/]+=\S+)*")
 STAMP = re.compile(r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ ")
 
 
@@ -44,7 +47,7 @@ class LineReporter(Reporter):
             if fresh or (not metrics and due()):
                 shown = done
                 facts = {"step": f"{done}/{total}", "percent": f"{100 * done / total:.1f}"}
-                self.say(_line(f"{what}:", facts | metric_facts(metrics) | _left(first, done, total)))
+                self.say(line_of(f"{what}:", facts | metric_facts(metrics) | _left(first, done, total)))
 
         with self._phase(what, {"steps": str(total)}) as end:
             yield step
@@ -63,7 +66,7 @@ class LineReporter(Reporter):
         for done, item in enumerate(items, start=1):
             yield item
             if due():
-                self.say(_line(f"{what}:", {"done": f"{done}{length}"}))
+                self.say(line_of(f"{what}:", {"done": f"{done}{length}"}))
 
     def say(self, line: str) -> None:
         """Print a line with its time; one that another process has stamped gets this one's."""
@@ -76,9 +79,9 @@ class LineReporter(Reporter):
         """Say the start and, unless the block raises, the end, with the facts that the block puts into the dict."""
         end: dict[str, str] = {}
         began = time.monotonic()
-        self.say(_line(f"start {what}", begin))
+        self.say(line_of(f"start {what}", begin))
         yield end
-        self.say(_line(f"done {what}:", {"seconds": f"{time.monotonic() - began:.1f}"} | end))
+        self.say(line_of(f"done {what}:", {"seconds": f"{time.monotonic() - began:.1f}"} | end))
 
 
 def metric_facts(metrics: Mapping[str, float]) -> dict[str, str]:
@@ -96,6 +99,23 @@ def metric_facts(metrics: Mapping[str, float]) -> dict[str, str]:
     return {names.get(name, name): form(metrics[name]) for name, form in forms.items() if metrics.get(name) is not None}
 
 
+def progress_in(line: str) -> tuple[str, int, int, dict[str, str]] | None:
+    """(what, done, total, facts) of a line that a `LineReporter` wrote; 0 for what it does not say, None for others.
+
+    Of the end of a phase `what` is empty.
+    """
+    text = unstamped(line)
+    if text == line:
+        return None
+    if match := STEP.fullmatch(text):
+        what, done, total, facts = match.groups()
+        return what, int(done), int(total or 0), dict(fact.split("=", 1) for fact in facts.split())
+    if match := START.fullmatch(text):
+        facts = dict(fact.split("=", 1) for fact in match[2].split())
+        return match[1], 0, int(facts.get("steps", "0")), {}
+    return ("", 0, 0, {}) if DONE.fullmatch(text) else None
+
+
 def unstamped(line: str) -> str:
     """The line without the time at its beginning."""
     return STAMP.sub("", line)
@@ -106,10 +126,16 @@ def _left(first: tuple[int, float], done: int, total: int) -> dict[str, str]:
     if done == first[0]:
         return {}
     seconds = (time.monotonic() - first[1]) / (done - first[0]) * (total - done)
-    return {"left": str(timedelta(seconds=round(seconds))).replace(" days, ", "d").replace(" day, ", "d")}
+    return {"left": time_in_words(seconds)}
 
 
-def _line(what: str, facts: Mapping[str, str]) -> str:
+def time_in_words(seconds: float) -> str:
+    """`0:00:09`, `11d13:46:20`: without spaces."""
+    return str(timedelta(seconds=round(seconds))).replace(" days, ", "d").replace(" day, ", "d")
+
+
+def line_of(what: str, facts: Mapping[str, str]) -> str:
+    """`what name=value name=value`."""
     return " ".join([what, *(f"{name}={value}" for name, value in facts.items())])
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from upcycle_bench.record import Record
 from upcycle_bench.reporting.board import Board
-from upcycle_bench.reporting.comparable import VIEWS, Table, comparable, counting_runs
+from upcycle_bench.reporting.comparable import VIEWS, Table, counting_runs, with_closed
 
 Runs = Sequence[tuple[Record, Path]]
 Behind = dict[str, Runs]  # a row's label -> its records, oldest first
@@ -24,9 +24,9 @@ def records_of(boards: Sequence[Board], runs: Runs) -> list[Behind]:
     behind: dict[tuple[str, Table], dict[str, list[tuple[Record, Path]]]] = {}
     for view in {board.view for board in boards}:
         table = VIEWS[view]
-        for records in comparable([record for record, _ in runs], table):
+        for records, closed in with_closed([record for record, _ in runs], table):
             mine = behind.setdefault((view, table(records[0])), defaultdict(list))
-            for record in records:
+            for record in [*records, *closed]:
                 mine[record.strategy.label].append((record, paths[id(record)]))
     return [{row.label: behind[board.view, board.table][row.label] for row in board.rows} for board in boards]
 

@@ -45,7 +45,7 @@ def data_of(
 def _board(
     board: Board, behind: Behind, rankings: Rankings, details: RecordDetails, published: Publisher
 ) -> dict[str, Any]:
-    names = [f"{row.label} ({row.kind.partition(';')[0]})" if row.kind else row.label for row in board.rows]
+    names = [row.short_title for row in board.rows]
     base = next((row for row in board.rows if row.label == board.baseline), None)
     return {
         "reference": board.baseline,

@@ -31,7 +31,7 @@ class RecordDetails:
 
     def of(self, record: Record, path: Path, counts: str) -> dict[str, Any]:
         """What the drawer shows of the record at `path`. `counts`: whether it does, in words."""
-        cost, certificate = record.cost, record.certificate
+        cost, certificate, tuned = record.cost, record.certificate, record.strategy.tuned
         found: dict[str, Any] = {
             "path": f"{path.absolute().parent.name}/{path.name}",
             "run": record.run_id,
@@ -53,6 +53,8 @@ class RecordDetails:
         if cost:
             found["cost"] = self._share(cost.model_dump(exclude={"phases", "tokens_dropped", "samples_per_second"}))
             found["phases"] = {name: list(phase.model_dump().values()) for name, phase in cost.phases.items()}
+            if tuned:  # charged, too; memory, pairs and steps stand in the records of its runs
+                found["phases"]["tuning"] = [tuned.seconds, tuned.flops, None, None, None]
         if self._receipts:
             found |= {"receipt": record.receipt, "diagnostics": record.diagnostics}
         return rounded({key: value for key, value in found.items() if value not in (None, {}, [])})

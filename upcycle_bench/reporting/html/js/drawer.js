@@ -66,7 +66,7 @@ function recordDetails(record, shared, open) {
     record.phases ? plainTable("Cost by phase", ["phase", "seconds", "FLOPs", "memory, bytes", "pairs", "steps"],
       Object.entries(record.phases).map(([name, numbers]) => [name, ...numbers.map(shown)])) : null,
     layerTable(record),
-    folded("Options", own.config), folded("MoE settings", own.moe),
+    folded("Options", own.config), folded("Tuning", own.tuned), folded("MoE settings", own.moe),
     folded("Cost, in all", shared[record.cost]), folded("Receipt, at step 0", without(record.receipt, "layers")),
     folded("Diagnostics, after training", without(record.diagnostics, "layers")),
     (record.sessions ?? []).map((place, number) => folded(`Session ${number + 1}`, shared[place])),
