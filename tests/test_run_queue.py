@@ -65,10 +65,12 @@ def test_a_cell_of_another_is_passed_over_and_comes_back(tmp_path: Path, quick: 
 
 def test_a_single_run_counts_as_another(tmp_path: Path, quick: list[str]) -> None:
     """It has no claim, and its work folder is locked."""
-    todo = cells(quick, 3)
+    todo, others = cells(quick, 3), Claims()
     queue = queue_of(todo, tmp_path)
     with locked(folder(todo[0])):
         assert queue.next() is None
+    assert others.take(folder(todo[0]))  # a try leaves nothing held
+    others.close()
     assert queue.next() is todo[0]
     queue.close()
 

@@ -27,7 +27,7 @@ ASCII = {"done": "+", "running": ">", "elsewhere": "o", "failed": "x", "waiting"
 COLOURS = {"done": "green", "running": "cyan", "elsewhere": "magenta", "failed": "red", "waiting": "dim"}
 MOST_SIGNS = 12  # of a strategy's row; more cells are counted
 AROUND = 5  # lines of the table that are no row
-WIDTHS = {"runs": 0, "seed": 4, "at": 18, "loss": 6, "images/s": 8, "left": 8}
+WIDTHS = {"runs": 0, "seed": 4, "at": 18, "loss": 7, "images/s": 8, "left": 8}
 # A terminal without room leaves these columns out, in this order, unless a name has so many characters or is whole. A
 # seed shows in the row of signs, too.
 NAMES = {"seed": 24, "images/s": 16, "loss": 16, "left": 12}
