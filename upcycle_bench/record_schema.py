@@ -243,7 +243,10 @@ class ValidationPart(Part):
 
     set: Name
     pairs: int = Field(ge=2)
-    identity: Name = Field(description="of the pairs and the precision: curves with the same one compare")
+    every: int = Field(
+        ge=1, description="steps from one score to the next; there is one at the start and one at the end"
+    )
+    identity: Name = Field(description="of the pairs, their spacing and the precision: equal ones compare")
     chance: float
     points: tuple[tuple[int, float], ...] = Field(min_length=1, description="steps done, score")
 

@@ -16,7 +16,7 @@ from upcycle_bench.data.bad_list import read_bad
 from upcycle_bench.data.batches import Loading
 from upcycle_bench.data.pairs import PairDataset
 from upcycle_bench.data.training_pairs import training_pairs
-from upcycle_bench.evaluation.held_out import held_out_pairs
+from upcycle_bench.evaluation.held_out import HeldOutPairs, held_out_pairs
 from upcycle_bench.evaluation.score import headlines_of, score, scores_of
 from upcycle_bench.model import weights
 from upcycle_bench.model.clip import Clip
@@ -91,13 +91,14 @@ def run(
                 if distributed.from_main(found := done() if distributed.is_main() else None):
                     return found
                 if fresh or not recall(state, key):
+                    held_out = held_out_of(plan, dense)  # first, since it may be refused
                     start = Start(protocol, world, dense, data)
                     model, state.receipt = initialise(plan.strategy, start, plan.init_seed, state.meter, reporter, work)
                     require_describable(
                         plan.strategy, model.model, dense.model, plan.steps, diagnosed(dense, data, device)
                     )
                     with at_steps():  # once it is trained, it is stored, whatever signal comes
-                        state.progress = train_model(plan, model, data, work, state.meter, reporter, trackers)
+                        state.progress = train_model(plan, model, data, held_out, work, state.meter, reporter, trackers)
                         state.metrics = work / "metrics.jsonl"
                         state.parameters = parameter_counts(model.model)  # of the trained form, before the merge
                         merge(model.model)
@@ -161,10 +162,20 @@ def trackers_of(plan: Plan, identity: str, results: Path, names: Sequence[str]) 
     return Trackers(names, run)
 
 
+def held_out_of(plan: Plan, dense: Clip) -> HeldOutPairs | None:
+    """The held-out pairs of a training; a set that is left out of the suites has none. Every rank must call it."""
+    if not plan.strategy.trains or plan.world is None:
+        return None
+    left_out = {name.partition("/")[2] for name in plan.skipped}
+    precision = plan.protocol.train.schedule.precision
+    return held_out_pairs(plan.protocol.validation, dense, plan.world.eval_root, precision, left_out)
+
+
 def train_model(
     plan: Plan,
     model: Clip,
     data: PairDataset,
+    held_out: HeldOutPairs | None,
     work: Path,
     meter: Meter,
     reporter: Reporter,
@@ -177,8 +188,6 @@ def train_model(
     if not plan.strategy.trains:
         return None
     settings = plan.protocol.train
-    assert plan.world is not None
-    held_out = held_out_pairs(plan.protocol.validation, model, plan.world.eval_root, settings.schedule.precision)
     job = Job(
         schedule=settings.schedule.model_copy(update={"steps": plan.steps}),
         peak_lr=plan.protocol.peak_lr,

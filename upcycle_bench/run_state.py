@@ -23,6 +23,7 @@ from upcycle_bench.planning.estimate import unequal_cost, unequal_steps
 from upcycle_bench.planning.fingerprint import code_fingerprint
 from upcycle_bench.planning.identity import trained_on
 from upcycle_bench.planning.plan import Plan, run_id
+from upcycle_bench.protocol import Protocol
 from upcycle_bench.suite import SuiteResult
 from upcycle_bench.training.finished import Trained
 from upcycle_bench.training.job import Progress
@@ -178,7 +179,7 @@ def _record(state: RunState, **parts: Any) -> record.Record:
         "dense": _dense_part(state),
         "seeds": {"init": plan.init_seed, "train": plan.train_seed},
         "receipt": state.receipt,
-        "validation": _validation_part(state.progress),
+        "validation": _validation_part(state.progress, protocol),
         "sessions": [asdict(session) for session in sessions] or None,
         "environment": backends.machine(state.meter.device) | ({"training": state.training} if state.training else {}),
         "hashes": {
@@ -192,8 +193,12 @@ def _record(state: RunState, **parts: Any) -> record.Record:
     return record.Record.model_validate_json(strict_json.dumps(tree))
 
 
-def _validation_part(progress: Progress | None) -> dict[str, Any] | None:
-    if progress is None or progress.curve is None or not progress.curve.points:
+def _validation_part(progress: Progress | None, protocol: Protocol) -> dict[str, Any] | None:
+    """The curve, if it is the one that the protocol wants: a training from the cache may have another one."""
+    wanted = protocol.validation
+    if progress is None or progress.curve is None or not progress.curve.points or wanted is None:
+        return None
+    if (progress.curve.set, progress.curve.every) != (wanted.set, wanted.every):
         return None
     return {key: value for key, value in asdict(progress.curve).items() if key not in ("seconds", "flops")}
 

@@ -16,6 +16,7 @@ from upcycle_bench.reporting.equal_compute import peers_of
 from upcycle_bench.reporting.formats import only, render
 from upcycle_bench.reporting.html import page
 from upcycle_bench.reporting.leaderboard import build
+from upcycle_bench.reporting.targets import Target
 from upcycle_bench.util.errors import UserError
 
 SHARED = {"division": "open", "unequal": "more FLOPs", "shared_fingerprint": "train-fingerprint"}
@@ -24,7 +25,7 @@ SHARED = {"division": "open", "unequal": "more FLOPs", "shared_fingerprint": "tr
 def runs(label: str, flops: int, values: Iterable[float] = (0.5, 0.51, 0.52), **more: object) -> list[Record]:
     """Runs of three training seeds, whose charged FLOPs are so many."""
     phase = {"seconds": 1.0, "peak_memory_bytes": 1}
-    phases = {"train": {**phase, "flops": flops}, "evaluate": {**phase, "flops": 10**9}}
+    phases = {"train": {**phase, "flops": flops, "steps": 100}, "evaluate": {**phase, "flops": 10**9}}
     return [make_record(label, train=n, value=value, cost={"phases": phases}, **more) for n, value in enumerate(values)]
 
 
@@ -63,6 +64,11 @@ def test_who_spent_more_is_compared_with_a_run_that_cost_as_much() -> None:
     assert dense["cheap"] is None  # 900 is more than dense's 760, and no dense run cost as much
 
 
+def test_a_reference_with_other_options_is_another_strategy() -> None:
+    counting = counting_runs([*EVERY, *runs("sparse-upcycling[router_noise_std=1.0]", 1000)])
+    assert peers_of(counting, "sparse-upcycling")["sparse-upcycling[router_noise_std=1.0]"] == "sparse-upcycling"
+
+
 def test_costs_that_nobody_counted_compare_with_nothing() -> None:
     unknown = runs("costly", 1660)[0].model_dump()
     unknown["cost"]["phases"]["train"]["flops"] = None
@@ -93,8 +99,9 @@ def test_every_format_says_what_is_compared_and_what_is_missing() -> None:
     text = " ".join(render(boards, "terminal", width=100).split())
     assert "against sparse-upcycling of as much compute" in text
     assert "costly (1.66x) is compared with sparse-at-compute[compute=1.66] (1.64x)." in text
-    assert "costlier (3.00x) yet: upcycle-bench run -s sparse-at-compute -o compute=3.00" in text
-    assert "costly (2.18x) yet: upcycle-bench run -s dense-at-compute -o compute=1.66" in text
+    assert "Nothing cost as much yet as costlier (3.00x)." in text
+    assert "What is missing: upcycle-bench run -s sparse-at-compute -o compute=3.00 -p smoke --seeds 3" in text
+    assert "run -s dense-at-compute -o compute=1.66 -p smoke --seeds 3; upcycle-bench run -s" in text
     assert "vs sparse-upcycling of as much compute" in render(boards, "md")
     assert "sparse-at-compute[compute=1.66]" in render(boards, "latex")
     lines = [*csv.DictReader(io.StringIO(render(boards, "csv")))]
@@ -136,13 +143,11 @@ def test_a_row_has_the_way_to_each_reference() -> None:
     rows = {row.label: row for row in board.rows}
     assert rows["quick"].targets["dense"].steps == pytest.approx(40)
     assert rows["quick"].targets["dense"].ratio == pytest.approx(0.4 * 1200 / 800)
-    assert (rows["quick"].targets["sparse-upcycling"].steps, rows["quick"].targets["sparse-upcycling"].reached) == (
-        None,
-        0,
-    )
+    assert rows["quick"].targets["sparse-upcycling"] == Target(None, None, None, 3)
+    assert rows["dense"].targets["dense"].ratio == 1
     assert rows["without"].targets == {}
     text = render([board], "md")
     assert "| to dense | to sparse-upcycling |" in text
-    assert "40 steps, 0.60x | 0 of 3 runs" in text
+    assert "40 steps, 0.60x | not reached" in text
     line = next(each for each in csv.DictReader(io.StringIO(render([board], "csv"))) if each["label"] == "quick")
     assert float(line["to dense ratio"]) == pytest.approx(0.6)

@@ -69,7 +69,7 @@ def _pass(plan: Plan, device: torch.device, ep_size: int) -> dict[str, dict[str,
                 layer.router_weight.add_(0.3 * layer.router_weight.flip(0))
     held_out = held_out_pairs(protocol.validation, model, plan.world.eval_root, "fp32")
     assert held_out is not None
-    held_out_log_rank = held_out.score()  # in the midst of a training
+    held_out_log_rank = held_out.score(model)  # in the midst of a training
     batch = data.batch(0, 0, 32, distributed.rank(), distributed.world_size())
     losses, _ = compute_losses(engine, model, batch, job, layers, extra)
     engine.backward(torch.stack(list(losses.values())).sum())

@@ -93,3 +93,20 @@ def test_a_gpu_is_found_by_its_uuid(uuid: str, joules: float | None, monkeypatch
 def test_without_the_package_a_gpu_reports_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pynvml", None)
     assert EnergyCounter(torch.device("cuda", 0)).joules() is None
+
+
+def test_a_counter_that_fails_or_goes_back_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    nvml = _Nvml()
+    monkeypatch.setitem(sys.modules, "pynvml", nvml)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="1234"))
+    reset, failing = (EnergyCounter(torch.device("cuda", 0)) for _ in range(2))
+    nvml.counted -= 4000
+    assert reset.joules() is None
+    nvml.counted += 9000
+    assert reset.joules() is None  # for good: what it counted before is lost
+
+    def fail(handle: str) -> int:
+        raise nvml.NVMLError("driver lost")
+
+    monkeypatch.setattr(nvml, "nvmlDeviceGetTotalEnergyConsumption", fail)
+    assert failing.joules() is None

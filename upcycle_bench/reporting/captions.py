@@ -35,8 +35,8 @@ def heading(board: Board) -> str:
     return f"{board.protocol}, {board.division} division{against} ({where})"
 
 
-def caption(board: Board) -> list[str]:
-    """Sentences about the numbers of this board; NOTES are about those of all boards."""
+def caption(board: Board, whole: bool = True) -> list[str]:
+    """Sentences about the numbers of this board, of all columns or not; NOTES are about those of all boards."""
     sentences = []
     if board.division == "open":
         settings = [" ".join(f"--set {override}" for override in board.overrides), board.unequal or ""]
@@ -57,10 +57,10 @@ def caption(board: Board) -> list[str]:
     sentences += _equal_compute(board) if board.view == "compute" else []
     if board.baseline and board.view == "steps":
         sentences.append(f"vs {board.baseline}: the score minus that of {board.baseline}.")
-    if targets := targets_of(board):
+    if targets := targets_of(board) if whole else []:
         sentences.append(
-            f"to {', '.join(targets)}: steps until the held-out score is that of the reference's run of the same seeds "
-            "at its end, and charged FLOPs until then by all that the reference spent."
+            f"to {', '.join(targets)}: steps until the held-out curve, a mean over the seeds that both have, is where "
+            "the reference's ends, and charged FLOPs until then by those that the reference itself needed."
         )
     if alone := [name for name in board.headlines if name not in board.over_samples]:
         sentences.append(
@@ -94,19 +94,32 @@ def _equal_compute(board: Board) -> list[str]:
     """What each row is compared with, and what has to be run where there is nothing."""
     ratios = dict(zip((row.label for row in board.rows), board.flops_ratios, strict=True))
     sentences = [
-        f"Equal compute: a row that cost no more than {board.baseline} is compared with it, another one with a run of "
-        f"its kind whose charged FLOPs are within {NEAR:.0%} of its own; nothing is ranked."
+        f"Equal compute: a row that cost at most {NEAR:.0%} more than {board.baseline} is compared with it, another "
+        f"one with a run of its kind whose charged FLOPs are within {NEAR:.0%} of its own; nothing is ranked."
     ]
+    usual = next((each.charged_flops for each in board.rows if each.label == "sparse-upcycling"), None)
+    missing, commands = list[str](), list[str]()
     for row in board.rows:
         ratio, other = ratios[row.label], ratios.get(row.peer or "")
         if row.peer not in (None, board.baseline, row.label) and other is not None:
             sentences.append(f"{row.label} ({ratio:.2f}x) is compared with {row.peer} ({other:.2f}x).")
         elif row.peer is None and ratio is not None and row.headlines:
-            usual = next((each.charged_flops for each in board.rows if each.label == "sparse-upcycling"), None)
-            compute = f" -o compute={row.charged_flops / usual:.2f}" if usual and row.charged_flops else ""
-            longer = f"upcycle-bench run -s {LONGER[board.baseline or '']}{compute}"
-            sentences.append(f"Nothing cost as much as {row.label} ({ratio:.2f}x) yet: {longer}")
+            missing.append(f"{row.label} ({ratio:.2f}x)")
+            if usual and row.charged_flops:
+                commands.append(_longer(board, row.charged_flops / usual))
+    if missing:
+        sentences.append(f"Nothing cost as much yet as {', '.join(missing)}.")
+    if commands:
+        sentences.append(f"What is missing: {'; '.join(dict.fromkeys(commands))}")
     return sentences
+
+
+def _longer(board: Board, compute: float) -> str:
+    """The command that trains the reference for that multiple of sparse upcycling's FLOPs."""
+    same = board.baseline == "dense" and abs(compute - 1) <= NEAR
+    what = "dense-longer" if same else f"{LONGER[board.baseline or '']} -o compute={compute:.2f}"
+    seeds = max(row.seeds for row in board.rows)
+    return f"upcycle-bench run -s {what} -p {board.protocol} --seeds {seeds}"
 
 
 def _parts(columns: tuple[str, ...]) -> str:

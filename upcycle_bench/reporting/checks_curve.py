@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
+from upcycle_bench.record import ValidationPart
 from upcycle_bench.reporting.expected_curves import ENOUGH, STRATEGIES, outside, read_curves
 from upcycle_bench.reporting.sent import Here, Sent, Unchecked, Warned
 
@@ -16,21 +17,24 @@ def curve(sent: Sent, here: Here) -> Iterator[str]:
     """Its steps and pairs are the protocol's, its scores can be; and it is inside the reference curves' intervals."""
     record, made = sent.record, sent.record.validation
     phases = record.cost.phases if record.cost else {}
-    if record.cost is not None and ("validate" in phases) != (made is not None):
-        yield "a curve goes with the phase `validate`, and one of them is missing"
-    if made is None:
-        return
+    if made is not None and "validate" not in phases:
+        yield "the curve's cost, the phase `validate`, is missing"
     wanted = sent.protocol.validation if sent.protocol else None
+    if made is None:
+        if wanted is not None and wanted.every and "train" in phases:
+            yield Unchecked(
+                "there is no curve, though its protocol wants one: the set was not there, or a cached training"
+            )
+        return
     if wanted is None or not wanted.every:
         yield "there is a curve, and its protocol wants none"
         return
-    if made.set != wanted.set or made.pairs > wanted.pairs:
-        yield f"{made.pairs:,} pairs of {made.set}, the protocol has {wanted.pairs:,} of {wanted.set}"
-    steps = [step for step, _ in made.points]
-    if odd := [step for step in steps if step % wanted.every and step != sent.steps]:
-        yield f"a score at step {odd[0]:,}, the protocol wants one every {wanted.every:,} steps"
-    if steps[-1] != sent.steps:
-        yield f"the curve ends at step {steps[-1]:,}, the training at {sent.steps:,}"
+    if (made.set, made.every) != (wanted.set, wanted.every) or made.pairs > wanted.pairs:
+        yield (
+            f"{made.pairs:,} pairs of {made.set} every {made.every:,} steps, the protocol has {wanted.pairs:,} of "
+            f"{wanted.set} every {wanted.every:,}"
+        )
+    yield from _steps(sent, made)
     most = math.log(made.pairs)
     if not 0 < made.chance <= most:
         yield f"guessing has a log rank of {made.chance:.6g}; among {made.pairs:,} pairs it is between 0 and {most:.6g}"
@@ -38,6 +42,18 @@ def curve(sent: Sent, here: Here) -> Iterator[str]:
         if not 0 <= score <= most:
             yield f"step {step:,}: {score:.6g}; among {made.pairs:,} pairs a log rank is between 0 and {most:.6g}"
     yield from _by_reference(sent)
+
+
+def _steps(sent: Sent, made: ValidationPart) -> Iterator[str]:
+    """The curve has all its points; of a training that was resumed with other pairs, those since then."""
+    steps, wanted = [step for step, _ in made.points], [*range(0, sent.steps, made.every), sent.steps]
+    if steps == wanted:
+        return
+    if len(sent.record.sessions or ()) > 1 and steps == wanted[-len(steps) :]:
+        yield Unchecked(f"the curve begins at step {steps[0]:,}: the training was resumed with other held-out pairs")
+        return
+    odd = sorted({*steps} ^ {*wanted})
+    yield f"a score every {made.every:,} steps of {sent.steps:,}, but step {odd[0]:,} is missing or too many"
 
 
 def _by_reference(sent: Sent) -> Iterator[str]:

@@ -36,7 +36,7 @@ from upcycle_bench.strategy import Strategy, configure
 from upcycle_bench.util.errors import UserError, one_line
 
 # Of a protocol: what says something of it, names suites that a run need not have, or changes no bit.
-NOT_COMPARED = ("name", "summary", "sources", "optional_suites", "overrides", "validation", "tuning")
+NOT_COMPARED = ("name", "summary", "sources", "optional_suites", "overrides", "tuning")
 BUILDS = ("", "+cpu", "+cu118", "+cu121", "+cu124", "+cu126", "+cu128", "+cu130")  # of torch, of records without one
 
 
@@ -63,6 +63,8 @@ def protocol(sent: Sent, here: Here) -> Iterator[str]:
     except UserError as error:
         yield f"its overrides do not go with protocol {part.name}: {error}"
         return
+    if sent.protocol.validation is None:  # made before there was any
+        ours = ours.model_copy(update={"validation": None})
     if others := different(_compared(ours, part.suite_fingerprints), _compared(sent.protocol, part.suite_fingerprints)):
         yield f"it is not protocol {part.name} with these overrides: {_few(others)} differ"
 

@@ -3,7 +3,7 @@
     peers_of(counting, "sparse-upcycling")["cluster-aware"]     # "sparse-at-compute[compute=1.66]", or None
 
 What a strategy spends before its training and beside it is charged. Who spent at most NEAR more than the reference is
-compared with the reference itself; who spent more, with a run of its kind whose charged FLOPs are within NEAR of its own.
+compared with the reference itself; another one with a run of its kind whose charged FLOPs are within NEAR of its own.
 """
 
 from __future__ import annotations

@@ -64,13 +64,9 @@ def stored_of(records: Iterable[Record]) -> StoredCurves:
     """The curves of the closed runs of these strategies, as they are stored; of equal seeds the newest."""
     groups: dict[tuple[str, str, str, str, tuple[int, ...]], list[Record]] = defaultdict(list)
     for made in records:
-        own_dense = made.protocol.resolved.get("dense", {}).get("source") == "pretrain"
-        if (
-            made.strategy.label in STRATEGIES
-            and made.validation
-            and made.protocol.division == "closed"
-            and not own_dense
-        ):
+        dense = made.protocol.resolved.get("dense")
+        brings_dense = isinstance(dense, dict) and dense.get("source") != "pretrain"
+        if made.strategy.label in STRATEGIES and made.validation and made.division == "closed" and brings_dense:
             steps = tuple(step for step, _ in made.validation.points)
             where = (made.protocol.name, made.protocol.training_fingerprint, made.strategy.label)
             key = (*where, made.validation.identity, steps)

@@ -106,7 +106,7 @@ def _terminal(boards: list[Board], width: int | None, wide: bool, metrics: Seque
             tables = _split_to_fit(first, [{_two_lines(name): cells} for name, cells in columns.items()], fits)
         elif not fits(tables[0]):
             tables = _split_to_fit(who | {"strategy": _folded(who["strategy"], FOLDED)}, groups, fits)
-        lines = [*caption(board), *(_runs(board) if short else [])]
+        lines = [*caption(board, whole=not short), *(_runs(board) if short else [])]
         console.print(heading(board), *map(_rich_table, tables), *lines, "", sep="\n", markup=False)
     console.print(*NOTES, sep="\n", markup=False)
     return "\n".join(line.rstrip() for line in output.getvalue().splitlines()) + "\n"

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable, Sequence
 
 from upcycle_bench.reporting.board import Board, Row, RowHeadline, SeedMean
-from upcycle_bench.reporting.columns import rank_cell, score_cell, shown_by
+from upcycle_bench.reporting.columns import rank_cell, score_cell, shown_by, versus
 
 SPECIAL = {
     "\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "$": r"\$", "&": r"\&", "%": r"\%", "#": r"\#", "_": r"\_",
@@ -103,8 +103,8 @@ def _caption(board: Board) -> str:
     ]
     if board.baseline:
         sentences.append(
-            f"Differences to {board.baseline} are paired by seed; bold: p < 0.05 in a two-sided test with Holm's "
-            "correction over the strategies, for each score."
+            f"Differences to {versus(board).removeprefix('vs ')} are paired by seed; bold: p < 0.05, two-sided, "
+            "with Holm's correction over the strategies, for each score."
         )
     if seeds and seeds[0] < 3:
         sentences.append("With fewer than three seeds a row is not ranked.")

@@ -6,7 +6,7 @@
         with books.counting(step): ...                  # counts the FLOPs of a few steps
         books.count_step(losses, batch.bad)             # after each step
         books.write_metrics(losses, rate, scale, seen)  # after some steps
-        books.validate(hooks)                              # before the first step, and after each
+        books.validate(clip, hooks)                           # before the first step, and after each
         books.collect()                                 # before `books.progress` is saved
 
 Shape suffixes: S steps, M terms of the loss.
@@ -18,12 +18,14 @@ import contextlib
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from upcycle_bench.data.bad_samples import Bad, Tally
 from upcycle_bench.data.batches import BatchSource
+from upcycle_bench.model.clip import Clip
 from upcycle_bench.model.moe import MoEFFN
 from upcycle_bench.training.checkpoint import MetricsFile
 from upcycle_bench.training.job import SHARE_STEPS, Job, Progress
@@ -82,23 +84,25 @@ class Bookkeeping:
             progress.counted_flops += self._flops
             progress.counted_steps += 1
 
-    def validate(self, hooks: OwnHooks) -> None:
+    def validate(self, clip: Clip, hooks: OwnHooks) -> None:
         """Score the held-out pairs, where it is time, without the own loss's `hooks`; every rank must call it.
 
-        What it costs is kept apart from the training.
+        What it costs is kept apart from the training. DivergedError for a model whose embeddings are not finite.
         """
         held_out, progress = self.job.held_out, self.progress
         if held_out is None or (progress.step % held_out.every and progress.step != self.job.stop_step):
             return
         began, curve = time.perf_counter(), held_out.curve()
-        if progress.curve is None or progress.curve.identity != curve.identity:
+        if progress.curve is None:
             progress.curve = curve
+        elif progress.curve.identity != curve.identity:  # other pairs than before, whose cost stays charged
+            progress.curve = replace(curve, seconds=progress.curve.seconds, flops=progress.curve.flops)
         curve = progress.curve
         if curve.points and curve.points[-1][0] == progress.step:  # the checkpoint has it
             return
         # Counting doubles the time of a score, whose pairs are always the same.
         with hooks.off(), FlopCounter() if self._score_flops is None else contextlib.nullcontext() as counter:
-            value = held_out.score()
+            value = held_out.score(clip)
         if counter is not None:
             self._score_flops = distributed.sum_over_ranks(counter.get_total_flops())
         curve.points.append((progress.step, value))

@@ -12,6 +12,7 @@ from typing import Protocol
 import torch
 
 from upcycle_bench.model import backends
+from upcycle_bench.model.clip import Clip
 from upcycle_bench.protocol import Schedule
 from upcycle_bench.training.trackers import Trackers
 from upcycle_bench.util import distributed, environment
@@ -22,13 +23,14 @@ from upcycle_bench.util.plain import plain
 class Curve:
     """Scores of held-out pairs during a training, as (steps done, score), and what it cost to score them.
 
-    `identity` names the pairs: curves with the same one compare. `chance`: the score of guessing. FLOPs are those of
-    all ranks.
+    `identity` names the pairs and how often they are scored: curves with the same one compare. `chance`: the score of
+    guessing. FLOPs are those of all ranks.
     """
 
     identity: str
     set: str
     pairs: int
+    every: int
     chance: float
     points: list[tuple[int, float]] = field(default_factory=list)
     seconds: float = 0.0
@@ -43,8 +45,8 @@ class HeldOut(Protocol):
     def curve(self) -> Curve:
         """One without points."""
 
-    def score(self) -> float:
-        """The model's score now; every rank must call it."""
+    def score(self, clip: Clip) -> float:
+        """The model's score now; every rank must call it. DivergedError for embeddings that are not finite."""
 
 
 SHARE_STEPS = 50  # a record gives each term's share of the loss over this many first steps

@@ -97,7 +97,7 @@ def train(
                 if first == 0 or first < done:
                     books.begin(checkpoints.restore(engine, extra), device)
                     _begin_session(books.progress, layers, device)
-                    books.validate(hooks)
+                    books.validate(clip, hooks)
                 books.progress.loss_notes = extra.notes() if extra else {}
                 start = books.progress.step
                 if batches is None:  # its processes stay for all stages
@@ -120,7 +120,7 @@ def train(
                     books.count_step(losses, batch.bad)
                     if logged:
                         books.write_metrics(losses, rate, scale, seen)
-                    books.validate(hooks)
+                    books.validate(clip, hooks)
                     on_step(books.progress.step, books.progress.last)
                     stop_by = asked_to_stop(ranks) if job.checkpoints else None
                     if job.checkpoint_due(step + 1) or stop_by:

@@ -3,7 +3,10 @@
     counter = EnergyCounter(torch.device("cuda", 0))
     counter.joules()                # since it was made; None where nothing is reported
 
-RULE says what is counted. RAPL's files are for root alone on most machines; NVML needs the package nvidia-ml-py.
+Of a training on GPUs it is that of the ranks' GPUs by NVML, which needs the package nvidia-ml-py; of one on CPUs, that
+of each machine's CPU packages by RAPL, whose files are for root alone on most machines. Whatever else runs on the
+device is in it; a GPU's host, memory and cooling are not. A counter that fails or goes back is given up: half a sum is
+none.
 """
 
 from __future__ import annotations
@@ -14,7 +17,6 @@ from pathlib import Path
 
 import torch
 
-RULE = "the ranks' GPUs by NVML, or each machine's CPU packages by RAPL, whatever else runs on them; nothing else"
 POWERCAP = Path("/sys/class/powercap")
 
 Reading = Callable[[], list[tuple[float, float]]]  # of each counter its joules, and those at which it begins again
@@ -32,10 +34,18 @@ class EnergyCounter:
         """None where the device does not report it; 0 on a rank whose machine another rank reads."""
         if self._read is None:
             return None
-        now = self._read()
-        for (joules, wraps_at), (before, _) in zip(now, self._last, strict=True):
-            self._total += joules - before if joules >= before else joules - before + wraps_at
-        self._last = now
+        try:
+            now = self._read()
+            drawn = [
+                joules - before if joules >= before else joules - before + wraps_at
+                for (joules, wraps_at), (before, _) in zip(now, self._last, strict=True)
+            ]
+        except Exception:  # a driver may raise anything, and a training must not end by it
+            drawn = [-1.0]
+        if any(each < 0 for each in drawn):
+            self._read = None
+            return None
+        self._last, self._total = now, self._total + sum(drawn)
         return self._total
 
 

@@ -11,7 +11,7 @@ from dataclasses import asdict
 from typing import Any
 
 from upcycle_bench.reporting.board import Board, Row, RowHeadline
-from upcycle_bench.reporting.columns import mean_cell, split_column
+from upcycle_bench.reporting.columns import mean_cell, split_column, versus
 from upcycle_bench.reporting.html.behind import Behind, Runs, counting
 from upcycle_bench.reporting.html.ranks import Rankings, chart_of
 from upcycle_bench.reporting.html.record_details import RecordDetails, rounded
@@ -46,9 +46,9 @@ def _board(
     board: Board, behind: Behind, rankings: Rankings, details: RecordDetails, published: Publisher
 ) -> dict[str, Any]:
     names = [row.short_title for row in board.rows]
-    base = next((row for row in board.rows if row.label == board.baseline), None)
+    rows = {row.label: row for row in board.rows}
     return {
-        "reference": board.baseline,
+        "reference": board.baseline and versus(board).removeprefix("vs "),
         "headlines": [
             {
                 "name": name,
@@ -65,7 +65,13 @@ def _board(
                 "headlines": {title: _numbers(each) for title, each in row.headlines.items()},
                 "flops": row.charged_flops,
                 "ratio": ratio,
-                "differences": {title: _by_dataset(row, base, board.headlines[title].parts) for title in row.headlines},
+                "isReference": row.label == board.baseline,
+                "peer": row.peer,
+                "differences": {
+                    title: _by_dataset(row, rows[row.peer], board.headlines[title].parts)
+                    for title in row.headlines
+                    if row.peer not in (None, row.label) and row.peer in rows
+                },
                 "published": [asdict(each) for each in published(row)],
                 **_of_records(behind[row.label], details),
             }
@@ -74,10 +80,10 @@ def _board(
     }
 
 
-def _by_dataset(row: Row, base: Row | None, parts: Sequence[str]) -> list[float | None]:
-    """Each part of a headline score minus the reference's: of two means, whose runs need not be pairs."""
-    both = row.scores.keys() & (base.scores.keys() if base else ())
-    return [rounded(row.scores[part] - base.scores[part]) if base and part in both else None for part in parts]
+def _by_dataset(row: Row, base: Row, parts: Sequence[str]) -> list[float | None]:
+    """Each part of a headline score minus the other's: of two means, whose runs need not be pairs."""
+    both = row.scores.keys() & base.scores.keys()
+    return [rounded(row.scores[part] - base.scores[part]) if part in both else None for part in parts]
 
 
 def _numbers(headline: RowHeadline) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from upcycle_bench.reporting.html.record_details import LAYER, layer_means
 from upcycle_bench.reporting.resampling import ENOUGH
 
 RESOLVED = ("better", "worse")  # only these verdicts are bold
-VERDICTS = {verdict: verdict for verdict in (*RESOLVED, "tied", "undecided")} | {
+VERDICTS = {verdict: verdict for verdict in (*RESOLVED, "tied", "undecided", "no reference")} | {
     "not yet ranked": f"not yet ranked (fewer than {ENOUGH} training seeds)"
 }
 NAMED, LETTERS = 6, 40  # rows of one verdict by name, above the table; letters of a name there
@@ -77,7 +77,8 @@ def _verdicts(board: Board) -> list[str]:
         found = [(row.label, headline.verdict) for row in board.rows if (headline := row.headlines.get(name))]
         groups = {verdict: [label for label, mine in found if mine == verdict] for verdict in VERDICTS}
         said = [f"{VERDICTS[verdict]}: {_named(mine)}" for verdict, mine in groups.items() if mine]
-        sentences.append(f"{name}, against {board.baseline}: {'; '.join(said) or 'no other row'}.")
+        against = versus(board).removeprefix("vs ")
+        sentences.append(f"{name}, against {against}: {'; '.join(said) or 'no other row'}.")
     return sentences
 
 

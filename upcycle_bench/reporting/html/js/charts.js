@@ -42,7 +42,7 @@ function told({ row, mean, half, n, verdict }) {
 function scoreChart(rows, headline, width) {
   const found = points(rows, headline);
   if (!found.length) return null;
-  const reference = found.filter(({ verdict }) => verdict === "reference");
+  const reference = found.filter(({ row }) => row.isReference);
   return draw(`${headline.name} with 95 % intervals`, {
     width, height: 56 + 24 * rows.length, ...nameAxis(rows, width), marginRight: 16,
     x: { label: `${headline.name}, right is better`, labelArrow: "none", reverse: !headline.higher, grid: true, nice: true,

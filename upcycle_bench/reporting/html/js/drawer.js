@@ -25,7 +25,7 @@ function rowDetails(board, row, shared) {
       return element("section", {}, element("h3", {}, `${name} (${higher ? "higher" : "lower"} is better)`), definitions([
         ["mean", shown(found.mean) + (found.half === null ? "" : ` ± ${shown(found.half)} (95 %)`)],
         ["training seeds", shown(found.n)],
-        [`minus ${board.reference}`, found.difference],
+        [`minus ${row.peer}`, found.difference],
         ["p, by Holm", shown(found.p)],
         ["verdict", found.verdict],
         ["cannot be told from rows with", found.tied],

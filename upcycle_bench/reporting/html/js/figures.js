@@ -43,7 +43,7 @@ function makeFigures(section, board, shared) {
 
   function heat(headline, scored, note, room) {
     if (!board.reference) return null;
-    const found = heatMap(scored.filter((row) => row.title !== referenceTitle()), headline, room);
+    const found = heatMap(scored.filter((row) => row.differences[headline.name]), headline, room);
     if (!found) return null;
     const [half, eighth, least] = found.thresholds.slice(3).reverse().map((each) => shown(Number(each.toPrecision(2))));
     const key = [[1, `worse by more than ${half}`], [2, `by ${eighth} to ${half}`], [3, `by ${least} to ${eighth}`],
@@ -52,10 +52,6 @@ function makeFigures(section, board, shared) {
     return figure(where, `${headline.name} by dataset, minus ${board.reference}`,
       "Colours show means and not whether a difference is outside the noise: the table says that." + note,
       found.chart, key, "wide");
-  }
-
-  function referenceTitle() {
-    return board.rows.find((row) => Object.values(row.headlines).some(({ verdict }) => verdict === "reference"))?.title;
   }
 
   const later = delayed(render);
