@@ -102,9 +102,10 @@ def _caption(board: Board) -> str:
         f"Means over n = {n} training seeds with 95 % intervals over {_over(board)} (Student's t).",
     ]
     if board.baseline:
+        to = versus(board).removeprefix("vs ")
         sentences.append(
-            f"Differences to {versus(board).removeprefix('vs ')} are paired by seed; bold: p < 0.05, two-sided, "
-            "with Holm's correction over the strategies, for each score."
+            f"Differences to {to} are paired by seed; bold: p < 0.05 in a two-sided test with Holm's "
+            "correction over the strategies, for each score."
         )
     if seeds and seeds[0] < 3:
         sentences.append("With fewer than three seeds a row is not ranked.")
