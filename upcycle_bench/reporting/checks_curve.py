@@ -61,6 +61,8 @@ def _by_reference(sent: Sent) -> Iterator[str]:
     label = sent.record.strategy.label
     if label not in STRATEGIES or sent.record.protocol.division != "closed":
         return
+    if sent.protocol is not None and sent.protocol.dense.source == "pretrain":  # another dense model on each machine
+        return
     made, fingerprint = sent.record.validation, sent.record.protocol.training_fingerprint
     assert made is not None
     found = outside(read_curves(), label, fingerprint, made.identity, made.points)
