@@ -199,7 +199,7 @@ def test_a_row_has_all_its_records_and_says_which_count(tmp_path: Path) -> None:
         "weights": None,
         "outcomes": None,
     }
-    assert row["records"][0]["phases"]["train"] == [10, 20_000, 1, 0, 0]
+    assert row["records"][0]["phases"]["train"] == [10, 20_000, 1, 0, 0, None]
     assert seen["shared"][row["records"][0]["environment"]] == {"python": "3.11"}
     (curve,) = row["curves"]
     assert (seen["shared"][curve[0]], curve[1]) == ([0, 1, 2], [2, 1, 0.66667])
@@ -210,7 +210,7 @@ def test_a_tuned_record_shows_what_its_tuning_cost(tmp_path: Path) -> None:
     seen = Seen(made([make_record("new[tuned]", strategy={"tuned": part})], tmp_path)).data
     (row,) = seen["boards"][0]["rows"]
     (shown,) = row["records"]
-    assert shown["phases"]["tuning"] == [8, 4_000, None, None, None] and row["flops"] == 25_000
+    assert shown["phases"]["tuning"] == [8, 4_000, *[None] * 4] and row["flops"] == 25_000
     assert len(seen["shared"][shown["strategy"]]["tuned"]["candidates"]) == 2
 
 
@@ -226,7 +226,7 @@ def test_differences_by_dataset_are_to_the_reference(hard: str) -> None:
     first, second = Seen(hard).data["boards"]
     differences = {row["name"]: row["differences"] for row in first["rows"]}
     assert differences["up (reconstructed)"]["in-distribution"] == [pytest.approx(2.00667 - 1.0, abs=1e-4)]
-    assert differences["sparse-upcycling"]["in-distribution"] == [0] and differences["broken"] == {}
+    assert differences["sparse-upcycling"] == differences["broken"] == {}  # nothing to compare with
     assert second["headlines"][0]["higher"] is False
 
 

@@ -54,7 +54,7 @@ class RecordDetails:
             found["cost"] = self._share(cost.model_dump(exclude={"phases", "tokens_dropped", "samples_per_second"}))
             found["phases"] = {name: list(phase.model_dump().values()) for name, phase in cost.phases.items()}
             if tuned:  # charged, too; memory, pairs and steps stand in the records of its runs
-                found["phases"]["tuning"] = [tuned.seconds, tuned.flops, None, None, None]
+                found["phases"]["tuning"] = [tuned.seconds, tuned.flops, *[None] * 4]
         if self._receipts:
             found |= {"receipt": record.receipt, "diagnostics": record.diagnostics}
         return rounded({key: value for key, value in found.items() if value not in (None, {}, [])})

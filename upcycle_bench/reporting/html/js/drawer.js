@@ -63,7 +63,7 @@ function recordDetails(record, shared, open) {
       ["reconstructed", own.reconstructed.join("; ")],
       ...Object.entries(record.skipped ?? {}).map(([name, why]) => [`${name} was skipped`, why]),
     ]),
-    record.phases ? plainTable("Cost by phase", ["phase", "seconds", "FLOPs", "memory, bytes", "pairs", "steps"],
+    record.phases ? plainTable("Cost by phase", ["phase", "seconds", "FLOPs", "memory, bytes", "pairs", "steps", "joules"],
       Object.entries(record.phases).map(([name, numbers]) => [name, ...numbers.map(shown)])) : null,
     layerTable(record),
     folded("Options", own.config), folded("Tuning", own.tuned), folded("MoE settings", own.moe),
