@@ -4,27 +4,20 @@
     protocol.peak_lr                                        # computed from the dense model's schedule
 
 The table `[sources]` gives, for a dotted key, where its value comes from: a section of the paper, or a choice of ours.
-A file with `extends = "other"` takes every value that it does not set from other.toml in the same folder, but for the
-table `[tuning]`: what trains otherwise, or is scored otherwise, is not tuned as the other one is.
+The file may extend another one (`protocol_file`).
 """
 
 from __future__ import annotations
 
-import math
-import sys
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_serializer, model_validator
 
+from upcycle_bench.protocol_file import flatten as flatten
+from upcycle_bench.protocol_file import parse_value, read_tables
 from upcycle_bench.util import strict_json
 from upcycle_bench.util.errors import UserError, first_problem, unknown
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
-
 
 Captions = Literal["text", "lines"]  # a sample's .txt is one caption, or holds one a line
 TuningRule = Literal["best mean over the tuning seeds"]
@@ -246,23 +239,12 @@ class Protocol(Frozen):
         return self
 
 
-def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested tables as one table with dotted keys; lists stay values."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
-
-
 def load_protocol(path: Path, overrides: list[str] | None = None) -> Protocol:
     """Parse and validate the file `path`, with `key=value` overrides: values are TOML, and a bare word is a string.
 
     Raises UserError, one line, which names the key; for an unknown key, also those that exist.
     """
-    tree = _read_tree(path)
+    tree = read_tables(path)
     tree["name"] = path.stem
     known = flatten(tree) | dict.fromkeys(_DATA)
     seen: set[str] = set()
@@ -279,7 +261,7 @@ def load_protocol(path: Path, overrides: list[str] | None = None) -> Protocol:
         *parents, leaf = key.split(".")
         for parent in parents:
             table = table[parent]
-        table[leaf] = _parse_value(text)
+        table[leaf] = parse_value(text)
         tree.get("sources", {}).pop(key, None)  # the new value has another source
     tree["overrides"] = sorted(overrides or [])
     try:
@@ -289,45 +271,6 @@ def load_protocol(path: Path, overrides: list[str] | None = None) -> Protocol:
         raise UserError(f"protocol {path.stem}: {where or path.stem}: {what}.") from None
     except ValueError as error:  # json cannot write nan, inf
         raise UserError(f"protocol {path.stem}: {error}") from None
-
-
-def _read_tree(path: Path, children: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """The file's tables; with `extends = "other"`, merged into those of other.toml in the same folder.
-
-    `children` are the files that extend this one.
-    """
-    if path.resolve() in children:
-        raise UserError(f"protocol {path}: it extends itself, by way of {children[-1].name}.")
-    try:
-        tree = tomllib.loads(path.read_text())
-    except (OSError, tomllib.TOMLDecodeError) as error:
-        raise UserError(f"protocol {path}: {error}") from None
-    if (parent := tree.pop("extends", None)) is None:
-        return tree
-    beside = path.parent / f"{parent}.toml"
-    if not beside.is_file():
-        raise UserError(f"protocol {path}: extends = {parent!r}, but there is no {beside}.")
-    below = _read_tree(beside, (*children, path.resolve()))
-    below.pop("tuning", None)
-    for key in flatten(tree):
-        below.get("sources", {}).pop(key, None)  # the new value has another source
-    return _laid_over(below, tree)
-
-
-def _laid_over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    """`below`, with every value that `above` has replaced by that one, table by table."""
-    tables = [key for key in above if isinstance(above[key], dict) and isinstance(below.get(key), dict)]
-    return below | above | {key: _laid_over(below[key], above[key]) for key in tables}
-
-
-def _parse_value(text: str) -> Any:
-    try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        return text
-    if isinstance(value, float) and not math.isfinite(value):
-        raise UserError(f"--set: {text} is not a finite number")
-    return value
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup_fraction: float) -> float:

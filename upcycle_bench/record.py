@@ -19,23 +19,29 @@ from typing import TYPE_CHECKING
 from pydantic import ValidationError
 
 # `X as X`: this module is the contract, so what the schema defines is imported from here.
-from upcycle_bench.record_schema import (
-    SCHEMA_VERSION as SCHEMA_VERSION,
-)
-from upcycle_bench.record_schema import (
+from upcycle_bench.record_evaluation import (
     CertificatePart as CertificatePart,
 )
-from upcycle_bench.record_schema import (
+from upcycle_bench.record_evaluation import (
     ControlPart as ControlPart,
+)
+from upcycle_bench.record_evaluation import (
+    Headline as Headline,
+)
+from upcycle_bench.record_evaluation import (
+    RepeatPart as RepeatPart,
+)
+from upcycle_bench.record_evaluation import (
+    ScoreRecord as ScoreRecord,
+)
+from upcycle_bench.record_schema import (
+    SCHEMA_VERSION as SCHEMA_VERSION,
 )
 from upcycle_bench.record_schema import (
     Cost as Cost,
 )
 from upcycle_bench.record_schema import (
     Hashes as Hashes,
-)
-from upcycle_bench.record_schema import (
-    Headline as Headline,
 )
 from upcycle_bench.record_schema import (
     Name as Name,
@@ -54,12 +60,6 @@ from upcycle_bench.record_schema import (
 )
 from upcycle_bench.record_schema import (
     Record as Record,
-)
-from upcycle_bench.record_schema import (
-    RepeatPart as RepeatPart,
-)
-from upcycle_bench.record_schema import (
-    ScoreRecord as ScoreRecord,
 )
 from upcycle_bench.record_schema import (
     Seeds as Seeds,

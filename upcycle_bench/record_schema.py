@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, ConfigDict, Field, JsonValue, model_validator
 
 from upcycle_bench.protocol import Frozen
+from upcycle_bench.record_evaluation import CertificatePart, Headline, ScoreRecord
 from upcycle_bench.record_tuned import TunedPart
 
 SCHEMA_VERSION = 2
@@ -107,77 +108,6 @@ class Seeds(Part):
 
     init: int = Field(ge=0)
     train: int = Field(ge=0)
-
-
-class ScoreRecord(Part):
-    """One score; `chance` is the value that uniform guessing reaches, None where it has none."""
-
-    suite: Name
-    dataset: Name
-    metric: Name
-    value: float
-    higher_is_better: bool | None = Field(description="None: it describes the model and does not judge it")
-    chance: float | None
-    samples: int = Field(ge=1)
-    headline: str = Field(default="", description="the headline score of which it is a part")
-    standard_error: float | None = Field(default=None, ge=0)
-    interval: tuple[float, float] | None = Field(default=None, description="95 %")
-
-
-class Headline(Part):
-    """A headline score: the mean of the scores that name it. They may share images, so the error is an upper bound."""
-
-    value: float
-    higher_is_better: bool
-    chance: float | None
-    standard_error: float | None = Field(ge=0, description="over evaluation samples")
-
-
-class RepeatPart(Part):
-    """Some of the inputs, encoded a second time: in batches of another size, and perhaps in another order."""
-
-    batch_size: int = Field(ge=1)
-    shuffled: bool
-    differing: int = Field(ge=0, description="predictions that changed, each with a margin in `margins`")
-    margins: tuple[float, ...] = Field(description="the routing margins, below 1e-5, that explain the changes")
-    largest_distance: float = Field(ge=0, description="between two embeddings, of unit length, of one input")
-
-
-class ControlPart(Part):
-    """A suite's scores with labels or class names dealt out anew (`evaluation.shuffled_labels`).
-
-    Of labels it is the metric farthest better than chance.
-    """
-
-    suite: Name
-    dataset: Name
-    samples: int = Field(ge=1)
-    metric: Name
-    permuted: Literal["labels", "classes"] = "labels"
-    draws: int = Field(default=1, ge=1)
-    value: float = Field(description="mean over draws")
-    chance: float
-    z: float | None = Field(default=None, description="of labels: standard errors better than chance, over all draws")
-    z_of_draws: tuple[float, ...] = Field(default=(), description="of labels, each draw alone")
-    bound: float | None = Field(default=None, description="of classes: the most that answers from names can reach")
-
-
-class CertificatePart(Part):
-    """The checks that the evaluation passed (`evaluation.certificate`); one that fails them leaves no record."""
-
-    predictions: int = Field(ge=1, description="that each of `repeats` compares with those of the evaluation")
-    repeats: tuple[RepeatPart, ...] = Field(min_length=1)
-    reloaded: RepeatPart | None = Field(
-        default=None, description="the same by the model of the saved file; None: no file of ours"
-    )
-    choices_routed: int = Field(ge=0, description="(token, choice) pairs in the whole evaluation; none was dropped")
-    controls: tuple[ControlPart, ...]
-    uncontrolled: str | None = Field(default=None, description="why a kind of set has no control")
-    uncovered: str | None = Field(
-        default=None, description="suites that score copies they trained, which this leaves out"
-    )
-    weights: Name = Field(description="sha256 of the model's tensors, the same before and after")
-    seconds: float = Field(ge=0, description="that these checks took, without the evaluation")
 
 
 class PhaseCost(Part):

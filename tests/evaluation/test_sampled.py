@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from upcycle_bench.evaluation.sampled import of_draws, of_ranks
-from upcycle_bench.planning.plan import make_suites
 from upcycle_bench.planning.registry import load_registry
+from upcycle_bench.planning.suites import make_suites
 from upcycle_bench.protocol import load_protocol
 from upcycle_bench.suite import EvalContext, Sampled, Suite, SuiteInfo, SuiteResult
 

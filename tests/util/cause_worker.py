@@ -27,7 +27,7 @@ def main(rank: int, port: int, way: str, output: Path) -> None:
     first_cause.STOP = 1.0
     if way == "stop":  # as if each rank had a machine of its own
         first_cause.process_space = lambda: str(rank)
-    first_cause._in_collective = lambda error: isinstance(error, dist.DistError)  # here the store breaks
+    first_cause.in_collective = lambda error: isinstance(error, dist.DistError)  # here the store breaks
     store = dist.TCPStore("127.0.0.1", port, WORLD, is_master=rank == 0, timeout=timedelta(seconds=1))
     if way == "cut" and rank == 2:
         first_cause._Watch._dead = cut_twice(first_cause._Watch._dead)

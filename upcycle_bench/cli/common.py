@@ -17,7 +17,6 @@ import typer
 from upcycle_bench.util.errors import UserError
 
 if TYPE_CHECKING:
-    from upcycle_bench.planning.plan import Plan
     from upcycle_bench.planning.registry import Registry
     from upcycle_bench.protocol import Protocol
     from upcycle_bench.util.progress import Reporter
@@ -241,49 +240,6 @@ def warn_broken(broken: dict[str, str]) -> None:
     if is_main():
         for plugin, reason in broken.items():
             print(f"warning: plugin {plugin} did not load: {reason}", file=sys.stderr)
-
-
-def make_plans(
-    strategy: str,
-    protocol: str,
-    option: list[str] | None,
-    overrides: list[str] | None,
-    data: str | None,
-    checkpoint: str | None,
-    pixels: list[str] | None,
-    interpolate: bool,
-    eval_data: Path | None,
-    reporter: Reporter,
-    suite: str | None = None,
-    building: contextlib.AbstractContextManager[None] | None = None,
-) -> list[Plan]:
-    """A plan for each strategy that is named, with both seeds 0.
-
-    A plan builds the data that the cache lacks: `building` says what an interruption does then.
-    """
-    with uncollected():
-        from upcycle_bench.model.pixels import parsed
-        from upcycle_bench.model.pretrained import Choices
-        from upcycle_bench.planning import plans
-        from upcycle_bench.planning.matrix import strategy_names
-        from upcycle_bench.planning.plan import Paths
-        from upcycle_bench.protocol import load_protocol
-
-    registry = open_registry()
-    names = strategy_names(registry, strategy)
-    if option and len(names) > 1:
-        raise UserError("--option belongs to one strategy; run strategies with options one by one.")
-    choices = Choices(parsed(pixels or []), interpolate)
-    paths = Paths(data=data, checkpoint=checkpoint, eval_data=eval_data, choices=choices)
-    options = dict(key_value(text) for text in option or [])
-    settings = load_protocol(registry.get("protocol", protocol).target, overrides)
-    suites = names_of(suite, "--suite")
-    with uncollected():
-        import open_clip  # noqa: F401  (the slowest import of all; a plan needs its configurations)
-    with building or interruptible("nothing was written"):
-        return plans.make_plans(
-            registry, names, settings, options=options, paths=paths, suites=suites, reporter=reporter
-        )
 
 
 def warn_emulated(protocol: Protocol) -> None:

@@ -41,7 +41,7 @@ def experts(
     writable_place(output)
     if output.exists() and not output.is_dir():
         raise UserError(f"--output {output}: is a file; give a folder for the sheets.")
-    from upcycle_bench.planning.plan import make_suites
+    from upcycle_bench.planning.suites import make_suites
     from upcycle_bench.protocol import load_protocol
     from upcycle_bench.reporting import contact_sheets
 

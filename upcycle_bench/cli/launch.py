@@ -21,8 +21,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from upcycle_bench.cli.common import Json, make_plans, require_one_process, terminal_reporter, uncollected
+from upcycle_bench.cli.common import Json, require_one_process, terminal_reporter, uncollected
 from upcycle_bench.cli.jobs import chosen_jobs, jobs_of
+from upcycle_bench.cli.plans import make_plans
 from upcycle_bench.cli.run import run, show_matrix
 from upcycle_bench.cli.tables import table
 from upcycle_bench.util import strict_json

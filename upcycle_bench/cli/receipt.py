@@ -25,9 +25,9 @@ from upcycle_bench.cli.common import (
     Strategies,
     interruptible,
     is_main,
-    make_plans,
     terminal_reporter,
 )
+from upcycle_bench.cli.plans import make_plans
 from upcycle_bench.cli.tables import table
 from upcycle_bench.util import strict_json
 

@@ -28,7 +28,6 @@ from upcycle_bench.cli.common import (
     Workers,
     going_on,
     is_main,
-    make_plans,
     resumable,
     stop_time,
     terminal_reporter,
@@ -40,6 +39,7 @@ from upcycle_bench.cli.common import (
 from upcycle_bench.cli.evaluate import show_certificate
 from upcycle_bench.cli.jobs import Jobs, chosen_jobs, jobs_of
 from upcycle_bench.cli.live import live_table
+from upcycle_bench.cli.plans import make_plans
 from upcycle_bench.cli.tables import show_headlines, show_scores, show_skipped, table
 from upcycle_bench.util import strict_json
 from upcycle_bench.util.errors import UserError

@@ -26,9 +26,10 @@ from upcycle_bench.model.config import HUB, LOCAL
 from upcycle_bench.model.moe import parameter_counts
 from upcycle_bench.model.pretrained import Choices, find_pretrained
 from upcycle_bench.planning.fingerprint import suite_fingerprints
-from upcycle_bench.planning.plan import Paths, find_world, make_suites
+from upcycle_bench.planning.plan import Paths, find_world
 from upcycle_bench.planning.registry import Registry
 from upcycle_bench.planning.sound_sets import without_bad_sets
+from upcycle_bench.planning.suites import make_suites
 from upcycle_bench.protocol import load_protocol
 from upcycle_bench.suite import OnlyNamed, Suite
 from upcycle_bench.training import session

@@ -8,11 +8,9 @@ run_id(plan, dense_digest)                              # equal for two runs of 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
-
-from pydantic import ValidationError
 
 from upcycle_bench.assets import CHECKPOINTS
 from upcycle_bench.data.local_world import local_world
@@ -33,12 +31,13 @@ from upcycle_bench.planning.fingerprint import (
 )
 from upcycle_bench.planning.registry import Entry, Registry
 from upcycle_bench.planning.sound_sets import without_bad_sets
+from upcycle_bench.planning.suites import make_suites
 from upcycle_bench.protocol import MoE, Protocol
 from upcycle_bench.record import TUNED, TunedPart
 from upcycle_bench.strategy import Strategy, configure, resolve_moe
 from upcycle_bench.suite import Suite
 from upcycle_bench.util import distributed
-from upcycle_bench.util.errors import UserError, first_problem, unknown
+from upcycle_bench.util.errors import UserError
 from upcycle_bench.util.files import file_sha256, require_writable
 from upcycle_bench.util.progress import Reporter
 
@@ -229,33 +228,6 @@ def shipped_checkpoint(protocol: Protocol) -> Path:
             "install upcycle-bench again."
         )
     return path
-
-
-def make_suites(registry: Registry, protocol: Protocol, names: Sequence[str] = ()) -> dict[str, Suite]:
-    """The suites of those names with the protocol's settings, in the protocol's order; `names` as in `make_plan`."""
-    every = protocol.suites | protocol.optional_suites
-    if "all" in names and len(names) > 1:
-        raise UserError("--suite: 'all' stands alone; it names every suite of the protocol.")
-    for name in names:
-        if name != "all" and name not in every:
-            raise unknown(f"suite of protocol {protocol.name}", name, every)
-    chosen = every if "all" in names else names or protocol.suites
-    return {name: _suite(registry, name, settings) for name, settings in every.items() if name in chosen}
-
-
-def _suite(registry: Registry, name: str, settings: dict[str, Any]) -> Suite:
-    target = registry.get("suite", name).target
-    for key in settings:
-        if key not in (known := [spec.name for spec in fields(target)]):
-            raise unknown(f"setting of suite {name}", key, known)
-    try:
-        suite: Suite = target(
-            **{key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()}
-        )
-    except ValidationError as error:
-        where, what = first_problem(error)
-        raise UserError(f"protocol: suites.{'.'.join(filter(None, (name, where)))}: {what}.") from None
-    return suite
 
 
 def label_of(strategy: Strategy, usual: Strategy) -> str:

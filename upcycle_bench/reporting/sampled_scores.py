@@ -12,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from upcycle_bench.planning.plan import make_suites
+from upcycle_bench.planning.suites import make_suites
 from upcycle_bench.record import Record, ScoreRecord
 from upcycle_bench.reporting.sent import Here, Sent
 from upcycle_bench.suite import AVERAGE, Sampled, Suite, is_average

@@ -22,7 +22,6 @@ import socket
 import sys
 import threading
 import time
-import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from datetime import timedelta
@@ -32,6 +31,7 @@ import torch.distributed as dist
 from upcycle_bench.util import strict_json
 from upcycle_bench.util.cause import GONE, KILLED, Cause, PeerFailed
 from upcycle_bench.util.connection import Connection
+from upcycle_bench.util.error_kinds import in_collective, orderly
 from upcycle_bench.util.errors import one_line
 from upcycle_bench.util.processes import process_space, process_started
 from upcycle_bench.util.stop_request import STATUS, Stopped, pass_on, request
@@ -45,8 +45,6 @@ GRACE = 8.0  # seconds in which the main thread must have noticed another's fail
 FAREWELL = 60.0  # seconds that it has then, for its record and its end
 STOP = 5.0  # seconds in which the main thread must have heard that another rank was asked to stop
 LAST_STEP = 45.0  # the same in a training, which ends by itself; a scheduler waits 60 s for the last rank
-ORDERLY = (75, 130)  # exit statuses of interruptions, which are no failures
-COLLECTIVES = ("torch/distributed", "deepspeed/comm")  # an error in this code may be another rank's
 
 Say = Callable[[Exception], None]
 
@@ -80,7 +78,7 @@ def last_word(say: Say = lambda error: None) -> Iterator[None]:
         yield
     except BaseException as error:
         first = error if watch is None else watch.first(error)
-        if isinstance(first, Exception) and not _orderly(first):
+        if isinstance(first, Exception) and not orderly(first):
             if watch is None:
                 say(first)
             else:
@@ -141,21 +139,21 @@ class _Watch:
             return error
         self._deadline = time.monotonic() + SILENCE + FAREWELL
         try:
-            if _orderly(error):  # a launcher sends SIGTERM to all when one has died
+            if orderly(error):  # a launcher sends SIGTERM to all when one has died
                 self._wait(NEWS)
-            elif _in_collective(error):
+            elif in_collective(error):
                 self._broken = True
                 # Rank 0 listens to all beats, so the others give it the time to find who is silent.
                 self._wait((SUSPICION if self.rank == 0 else 2 * SUSPICION) + NEWS)
         except (KeyboardInterrupt, SystemExit) as interruption:  # raised by a handler of signals
             error = interruption
             self._wait(NEWS)
-        if self.found is None and self.stopped and _in_collective(error):
+        if self.found is None and self.stopped and in_collective(error):
             error = Stopped(self.stopped)
         if self.found is None and isinstance(error, Stopped) and not error.step:
             self._tell_stop(error.by)
         mine = f"{type(error).__name__}: {error}"
-        if self.found is None and not _orderly(error):
+        if self.found is None and not orderly(error):
             self._tell(getattr(error, "rank", self.rank), mine)
         self._deadline = time.monotonic() + FAREWELL
         if self.found is None:
@@ -288,15 +286,6 @@ class _Watch:
             f"error: {error}" if self.rank == 0 else f"error (rank {self.rank}): {error}", file=sys.stderr, flush=True
         )
         os._exit(PeerFailed.status)
-
-
-def _orderly(error: BaseException) -> bool:
-    return not isinstance(error, Exception) or getattr(error, "status", None) in ORDERLY
-
-
-def _in_collective(error: BaseException) -> bool:
-    frames = traceback.extract_tb(error.__traceback__)
-    return isinstance(error, dist.DistError) or any(part in frame.filename for frame in frames for part in COLLECTIVES)
 
 
 def _limited(what: str) -> str:
