@@ -137,7 +137,7 @@ def test_a_run_on_local_data_is_planned_from_its_command(local: Path, tmp_path: 
 
 def test_a_run_on_local_data_is_validated_by_its_sets(local: Path) -> None:
     found = validate([local], Here(REGISTRY, load_world("digits", 0).eval_root))
-    assert found.sound and {finding.check for finding in found.findings} == {"scores"}
+    assert found.sound and {finding.check for finding in found.findings} == {"scores", "curve"}
     (said,) = [each for each in validate([local], Here(REGISTRY)).findings if each.check == "suite-fingerprint"]
     assert not said.wrong and "--eval-data" in said.what
 

@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from upcycle_bench.data.worlds import built_world
 from upcycle_bench.model import backends
 from upcycle_bench.model.pixels import parsed
 from upcycle_bench.model.pretrained import Choices
@@ -64,17 +65,23 @@ class Again:
         return {**found, "missing": self.missing, "scores": rows}
 
 
-def plan_of(sent: Sent, registry: Registry, given: Paths, reporter: Reporter) -> Plan:
+def plan_of(sent: Sent, registry: Registry, given: Paths, reporter: Reporter, build: bool = True) -> Plan:
     """The plan of the record's run, with the protocol that it resolved; paths that are not given are its command's.
 
-    UserError for a run that failed, a protocol or strategy that is not known here, and data or dense weights that are
-    not the record's.
+    A world that the cache lacks is built, or, where `build` is false, refused. UserError for a run that failed, a
+    protocol or strategy that is not known here, and data or dense weights that are not the record's.
     """
     record = sent.record
     if record.status != "ok":
         raise UserError(f"record {sent.path}: its run failed, so there is nothing to reproduce ({record.reason}).")
     if sent.protocol is None:
         raise UserError(f"record {sent.path}: its protocol is of another version; use the version that wrote it.")
+    data = sent.protocol.data
+    if not build and data.world != "local" and built_world(data.world, data.seed) is None:
+        raise UserError(
+            f"world {data.world} is not in this cache: upcycle-bench data build {data.world} builds it, or leave out "
+            "--dry-run."
+        )
     plan = make_plan(
         registry,
         record.strategy.name,

@@ -65,7 +65,7 @@ def test_a_matrix_shows_every_headline_as_a_table_and_as_json(capsys):
     failed = make_record("bad", status="failed", reason="why", value=None, cost=None, receipt=None)
     outcomes = []
     for label, found, reason in (("new", made, None), ("bad", failed, "why"), ("lost", None, "why")):
-        plan = SimpleNamespace(label=label, init_seed=3, train_seed=4, protocol=made.protocol)
+        plan = SimpleNamespace(row=label, init_seed=3, train_seed=4, protocol=made.protocol)
         cell = SimpleNamespace(strategy=label, seed="4", plan=plan)
         outcomes.append(SimpleNamespace(cell=cell, made=found, path=Path("a.json"), reason=reason, ran=True))
     show_outcomes(outcomes, as_json=True)
@@ -87,7 +87,7 @@ def test_runs_of_a_matrix_with_other_headlines_share_its_table(capsys):
     outcomes = []
     for label, name in (("one", "near"), ("two", "far")):
         made = make_record(label, scores=[score("a", "acc1", 0.25, headline=name)])
-        plan = SimpleNamespace(label=label, init_seed=0, train_seed=0, protocol=made.protocol)
+        plan = SimpleNamespace(row=label, init_seed=0, train_seed=0, protocol=made.protocol)
         cell = SimpleNamespace(strategy=label, seed="0", plan=plan)
         outcomes.append(SimpleNamespace(cell=cell, made=made, path=Path("a.json"), reason=None, ran=True))
     show_outcomes(outcomes, as_json=False)

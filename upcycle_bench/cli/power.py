@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from upcycle_bench.cli.common import Json
 from upcycle_bench.cli.leaderboard import OfProtocol, Results, collected, warn_without
 from upcycle_bench.util.errors import UserError
+
+if TYPE_CHECKING:
+    from upcycle_bench.reporting.power import PowerRow
 
 
 def power(
@@ -48,7 +51,7 @@ def power(
                 "n": str(row.seeds),
                 f"vs {each.reference}": f"{row.difference:+.4f}",
                 "detectable": "" if row.smallest is None else f"{row.smallest:.4f}",
-                "seeds needed": str(row.needed or ("over 1000" if row.difference or each.asked else "-")),
+                "seeds needed": _seeds(row, each.asked),
             }
             for row in each.rows
         ]
@@ -59,3 +62,12 @@ def power(
             f"for {wanted}.\nOne pair of runs differs by {each.spread:.4f} more or less (pooled), the samples add "
             f"{each.samples:.4f} to the standard error.\n"
         )
+
+
+def _seeds(row: PowerRow, asked: float | None) -> str:
+    """The seeds needed, or why there is no number."""
+    if row.needed:
+        return str(row.needed)
+    if row.hidden:
+        return "none: samples hide it"
+    return "over 1000" if row.difference or asked else "-"

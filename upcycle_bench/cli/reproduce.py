@@ -48,7 +48,7 @@ def reproduce(
     sent, registry, reporter = open_whole(path), open_registry(), terminal_reporter()
     given = Paths(data=data, checkpoint=checkpoint, eval_data=eval_data)
     with interruptible("nothing was written"):
-        plan = again.plan_of(sent, registry, given, reporter)
+        plan = again.plan_of(sent, registry, given, reporter, build=not dry_run)
         differing = again.differs_here(sent.record, plan)
         if is_main():
             print(f"different here: {'; '.join(differing) or 'nothing'}", file=sys.stderr)

@@ -83,6 +83,7 @@ class Row:
     targets: dict[str, Target]  # reference -> the way to its final score
     peer: str | None  # the label that differences are to; None where there is nothing to compare with
     runs: int  # how many count
+    records: tuple[str, ...]  # their run ids, which the names of their files end with
     certified: int  # how many of these have a certificate
     failed: int
     superseded: int

@@ -1,17 +1,23 @@
 """Sentences about a board: what its runs have in common, what its numbers are, and how to read all boards.
 
-print(heading(board), *caption(board), *NOTES, sep="\n")
+print(heading(board), *verdicts(board), *caption(board), *NOTES, sep="\n")
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
 
 from upcycle_bench.reporting.board import GUEST, Board
-from upcycle_bench.reporting.columns import shown_scores, split_column, targets_of
+from upcycle_bench.reporting.columns import shown_scores, split_column, targets_of, versus
 from upcycle_bench.reporting.equal_compute import LONGER, NEAR
 
 LOG_RANK = "log_rank"  # as `evaluation.ranking` calls it
+RESOLVED = ("better", "worse")  # only these verdicts are bold
+VERDICTS = {verdict: verdict for verdict in (*RESOLVED, "tied", "undecided", "no reference")} | {
+    "not yet ranked": "not yet ranked (fewer than three training seeds)"
+}
+NAMED, LETTERS = 6, 40  # rows of one verdict by name, above the table; letters of a name there
 NOTES = (
     "± is the half width of a 95 % Student-t confidence interval over n training seeds (several initialisations of one "
     "training seed are averaged first) and, where the records have outcomes, evaluation samples. Over few seeds such "
@@ -33,6 +39,24 @@ def heading(board: Board) -> str:
     against = f", against {board.baseline} of as much compute" if board.view == "compute" else ""
     where = f"training {board.training_fingerprint[:8]}{suites}, dense {board.dense[:8]}"
     return f"{board.protocol}, {board.division} division{against} ({where})"
+
+
+def verdicts(board: Board) -> list[str]:
+    """A sentence for each headline score: which rows are better than the reference, worse, tied and so on."""
+    sentences = []
+    for name in board.headlines if board.baseline else ():
+        found = [(row.label, headline.verdict) for row in board.rows if (headline := row.headlines.get(name))]
+        groups = {verdict: [label for label, mine in found if mine == verdict] for verdict in VERDICTS}
+        said = [f"{VERDICTS[verdict]}: {_named(mine)}" for verdict, mine in groups.items() if mine]
+        against = versus(board).removeprefix("vs ")
+        sentences.append(f"{name}, against {against}: {'; '.join(said) or 'no other row'}.")
+    return sentences
+
+
+def _named(labels: Sequence[str]) -> str:
+    """The first labels, and how many more there are."""
+    more = f" and {len(labels) - NAMED} more" if len(labels) > NAMED else ""
+    return ", ".join(each if len(each) <= LETTERS else each[: LETTERS - 1] + "…" for each in labels[:NAMED]) + more
 
 
 def caption(board: Board, whole: bool = True) -> list[str]:

@@ -73,7 +73,7 @@ class Collected:
             return self
         known = {made.protocol.name for made in self.records}
         if protocol not in known:
-            raise unknown("protocol", protocol, known)
+            raise unknown("protocol of these records", protocol, known)
         kept = [number for number, made in enumerate(self.records) if made.protocol.name == protocol]
         return Collected([self.records[k] for k in kept], [self.paths[k] for k in kept], self.passed_over)
 
@@ -120,7 +120,9 @@ def collect(places: Iterable[Path]) -> Collected:
             found.records.append(made)
             found.paths.append(path)
     if not found.records:
-        others = f" ({len(found.passed_over)} files were passed over)" if found.passed_over else ""
         where = ", ".join(map(str, places))
-        raise UserError(f"no records below {where}{others}; make one with: upcycle-bench run --strategy cluster-aware")
+        for path, why in found.passed_over.items():
+            more = f"; so are {len(found.passed_over) - 1:,} more files" if len(found.passed_over) > 1 else ""
+            raise UserError(f"no records below {where}: {path.name} is passed over ({why.rstrip('.')}){more}.")
+        raise UserError(f"no records below {where}; make one with: upcycle-bench run --strategy cluster-aware")
     return found

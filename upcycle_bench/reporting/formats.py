@@ -16,7 +16,7 @@ from operator import or_
 from typing import TYPE_CHECKING, Any
 
 from upcycle_bench.reporting.board import Board
-from upcycle_bench.reporting.captions import NOTES, caption, heading
+from upcycle_bench.reporting.captions import NOTES, caption, heading, verdicts
 from upcycle_bench.reporting.columns import Columns, column_groups, compact_columns
 from upcycle_bench.reporting.latex import latex
 from upcycle_bench.util import strict_json
@@ -48,6 +48,10 @@ def render(
     }
     if format not in writers:
         raise unknown("format", format, writers)
+    scores = {name for board in boards for row in board.rows for name in row.scores}
+    for word in metrics:
+        if not any(word in name for name in scores):
+            raise unknown("metric", word, {name.rpartition("/")[2].partition("[")[0] for name in scores})
     return CONTROL.sub("?", writers[format](boards))
 
 
@@ -107,7 +111,7 @@ def _terminal(boards: list[Board], width: int | None, wide: bool, metrics: Seque
         elif not fits(tables[0]):
             tables = _split_to_fit(who | {"strategy": _folded(who["strategy"], FOLDED)}, groups, fits)
         lines = [*caption(board, whole=not short), *(_runs(board) if short else [])]
-        console.print(heading(board), *map(_rich_table, tables), *lines, "", sep="\n", markup=False)
+        console.print(heading(board), *verdicts(board), *map(_rich_table, tables), *lines, "", sep="\n", markup=False)
     console.print(*NOTES, sep="\n", markup=False)
     return "\n".join(line.rstrip() for line in output.getvalue().splitlines()) + "\n"
 
@@ -136,7 +140,8 @@ def _markdown(boards: list[Board], metrics: Sequence[str]) -> str:
         cells = (map(_plain, line) for line in zip(*columns.values(), strict=True))
         table = markdown_table(list(map(_plain, columns)), map(list, cells))
         below = "\n".join(f"- {sentence}" for sentence in caption(board))
-        blocks.append(f"### {heading(board)}\n\n{table}\n\n{below}")
+        above = "\n".join(map(_plain, verdicts(board)))
+        blocks.append("\n\n".join(filter(None, [f"### {heading(board)}", above, table, below])))
     return "\n\n".join([*blocks, *NOTES]) + "\n"
 
 
@@ -168,6 +173,8 @@ def _csv(boards: list[Board]) -> str:
                     line |= {f"{name} {part}": number for name in value for part, number in _flat(value[name])}
                 elif key == "targets":
                     line |= {f"to {name} {part}": number for name in value for part, number in value[name].items()}
+                elif key == "records":
+                    line[key] = " ".join(value)
                 elif key == "scores":
                     line |= {name: value.get(name) for name in names}
                 elif key == "standard_errors":

@@ -184,6 +184,7 @@ def _row(runs: list[Record], counting: dict[SeedPair, Record], standings: Mappin
         targets={},
         peer=None,
         runs=len(counting),
+        records=tuple(run.run_id for _, run in sorted(counting.items())),
         certified=sum(run.certificate is not None for run in counting.values()),
         failed=len(failures),
         superseded=len(runs) - len(failures) - len(counting),

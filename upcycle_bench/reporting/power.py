@@ -34,6 +34,7 @@ class PowerRow:
     difference: float
     smallest: float | None
     needed: int | None  # seeds, for the difference that was asked for, else for its own
+    hidden: bool  # whether the samples hide that difference, however many seeds there are
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,7 @@ def detectable(board: Board, headline: str, difference: float | None = None) -> 
                 own.mean,
                 smallest(spread, samples, own.n, tests),
                 needed(spread, samples, wanted, tests) if wanted else None,
+                bool(wanted) and chance_to_find(wanted, 0.0, samples, MOST, tests) < CHANCE,
             )
         )
     return Power(board.protocol, headline, board.baseline, spread, samples, tests, difference, tuple(rows))

@@ -31,6 +31,9 @@ KINDS: dict[type[str], Literal["unchecked", "warning"]] = {Unchecked: "unchecked
 LISTS = {"wrong": "wrong", "warnings": "warning", "unchecked": "unchecked"}  # in JSON
 
 
+OF_OUTCOMES = ("outcomes", "samples", "scores", "errors")  # checks that say nothing without them
+
+
 @dataclass(frozen=True)
 class Check:
     """A check: what it asks, and the function that asks it of one record (None: it is asked as the file is read)."""
@@ -129,8 +132,10 @@ def validate(paths: Sequence[Path], here: Here) -> Validation:
         found += findings
         if one is not None:
             sent[path] = one
+            lost = any(finding.check == "outcomes-hash" for finding in findings)  # it is said, once
             for name, check in CHECKS.items():
-                found += _findings(name, check, one, here)
+                if not (lost and name in OF_OUTCOMES):
+                    found += _findings(name, check, one, here)
     every = list(sent.values())
     for name, over_all in OVER_ALL.items():
         found += [Finding(path, name, str(what), KINDS.get(type(what), "wrong")) for path, what in over_all(every)]

@@ -10,18 +10,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from upcycle_bench.reporting.board import Board, Row, RowHeadline
-from upcycle_bench.reporting.captions import caption, heading
+from upcycle_bench.reporting.captions import RESOLVED, caption, heading, verdicts
 from upcycle_bench.reporting.columns import mean_cell, number_cell, rank_cell, target_cell, targets_of, versus
 from upcycle_bench.reporting.html.behind import Behind, counting
 from upcycle_bench.reporting.html.ranks import Rankings, RankTable, missing, rank_tables
 from upcycle_bench.reporting.html.record_details import LAYER, layer_means
-from upcycle_bench.reporting.resampling import ENOUGH
 
-RESOLVED = ("better", "worse")  # only these verdicts are bold
-VERDICTS = {verdict: verdict for verdict in (*RESOLVED, "tied", "undecided", "no reference")} | {
-    "not yet ranked": f"not yet ranked (fewer than {ENOUGH} training seeds)"
-}
-NAMED, LETTERS = 6, 40  # rows of one verdict by name, above the table; letters of a name there
 TITLES = {
     "function_drift": "function drift",
     "expert_cosine": "cosine of experts",
@@ -61,31 +55,13 @@ def section_of(board: Board, behind: Behind, rankings: Rankings) -> Section:
     """The section of this board. `behind`: the records of its rows; `rankings`: by its headline scores."""
     return Section(
         heading=heading(board),
-        verdicts=_verdicts(board),
+        verdicts=verdicts(board),
         caption=[*caption(board), *missing(rankings)],
         rows=board.rows,
         columns=_columns(board),
         ranks=rank_tables(rankings),
         diagnostics=_diagnostics(board, behind),
     )
-
-
-def _verdicts(board: Board) -> list[str]:
-    """A sentence for each headline score: which rows are better than the reference, worse, tied and so on."""
-    sentences = []
-    for name in board.headlines if board.baseline else ():
-        found = [(row.label, headline.verdict) for row in board.rows if (headline := row.headlines.get(name))]
-        groups = {verdict: [label for label, mine in found if mine == verdict] for verdict in VERDICTS}
-        said = [f"{VERDICTS[verdict]}: {_named(mine)}" for verdict, mine in groups.items() if mine]
-        against = versus(board).removeprefix("vs ")
-        sentences.append(f"{name}, against {against}: {'; '.join(said) or 'no other row'}.")
-    return sentences
-
-
-def _named(labels: Sequence[str]) -> str:
-    """The first labels, and how many more there are."""
-    more = f" and {len(labels) - NAMED} more" if len(labels) > NAMED else ""
-    return ", ".join(each if len(each) <= LETTERS else each[: LETTERS - 1] + "…" for each in labels[:NAMED]) + more
 
 
 def _columns(board: Board) -> dict[str, list[Cell]]:
