@@ -155,3 +155,11 @@ def test_the_command_runs_compares_and_keeps_what_it_is_asked_to(
     assert call(monkeypatch, "reproduce", str(other), "--json") == 1
     facts = json.loads(capsys.readouterr().out)
     assert not facts["reproduced"] and facts["record"] is None
+
+
+def test_a_dry_run_builds_no_world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("UPCYCLE_BENCH_CACHE", str(tmp_path / "empty"))
+    sent = open_whole(Files(fresh(tmp_path), LAB).json)
+    with pytest.raises(UserError, match="world lab is not in this cache: upcycle-bench data build lab builds it"):
+        plan_of(sent, REGISTRY, Paths(), Reporter(), build=False)
+    assert not (tmp_path / "empty" / "worlds").exists()

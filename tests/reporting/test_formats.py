@@ -208,6 +208,22 @@ def test_headers_say_what_plus_minus_is() -> None:
     assert "| in-distribution | vs dense |" in one
 
 
+def test_a_metric_that_no_score_has_is_told(boards: list[Board]) -> None:
+    with pytest.raises(UserError, match="unknown metric 'nope'"):
+        render(boards, "md", metrics=["nope"])
+
+
+def test_a_reader_sees_first_who_is_better(two: list[Board]) -> None:
+    """Above the table, in the formats for people; run ids lead from a row to its records."""
+    for format in ("terminal", "md"):
+        text = " ".join(render(two, format).split())
+        sentence = re.findall(r"\w[\w-]*, against \w[\w-]*: [^.]*\.", text)[0]
+        assert text.index(sentence) < text.index("strategy")
+    line = next(csv.DictReader(io.StringIO(render(two, "csv"))))
+    assert line["records"].split() == list(two[0].rows[0].records)
+    assert len(two[0].rows[0].records) == two[0].rows[0].runs > 0
+
+
 def test_unknown_format() -> None:
     with pytest.raises(UserError, match=r"unknown format 'markdown'.* There are: csv, json, latex, md, terminal"):
         render(build([make_record()]), "markdown")

@@ -12,6 +12,7 @@ from tests.records import make_record
 from tests.reporting.test_leaderboard import failure, runs
 from upcycle_bench import cli
 from upcycle_bench.record import write
+from upcycle_bench.reporting.collect import collect
 from upcycle_bench.reporting.leaderboard import build
 from upcycle_bench.reporting.power import CHANCE, chance_to_find, detectable, needed, smallest
 from upcycle_bench.util.errors import UserError
@@ -62,6 +63,17 @@ def test_a_board_pools_the_spread_of_its_strategies() -> None:
     assert rows["one"].smallest is None and {row.needed for row in found.rows} == {needed(found.spread, 0.0, 20.0, 3)}
     own = {row.label: row.needed for row in detectable(board, "in-distribution").rows}
     assert own["new"] == needed(found.spread, 0.0, 2.0, 3)
+    assert not any(row.hidden for row in found.rows)
+
+
+def test_what_the_samples_hide_no_number_of_seeds_finds() -> None:
+    """Records of `smoke`, whose sets are small."""
+    found = collect([Path(__file__).parents[2] / "results" / "smoke"])
+    (board,) = build(found.records, found.outcomes)
+    tiny, large = (detectable(board, "in-distribution", each) for each in (1e-4, 1.0))
+    assert tiny.samples > 1e-3
+    assert all(row.needed is None and row.hidden for row in tiny.rows)
+    assert all(row.needed == 3 and not row.hidden for row in large.rows)
 
 
 def test_one_seed_shows_nothing() -> None:
