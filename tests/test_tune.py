@@ -13,6 +13,7 @@ from tests.conftest import QUICK
 from tests.records import make_record, tuned_part
 from tests.test_run import plan as make_plan
 from upcycle_bench import cli, record, run_apart
+from upcycle_bench import tune as tuning
 from upcycle_bench.planning.identity import run_facts
 from upcycle_bench.planning.matrix import Cell
 from upcycle_bench.planning.plan import run_id
@@ -205,6 +206,32 @@ def test_processes_of_their_own_run_candidates_by_run_and_the_row_by_tune(
         "run --strategy drop-upcycling -o ratio=0.75 --init-seed 1000 --train-seed 1000 --protocol smoke-dev"
     )
     assert tune == "tune --strategy drop-upcycling --init-seed 0 --train-seed 0 --try ratio=0.75"
+
+
+def test_overrides_of_the_rule_are_not_for_the_candidates_processes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The tuning protocol has no rule; and what `run` is told there, it accepts."""
+    given: list[list[str]] = []
+
+    def run_all(cells: list[Cell], *_: Any, shared: list[str], **__: Any) -> list[Outcome]:
+        given.append(shared)
+        made = [
+            make_record(cell.strategy, init=cell.plan.init_seed, train=cell.plan.train_seed, value=0.5)
+            for cell in cells
+        ]
+        return [Outcome(cell=cell, path=tmp_path / "r.json", made=each) for cell, each in zip(cells, made, strict=True)]
+
+    monkeypatch.setattr(tuning, "run_all", run_all)
+    rule = ["--set", "tuning.candidates=2"]
+    assert tune(tmp_path, "--try", "ratio=0.75", *rule, "--seeds", "2", "--jobs", "2", "--json") == 0
+    usual = [part for override in sorted(QUICK) for part in ("--set", override)]
+    results = ["--results", str(tmp_path)]
+    assert given == [
+        ["--protocol", "smoke-dev", *usual, *results],
+        ["--protocol", "smoke", *usual, *rule, "--try", "ratio=0.75", *results],
+    ]
+    assert call("run", "-s", "drop-upcycling", *given[0], "--dry-run", "--json") == 0
 
 
 def test_a_tuned_plan_is_closed_and_another_run_than_that_of_its_options() -> None:

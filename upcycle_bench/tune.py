@@ -91,21 +91,25 @@ def tune(
 ) -> tuple[TunedPart, list[Outcome]]:
     """The choice, and the outcomes of the tuned row, one for each of `pairs` of seeds. Every rank must call it.
 
-    `shared` and `tried`: the command-line options of other processes, without and for the candidates. NothingChosen
-    where a candidate's run fails.
+    `shared`: the command-line options of other processes, without protocol and overrides; `tried`: more of them, for
+    the tuned row alone. NothingChosen where a candidate's run fails.
     """
     how: dict[str, Any] = {"jobs": jobs, "fresh": False, "show": show, "live": live}
     # One session for both matrices, as `run_all` has one for all cells; processes of their own have none here.
     with contextlib.nullcontext() if jobs > 1 else session.open_session(task.protocol.threads):
-        dev = ["--protocol", task.table.protocol, *shared]
-        outcomes = run_all(task.cells, results, reporter, shared=dev, **how)
+        outcomes = run_all(task.cells, results, reporter, shared=[*_named(task.plans[0].protocol), *shared], **how)
         tuned = distributed.from_main(choose(task.table, outcomes) if distributed.is_main() else None)
         reporter.say(f"chosen: {tuned.winner.label}, the best of {len(tuned.candidates)}")
         cells = task.reported(tuned, pairs)
         if len(cells) == 1:
             return tuned, [_alone(cells[0], results, reporter, show)]
-        here = ["--protocol", task.protocol.name, *tried, *shared]
+        here = [*_named(task.protocol), *tried, *shared]
         return tuned, run_all(cells, results, reporter, shared=here, **how)
+
+
+def _named(protocol: Protocol) -> list[str]:
+    """The command-line options that give this protocol; the tuning protocol has no overrides of the rule."""
+    return ["--protocol", protocol.name, *(part for override in protocol.overrides for part in ("--set", override))]
 
 
 def _alone(cell: Cell, results: Path, reporter: Reporter, show: Show) -> Outcome:

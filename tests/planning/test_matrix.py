@@ -1,16 +1,26 @@
 """The matrix: its cells, and which of them are done."""
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from tests.records import make_record
+from tests.records import make_record, tuned_part
 from upcycle_bench import record
-from upcycle_bench.planning.matrix import Cell, enumerate_cells, newest_record, read_records, seed_pairs, strategy_names
+from upcycle_bench.planning.matrix import (
+    Cell,
+    describes,
+    enumerate_cells,
+    newest_record,
+    read_records,
+    seed_pairs,
+    strategy_names,
+)
 from upcycle_bench.planning.plan import Plan
 from upcycle_bench.planning.registry import Entry, Registry
+from upcycle_bench.record import TunedPart
 from upcycle_bench.util.errors import UserError
 
 # ---- enumeration -------------------------------------------------------------------------------------------------
@@ -133,3 +143,10 @@ def test_files_that_are_no_records_do_not_count(tmp_path: Path) -> None:
     path = record.write(make_record(), None, tmp_path)
     assert list(read_records(tmp_path)) == [path]
     assert read_records(tmp_path, {path}) == {}
+
+
+def test_a_row_of_another_tuning_is_another_run() -> None:
+    parts = [TunedPart.model_validate(tuned_part(("moved", [value]))) for value in (0.5, 0.6)]
+    made = make_record("moved[tuned]", strategy={"tuned": parts[0].model_dump()})
+    found = [describes(made, Cell(plan=replace(planned("moved"), tuned=part))) for part in (*parts, None)]
+    assert found == [True, False, False]

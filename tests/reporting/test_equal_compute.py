@@ -32,7 +32,7 @@ def runs(label: str, flops: int, values: Iterable[float] = (0.5, 0.51, 0.52), **
 def longer(label: str, flops: int, values: Iterable[float] = (0.6, 0.61, 0.62), **more: object) -> list[Record]:
     """The same of another compute, whose table is its own."""
     own = {**SHARED, "training_fingerprint": f"with {flops}"}
-    return runs(label, flops, values, protocol=own, **more)
+    return runs(label, flops, values, protocol=own, **{"strategy": {"status": "control"}, **more})
 
 
 EVERY = [
@@ -92,6 +92,16 @@ def test_the_view_has_a_table_for_each_reference_with_differences_to_the_peers()
     assert all(row.rank is None and row.headlines["in-distribution"].ranks is None for row in sparse.rows)
     # At equal steps runs of another compute have tables of their own, as before.
     assert [len(board.rows) for board in build(EVERY)] == [6, 1, 1]
+
+
+def test_options_open_a_run_of_another_compute_but_a_controls_compute() -> None:
+    """An ablation that costs more is no closed row, in whatever view."""
+    ablation = longer("costly[k=4]", 2000, strategy={"status": "published"})
+    dense = longer("dense-at-compute[compute=2.0]", 2000)
+    boards = build([*EVERY, *ablation, *dense], view="compute")
+    assert [board.division for board in boards] == ["closed", "closed"]
+    labels = {row.label for board in boards for row in board.rows}
+    assert "dense-at-compute[compute=2.0]" in labels and "costly[k=4]" not in labels
 
 
 def test_every_format_says_what_is_compared_and_what_is_missing() -> None:

@@ -362,6 +362,32 @@ def test_a_tuned_row_is_closed_and_pays_for_all_that_was_tried() -> None:
     assert only(build([make_record("new[tuned]", strategy={"tuned": uncounted})]))["new[tuned]"].charged_flops is None
 
 
+def test_of_a_row_that_was_tuned_again_the_newest_choice_counts() -> None:
+    """Also where it has fewer seeds."""
+    first, second = tuned_part(("new", [0.5])), tuned_part(("new", [0.5]), ("new[a=2]", [0.6]))
+    old = runs("new[tuned]", {0: 0.7, 1: 0.71, 2: 0.69}, strategy={"tuned": first})
+    new = make_record("new[tuned]", train=1, value=0.9, strategy={"tuned": second}, created="2026-01-03T00:00:00Z")
+    (row,) = only(build([new, *old])).values()
+    assert (row.runs, row.superseded, row.mixed, main(row).mean.mean) == (1, 3, False, 0.9)
+    failed = make_record("new[tuned]", strategy={"tuned": second}, status="failed", reason="killed", value=None)
+    (row,) = only(build([*old, failed])).values()
+    assert (row.runs, row.superseded, row.failed) == (3, 0, 1)
+
+
+def test_an_open_table_says_what_opened_each_of_its_rows() -> None:
+    overridden = [
+        make_record(label, protocol={"division": "open", "overrides": (f"train.log_every={number}",)})
+        for number, label in enumerate(("old", "new"))
+    ]
+    wide = make_record("wide", protocol={"division": "open", "unequal": "twice the FLOPs"})
+    ablation = make_record("new[a=2]", protocol={"division": "open"})
+    (board,) = build([*overridden, wide, ablation])
+    assert (
+        "not to be compared with other tables: --set train.log_every=0 --set train.log_every=1; twice the FLOPs; "
+        "options off the protocol's defaults." in render([board], "md")
+    )
+
+
 def test_a_shape_of_another_cost_is_explained() -> None:
     dear = make_record("wide", protocol={"division": "open", "unequal": "twice the FLOPs"})
     assert "not to be compared with other tables: twice the FLOPs" in render(build([dear]), "md")

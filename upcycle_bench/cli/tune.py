@@ -95,7 +95,7 @@ def tune(
         show_dry_run(task, len(pairs), results, as_json)
         return
     warn_emulated(settings)
-    shared = written_out(context, without=OF_A_MATRIX | {"protocol", "tries"})
+    shared = written_out(context, without=OF_A_MATRIX | {"protocol", "overrides", "tries"})
     tried = [part for text in tries or [] for part in ("--try", text)]
     at_once = at_once or chosen_jobs(task.cells, results)
     how: Any = {"jobs": at_once, "shared": shared, "tried": tried, "show": show_matrix, "live": live_table(reporter)}

@@ -93,12 +93,12 @@ def newest_record(cell: Cell, run_id: str, records: Records) -> Path | None:
 
 
 def describes(made: record.Record, cell: Cell) -> bool:
-    """Whether a record belongs to this cell: strategy, protocol, fingerprints and seeds; of a failed run too."""
+    """Whether a record belongs to this cell: strategy, tuning, protocol, fingerprints, seeds; of a failed run too."""
     protocol = made.protocol
     plan = cell.plan.as_built(protocol.unequal)  # what the model costs is known only when it is built
     plan = trained_on(plan, made.sessions or ())
     return (
-        made.strategy.label == plan.row
+        (made.strategy.label, made.strategy.tuned) == (plan.row, plan.tuned)
         and (protocol.name, made.division) == (plan.protocol.name, plan.division)
         and protocol.training_fingerprint == plan.training_fingerprint
         and protocol.suite_fingerprints.items() <= plan.suite_fingerprints.items()

@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 
-from upcycle_bench.reporting.board import GUEST, Board
+from upcycle_bench.record import TUNED
+from upcycle_bench.reporting.board import GUEST, Board, Row
 from upcycle_bench.reporting.columns import shown_scores, split_column, targets_of, versus
 from upcycle_bench.reporting.equal_compute import LONGER, NEAR
 
@@ -63,8 +64,9 @@ def caption(board: Board, whole: bool = True) -> list[str]:
     """Sentences about the numbers of this board, of all columns or not; NOTES are about those of all boards."""
     sentences = []
     if board.division == "open":
-        settings = [" ".join(f"--set {override}" for override in board.overrides), board.unequal or ""]
-        what = "; ".join(filter(None, settings)) or "options off the protocol's defaults."
+        overrides = " ".join(f"--set {override}" for override in board.overrides)
+        options = "options off the protocol's defaults." if any(_off_defaults(row) for row in board.rows) else ""
+        what = "; ".join(filter(None, [overrides, board.unequal, options])) or "random data."
         sentences.append(f"Open division, not to be compared with other tables: {what}")
     if any(row.guest for row in board.rows):
         sentences.append(f"Rows marked {GUEST} ran and were scored alike; here they are what the others compare with.")
@@ -112,6 +114,11 @@ def caption(board: Board, whole: bool = True) -> list[str]:
             f"There are {without} of {runs} runs without a certificate of their evaluation (docs/protocols.md)."
         )
     return sentences
+
+
+def _off_defaults(row: Row) -> bool:
+    """Whether somebody set options of this row."""
+    return not row.guest and row.label not in (row.strategy, f"{row.strategy}{TUNED}")
 
 
 def _equal_compute(board: Board) -> list[str]:

@@ -135,11 +135,11 @@ def training(sent: Sent, here: Here) -> Iterator[str]:
         yield Unchecked(sent.foreign_model)
         return
     shared = record.protocol.shared_fingerprint
-    if shared is not None and (record.protocol.unequal is None or shared not in _fingerprints(sent, None)):
+    if shared is not None and (record.protocol.unequal is None or shared not in fingerprints(sent, None)):
         yield f"the shared fingerprint is {shared}, which is not that of runs of equal cost"
-    if record.protocol.unequal is None and said in _fingerprints(sent, None):
+    if record.protocol.unequal is None and said in fingerprints(sent, None):
         return
-    if said in _fingerprints(sent, record.protocol.unequal):
+    if said in fingerprints(sent, record.protocol.unequal):
         return
     source, sessions = sent.protocol.dense.source, record.sessions or []
     own = source == "pretrain"
@@ -149,7 +149,7 @@ def training(sent: Sent, here: Here) -> Iterator[str]:
         yield f"the training fingerprint is {said}, protocol, data, dense model and ranks give another one"
 
 
-def _fingerprints(sent: Sent, unequal: str | None) -> Iterator[str]:
+def fingerprints(sent: Sent, unequal: str | None) -> Iterator[str]:
     """The training fingerprints that this record may have: of each way its dense model may have been made."""
     record, made = sent.record, sent.protocol
     assert made is not None and record.cost is not None
@@ -187,7 +187,7 @@ def run_id(sent: Sent, here: Here) -> Iterator[str]:
         return
     declared = [record.protocol.training_fingerprint]
     if record.protocol.unequal and sent.protocol is not None and not sent.foreign_model:
-        declared += _fingerprints(sent, None)  # a run is named before its model, and what that costs, is known
+        declared += fingerprints(sent, None)  # a run is named before its model, and what that costs, is known
     owner = f"{part.distribution} {part.version}".strip()
     for fingerprint in declared:
         found = run_fingerprint(

@@ -26,10 +26,15 @@ def table_of(record: Record) -> Table:
 
 
 def shared_table_of(record: Record) -> Table:
-    """The same, but a run of another compute belongs to the table of those whose protocol it shares."""
+    """The same, but a run of another compute belongs to the table of those whose protocol it shares.
+
+    Its compute does not open its division, overrides and options do; but a control's options are its compute.
+    """
     name, division, fingerprint, suites, dense = table_of(record)
     if record.protocol.shared_fingerprint and not record.protocol.overrides:
-        division, fingerprint = "closed", record.protocol.shared_fingerprint
+        fingerprint = record.protocol.shared_fingerprint
+        if not record.strategy.off_defaults or record.strategy.status == "control":
+            division = "closed"
     return name, division, fingerprint, suites, dense
 
 
@@ -62,11 +67,15 @@ def with_closed(
 
 
 def counting_runs(records: Sequence[Record]) -> dict[str, dict[SeedPair, Record]]:
-    """The runs that count of each label, by seeds: of several successes with the same ones, the newest."""
+    """The runs that count of each label, by seeds: of several successes with the same ones, the newest.
+
+    `records` come oldest first. Of a row that was tuned again, the runs of the newest choice alone count.
+    """
     found: dict[str, dict[SeedPair, Record]] = defaultdict(dict)
+    newest = {run.strategy.label: run.strategy.tuned for run in records if run.status == "ok"}
     for run in records:
         by_seeds = found[run.strategy.label]
-        if run.status == "ok":
+        if run.status == "ok" and run.strategy.tuned == newest[run.strategy.label]:
             by_seeds[run.seeds.init, run.seeds.train] = run
     return dict(found)
 

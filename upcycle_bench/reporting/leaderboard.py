@@ -107,8 +107,9 @@ def _board(own: list[Record], closed: list[Record], outcomes: Outcomes, kind: st
         view="steps" if kind is None else "compute",
         protocol=newest.protocol.name,
         division=newest.division,
-        overrides=newest.protocol.overrides,
-        unequal=newest.protocol.unequal,
+        overrides=tuple(dict.fromkeys(override for run in own for override in run.protocol.overrides)),
+        # At equal compute, another one is no reason for a table of its own.
+        unequal="; ".join(_reasons(own)) or None if kind is None else None,
         training_fingerprint=newest.protocol.training_fingerprint,
         suite_fingerprints=dict(sorted(newest.protocol.suite_fingerprints.items())),
         dense=newest.hashes.dense,
@@ -117,6 +118,11 @@ def _board(own: list[Record], closed: list[Record], outcomes: Outcomes, kind: st
         baseline=baseline,
         rows=_ranked(rows, first),
     )
+
+
+def _reasons(runs: Sequence[Record]) -> list[str]:
+    """Why these runs do not cost what the protocol's MoE does, each reason once."""
+    return list(dict.fromkeys(run.protocol.unequal for run in runs if run.protocol.unequal))
 
 
 def _ranked(rows: Sequence[Row], headline: str) -> tuple[Row, ...]:

@@ -59,7 +59,10 @@ CHECKS = {
     "strategy": Check("label, status, MoE settings and cost are those of the strategy", checks_identity.strategy),
     "training-fingerprint": Check("protocol, data, dense model and ranks give it", checks_identity.training),
     "suite-fingerprint": Check("settings and evaluation sets give it, where the sets are here", checks_identity.suites),
-    "tuned": Check("a tuned row follows its protocol's rule, and its tuning runs say so", checks_tuned.tuned),
+    "tuned": Check(
+        "a tuned row follows its protocol's rule, is its strategy's only one, and its tuning runs say so",
+        checks_tuned.tuned,
+    ),
     "hashes": Check("a run that ended names its weights and its dense model", checks_identity.hashes),
     "run-id": Check("strategy, options, steps, seeds and fingerprint give it", checks_identity.run_id),
     "certificate": Check("there is one, within its own limits", checks_certificate.certificate),
@@ -77,7 +80,7 @@ CHECKS = {
 
 # Those that look at several records.
 OVER_ALL = {
-    "tuned": checks_tuned.tuning_runs,
+    "tuned": checks_tuned.over_all,
     "copies": checks_copies.copies,
     "same-results": checks_copies.same_results,
 }
