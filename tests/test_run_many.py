@@ -175,6 +175,45 @@ def test_what_another_process_has_done_meanwhile_is_not_done_again(
     assert list(tmp_path.rglob("*.json")) == [path]
 
 
+def test_with_fresh_what_another_has_made_since_the_start_counts(tmp_path: Path, quick: list[str]) -> None:
+    """What stood there before does not: --fresh in two terminals shares the work as without it."""
+    cell = Cell(plan=make_plan("dense-frozen", quick, init_seed=59, train_seed=59))
+    how: dict[str, Any] = {"jobs": 1, "fresh": True, "shared": []}
+    old = run(cell.plan, tmp_path, Reporter())
+    (again,) = run_many.run_all([cell], tmp_path, Reporter(), **how)
+    assert again.ran and again.path != old
+    theirs: list[Path | None] = []
+
+    def other(*_: object) -> None:
+        theirs.append(run(cell.plan, tmp_path, Reporter(), fresh=True))
+
+    (shared,) = run_many.run_all([cell], tmp_path, Reporter(), show=other, **how)
+    assert ([shared.path], shared.ran) == (theirs, False)
+    assert len(list(tmp_path.rglob("*.json"))) == 3
+
+
+@pytest.mark.parametrize("error", [UserError("the cache is gone."), OSError(116, "Stale file handle")])
+def test_a_table_that_cannot_see_others_fails_no_run(
+    tmp_path: Path, quick: list[str], monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    """Here in the training's own loop."""
+    looks, said = list[int](), list[str]()
+
+    def look(self: run_queue.Queue) -> None:
+        looks.append(1)
+        raise error
+
+    class Saying(Reporter):
+        def say(self, line: str) -> None:
+            said.append(line)
+
+    monkeypatch.setattr(run_queue.Queue, "look", look)
+    cell = Cell(plan=make_plan("dense", quick, init_seed=60, train_seed=60))
+    (made,) = run_many.run_all([cell], tmp_path, Saying(), jobs=1, fresh=True, shared=[])
+    assert made.reason is None and len(looks) > 1
+    assert said.count(f"warning: what other processes run cannot be seen: {error}") == 1
+
+
 def test_the_ranks_compare_what_they_see_before_the_dense_model(
     tmp_path: Path, quick: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -60,6 +60,7 @@ def run_all(
 ) -> list[Outcome]:
     """Run the cells that have no record (with `fresh`: all); returns outcomes in the order of `cells`.
 
+    What another process makes of a cell meanwhile is its outcome, also with `fresh`.
     `shared`: the command-line options with which other processes plan the same runs; `loading`: how batches are read in
     this one. Rank 0 calls `show` before anything runs, or, where something is to do and it is given, `live`. Only its
     outcomes have records. Raises UserError, before anything runs, for bad input.
@@ -73,15 +74,15 @@ def run_all(
         require_same_view(plan.world)
         if not fresh:
             cells = [Cell(plan=as_begun(cell.plan, folder_of(run_facts(cell.plan)))) for cell in cells]
+        looked_at = set(results.rglob("*.json"))
         done = _look(cells, results, fresh)
         # A dense model is trained here, once; else each process would train it. Records that name it may be there.
         todo = [cell.plan for cell, path in zip(cells, done, strict=True) if path is None]
         for each in {plan.dense_identity: plan for plan in todo}.values():
             load_dense(each.protocol, plan.world, dense_source(each), device, reporter, loading)
-        looked_at = set(results.rglob("*.json"))
         done = _look(cells, results, fresh)
         todo_cells = [cell for cell, path in zip(cells, done, strict=True) if path is None]
-        queue = Queue(todo_cells, results, Tally(cells, done, flops_of(cells), jobs), fresh, looked_at)
+        queue = Queue(todo_cells, results, Tally(cells, done, flops_of(cells), jobs), looked_at)
         live = live if todo_cells and distributed.is_main() else None
         if live is None and distributed.is_main():
             show(cells, done)
@@ -115,6 +116,16 @@ class _Shown:
     reporter: Reporter
     in_table: bool
     _waits: float = -WAITING  # when that was last said
+    _blind: bool = False  # that has been said
+
+    def look(self) -> None:
+        """See what other processes are at. Where that cannot be seen, it is said once: no run may fail for it."""
+        try:
+            self.queue.look()
+        except (UserError, OSError) as error:
+            if not self._blind:
+                self.reporter.say(f"warning: what other processes run cannot be seen: {error}")
+            self._blind = True
 
     def hear(self, child: run_apart.Child) -> None:
         """Count how far a run in another process is, and say its lines."""
@@ -181,7 +192,7 @@ def run_here(
             path = run(
                 cell.plan,
                 results,
-                Telling(queue.tally, cell, reporter, queue.look),
+                Telling(queue.tally, cell, reporter, shown.look),
                 fresh=fresh,
                 track=track,
                 loading=loading,
@@ -230,6 +241,6 @@ def run_in_processes(
                     children.remove(child)
                     child.output.close()
                     shown.end(outcome_of(child.cell, results, child.known, child.why()))
-            queue.look()
+            shown.look()
     finally:
         run_apart.stop(children, shown.hear)
