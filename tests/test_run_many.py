@@ -11,6 +11,7 @@ import signal
 import struct
 import subprocess
 import sys
+import tempfile
 import termios
 import time
 from collections.abc import Callable
@@ -33,8 +34,10 @@ from upcycle_bench.planning.registry import Entry
 from upcycle_bench.run import run
 from upcycle_bench.strategy import Strategy, StrategyInfo, random_router
 from upcycle_bench.training.stopping import Stopped, stoppable
+from upcycle_bench.util import gpu_locks
 from upcycle_bench.util.cache import cache_root
 from upcycle_bench.util.errors import UserError
+from upcycle_bench.util.gpu_locks import GpuLocks
 from upcycle_bench.util.progress import Reporter
 
 # ---- through the command line ------------------------------------------------------------------------------------
@@ -339,6 +342,60 @@ def test_jobs_run_in_processes_of_their_own(
     assert theirs.hashes == record.read(path).hashes
     seeds = ["--init-seed", "53", "--train-seed", "54"]
     assert theirs.command[:8] == ["upcycle-bench", "run", "--strategy", "dense", *seeds]
+
+
+@pytest.mark.parametrize(
+    ("jobs", "taken", "launched", "used"),
+    [
+        (1, [], False, "here on 0"),
+        (1, ["0"], False, "apart on 1"),
+        (1, ["0", "1"], False, "apart on 0"),  # none is free: as without locks
+        (1, ["0"], True, "here on 0"),  # a rank has its GPU
+        (3, ["0"], False, "apart on 1, apart on 0, apart on 0"),
+    ],
+)
+def test_two_commands_on_one_machine_take_different_gpus(
+    tmp_path: Path,
+    quick: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    jobs: int,
+    taken: list[str],
+    launched: bool,
+    used: str,
+) -> None:
+    monkeypatch.setattr(gpu_locks, "cache_root", lambda: tmp_path)
+    if launched:
+        monkeypatch.setenv("RANK", "0")
+    gpu, runs, held = run_many.session.torch.device("cuda", 0), list[str](), list[bool]()
+    monkeypatch.setattr(run_many, "visible_gpus", lambda: ["0", "1"])
+    monkeypatch.setattr(run_many.session, "open_session", lambda threads: contextlib.nullcontext(gpu))
+    monkeypatch.setattr(run_many, "load_dense", lambda *_: None)
+    others = GpuLocks(["0", "1"])
+    assert all(others.take_own(int(name)) for name in taken)
+
+    class Over:
+        returncode = 0
+        output = contextlib.nullcontext()
+
+        def poll(self) -> int:
+            return 0
+
+    def start(cell: Cell, place: int, *rest: Any) -> Any:
+        runs.append(f"apart on {rest[-1]}")
+        return run_many.run_apart.Child(cell, place, Over(), tempfile.TemporaryFile(), set())  # type: ignore[arg-type]
+
+    def run_here(*_: Any, **__: Any) -> None:
+        runs.append("here on 0")
+        held.append(not GpuLocks(["0", "1"]).take_own(0))
+
+    monkeypatch.setattr(run_many.run_apart, "start", start)
+    monkeypatch.setattr(run_many, "run", run_here)
+    todo = [Cell(plan=make_plan("dense", quick, init_seed=seed, train_seed=seed)) for seed in range(max(jobs, 1))]
+    run_many.run_all(todo, tmp_path, Reporter(), jobs=jobs, fresh=True, shared=[])
+    assert ", ".join(runs) == used and all(held)
+    others.close()
+    free = GpuLocks(["0", "1"])
+    assert free.take_own(0) and free.take_own(1)  # nothing is held behind its end
 
 
 def test_a_process_that_a_signal_ends_is_a_failed_run(

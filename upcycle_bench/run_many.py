@@ -3,8 +3,9 @@
     outcomes = run_all(cells, results, reporter, jobs=1, fresh=False, shared=[])
 
 Cells run one after the other in this process, on all its ranks; or `jobs` at once, each in a process of its own
-(`run_apart`). Either way, the outcome of a run is read from its record. Several commands may share a matrix, also on
-several machines: each takes the next cell that no other is at, and waits for the others' cells last (`run_queue`).
+(`run_apart`), on a GPU that no other command uses (`util.gpu_locks`). Either way, the outcome of a run is read from its
+record. Several commands may share a matrix, also on several machines: each takes the next cell that no other is at, and
+waits for the others' cells last (`run_queue`).
 """
 
 from __future__ import annotations
@@ -32,7 +33,9 @@ from upcycle_bench.training.pretrain import load_dense
 from upcycle_bench.training.same_view import require_same_view
 from upcycle_bench.training.work_folder import folder_of
 from upcycle_bench.util import distributed, meter
+from upcycle_bench.util.capacity import visible_gpus
 from upcycle_bench.util.errors import UserError
+from upcycle_bench.util.gpu_locks import GpuLocks
 from upcycle_bench.util.log_lines import line_of, progress_in, time_in_words, unstamped
 from upcycle_bench.util.progress import Reporter
 
@@ -82,16 +85,19 @@ def run_all(
             load_dense(each.protocol, plan.world, dense_source(each), device, reporter, loading)
         done = _look(cells, results, fresh)
         todo_cells = [cell for cell, path in zip(cells, done, strict=True) if path is None]
+        gpus = GpuLocks(visible_gpus() if device.type == "cuda" and todo_cells else [])
+        # This process is bound to its GPU. Where another command has that one, a process of its own takes a free one.
+        here = jobs == 1 and (gpus.take_own(device.index or 0) or len(gpus) < 2 or "RANK" in environment)
         queue = Queue(todo_cells, results, Tally(cells, done, flops_of(cells), jobs), looked_at)
         live = live if todo_cells and distributed.is_main() else None
         if live is None and distributed.is_main():
             show(cells, done)
-        if jobs == 1:
-            with _showing(queue, live, reporter) as shown:
+        if here:
+            with _showing(queue, live, reporter) as shown, contextlib.closing(gpus):
                 run_here(shown, results, fresh, track, loading)
-    if jobs > 1:
-        with _showing(queue, live, reporter) as shown:
-            run_in_processes(shown, results, jobs, shared, environment)
+    if not here:
+        with _showing(queue, live, reporter) as shown, contextlib.closing(gpus):
+            run_in_processes(shown, results, jobs, gpus, shared, environment)
     new = {(outcome.cell.strategy, outcome.cell.seed): outcome for outcome in queue.outcomes}
     return [
         new[cell.strategy, cell.seed]
@@ -218,9 +224,9 @@ def _made_meanwhile(queue: Queue, cell: Cell, found: list[Path]) -> Path | None:
 
 
 def run_in_processes(
-    shown: _Shown, results: Path, jobs: int, shared: Sequence[str], environment: Mapping[str, str]
+    shown: _Shown, results: Path, jobs: int, gpus: GpuLocks, shared: Sequence[str], environment: Mapping[str, str]
 ) -> None:
-    """Run `jobs` cells at once, each in a process of its own; an interruption stops all of them."""
+    """Run `jobs` cells at once, each in a process and on a GPU of its own; an interruption stops all of them."""
     queue, children, again = shown.queue, list[run_apart.Child](), 0.0
     try:
         while queue.waiting or children:
@@ -229,7 +235,7 @@ def run_in_processes(
                     again = time.monotonic() + AGAIN
                     break
                 place = min(set(range(jobs)) - {child.place for child in children})
-                children.append(run_apart.start(cell, place, results, shared, environment))
+                children.append(run_apart.start(cell, place, results, shared, environment, gpus.take(place)))
             if children:
                 time.sleep(run_apart.POLL)
             elif queue.waiting:
@@ -240,6 +246,7 @@ def run_in_processes(
                 if over:
                     children.remove(child)
                     child.output.close()
+                    gpus.release(child.place)
                     shown.end(outcome_of(child.cell, results, child.known, child.why()))
             shown.look()
     finally:
