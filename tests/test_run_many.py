@@ -347,11 +347,11 @@ def test_jobs_run_in_processes_of_their_own(
 @pytest.mark.parametrize(
     ("jobs", "taken", "launched", "used"),
     [
-        (1, [], False, "here on 0"),
-        (1, ["0"], False, "apart on 1"),
-        (1, ["0", "1"], False, "apart on 0"),  # none is free: as without locks
-        (1, ["0"], True, "here on 0"),  # a rank has its GPU
-        (3, ["0"], False, "apart on 1, apart on 0, apart on 0"),
+        (1, [], False, "here on 0, here on 0"),
+        (1, ["0"], False, "apart on 1, apart on 1"),
+        (1, ["0", "1"], False, "apart on 0, apart on 0"),  # none is free: as without locks
+        (1, ["0"], True, "here on 0, here on 0"),  # a rank has its GPU
+        (3, ["0"], False, "apart on 1, apart on 0, apart on 0, apart on 1"),
     ],
 )
 def test_two_commands_on_one_machine_take_different_gpus(
@@ -367,6 +367,18 @@ def test_two_commands_on_one_machine_take_different_gpus(
     if launched:
         monkeypatch.setenv("RANK", "0")
     gpu, runs, held = run_many.session.torch.device("cuda", 0), list[str](), list[bool]()
+    kept, released = list[GpuLocks](), list[int]()
+
+    class Kept(GpuLocks):
+        def __init__(self, names: list[str]) -> None:
+            super().__init__(names)
+            kept.append(self)  # an object that is gone holds nothing
+
+        def release(self, place: int) -> None:
+            released.append(place)
+            super().release(place)
+
+    monkeypatch.setattr(run_many, "GpuLocks", Kept)
     monkeypatch.setattr(run_many, "visible_gpus", lambda: ["0", "1"])
     monkeypatch.setattr(run_many.session, "open_session", lambda threads: contextlib.nullcontext(gpu))
     monkeypatch.setattr(run_many, "load_dense", lambda *_: None)
@@ -390,9 +402,10 @@ def test_two_commands_on_one_machine_take_different_gpus(
 
     monkeypatch.setattr(run_many.run_apart, "start", start)
     monkeypatch.setattr(run_many, "run", run_here)
-    todo = [Cell(plan=make_plan("dense", quick, init_seed=seed, train_seed=seed)) for seed in range(max(jobs, 1))]
+    todo = [Cell(plan=make_plan("dense", quick, init_seed=seed, train_seed=seed)) for seed in range(jobs + 1)]
     run_many.run_all(todo, tmp_path, Reporter(), jobs=jobs, fresh=True, shared=[])
     assert ", ".join(runs) == used and all(held)
+    assert "here" in used or len(released) == len(runs)
     others.close()
     free = GpuLocks(["0", "1"])
     assert free.take_own(0) and free.take_own(1)  # nothing is held behind its end
