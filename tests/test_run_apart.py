@@ -80,19 +80,14 @@ def test_stop_lets_them_write_and_a_second_interruption_kills(monkeypatch: pytes
     assert deaf.process.returncode == -signal.SIGKILL
 
 
-def test_jobs_at_once_have_a_gpu_each(tmp_path: Path, quick: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_process_sees_its_gpu_alone(tmp_path: Path, quick: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Any] = []
     monkeypatch.setattr(run_apart.subprocess, "Popen", lambda command, **how: seen.append((command, how["env"])))
-    monkeypatch.setattr(run_apart, "visible_gpus", lambda: ["2", "GPU-8f"])
     cell = Cell(plan=plan("dense", quick, init_seed=1, train_seed=2))
-    for place in range(3):
-        start(cell, place, tmp_path, ["-p", "smoke"], {"A": "b"})
-    assert [environment for _, environment in seen] == [
-        {"A": "b", "CUDA_VISIBLE_DEVICES": name} for name in ("2", "GPU-8f", "2")
-    ]
+    start(cell, 0, tmp_path, ["-p", "smoke"], {"A": "b", "CUDA_VISIBLE_DEVICES": "2,GPU-8f"}, "GPU-8f")
+    assert seen[0][1] == {"A": "b", "CUDA_VISIBLE_DEVICES": "GPU-8f"}
     words = ["run", "--strategy", "dense", "--init-seed", "1", "--train-seed", "2", "-p", "smoke"]
     assert seen[0][0][3:] == words
-    monkeypatch.setattr(run_apart, "visible_gpus", lambda: [])
     start(cell, 0, tmp_path, [], {"A": "b"})
     assert seen[-1][1] == {"A": "b"}
 

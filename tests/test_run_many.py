@@ -11,6 +11,7 @@ import signal
 import struct
 import subprocess
 import sys
+import tempfile
 import termios
 import time
 from collections.abc import Callable
@@ -33,8 +34,10 @@ from upcycle_bench.planning.registry import Entry
 from upcycle_bench.run import run
 from upcycle_bench.strategy import Strategy, StrategyInfo, random_router
 from upcycle_bench.training.stopping import Stopped, stoppable
+from upcycle_bench.util import gpu_locks
 from upcycle_bench.util.cache import cache_root
 from upcycle_bench.util.errors import UserError
+from upcycle_bench.util.gpu_locks import GpuLocks
 from upcycle_bench.util.progress import Reporter
 
 # ---- through the command line ------------------------------------------------------------------------------------
@@ -175,6 +178,45 @@ def test_what_another_process_has_done_meanwhile_is_not_done_again(
     assert list(tmp_path.rglob("*.json")) == [path]
 
 
+def test_with_fresh_what_another_has_made_since_the_start_counts(tmp_path: Path, quick: list[str]) -> None:
+    """What stood there before does not: --fresh in two terminals shares the work as without it."""
+    cell = Cell(plan=make_plan("dense-frozen", quick, init_seed=59, train_seed=59))
+    how: dict[str, Any] = {"jobs": 1, "fresh": True, "shared": []}
+    old = run(cell.plan, tmp_path, Reporter())
+    (again,) = run_many.run_all([cell], tmp_path, Reporter(), **how)
+    assert again.ran and again.path != old
+    theirs: list[Path | None] = []
+
+    def other(*_: object) -> None:
+        theirs.append(run(cell.plan, tmp_path, Reporter(), fresh=True))
+
+    (shared,) = run_many.run_all([cell], tmp_path, Reporter(), show=other, **how)
+    assert ([shared.path], shared.ran) == (theirs, False)
+    assert len(list(tmp_path.rglob("*.json"))) == 3
+
+
+@pytest.mark.parametrize("error", [UserError("the cache is gone."), OSError(116, "Stale file handle")])
+def test_a_table_that_cannot_see_others_fails_no_run(
+    tmp_path: Path, quick: list[str], monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    """Here in the training's own loop."""
+    looks, said = list[int](), list[str]()
+
+    def look(self: run_queue.Queue) -> None:
+        looks.append(1)
+        raise error
+
+    class Saying(Reporter):
+        def say(self, line: str) -> None:
+            said.append(line)
+
+    monkeypatch.setattr(run_queue.Queue, "look", look)
+    cell = Cell(plan=make_plan("dense", quick, init_seed=60, train_seed=60))
+    (made,) = run_many.run_all([cell], tmp_path, Saying(), jobs=1, fresh=True, shared=[])
+    assert made.reason is None and len(looks) > 1
+    assert said.count(f"warning: what other processes run cannot be seen: {error}") == 1
+
+
 def test_the_ranks_compare_what_they_see_before_the_dense_model(
     tmp_path: Path, quick: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -300,6 +342,73 @@ def test_jobs_run_in_processes_of_their_own(
     assert theirs.hashes == record.read(path).hashes
     seeds = ["--init-seed", "53", "--train-seed", "54"]
     assert theirs.command[:8] == ["upcycle-bench", "run", "--strategy", "dense", *seeds]
+
+
+@pytest.mark.parametrize(
+    ("jobs", "taken", "launched", "used"),
+    [
+        (1, [], False, "here on 0, here on 0"),
+        (1, ["0"], False, "apart on 1, apart on 1"),
+        (1, ["0", "1"], False, "apart on 0, apart on 0"),  # none is free: as without locks
+        (1, ["0"], True, "here on 0, here on 0"),  # a rank has its GPU
+        (3, ["0"], False, "apart on 1, apart on 0, apart on 0, apart on 1"),
+    ],
+)
+def test_two_commands_on_one_machine_take_different_gpus(
+    tmp_path: Path,
+    quick: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    jobs: int,
+    taken: list[str],
+    launched: bool,
+    used: str,
+) -> None:
+    monkeypatch.setattr(gpu_locks, "cache_root", lambda: tmp_path)
+    if launched:
+        monkeypatch.setenv("RANK", "0")
+    gpu, runs, held = run_many.session.torch.device("cuda", 0), list[str](), list[bool]()
+    kept, released = list[GpuLocks](), list[int]()
+
+    class Kept(GpuLocks):
+        def __init__(self, names: list[str]) -> None:
+            super().__init__(names)
+            kept.append(self)  # an object that is gone holds nothing
+
+        def release(self, place: int) -> None:
+            released.append(place)
+            super().release(place)
+
+    monkeypatch.setattr(run_many, "GpuLocks", Kept)
+    monkeypatch.setattr(run_many, "visible_gpus", lambda: ["0", "1"])
+    monkeypatch.setattr(run_many.session, "open_session", lambda threads: contextlib.nullcontext(gpu))
+    monkeypatch.setattr(run_many, "load_dense", lambda *_: None)
+    others = GpuLocks(["0", "1"])
+    assert all(others.take_own(int(name)) for name in taken)
+
+    class Over:
+        returncode = 0
+        output = contextlib.nullcontext()
+
+        def poll(self) -> int:
+            return 0
+
+    def start(cell: Cell, place: int, *rest: Any) -> Any:
+        runs.append(f"apart on {rest[-1]}")
+        return run_many.run_apart.Child(cell, place, Over(), tempfile.TemporaryFile(), set())  # type: ignore[arg-type]
+
+    def run_here(*_: Any, **__: Any) -> None:
+        runs.append("here on 0")
+        held.append(not GpuLocks(["0", "1"]).take_own(0))
+
+    monkeypatch.setattr(run_many.run_apart, "start", start)
+    monkeypatch.setattr(run_many, "run", run_here)
+    todo = [Cell(plan=make_plan("dense", quick, init_seed=seed, train_seed=seed)) for seed in range(jobs + 1)]
+    run_many.run_all(todo, tmp_path, Reporter(), jobs=jobs, fresh=True, shared=[])
+    assert ", ".join(runs) == used and all(held)
+    assert "here" in used or len(released) == len(runs)
+    others.close()
+    free = GpuLocks(["0", "1"])
+    assert free.take_own(0) and free.take_own(1)  # nothing is held behind its end
 
 
 def test_a_process_that_a_signal_ends_is_a_failed_run(

@@ -17,10 +17,12 @@ from upcycle_bench.planning.identity import run_facts
 from upcycle_bench.planning.matrix import Cell
 from upcycle_bench.planning.tally import Tally
 from upcycle_bench.run_queue import Outcome, Queue
+from upcycle_bench.training import claims
 from upcycle_bench.training.claims import Claims
 from upcycle_bench.training.work_folder import folder_of
 from upcycle_bench.util import distributed
 from upcycle_bench.util.cache import cache_root, locked
+from upcycle_bench.util.errors import UserError
 
 LONG = ["--set", "dense.schedule.steps=12", "--set", "dense.schedule.batch_size=32"]
 LONG += ["--set", "train.schedule.batch_size=32"]
@@ -30,9 +32,9 @@ def cells(quick: list[str], *seeds: int) -> list[Cell]:
     return [Cell(plan=plan("dense-frozen", quick, init_seed=seed, train_seed=seed)) for seed in seeds]
 
 
-def queue_of(todo: list[Cell], results: Path, looked_at: tuple[Path, ...] = (), fresh: bool = False) -> Queue:
+def queue_of(todo: list[Cell], results: Path, looked_at: tuple[Path, ...] = ()) -> Queue:
     tally = Tally(todo, [None] * len(todo), {cell.strategy: (0, 1) for cell in todo})
-    return Queue(todo, results, tally, fresh, looked_at)
+    return Queue(todo, results, tally, looked_at)
 
 
 def folder(cell: Cell) -> Path:
@@ -97,9 +99,6 @@ def test_what_another_has_made_meanwhile_is_the_outcome(
     assert others.take(folder(todo[0])) and not others.take(folder(todo[1]))
     others.close()
     queue.close()
-    again = queue_of(todo, tmp_path, fresh=True)  # --fresh does it again, whatever others have made
-    assert again.next() is todo[0]
-    again.close()
 
 
 def test_rank_0_decides_for_all_ranks(tmp_path: Path, quick: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -141,6 +140,47 @@ def test_what_others_are_at_is_seen_without_a_try(
     queue.look()
     queue.look()
     assert queue.tally[todo[1]].state == "done" and queue.waiting == todo
+    queue.close()
+
+
+def test_a_cache_that_cannot_be_written_is_said_before_the_first_run(
+    tmp_path: Path, quick: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And not in the middle of one: nothing is opened later."""
+    todo = cells(quick, 10, 11)
+    queue = queue_of(todo, tmp_path)
+    monkeypatch.setattr(claims, "attempt", lambda path: pytest.fail("a lock that is made while a run goes on"))
+    monkeypatch.setattr(run_queue, "LOOK", 0.0)
+    assert queue.next() is todo[0]
+    queue.look()
+    queue.close()
+    monkeypatch.undo()
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("UPCYCLE_BENCH_CACHE", str(tmp_path / "file"))
+    with pytest.raises(UserError, match="cannot write to the cache folder"):
+        queue_of(todo, tmp_path)
+
+
+def test_a_look_that_takes_long_has_its_pause(
+    tmp_path: Path, quick: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It stands in the training's loop: the pause begins at its end, whether it fails or not."""
+    queue, now, looks = queue_of(cells(quick, 12), tmp_path), [time.monotonic() + 1000], list[float]()
+
+    def slow(self: Claims, folder: Path) -> None:
+        looks.append(now[0])
+        now[0] += 60
+        raise OSError("a stale file handle")
+
+    monkeypatch.setattr(Claims, "seen", slow)
+    monkeypatch.setattr(run_queue, "time", type("Clock", (), {"monotonic": staticmethod(lambda: now[0])}))
+    with pytest.raises(OSError, match="stale"):
+        queue.look()
+    queue.look()
+    assert len(looks) == 1
+    now[0] += run_queue.LOOK
+    with pytest.raises(OSError, match="stale"):
+        queue.look()
     queue.close()
 
 

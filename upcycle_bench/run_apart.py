@@ -1,6 +1,6 @@
 """Runs in processes of their own: the same command for one strategy and one pair of seeds.
 
-    child = start(cell, place, results, shared, environment)
+    child = start(cell, place, results, shared, environment, gpu)
     for line in child.lines(): ...          # what it has written on stderr since the last call
     child.process.poll()                    # None while it runs; then child.why() is None, or says why it failed
     stop([child], hear)
@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import IO
 
 from upcycle_bench.planning.matrix import Cell
-from upcycle_bench.util.capacity import visible_gpus
 from upcycle_bench.util.log_lines import unstamped
 
 POLL = 0.1  # seconds
@@ -89,8 +88,10 @@ class Child:
         return (unstamped(self.last).removeprefix("error: ") or f"exit status {code}") if code else None
 
 
-def start(cell: Cell, place: int, results: Path, shared: Sequence[str], environment: Mapping[str, str]) -> Child:
-    """Start a process that runs this cell; where there are GPUs, on the one of its place.
+def start(
+    cell: Cell, place: int, results: Path, shared: Sequence[str], environment: Mapping[str, str], gpu: str | None = None
+) -> Child:
+    """Start a process that runs this cell; where `gpu` names one, on that.
 
     A tuned row is run by `tune`, which finds its candidates done and chooses the same one.
     """
@@ -100,13 +101,12 @@ def start(cell: Cell, place: int, results: Path, shared: Sequence[str], environm
     own = ["tune" if plan.tuned else "run", "--strategy", plan.entry.name, *options, *seeds]
     command = [sys.executable, "-c", START.format(parent=os.getpid()), *own, *shared]
     known, output = set(results.rglob("*.json")), tempfile.TemporaryFile()  # noqa: SIM115 (the child's, while it lives)
-    gpus = visible_gpus()
     process = subprocess.Popen(
         command,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=output,
-        env={**environment, **({"CUDA_VISIBLE_DEVICES": gpus[place % len(gpus)]} if gpus else {})},
+        env={**environment, **({} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu})},
         start_new_session=True,  # else a terminal's Ctrl-C reaches it too, and a second one stops its clean-up
     )
     return Child(cell, place, process, output, known)

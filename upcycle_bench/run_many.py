@@ -3,8 +3,9 @@
     outcomes = run_all(cells, results, reporter, jobs=1, fresh=False, shared=[])
 
 Cells run one after the other in this process, on all its ranks; or `jobs` at once, each in a process of its own
-(`run_apart`). Either way, the outcome of a run is read from its record. Several commands may share a matrix, also on
-several machines: each takes the next cell that no other is at, and waits for the others' cells last (`run_queue`).
+(`run_apart`), on a GPU that no other command uses (`util.gpu_locks`). Either way, the outcome of a run is read from its
+record. Several commands may share a matrix, also on several machines: each takes the next cell that no other is at, and
+waits for the others' cells last (`run_queue`).
 """
 
 from __future__ import annotations
@@ -32,7 +33,9 @@ from upcycle_bench.training.pretrain import load_dense
 from upcycle_bench.training.same_view import require_same_view
 from upcycle_bench.training.work_folder import folder_of
 from upcycle_bench.util import distributed, meter
+from upcycle_bench.util.capacity import visible_gpus
 from upcycle_bench.util.errors import UserError
+from upcycle_bench.util.gpu_locks import GpuLocks
 from upcycle_bench.util.log_lines import line_of, progress_in, time_in_words, unstamped
 from upcycle_bench.util.progress import Reporter
 
@@ -60,6 +63,7 @@ def run_all(
 ) -> list[Outcome]:
     """Run the cells that have no record (with `fresh`: all); returns outcomes in the order of `cells`.
 
+    What another process makes of a cell meanwhile is its outcome, also with `fresh`.
     `shared`: the command-line options with which other processes plan the same runs; `loading`: how batches are read in
     this one. Rank 0 calls `show` before anything runs, or, where something is to do and it is given, `live`. Only its
     outcomes have records. Raises UserError, before anything runs, for bad input.
@@ -73,24 +77,27 @@ def run_all(
         require_same_view(plan.world)
         if not fresh:
             cells = [Cell(plan=as_begun(cell.plan, folder_of(run_facts(cell.plan)))) for cell in cells]
+        looked_at = set(results.rglob("*.json"))
         done = _look(cells, results, fresh)
         # A dense model is trained here, once; else each process would train it. Records that name it may be there.
         todo = [cell.plan for cell, path in zip(cells, done, strict=True) if path is None]
         for each in {plan.dense_identity: plan for plan in todo}.values():
             load_dense(each.protocol, plan.world, dense_source(each), device, reporter, loading)
-        looked_at = set(results.rglob("*.json"))
         done = _look(cells, results, fresh)
         todo_cells = [cell for cell, path in zip(cells, done, strict=True) if path is None]
-        queue = Queue(todo_cells, results, Tally(cells, done, flops_of(cells), jobs), fresh, looked_at)
+        gpus = GpuLocks(visible_gpus() if device.type == "cuda" and todo_cells else [])
+        # This process is bound to its GPU. Where another command has that one, a process of its own takes a free one.
+        here = jobs == 1 and (gpus.take_own(device.index or 0) or len(gpus) < 2 or "RANK" in environment)
+        queue = Queue(todo_cells, results, Tally(cells, done, flops_of(cells), jobs), looked_at)
         live = live if todo_cells and distributed.is_main() else None
         if live is None and distributed.is_main():
             show(cells, done)
-        if jobs == 1:
-            with _showing(queue, live, reporter) as shown:
+        if here:
+            with _showing(queue, live, reporter) as shown, contextlib.closing(gpus):
                 run_here(shown, results, fresh, track, loading)
-    if jobs > 1:
-        with _showing(queue, live, reporter) as shown:
-            run_in_processes(shown, results, jobs, shared, environment)
+    if not here:
+        with _showing(queue, live, reporter) as shown, contextlib.closing(gpus):
+            run_in_processes(shown, results, jobs, gpus, shared, environment)
     new = {(outcome.cell.strategy, outcome.cell.seed): outcome for outcome in queue.outcomes}
     return [
         new[cell.strategy, cell.seed]
@@ -115,6 +122,16 @@ class _Shown:
     reporter: Reporter
     in_table: bool
     _waits: float = -WAITING  # when that was last said
+    _blind: bool = False  # that has been said
+
+    def look(self) -> None:
+        """See what other processes are at. Where that cannot be seen, it is said once: no run may fail for it."""
+        try:
+            self.queue.look()
+        except (UserError, OSError) as error:
+            if not self._blind:
+                self.reporter.say(f"warning: what other processes run cannot be seen: {error}")
+            self._blind = True
 
     def hear(self, child: run_apart.Child) -> None:
         """Count how far a run in another process is, and say its lines."""
@@ -181,7 +198,7 @@ def run_here(
             path = run(
                 cell.plan,
                 results,
-                Telling(queue.tally, cell, reporter, queue.look),
+                Telling(queue.tally, cell, reporter, shown.look),
                 fresh=fresh,
                 track=track,
                 loading=loading,
@@ -207,9 +224,9 @@ def _made_meanwhile(queue: Queue, cell: Cell, found: list[Path]) -> Path | None:
 
 
 def run_in_processes(
-    shown: _Shown, results: Path, jobs: int, shared: Sequence[str], environment: Mapping[str, str]
+    shown: _Shown, results: Path, jobs: int, gpus: GpuLocks, shared: Sequence[str], environment: Mapping[str, str]
 ) -> None:
-    """Run `jobs` cells at once, each in a process of its own; an interruption stops all of them."""
+    """Run `jobs` cells at once, each in a process and on a GPU of its own; an interruption stops all of them."""
     queue, children, again = shown.queue, list[run_apart.Child](), 0.0
     try:
         while queue.waiting or children:
@@ -218,7 +235,7 @@ def run_in_processes(
                     again = time.monotonic() + AGAIN
                     break
                 place = min(set(range(jobs)) - {child.place for child in children})
-                children.append(run_apart.start(cell, place, results, shared, environment))
+                children.append(run_apart.start(cell, place, results, shared, environment, gpus.take(place)))
             if children:
                 time.sleep(run_apart.POLL)
             elif queue.waiting:
@@ -229,7 +246,8 @@ def run_in_processes(
                 if over:
                     children.remove(child)
                     child.output.close()
+                    gpus.release(child.place)
                     shown.end(outcome_of(child.cell, results, child.known, child.why()))
-            queue.look()
+            shown.look()
     finally:
         run_apart.stop(children, shown.hear)

@@ -1,6 +1,6 @@
 """The cells of a matrix that are to do, shared with other processes that run the same matrix, also on other machines.
 
-    with contextlib.closing(Queue(todo, results, tally, fresh, looked_at)) as queue:
+    with contextlib.closing(Queue(todo, results, tally, looked_at)) as queue:
         while queue.waiting:
             if (cell := queue.next()) is not None: queue.end(cell, outcome_of(...))     # else others are at all of them
 
@@ -41,17 +41,16 @@ class Outcome:
 class Queue:
     """The cells that wait, in their order. Every rank must call `next`: rank 0 decides for all of them.
 
-    `looked_at`: records that are known not to be of these cells; with `fresh` no record counts.
+    `looked_at`: records that do not count, since they stood there before. Raises UserError where the cache cannot be
+    written.
     """
 
-    def __init__(
-        self, todo: Sequence[Cell], results: Path, tally: Tally, fresh: bool, looked_at: Collection[Path]
-    ) -> None:
+    def __init__(self, todo: Sequence[Cell], results: Path, tally: Tally, looked_at: Collection[Path]) -> None:
         self.total, self.waiting, self.outcomes = len(todo), list(todo), list[Outcome]()
         self.results, self.tally = results, tally
-        self._fresh, self._looked_at = fresh, looked_at
+        self._looked_at, self._looked = looked_at, time.monotonic()
         self._folders = {(cell.strategy, cell.seed): folder_of(run_facts(cell.plan)) for cell in todo}
-        self._claims, self._looked = Claims(), time.monotonic()
+        self._claims = Claims(self._folders.values() if distributed.is_main() else ())
 
     def next(self) -> Cell | None:
         """The first cell that no other process is at, which no other may begin until `end`; None without one."""
@@ -75,20 +74,25 @@ class Queue:
             self._claims.release(self._folder(cell))
 
     def look(self) -> None:
-        """For the tally: see who is at the cells that wait, once in LOOK seconds."""
+        """For the tally: see who is at the cells that wait, LOOK seconds after the last look at the earliest.
+
+        Raises UserError or OSError where the cache or the results cannot be read.
+        """
         if not distributed.is_main() or time.monotonic() - self._looked < LOOK:
             return
-        self._looked = time.monotonic()
-        for cell in self.waiting:
-            holder, before = self._claims.seen(self._folder(cell)), self.tally[cell].state
-            if holder is None and before == "elsewhere" and self.made_meanwhile(cell):
-                self.tally.end(cell, "done")
-            elif before != "done":
-                self.tally.leave(cell, holder)
+        try:
+            for cell in self.waiting:
+                holder, before = self._claims.seen(self._folder(cell)), self.tally[cell].state
+                if holder is None and before == "elsewhere" and self.made_meanwhile(cell):
+                    self.tally.end(cell, "done")
+                elif before != "done":
+                    self.tally.leave(cell, holder)
+        finally:
+            self._looked = time.monotonic()  # from its end: on a slow file system it takes long
 
     def made_meanwhile(self, cell: Cell) -> Path | None:
         """The record that another process has made of a cell since this one looked; None without one."""
-        return None if self._fresh else finished_before([cell], self.results, self._looked_at)[0]
+        return finished_before([cell], self.results, self._looked_at)[0]
 
     def close(self) -> None:
         """Let go of what is held: what was still at it was interrupted."""
@@ -104,7 +108,7 @@ class Queue:
             if not self._claims.take(folder):
                 self.tally.leave(cell, self._claims.seen(folder) or "another process")
                 continue
-            if (path := self.made_meanwhile(cell)) or self._fresh:
+            if path := self.made_meanwhile(cell):
                 return number, path, None
             path, failed = newest_of(cell, self.results, self._looked_at, "failed") or (None, None)
             return number, path, failed.reason if failed else None

@@ -148,6 +148,23 @@ def test_an_error_that_is_none_of_locks_is_raised(tmp_path: Path, monkeypatch: p
         pytest.fail("there is no lock to hold")
 
 
+def test_the_probe_can_be_read_as_nfs_wants_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """NFSv4 makes a shared flock a read lock, and refuses it on a file that is open for writing alone, with EBADF."""
+
+    def flock(file: Any, operation: int) -> None:
+        number = file if isinstance(file, int) else file.fileno()
+        access = fcntl.fcntl(number, fcntl.F_GETFL) & os.O_ACCMODE
+        if access == (os.O_WRONLY if operation & fcntl.LOCK_SH else os.O_RDONLY):
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with hold(tmp_path / "lock", "the work"):
+        pass
+    lock = Attempt(tmp_path / "lock")
+    assert lock.take()
+    lock.release()
+
+
 def test_nothing_but_the_lock_is_left(tmp_path: Path) -> None:
     with hold(tmp_path / "lock", "the work"):
         assert (tmp_path / "lock.lease").exists()

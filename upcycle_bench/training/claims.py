@@ -1,6 +1,6 @@
 """Which trainings this process is at, and no other matrix may begin: several share the work and none waits idly.
 
-    claims = Claims()
+    claims = Claims([folder_of(facts)])
     if claims.take(folder_of(facts)): ...       # a run here, or in a process of ours
     claims.release(folder_of(facts))
 
@@ -11,6 +11,7 @@ may outlive the matrix that started it for a moment.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 from upcycle_bench.util.cache import attempt
@@ -18,10 +19,15 @@ from upcycle_bench.util.locks import Attempt
 
 
 class Claims:
-    """The claims of one process, by the work folder of the training. Only rank 0 has some."""
+    """The claims of one process, by the work folder of the training. Only rank 0 has some.
 
-    def __init__(self) -> None:
+    Raises UserError where the cache cannot be written: for `folders` at once, for others at their first use.
+    """
+
+    def __init__(self, folders: Iterable[Path] = ()) -> None:
         self._tried: dict[Path, tuple[Attempt, Attempt]] = {}
+        for folder in folders:
+            self._locks(folder)
 
     def take(self, folder: Path) -> bool:
         """Whether the training is this process's now; False, at once, where another process is at it."""

@@ -94,7 +94,7 @@ def _lease(file: Path, what: str) -> SoftFileLease:
 
 
 def _has_flock(file: Path) -> bool:
-    with file.open("a") as probe:
+    with file.open("a+") as probe:  # NFSv4 refuses a shared lock of a file that is not readable
         try:
             fcntl.flock(probe, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
