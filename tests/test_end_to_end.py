@@ -60,7 +60,7 @@ def test_the_whole_smoke_run(tmp_path: Path) -> None:
         assert layer["router_agreement"] > 0.999
         assert layer["mean_rank"] > 32  # above half of full rank, 64
         assert layer["router_entropy"] < 2.0794  # ln 8: centroids route more decidedly than chance
-    assert set(record["cost"]["phases"]) == {"calibrate", "upcycle", "train", "evaluate"}
+    assert set(record["cost"]["phases"]) == {"calibrate", "upcycle", "train", "validate", "evaluate"}
     assert not (tmp_path / "extensions").exists()  # nothing was compiled
 
 

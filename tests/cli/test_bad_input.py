@@ -9,7 +9,7 @@ from tests.cli.test_main import call, command
 
 BAD_INPUT = [
     (["run", "-s", "cluster-awre"], "unknown strategy 'cluster-awre': did you mean 'cluster-aware'"),
-    (["run", "-s", "dense", "-p", "smok"], "unknown protocol 'smok': did you mean 'smoke'?"),
+    (["run", "-s", "dense", "-p", "smok"], "unknown protocol 'smok': did you mean 'smoke' or 'smoke-dev'?"),
     (["run", "-s", "dense", "-p", "smoke", "--set", "moe.expert=4"], "unknown protocol key 'moe.expert'"),
     (["run", "-s", "cluster-aware", "-p", "smoke", "-o", "tau=2"], "cluster-aware: tau: Input should be less than"),
     (["run", "-s", "cluster-aware", "-p", "smoke", "-o", "tau"], "write it as KEY=VALUE"),

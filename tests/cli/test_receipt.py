@@ -27,7 +27,7 @@ def test_it_is_the_receipt_of_a_run(tmp_path: Path, quick: list[str], capsys: py
     assert set(ran.receipt) <= set(ran.diagnostics)  # after training by the same function
     assert ran.receipt != ran.diagnostics
     assert [list(each.phases) for each in made] == [[], ["calibrate", "upcycle"], ["upcycle"]]
-    assert list(ran.cost.phases) == ["calibrate", "upcycle", "train", "evaluate"]
+    assert list(ran.cost.phases) == ["calibrate", "upcycle", "train", "validate", "evaluate"]
     assert all(phase.seconds > 0 for each in made for phase in each.phases.values())
 
     show(made, as_json=True)

@@ -175,4 +175,7 @@ def test_a_run_is_tracked_beside_its_record(tmp_path: Path) -> None:
     lines = rows(folder)
     assert [row["step"] for row in lines if row["loss"]] == ["1", "4"]
     value = made[0].headlines["in-distribution"].value
-    assert [float(row["score/in-distribution"]) for row in lines if not row["loss"]] == [value, value]
+    assert [float(row["score/in-distribution"]) for row in lines if row["score/in-distribution"]] == [value, value]
+    assert made[0].validation is not None
+    curve = [(int(row["step"]), float(row["validation_log_rank"])) for row in lines if row["validation_log_rank"]]
+    assert curve == [(step, pytest.approx(score)) for step, score in made[0].validation.points]

@@ -30,6 +30,7 @@ from typing import Any, TypeVar
 
 import torch.multiprocessing  # noqa: F401  (teaches ForkingPickler to put tensors into shared memory)
 from torch.utils.data import DataLoader, Dataset
+from torch.utils.data._utils import signal_handling
 
 from upcycle_bench.util.errors import UserError
 from upcycle_bench.util.processes import WAIT, portable
@@ -86,8 +87,16 @@ def _taken(packed: Iterator[bytes], what: str, closed: mmap.mmap) -> Generator[A
                 _say_small(what)
             yield made
     finally:
+        _unwatch(packed)
         closed[0] = 1
         _open.discard(closed)
+
+
+def _unwatch(packed: Any) -> None:
+    """Deaths of its workers are no news any more: torch raises at once, whatever runs, and that may be a clean-up."""
+    if getattr(packed, "_worker_pids_set", False):
+        packed._worker_pids_set = False
+        signal_handling._remove_worker_pids(id(packed))
 
 
 _open: set[mmap.mmap] = set()  # of loaders that are at work
