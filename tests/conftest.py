@@ -31,6 +31,7 @@ QUICK = [
 LONG = (
     "training/test_distributed.py",
     "test_run_many.py",
+    "test_run_processes.py",
     "test_run_queue.py",
     "test_interrupted.py",
     "cli/test_training_data.py",

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from tests.helpers import heed_interrupts
 from tests.test_run import plan
 from upcycle_bench import run as module
 from upcycle_bench.planning.fingerprint import training_fingerprint
@@ -223,3 +224,42 @@ def test_a_killed_run_goes_on(tmp_path: Path, whole: dict[str, Trained]) -> None
     assert process.wait() == -signal.SIGKILL, "it ended before it could be killed"
     assert len(work()) == 1
     assert train(plan("cluster-aware", settings), tmp_path) == whole["cluster-aware"]
+
+
+def test_ctrl_c_while_training_leaves_nothing_half_written(tmp_path: Path, quick: list[str]) -> None:
+    results = tmp_path / "results"
+    settings = [each for each in quick if not each.startswith("train.schedule.steps")]
+    settings += ["train.schedule.steps=100000", "train.log_every=1"]
+    flags = [part for setting in settings for part in ("--set", setting)]
+    command = [
+        sys.executable,
+        "-m",
+        "upcycle_bench",
+        "run",
+        "-s",
+        "dense",
+        "-p",
+        "smoke",
+        *flags,
+        "--results",
+        str(results),
+    ]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heed_interrupts
+    )
+    try:
+        deadline = time.monotonic() + 120
+        metrics: list[Path] = []
+        while not any(path.stat().st_size for path in metrics) and time.monotonic() < deadline:
+            time.sleep(0.2)
+            metrics = list((cache_root() / "runs").glob("*/metrics.jsonl"))
+        assert metrics, "training did not start"
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130, err
+    assert "interrupted: the same command goes on" in err
+    assert out == ""
+    assert not results.exists()
+    assert list((cache_root() / "runs").iterdir()) == []

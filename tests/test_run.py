@@ -3,10 +3,7 @@
 import contextlib
 import json
 import math
-import signal
-import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
@@ -17,7 +14,6 @@ import torch
 from pydantic.dataclasses import dataclass
 
 from tests.conftest import QUICK
-from tests.helpers import heed_interrupts
 from upcycle_bench import record
 from upcycle_bench.data.batches import Batch
 from upcycle_bench.data.pairs import PairDataset
@@ -264,45 +260,6 @@ def test_bad_input_leaves_nothing(tmp_path: Path, quick: list[str], monkeypatch:
     with pytest.raises(UserError, match=r"pip install 'upcycle-bench\[cpu\]'"):
         run(plan("cluster-aware", quick), tmp_path, Reporter())
     assert list(tmp_path.iterdir()) == []
-
-
-def test_ctrl_c_while_training_leaves_nothing_half_written(tmp_path: Path, quick: list[str]) -> None:
-    results = tmp_path / "results"
-    settings = [each for each in quick if not each.startswith("train.schedule.steps")]
-    settings += ["train.schedule.steps=100000", "train.log_every=1"]
-    flags = [part for setting in settings for part in ("--set", setting)]
-    command = [
-        sys.executable,
-        "-m",
-        "upcycle_bench",
-        "run",
-        "-s",
-        "dense",
-        "-p",
-        "smoke",
-        *flags,
-        "--results",
-        str(results),
-    ]
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heed_interrupts
-    )
-    try:
-        deadline = time.monotonic() + 120
-        metrics: list[Path] = []
-        while not any(path.stat().st_size for path in metrics) and time.monotonic() < deadline:
-            time.sleep(0.2)
-            metrics = list((cache_root() / "runs").glob("*/metrics.jsonl"))
-        assert metrics, "training did not start"
-        process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=60)
-    finally:
-        process.kill()
-    assert process.returncode == 130, err
-    assert "interrupted: the same command goes on" in err
-    assert out == ""
-    assert not results.exists()
-    assert list((cache_root() / "runs").iterdir()) == []
 
 
 def test_an_interrupted_run_with_checkpoints_goes_on(tmp_path: Path, quick: list[str], sparse: record.Record) -> None:

@@ -6,22 +6,11 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from tests.planning.test_tally import Cell, Clock
 from upcycle_bench.cli.live import Above, Matrix, live_table
 from upcycle_bench.planning.tally import Tally
 from upcycle_bench.util.log_lines import LineReporter
 from upcycle_bench.util.progress import TerminalReporter
-
-
-class Cell:
-    def __init__(self, strategy: str, seed: int) -> None:
-        self.strategy, self.seed = strategy, str(seed)
-
-
-class Clock:
-    now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 def matrix(names: list[str], seeds: int, at_once: int = 2) -> tuple[Tally, dict[tuple[str, int], Any], Clock]:
