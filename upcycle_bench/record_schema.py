@@ -139,14 +139,14 @@ class Cost(Part):
     world_size: int = Field(ge=1)
 
     @property
-    def charged(self) -> list[PhaseCost]:
+    def charged(self) -> dict[PhaseName, PhaseCost]:
         """The phases that a strategy pays for."""
-        return [phase for name, phase in self.phases.items() if name != "evaluate"]
+        return {name: phase for name, phase in self.phases.items() if name != "evaluate"}
 
     @property
     def charged_flops(self) -> int | None:
         """Their FLOPs; None if those of one phase are unknown, since the sum of the others would look too cheap."""
-        known = [phase.flops for phase in self.charged]
+        known = [phase.flops for phase in self.charged.values()]
         return None if None in known else sum(flops or 0 for flops in known)
 
 

@@ -159,5 +159,5 @@ def _run(headline: str, made: Record) -> dict[str, Any]:
         "seed": made.seeds.train,
         "value": made.headlines[headline].value,
         "flops": made.charged_flops,
-        "seconds": sum(phase.seconds for phase in made.cost.charged),
+        "seconds": sum(phase.seconds for phase in made.cost.charged.values()),
     }

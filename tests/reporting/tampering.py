@@ -323,7 +323,7 @@ TAMPERED = [
     Tampering("a held-out score better than the best", "curve", at("validation.points.3.1", -0.5)),
     Tampering("a curve that ends before the training", "curve", at("validation.points", lambda points: points[:-1])),
     Tampering("a curve without the point that was bad", "curve", at("validation.points", lambda p: [*p[:2], *p[3:]])),
-    Tampering("a curve with a point at another step", "curve", at("validation.points.2.0", 15)),
+    Tampering("a curve with a point at another step", "curve", at("validation.points.2.0", 35)),
     Tampering("a curve without its cost", "curve", without_phase("validate")),
     Tampering("a curve of other pairs", "curve", at("validation.set", "digits-test")),
     Tampering("the same run under another file name", "copies", copied),

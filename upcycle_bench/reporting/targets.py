@@ -21,7 +21,6 @@ from upcycle_bench.record import Record
 from upcycle_bench.reporting.comparable import Counting, SeedPair
 
 BY_STEPS = ("train", "validate")  # phases whose cost grows with the steps
-NOT_CHARGED = ("evaluate",)
 REFERENCES = ("dense", "sparse-upcycling")
 Points = Sequence[tuple[int, float]]
 
@@ -103,9 +102,7 @@ def _flops_until(run: Record, step: float) -> float | None:
     assert run.cost is not None
     share, tuned = step / max(1, _steps(run)), run.strategy.tuned
     total: float | None = tuned.flops if tuned else 0.0
-    for name, phase in run.cost.phases.items():
-        if name in NOT_CHARGED:
-            continue
+    for name, phase in run.cost.charged.items():
         if total is None or phase.flops is None:
             return None
         total += phase.flops * (share if name in BY_STEPS else 1)
